@@ -1,0 +1,1 @@
+"""The model: DeepSeek-V3 architecture, with the published tensor names."""

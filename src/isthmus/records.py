@@ -1,0 +1,132 @@
+"""The records of all stages: what each writes into the run folder, and so what the others may read.
+
+They load without torch, so that the plan and the report stay on the desk.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from isthmus.run import Figure, Record
+
+Verdict = Literal["fit", "serve-only", "unfit", "not enough evidence"]
+Outcome = Literal["pass", "fail", "unknown"]
+
+
+class Part(BaseModel):
+    """Base of what records are made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Evidence(Part):
+    """One finding about a pool. `needed_for` says which use of the pool it bears on."""
+
+    name: str
+    aspect: Literal["stability", "links", "software", "compute"]
+    needed_for: Literal["training", "serving", "both"]
+    outcome: Outcome
+    detail: str
+    samples: int = 0
+    confidence: float | None = None
+    figures: dict[str, Figure] = {}
+
+
+class QualifyRecord(Record):
+    """`qualify/<pool>.json`"""
+
+    pool: str
+    chip: str
+    present: bool
+    rehearsed: bool
+    verdict: Verdict
+    title: str
+    reasons: list[str]
+    evidence: list[Evidence]
+    figures: dict[str, Figure] = {}
+
+
+class Placement(Part):
+    stage: str
+    pool: str
+    reason: str
+
+
+class Rejection(Part):
+    stage: str
+    pool: str
+    reason: str
+
+
+class PlanRecord(Record):
+    """`plan.json`"""
+
+    placements: list[Placement]
+    rejected: list[Rejection]
+    estimate: dict[str, Figure]
+
+    def pool_of(self, stage: str) -> str:
+        """The pool on which a stage runs; raises KeyError for an unknown stage."""
+        for placement in self.placements:
+            if placement.stage == stage:
+                return placement.pool
+        raise KeyError(stage)
+
+
+class TrainRecord(Record):
+    """`train.json`: supervised fine-tuning."""
+
+    pool: str
+    steps: int
+    resumed_from: list[int]
+    checkpoint: str
+    checkpoint_sha256: str
+    figures: dict[str, Figure]
+
+
+class RlRecord(Record):
+    """`rl.json`"""
+
+    train_pool: str
+    rollout_pool: str
+    rollout_rehearsed: bool
+    algorithm: str
+    steps: int
+    resumed_from: list[int]
+    checkpoint: str
+    checkpoint_sha256: str
+    weight_version: int
+    heldout_problems: int
+    accuracy_before: Figure
+    accuracy_after: Figure
+    accuracy_gain: Figure
+    thought_tokens_before: Figure
+    thought_tokens_after: Figure
+    figures: dict[str, Figure]
+    sample_before: str
+    sample_after: str
+
+
+class Check(Part):
+    """One row of the parity table: a figure against its limit."""
+
+    name: str
+    outcome: Outcome
+    figure: Figure | None
+    limit: Figure | None
+    detail: str
+
+
+class HandoffRecord(Record):
+    """`parity.json`"""
+
+    source_pool: str
+    target_pool: str
+    format: str
+    verdict: Literal["pass", "refuse"]
+    checks: list[Check]
+    bundles: dict[str, str]
+    seal_id: str | None
+    figures: dict[str, Figure]
