@@ -123,7 +123,7 @@ class DataSection(Section):
     numbers: Literal[3] = 3
     largest: int = Field(default=9, ge=2, le=99)
     largest_target: int = Field(default=99, ge=1, le=999)
-    heldout_share: Share = 0.25
+    heldout_share: Share = 0.3
     teacher_hit: Share = Field(default=0.3, description="chance that the teacher's next try is a solution")
     teacher_give_up: Share = Field(default=0.3, description="chance that the teacher gives up after a miss")
     train_file: Path | None = None
@@ -168,7 +168,7 @@ class SftSection(Section):
 
 
 class RlSection(Section):
-    """Reinforcement learning with verifiable rewards. `[rl.algorithm]` options belong to the algorithm's own file."""
+    """Reinforcement learning with verifiable rewards. `[rl.options]` are the algorithm's own, checked in its file."""
 
     algorithm: str = "grpo"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -181,7 +181,8 @@ class RlSection(Section):
     optimizer: OptimizerSection
     importance_cap: float = Field(default=2.0, gt=0, description="truncation of the trainer/engine probability ratio")
     format_reward: float = Field(default=0.1, ge=0)
-    bias_update_speed: float = Field(default=0.0, ge=0)
+    rollout_format: str = "w8a8"
+    staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")
     checkpoint_every: Positive = 10
     keep_checkpoints: Positive = 2
     heldout_problems: Positive = 500
@@ -273,6 +274,11 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
+    return resolved_recipe(tree, origin)
+
+
+def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
+    """Check a recipe whose presets are already merged, as a run folder stores it."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.recipe import Recipe, parse_recipe
+from isthmus.recipe import Recipe, resolved_recipe
 
 Kind = Literal["measured", "declared", "forecast", "rehearsed"]
 _WEAKEST_LAST: tuple[Kind, ...] = ("measured", "declared", "forecast", "rehearsed")
@@ -122,7 +122,7 @@ class RunFolder:
         if not stored.is_file():
             raise IsthmusError(f"{path} is not a run folder: it has no recipe.json. Start one with: isthmus run RECIPE")
         content = _read_json(stored)
-        recipe = parse_recipe(content.get("recipe", {}), origin=stored)
+        recipe = resolved_recipe(content.get("recipe", {}), origin=stored)
         if recipe.digest() != content.get("sha256"):
             raise DamagedFile(f"{stored} does not match its hash: it was edited. A changed recipe needs a new run folder.")
         return cls(path, recipe)

@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RECIPE ?= recipes/tiny.toml
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: run test check bench serve install install-dev clean
+
+run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
+	$(BIN)/isthmus run $(RECIPE)
+
+serve: $(VENV)/.installed        ## chat with the model that `make run` made
+	$(BIN)/isthmus serve runs/tiny
+
+test: $(VENV)/.installed-dev     ## install, then run the tests
+	$(BIN)/pytest
+
+check: $(VENV)/.installed-dev    ## style, types, import direction, rules
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests/rules
+
+bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the documents
+	$(BIN)/python benchmarks/tiny_seeds.py
+	$(BIN)/python benchmarks/rollout.py
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info

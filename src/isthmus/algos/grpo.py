@@ -1,0 +1,54 @@
+"""Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300; R1), with token ratios as implementations use them.
+
+The advantage of a sample is its reward against its group: (r - mean) / (std + eps), or without the division, as in
+Dr. GRPO (arXiv 2503.20783). The loss of a token is -w * min(ratio * A, clip(ratio) * A), where w is the off-policy weight.
+`clip_high` above `clip_low` is DAPO's clip-higher (arXiv 2503.14476).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from isthmus.algos import Loss
+from isthmus.recipe import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Config(Section):
+    """`token-mean` weighs all tokens of the step equally (DAPO), `sample-mean` all samples (the original GRPO)."""
+
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    divide_by_std: bool = True
+    std_epsilon: float = Field(default=1e-6, gt=0)
+    aggregation: Literal["token-mean", "sample-mean"] = "token-mean"
+
+
+def advantages(rewards: Tensor, config: Config) -> Tensor:
+    """rewards [P, G] of P prompts with G samples each; returns [P, G]. A group of equal rewards gets zeros."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if not config.divide_by_std:
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + config.std_epsilon)
+
+
+def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, sample: Tensor, config: Config) -> Loss:
+    """All [N], over the target tokens: see `isthmus.algos.Algorithm`."""
+    ratio = (logprobs - old).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    objective = (ratio * advantages).minimum(clipped * advantages)
+    share = (clipped * advantages < ratio * advantages).float().mean().item()
+    return Loss(-_aggregate(weights * objective, sample, config), share)
+
+
+def _aggregate(objective: Tensor, sample: Tensor, config: Config) -> Tensor:
+    if config.aggregation == "token-mean":
+        return objective.mean()
+    count = int(sample.max()) + 1
+    lengths = objective.new_zeros(count).index_add(0, sample, objective.new_ones(len(sample)))
+    per_sample = objective.new_zeros(count).index_add(0, sample, objective) / lengths.clamp(min=1)
+    return per_sample[lengths > 0].mean()

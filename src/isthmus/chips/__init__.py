@@ -1,0 +1,107 @@
+"""Chips: their declared facts, what they can run, and which of them are here.
+
+Every file in this folder without a leading underscore is one vendor: it defines `VENDOR`. Loading this package does not
+load torch; looking for devices may.
+"""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+
+from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
+from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
+from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips.rehearse import can_rehearse
+from isthmus.errors import IsthmusError
+from isthmus.pools import Pool, get_pool, placed_pools
+from isthmus.recipe import Recipe
+
+__all__ = [
+    "FIGURES",
+    "TEXTS",
+    "Capabilities",
+    "Chip",
+    "Found",
+    "Presence",
+    "Vendor",
+    "can_rehearse",
+    "check_available",
+    "check_names",
+    "describe",
+    "describe_all",
+    "device_for",
+    "device_of",
+    "get_chip",
+    "is_here",
+    "load_chips",
+    "present",
+    "vendor_of",
+    "vendors",
+]
+
+
+def device_for(slug: str) -> str:
+    """The torch device type of a chip, such as "cpu"."""
+    return vendor_of(slug).device
+
+
+def device_of(pool: Pool) -> str:
+    """The torch device type on which a pool's work runs: that of its chip, or the CPU if it is rehearsed."""
+    return "cpu" if pool.rehearsed else device_for(pool.chip)
+
+
+def present() -> Presence:
+    """Every device of this machine, and what seems to be here but cannot be used. Loads torch."""
+    looks = [vendor.detect() for vendor in vendors().values()]
+    return Presence(
+        tuple(found for look in looks for found in look.found),
+        tuple(problem for look in looks for problem in look.problems),
+    )
+
+
+def is_here(pool: Pool) -> bool:
+    """Whether all chips of a pool are on this machine."""
+    found = vendor_of(pool.chip).detect().found
+    return sum(one.chip == pool.chip for one in found) >= pool.count
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise IsthmusError if a pool names a chip that is not known, or rehearses one that has no tables."""
+    for name in recipe.pools:
+        pool = get_pool(recipe, name)
+        get_chip(pool.chip)
+        if pool.rehearsed and not can_rehearse(pool.chip):
+            able = ", ".join(slug for slug in load_chips() if can_rehearse(slug))
+            raise IsthmusError(
+                f"the pool {name!r} rehearses {pool.chip}, but there are no tables of what that chip's software supports. "
+                f"Chips that can be rehearsed: {able}. docs/adding-a-chip.md says how to add tables."
+            )
+
+
+def check_available(recipe: Recipe) -> None:
+    """Raise IsthmusError unless every pool that the recipe places is here or rehearsed; says what is here instead."""
+    check_names(recipe)
+    for pool in placed_pools(recipe):
+        if not pool.rehearsed and not is_here(pool):
+            raise IsthmusError(_not_here(pool))
+
+
+def _not_here(pool: Pool) -> str:
+    look = present()
+    here = ", ".join(f"{one.chip or 'an unlisted ' + one.vendor + ' chip'} ({one.name})" for one in look.found)
+    lines = [f"the pool {pool.name!r} wants {pool.count} x {pool.chip}, which this machine does not have.", f"Here: {here}."]
+    lines += [f"Note: {problem}." for problem in look.problems]
+    if can_rehearse(pool.chip):
+        lines.append(f"To rehearse it on the CPU, write `rehearsed = true` under [pools.{pool.name}].")
+    lines.append("Or run this stage on the machine that has the chip, with a copy of the run folder.")
+    return "\n".join(lines)
+
+
+def describe_all() -> RenderableType:
+    """A table of every known chip, for `isthmus chips`."""
+    return describe_chips(list(load_chips().values()))
+
+
+def describe(slug: str) -> RenderableType:
+    """Every fact of one chip with its source, for `isthmus chips NAME`."""
+    return describe_chip(get_chip(slug), device_for(slug), can_rehearse(slug))

@@ -1,0 +1,86 @@
+"""Chips as a person reads them. A value that nobody published is shown as unknown."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from isthmus.chips._facts import FIGURES, TEXTS, Chip
+from isthmus.run import Figure
+
+UNKNOWN = "unknown"
+_COLUMNS = {"bf16_tflops": "bf16 TFLOPS", "int8_tops": "int8 TOPS", "mem_gb": "GB", "mem_bw_gbs": "GB/s", "tpp": "TPP"}
+
+
+def describe_chips(chips: list[Chip]) -> RenderableType:
+    """One row per chip."""
+    table = Table(box=box.SIMPLE_HEAD, caption="Declared figures. `isthmus chips NAME` gives the sources.")
+    table.add_column("chip", style="bold", no_wrap=True)
+    table.add_column("vendor")
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right")
+    table.add_column("formats")
+    for chip in chips:
+        numbers = [_short(getattr(chip, column)) for column in _COLUMNS]
+        table.add_row(chip.slug, chip.vendor, *numbers, _listed(chip.formats))
+    return table
+
+
+def describe_chip(chip: Chip, device: str, can_rehearse: bool) -> RenderableType:
+    """Every fact of one chip, with its source."""
+    heading = Text.assemble((chip.slug, "bold"), f"  {chip.name}, {chip.vendor}")
+    parts: list[RenderableType] = [heading, _figures(chip), _properties(chip, device, can_rehearse)]
+    if chip.note:
+        parts.append(Text(f"note: {chip.note}"))
+    return Group(*parts)
+
+
+def _figures(chip: Chip) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("fact")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("source", style="dim", overflow="fold")
+    for name, figure in chip.figures().items():
+        table.add_row(FIGURES[name][0], _long(figure, FIGURES[name][1]), escape(figure.source) if figure else "")
+    return table
+
+
+def _properties(chip: Chip, device: str, can_rehearse: bool) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "dtypes": _listed(chip.dtypes),
+        "weight formats": _listed(chip.formats),
+        "collectives": _listed(chip.collectives),
+        "engines": _listed(chip.engines),
+        "known from": chip.capabilities.source,
+        "generation": chip.generation or UNKNOWN,
+        **{label: chip.texts.get(column, UNKNOWN) for column, label in TEXTS.items()},
+        "torch device": device,
+        "can be rehearsed": "yes" if can_rehearse else "no: there are no tables of its software",
+        "confidence": chip.confidence or UNKNOWN,
+    }
+    for label, value in rows.items():
+        table.add_row(label, escape(value))
+    return table
+
+
+def _short(figure: Figure | None) -> str:
+    if figure is None:
+        return UNKNOWN
+    if figure.value is not None:
+        return f"{figure.value:,.10g}"
+    return f"≥ {figure.low:,.10g}" if figure.low is not None else UNKNOWN
+
+
+def _long(figure: Figure | None, unit: str) -> str:
+    text = _short(figure)
+    return text if text == UNKNOWN else f"{text} {unit}"
+
+
+def _listed(names: tuple[str, ...] | None) -> str:
+    return ", ".join(names) if names else UNKNOWN

@@ -1,0 +1,33 @@
+"""Huawei Ascend NPUs, through torch_npu."""
+
+from __future__ import annotations
+
+from isthmus.chips._detect import devices_of_extension
+from isthmus.chips._facts import Chip, Presence, Vendor, chips_from_table
+
+# The 910B letters are tied to speeds by inference only (see the notes in chips.csv); a 910C has two bins that its name
+# does not tell apart, so it stays unmatched.
+_NAMES = (
+    (r"910B1\b", "ascend-910b1"),
+    (r"910B2\b", "ascend-910b-376t"),
+    (r"910B3\b", "ascend-910b-313t"),
+    (r"910B4\b", "ascend-910b-280t"),
+    (r"950PR", "ascend-950pr"),
+    (r"950DT", "ascend-950dt"),
+)
+
+
+def chips() -> list[Chip]:
+    return chips_from_table(
+        "Huawei",
+        source="torch_npu's distributed backend; platforms of vllm-ascend and SGLang",
+        collectives=("hccl", "gloo"),
+        engines=("vllm-ascend", "sglang"),
+    )
+
+
+def detect() -> Presence:
+    return devices_of_extension("torch_npu", "npu", "Huawei", "/dev/davinci0", _NAMES)
+
+
+VENDOR = Vendor("Huawei", device="npu", chips=chips, detect=detect, rehearsal="ascend")

@@ -1,0 +1,44 @@
+"""Rehearsal: the rules of a chip that is not here, enforced on the CPU.
+
+Each folder here is one family of chips: tables of its operators, dtypes and collectives, every row with a source and a
+standing (documented, read in code, assumed). A rehearsal finds out what would break; it never speaks for the vendor.
+Loading this package does not load torch; `enforce` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from isthmus.chips._registry import get_chip, vendor_of
+from isthmus.chips.rehearse.tables import Profile, RehearsalRefused, Tally, families, load_profile
+from isthmus.errors import IsthmusError
+
+if TYPE_CHECKING:
+    from isthmus.chips.rehearse.dispatch import Rehearsal
+
+__all__ = ["Profile", "RehearsalRefused", "Tally", "can_rehearse", "enforce", "profile_of"]
+
+
+def can_rehearse(chip: str) -> bool:
+    """Whether there are tables of what this chip's software supports."""
+    return vendor_of(chip).rehearsal in families()
+
+
+def profile_of(chip: str) -> Profile:
+    """The tables of a chip. Raises IsthmusError for a chip that has none."""
+    family = vendor_of(chip).rehearsal
+    if family is None or family not in families():
+        raise IsthmusError(f"{chip} cannot be rehearsed: there are no tables of what its software supports")
+    return load_profile(chip, family, get_chip(chip).generation)
+
+
+def enforce(chip: str, *, strict: bool = False) -> Rehearsal:
+    """A context in which this thread's tensor work obeys a chip's tables; its `tally` counts what ran.
+
+    Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with `strict`
+    also at an operator that the chip would silently run on the host's CPU. Enter it for the work that the chip is to do:
+    building a model is the host's work.
+    """
+    from isthmus.chips.rehearse.dispatch import Rehearsal
+
+    return Rehearsal(profile_of(chip), strict=strict)

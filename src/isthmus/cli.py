@@ -1,0 +1,194 @@
+"""One verb per stage, in the order of the story. A stage is imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from isthmus import __version__
+from isthmus.errors import IsthmusError
+from isthmus.recipe import Recipe, load_recipe
+from isthmus.run import RunFolder
+
+STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")
+INTERRUPTED = 130
+
+_TARGET = click.argument("target", type=click.Path(path_type=Path))
+_RUN = click.option("--run", "folder", type=click.Path(path_type=Path), help="Run folder; runs/<recipe name> if absent.")
+_SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe.")
+
+
+class OrderedGroup(click.Group):
+    """Lists the verbs in the order in which they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="isthmus")
+def cli() -> None:
+    """Train a reasoning model on one vendor's chips, run it on another's, and prove every crossing.
+
+    Start with: isthmus run recipes/tiny.toml
+    """
+
+
+@cli.command()
+@_TARGET
+@_RUN
+@_SET
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; write nothing.")
+def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run every stage of a recipe in order; finished stages are skipped, so the same command goes on where it stopped."""
+    if dry_run:
+        _dry_run(target, folder, overrides)
+        return
+    opened = _open(target, folder, overrides)
+    _check_before_start(opened.recipe)
+    began = time.monotonic()
+    for number, stage in enumerate(STAGES, start=1):
+        _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
+    watch = _watch()
+    watch.say(f"\n[bold]done[/] in {time.monotonic() - began:,.0f} s")
+    watch.say(f"  read   {opened.path / 'report.html'}")
+    watch.say(f"  chat   isthmus serve {opened.path}")
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    @_TARGET
+    @_RUN
+    @_SET
+    @click.option("--again", is_flag=True, help="Run the stage even if its record is there.")
+    def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool) -> None:
+        opened = _open(target, folder, overrides)
+        _check_before_start(opened.recipe)
+        _run_stage(stage, opened, heading=stage, again=again)
+
+    command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."
+    cli.command(stage)(command)
+
+
+_stage_command("qualify", "Find out what each pool of the recipe is fit for.")
+_stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.")
+_stage_command("train", "Supervised fine-tuning on chains of thought.")
+_stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
+_stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--host", help="Address to listen on; the recipe's if absent.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; the recipe's if absent.")
+def serve(folder: Path, host: str | None, port: int | None) -> None:
+    """Serve the sealed bundle of RUN: an OpenAI-compatible API and a chat page."""
+    stage = importlib.import_module("isthmus.serve")
+    stage.execute(RunFolder.open(folder), _watch(), host=host, port=port)
+
+
+_stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")
+
+
+@cli.command()
+@click.argument("name", required=False)
+def chips(name: str | None) -> None:
+    """List the known chips, or show one with the source of each fact."""
+    facts = importlib.import_module("isthmus.chips")
+    _watch().console.print(facts.describe(name) if name else facts.describe_all())
+
+
+def main() -> None:
+    """Entry point: turns errors into a message and an exit code (0 done, 1 a gate refused, 2 wrong usage)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as request:
+        sys.exit(request.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except IsthmusError as error:
+        click.echo(f"isthmus: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo(f"\nisthmus: stopped. Nothing is lost; to go on, run the same command again:\n  {_command_line()}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _command_line() -> str:
+    return " ".join(["isthmus", *sys.argv[1:]])
+
+
+def _watch() -> Any:
+    return importlib.import_module("isthmus.progress").Watch()
+
+
+def _open(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> RunFolder:
+    """The run folder of TARGET, which is a run folder itself or a recipe."""
+    if target.is_dir():
+        if overrides or folder:
+            raise IsthmusError("--set and --run go with a recipe; a run folder keeps the recipe it was made from")
+        return RunFolder.open(target)
+    recipe = load_recipe(target, overrides)
+    return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
+
+
+def _check_before_start(recipe: Recipe) -> None:
+    """What can be known to fail before the first second is spent."""
+    importlib.import_module("isthmus.algos").algorithm_config(recipe.rl)
+    formats = importlib.import_module("isthmus.formats")
+    for name in (recipe.rl.rollout_format, recipe.handoff.format):
+        formats.get_format(name)
+    importlib.import_module("isthmus.chips").check_available(recipe)
+
+
+def _dry_run(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> None:
+    recipe = load_recipe(target, overrides)
+    _check_before_start(recipe)
+    click.echo(recipe.canonical())
+    click.echo(f"recipe sha256 {recipe.digest()}")
+    click.echo(f"would run {', '.join(STAGES)} in {folder or Path('runs') / recipe.name}")
+
+
+def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False) -> None:
+    watch = _watch()
+    if not again and _is_done(stage, opened):
+        watch.say(f"[dim]{heading}: done before, skipped[/]")
+        return
+    watch.say(f"[bold]{heading}[/]")
+    module = importlib.import_module(f"isthmus.{stage}")
+    result = module.execute(opened, watch)
+    render: Callable[[Any], Any] | None = getattr(module, "render", None)
+    for record in result if isinstance(result, list) else [result]:
+        if render is not None:
+            watch.console.print(render(record))
+
+
+def _is_done(stage: str, opened: RunFolder) -> bool:
+    """Whether the stage's record is there. The report is always written anew; a refused hand-off is not done."""
+    records = importlib.import_module("isthmus.records")
+    if stage == "report":
+        return False
+    if stage == "qualify":
+        pools = {pool for order in opened.recipe.place.model_dump().values() for pool in order}
+        return all(opened.read_record(f"qualify/{pool}", records.QualifyRecord) for pool in pools)
+    if stage == "handoff":
+        record = opened.read_record("parity", records.HandoffRecord)
+        return record is not None and record.verdict == "pass"
+    kinds = {"plan": records.PlanRecord, "train": records.TrainRecord, "rl": records.RlRecord}
+    return opened.read_record(stage, kinds[stage]) is not None
+
+
+if __name__ == "__main__":
+    main()

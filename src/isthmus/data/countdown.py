@@ -1,0 +1,110 @@
+"""Countdown: reach a target from three numbers with + - *, each number used once.
+
+The teacher tries one expression after another and marks a hit. It is impatient: after a miss it may give up, and says
+so. A model taught by it learns the skill and the habit of stopping early; reinforcement learning then teaches it to
+think on. Differences are taken from the larger number, so that every step is a natural number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+from isthmus.data.tasks import Problem, split
+from isthmus.recipe import DataSection
+
+MISS, HIT, GIVE_UP = "✗", "✓", "give up"
+NO_ANSWER = "none"
+
+
+@dataclass(frozen=True)
+class Try:
+    """One expression: `steps` as the teacher writes them, the whole `expression`, and its `value`."""
+
+    steps: str
+    expression: str
+    value: int
+
+
+@dataclass
+class Countdown:
+    """All problems with at least one solution, and the teacher."""
+
+    section: DataSection
+    reward = "countdown"
+
+    @cached_property
+    def _split(self) -> tuple[list[Problem], list[Problem]]:
+        hands = itertools.combinations_with_replacement(range(1, self.section.largest + 1), self.section.numbers)
+        problems = [problem for hand in hands for problem in self._problems(hand)]
+        return split(problems, self.section)
+
+    @property
+    def train(self) -> list[Problem]:
+        return self._split[0]
+
+    @property
+    def heldout(self) -> list[Problem]:
+        return self._split[1]
+
+    def worked_example(self, problem: Problem, chance: random.Random) -> tuple[str, str]:
+        """The impatient teacher at work on a problem: (thought, answer)."""
+        *hand, target = problem.facts
+        tries = self.tries(tuple(hand))
+        hits = [one for one in tries if one.value == target]
+        misses = [one for one in tries if one.value != target]
+        chance.shuffle(misses)
+        lines = []
+        while True:
+            if not misses or chance.random() < self.section.teacher_hit:
+                hit = chance.choice(hits)
+                return "".join([*lines, f"{hit.steps} {HIT}\n"]), hit.expression
+            lines.append(f"{misses.pop().steps} {MISS}\n")
+            if chance.random() < self.section.teacher_give_up:
+                return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
+
+    def tries(self, hand: tuple[int, ...]) -> list[Try]:
+        """Every expression over three numbers whose value can be a target."""
+        found: dict[str, Try] = {}
+        for first, second, third in itertools.permutations(hand):
+            for inner, part in _combine(first, second):
+                for outer, value in _combine(part, third):
+                    if 1 <= value <= self.section.largest_target:
+                        expression = f"({inner})" + outer.removeprefix(str(part)) if _leads(outer, part, third) else None
+                        expression = expression or f"{third}-({inner})"
+                        found[expression] = Try(f"{inner}={part} {outer}={value}", expression, value)
+        return list(found.values())
+
+    def _problems(self, hand: tuple[int, ...]) -> list[Problem]:
+        solutions: dict[int, str] = {}
+        for one in self.tries(hand):
+            solutions.setdefault(one.value, one.expression)
+        return [_problem(hand, target, solutions[target]) for target in sorted(solutions)]
+
+
+def load(section: DataSection) -> Countdown:
+    """The task for a recipe."""
+    return Countdown(section)
+
+
+def _problem(hand: tuple[int, ...], target: int, solution: str) -> Problem:
+    numbers = " ".join(map(str, hand))
+    return Problem(
+        id=f"countdown {numbers} -> {target}",
+        prompt=f"Make {target} from {numbers}.",
+        answer=solution,
+        facts=(*hand, target),
+    )
+
+
+def _combine(a: int, b: int) -> list[tuple[str, int]]:
+    """Ways to join two numbers, written as they are worked out. The difference is larger minus smaller."""
+    larger, smaller = max(a, b), min(a, b)
+    return [(f"{a}+{b}", a + b), (f"{a}*{b}", a * b), (f"{larger}-{smaller}", larger - smaller)]
+
+
+def _leads(outer: str, part: int, third: int) -> bool:
+    """Whether the worked-out part stands first in the outer step."""
+    return "-" not in outer or part >= third

@@ -1,0 +1,61 @@
+"""Engines: what generates text from a bundle. An engine lives in a process of its own and is spoken to over HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from isthmus.errors import IsthmusError
+
+
+class EngineError(IsthmusError):
+    """An engine refused a request, cannot be reached, or died; the message says which, with the engine's own words."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 takes the likeliest token. `n` samples are drawn per prompt."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample. `tokens` include the end token if the model wrote one.
+
+    `logprobs` are those of the distribution that was sampled (at temperature 0: of the model's own distribution).
+    `version` names the weights that wrote the first token; `last_version` those that wrote the last one, and differs
+    if an update arrived in between.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    version: int
+    last_version: int
+
+
+class Engine(Protocol):
+    """The contract of every engine. All methods raise EngineError with a reason."""
+
+    def start(self, bundle_folder: Path) -> None:
+        """Bring up an engine that serves this bundle, and return when it answers."""
+        ...
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
+    ) -> list[list[Completion]]:
+        """One list of `sampling.n` completions per prompt, in order. `seeds` gives each prompt its own seed."""
+        ...
+
+    def update(self, payload: bytes, version: int, sha256: str) -> None:
+        """Swap the weights: `payload` as formats/wire.py packs it. If this fails, the old weights go on serving."""
+        ...
+
+    def stop(self) -> None:
+        """End the engine and free what it holds. Stopping twice is allowed."""
+        ...

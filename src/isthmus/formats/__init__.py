@@ -1,0 +1,73 @@
+"""Storage formats of weights: one file per format, found by its file name.
+
+A format turns the trainer's fp32 state into the tensors that are stored or sent, and builds from these a model that
+computes on the CPU with the numerics of the format. `fp32` is the reference of all others.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any, Protocol
+
+from isthmus.errors import IsthmusError
+from isthmus.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from isthmus.model.model import Model
+
+SHARED_PARTS = frozenset({"assemble", "bundle", "int8", "wire"})
+
+
+class Format(Protocol):
+    """One storage format. A file `formats/NAME.py` holds one in its variable `FORMAT`."""
+
+    name: str
+    dtype: str
+    """What `torch_dtype` in config.json says: "float32" or "bfloat16"."""
+
+    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+        """Stored tensors, contiguous, of a state with published names in fp32. Works on the meta device too."""
+        ...
+
+    def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
+        """The block of that name in config.json, or None."""
+        ...
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        """Whether a config.json announces this format."""
+        ...
+
+    def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
+        """A model for inference on the CPU from stored tensors, all of which it needs."""
+        ...
+
+
+def format_names() -> list[str]:
+    """Names of the formats, which are the names of their files; loads none of them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED_PARTS)
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; raises IsthmusError with a suggestion if there is none."""
+    names = format_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+        raise IsthmusError(f"unknown format {name!r}; {hint}")
+    return importlib.import_module(f"{__name__}.{name}").FORMAT
+
+
+def recognise_format(config: dict[str, Any]) -> Format:
+    """The format that a config.json announces; raises IsthmusError if none of ours does."""
+    for name in format_names():
+        if get_format(name).recognises(config):
+            return get_format(name)
+    quantization = (config.get("quantization_config") or {}).get("quant_method", "none")
+    raise IsthmusError(
+        f"config.json announces dtype {config.get('torch_dtype', config.get('dtype'))!r} with quantisation "
+        f"{quantization!r}; the formats read here are {', '.join(format_names())}"
+    )

@@ -1,0 +1,199 @@
+"""A bundle: a folder in Hugging Face layout that transformers, vLLM and SGLang load, with a hash for each of its files.
+
+The copies of the embedding and of the output head that published DeepSeek checkpoints keep in their MTP layer are
+written, and dropped when read, after checking that they equal the shared tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats import Format, get_format, recognise_format
+from isthmus.formats.assemble import EMBEDDING, HEAD, layout
+from isthmus.model.config import hf_config
+from isthmus.model.model import Model
+from isthmus.recipe import ModelSection, architecture_from_config
+from isthmus.run import explain_io_errors, fsync_folder, sha256_file, write_atomic
+
+WEIGHTS, CONFIG, CHECKSUMS, SEAL = "model.safetensors", "config.json", "checksums.json", "seal.json"
+
+
+class TokenizerFiles(Protocol):
+    """What a bundle needs of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory: `tensors` as stored, without the MTP layer's copies."""
+
+    folder: Path
+    format: str
+    architecture: ModelSection
+    tensors: dict[str, Tensor]
+
+    def build(self) -> Model:
+        """A model that computes on the CPU with the numerics of the format."""
+        return get_format(self.format).build(self.architecture, self.tensors)
+
+
+def write_bundle(
+    folder: Path, format_name: str, state: dict[str, Tensor], architecture: ModelSection, tokenizer: TokenizerFiles
+) -> None:
+    """Write `state` (fp32, published names) as a bundle. A reader sees the whole folder or none of it.
+
+    An existing bundle at `folder` is replaced. generation_config.json holds no sampling defaults: an engine that read
+    them (vLLM does) would sample from another distribution than the one it is asked for.
+    """
+    chosen = get_format(format_name)
+    tensors = chosen.export(state, architecture)
+    _compare_with_layout(folder, chosen, architecture, tensors)
+    config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    quantization = chosen.quantization_config(architecture)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    with _new_folder(folder) as new:
+        stored = {**tensors, **{copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}}
+        write_atomic(new / WEIGHTS, safetensors.torch.save(stored, metadata={"format": "pt"}))
+        write_atomic(new / CONFIG, _json(config))
+        write_atomic(new / "generation_config.json", _json(token_ids))
+        tokenizer.save(new)
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle, checking every file against its hash and every tensor against the architecture.
+
+    Raises IsthmusError if this is no bundle, DamagedFile if a file or a tensor is missing, unexpected or changed.
+    """
+    if not (folder / CONFIG).is_file():
+        raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
+    _check_files(folder)
+    config = _read_json(folder / CONFIG)
+    chosen = recognise_format(config)
+    architecture = ModelSection(**architecture_from_config(config))
+    tensors = _without_copies(folder, _load_tensors(folder / WEIGHTS), architecture)
+    _compare_with_layout(folder, chosen, architecture, tensors)
+    return Bundle(folder, chosen.name, architecture, tensors)
+
+
+def file_hashes(folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL)) -> dict[str, str]:
+    """SHA-256 of every file of a bundle by its path in the folder; the files that hold hashes are left out."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {name: sha256_file(folder / name) for name in names if name not in without}
+
+
+def mtp_copies(architecture: ModelSection) -> dict[str, str]:
+    """Names of the copies that published checkpoints keep in the MTP layer, and of the tensors they copy."""
+    if not architecture.num_nextn_predict_layers:
+        return {}
+    prefix = f"model.layers.{architecture.num_hidden_layers}"
+    head = EMBEDDING if architecture.tie_word_embeddings else HEAD
+    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": head}
+
+
+def _without_copies(folder: Path, stored: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+    copies = mtp_copies(architecture)
+    for copy, original in copies.items():
+        if copy in stored and original in stored and not torch.equal(stored[copy], stored[original]):
+            raise DamagedFile(f"{folder}: {copy} differs from {original}, which the MTP layer shares")
+    return {name: tensor for name, tensor in stored.items() if name not in copies}
+
+
+def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSection, tensors: dict[str, Tensor]) -> None:
+    expected = layout(chosen.export, architecture)
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        want, have = _describe(expected[name]), _describe(tensors[name])
+        if want != have:
+            problems.append(f"{name} is {have} and should be {want}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise DamagedFile(f"the tensors of {folder} do not fit its architecture in format {chosen.name}: {shown}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _check_files(folder: Path) -> None:
+    if not (folder / CHECKSUMS).is_file():
+        raise DamagedFile(f"{folder} has no {CHECKSUMS}: it was not written by isthmus, or not copied whole")
+    recorded, found = _read_json(folder / CHECKSUMS), file_hashes(folder)
+    for name, sha256 in recorded.items():
+        if name not in found:
+            raise DamagedFile(f"{folder / name} is missing; copy the bundle again or repeat the hand-off")
+        if found[name] != sha256:
+            raise DamagedFile(f"{folder / name} does not match its hash; copy the bundle again or repeat the hand-off")
+    unknown = sorted(found.keys() - recorded.keys())
+    if unknown:
+        raise DamagedFile(f"{folder / unknown[0]} does not belong to this bundle; remove it")
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise DamagedFile(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} is not a JSON object")
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=2).encode() + b"\n"
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end, or vanishes if its writing fails."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with explain_io_errors(folder):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            _flush(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""fp32: the reference. What it computes on the CPU defines what every other format is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.formats.assemble import announced_dtype, empty_model, export_float, fill
+from isthmus.model.model import Model
+from isthmus.recipe import ModelSection
+
+
+class Fp32:
+    """Stores the trained weights as they are."""
+
+    name = "fp32"
+    dtype = "float32"
+
+    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+        return export_float(state, architecture, torch.float32)
+
+    def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
+        return None
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        return announced_dtype(config) == self.dtype and not config.get("quantization_config")
+
+    def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
+        return fill(empty_model(architecture), tensors)
+
+
+FORMAT = Fp32()

@@ -1,0 +1,213 @@
+"""w8a8: int8 weights per output channel, int8 activations per token, in the layout of compressed-tensors.
+
+Quantised: the query, kv_a and output projections of attention, and gate, up and down of every MLP and expert. In
+float: embeddings, output head, norms, router, kv_b_proj (the absorbed form of attention multiplies it into its
+neighbours) and eh_proj. This is the choice of msmodelslim's published recipe for DeepSeek-V3.
+
+A quantised module stores `weight` (int8 [out, in]) and `weight_scale` (fp32 [out, 1]), made from the fp32 weights. What
+stays in float is stored in bf16, the routing bias in fp32. The same tensors go into a bundle and over the wire at each
+RL step, so what is verified is what is served and what generates.
+
+The model built here holds int8 values as fp32 and multiplies them exactly (see int8.py); the rest runs in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isthmus.formats.assemble import empty_model, export_float, fill
+from isthmus.formats.int8 import quantise_rows, quantised_matmul
+from isthmus.model.model import Model
+from isthmus.model.moe import Experts, GatedMlp
+from isthmus.recipe import ModelSection
+
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_PARTS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+
+
+class W8A8:
+    """Dynamic W8A8, symmetric on both sides."""
+
+    name = "w8a8"
+    dtype = "bfloat16"
+
+    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+        stored = export_float({k: v for k, v in state.items() if not is_quantised(k)}, architecture, torch.bfloat16)
+        for name in filter(is_quantised, state):
+            values, scale = quantise_rows(state[name].detach().float())
+            stored[name] = values.to(torch.int8)
+            stored[f"{name}_scale"] = scale
+        return stored
+
+    def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": float_modules(architecture),
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _int8_scheme("channel", dynamic=False),
+                    "input_activations": _int8_scheme("token", dynamic=True),
+                    "output_activations": None,
+                }
+            },
+        }
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        found = config.get("quantization_config") or {}
+        groups = found.get("config_groups") or {}
+        return (
+            found.get("quant_method") == "compressed-tensors"
+            and found.get("format") == "int-quantized"
+            and len(groups) == 1
+            and all(_is_dynamic_w8a8(group) for group in groups.values())
+        )
+
+    def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
+        model = empty_model(architecture)
+        _replace_children(model, "", tensors)
+        quantised = {name for name in tensors if is_quantised(name.removesuffix("_scale"))}
+        return fill(model, {name: tensor.float() for name, tensor in tensors.items() if name not in quantised})
+
+
+class W8A8Linear(nn.Module):
+    """One or more linear layers with a common input, side by side: `weight` [in, out] and `scale` [out], both fp32."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, *stored: tuple[Tensor, Tensor]):
+        super().__init__()
+        weight = torch.cat([values for values, _ in stored])
+        scale = torch.cat([scale for _, scale in stored])
+        self.register_buffer("weight", weight.float().t().contiguous(), persistent=False)
+        self.register_buffer("scale", scale.float().flatten(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantised_matmul(x, self.weight, self.scale)
+
+
+class W8A8GatedMlp(nn.Module):
+    """SwiGLU with gate and up in one product."""
+
+    def __init__(self, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.gate_up = W8A8Linear(gate, up)
+        self.down = W8A8Linear(down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(_swiglu(self.gate_up(x)))
+
+
+class W8A8Experts(nn.Module):
+    """All routed experts of a layer. `gate_up` [E, D, 2M], `down` [E, M, D], with scales [E, 1, 2M] and [E, 1, D]."""
+
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+
+    def __init__(self, experts: list[dict[str, tuple[Tensor, Tensor]]]):
+        super().__init__()
+        stacked = {
+            "gate_up": [
+                (torch.cat((e["gate_proj"][0], e["up_proj"][0])), torch.cat((e["gate_proj"][1], e["up_proj"][1])))
+                for e in experts
+            ],
+            "down": [e["down_proj"] for e in experts],
+        }
+        for name, pairs in stacked.items():
+            weight = torch.stack([values for values, _ in pairs]).float().transpose(1, 2).contiguous()
+            scale = torch.stack([scale for _, scale in pairs]).float().transpose(1, 2).contiguous()
+            self.register_buffer(name, weight, persistent=False)
+            self.register_buffer(f"{name}_scale", scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [E, P, D], the tokens of each expert in its row. Returns [E, P, D]."""
+        gate_up = quantised_matmul(x, self.gate_up, self.gate_up_scale)
+        return quantised_matmul(_swiglu(gate_up), self.down, self.down_scale)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the weight of this published name is stored in int8."""
+    *_, module, part = name.split(".") if "." in name else ("", "", "")
+    return part == "weight" and module in (*MLP_PARTS, *ATTENTION_PARTS)
+
+
+def float_modules(architecture: ModelSection) -> list[str]:
+    """Names of the linear modules that are not quantised: the `ignore` list."""
+    a = architecture
+    names = ["lm_head"]
+    for index in range(a.num_hidden_layers + a.num_nextn_predict_layers):
+        prefix = f"model.layers.{index}"
+        names.append(f"{prefix}.self_attn.kv_b_proj")
+        if index >= a.first_k_dense_replace:
+            names.append(f"{prefix}.mlp.gate")
+        if index >= a.num_hidden_layers:
+            names += [f"{prefix}.eh_proj", f"{prefix}.shared_head.head"]
+    return names
+
+
+def _int8_scheme(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": dynamic,
+        "group_size": None,
+    }
+
+
+def _is_dynamic_w8a8(group: dict[str, Any]) -> bool:
+    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
+    return (
+        _is_symmetric_int8(weights, "channel", dynamic=False)
+        and _is_symmetric_int8(activations, "token", dynamic=True)
+        and not group.get("output_activations")
+    )
+
+
+def _is_symmetric_int8(scheme: dict[str, Any], strategy: str, *, dynamic: bool) -> bool:
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    return all(scheme.get(key) == value for key, value in wanted.items())
+
+
+def _replace_children(module: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}"
+        quantised = _quantised_module(child, path, tensors)
+        if quantised is not None:
+            setattr(module, name, quantised)
+        else:
+            _replace_children(child, f"{path}.", tensors)
+
+
+def _quantised_module(child: nn.Module, path: str, tensors: dict[str, Tensor]) -> nn.Module | None:
+    def stored(part: str) -> tuple[Tensor, Tensor]:
+        return tensors[f"{part}.weight"], tensors[f"{part}.weight_scale"]
+
+    if isinstance(child, GatedMlp):
+        return W8A8GatedMlp(*(stored(f"{path}.{part}") for part in MLP_PARTS))
+    if isinstance(child, Experts):
+        count = child.down.shape[0]
+        return W8A8Experts([{part: stored(f"{path}.{i}.{part}") for part in MLP_PARTS} for i in range(count)])
+    if isinstance(child, nn.Linear) and path.rpartition(".")[2] in ATTENTION_PARTS:
+        return W8A8Linear(stored(path))
+    return None
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+FORMAT = W8A8()

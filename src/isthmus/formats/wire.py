@@ -1,0 +1,35 @@
+"""What crosses between two pools at each RL step: the tensors of a format as one safetensors message with a hash."""
+
+from __future__ import annotations
+
+import hashlib
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from isthmus.errors import DamagedFile
+
+
+def pack(tensors: dict[str, Tensor]) -> bytes:
+    """The tensors as one message. The same tensors give the same bytes."""
+    return safetensors.torch.save(tensors)
+
+
+def digest(payload: bytes) -> str:
+    """SHA-256 of a message, hexadecimal: the hash that `unpack` wants."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a message. Raises DamagedFile if its hash is not `sha256`, or if it is no safetensors message."""
+    found = digest(payload)
+    if found != sha256:
+        raise DamagedFile(
+            f"the weights that arrived ({len(payload):,} bytes) have the SHA-256 {found[:16]}..., "
+            f"the sender announced {sha256[:16]}...; send them again"
+        )
+    try:
+        return safetensors.torch.load(payload)
+    except SafetensorError as error:
+        raise DamagedFile(f"the weights that arrived are not a safetensors message: {error}") from None

@@ -1,0 +1,1 @@
+"""Parity: whether the model in a bundle is the model that was trained, per token, per answer, and by seal."""

@@ -1,0 +1,113 @@
+"""Whether one model answers as well as another: paired accuracy with its interval, and a non-inferiority verdict.
+
+Both models answer the same problems, each the same number of times, so a difference is counted in pairs. The interval is
+Newcombe's method 10 for paired proportions (Statistics in Medicine 17, 1998, 2635-2650): it combines two Wilson
+intervals and does not shrink to nothing when no pair differs. Several answers to one problem are not independent; the
+counts are divided by the design effect first (Rao and Scott, Biometrics 48, 1992, 577-585).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+
+
+@dataclass(frozen=True)
+class PairedAccuracy:
+    """Accuracies as shares. `difference` is candidate minus reference, within [`low`, `high`] at `confidence`."""
+
+    problems: int
+    answers: int
+    reference: float
+    candidate: float
+    only_reference: int
+    only_candidate: int
+    design_effect: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+
+    def verdict(self, margin: float) -> str:
+        """`pass`: not worse by `margin` or more. `fail`: worse by more. `unknown`: the answers do not tell."""
+        if self.low > -margin:
+            return "pass"
+        return "fail" if self.high < -margin else "unknown"
+
+
+def compare_answers(reference: list[list[bool]], candidate: list[list[bool]], confidence: float) -> PairedAccuracy:
+    """Right and wrong answers, one row per problem with as many answers in each; answer k of one pairs with k of the other."""
+    assert reference and [len(row) for row in reference] == [len(row) for row in candidate], "unpaired answers"
+    pairs = [list(zip(*rows, strict=True)) for rows in zip(reference, candidate, strict=True)]
+    flat = [pair for row in pairs for pair in row]
+    both, neither = flat.count((True, True)), flat.count((False, False))
+    only_reference, only_candidate = flat.count((True, False)), flat.count((False, True))
+    effect = _design_effect(pairs)
+    scaled = [count / effect for count in (both, only_candidate, only_reference, neither)]
+    difference, low, high = newcombe_interval(*scaled, confidence=confidence)
+    return PairedAccuracy(
+        problems=len(pairs),
+        answers=len(flat),
+        reference=(both + only_reference) / len(flat),
+        candidate=(both + only_candidate) / len(flat),
+        only_reference=only_reference,
+        only_candidate=only_candidate,
+        design_effect=effect,
+        difference=difference,
+        low=low,
+        high=high,
+        confidence=confidence,
+    )
+
+
+def newcombe_interval(
+    both: float, only_first: float, only_second: float, neither: float, *, confidence: float
+) -> tuple[float, float, float]:
+    """(difference, low, high) of two paired proportions, first minus second, from the counts of the 2 x 2 table."""
+    n = both + only_first + only_second + neither
+    first, second = (both + only_first) / n, (both + only_second) / n
+    low_1, high_1 = wilson_interval(first, n, confidence)
+    low_2, high_2 = wilson_interval(second, n, confidence)
+    phi = _corrected_phi(both, only_first, only_second, neither)
+    difference = (only_first - only_second) / n
+    below = _square_and_add(first - low_1, high_2 - second, phi)
+    above = _square_and_add(high_1 - first, second - low_2, phi)
+    return difference, max(difference - below, -1.0), min(difference + above, 1.0)
+
+
+def wilson_interval(share: float, n: float, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (JASA 22, 1927, 209-212)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
+
+
+def _square_and_add(a: float, b: float, phi: float) -> float:
+    return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+
+def _corrected_phi(a: float, b: float, c: float, d: float) -> float:
+    """Correlation of the two answers; a positive one is reduced by the continuity correction n / 2."""
+    product = (a + b) * (c + d) * (a + c) * (b + d)
+    if product == 0:
+        return 0.0
+    covariance = a * d - b * c
+    if covariance > 0:
+        covariance = max(covariance - (a + b + c + d) / 2, 0.0)
+    return covariance / math.sqrt(product)
+
+
+def _design_effect(pairs: list[list[tuple[bool, bool]]]) -> float:
+    """Variance of the mean difference over problems, relative to that of independent pairs; from 1 to answers per problem."""
+    answers = sum(len(row) for row in pairs)
+    most = answers / len(pairs)
+    differences = [[candidate - reference for reference, candidate in row] for row in pairs]
+    mean = sum(map(sum, differences)) / answers
+    independent = sum((d - mean) ** 2 for row in differences for d in row) / answers**2
+    if independent == 0 or len(pairs) == 1:
+        return most
+    clustered = sum((sum(row) - len(row) * mean) ** 2 for row in differences) / answers**2
+    clustered *= len(pairs) / (len(pairs) - 1)
+    return min(max(clustered / independent, 1.0), most)

@@ -1,0 +1,159 @@
+"""Token parity: two models on the same sequences, position by position, with the reference's own text as input.
+
+Shapes: B sequences of a batch, N completion tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isthmus.model.model import Model
+
+TIE_NATS = 0.1
+"""A changed first choice is a near-tie if the reference preferred its own by less than this many nats (10%)."""
+BATCH = 32
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class GoldenSequence:
+    """A prompt and the tokens that the reference wrote after it."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class TokenParity:
+    """KL(reference || candidate) in nats per completion token, mean with its interval over sequences, and the largest.
+
+    `near_ties` and `flips` are the positions where the first choices differ: between choices that the reference holds
+    nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
+    """
+
+    sequences: int
+    tokens: int
+    mean_kl: float
+    kl_low: float
+    kl_high: float
+    max_kl: float
+    top1_agreement: float
+    near_ties: int
+    flips: int
+    mean_abs_dlogp: float
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Per completion token of a batch, [N] each; `sequence` counts from 0 within the comparison."""
+
+    kl: Tensor
+    agrees: Tensor
+    near_tie: Tensor
+    abs_dlogp: Tensor
+    sequence: Tensor
+
+
+def compare_tokens(
+    reference: Model,
+    candidate: Model,
+    sequences: list[GoldenSequence],
+    *,
+    confidence: float = 0.95,
+    candidate_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> TokenParity:
+    """Feed the same sequences to both models and compare the distributions of every completion token.
+
+    The candidate runs inside `candidate_context()`; its logits are compared outside, in float64.
+    """
+    batches = [
+        _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
+    ]
+    kl = torch.cat([batch.kl for batch in batches])
+    agrees = torch.cat([batch.agrees for batch in batches])
+    near_tie = torch.cat([batch.near_tie for batch in batches])
+    low, high = _bootstrap(kl, torch.cat([batch.sequence for batch in batches]), len(sequences), confidence)
+    return TokenParity(
+        sequences=len(sequences),
+        tokens=len(kl),
+        mean_kl=kl.mean().item(),
+        kl_low=low,
+        kl_high=high,
+        max_kl=kl.max().item(),
+        top1_agreement=agrees.double().mean().item(),
+        near_ties=int(near_tie.sum()),
+        flips=int((~agrees & ~near_tie).sum()),
+        mean_abs_dlogp=torch.cat([batch.abs_dlogp for batch in batches]).mean().item(),
+    )
+
+
+def completion_logits(model: Model, sequences: list[GoldenSequence]) -> Tensor:
+    """Logits [N, V] of the completion tokens of all sequences, one sequence after the other, in one batch."""
+    lengths = [len(sequence.prompt) + len(sequence.completion) for sequence in sequences]
+    tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    predicts = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : lengths[row]] = torch.tensor([*sequence.prompt, *sequence.completion])
+        predicts[row, len(sequence.prompt) - 1 : lengths[row] - 1] = True
+    with torch.inference_mode():
+        return model.logits(model.hidden(tokens)[predicts])
+
+
+def completion_log_probabilities(model: Model, sequences: list[GoldenSequence]) -> Tensor:
+    """Log-probabilities [N], in float64, that the model gives the completion tokens, at temperature 1."""
+    parts = []
+    for _, batch in _batches(sequences):
+        taken = _completion_tokens(batch)
+        parts.append(completion_logits(model, batch).double().log_softmax(-1).gather(-1, taken[:, None]).squeeze(-1))
+    return torch.cat(parts)
+
+
+def _compare_batch(
+    reference: Model,
+    candidate: Model,
+    batch: list[GoldenSequence],
+    start: int,
+    candidate_context: Callable[[], AbstractContextManager[object]],
+) -> _Positions:
+    expected = completion_logits(reference, batch).double().log_softmax(-1)
+    with candidate_context():
+        logits = completion_logits(candidate, batch)
+    found = logits.double().log_softmax(-1)
+    first, other = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
+    agrees = (first == other).squeeze(-1)
+    preference = (expected.gather(-1, first) - expected.gather(-1, other)).squeeze(-1)
+    taken = _completion_tokens(batch)[:, None]
+    lengths = torch.tensor([len(sequence.completion) for sequence in batch])
+    return _Positions(
+        kl=(expected.exp() * (expected - found)).sum(-1),
+        agrees=agrees,
+        near_tie=~agrees & (preference < TIE_NATS),
+        abs_dlogp=(expected - found).gather(-1, taken).squeeze(-1).abs(),
+        sequence=torch.arange(start, start + len(batch)).repeat_interleave(lengths),
+    )
+
+
+def _completion_tokens(batch: list[GoldenSequence]) -> Tensor:
+    return torch.tensor([token for sequence in batch for token in sequence.completion])
+
+
+def _batches(sequences: list[GoldenSequence]) -> Iterator[tuple[int, list[GoldenSequence]]]:
+    assert all(sequence.prompt and sequence.completion for sequence in sequences), "nothing to compare in a sequence"
+    for start in range(0, len(sequences), BATCH):
+        yield start, sequences[start : start + BATCH]
+
+
+def _bootstrap(values: Tensor, sequence: Tensor, count: int, confidence: float) -> tuple[float, float]:
+    """Percentile interval of the mean (Efron and Tibshirani 1993, 13.3), whole sequences resampled, always the same way."""
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, sequence, values)
+    lengths = torch.bincount(sequence, minlength=count).double()
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    means = sums[drawn].sum(-1) / lengths[drawn].sum(-1)
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high

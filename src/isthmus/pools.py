@@ -1,0 +1,60 @@
+"""What a recipe may run on: its pools, and the cores that are here for a pool of this machine's CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.recipe import PlacedStage, Recipe
+
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A number of chips of one kind. `rehearsed`: the chip is not here, its rules are enforced on the CPU."""
+
+    name: str
+    chip: str
+    count: int
+    rehearsed: bool
+    threads: int
+
+    def __str__(self) -> str:
+        chips = self.chip if self.count == 1 else f"{self.count} x {self.chip}"
+        return f"{self.name} ({chips}, rehearsed)" if self.rehearsed else f"{self.name} ({chips})"
+
+
+def get_pool(recipe: Recipe, name: str) -> Pool:
+    """The pool `name` of a recipe, with its thread count decided. Raises KeyError for a name that is not in the recipe."""
+    section = recipe.pools[name]
+    return Pool(name, section.chip, section.count, section.rehearsed, section.threads or default_threads())
+
+
+def placed_pools(recipe: Recipe) -> list[Pool]:
+    """The pools that `[place]` names, each once, in the order in which it names them."""
+    stages = typing.get_args(PlacedStage)
+    names = dict.fromkeys(name for stage in stages for name in getattr(recipe.place, stage))
+    return [get_pool(recipe, name) for name in names]
+
+
+def default_threads() -> int:
+    """Compute threads of a process: OMP_NUM_THREADS where it is set, else the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) > 0 else available_cores()
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, cut to the CPU quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota_cores(_CGROUP_QUOTA.read_text(encoding="ascii")) if _CGROUP_QUOTA.is_file() else None
+    return max(1, min(cores, math.ceil(quota))) if quota is not None else cores
+
+
+def _quota_cores(content: str) -> float | None:
+    """Cores of a control group's `cpu.max`, "quota period" in microseconds; None without a limit."""
+    quota, _, period = content.strip().partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None

@@ -1,0 +1,134 @@
+"""Numbers as people read them: shares as percent, seconds as minutes, bytes with a prefix."""
+
+from __future__ import annotations
+
+from isthmus.run import Figure
+
+MINUS = "−"
+THIN_SPACE = " "
+SHARE_UNITS = frozenset({"share", "fraction", "probability"})
+RATE_UNITS = frozenset({"FLOP/s", "FLOPS", "OP/s", "B/s", "bytes/s", "bit/s", "FLOP"})
+BYTE_UNITS = frozenset({"B", "byte", "bytes"})
+SECOND_UNITS = frozenset({"s", "seconds"})
+BINARY_PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+DECIMAL_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+SPELLING = {
+    "abs": "|Δ log p|",
+    "cpu": "CPU",
+    "flops": "FLOPS",
+    "grpo": "GRPO",
+    "handoff": "hand-off",
+    "hbm": "HBM",
+    "heldout": "held-out",
+    "kl": "KL",
+    "logprob": "log-probability",
+    "mtp": "MTP",
+    "p50": "P50",
+    "p90": "P90",
+    "rl": "RL",
+    "sft": "SFT",
+    "top1": "top-1",
+    "w8a8": "W8A8",
+}
+
+
+def quantity(figure: Figure) -> str:
+    """The value with its unit; "unknown" where there is no value."""
+    if figure.value is None:
+        return "unknown"
+    return with_unit(figure.value, figure.unit)
+
+
+def interval(figure: Figure) -> str:
+    """Low and high end in the unit of `quantity`, or an empty string where there is no interval."""
+    if figure.low is None or figure.high is None:
+        return ""
+    if figure.unit in SHARE_UNITS or figure.unit == "%":
+        factor = 100 if figure.unit in SHARE_UNITS else 1
+        return f"{percent(factor * figure.low)} to {percent(factor * figure.high)}{THIN_SPACE}%"
+    if figure.unit in SECOND_UNITS | BYTE_UNITS | RATE_UNITS:
+        return f"{with_unit(figure.low, figure.unit)} to {with_unit(figure.high, figure.unit)}"
+    return f"{plain(figure.low)} to {plain(figure.high)}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    if unit in SHARE_UNITS or unit == "%":
+        return f"{percent(100 * value if unit in SHARE_UNITS else value)}{THIN_SPACE}%"
+    if unit in SECOND_UNITS:
+        return duration(value)
+    if unit in BYTE_UNITS:
+        return prefixed(value, 1024, BINARY_PREFIXES, "B")
+    if unit in RATE_UNITS:
+        return prefixed(value, 1000, DECIMAL_PREFIXES, unit)
+    return f"{plain(value)}{THIN_SPACE}{unit}" if unit else plain(value)
+
+
+def points(figure: Figure, end: float | None) -> str:
+    """A difference of shares in percentage points, signed: of the figure's value, or of one `end` of its interval."""
+    if end is None:
+        return "unknown"
+    scaled = 100 * end if figure.unit in SHARE_UNITS else end
+    return ("+" if scaled > 0 else "") + signed(scaled, 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds up to two minutes, then minutes, then hours."""
+    if abs(seconds) < 1e-3:
+        return plain(seconds * 1e6) + f"{THIN_SPACE}µs" if seconds else f"0{THIN_SPACE}s"
+    if abs(seconds) < 1:
+        return f"{plain(seconds * 1e3)}{THIN_SPACE}ms"
+    if abs(seconds) < 120:
+        return f"{signed(seconds, 1)}{THIN_SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes}{THIN_SPACE}min {rest:02d}{THIN_SPACE}s"
+    return f"{minutes // 60}{THIN_SPACE}h {minutes % 60:02d}{THIN_SPACE}min"
+
+
+def prefixed(value: float, base: int, prefixes: tuple[str, ...], unit: str) -> str:
+    power = 0
+    while abs(value) >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    return f"{plain(value)}{THIN_SPACE}{prefixes[power]}{unit}"
+
+
+def percent(value: float) -> str:
+    """One decimal, or as many as keep 0.04 from reading as 0 and 99.98 from reading as 100."""
+    decimals = 1
+    while decimals < 6 and value not in (0, 100) and round(abs(value), decimals) in (0, 100):
+        decimals += 1
+    return signed(value, decimals)
+
+
+def plain(value: float) -> str:
+    """Four significant digits, thousands apart, no exponent between 1e-4 and 1e7."""
+    if value == 0:
+        return "0"
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e7):
+        return f"{int(value):,}".replace("-", MINUS)
+    if not 1e-4 <= abs(value) < 1e7:
+        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.3g}", "0")
+        return f"{mantissa}·10{_superscript(int(exponent))}".replace("-", MINUS)
+    return f"{value:,.4g}".replace("-", MINUS) if abs(value) < 1e4 else f"{value:,.0f}".replace("-", MINUS)
+
+
+def signed(value: float, decimals: int) -> str:
+    text = f"{value:,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def label(name: str) -> str:
+    """A key such as `top1_agreement` as words, with a capital."""
+    words = phrase(name)
+    return words[:1].upper() + words[1:]
+
+
+def phrase(name: str) -> str:
+    """A key such as `mean_kl` as words."""
+    return " ".join(SPELLING.get(word, word) for word in name.replace("_", " ").split())
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

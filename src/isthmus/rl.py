@@ -1,0 +1,435 @@
+"""Reinforcement learning with verifiable rewards across two pools: one generates, the other learns.
+
+At every step the trainer's weights cross to the rollout engine in its format, with a version and a hash. With
+`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's, so that both pools
+work at once and samples are one version old; truncated importance sampling corrects for that and for the engine's numerics.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.algos import Algorithm, algorithm_config, get_algorithm
+from isthmus.chips import device_for
+from isthmus.data.corpus import Document, prompt_ids, run_tokenizer
+from isthmus.data.tasks import Problem, Task, load_task, seeded
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines import Completion, Engine, Sampling
+from isthmus.engines.local import LocalEngine
+from isthmus.formats import get_format
+from isthmus.formats.bundle import write_bundle
+from isthmus.formats.wire import digest, pack as pack_wire
+from isthmus.model.model import Model
+from isthmus.parity.tokens import paired_difference
+from isthmus.progress import Counter, Watch
+from isthmus.records import PlanRecord, RlRecord, TrainRecord
+from isthmus.rewards import Reward, RewardModule, get_reward
+from isthmus.run import Figure, RunFolder, write_atomic
+from isthmus.trainer.batch import Batch, pack
+from isthmus.trainer.checkpoint import load_latest, load_model_state, save_checkpoint
+from isthmus.trainer.correction import mismatch, slope, truncated_importance
+from isthmus.trainer.optimizer import Optimizer
+from isthmus.trainer.step import target_logprobs
+
+NAME = "rl"
+ROW_LENGTH = 128
+
+
+@dataclass
+class Rollout:
+    """Samples of one step: G completions for each of P prompts, with their rewards [P, G]."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    completions: list[list[Completion]]
+    rewards: list[list[Reward]]
+    seconds: float
+
+    @property
+    def flat(self) -> list[tuple[int, Completion]]:
+        """(prompt index, completion), sample by sample."""
+        return [(index, one) for index, group in enumerate(self.completions) for one in group]
+
+    @property
+    def version(self) -> int:
+        return min(completion.version for _, completion in self.flat)
+
+
+@dataclass
+class Session:
+    """What the loop works on."""
+
+    run: RunFolder
+    task: Task
+    tokenizer: Tokenizer
+    reward: RewardModule
+    algorithm: Algorithm
+    options: Any
+    model: Model
+    optimizer: Optimizer
+    engine: Engine
+    step: int
+    weights_sha256: str = ""
+    crossings: int = 0
+    mismatches: list[float] = field(default_factory=list)
+
+
+def execute(run: RunFolder, watch: Watch) -> RlRecord:
+    """Train from the last RL checkpoint, or from the supervised one, to the recipe's number of steps."""
+    started = time.time()
+    plan = run.require_record("plan", PlanRecord, "plan")
+    train = run.require_record("train", TrainRecord, "train")
+    run.event(NAME, "start", pool=plan.pool_of("train"), rollout_pool=plan.pool_of("rollout"))
+    with _open_session(run, plan, train, watch) as session:
+        before = _evaluate(session, "before", watch)
+        _loop(session, watch)
+        folder, sha256 = _save(session)
+        after = _evaluate(session, "after", watch)
+    record = _record(session, plan, started, str(folder.relative_to(run.path)), sha256, before, after)
+    run.write_record(NAME, record)
+    run.event(NAME, "end", seconds=round(record.seconds, 3))
+    watch.say(f"  held-out accuracy {record.accuracy_before} -> {record.accuracy_after}, gain {record.accuracy_gain}")
+    return record
+
+
+@contextmanager
+def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Watch) -> Iterator[Session]:
+    recipe = run.recipe
+    home, away = recipe.pools[plan.pool_of("train")], recipe.pools[plan.pool_of("rollout")]
+    torch.set_num_threads(home.threads or 1)
+    task = load_task(recipe)
+    tokenizer = run_tokenizer(run, task)
+    model = Model(recipe.model)
+    optimizer = Optimizer(model, recipe.rl.optimizer, recipe.rl.steps)
+    checkpoint = load_latest(run.path / "checkpoints" / NAME)
+    if checkpoint is None:
+        model.load_state_dict(load_model_state(run.path / train.checkpoint, train.checkpoint_sha256))
+    else:
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state(checkpoint.optimizer)
+        run.event(NAME, "resume", from_step=checkpoint.step)
+        watch.say(f"  continuing from the checkpoint at step {checkpoint.step}")
+    model.to(torch.device(device_for(home.chip)))
+    bundle = run.path / NAME / "rollout-bundle"
+    write_bundle(bundle, recipe.rl.rollout_format, model.state_dict(), recipe.model, tokenizer)
+    rehearse = away.chip if away.rehearsed else None
+    log = run.path / NAME / "engine.log"
+    with LocalEngine(bundle, threads=away.threads or 1, rehearse=rehearse, log=log) as engine:
+        session = Session(
+            run=run,
+            task=task,
+            tokenizer=tokenizer,
+            reward=get_reward(task.reward),
+            algorithm=get_algorithm(recipe.rl.algorithm),
+            options=algorithm_config(recipe.rl),
+            model=model,
+            optimizer=optimizer,
+            engine=engine,
+            step=checkpoint.step if checkpoint else 0,
+            mismatches=_earlier_mismatches(run, checkpoint.step if checkpoint else 0),
+        )
+        _cross(session)
+        yield session
+
+
+def _loop(session: Session, watch: Watch) -> None:
+    section = session.run.recipe.rl
+    with watch.count("RL", section.steps) as counter, ThreadPoolExecutor(max_workers=1) as pool:
+        counter.advance_to(session.step)
+        pending: Future[Rollout] | None = None
+        while session.step < section.steps:
+            rollout = pending.result() if pending else _generate(session, session.step)
+            pending = None
+            if section.staleness and session.step + 1 < section.steps:
+                pending = pool.submit(_generate, session, session.step + 1)
+            _learn(session, rollout, pending, counter)
+            if session.step % section.checkpoint_every == 0 and session.step < section.steps:
+                _save(session)
+
+
+def _generate(session: Session, step: int) -> Rollout:
+    """Samples for the prompts of a step; prompts and sampling depend on the seed and the step alone."""
+    began = time.perf_counter()
+    section = session.run.recipe.rl
+    chance = seeded("rl", session.run.recipe.seed, step)
+    problems = chance.choices(session.task.train, k=section.prompts_per_step)
+    seeds = [chance.getrandbits(48) for _ in problems]
+    prompts = [prompt_ids(session.tokenizer, problem) for problem in problems]
+    sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt)
+    completions = session.engine.generate(prompts, sampling, seeds)
+    rewards = [_score(session, problem, group) for problem, group in zip(problems, completions, strict=True)]
+    return Rollout(problems, prompts, completions, rewards, time.perf_counter() - began)
+
+
+def _score(session: Session, problem: Problem, group: list[Completion]) -> list[Reward]:
+    return [session.reward.score(problem, session.tokenizer.decode(completion.tokens)) for completion in group]
+
+
+def _learn(session: Session, rollout: Rollout, pending: Future[Rollout] | None, counter: Counter) -> None:
+    """Update on one rollout, send the new weights across, and report."""
+    began = time.perf_counter()
+    section = session.run.recipe.rl
+    rewards = torch.tensor([[one.total(section.format_reward) for one in group] for group in rollout.rewards])
+    advantages = session.algorithm.advantages(rewards, session.options)
+    measures = _update(session, rollout, advantages)
+    session.step += 1
+    trained = time.perf_counter()
+    if pending is not None:
+        pending.result()
+    waited = time.perf_counter()
+    _cross(session)
+    timing = {
+        "rollout_s": round(rollout.seconds, 4),
+        "train_s": round(trained - began, 4),
+        "wait_s": round(waited - trained, 4),
+        "sync_s": round(time.perf_counter() - waited, 4),
+    }
+    _report(session, rollout, rewards, measures, timing, counter)
+
+
+def _update(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str, float | None]:
+    """One or more optimiser steps. Samples whose advantage is zero teach nothing and are left out of the batch."""
+    kept = [index for index, value in enumerate(advantages.reshape(-1).tolist()) if value != 0.0]
+    if not kept:
+        session.run.event(NAME, "skipped-update", step=session.step + 1, why="every group has equal rewards")
+        return {}
+    updates = session.run.recipe.rl.updates_per_rollout
+    parts = [_minibatch(session, rollout, kept[start::updates], advantages) for start in range(min(updates, len(kept)))]
+    olds = [_frozen_logprobs(session, part) for part in parts] if updates > 1 else [None]
+    measures = [_one_update(session, part, old, index / updates) for index, (part, old) in enumerate(zip(parts, olds, strict=True))]
+    session.mismatches.append(measures[0]["mismatch_abs"])
+    averaged: dict[str, float | None] = {key: sum(m[key] for m in measures) / len(measures) for key in measures[0]}
+    averaged["mismatch_slope"] = slope(session.mismatches)
+    return averaged
+
+
+@dataclass
+class Minibatch:
+    """Packed samples; [N] over the target tokens: the engine's log-probabilities, the advantages, the sample numbers."""
+
+    batch: Batch
+    engine: Tensor
+    advantages: Tensor
+    sample: Tensor
+
+
+def _minibatch(session: Session, rollout: Rollout, kept: list[int], advantages: Tensor) -> Minibatch:
+    flat = [rollout.flat[index] for index in kept]
+    documents = [Document(rollout.prompts[p] + one.tokens, len(rollout.prompts[p])) for p, one in flat]
+    batch = pack(documents, max(ROW_LENGTH, max(len(document.tokens) for document in documents)))
+    sample = batch.document[batch.target_mask]
+    offsets = torch.tensor([0, *(len(one.tokens) for _, one in flat)]).cumsum(0)[:-1]
+    starts = torch.tensor([document.prompt_length for document in documents])
+    place = offsets[sample] + batch.positions[batch.target_mask] - starts[sample]
+    engine = torch.tensor([value for _, one in flat for value in one.logprobs])[place]
+    per_sample = advantages.reshape(-1)[torch.tensor(kept)]
+    device = next(session.model.parameters()).device
+    return Minibatch(batch.to(device), engine.to(device), per_sample[sample].to(device), sample.to(device))
+
+
+@torch.no_grad()
+def _frozen_logprobs(session: Session, part: Minibatch) -> Tensor:
+    return target_logprobs(session.model, part.batch, session.run.recipe.rl.temperature)[0]
+
+
+def _one_update(session: Session, part: Minibatch, old: Tensor | None, progress: float) -> dict[str, float]:
+    section = session.run.recipe.rl
+    session.optimizer.zero_grad()
+    logprobs, entropy = target_logprobs(session.model, part.batch, section.temperature)
+    before = logprobs.detach() if old is None else old
+    correction = truncated_importance(before, part.engine, section.importance_cap)
+    loss = session.algorithm.loss(logprobs, before, part.advantages, correction.weights, part.sample, session.options)
+    loss.value.backward()
+    gap = mismatch(before, part.engine)
+    return {
+        "loss": loss.value.item(),
+        "clipped": loss.clipped,
+        "grad_norm": session.optimizer.step(session.step + progress),
+        "entropy": entropy.mean().item(),
+        "mismatch_abs": gap.mean_abs,
+        "mismatch_max": gap.max_abs,
+        "mismatch_k3": gap.k3,
+        "importance_mean": correction.mean,
+        "importance_clipped": correction.clipped,
+        "trained_tokens": float(len(logprobs)),
+    }
+
+
+def _cross(session: Session) -> None:
+    """Send the trainer's weights to the engine in its format; the version is the number of finished steps."""
+    recipe = session.run.recipe
+    state = {name: tensor.detach().cpu() for name, tensor in session.model.state_dict().items()}
+    payload = pack_wire(get_format(recipe.rl.rollout_format).export(state, recipe.model))
+    session.weights_sha256 = digest(payload)
+    session.engine.update(payload, session.step, session.weights_sha256)
+    session.crossings += 1
+
+
+def _save(session: Session):
+    section = session.run.recipe.rl
+    root = session.run.path / "checkpoints" / NAME
+    return save_checkpoint(root, session.step, session.model.state_dict(), session.optimizer.state(), section.keep_checkpoints)
+
+
+def _report(
+    session: Session,
+    rollout: Rollout,
+    rewards: Tensor,
+    measures: dict[str, float | None],
+    timing: dict[str, float],
+    counter: Counter,
+) -> None:
+    scored = [one for group in rollout.rewards for one in group]
+    lengths = [len(completion.tokens) for _, completion in rollout.flat]
+    accuracy = sum(one.accuracy for one in scored) / len(scored)
+    length = sum(lengths) / len(lengths)
+    session.run.event(
+        NAME,
+        "step",
+        step=session.step,
+        reward=round(rewards.mean().item(), 5),
+        accuracy=round(accuracy, 5),
+        format=round(sum(one.format for one in scored) / len(scored), 5),
+        completion_tokens=round(length, 3),
+        truncated=sum(completion.finish_reason == "length" for _, completion in rollout.flat) / len(lengths),
+        weight_version=session.step,
+        weight_sha256=session.weights_sha256,
+        staleness=session.step - 1 - rollout.version,
+        tokens=sum(lengths),
+        tokens_per_s=round(sum(lengths) / rollout.seconds, 1),
+        **{key: None if value is None else round(value, 7) for key, value in measures.items()},
+        **timing,
+    )
+    gap = measures.get("mismatch_abs")
+    status = f"accuracy {accuracy:.2f}  length {length:.0f}" + (f"  |Δlogp| {gap:.4f}" if gap is not None else "")
+    counter.advance_to(session.step, status)
+
+
+def _earlier_mismatches(run: RunFolder, step: int) -> list[float]:
+    events = run.events(NAME, "step")
+    return [event["mismatch_abs"] for event in events if event["step"] <= step and event.get("mismatch_abs") is not None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out results, problem by problem in the order of the task."""
+
+    correct: list[bool]
+    tokens: list[int]
+    texts: list[str]
+    greedy_correct: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self.tokens) / len(self.tokens)
+
+
+def _evaluate(session: Session, which: str, watch: Watch) -> Evaluation:
+    """Held-out problems through the engine, sampled and greedy; stored, so that a continued run does not repeat it."""
+    path = session.run.path / NAME / f"heldout-{which}.json"
+    if path.exists():
+        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+    watch.say(f"  held-out problems {which} RL")
+    section = session.run.recipe.rl
+    problems = session.task.heldout[: section.heldout_problems]
+    prompts = [prompt_ids(session.tokenizer, problem) for problem in problems]
+    seeds = [seeded("heldout", session.run.recipe.seed, problem.id).getrandbits(48) for problem in problems]
+
+    began = time.perf_counter()
+    sampled = session.engine.generate(prompts, Sampling(section.max_new_tokens, section.temperature), seeds)
+    greedy = session.engine.generate(prompts, Sampling(section.max_new_tokens, temperature=0.0), seeds)
+    texts = [session.tokenizer.decode(group[0].tokens) for group in sampled]
+    result = Evaluation(
+        correct=[session.reward.score(p, text).accuracy == 1.0 for p, text in zip(problems, texts, strict=True)],
+        tokens=[len(group[0].tokens) for group in sampled],
+        texts=texts,
+        greedy_correct=[
+            _score(session, problem, group)[0].accuracy == 1.0 for problem, group in zip(problems, greedy, strict=True)
+        ],
+    )
+    write_atomic(path, json.dumps(result.__dict__).encode())
+    session.run.event(
+        NAME,
+        "evaluate",
+        which=which,
+        problems=len(problems),
+        accuracy=round(result.accuracy, 5),
+        greedy_accuracy=round(sum(result.greedy_correct) / len(problems), 5),
+        completion_tokens=round(result.mean_tokens, 3),
+        seconds=round(time.perf_counter() - began, 3),
+    )
+    return result
+
+
+def _record(
+    session: Session, plan: PlanRecord, started: float, checkpoint: str, sha256: str, before: Evaluation, after: Evaluation
+) -> RlRecord:
+    run, section = session.run, session.run.recipe.rl
+    away = plan.pool_of("rollout")
+    rehearsed = run.recipe.pools[away].rehearsed
+    count = len(before.correct)
+    source = f"{count} held-out problems, one sample each at temperature {section.temperature}, generated on pool {away}"
+    gain, low, high = paired_difference(before.correct, after.correct, 0.95)
+    steps = run.events(NAME, "step")
+    example = _telling_example(before, after)
+
+    def figure(value: float, unit: str, origin: str = source, low: float | None = None, high: float | None = None) -> Figure:
+        return Figure.measured(value, unit, origin, rehearsed=rehearsed, low=low, high=high)
+
+    def mean_of(key: str) -> float:
+        values = [event[key] for event in steps if event.get(key) is not None]
+        return sum(values) / max(len(values), 1)
+
+    per_step = f"mean over {len(steps)} steps, events.jsonl"
+    return RlRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=started,
+        ended=time.time(),
+        train_pool=plan.pool_of("train"),
+        rollout_pool=away,
+        rollout_rehearsed=rehearsed,
+        algorithm=section.algorithm,
+        steps=session.step,
+        resumed_from=[event["from_step"] for event in run.events(NAME, "resume")],
+        checkpoint=checkpoint,
+        checkpoint_sha256=sha256,
+        weight_version=session.step,
+        heldout_problems=count,
+        accuracy_before=figure(100 * before.accuracy, "%"),
+        accuracy_after=figure(100 * after.accuracy, "%"),
+        accuracy_gain=figure(
+            100 * gain, "points", f"{source}, paired by problem, 95% interval", 100 * low, 100 * high
+        ),
+        thought_tokens_before=figure(before.mean_tokens, "tokens/completion"),
+        thought_tokens_after=figure(after.mean_tokens, "tokens/completion"),
+        figures={
+            "greedy_accuracy_before": figure(100 * sum(before.greedy_correct) / count, "%", f"{count} held-out problems, greedy"),
+            "greedy_accuracy_after": figure(100 * sum(after.greedy_correct) / count, "%", f"{count} held-out problems, greedy"),
+            "mismatch_abs": figure(mean_of("mismatch_abs"), "nats/token", per_step),
+            "mismatch_k3": figure(mean_of("mismatch_k3"), "nats/token", per_step),
+            "importance_clipped": figure(100 * mean_of("importance_clipped"), "%", per_step),
+            "rollout_tokens_per_s": figure(mean_of("tokens_per_s"), "tokens/s", per_step),
+        },
+        sample_before=example[0],
+        sample_after=example[1],
+    )
+
+
+def _telling_example(before: Evaluation, after: Evaluation) -> tuple[str, str]:
+    """One held-out problem as it was answered before and after: the first that RL turned from wrong to right."""
+    turned = [i for i, (old, new) in enumerate(zip(before.correct, after.correct, strict=True)) if new and not old]
+    index = turned[0] if turned else 0
+    return before.texts[index], after.texts[index]

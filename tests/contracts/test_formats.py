@@ -1,0 +1,137 @@
+"""What every format must do. A new file in isthmus/formats is picked up here by its name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import isthmus.formats
+from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
+from isthmus.formats.assemble import layout
+from isthmus.formats.bundle import read_bundle, write_bundle
+from isthmus.model.model import Model, causal_mask
+from isthmus.recipe import ModelSection
+
+ARCHITECTURE = ModelSection(
+    vocab_size=53,
+    hidden_size=32,
+    intermediate_size=40,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
+TIED = ARCHITECTURE.model_copy(update={"tie_word_embeddings": True, "num_nextn_predict_layers": 0})
+TOKENS = torch.randint(53, (2, 18), generator=torch.Generator().manual_seed(0))
+
+
+class TinyTokenizer:
+    bos_id, eos_id = 0, 1
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def every_format(test):
+    return pytest.mark.parametrize("name", format_names())(test)
+
+
+def state(architecture: ModelSection) -> dict[str, torch.Tensor]:
+    return Model(architecture).initialise(0).state_dict()
+
+
+def test_each_file_is_a_format_or_a_named_part():
+    files = {module.name for module in pkgutil.iter_modules(isthmus.formats.__path__)}
+    plugs = {name for name in files if hasattr(importlib.import_module(f"isthmus.formats.{name}"), "FORMAT")}
+    assert plugs == set(format_names()) == files - SHARED_PARTS
+    assert {"fp32", "bf16", "w8a8"} <= plugs
+
+
+@every_format
+def test_the_name_is_the_registration(name):
+    assert get_format(name).name == name
+
+
+@every_format
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, TIED], ids=["mtp", "tied"])
+def test_a_bundle_comes_back_and_computes(tmp_path, name, architecture):
+    write_bundle(tmp_path / "b", name, state(architecture), architecture, TinyTokenizer())
+    bundle = read_bundle(tmp_path / "b")
+    exported = get_format(name).export(state(architecture), architecture)
+    assert bundle.format == name and bundle.architecture == architecture
+    assert bundle.tensors.keys() == exported.keys()
+    assert all(torch.equal(bundle.tensors[key], exported[key]) for key in exported)
+    reference = Model(architecture)
+    reference.load_state_dict(state(architecture))
+    with torch.no_grad():
+        found, wanted = bundle.build()(TOKENS), reference(TOKENS)
+    assert (found - wanted).norm() / wanted.norm() < (1e-6 if name == "fp32" else 0.1)
+
+
+@every_format
+def test_export_needs_no_data_to_know_the_layout(name):
+    chosen = get_format(name)
+    real = chosen.export(state(ARCHITECTURE), ARCHITECTURE)
+    described = layout(chosen.export, ARCHITECTURE)
+    assert {key: (t.dtype, t.shape) for key, t in real.items()} == {
+        key: (t.dtype, t.shape) for key, t in described.items()
+    }
+    assert all(tensor.is_contiguous() for tensor in real.values())
+
+
+@every_format
+def test_export_leaves_the_trainers_weights_alone(name):
+    given, before = state(ARCHITECTURE), state(ARCHITECTURE)
+    get_format(name).export(given, ARCHITECTURE)
+    assert given.keys() == before.keys() and all(torch.equal(given[key], before[key]) for key in before)
+
+
+@every_format
+def test_only_its_own_config_is_recognised(name):
+    chosen = get_format(name)
+    config = {"torch_dtype": chosen.dtype, "quantization_config": chosen.quantization_config(ARCHITECTURE)}
+    config = json.loads(json.dumps(config))
+    assert [other for other in format_names() if get_format(other).recognises(config)] == [name]
+    assert recognise_format(config).name == name
+
+
+class GrowingCache:
+    def __init__(self):
+        self.latents = None
+
+    def append(self, latents):
+        self.latents = latents if self.latents is None else torch.cat((self.latents, latents), dim=1)
+        return self.latents
+
+
+@every_format
+def test_a_built_model_runs_with_caches_and_takes_no_gradient(name):
+    model = get_format(name).build(ARCHITECTURE, get_format(name).export(state(ARCHITECTURE), ARCHITECTURE))
+    assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
+    whole = model.hidden(TOKENS)
+    caches, parts = [GrowingCache() for _ in range(2)], []
+    for start, end in [(0, 11), (11, 12), (12, 18)]:
+        positions = torch.arange(start, end).expand(2, -1)
+        mask = causal_mask(18)[..., start:end, :end]
+        parts.append(model.hidden(TOKENS[:, start:end], positions, mask, caches))
+    stepped = torch.cat(parts, dim=1)
+    assert (stepped - whole).norm() / whole.norm() < (1e-5 if name != "w8a8" else 0.05)
+
+
+@every_format
+def test_building_twice_from_the_same_tensors_gives_the_same_logits(name):
+    tensors = get_format(name).export(state(ARCHITECTURE), ARCHITECTURE)
+    first, second = (get_format(name).build(ARCHITECTURE, tensors)(TOKENS) for _ in range(2))
+    assert torch.equal(first, second)
