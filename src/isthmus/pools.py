@@ -15,13 +15,18 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 @dataclass(frozen=True)
 class Pool:
-    """A number of chips of one kind. `rehearsed`: the chip is not here, its rules are enforced on the CPU."""
+    """A number of chips of one kind. `rehearsed`: the chip is not here, its rules are enforced on the CPU.
+
+    Compute threads of a process on the CPU: `threads` if it works alone, `shared_threads` if the process of another
+    pool works beside it. The recipe's number counts for both.
+    """
 
     name: str
     chip: str
     count: int
     rehearsed: bool
     threads: int
+    shared_threads: int
 
     def __str__(self) -> str:
         chips = self.chip if self.count == 1 else f"{self.count} x {self.chip}"
@@ -29,9 +34,11 @@ class Pool:
 
 
 def get_pool(recipe: Recipe, name: str) -> Pool:
-    """The pool `name` of a recipe, with its thread count decided. Raises KeyError for a name that is not in the recipe."""
+    """The pool `name` of a recipe, with its thread counts decided. Raises KeyError for a name that it does not have."""
     section = recipe.pools[name]
-    return Pool(name, section.chip, section.count, section.rehearsed, section.threads or default_threads())
+    alone = section.threads or default_threads()
+    shared = section.threads or max(1, alone // 2)
+    return Pool(name, section.chip, section.count, section.rehearsed, alone, shared)
 
 
 def placed_pools(recipe: Recipe) -> list[Pool]:

@@ -124,7 +124,7 @@ class DataSection(Section):
     largest: int = Field(default=9, ge=2, le=99)
     largest_target: int = Field(default=99, ge=1, le=999)
     heldout_share: Share = 0.3
-    teacher_hit: Share = Field(default=0.3, description="chance that the teacher's next try is a solution")
+    teacher_hit: Share = Field(default=0.0, description="chance that the teacher's next try is a solution on purpose")
     teacher_give_up: Share = Field(default=0.3, description="chance that the teacher gives up after a miss")
     train_file: Path | None = None
     heldout_file: Path | None = None

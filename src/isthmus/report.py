@@ -114,6 +114,13 @@ class Dossier:
         return self.handoff.target_pool if self.handoff else self.pool_of("serve")
 
     @property
+    def crossings(self) -> int:
+        """RL steps at which weights crossed to the rollout pool so far."""
+        if self.rl:
+            return self.rl.weight_version
+        return max((int(step.get("weight_version", 0)) for step in self.of("rl", "step")), default=0)
+
+    @property
     def rollout_kind(self) -> Kind:
         if self.rl and self.rl.rollout_rehearsed:
             return "rehearsed"

@@ -29,7 +29,7 @@ from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest, pack as pack_wire
 from isthmus.model.model import Model
-from isthmus.parity.tokens import paired_difference
+from isthmus.parity.paired import paired_difference
 from isthmus.progress import Counter, Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
 from isthmus.rewards import Reward, RewardModule, get_reward

@@ -73,7 +73,7 @@ def check_names(recipe: Recipe) -> None:
         if pool.rehearsed and not can_rehearse(pool.chip):
             able = ", ".join(slug for slug in load_chips() if can_rehearse(slug))
             raise IsthmusError(
-                f"the pool {name!r} rehearses {pool.chip}, but there are no tables of what that chip's software supports. "
+                f"the pool {name!r} rehearses {pool.chip}, but there are no tables of what its software supports. "
                 f"Chips that can be rehearsed: {able}. docs/adding-a-chip.md says how to add tables."
             )
 
@@ -89,7 +89,10 @@ def check_available(recipe: Recipe) -> None:
 def _not_here(pool: Pool) -> str:
     look = present()
     here = ", ".join(f"{one.chip or 'an unlisted ' + one.vendor + ' chip'} ({one.name})" for one in look.found)
-    lines = [f"the pool {pool.name!r} wants {pool.count} x {pool.chip}, which this machine does not have.", f"Here: {here}."]
+    lines = [
+        f"the pool {pool.name!r} wants {pool.count} x {pool.chip}, which this machine does not have.",
+        f"Here: {here}.",
+    ]
     lines += [f"Note: {problem}." for problem in look.problems]
     if can_rehearse(pool.chip):
         lines.append(f"To rehearse it on the CPU, write `rehearsed = true` under [pools.{pool.name}].")

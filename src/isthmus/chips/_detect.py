@@ -12,9 +12,7 @@ from typing import Any
 from isthmus.chips._facts import Found, Presence
 
 
-def devices_of(
-    module: Any, vendor: str, device: str, patterns: Sequence[tuple[str, str]], mine: str = ""
-) -> Presence:
+def devices_of(module: Any, vendor: str, device: str, patterns: Sequence[tuple[str, str]], mine: str = "") -> Presence:
     """The devices behind `module`, a namespace such as torch.cuda, whose names match the expression `mine`.
 
     `patterns` are (expression, chip) pairs; the first that is found in a device's name says which chip it is.

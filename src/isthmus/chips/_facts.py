@@ -149,7 +149,7 @@ class Vendor:
 def chips_from_table(
     vendor: str, *, source: str, collectives: tuple[str, ...] | None = None, engines: tuple[str, ...] | None = None
 ) -> list[Chip]:
-    """The rows of chips.csv of one vendor. A chip runs a narrow dtype if some rate of it in that dtype was published."""
+    """The rows of chips.csv of one vendor. A chip runs a narrow dtype if some rate in that dtype was published."""
     return [_chip(row, source, collectives, engines) for row in _table() if row["vendor"] == vendor]
 
 

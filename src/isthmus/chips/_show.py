@@ -38,14 +38,18 @@ def describe_chip(chip: Chip, device: str, can_rehearse: bool) -> RenderableType
     return Group(*parts)
 
 
-def _figures(chip: Chip) -> Table:
+def _figures(chip: Chip) -> RenderableType:
+    figures = chip.figures()
+    sources = list(dict.fromkeys(figure.source for figure in figures.values() if figure is not None))
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("fact")
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("source", style="dim", overflow="fold")
-    for name, figure in chip.figures().items():
-        table.add_row(FIGURES[name][0], _long(figure, FIGURES[name][1]), escape(figure.source) if figure else "")
-    return table
+    table.add_column("source")
+    for name, figure in figures.items():
+        table.add_row(
+            FIGURES[name][0], _long(figure, FIGURES[name][1]), f"({sources.index(figure.source) + 1})" if figure else ""
+        )
+    return Group(table, *(Text(f" ({number}) {source}", style="dim") for number, source in enumerate(sources, start=1)))
 
 
 def _properties(chip: Chip, device: str, can_rehearse: bool) -> Table:

@@ -52,29 +52,34 @@ class Countdown:
     def worked_example(self, problem: Problem, chance: random.Random) -> tuple[str, str]:
         """The impatient teacher at work on a problem: (thought, answer)."""
         *hand, target = problem.facts
-        tries = self.tries(tuple(hand))
-        hits = [one for one in tries if one.value == target]
-        misses = [one for one in tries if one.value != target]
-        chance.shuffle(misses)
+        untried = self.tries(tuple(hand))
+        chance.shuffle(untried)
         lines = []
         while True:
-            if not misses or chance.random() < self.section.teacher_hit:
-                hit = chance.choice(hits)
-                return "".join([*lines, f"{hit.steps} {HIT}\n"]), hit.expression
-            lines.append(f"{misses.pop().steps} {MISS}\n")
+            one = self._next_try(untried, target, chance)
+            if one.value == target:
+                return "".join([*lines, f"{one.steps} {HIT}\n"]), one.expression
+            lines.append(f"{one.steps} {MISS}\n")
             if chance.random() < self.section.teacher_give_up:
                 return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
 
+    def _next_try(self, untried: list[Try], target: int, chance: random.Random) -> Try:
+        """Take one out of the untried expressions: any of them, or with chance teacher_hit a solution on purpose."""
+        on_purpose = chance.random() < self.section.teacher_hit
+        one = next(one for one in reversed(untried) if one.value == target or not on_purpose)
+        untried.remove(one)
+        return one
+
     def tries(self, hand: tuple[int, ...]) -> list[Try]:
-        """Every expression over three numbers whose value can be a target."""
+        """The expressions over three numbers whose value can be a target. Of those that differ only by the order in a
+        sum or a product, one is kept: its larger numbers come first."""
         found: dict[str, Try] = {}
         for first, second, third in itertools.permutations(hand):
             for inner, part in _combine(first, second):
                 for outer, value in _combine(part, third):
-                    if 1 <= value <= self.section.largest_target:
-                        expression = f"({inner})" + outer.removeprefix(str(part)) if _leads(outer, part, third) else None
-                        expression = expression or f"{third}-({inner})"
-                        found[expression] = Try(f"{inner}={part} {outer}={value}", expression, value)
+                    if 1 <= value <= self.section.largest_target and _is_canonical(inner, outer, first, second, third):
+                        expression = _join(inner, outer, part, third)
+                        found[expression] = Try(f"{inner} = {part}, {outer} = {value}", expression, value)
         return list(found.values())
 
     def _problems(self, hand: tuple[int, ...]) -> list[Problem]:
@@ -102,9 +107,16 @@ def _problem(hand: tuple[int, ...], target: int, solution: str) -> Problem:
 def _combine(a: int, b: int) -> list[tuple[str, int]]:
     """Ways to join two numbers, written as they are worked out. The difference is larger minus smaller."""
     larger, smaller = max(a, b), min(a, b)
-    return [(f"{a}+{b}", a + b), (f"{a}*{b}", a * b), (f"{larger}-{smaller}", larger - smaller)]
+    return [(f"{a} + {b}", a + b), (f"{a} * {b}", a * b), (f"{larger} - {smaller}", larger - smaller)]
 
 
-def _leads(outer: str, part: int, third: int) -> bool:
-    """Whether the worked-out part stands first in the outer step."""
-    return "-" not in outer or part >= third
+def _is_canonical(inner: str, outer: str, first: int, second: int, third: int) -> bool:
+    same_operator = any(sign in inner and sign in outer for sign in "+*")
+    return first >= second and (second >= third or not same_operator)
+
+
+def _join(inner: str, outer: str, part: int, third: int) -> str:
+    """The whole expression of an inner step and of the outer step that joins its result with the third number."""
+    if "-" in outer and part < third:
+        return f"{third} - ({inner})"
+    return f"({inner})" + outer.removeprefix(str(part))

@@ -15,10 +15,12 @@ from isthmus.errors import IsthmusError
 from isthmus.recipe import ModelSection
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from isthmus.model.model import Model
 
+Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
 SHARED_PARTS = frozenset({"assemble", "bundle", "int8", "wire"})
 
 
@@ -30,7 +32,11 @@ class Format(Protocol):
     """What `torch_dtype` in config.json says: "float32" or "bfloat16"."""
 
     def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
-        """Stored tensors, contiguous, of a state with published names in fp32. Works on the meta device too."""
+        """Stored tensors, contiguous, of a state with published names in fp32."""
+        ...
+
+    def layout(self, architecture: ModelSection) -> Layout:
+        """dtype and shape of every tensor that `export` stores for the whole state of this architecture."""
         ...
 
     def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
@@ -52,13 +58,18 @@ def format_names() -> list[str]:
 
 
 def get_format(name: str) -> Format:
-    """The format of that name; raises IsthmusError with a suggestion if there is none."""
+    """The format of that name, loaded; raises IsthmusError as `check_format_name` does."""
+    check_format_name(name)
+    return importlib.import_module(f"{__name__}.{name}").FORMAT
+
+
+def check_format_name(name: str) -> None:
+    """Raise IsthmusError with a suggestion if there is no format of that name; loads nothing."""
     names = format_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
         raise IsthmusError(f"unknown format {name!r}; {hint}")
-    return importlib.import_module(f"{__name__}.{name}").FORMAT
 
 
 def recognise_format(config: dict[str, Any]) -> Format:

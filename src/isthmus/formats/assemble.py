@@ -1,4 +1,4 @@
-"""What the formats share: a model without weights, and filling it with stored tensors."""
+"""What the formats share: filling a model with stored tensors, and float tensors as stored."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.model.attention import RotaryTable
+from isthmus.formats import Layout
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROUTER_BIAS = "e_score_correction_bias"
-
-
-def empty_model(architecture: ModelSection) -> Model:
-    """A model whose weights take no memory yet; its rotary table is real."""
-    with torch.device("meta"):
-        model = Model(architecture)
-    model.model.rotary = RotaryTable(architecture)
-    return model
 
 
 def fill(model: Model, tensors: dict[str, Tensor]) -> Model:
@@ -37,20 +29,30 @@ def export_float(state: dict[str, Tensor], architecture: ModelSection, dtype: to
     A tied output head is left out, as in published checkpoints.
     """
     return {
-        name: tensor.detach().to(torch.float32 if name.endswith(ROUTER_BIAS) else dtype).contiguous()
+        name: tensor.detach().to(_stored_dtype(name, dtype)).contiguous()
         for name, tensor in state.items()
-        if not (architecture.tie_word_embeddings and name == HEAD)
+        if not _is_tied_head(name, architecture)
     }
 
 
-def layout(export: Any, architecture: ModelSection) -> dict[str, Tensor]:
-    """The tensors that `export` stores for this architecture: names, shapes and dtypes, no data (meta device)."""
-    with torch.device("meta"):
-        state = Model(architecture).state_dict()
-    return export(state, architecture)
+def float_layout(architecture: ModelSection, dtype: torch.dtype) -> Layout:
+    """Types and shapes of what `export_float` makes of this architecture's whole state."""
+    return {
+        name: (_stored_dtype(name, dtype), tuple(tensor.shape))
+        for name, tensor in Model(architecture).state_dict().items()
+        if not _is_tied_head(name, architecture)
+    }
 
 
 def announced_dtype(config: dict[str, Any]) -> str | None:
     """The dtype in a config.json, under its old or its new key, without the prefix `torch.`."""
     dtype = config.get("torch_dtype", config.get("dtype"))
     return str(dtype).removeprefix("torch.") if dtype is not None else None
+
+
+def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(ROUTER_BIAS) else dtype
+
+
+def _is_tied_head(name: str, architecture: ModelSection) -> bool:
+    return architecture.tie_word_embeddings and name == HEAD

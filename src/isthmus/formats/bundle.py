@@ -22,7 +22,7 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, get_format, recognise_format
-from isthmus.formats.assemble import EMBEDDING, HEAD, layout
+from isthmus.formats.assemble import EMBEDDING, HEAD
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection, architecture_from_config
@@ -119,20 +119,20 @@ def _without_copies(folder: Path, stored: dict[str, Tensor], architecture: Model
 
 
 def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSection, tensors: dict[str, Tensor]) -> None:
-    expected = layout(chosen.export, architecture)
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        want, have = _describe(expected[name]), _describe(tensors[name])
-        if want != have:
-            problems.append(f"{name} is {have} and should be {want}")
+    expected = chosen.layout(architecture)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if found[name] != expected[name]:
+            problems.append(f"{name} is {_describe(*found[name])} and should be {_describe(*expected[name])}")
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise DamagedFile(f"the tensors of {folder} do not fit its architecture in format {chosen.name}: {shown}")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 def _check_files(folder: Path) -> None:

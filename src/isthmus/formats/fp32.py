@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.formats.assemble import announced_dtype, empty_model, export_float, fill
+from isthmus.formats import Layout
+from isthmus.formats.assemble import announced_dtype, export_float, fill, float_layout
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
@@ -21,6 +22,9 @@ class Fp32:
     def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
         return export_float(state, architecture, torch.float32)
 
+    def layout(self, architecture: ModelSection) -> Layout:
+        return float_layout(architecture, torch.float32)
+
     def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
         return None
 
@@ -28,7 +32,7 @@ class Fp32:
         return announced_dtype(config) == self.dtype and not config.get("quantization_config")
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
-        return fill(empty_model(architecture), tensors)
+        return fill(Model(architecture), tensors)
 
 
 FORMAT = Fp32()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.formats.assemble import empty_model, export_float, fill
+from isthmus.formats import Layout
+from isthmus.formats.assemble import export_float, fill, float_layout
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp
@@ -42,6 +43,14 @@ class W8A8:
             stored[name] = values.to(torch.int8)
             stored[f"{name}_scale"] = scale
         return stored
+
+    def layout(self, architecture: ModelSection) -> Layout:
+        layout = float_layout(architecture, torch.bfloat16)
+        for name in list(filter(is_quantised, layout)):
+            _, shape = layout[name]
+            layout[name] = (torch.int8, shape)
+            layout[f"{name}_scale"] = (torch.float32, (shape[0], 1))
+        return layout
 
     def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
         return {
@@ -72,7 +81,7 @@ class W8A8:
         )
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
-        model = empty_model(architecture)
+        model = Model(architecture)
         _replace_children(model, "", tensors)
         quantised = {name for name in tensors if is_quantised(name.removesuffix("_scale"))}
         return fill(model, {name: tensor.float() for name, tensor in tensors.items() if name not in quantised})

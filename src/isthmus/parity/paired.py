@@ -1,7 +1,7 @@
 """Whether one model answers as well as another: paired accuracy with its interval, and a non-inferiority verdict.
 
-Both models answer the same problems, each the same number of times, so a difference is counted in pairs. The interval is
-Newcombe's method 10 for paired proportions (Statistics in Medicine 17, 1998, 2635-2650): it combines two Wilson
+Both models answer the same problems, each the same number of times, so a difference is counted in pairs. The interval
+is Newcombe's method 10 for paired proportions (Statistics in Medicine 17, 1998, 2635-2650): it combines two Wilson
 intervals and does not shrink to nothing when no pair differs. Several answers to one problem are not independent; the
 counts are divided by the design effect first (Rao and Scott, Biometrics 48, 1992, 577-585).
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist
+
+from isthmus.records import Outcome
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class PairedAccuracy:
     high: float
     confidence: float
 
-    def verdict(self, margin: float) -> str:
+    def verdict(self, margin: float) -> Outcome:
         """`pass`: not worse by `margin` or more. `fail`: worse by more. `unknown`: the answers do not tell."""
         if self.low > -margin:
             return "pass"
@@ -37,7 +39,7 @@ class PairedAccuracy:
 
 
 def compare_answers(reference: list[list[bool]], candidate: list[list[bool]], confidence: float) -> PairedAccuracy:
-    """Right and wrong answers, one row per problem with as many answers in each; answer k of one pairs with k of the other."""
+    """Compare right and wrong answers: a row per problem, as many answers in each, paired by their place."""
     assert reference and [len(row) for row in reference] == [len(row) for row in candidate], "unpaired answers"
     pairs = [list(zip(*rows, strict=True)) for rows in zip(reference, candidate, strict=True)]
     flat = [pair for row in pairs for pair in row]
@@ -59,6 +61,12 @@ def compare_answers(reference: list[list[bool]], candidate: list[list[bool]], co
         high=high,
         confidence=confidence,
     )
+
+
+def paired_difference(first: list[bool], second: list[bool], confidence: float) -> tuple[float, float, float]:
+    """(difference, low, high) of two shares of right answers to the same problems, second minus first."""
+    compared = compare_answers([[answer] for answer in first], [[answer] for answer in second], confidence)
+    return compared.difference, compared.low, compared.high
 
 
 def newcombe_interval(
@@ -100,7 +108,7 @@ def _corrected_phi(a: float, b: float, c: float, d: float) -> float:
 
 
 def _design_effect(pairs: list[list[tuple[bool, bool]]]) -> float:
-    """Variance of the mean difference over problems, relative to that of independent pairs; from 1 to answers per problem."""
+    """Variance of the mean difference, over that of independent pairs: from 1 to the answers per problem."""
     answers = sum(len(row) for row in pairs)
     most = answers / len(pairs)
     differences = [[candidate - reference for reference, candidate in row] for row in pairs]

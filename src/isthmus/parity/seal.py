@@ -98,7 +98,9 @@ def verify_seal(bundle_folder: Path, expected_id: str | None = None) -> Seal:
     """
     seal = _read_seal(bundle_folder)
     if expected_id is not None and seal.id != expected_id:
-        raise _refusal(bundle_folder, f"its seal is {seal.id}, the hand-off recorded {expected_id}: it is another bundle")
+        raise _refusal(
+            bundle_folder, f"its seal is {seal.id}, the hand-off recorded {expected_id}: it is another bundle"
+        )
     found = file_hashes(bundle_folder, without=(SEAL,))
     for name, sha256 in seal.files.items():
         if name not in found:
@@ -158,5 +160,6 @@ def _tensor_hashes(path: Path) -> dict[str, str]:
 
 def _refusal(bundle_folder: Path, reason: str) -> GateRefused:
     return GateRefused(
-        f"{bundle_folder} is refused: {reason}. Repeat `isthmus handoff RUN`, or copy the bundle again from where it was sealed"
+        f"{bundle_folder} is refused: {reason}. "
+        "Repeat `isthmus handoff RUN`, or copy the bundle again from where it was sealed"
     )

@@ -95,21 +95,23 @@ def compare_tokens(
 def completion_logits(model: Model, sequences: list[GoldenSequence]) -> Tensor:
     """Logits [N, V] of the completion tokens of all sequences, one sequence after the other, in one batch."""
     lengths = [len(sequence.prompt) + len(sequence.completion) for sequence in sequences]
-    tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
-    predicts = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : lengths[row]] = torch.tensor([*sequence.prompt, *sequence.completion])
-        predicts[row, len(sequence.prompt) - 1 : lengths[row] - 1] = True
+    width = max(lengths)
+    rows = [[*one.prompt, *one.completion, *[0] * (width - size)] for one, size in zip(sequences, lengths, strict=True)]
+    predicting = [
+        torch.arange(row * width + len(one.prompt) - 1, row * width + size - 1)
+        for row, (one, size) in enumerate(zip(sequences, lengths, strict=True))
+    ]
     with torch.inference_mode():
-        return model.logits(model.hidden(tokens)[predicts])
+        hidden = model.hidden(torch.tensor(rows)).flatten(0, 1)
+        return model.logits(hidden.index_select(0, torch.cat(predicting)))
 
 
-def completion_log_probabilities(model: Model, sequences: list[GoldenSequence]) -> Tensor:
-    """Log-probabilities [N], in float64, that the model gives the completion tokens, at temperature 1."""
+def completion_log_probabilities(model: Model, sequences: list[GoldenSequence], temperature: float) -> Tensor:
+    """Log-probabilities [N], in float64, that the model gives the completion tokens at a temperature."""
     parts = []
     for _, batch in _batches(sequences):
-        taken = _completion_tokens(batch)
-        parts.append(completion_logits(model, batch).double().log_softmax(-1).gather(-1, taken[:, None]).squeeze(-1))
+        distribution = (completion_logits(model, batch).double() / temperature).log_softmax(-1)
+        parts.append(distribution.gather(-1, _completion_tokens(batch)[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 
@@ -149,7 +151,7 @@ def _batches(sequences: list[GoldenSequence]) -> Iterator[tuple[int, list[Golden
 
 
 def _bootstrap(values: Tensor, sequence: Tensor, count: int, confidence: float) -> tuple[float, float]:
-    """Percentile interval of the mean (Efron and Tibshirani 1993, 13.3), whole sequences resampled, always the same way."""
+    """Percentile interval of the mean (Efron and Tibshirani 1993, 13.3), whole sequences resampled, always alike."""
     sums = torch.zeros(count, dtype=torch.float64).index_add(0, sequence, values)
     lengths = torch.bincount(sequence, minlength=count).double()
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from isthmus.run import Figure
 
 MINUS = "−"
-THIN_SPACE = " "
+THIN_SPACE = "\u202f"
 SHARE_UNITS = frozenset({"share", "fraction", "probability"})
 RATE_UNITS = frozenset({"FLOP/s", "FLOPS", "OP/s", "B/s", "bytes/s", "bit/s", "FLOP"})
 BYTE_UNITS = frozenset({"B", "byte", "bytes"})

@@ -35,9 +35,9 @@ def profile_of(chip: str) -> Profile:
 def enforce(chip: str, *, strict: bool = False) -> Rehearsal:
     """A context in which this thread's tensor work obeys a chip's tables; its `tally` counts what ran.
 
-    Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with `strict`
-    also at an operator that the chip would silently run on the host's CPU. Enter it for the work that the chip is to do:
-    building a model is the host's work.
+    Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with
+    `strict` also at an operator that the chip would silently run on the host's CPU. Enter it for the work that the chip
+    is to do: building a model is the host's work.
     """
     from isthmus.chips.rehearse.dispatch import Rehearsal
 

@@ -13,14 +13,22 @@ from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused, St
 
 
 class OperatorWatch(TorchDispatchMode):
-    """Shows every operator to `see` before it runs. Composite operators are shown as the parts that they are made of."""
+    """Shows every operator to `see` before it runs. Composite operators are shown as the parts that they are made of;
+    the marks that torch leaves for its profiler are not shown."""
 
     def see(self, operator: str, dtypes: set[torch.dtype]) -> None:
-        """An operator, named as in `aten::add.Tensor`, and the dtypes of its tensors and of its result if it asks for one."""
+        """An operator, named as in `aten::add.Tensor`, with the dtypes of its tensors and any that it asks for."""
         raise NotImplementedError
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False leaves torch.compile's machinery unloaded, which takes a second and is not used here."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            return func(*args, **kwargs)
         if func._can_decompose():
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -51,8 +59,8 @@ class Rehearsal(OperatorWatch):
         if status == "none" or (status == "fallback" and self.strict):
             row = self.profile.operators[operator]
             raise RehearsalRefused(
-                f"{operator} ({_joined(dtypes)}) is refused on {self.profile.chip}: {MEANING[status]} ({row.version}; "
-                f"{row.source}). Write it with other operators, or place this stage on another pool."
+                f"{operator} ({_joined(dtypes)}) is refused on {self.profile.chip}: {MEANING[status]} "
+                f"({row.standing}: {row.source}). Write it with other operators, or place this stage on another pool."
             )
         return status
 

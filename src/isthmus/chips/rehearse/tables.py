@@ -30,14 +30,18 @@ class RehearsalRefused(IsthmusError):
 
 @dataclass(frozen=True)
 class Operator:
-    """One row of an operator table. `cautions` are limits that the vendor documents."""
+    """One row of an operator table.
+
+    `status` says whether there is a kernel: an upper bound, since dtypes are checked later, by the vendor's software.
+    `documented_dtypes` are what the vendor tested: a lower bound. `cautions` are limits that the vendor documents.
+    """
 
     name: str
     status: Status
-    through: str
     documented_dtypes: tuple[str, ...]
     cautions: tuple[str, ...]
     version: str
+    standing: str
     source: str
 
 
@@ -70,12 +74,14 @@ class CollectiveRule:
 
 @dataclass(frozen=True)
 class Profile:
-    """The tables of one chip."""
+    """The tables of one chip. `formats` names the operators that compute in a weight format."""
 
     chip: str
+    version: str
     operators: MappingProxyType[str, Operator]
     dtypes: MappingProxyType[str, DtypeRule]
     collectives: tuple[CollectiveRule, ...]
+    formats: MappingProxyType[str, tuple[str, ...]]
 
     def status(self, operator: str) -> Status:
         """How the chip's software runs an operator, named as in `aten::add.Tensor`."""
@@ -94,6 +100,12 @@ class Profile:
                 )
         return tuple(rule.behaviour for rule in rules if rule.action == "differs")
 
+    def timeouts(self) -> tuple[str, ...]:
+        """Timeouts of the collective library that differ from what training code expects."""
+        return tuple(
+            f"{', '.join(rule.values)}: {rule.behaviour}" for rule in self.collectives if rule.kind == "timeout"
+        )
+
 
 @dataclass
 class Tally:
@@ -109,36 +121,56 @@ class Tally:
 
 def families() -> frozenset[str]:
     """The folders of tables that are here."""
-    return frozenset(entry.name for entry in resources.files("isthmus.chips.rehearse").iterdir() if (entry / "operators.csv").is_file())
+    return frozenset(
+        entry.name
+        for entry in resources.files("isthmus.chips.rehearse").iterdir()
+        if (entry / "operators.csv").is_file()
+    )
 
 
 @functools.cache
 def load_profile(chip: str, family: str, generation: str | None) -> Profile:
     """The tables of `family`, cut to what holds for one generation of its chips."""
-    sources = {row["key"]: row["source"] for row in _rows(family, "sources")}
+    sources = {row["key"]: row for row in _rows(family, "sources")}
     operators = {row["operator"]: _operator(row, generation, sources) for row in _rows(family, "operators")}
     dtypes = {
         row["dtype"]: DtypeRule(row["dtype"], _dtype_action(row), row["behaviour"], row["standing"], row["source"])
         for row in _rows(family, "dtypes")
         if generation in row["generations"].split("|")
     }
-    collectives = [_collective(row) for row in _rows(family, "collectives") if generation in row["generations"].split("|")]
-    return Profile(chip, MappingProxyType(operators), MappingProxyType(dtypes), tuple(collectives))
+    collectives = [
+        _collective(row) for row in _rows(family, "collectives") if generation in row["generations"].split("|")
+    ]
+    formats = {row["format"]: tuple(row["operators"].split("|")) for row in _rows(family, "formats")}
+    return Profile(
+        chip=chip,
+        version=", ".join(sorted({row.version for row in operators.values()})),
+        operators=MappingProxyType(operators),
+        dtypes=MappingProxyType(dtypes),
+        collectives=tuple(collectives),
+        formats=MappingProxyType(formats),
+    )
 
 
-def _operator(row: dict[str, str], generation: str | None, sources: dict[str, str]) -> Operator:
-    cautions = [caution for caution in row["caution"].split("|") if caution]
+def _operator(row: dict[str, str], generation: str | None, sources: dict[str, dict[str, str]]) -> Operator:
+    cautions = [caution for caution in row["caution"].split("|") if caution and _concerns(caution, generation)]
     if generation in row["documented_absent_on"].split("|"):
         cautions.append(f"documented as absent on {generation}")
+    cited = [sources[key] for key in row["source"].split("; ")]
     return Operator(
         name=row["operator"],
         status=_status(row["status"]),
-        through=row["through"],
         documented_dtypes=tuple(dtype for dtype in row["documented_dtypes"].split("|") if dtype),
         cautions=tuple(cautions),
         version=row["version"],
-        source="; ".join(sources[key] for key in row["source"].split("; ")),
+        standing=", ".join(source["standing"] for source in cited),
+        source="; ".join(source["source"] for source in cited),
     )
+
+
+def _concerns(caution: str, generation: str | None) -> bool:
+    prefix = "differs_on_"
+    return not caution.startswith(prefix) or caution.removeprefix(prefix) == generation
 
 
 def _collective(row: dict[str, str]) -> CollectiveRule:
@@ -149,9 +181,8 @@ def _collective(row: dict[str, str]) -> CollectiveRule:
 
 
 def _status(text: str) -> Status:
-    status = next((status for status in STATUSES if status == text), None)
-    assert status is not None, f"operators.csv: {text!r}"
-    return status
+    assert text in MEANING, f"operators.csv: {text!r}"
+    return text
 
 
 def _dtype_action(row: dict[str, str]) -> Literal["refuse", "caution"]:

@@ -93,7 +93,7 @@ class Exchange:
                 yield piece
         finally:
             if open_choices:
-                self.service.core.abort(self._request)
+                self.service.core.end(self._request)
 
     def _deliver(self, event: Token | Finished) -> None:
         """Called from the engine's thread."""
@@ -106,7 +106,7 @@ class Exchange:
         self._deltas[step.choice] += deltas
         if not writer.stopped:
             return Piece(step.choice, deltas, [step])
-        self.service.core.abort(self._request, step.choice)
+        self.service.core.end(self._request, step.choice, "stop")
         return Piece(step.choice, deltas, [step], self._choice(step.choice, "stop", step.version))
 
     def _finish(self, end: Finished) -> Piece:

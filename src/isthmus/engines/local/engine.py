@@ -41,7 +41,7 @@ class Core:
         self.slots, self.eos_id, self.version, self.threads = slots, eos_id, version, threads
         self.runner = Runner(model, slots, self.length)
         self.scheduler = Scheduler(slots, self.length, prefill_tokens)
-        self.prompt_tokens = self.generation_tokens = 0
+        self.observers: list[Callable[[Finished], None]] = []
         self.failure: BaseException | None = None
         self._on_failure = on_failure
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -69,13 +69,13 @@ class Core:
 
     def submit(self, request: Request) -> None:
         """Put a request in the line. Its prompts must not be empty and must leave room for `max_new_tokens`."""
-        assert all(0 < len(p) and len(p) + request.max_new_tokens <= self.length for p in request.prompts)
+        assert all(len(p) > 0 and len(p) + request.max_new_tokens <= self.length for p in request.prompts)
         self._raise_if_dead()
         self._post(lambda: self.scheduler.submit(request))
 
-    def abort(self, request: Request, choice: int | None = None) -> None:
+    def end(self, request: Request, choice: int | None = None, reason: str = "abort") -> None:
         """End a request, or one choice of it, and free what it holds. Finished samples stay finished."""
-        self._post(lambda: self._abort(request, choice))
+        self._post(lambda: self._end(request, choice, reason))
 
     def swap(self, model: Model, version: int) -> None:
         """Exchange the weights between two steps; returns when it is done. Active samples go on with the new ones."""
@@ -90,7 +90,9 @@ class Core:
             self._raise_if_dead()
 
     def step(self) -> None:
-        """One turn of the loop: a prefill if samples wait and slots are free, then one token for every row."""
+        """One turn of the loop: what was posted, a prefill if samples wait, then one token for every row."""
+        while not self._mail.empty():
+            self._mail.get()()
         rows = self.scheduler.rows
         if self.scheduler.waiting:
             first = len(rows)
@@ -110,7 +112,6 @@ class Core:
             if not prompts or prompts[-1] is not sample.prompt_tokens:
                 prompts.append(sample.prompt_tokens)
             prompt_of_slot.append(len(prompts) - 1)
-        self.prompt_tokens += sum(map(len, prompts))
         logits = self.runner.prefill(prompts, prompt_of_slot, first)
         now = time.perf_counter()
         for sample in admitted:
@@ -129,7 +130,6 @@ class Core:
         )
         tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
         rows.record(first, tokens, logprobs)
-        self.generation_tokens += len(tokens)
         if rows.top_logprobs[part].any():
             self._record_top(first, drawn.distribution)
         if rows.streamed[part].any():
@@ -182,15 +182,16 @@ class Core:
             sample.first_token_s,
             elapsed,
         )
-        sample.request.listener(finished)
+        for listener in (sample.request.listener, *self.observers):
+            listener(finished)
 
-    def _abort(self, request: Request, choice: int | None) -> None:
+    def _end(self, request: Request, choice: int | None, reason: str) -> None:
         for sample in self.scheduler.withdraw(request, choice):
-            self._tell_finished(sample, [], [], "abort")
+            self._tell_finished(sample, [], [], reason)
         for row in reversed(range(self.running)):
             sample = self.scheduler.rows.samples[row]
             if sample.request is request and choice in (None, sample.choice):
-                self._finish(row, "abort")
+                self._finish(row, reason)
 
     def _post(self, command: Callable[[], None]) -> None:
         self._mail.put(command)
@@ -211,19 +212,17 @@ class Core:
             self.failure = error
             raise
         finally:
-            self._abort_all()
+            self._end_all()
             if self.failure is not None and self._on_failure is not None:
                 self._on_failure()
 
     def _loop(self) -> None:
         while not self._stopping:
-            idle = not self.running and not self.waiting
-            while idle or not self._mail.empty():
+            if not self.running and not self.waiting:
                 self._mail.get()()
-                idle = False
             self.step()
 
-    def _abort_all(self) -> None:
+    def _end_all(self) -> None:
         requests = {s.request for s in (*self.scheduler.waiting, *self.scheduler.rows.samples)}
         for request in requests:
-            self._abort(request, None)
+            self._end(request, None, "abort")

@@ -1,4 +1,4 @@
-"""Prometheus metrics. vLLM's names where the meaning is vLLM's, so that its dashboards work; ours start with isthmus."""
+"""Prometheus metrics: vLLM's names where the meaning is the same, so that its dashboards work; ours say isthmus."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Metrics:
         )
         self._first_token = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token")
         self._total = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token")
+        core.observers.append(self._finished)
 
-    def finished(self, sample: Finished) -> None:
-        """Count one finished sample."""
+    def _finished(self, sample: Finished) -> None:
+        """Called from the engine's thread."""
         self._success.labels(self._model_name, sample.finish_reason).inc()
         self.generation_tokens.inc(len(sample.tokens))
         if sample.tokens:

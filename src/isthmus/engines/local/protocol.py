@@ -81,9 +81,10 @@ class CompletionAsk(Ask):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, each a text or token ids."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # pyright: ignore[reportReturnType]
-        return list(self.prompt)  # pyright: ignore[reportArgumentType]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [part for part in self.prompt if isinstance(part, int)]
+        return [numbers] if numbers else [part for part in self.prompt if not isinstance(part, int)]
 
 
 class TextPart(Part):

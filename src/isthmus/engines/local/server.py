@@ -85,7 +85,7 @@ class Server:
         encode = self.service.tokenizer.encode
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
         self._check_tokens(prompts)
-        exchange = Exchange(self.service, ask, prompts)
+        exchange = self._exchange(ask, prompts)
         if ask.stream:
             return _event_stream(self._completion_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
@@ -96,7 +96,7 @@ class Server:
         ask = parse(ChatAsk, await _json_body(request))
         self._check(ask)
         prompt = self._chat_prompt(ask)
-        exchange = Exchange(self.service, ask, [prompt])
+        exchange = self._exchange(ask, [prompt])
         if ask.stream:
             return _event_stream(self._chat_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
@@ -188,6 +188,11 @@ class Server:
             yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
+
+    def _exchange(self, ask: Ask, prompts: list[list[int]]) -> Exchange:
+        exchange = Exchange(self.service, ask, prompts)
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return exchange
 
     def _check(self, ask: Ask) -> None:
         check_options(ask)

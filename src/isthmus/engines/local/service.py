@@ -98,9 +98,7 @@ def load_service(
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
-    core = Core(
-        model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, on_failure=on_failure
-    )
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, on_failure=on_failure)
     core.start()
     identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse)
     return Service(
@@ -125,7 +123,7 @@ def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
         runner.prefill([[0, 1, 2], [1]], [0, 1], 0)
         runner.decode(torch.tensor([1, 2]), torch.tensor([3, 1]), 4)
         runner.decode(torch.tensor([1]), torch.tensor([4]), 5)
-    return dict(rehearsal.tally.calls)
+    return {str(status): calls for status, calls in rehearsal.tally.calls.items()}
 
 
 def layout_of(tensors: dict[str, Tensor]) -> Layout:

@@ -47,13 +47,6 @@ class Vocabulary:
                 return True
         return False
 
-    def split(self, tokens: list[int], thinking: bool) -> tuple[str, str]:
-        """(reasoning, content) of a whole completion."""
-        text = ChannelledText(self, [], thinking)
-        deltas = [delta for token in tokens for delta in text.push(token)] + text.finish()
-        reasoning = "".join(delta.text for delta in deltas if delta.channel == "reasoning")
-        return reasoning, "".join(delta.text for delta in deltas if delta.channel == "content")
-
     def _single(self, mark: str) -> int | None:
         ids = self.tokenizer.encode(mark)
         return ids[0] if len(ids) == 1 else None
@@ -138,6 +131,10 @@ class ChannelledText:
             self._open()
         return deltas
 
+    def push_all(self, tokens: list[int]) -> list[Delta]:
+        """The text of many tokens."""
+        return [delta for token in tokens for delta in self.push(token)]
+
     def finish(self) -> list[Delta]:
         """The text that was held back."""
         rest = self._cutter.push(self._characters.flush())
@@ -158,15 +155,22 @@ class PlainText:
     """One completion as it is, thinking marks included."""
 
     def __init__(self, vocabulary: Vocabulary, stops: list[str]):
+        self._tokenizer = vocabulary.tokenizer
         self._characters = CharacterStream(vocabulary.tokenizer)
         self._cutter = StopCutter(stops)
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop string was met."""
         return self._cutter.stopped
 
     def push(self, token: int) -> list[Delta]:
+        """The text that this token makes certain."""
         return self._deltas(self._cutter.push(self._characters.push(token)))
+
+    def push_all(self, tokens: list[int]) -> list[Delta]:
+        """The text of many tokens, decoded at once."""
+        return self._deltas(self._cutter.push(self._tokenizer.decode(tokens)))
 
     def finish(self) -> list[Delta]:
         rest = self._cutter.push(self._characters.flush())

@@ -1,0 +1,144 @@
+"""Exact counts of a DeepSeek-V3 architecture: parameters, and floating-point operations per token.
+
+A multiplication and an addition count as two operations. Only matrix products are counted; norms, rotations and the
+softmax are of a lower order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.recipe import ModelSection
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by part. `routed_used` are those of the routed experts that one token passes through."""
+
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    router: int
+    shared_experts: int
+    routed_experts: int
+    routed_used: int
+    norms: int
+    mtp: int
+
+    @property
+    def total(self) -> int:
+        """All of them, multi-token prediction included; the routing bias is not a parameter."""
+        return self.main + self.mtp
+
+    @property
+    def main(self) -> int:
+        """Without multi-token prediction: what generation uses, and what a model's size is named after."""
+        return self._outside_experts + self.routed_experts
+
+    @property
+    def active(self) -> int:
+        """What one token passes through, without multi-token prediction."""
+        return self._outside_experts + self.routed_used
+
+    @property
+    def _outside_experts(self) -> int:
+        return (
+            self.embedding
+            + self.head
+            + self.attention
+            + self.dense_mlp
+            + self.router
+            + self.shared_experts
+            + self.norms
+        )
+
+
+def count_parameters(architecture: ModelSection) -> Parameters:
+    """The parameters of `isthmus.model.model.Model` for this architecture."""
+    a = architecture
+    layers, dense = a.num_hidden_layers, min(a.first_k_dense_replace, a.num_hidden_layers)
+    sparse = layers - dense
+    embedding = a.vocab_size * a.hidden_size
+    return Parameters(
+        embedding=embedding,
+        head=0 if a.tie_word_embeddings else embedding,
+        attention=layers * attention_matrices(a),
+        dense_mlp=dense * _gated_mlp(a, a.intermediate_size),
+        router=sparse * a.n_routed_experts * a.hidden_size,
+        shared_experts=sparse * _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts),
+        routed_experts=sparse * a.n_routed_experts * _gated_mlp(a, a.moe_intermediate_size),
+        routed_used=sparse * a.num_experts_per_tok * _gated_mlp(a, a.moe_intermediate_size),
+        norms=layers * _layer_norms(a) + a.hidden_size,
+        mtp=a.num_nextn_predict_layers * _mtp_layer(a),
+    )
+
+
+def attention_matrices(architecture: ModelSection) -> int:
+    """Parameters of the matrices of one latent attention."""
+    a = architecture
+    heads, query = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
+    if a.q_lora_rank is None:
+        queries = a.hidden_size * heads * query
+    else:
+        queries = a.q_lora_rank * (a.hidden_size + heads * query)
+    latents = a.hidden_size * (a.kv_lora_rank + a.qk_rope_head_dim)
+    keys_and_values = a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return queries + latents + keys_and_values + heads * a.v_head_dim * a.hidden_size
+
+
+def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = False) -> float:
+    """Operations of a forward pass per token that attends to `context` tokens, itself included.
+
+    With `mtp` the layer of multi-token prediction and its pass through the head are included.
+    """
+    a = architecture
+    count = count_parameters(a)
+    matrices = count.active - count.embedding - count.norms
+    if a.tie_word_embeddings:
+        matrices += count.embedding
+    sparse = a.num_hidden_layers - min(a.first_k_dense_replace, a.num_hidden_layers)
+    flops = 2.0 * matrices + a.num_hidden_layers * _scores_and_values(a, context) + sparse * _combine(a)
+    return flops + _mtp_flops(a, context) if mtp else flops
+
+
+def training_flops(architecture: ModelSection, context: float) -> float:
+    """Operations of a training step per token: a forward pass with multi-token prediction, and twice that backward."""
+    return 3.0 * forward_flops(architecture, context, mtp=architecture.num_nextn_predict_layers > 0)
+
+
+def _gated_mlp(a: ModelSection, width: int) -> int:
+    return 3 * a.hidden_size * width
+
+
+def _layer_norms(a: ModelSection) -> int:
+    return 2 * a.hidden_size + a.kv_lora_rank + (a.q_lora_rank or 0)
+
+
+def _mtp_is_sparse(a: ModelSection) -> bool:
+    return a.num_hidden_layers >= a.first_k_dense_replace
+
+
+def _mtp_layer(a: ModelSection) -> int:
+    """A decoder layer, the matrix that joins state and embedding, and the norms before and after it."""
+    experts = a.n_routed_experts * (a.hidden_size + _gated_mlp(a, a.moe_intermediate_size))
+    shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
+    mlp = experts + shared if _mtp_is_sparse(a) else _gated_mlp(a, a.intermediate_size)
+    return attention_matrices(a) + mlp + 2 * a.hidden_size**2 + _layer_norms(a) + 3 * a.hidden_size
+
+
+def _mtp_flops(a: ModelSection, context: float) -> float:
+    used = a.n_routed_experts * a.hidden_size + a.num_experts_per_tok * _gated_mlp(a, a.moe_intermediate_size)
+    shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
+    mlp = used + shared if _mtp_is_sparse(a) else _gated_mlp(a, a.intermediate_size)
+    matrices = attention_matrices(a) + mlp + 2 * a.hidden_size**2 + a.vocab_size * a.hidden_size
+    return 2.0 * matrices + _scores_and_values(a, context) + (_combine(a) if _mtp_is_sparse(a) else 0.0)
+
+
+def _scores_and_values(a: ModelSection, context: float) -> float:
+    return 2.0 * context * a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+
+
+def _combine(a: ModelSection) -> float:
+    """The weighted sum over a token's experts."""
+    return 2.0 * a.num_experts_per_tok * a.hidden_size

@@ -1,0 +1,320 @@
+"""The hand-off: the trained weights in the format of the pool that serves them, a parity gate, and a seal.
+
+The reference is the fp32 model on the CPU. It writes golden sequences, and every bundle is compared with it token by
+token on these; the target bundle also answers the held-out problems in an engine of its own, with the same random
+numbers as the reference, so that the answers pair. A gate that refuses writes its record and seals nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse.dispatch import Rehearsal
+from isthmus.data.corpus import prompt_ids, run_tokenizer
+from isthmus.data.tasks import Problem, Task, load_task, seeded
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines import Completion, Sampling
+from isthmus.engines.local import LocalEngine
+from isthmus.errors import GateRefused
+from isthmus.formats.bundle import Bundle, read_bundle, write_bundle
+from isthmus.model.model import Model
+from isthmus.parity.paired import compare_answers
+from isthmus.parity.seal import write_seal
+from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens, completion_log_probabilities
+from isthmus.pools import Pool, get_pool
+from isthmus.progress import Watch
+from isthmus.records import Check, HandoffRecord, Outcome, PlanRecord, RlRecord
+from isthmus.rewards import get_reward
+from isthmus.run import Figure, RunFolder
+from isthmus.trainer.checkpoint import load_model_state
+
+NAME = "handoff"
+REFERENCE, PLAIN = "fp32", "bf16"
+SAMPLES_PER_PROBLEM = 2
+ENGINE_LIMIT = 0.05
+ENGINE_LIMIT_SOURCE = (
+    "between what rollouts in vime showed with a healthy engine (0.011 to 0.025) and with wrong weights (0.075 to 0.178): "
+    "github.com/vllm-project/vime/pull/275"
+)
+STYLES: dict[Outcome, str] = {"pass": "green", "fail": "bold red", "unknown": "yellow"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the checks work on. `source` trained the weights, `target` is to serve them."""
+
+    run: RunFolder
+    rl: RlRecord
+    task: Task
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    state: dict[str, Tensor]
+    source: Pool
+    target: Pool
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [prompt_ids(self.tokenizer, problem) for problem in self.problems]
+
+
+@dataclass
+class Findings:
+    """What the checks found, in their order, and figures beside them."""
+
+    checks: list[Check]
+    figures: dict[str, Figure]
+
+    def add(self, name: str, outcome: Outcome, figure: Figure, limit: Figure, detail: str) -> None:
+        self.checks.append(Check(name=name, outcome=outcome, figure=figure, limit=limit, detail=detail))
+
+
+Answers = list[list[Completion]]
+
+
+def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
+    """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if a check fails."""
+    started = time.time()
+    session = _open_session(run)
+    run.event(NAME, "start", pool=session.target.name, source_pool=session.source.name)
+    (run.path / "parity.json").unlink(missing_ok=True)
+    bundles = _write_bundles(session, watch)
+    findings = _check(session, bundles, watch)
+    record = _conclude(session, bundles, findings, started)
+    run.write_record("parity", record)
+    run.event(NAME, "verdict", verdict=record.verdict, seal_id=record.seal_id)
+    run.event(NAME, "end", seconds=round(record.seconds, 3))
+    if record.verdict == "refuse":
+        watch.console.print(render(record))
+        raise GateRefused(_refusal(run, record))
+    watch.say(f"  sealed {record.bundles[record.format]} as {record.seal_id}")
+    return record
+
+
+def render(record: HandoffRecord) -> Table:
+    """The parity table."""
+    table = Table(
+        title=f"parity of {record.format} for pool {record.target_pool}: {record.verdict}", title_justify="left"
+    )
+    for column in ("check", "outcome", "found", "limit"):
+        table.add_column(column, overflow="fold")
+    for check in record.checks:
+        outcome = f"[{STYLES[check.outcome]}]{check.outcome}[/]"
+        table.add_row(check.name, outcome, str(check.figure or "-"), str(check.limit or "-"))
+    return table
+
+
+def _open_session(run: RunFolder) -> Session:
+    plan = run.require_record("plan", PlanRecord, "plan")
+    rl = run.require_record("rl", RlRecord, "rl")
+    source, target = get_pool(run.recipe, rl.train_pool), get_pool(run.recipe, plan.pool_of("serve"))
+    task = load_task(run.recipe)
+    problems = task.heldout[: run.recipe.handoff.heldout_problems]
+    state = load_model_state(run.path / rl.checkpoint, rl.checkpoint_sha256)
+    return Session(run, rl, task, run_tokenizer(run, task), problems, state, source, target)
+
+
+def _write_bundles(session: Session, watch: Watch) -> dict[str, Bundle]:
+    """The bundles by format, as read back from the disk: what is checked is what is stored."""
+    run = session.run
+    bundles = {}
+    for name in dict.fromkeys((PLAIN, run.recipe.handoff.format)):
+        folder = run.path / "bundle" / name
+        write_bundle(folder, name, session.state, run.recipe.model, session.tokenizer)
+        bundles[name] = read_bundle(folder)
+        watch.say(f"  wrote {folder.relative_to(run.path)}: {len(bundles[name].tensors)} tensors")
+    return bundles
+
+
+def _check(session: Session, bundles: dict[str, Bundle], watch: Watch) -> Findings:
+    run, target = session.run, bundles[session.run.recipe.handoff.format]
+    with TemporaryDirectory(dir=run.path, prefix=".reference-") as temporary:
+        folder = Path(temporary) / REFERENCE
+        write_bundle(folder, REFERENCE, session.state, run.recipe.model, session.tokenizer)
+        reference = read_bundle(folder)
+        watch.say(f"  {len(session.problems)} held-out problems, answered by the reference and by the target")
+        expected, found = _both_answer(session, reference, target)
+    findings = Findings([], {})
+    golden = _sequences(session, expected)
+    model = reference.build()
+    for bundle in bundles.values():
+        _check_tokens(session, model, bundle, golden, findings)
+    _check_engine(session, target, found, findings)
+    _check_accuracy(session, target, expected, found, findings)
+    for check in findings.checks:
+        run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
+    return findings
+
+
+def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, started: float) -> HandoffRecord:
+    """The record; if every check passed, the bundles are sealed."""
+    run = session.run
+    record = HandoffRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=started,
+        ended=time.time(),
+        source_pool=session.source.name,
+        target_pool=session.target.name,
+        format=run.recipe.handoff.format,
+        verdict="pass" if all(check.outcome == "pass" for check in findings.checks) else "refuse",
+        checks=findings.checks,
+        bundles={name: str(bundle.folder.relative_to(run.path)) for name, bundle in bundles.items()},
+        seal_id=None,
+        figures=findings.figures,
+    )
+    if record.verdict == "refuse":
+        return record
+    seals = {
+        name: write_seal(bundle.folder, record, checkpoint_sha256=session.rl.checkpoint_sha256)
+        for name, bundle in bundles.items()
+    }
+    return record.model_copy(update={"seal_id": seals[record.format].id})
+
+
+def _both_answer(session: Session, reference: Bundle, target: Bundle) -> tuple[Answers, Answers]:
+    """Both engines at once, each with half of the threads of its pool: here the pools share one machine."""
+    with ThreadPoolExecutor(max_workers=2) as workers:
+        first = workers.submit(_answer, session, reference, session.source)
+        second = workers.submit(_answer, session, target, session.target)
+        return first.result(), second.result()
+
+
+def _answer(session: Session, bundle: Bundle, pool: Pool) -> Answers:
+    section = session.run.recipe.rl
+    sampling = Sampling(section.max_new_tokens, section.temperature, n=SAMPLES_PER_PROBLEM)
+    seeds = [seeded("handoff", session.run.recipe.seed, problem.id).getrandbits(48) for problem in session.problems]
+    log = session.run.path / NAME / f"engine-{bundle.format}.log"
+    rehearse = pool.chip if pool.rehearsed else None
+    with LocalEngine(bundle.folder, threads=max(1, pool.threads // 2), rehearse=rehearse, log=log) as engine:
+        return engine.generate(session.prompts, sampling, seeds)
+
+
+def _sequences(session: Session, answers: Answers) -> list[GoldenSequence]:
+    """The first answer to each of the first golden prompts."""
+    count = session.run.recipe.handoff.golden_prompts
+    pairs = zip(session.prompts[:count], answers[:count], strict=True)
+    return [GoldenSequence(prompt, group[0].tokens) for prompt, group in pairs]
+
+
+def _check_tokens(
+    session: Session, reference: Model, bundle: Bundle, golden: list[GoldenSequence], findings: Findings
+) -> None:
+    section = session.run.recipe.handoff
+    chip = session.target.chip if bundle.format == section.format and session.target.rehearsed else None
+    rehearsal = enforce(chip) if chip else nullcontext()
+    found = compare_tokens(
+        reference, bundle.build(), golden, confidence=section.confidence, candidate_context=lambda: rehearsal
+    )
+    if isinstance(rehearsal, Rehearsal):
+        _report_fallbacks(session, rehearsal)
+    where = f"on the CPU by the rules of {chip}" if chip else "on the CPU"
+    source = f"{found.sequences} golden sequences of the fp32 reference, {found.tokens} tokens, teacher-forced {where}"
+
+    def figure(value: float, unit: str, low: float | None = None, high: float | None = None) -> Figure:
+        return Figure.measured(value, unit, source, rehearsed=chip is not None, low=low, high=high)
+
+    findings.add(
+        f"{bundle.format}: mean KL",
+        _within(found, section.max_mean_kl),
+        figure(found.mean_kl, "nats/token", found.kl_low, found.kl_high),
+        _limit(section.max_mean_kl, "nats/token", "max_mean_kl"),
+        f"KL(fp32 || {bundle.format}), interval at {section.confidence:.0%} over sequences; largest {found.max_kl:.3g}",
+    )
+    findings.add(
+        f"{bundle.format}: top-1 agreement",
+        "pass" if found.top1_agreement >= section.min_top1_agreement else "fail",
+        figure(100 * found.top1_agreement, "%"),
+        _limit(100 * section.min_top1_agreement, "%", "min_top1_agreement"),
+        f"of the first choices that differ, {found.near_ties} are near-ties of the reference, {found.flips} are not",
+    )
+    findings.figures |= {
+        f"{bundle.format}.max_kl": figure(found.max_kl, "nats"),
+        f"{bundle.format}.near_ties": figure(found.near_ties, "tokens"),
+        f"{bundle.format}.flips": figure(found.flips, "tokens"),
+        f"{bundle.format}.mean_abs_dlogp": figure(found.mean_abs_dlogp, "nats/token"),
+    }
+
+
+def _check_engine(session: Session, target: Bundle, answers: Answers, findings: Findings) -> None:
+    """What the engine says it sampled from, against the bundle's model on the CPU: the chip's share of the gap."""
+    sequences = _sequences(session, answers)
+    temperature = session.run.recipe.rl.temperature
+    expected = completion_log_probabilities(target.build(), sequences, temperature)
+    said = torch.tensor([value for group in answers[: len(sequences)] for value in group[0].logprobs]).double()
+    gap = (said - expected).abs().mean().item()
+    source = f"{len(sequences)} answers of the engine on pool {session.target}, {len(said)} tokens"
+    findings.add(
+        f"{target.format}: engine against emulator",
+        "pass" if gap <= ENGINE_LIMIT else "fail",
+        Figure.measured(gap, "mean |Δlogp|", source, rehearsed=session.target.rehearsed),
+        Figure(value=ENGINE_LIMIT, unit="mean |Δlogp|", kind="declared", source=ENGINE_LIMIT_SOURCE),
+        "log-probabilities of the engine's own tokens, against the same bundle on the CPU, without caches",
+    )
+
+
+def _check_accuracy(session: Session, target: Bundle, expected: Answers, answers: Answers, findings: Findings) -> None:
+    section = session.run.recipe.handoff
+    found = compare_answers(_correct(session, expected), _correct(session, answers), section.confidence)
+    source = (
+        f"{found.problems} held-out problems, {SAMPLES_PER_PROBLEM} answers each at temperature "
+        f"{session.run.recipe.rl.temperature:g}, the same random numbers on both sides"
+    )
+
+    def figure(value: float, unit: str, pool: Pool, low: float | None = None, high: float | None = None) -> Figure:
+        return Figure.measured(100 * value, unit, source, rehearsed=pool.rehearsed, low=low, high=high)
+
+    findings.add(
+        f"{target.format}: accuracy, target minus reference",
+        found.verdict(section.max_accuracy_drop),
+        figure(found.difference, "points", session.target, 100 * found.low, 100 * found.high),
+        _limit(-100 * section.max_accuracy_drop, "points", "max_accuracy_drop"),
+        f"right only by the reference {found.only_reference}, only by the target {found.only_candidate}, of "
+        f"{found.answers}; passes if the interval (Newcombe's method 10, {section.confidence:.0%}) is above the limit",
+    )
+    findings.figures["accuracy.reference"] = figure(found.reference, "%", session.source)
+    findings.figures["accuracy.target"] = figure(found.candidate, "%", session.target)
+
+
+def _correct(session: Session, answers: Answers) -> list[list[bool]]:
+    reward = get_reward(session.task.reward)
+    return [
+        [reward.score(problem, session.tokenizer.decode(one.tokens)).accuracy == 1.0 for one in group]
+        for problem, group in zip(session.problems, answers, strict=True)
+    ]
+
+
+def _within(found: TokenParity, limit: float) -> Outcome:
+    """A mean KL passes if its whole interval is below the limit."""
+    if found.kl_high <= limit:
+        return "pass"
+    return "fail" if found.mean_kl > limit else "unknown"
+
+
+def _limit(value: float, unit: str, key: str) -> Figure:
+    return Figure(value=value, unit=unit, kind="declared", source=f"recipe, [handoff] {key}")
+
+
+def _report_fallbacks(session: Session, rehearsal: Rehearsal) -> None:
+    if names := rehearsal.tally.names("fallback"):
+        why = f"on {session.target.chip} these operators run on the host's CPU"
+        session.run.event(NAME, "fallback", what=", ".join(names), why=why)
+
+
+def _refusal(run: RunFolder, record: HandoffRecord) -> str:
+    lines = ["the hand-off is refused; no bundle is sealed."]
+    for check in record.checks:
+        if check.outcome != "pass":
+            shown = "not shown to be within" if check.outcome == "unknown" else "outside"
+            lines.append(f"  {check.name}: {check.figure} is {shown} the limit {check.limit}; {check.detail}")
+    lines.append(f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass:")
+    lines.append("change [handoff] or [rl] in the recipe and use a new run folder, or run `isthmus handoff` again.")
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""What every engine must keep: reproducible samples with true log-probabilities, versioned weights, and a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+
+from isthmus.engines import EngineError, Sampling
+from isthmus.engines.local import LocalEngine
+from isthmus.engines.remote import HttpEngine
+from isthmus.formats import get_format
+from isthmus.formats.wire import digest, pack
+
+PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine") / "w8a8"
+    write_small_bundle(folder, "w8a8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(bundle):
+    with LocalEngine(bundle, log=bundle.parent / "engine.log", slots=16) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["local", "remote"])
+def engine(request, local, bundle):
+    if request.param == "local":
+        return local
+    remote = HttpEngine(local.url, api_key=local.api_key)
+    remote.start(bundle)
+    return remote
+
+
+def payload_of(seed, format_name="w8a8"):
+    """Other weights for the same bundle, and the model that they make."""
+    model = thinking_model(small_tokenizer(), seed)
+    chosen = get_format(format_name)
+    tensors = chosen.export(model.state_dict(), model.architecture)
+    return pack(tensors), chosen.build(model.architecture, tensors)
+
+
+def test_completions_come_in_order_with_the_logprobs_of_the_sampled_distribution(engine):
+    payload, model = payload_of(0)
+    engine.update(payload, 3, digest(payload))
+    found = engine.generate(PROMPTS, Sampling(12, temperature=0.8, seed=5, n=3))
+    assert [len(group) for group in found] == [3, 3, 3]
+    for prompt, group in zip(PROMPTS, found, strict=True):
+        for one in group:
+            assert len(one.tokens) == len(one.logprobs) and 1 <= len(one.tokens) <= 12
+            assert one.finish_reason == ("length" if len(one.tokens) == 12 else "stop")
+            assert (one.version, one.last_version) == (3, 3)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *one.tokens]]))[0, len(prompt) - 1 : -1]
+            expected = torch.log_softmax(logits / 0.8, -1)[torch.arange(len(one.tokens)), torch.tensor(one.tokens)]
+            torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=5e-3, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine):
+    alone = engine.generate(PROMPTS[1:2], Sampling(20, n=2), seeds=[77])
+    together = engine.generate(PROMPTS, Sampling(20, n=2), seeds=[1, 77, 3])
+    assert [one.tokens for one in together[1]] == [one.tokens for one in alone[0]]
+    assert alone[0][0].tokens != alone[0][1].tokens
+    other = engine.generate(PROMPTS[1:2], Sampling(20, n=2), seeds=[78])
+    assert other[0][0].tokens != alone[0][0].tokens
+
+
+def test_an_update_changes_what_is_generated_and_a_damaged_one_changes_nothing(engine):
+    sampling = Sampling(16, temperature=0.0)
+    first, _ = payload_of(0)
+    engine.update(first, 10, digest(first))
+    before = engine.generate(PROMPTS, sampling)
+    second, _ = payload_of(1)
+    engine.update(second, 11, digest(second))
+    after = engine.generate(PROMPTS, sampling)
+    assert [g[0].tokens for g in after] != [g[0].tokens for g in before]
+    assert {g[0].version for g in before} == {10} and {g[0].version for g in after} == {11}
+    flipped = bytearray(first)
+    flipped[len(first) // 2] ^= 1
+    wrong_format, _ = payload_of(0, "bf16")
+    for payload, sha256, reason in (
+        (bytes(flipped), digest(first), "SHA-256"),
+        (wrong_format, digest(wrong_format), "do not fit"),
+        (b"not weights", digest(b"not weights"), "safetensors"),
+    ):
+        with pytest.raises(EngineError, match=reason):
+            engine.update(payload, 12, sha256)
+    still = engine.generate(PROMPTS, sampling)
+    assert [g[0].tokens for g in still] == [g[0].tokens for g in after] and still[0][0].version == 11
+
+
+def test_an_update_in_the_middle_of_a_generation_is_told(engine):
+    payloads = [payload_of(seed)[0] for seed in (0, 1)]
+    engine.update(payloads[0], 20, digest(payloads[0]))
+    groups = []
+    generating = threading.Thread(
+        target=lambda: groups.extend(engine.generate([[5, 6, 7]] * 4, Sampling(90, n=8, temperature=1.5)))
+    )
+    generating.start()
+    version = 20
+    while generating.is_alive():
+        version += 1
+        engine.update(payloads[version % 2], version, digest(payloads[version % 2]))
+    generating.join()
+    samples = [one for group in groups for one in group]
+    assert len(samples) == 32 and all(20 <= one.version <= one.last_version <= version for one in samples)
+    assert any(one.version < one.last_version for one in samples)
+
+
+def test_what_the_engine_refuses_is_an_error_with_its_reason(engine):
+    with pytest.raises(EngineError, match="at most 96 tokens"):
+        engine.generate([[5] * 90], Sampling(20))
+    with pytest.raises(EngineError, match="token ids must be between"):
+        engine.generate([[5, 100_000]], Sampling(2))
+    assert engine.generate([], Sampling(4)) == []
+
+
+def test_weights_can_be_exchanged_only_with_the_key(local):
+    payload, _ = payload_of(1)
+    for key in (None, "guess"):
+        with pytest.raises(EngineError, match="401"):
+            HttpEngine(local.url, api_key=key).update(payload, 99, digest(payload))
+
+
+def test_an_engine_that_dies_says_why_and_can_be_started_again(local, bundle):
+    os.kill(local.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"ended with code -9"):
+        local.generate(PROMPTS, Sampling(4))
+    local.start(bundle)
+    assert len(local.generate(PROMPTS, Sampling(4))) == 3
+
+
+def test_an_engine_that_cannot_start_repeats_its_own_words(tmp_path):
+    log = tmp_path / "log" / "engine.log"
+    with pytest.raises(EngineError, match=r"could not start \(exit code 2\)(?s:.)*is not a bundle"):
+        LocalEngine(tmp_path, log=log).start(tmp_path)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from isthmus.engines.local import LocalEngine
+engine = LocalEngine(Path(sys.argv[1]), log=Path(sys.argv[2]))
+engine.start(engine.bundle_folder)
+print(engine.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_parent_leaves_no_engine_behind(bundle, tmp_path):
+    command = [sys.executable, "-c", PARENT, str(bundle), str(tmp_path / "engine.log")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 10
+        while is_running(child) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not is_running(child)
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """Answers in the shape of vLLM's API: an empty /health, no list of seeds, token ids where they are asked for."""
+
+    asked: list = []
+    with_ids = True
+
+    def do_GET(self):
+        body = b"" if self.path == "/health" else json.dumps({"data": [{"id": "served"}]}).encode()
+        self.answer(body)
+
+    def do_POST(self):
+        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(ask)
+        choices = [
+            {
+                "index": index,
+                "text": "",
+                "finish_reason": "stop",
+                "logprobs": {"token_logprobs": [-0.5, -0.25], "tokens": ["a", "b"]},
+                **({"token_ids": [ask["prompt"][index // ask["n"]][0], ask["seed"]]} if self.with_ids else {}),
+            }
+            for index in reversed(range(len(ask["prompt"]) * ask["n"]))
+        ]
+        self.answer(json.dumps({"choices": choices}).encode())
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def other_server():
+    with HTTPServer(("127.0.0.1", 0), OtherServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        OtherServer.asked, OtherServer.with_ids = [], True
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_server_of_another_make_is_asked_only_for_what_it_has(other_server, tmp_path):
+    engine = HttpEngine(other_server)
+    engine.start(tmp_path)
+    found = engine.generate([[11], [12]], Sampling(4, n=2), seeds=[7, 8])
+    assert [[one.tokens for one in group] for group in found] == [[[11, 7]] * 2, [[12, 8]] * 2]
+    assert found[0][0].logprobs == [-0.5, -0.25] and found[0][0].version == 0
+    assert [ask["seed"] for ask in OtherServer.asked] == [7, 8] and not any("seeds" in ask for ask in OtherServer.asked)
+    assert all(ask["model"] == "served" and ask["return_token_ids"] for ask in OtherServer.asked)
+    OtherServer.with_ids = False
+    with pytest.raises(EngineError, match="token ids"):
+        engine.generate([[11]], Sampling(4))
+
+
+def test_no_server_and_no_url_are_errors(tmp_path):
+    with pytest.raises(EngineError, match="does not answer"):
+        HttpEngine("http://127.0.0.1:9").start(tmp_path)
+    with pytest.raises(EngineError, match="is not the URL"):
+        HttpEngine("localhost:8000").start(tmp_path)

@@ -1,0 +1,239 @@
+"""The rules that keep the project honest, held by reading the source and by running the command."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isthmus.recipe import load_recipe
+from isthmus.run import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "isthmus"
+RECIPE = ROOT / "recipes" / "tiny.toml"
+PYTHON_FILES = sorted(SOURCE.rglob("*.py"))
+TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".js", ".svg", ".md", ".txt"}
+
+VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
+VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
+DESK = ("cli", "recipe", "run", "records", "progress", "pools", "plan", "report", "forecast", "chips", "algos")
+LONGEST_FUNCTION = 80
+QUICK_CPU_SECONDS = 0.5
+TRIES = 5
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def source_text_files() -> list[Path]:
+    return [
+        file for file in sorted(SOURCE.rglob("*")) if file.suffix in TEXT_SUFFIXES and "__pycache__" not in file.parts
+    ]
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: what is tracked is not known")
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+def nodes(file: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file)))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+
+
+def isthmus(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "isthmus", *arguments]
+
+
+@pytest.mark.parametrize("word", ["cuda", "CUDA", "torch.cuda", "is_npu", "npu0", "hip_runtime", "NCCL", "x.hip"])
+def test_the_search_for_vendor_words_finds_them(word: str):
+    assert VENDOR.search(word)
+
+
+@pytest.mark.parametrize("word", ["input", "ship", "chip", "descend", "ascending", "whip", "relationship", "hippo"])
+def test_the_search_for_vendor_words_leaves_others_alone(word: str):
+    assert not VENDOR.search(word)
+
+
+@pytest.mark.parametrize("file", source_text_files(), ids=named)
+def test_vendor_words_live_under_chips(file: Path):
+    if SOURCE / "chips" in file.parents:
+        return
+    assert not VENDOR.search(file.name), f"{named(file)} is named after a vendor; it belongs under chips/"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [f"{number}: {line.strip()[:100]}" for number, line in enumerate(lines, 1) if VENDOR.search(line)]
+    assert not found, f"ask for a capability, or move this under chips/:\n{named(file)}\n" + "\n".join(found)
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has a recipe and nothing else."""
+    return RunFolder.create(tmp_path_factory.mktemp("desk") / "run", load_recipe(RECIPE)).path
+
+
+@pytest.mark.parametrize("module", DESK)
+def test_the_desk_never_loads_torch(module: str):
+    result = run_python(f"import sys, isthmus.{module}; sys.exit(3 if 'torch' in sys.modules else 0)")
+    assert result.returncode != 3, f"importing isthmus.{module} loads torch"
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["chips", "run --dry-run RECIPE", "report RUN"])
+def test_a_desk_verb_never_loads_torch(verb: str, run_folder: Path):
+    arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
+    call = "import sys; from isthmus.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+    code = f"{call}; sys.exit(3 if 'torch' in sys.modules else 0)"
+    result = run_python(code, *arguments)
+    assert result.returncode != 3, f"isthmus {verb} loads torch"
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "rl", "handoff", "qualify", "serve"])
+def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
+    assert (SOURCE / f"{verb}.py").is_file()
+    result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.{verb}' in sys.modules else 0)")
+    assert result.returncode == 0, result.stderr or f"isthmus.cli loads isthmus.{verb}"
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """Processor time, user and system, of a child: a busy machine does not add to it as it adds to the clock."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("verb", ["--help", "chips", "run --dry-run RECIPE", "report RUN"])
+def test_the_desk_answers_at_once(verb: str, run_folder: Path):
+    arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
+    best = min(cpu_seconds(isthmus(*arguments)) for _ in range(TRIES))
+    assert best <= QUICK_CPU_SECONDS, f"isthmus {verb} took {best:.2f} s of processor time at best"
+
+
+@pytest.mark.parametrize("file", PYTHON_FILES, ids=named)
+def test_no_exception_is_caught_without_being_known(file: Path):
+    broad = {"Exception", "BaseException"}
+    for node in nodes(file):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        names = {one.id for one in caught if isinstance(one, ast.Name)}
+        raises_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+        where = f"{named(file)}:{node.lineno}"
+        assert node.type is not None, f"{where}: a bare except"
+        assert "Exception" not in names, f"{where}: except Exception"
+        assert not (names & broad) or raises_again, f"{where}: except BaseException that does not raise again"
+
+
+@pytest.mark.parametrize("file", PYTHON_FILES, ids=named)
+def test_nothing_is_unpickled(file: Path):
+    pickles = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for node in nodes(file):
+        where = f"{named(file)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            assert not pickles & {alias.name.partition(".")[0] for alias in node.names}, where
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in pickles, where
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("allow_pickle", "False") == "False", where
+            assert ast.unparse(node.func) != "torch.load" or given.get("weights_only") == "True", (
+                f"{where}: weights_only=True"
+            )
+
+
+@pytest.mark.parametrize("file", PYTHON_FILES, ids=named)
+def test_no_function_is_long(file: Path):
+    for node in nodes(file):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{named(file)}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def test_imports_go_one_way():
+    command = shutil.which("lint-imports", path=str(Path(sys.executable).parent)) or shutil.which("lint-imports")
+    assert command, "import-linter is not installed; install the dev extra"
+    result = subprocess.run(
+        [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, env=environment(), check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def layered_modules() -> set[str]:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    layers = [layer for contract in contracts if contract["type"] == "layers" for layer in contract["layers"]]
+    return {re.sub(r"[() ]", "", name) for layer in layers for name in re.split(r"[|:]", layer)}
+
+
+def top_level() -> list[str]:
+    """The modules and packages of `isthmus`, as `name.py` and `name/`."""
+    modules = [file.name for file in SOURCE.glob("*.py") if not file.name.startswith("__")]
+    return sorted(modules + [f"{file.parent.name}/" for file in SOURCE.glob("*/__init__.py")])
+
+
+@pytest.mark.parametrize("name", top_level())
+def test_every_module_with_imports_of_its_own_stands_in_a_layer(name: str):
+    package = SOURCE / name.rstrip("/")
+    files = sorted(package.rglob("*.py")) if package.is_dir() else [package]
+    own = [
+        node
+        for file in files
+        for node in nodes(file)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("isthmus.")
+    ]
+    module = f"isthmus.{name.rstrip('/').removesuffix('.py')}"
+    assert not own or module in layered_modules(), (
+        f"{module} is in no layer of [tool.importlinter], so nothing holds its imports"
+    )
+
+
+@pytest.mark.parametrize("name", top_level())
+def test_the_readme_tree_names_every_module(name: str):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    tree = [line for block in blocks if "isthmus/" in block for line in block.splitlines()]
+    assert any(re.search(rf"(?<![\w/.]){re.escape(name)}", line) for line in tree), (
+        f"README.md's tree does not name {name}"
+    )
+
+
+def test_no_tracked_file_knows_the_place_where_it_was_written():
+    """Paths of one machine, the words of one workplace, and package sources do not belong to the project."""
+    places = ["/".join(("", "work", "")), "/".join(("", "tmp", "w")), "/".join(("", "root", "")), str(ROOT) + "/"]
+    words = ["_".join(("before", "stop")), "-".join(("index", "url")), "-".join(("find", "links"))]
+    pattern = re.compile("|".join(re.escape(text) for text in [*places, *words]))
+    found = []
+    for file in tracked_files():
+        if file.suffix in TEXT_SUFFIXES or file.name in ("Makefile", "run", "LICENSE"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found += [
+                f"{named(file)}:{number}: {line.strip()[:100]}"
+                for number, line in enumerate(lines, 1)
+                if pattern.search(line)
+            ]
+    assert not found, "\n".join(found)

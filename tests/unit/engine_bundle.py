@@ -1,0 +1,83 @@
+"""A small bundle with random weights, and what the tests of engines do with it."""
+
+from __future__ import annotations
+
+import torch
+
+from isthmus.data.tokenizer import END_THINK, Tokenizer
+from isthmus.engines.local.engine import Core
+from isthmus.engines.local.scheduler import Finished, Request
+from isthmus.formats.bundle import write_bundle
+from isthmus.model.model import Model
+from isthmus.recipe import ModelSection
+
+TEXTS = ["Use 3, 4 and 5 to reach 23.", "3 + 4 * 5 = 23, the answer is found", "wörter: naïve café ✓ ✗"] * 3
+
+
+def architecture(**changes) -> ModelSection:
+    base = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "max_position_embeddings": 96,
+        "rope_theta": 100.0,
+        "initializer_range": 0.15,
+    }
+    return ModelSection(**{**base, **changes})
+
+
+def small_model(seed: int = 0, **changes) -> Model:
+    return Model(architecture(**changes)).initialise(seed).eval().requires_grad_(False)
+
+
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 300)
+
+
+def thinking_model(tokenizer: Tokenizer, seed: int = 0) -> Model:
+    """A random model that closes its thinking often."""
+    model = small_model(seed)
+    end = tokenizer.encode(END_THINK)[0]
+    model.lm_head.weight[end] *= 3
+    return model
+
+
+def write_small_bundle(folder, format_name="fp32", seed=0):
+    tokenizer = small_tokenizer()
+    model = thinking_model(tokenizer, seed)
+    write_bundle(folder, format_name, model.state_dict(), model.architecture, tokenizer)
+    return model, tokenizer
+
+
+def run_core(core: Core, *requests: Request) -> None:
+    """Step a core that has no thread until its requests are done."""
+    for request in requests:
+        core.submit(request)
+    with torch.inference_mode():
+        core.step()
+        while core.running or core.waiting:
+            core.step()
+
+
+def ask(prompts, max_new_tokens, **options) -> tuple[Request, list]:
+    """A request and the list that its events go to."""
+    events: list = []
+    return Request(prompts, events.append, max_new_tokens, **options), events
+
+
+def finished(events) -> list[Finished]:
+    """The ends among events, in order of choice."""
+    return sorted((event for event in events if isinstance(event, Finished)), key=lambda event: event.choice)
+
+

@@ -1,0 +1,336 @@
+"""The hand-off on a small model: what it writes when it passes, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from isthmus import handoff
+from isthmus.data.corpus import run_tokenizer
+from isthmus.data.tasks import load_task
+from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.bundle import read_bundle
+from isthmus.model.model import Model
+from isthmus.parity.seal import verify_seal
+from isthmus.progress import Watch
+from isthmus.recipe import parse_recipe
+from isthmus.records import HandoffRecord, Placement, PlanRecord, RlRecord
+from isthmus.rewards import Reward
+from isthmus.run import Figure, RunFolder, write_atomic
+from isthmus.trainer.checkpoint import save_checkpoint
+
+RECIPE = {
+    "name": "small",
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 96,
+        "rope_theta": 100.0,
+        "initializer_range": 0.1,
+    },
+    "pools": {
+        "home": {"chip": "cpu", "threads": 1},
+        "away": {"chip": "ascend-910b-313t", "rehearsed": True, "threads": 1},
+    },
+    "place": {"train": ["home"], "rollout": ["away"], "serve": ["away"]},
+    "sft": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+    "rl": {"steps": 1, "max_new_tokens": 12, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+    "handoff": {"golden_prompts": 12, "heldout_problems": 30, "max_mean_kl": 0.05, "max_accuracy_drop": 0.3},
+}
+
+
+class SampledHere:
+    """An engine without a process: the bundle's own model, one sequence after the other."""
+
+    def __init__(self, folder: Path, *, log: Path, threads: int = 1, rehearse: str | None = None):
+        self.bundle = read_bundle(folder)
+        self.model, self.rehearsed = self.bundle.build(), rehearse is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def generate(self, prompts, sampling: Sampling, seeds: list[int]) -> list[list[Completion]]:
+        asked = [(prompt, seed + n) for prompt, seed in zip(prompts, seeds, strict=True) for n in range(sampling.n)]
+        written: dict[int, Completion] = {}
+        for length in {len(prompt) for prompt, _ in asked}:
+            rows = [row for row, (prompt, _) in enumerate(asked) if len(prompt) == length]
+            written |= zip(rows, self.sample([asked[row] for row in rows], sampling), strict=True)
+        ordered = [written[row] for row in range(len(asked))]
+        return [ordered[start : start + sampling.n] for start in range(0, len(ordered), sampling.n)]
+
+    @torch.no_grad()
+    def sample(self, asked: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
+        draws = [random.Random(seed) for _, seed in asked]
+        tokens = torch.tensor([prompt for prompt, _ in asked])
+        found = [Completion([], [], "length", 0, 0) for _ in asked]
+        for _ in range(sampling.max_new_tokens):
+            rows = (self.model(tokens)[:, -1] / sampling.temperature).log_softmax(-1)
+            uniform = torch.tensor([[draw.random()] for draw in draws])
+            taken = (rows.exp().cumsum(-1) < uniform).sum(-1).clamp(max=rows.shape[1] - 1)
+            for one, token, row in zip(found, taken.tolist(), rows, strict=True):
+                one.tokens.append(token)
+                one.logprobs.append(float(row[token]))
+            tokens = torch.cat((tokens, taken[:, None]), dim=1)
+        return found
+
+
+class OddIsRight:
+    """A reward that a model without training earns half of the time."""
+
+    def score(self, problem, completion: str) -> Reward:
+        return Reward(float(len(completion) % 2), 1.0)
+
+
+def write_records(run: RunFolder) -> None:
+    model = Model(run.recipe.model).initialise(0)
+    folder, sha256 = save_checkpoint(run.path / "checkpoints" / "rl", 1, model.state_dict(), {}, keep=1)
+    run_tokenizer(run, load_task(run.recipe))
+    base = {"recipe_sha256": run.recipe.digest(), "started": 0.0, "ended": 1.0}
+    stages = {"train": "home", "rollout": "away", "serve": "away"}
+    placements = [Placement(stage=stage, pool=pool, reason="") for stage, pool in stages.items()]
+    run.write_record("plan", PlanRecord(**base, placements=placements, rejected=[], estimate={}))
+    some = Figure.measured(1.0, "%", "a test", rehearsed=False)
+    figures = ("accuracy_before", "accuracy_after", "accuracy_gain", "thought_tokens_before", "thought_tokens_after")
+    record = RlRecord(
+        **base,
+        train_pool="home",
+        rollout_pool="away",
+        rollout_rehearsed=True,
+        algorithm="grpo",
+        steps=1,
+        resumed_from=[],
+        checkpoint=str(folder.relative_to(run.path)),
+        checkpoint_sha256=sha256,
+        weight_version=1,
+        heldout_problems=1,
+        **dict.fromkeys(figures, some),
+        figures={},
+        sample_before="",
+        sample_after="",
+    )
+    run.write_record("rl", record)
+
+
+@functools.cache
+def template(parent: Path, limits: tuple[tuple[str, object], ...]) -> Path:
+    path = parent / f"run{len(list(parent.iterdir()))}"
+    write_records(RunFolder.create(path, parse_recipe({**RECIPE, "handoff": {**RECIPE["handoff"], **dict(limits)}})))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path, tmp_path_factory, monkeypatch):
+    """Makes a run folder that has come to the hand-off, and takes out of it what needs another process."""
+    monkeypatch.setattr(handoff, "LocalEngine", SampledHere)
+    monkeypatch.setattr(handoff, "get_reward", lambda _name: OddIsRight())
+
+    def make(**limits) -> RunFolder:
+        shutil.copytree(template(templates, tuple(limits.items())), tmp_path / "run")
+        return RunFolder.open(tmp_path / "run")
+
+    templates = tmp_path_factory.getbasetemp() / "handoff-templates"
+    templates.mkdir(exist_ok=True)
+    return make
+
+
+def execute(run: RunFolder) -> HandoffRecord:
+    return handoff.execute(run, Watch(Console(quiet=True)))
+
+
+def outcomes(run: RunFolder) -> dict[str, str]:
+    record = run.read_record("parity", HandoffRecord)
+    assert record is not None
+    return {check.name: check.outcome for check in record.checks}
+
+
+def seals(run: RunFolder) -> list[str]:
+    return sorted(str(path.relative_to(run.path)) for path in run.path.rglob("seal.json"))
+
+
+def test_a_healthy_model_is_sealed_in_both_formats(start):
+    run = start()
+    record = execute(run)
+    assert record.verdict == "pass" and set(outcomes(run).values()) == {"pass"}
+    assert record == run.read_record("parity", HandoffRecord)
+    seal = verify_seal(run.path / "bundle" / "w8a8", record.seal_id)
+    assert seal.lineage.checkpoint_sha256 == run.require_record("rl", RlRecord, "rl").checkpoint_sha256
+    assert seal.lineage.recipe_sha256 == run.recipe.digest()
+    assert verify_seal(run.path / "bundle" / "bf16").format == "bf16"
+    assert not list(run.path.glob(".reference-*"))
+
+
+def test_the_bundle_holds_the_trained_weights(start):
+    run = start()
+    execute(run)
+    trained = Model(run.recipe.model).initialise(0).state_dict()
+    exported = get_format("w8a8").export(trained, run.recipe.model)
+    tensors = read_bundle(run.path / "bundle" / "w8a8").tensors
+    assert all(torch.equal(tensors[name], exported[name]) for name in exported)
+
+
+def test_figures_of_the_rehearsed_pool_say_so(start):
+    run = start()
+    record = execute(run)
+    kinds = {name: figure.kind for name, figure in record.figures.items()}
+    kinds |= {check.name: check.figure.kind for check in record.checks if check.figure}
+    for name, kind in kinds.items():
+        wanted = "measured" if name.startswith("bf16") or name == "accuracy.reference" else "rehearsed"
+        assert kind == wanted, name
+    assert {check.limit.kind for check in record.checks if check.limit} == {"declared"}
+
+
+def test_every_check_has_an_event_and_a_row(start):
+    run = start()
+    record = execute(run)
+    names = [check.name for check in record.checks]
+    assert [event["name"] for event in run.events("handoff", "check")] == names and len(names) == 6
+    order = [event["event"] for event in run.events("handoff")]
+    assert order[0] == "start" and order[-2:] == ["verdict", "end"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(handoff.render(record))
+    text = console.export_text()
+    assert all(name in text for name in names) and "[" in text and "points" in text
+
+
+def test_a_gate_that_refuses_seals_nothing_and_names_the_check(start):
+    run = start(max_mean_kl=1e-7)
+    with pytest.raises(GateRefused, match=r"w8a8: mean KL: .* is outside the limit") as caught:
+        execute(run)
+    assert caught.value.exit_code == 1 and "top-1" not in str(caught.value)
+    record = run.read_record("parity", HandoffRecord)
+    assert record is not None and record.verdict == "refuse" and record.seal_id is None
+    assert outcomes(run)["w8a8: mean KL"] == "fail"
+    assert seals(run) == []
+    with pytest.raises(GateRefused, match="not sealed"):
+        verify_seal(run.path / "bundle" / "w8a8")
+
+
+def test_a_format_that_loses_scales_is_refused(start, monkeypatch):
+    """A real fault of a real engine: the last rows of kv_a's scales were dropped, and the model spoke noise."""
+    healthy = type(get_format("w8a8")).export
+
+    def loses_scales(self, state, architecture):
+        stored = healthy(self, state, architecture)
+        for name, tensor in stored.items():
+            if name.endswith(("kv_a_proj_with_mqa.weight_scale", "o_proj.weight_scale")):
+                tensor[: len(tensor) // 2] = 0
+        return stored
+
+    run = start()
+    monkeypatch.setattr(type(get_format("w8a8")), "export", loses_scales)
+    with pytest.raises(GateRefused, match="w8a8: mean KL"):
+        execute(run)
+    assert outcomes(run)["bf16: mean KL"] == "pass" and seals(run) == []
+
+
+def test_an_engine_that_computes_something_else_is_refused(start, monkeypatch):
+    class Broken(SampledHere):
+        def __init__(self, folder: Path, **options):
+            super().__init__(folder, **options)
+            if self.rehearsed:
+                self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
+
+    run = start()
+    monkeypatch.setattr(handoff, "LocalEngine", Broken)
+    with pytest.raises(GateRefused, match="engine against emulator"):
+        execute(run)
+    assert outcomes(run)["w8a8: mean KL"] == "pass" and outcomes(run)["w8a8: engine against emulator"] == "fail"
+
+
+def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
+    class SameAnswer(SampledHere):
+        token = -1
+
+        def generate(self, prompts, sampling, seeds):
+            answers = super().generate(prompts, sampling, seeds)
+            if not self.rehearsed:
+                return answers
+            return [[Completion([self.token] * 2, one.logprobs[:2], "length", 0, 0) for one in row] for row in answers]
+
+    run = start()
+    SameAnswer.token = run_tokenizer(run, load_task(run.recipe)).encode("7")[0]
+    monkeypatch.setattr(handoff, "LocalEngine", SameAnswer)
+    with pytest.raises(GateRefused, match="accuracy, target minus reference"):
+        execute(run)
+    assert outcomes(run)["w8a8: accuracy, target minus reference"] == "fail"
+
+
+def test_too_few_answers_are_no_proof(start):
+    run = start(heldout_problems=2, golden_prompts=2, max_accuracy_drop=0.01)
+    with pytest.raises(GateRefused, match="is not shown to be within the limit"):
+        execute(run)
+    assert outcomes(run)["w8a8: accuracy, target minus reference"] == "unknown" and seals(run) == []
+
+
+def test_a_refusal_after_a_pass_takes_the_seal_away(start, monkeypatch):
+    run = start()
+    execute(run)
+    assert len(seals(run)) == 2
+    monkeypatch.setattr(handoff, "ENGINE_LIMIT", -1.0)
+    with pytest.raises(GateRefused):
+        execute(run)
+    assert seals(run) == []
+
+
+def test_a_stage_that_breaks_off_leaves_no_verdict(start, monkeypatch):
+    class Dies(SampledHere):
+        def generate(self, prompts, sampling, seeds):
+            raise EngineError("the engine died")
+
+    run = start()
+    execute(run)
+    monkeypatch.setattr(handoff, "LocalEngine", Dies)
+    with pytest.raises(EngineError):
+        execute(run)
+    assert seals(run) == [] and run.read_record("parity", HandoffRecord) is None
+    assert not list(run.path.glob(".reference-*"))
+
+
+def test_without_a_trained_model_it_says_what_to_run(start):
+    run = start()
+    (run.path / "rl.json").unlink()
+    with pytest.raises(IsthmusError, match="isthmus rl"):
+        execute(run)
+
+
+def test_a_damaged_checkpoint_is_not_handed_off(start):
+    run = start()
+    weights = next(run.path.rglob("step-*/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    write_atomic(weights, bytes(content))
+    with pytest.raises(DamagedFile, match="does not match its hash"):
+        execute(run)
+    assert not (run.path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_hand_off_with_engines_of_its_own(start, monkeypatch):
+    run = start()
+    monkeypatch.undo()
+    record = execute(run)
+    assert record.verdict == "pass"
+    assert verify_seal(run.path / "bundle" / "w8a8", record.seal_id)
+    assert sorted(path.name for path in (run.path / "handoff").iterdir()) == ["engine-fp32.log", "engine-w8a8.log"]

@@ -1,0 +1,362 @@
+"""The HTTP face: what the openai client sees, what is refused, and how tokens become text."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+
+import openai
+import pytest
+import uvicorn
+from engine_bundle import small_tokenizer, write_small_bundle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.engines.local.host import bind
+from isthmus.engines.local.server import Server
+from isthmus.engines.local.service import load_service
+from isthmus.engines.local.text import ChannelledText, PlainText, StopCutter, Vocabulary
+from isthmus.errors import IsthmusError
+
+ADMIN_KEY = "sesame"
+CHAT = [{"role": "user", "content": "Use 3, 4 and 5 to reach 23."}]
+
+
+@contextlib.contextmanager
+def live(service, **options):
+    """A server on a free port, in a thread; yields its port."""
+    listener = bind("127.0.0.1", 0, flag="--port")
+    host = uvicorn.Server(uvicorn.Config(Server(service, **options).app(), log_level="error", ws="none"))
+    thread = threading.Thread(target=lambda: host.run(sockets=[listener]))
+    thread.start()
+    while not host.started:
+        time.sleep(0.01)
+    yield listener.getsockname()[1]
+    host.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server") / "small"
+    write_small_bundle(folder)
+    return load_service(folder, slots=8)
+
+
+@pytest.fixture(scope="module")
+def port(service):
+    service.examples = ["Use 1, 2 and 3 to reach 6."]
+    with live(service, admin_key=ADMIN_KEY, page=True) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def call(port, method, path, body=None, headers=None):
+    """(status, content) of one request, JSON decoded where it is JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        content = json.dumps(body) if body is not None else None
+        connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(text) if is_json else text.decode()
+
+
+def refused(port, path, **fields):
+    """The error object of a request that must get a 400."""
+    status, body = call(port, "POST", path, fields)
+    assert status == 400, body
+    assert set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["type"] == "invalid_request_error"
+    return body["error"]
+
+
+def test_models_lists_the_one_that_is_served(client):
+    models = client.models.list().data
+    assert [model.id for model in models] == ["small"] and models[0].max_model_len == 96
+
+
+def test_chat_keeps_the_thinking_apart_from_the_answer(client, service):
+    answers = [client.chat.completions.create(model="small", messages=CHAT, seed=seed, max_tokens=30, extra_body={"return_token_ids": True}) for seed in range(8)]
+    end = service.vocabulary.close_think
+    closed = 0
+    for answer in answers:
+        tokens, message = answer.choices[0].token_ids, answer.choices[0].message
+        assert answer.usage.completion_tokens == len(tokens) and answer.system_fingerprint == "unsealed-v0"
+        assert answer.prompt_token_ids == service.tokenizer.chat(CHAT) and answer.usage.prompt_tokens == len(answer.prompt_token_ids)
+        if tokens.count(end) == 1 and service.vocabulary.open_think not in tokens:
+            closed += 1
+            thought, content = tokens[: tokens.index(end)], tokens[tokens.index(end) + 1 :]
+            assert (message.reasoning_content or "") == service.tokenizer.decode(thought)
+            assert message.content == service.tokenizer.decode(content).lstrip("\n")
+            assert message.reasoning == message.reasoning_content
+        if end not in tokens:
+            assert message.content == "" and message.reasoning_content == service.tokenizer.decode(tokens)
+    assert closed, "the test needs a completion that closes its thinking"
+
+
+@pytest.mark.parametrize("stop", [None, ["e", "3"]])
+def test_a_streamed_chat_says_what_the_whole_one_says(client, stop):
+    options = {"model": "small", "messages": CHAT, "seed": 3, "max_completion_tokens": 40, "n": 3, "logprobs": True, "stop": stop}
+    whole = client.chat.completions.create(**options)
+    texts = {channel: [""] * 3 for channel in ("content", "reasoning_content", "reasoning")}
+    reasons, tokens, count, roles = {}, [[], [], []], None, []
+    for chunk in client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        assert chunk.object == "chat.completion.chunk"
+        count = chunk.usage or count
+        for choice in chunk.choices:
+            roles += [choice.delta.role] if choice.delta.role else []
+            for channel, found in texts.items():
+                found[choice.index] += getattr(choice.delta, channel, None) or ""
+            tokens[choice.index] += [step.token for step in (choice.logprobs.content if choice.logprobs else [])]
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert roles == ["assistant"] * 3
+    for choice in whole.choices:
+        message = choice.message
+        assert texts["content"][choice.index] == message.content
+        assert texts["reasoning_content"][choice.index] == (message.reasoning_content or "") == texts["reasoning"][choice.index]
+        assert reasons[choice.index] == choice.finish_reason
+        assert tokens[choice.index] == [step.token for step in choice.logprobs.content]
+        if stop:
+            assert not set("e3") & set(message.content + (message.reasoning_content or ""))
+    assert count == whole.usage
+
+
+def test_logprobs_of_chat_come_with_alternatives(client):
+    answer = client.chat.completions.create(model="small", messages=CHAT, seed=1, max_tokens=5, temperature=1.0, logprobs=True, top_logprobs=4)
+    for step in answer.choices[0].logprobs.content:
+        values = [top.logprob for top in step.top_logprobs]
+        assert len(values) == 4 and values == sorted(values, reverse=True)
+        assert bytes(step.bytes).decode() == step.token
+        assert step.logprob <= values[0] + 1e-6
+
+
+def test_completions_take_texts_and_token_ids_alike(client, service):
+    text = "Use 3, 4"
+    ids = service.tokenizer.encode(text)
+    options = {"model": "small", "max_tokens": 10, "temperature": 0.0, "extra_body": {"return_token_ids": True}}
+    one, many, tokens, lists = (
+        client.completions.create(prompt=prompt, **options) for prompt in (text, [text, "5"], ids, [ids, ids])
+    )
+    assert one.choices[0].token_ids == many.choices[0].token_ids == tokens.choices[0].token_ids
+    assert [choice.index for choice in lists.choices] == [0, 1]
+    assert [choice.prompt_token_ids for choice in many.choices] == [ids, service.tokenizer.encode("5")]
+    assert one.choices[0].text == service.tokenizer.decode(one.choices[0].token_ids)
+    assert client.completions.create(model="small", prompt=text, seed=1).usage.completion_tokens <= 16
+
+
+def test_completion_logprobs_have_the_legacy_layout_streamed_or_not(client):
+    options = {"model": "small", "prompt": "Use 3", "max_tokens": 12, "seed": 5, "temperature": 1.0}
+    whole = client.completions.create(**options, logprobs=2).choices[0].logprobs
+    assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == len(whole.text_offset)
+    assert whole.text_offset == [sum(len(t) for t in whole.tokens[:i]) for i in range(len(whole.tokens))]
+    assert all(len(top) <= 2 and max(top.values()) >= value - 1e-6 for top, value in zip(whole.top_logprobs, whole.token_logprobs, strict=True))
+    assert client.completions.create(**options, logprobs=0).choices[0].logprobs.top_logprobs is None
+    parts = [choice.logprobs for chunk in client.completions.create(**options, logprobs=2, stream=True) for choice in chunk.choices if choice.logprobs]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert sum((getattr(part, name) for part in parts), []) == getattr(whole, name)
+
+
+def test_seeds_give_each_prompt_its_own_stream(client):
+    def tokens(**options):
+        answer = client.completions.create(model="small", max_tokens=12, temperature=1.0, extra_body={"return_token_ids": True, **options.pop("extra", {})}, **options)
+        return [choice.token_ids for choice in answer.choices]
+
+    both = tokens(prompt=["a", "b"], extra={"seeds": [4, 9]})
+    assert both == tokens(prompt=["a"], seed=4) + tokens(prompt=["b"], seed=9)
+    assert tokens(prompt="a") != tokens(prompt="a"), "without a seed each request has its own"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"best_of": 3}, "best_of"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"top_p": 0}, "top_p"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"seeds": [1, 2]}, "seeds"),
+        ({"seeds": [1], "seed": 2}, "seeds"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [1, -4]}, "prompt"),
+        ({"prompt": [1, 300]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"stop": ""}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)
+def test_a_field_that_cannot_be_honoured_is_refused_by_name(port, fields, named):
+    error = refused(port, "/v1/completions", **{"prompt": "a", **fields})
+    assert error["param"] == named and named in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"messages": [{"role": "user", "content": "long " * 200}]}, "messages"),
+        ({"max_completion_tokens": 96}, "max_completion_tokens"),
+    ],
+)
+def test_chat_refuses_what_it_cannot_do(port, fields, named):
+    assert refused(port, "/v1/chat/completions", **{"messages": CHAT, **fields})["param"] == named
+
+
+def test_an_over_long_prompt_says_how_long_it_may_be(port):
+    error = refused(port, "/v1/completions", prompt=[5] * 96)
+    assert "at most 96 tokens" in error["message"] and error["code"] == "context_length_exceeded"
+    assert refused(port, "/v1/completions", prompt=[5] * 90, max_tokens=7)["code"] == "context_length_exceeded"
+    assert call(port, "POST", "/v1/completions", {"prompt": [5] * 90, "max_tokens": 6})[0] == 200
+
+
+def test_other_mistakes_get_their_own_status(port):
+    status, body = call(port, "POST", "/v1/chat/completions", {"model": "gpt", "messages": CHAT})
+    assert status == 404 and body["error"]["code"] == "model_not_found"
+    assert call(port, "POST", "/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"})[0] == 415
+    assert call(port, "GET", "/v1/completions")[0] == 405
+    assert "error" in call(port, "GET", "/v1/nothing")[1]
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", "{", {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 400
+    connection.close()
+
+
+def test_null_and_user_ask_for_nothing(port):
+    fields = {"prompt": "a", "max_tokens": 2, "user": "me", "tools": None, "seed": None, "logprobs": None}
+    assert call(port, "POST", "/v1/completions", fields)[0] == 200
+
+
+def test_admin_routes_want_the_key_and_exist_only_with_one(port, service):
+    assert call(port, "GET", "/weight_info")[0] == 401
+    status, info = call(port, "GET", "/weight_info", headers={"Authorization": f"Bearer {ADMIN_KEY}"})
+    assert status == 200 and info["version"] == service.core.version and info["format"] == "fp32"
+    assert "/update_weights" not in {getattr(route, "path", "") for route in Server(service).app().routes}
+
+
+def test_health_and_metrics_tell_the_truth(port, client, service):
+    def metric(name):
+        lines = call(port, "GET", "/metrics")[1].splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+
+    before = metric("vllm:generation_tokens_total")
+    finished = metric("vllm:request_success_total")
+    answer = client.completions.create(model="small", prompt="Use", max_tokens=9, n=3)
+    assert metric("vllm:generation_tokens_total") - before == answer.usage.completion_tokens
+    assert metric("vllm:request_success_total") - finished == 3
+    assert metric("vllm:num_requests_running") == 0 and metric("vllm:e2e_request_latency_seconds_count") >= 3
+    status, health = call(port, "GET", "/health")
+    assert status == 200 and (health["engine"], health["format"], health["rehearsal"]) == ("isthmus", "fp32", None)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slots(port, service, stream):
+    connection = socket.create_connection(("127.0.0.1", port))
+    body = json.dumps({"prompt": ["a"] * 64, "n": 8, "max_tokens": 90, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    wait_until(lambda: service.core.running == 8)
+    connection.close()
+    wait_until(lambda: service.core.running == 0 and service.core.waiting == 0)
+
+
+def test_too_many_waiting_requests_are_turned_away(port, service):
+    service.max_waiting = 0
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("POST", "/v1/completions", '{"prompt": "a"}', {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 503 and response.headers["Retry-After"] == "1"
+        connection.close()
+    finally:
+        service.max_waiting = 4096
+
+
+def test_the_page_is_self_contained(port):
+    status, page = call(port, "GET", "/")
+    assert status == 200 and "<title>" in page
+    for name in ("chat.css", "chat.js"):
+        assert name in page and call(port, "GET", f"/{name}")[0] == 200
+    together = page + call(port, "GET", "/chat.css")[1] + call(port, "GET", "/chat.js")[1]
+    assert "://" not in together.replace("http://www.w3.org/2000/svg", "") and "innerHTML" not in together
+    assert call(port, "GET", "/examples")[1] == ["Use 1, 2 and 3 to reach 6."]
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within 10 s"
+        time.sleep(0.005)
+
+
+def test_a_taken_port_is_named_with_the_option_that_changes_it():
+    with bind("127.0.0.1", 0, flag="--port") as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(IsthmusError, match=rf"port {port} .*--port"):
+            bind("127.0.0.1", port, flag="--port")
+
+
+@given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
+def test_stop_strings_cut_at_the_first_one_however_the_text_arrives(text, stops, size):
+    cutter = StopCutter(stops)
+    given_out = "".join(cutter.push(text[i : i + size]) for i in range(0, len(text), size)) + cutter.flush()
+    places = [text.find(stop) for stop in stops if stop in text]
+    if size == 1:
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        first = min((end for end, _ in ends), default=None)
+        expected = text[: min(start for end, start in ends if end == first)] if ends else text
+        assert given_out == expected
+    assert cutter.stopped == bool(places)
+    assert text.startswith(given_out) and (places or given_out == text)
+
+
+@given(st.text(max_size=40), st.booleans())
+def test_text_survives_the_way_through_tokens(text, thinking):
+    tokenizer = small_tokenizer_once()
+    vocabulary = Vocabulary(tokenizer)
+    tokens = tokenizer.encode(text)
+    plain = PlainText(vocabulary, [])
+    expected = tokenizer.decode(tokens)
+    assert "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish()) == expected
+    writer = ChannelledText(vocabulary, [], thinking)
+    deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
+    assert "".join(delta.text for delta in deltas) == expected
+    assert {delta.channel for delta in deltas} <= {"reasoning" if thinking else "content"}
+
+
+def test_half_a_character_is_held_back():
+    tokenizer = small_tokenizer_once()
+    tokens = tokenizer.encode("é中🙂")
+    assert len(tokens) > 4, "the test needs characters of several tokens"
+    plain = PlainText(Vocabulary(tokenizer), [])
+    parts = [delta.text for token in tokens for delta in plain.push(token)]
+    assert parts == ["é", "中", "🙂"]
+
+
+_TOKENIZER = small_tokenizer()
+
+
+def small_tokenizer_once():
+    return _TOKENIZER
