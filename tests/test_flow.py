@@ -45,7 +45,9 @@ def test_every_stage_leaves_its_record(finished):
 def test_no_figure_of_the_rehearsed_pool_is_called_measured(finished):
     run = RunFolder.open(finished[0])
     away = run.read_record("qualify/away", QualifyRecord)
-    figures = [figure for evidence in away.evidence for figure in evidence.figures.values()] + list(away.figures.values())
+    figures = [figure for evidence in away.evidence for figure in evidence.figures.values()] + list(
+        away.figures.values()
+    )
     assert figures and all(figure.kind != "measured" for figure in figures)
     rl = run.read_record("rl", RlRecord)
     assert {rl.accuracy_before.kind, rl.accuracy_after.kind, rl.accuracy_gain.kind} == {"rehearsed"}
@@ -83,7 +85,11 @@ def test_serve_answers_and_stops(finished, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        command("serve", finished[0], "--port", port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command("serve", finished[0], "--port", port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
     try:
         health = wait_for(f"http://127.0.0.1:{port}/health", server)

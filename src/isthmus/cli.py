@@ -21,7 +21,9 @@ STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")
 INTERRUPTED = 130
 
 _TARGET = click.argument("target", type=click.Path(path_type=Path))
-_RUN = click.option("--run", "folder", type=click.Path(path_type=Path), help="Run folder; runs/<recipe name> if absent.")
+_RUN = click.option(
+    "--run", "folder", type=click.Path(path_type=Path), help="Run folder; runs/<recipe name> if absent."
+)
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe.")
 
 
@@ -32,7 +34,7 @@ class OrderedGroup(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="isthmus")
 def cli() -> None:
     """Train a reasoning model on one vendor's chips, run it on another's, and prove every crossing.
@@ -47,7 +49,10 @@ def cli() -> None:
 @_SET
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; write nothing.")
 def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Run every stage of a recipe in order; finished stages are skipped, so the same command goes on where it stopped."""
+    """Run every stage of a recipe in order.
+
+    Finished stages are skipped, so the same command goes on where it stopped. TARGET is a recipe or a run folder.
+    """
     if dry_run:
         _dry_run(target, folder, overrides)
         return
@@ -62,25 +67,25 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     watch.say(f"  chat   isthmus serve {opened.path}")
 
 
-def _stage_command(stage: str, summary: str) -> None:
-    @_TARGET
-    @_RUN
-    @_SET
-    @click.option("--again", is_flag=True, help="Run the stage even if its record is there.")
-    def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool) -> None:
+def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
+    def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool = False) -> None:
         opened = _open(target, folder, overrides)
         _check_before_start(opened.recipe)
         _run_stage(stage, opened, heading=stage, again=again)
 
     command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."
+    for decorate in (_SET, _RUN, _TARGET):
+        command = decorate(command)
+    if repeatable:
+        command = click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")(command)
     cli.command(stage)(command)
 
 
-_stage_command("qualify", "Find out what each pool of the recipe is fit for.")
-_stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.")
+_stage_command("qualify", "Find out what each pool of the recipe is fit for.", repeatable=True)
+_stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
 _stage_command("train", "Supervised fine-tuning on chains of thought.")
 _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
-_stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.")
+_stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
 
 
 @cli.command()
@@ -88,7 +93,10 @@ _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the ga
 @click.option("--host", help="Address to listen on; the recipe's if absent.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; the recipe's if absent.")
 def serve(folder: Path, host: str | None, port: int | None) -> None:
-    """Serve the sealed bundle of RUN: an OpenAI-compatible API and a chat page."""
+    """Serve the sealed bundle of RUN: an API and a chat page.
+
+    The API is OpenAI-compatible. A bundle that is not sealed, or was touched, is refused.
+    """
     stage = importlib.import_module("isthmus.serve")
     stage.execute(RunFolder.open(folder), _watch(), host=host, port=port)
 
@@ -118,7 +126,9 @@ def main() -> None:
         click.echo(f"isthmus: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo(f"\nisthmus: stopped. Nothing is lost; to go on, run the same command again:\n  {_command_line()}", err=True)
+        click.echo(
+            f"\nisthmus: stopped. Nothing is lost; to go on, run the same command again:\n  {_command_line()}", err=True
+        )
         sys.exit(INTERRUPTED)
 
 
@@ -168,7 +178,8 @@ def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False)
         return
     watch.say(f"[bold]{heading}[/]")
     module = importlib.import_module(f"isthmus.{stage}")
-    result = module.execute(opened, watch)
+    options = {"again": True} if again and stage == "qualify" else {}
+    result = module.execute(opened, watch, **options)
     render: Callable[[Any], Any] | None = getattr(module, "render", None)
     for record in result if isinstance(result, list) else [result]:
         if render is not None:

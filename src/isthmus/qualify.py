@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -505,4 +505,4 @@ def render(record: QualifyRecord) -> RenderableType:
         )
         outcome = f"[{colour[item.outcome]}]{item.outcome}[/]"
         table.add_row(item.name, item.needed_for, outcome, escape(item.detail) + numbers)
-    return Group(table)
+    return table

@@ -86,12 +86,16 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.n_routed_experts % self.n_group:
-            raise ValueError(f"n_routed_experts ({self.n_routed_experts}) must be a multiple of n_group ({self.n_group})")
+            raise ValueError(
+                f"n_routed_experts ({self.n_routed_experts}) must be a multiple of n_group ({self.n_group})"
+            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group ({self.topk_group}) exceeds n_group ({self.n_group})")
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)
         if self.num_experts_per_tok > reachable:
-            raise ValueError(f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} reachable experts")
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} reachable experts"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: rotary embedding turns pairs")
         if self.first_k_dense_replace > self.num_hidden_layers:
@@ -105,7 +109,9 @@ class PoolSection(Section):
     chip: str
     count: Positive = 1
     rehearsed: bool = False
-    threads: Positive | None = Field(default=None, description="compute threads of a process on a CPU; chosen if absent")
+    threads: Positive | None = Field(
+        default=None, description="compute threads of a process on a CPU; chosen if absent"
+    )
 
 
 class PlaceSection(Section):
@@ -144,7 +150,9 @@ class OptimizerSection(Section):
     matrix_learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
-    decay_share: Share = Field(default=0.0, description="share of the steps, at the end, over which the rate falls to 0")
+    decay_share: Share = Field(
+        default=0.0, description="share of the steps, at the end, over which the rate falls to 0"
+    )
     gradient_clip: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
@@ -287,7 +295,11 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
 
 def preset_names() -> list[str]:
     """Names of the architectures that ship with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in resources.files("isthmus.presets").iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("isthmus.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
 
 
 def _resolve_model(section: dict[str, Any], origin: Path | None) -> dict[str, Any]:
@@ -318,7 +330,9 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise RecipeError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
     if config.get("model_type") != "deepseek_v3":
-        raise RecipeError(f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; only deepseek_v3 is read")
+        raise RecipeError(
+            f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; only deepseek_v3 is read"
+        )
     return architecture_from_config(config)
 
 
@@ -333,7 +347,10 @@ def architecture_from_config(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         found["rope_scaling"] = None
     elif kind == "yarn":
-        found["rope_scaling"] = {"type": "yarn", **{k: rope[k] for k in YarnScaling.model_fields if k in rope and k != "type"}}
+        found["rope_scaling"] = {
+            "type": "yarn",
+            **{k: rope[k] for k in YarnScaling.model_fields if k in rope and k != "type"},
+        }
     else:
         raise RecipeError(f"rope type {kind!r} is not supported; supported: default, yarn")
     return found

@@ -96,10 +96,11 @@ class Dossier:
         placements = self.plan.placements if self.plan else []
         return next((placement.pool for placement in placements if placement.stage == stage), None)
 
-    def kind_on(self, pool: str | None) -> Kind:
-        """The kind of a number read off a pool."""
-        section = self.run.recipe.pools.get(pool) if pool else None
-        return "rehearsed" if section and section.rehearsed else "measured"
+    def kind_on(self, pool: str | None, preferred: list[str]) -> Kind:
+        """The kind of a number read off a pool; of any of the `preferred` ones while it is not known which."""
+        pools = self.run.recipe.pools
+        rehearsed = any(pools[name].rehearsed for name in ([pool] if pool in pools else preferred))
+        return "rehearsed" if rehearsed else "measured"
 
     @property
     def train_pool(self) -> str | None:
@@ -121,10 +122,14 @@ class Dossier:
         return max((int(step.get("weight_version", 0)) for step in self.of("rl", "step")), default=0)
 
     @property
+    def train_kind(self) -> Kind:
+        return self.kind_on(self.train_pool, self.run.recipe.place.train)
+
+    @property
     def rollout_kind(self) -> Kind:
         if self.rl and self.rl.rollout_rehearsed:
             return "rehearsed"
-        return self.kind_on(self.rollout_pool)
+        return self.kind_on(self.rollout_pool, self.run.recipe.place.rollout)
 
 
 def execute(run: RunFolder, watch: Watch) -> Path:

@@ -1,8 +1,8 @@
 """Reinforcement learning with verifiable rewards across two pools: one generates, the other learns.
 
 At every step the trainer's weights cross to the rollout engine in its format, with a version and a hash. With
-`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's, so that both pools
-work at once and samples are one version old; truncated importance sampling corrects for that and for the engine's numerics.
+`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's: both pools work
+at once, and samples are one version old. Truncated importance sampling corrects for that and for the engine's numerics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isthmus.algos import Algorithm, algorithm_config, get_algorithm
-from isthmus.chips import device_for
+from isthmus.chips import device_of
 from isthmus.data.corpus import Document, prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
@@ -27,9 +27,11 @@ from isthmus.engines import Completion, Engine, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
-from isthmus.formats.wire import digest, pack as pack_wire
+from isthmus.formats.wire import digest
+from isthmus.formats.wire import pack as pack_wire
 from isthmus.model.model import Model
 from isthmus.parity.paired import paired_difference
+from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
 from isthmus.rewards import Reward, RewardModule, get_reward
@@ -104,8 +106,9 @@ def execute(run: RunFolder, watch: Watch) -> RlRecord:
 @contextmanager
 def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Watch) -> Iterator[Session]:
     recipe = run.recipe
-    home, away = recipe.pools[plan.pool_of("train")], recipe.pools[plan.pool_of("rollout")]
-    torch.set_num_threads(home.threads or 1)
+    home, away = (get_pool(recipe, plan.pool_of(stage)) for stage in ("train", "rollout"))
+    at_once = recipe.rl.staleness > 0
+    torch.set_num_threads(home.shared_threads if at_once else home.threads)
     task = load_task(recipe)
     tokenizer = run_tokenizer(run, task)
     model = Model(recipe.model)
@@ -118,12 +121,13 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
         optimizer.load_state(checkpoint.optimizer)
         run.event(NAME, "resume", from_step=checkpoint.step)
         watch.say(f"  continuing from the checkpoint at step {checkpoint.step}")
-    model.to(torch.device(device_for(home.chip)))
+    model.to(torch.device(device_of(home)))
     bundle = run.path / NAME / "rollout-bundle"
     write_bundle(bundle, recipe.rl.rollout_format, model.state_dict(), recipe.model, tokenizer)
     rehearse = away.chip if away.rehearsed else None
     log = run.path / NAME / "engine.log"
-    with LocalEngine(bundle, threads=away.threads or 1, rehearse=rehearse, log=log) as engine:
+    threads = away.shared_threads if at_once else away.threads
+    with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log) as engine:
         session = Session(
             run=run,
             task=task,
@@ -205,7 +209,10 @@ def _update(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str,
     updates = session.run.recipe.rl.updates_per_rollout
     parts = [_minibatch(session, rollout, kept[start::updates], advantages) for start in range(min(updates, len(kept)))]
     olds = [_frozen_logprobs(session, part) for part in parts] if updates > 1 else [None]
-    measures = [_one_update(session, part, old, index / updates) for index, (part, old) in enumerate(zip(parts, olds, strict=True))]
+    measures = [
+        _one_update(session, part, old, index / updates)
+        for index, (part, old) in enumerate(zip(parts, olds, strict=True))
+    ]
     session.mismatches.append(measures[0]["mismatch_abs"])
     averaged: dict[str, float | None] = {key: sum(m[key] for m in measures) / len(measures) for key in measures[0]}
     averaged["mismatch_slope"] = slope(session.mismatches)
@@ -214,7 +221,7 @@ def _update(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str,
 
 @dataclass
 class Minibatch:
-    """Packed samples; [N] over the target tokens: the engine's log-probabilities, the advantages, the sample numbers."""
+    """Packed samples; [N] over the target tokens: the engine's log-probabilities, advantages, sample numbers."""
 
     batch: Batch
     engine: Tensor
@@ -277,7 +284,9 @@ def _cross(session: Session) -> None:
 def _save(session: Session):
     section = session.run.recipe.rl
     root = session.run.path / "checkpoints" / NAME
-    return save_checkpoint(root, session.step, session.model.state_dict(), session.optimizer.state(), section.keep_checkpoints)
+    return save_checkpoint(
+        root, session.step, session.model.state_dict(), session.optimizer.state(), section.keep_checkpoints
+    )
 
 
 def _report(
@@ -316,7 +325,9 @@ def _report(
 
 def _earlier_mismatches(run: RunFolder, step: int) -> list[float]:
     events = run.events(NAME, "step")
-    return [event["mismatch_abs"] for event in events if event["step"] <= step and event.get("mismatch_abs") is not None]
+    return [
+        event["mismatch_abs"] for event in events if event["step"] <= step and event.get("mismatch_abs") is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -375,18 +386,28 @@ def _evaluate(session: Session, which: str, watch: Watch) -> Evaluation:
 
 
 def _record(
-    session: Session, plan: PlanRecord, started: float, checkpoint: str, sha256: str, before: Evaluation, after: Evaluation
+    session: Session,
+    plan: PlanRecord,
+    started: float,
+    checkpoint: str,
+    sha256: str,
+    before: Evaluation,
+    after: Evaluation,
 ) -> RlRecord:
     run, section = session.run, session.run.recipe.rl
     away = plan.pool_of("rollout")
     rehearsed = run.recipe.pools[away].rehearsed
     count = len(before.correct)
-    source = f"{count} held-out problems, one sample each at temperature {section.temperature}, generated on pool {away}"
+    source = (
+        f"{count} held-out problems, one sample each at temperature {section.temperature}, generated on pool {away}"
+    )
     gain, low, high = paired_difference(before.correct, after.correct, 0.95)
     steps = run.events(NAME, "step")
     example = _telling_example(before, after)
 
-    def figure(value: float, unit: str, origin: str = source, low: float | None = None, high: float | None = None) -> Figure:
+    def figure(
+        value: float, unit: str, origin: str = source, low: float | None = None, high: float | None = None
+    ) -> Figure:
         return Figure.measured(value, unit, origin, rehearsed=rehearsed, low=low, high=high)
 
     def mean_of(key: str) -> float:
@@ -410,14 +431,16 @@ def _record(
         heldout_problems=count,
         accuracy_before=figure(100 * before.accuracy, "%"),
         accuracy_after=figure(100 * after.accuracy, "%"),
-        accuracy_gain=figure(
-            100 * gain, "points", f"{source}, paired by problem, 95% interval", 100 * low, 100 * high
-        ),
+        accuracy_gain=figure(100 * gain, "points", f"{source}, paired by problem, 95% interval", 100 * low, 100 * high),
         thought_tokens_before=figure(before.mean_tokens, "tokens/completion"),
         thought_tokens_after=figure(after.mean_tokens, "tokens/completion"),
         figures={
-            "greedy_accuracy_before": figure(100 * sum(before.greedy_correct) / count, "%", f"{count} held-out problems, greedy"),
-            "greedy_accuracy_after": figure(100 * sum(after.greedy_correct) / count, "%", f"{count} held-out problems, greedy"),
+            "greedy_accuracy_before": figure(
+                100 * sum(before.greedy_correct) / count, "%", f"{count} held-out problems, greedy"
+            ),
+            "greedy_accuracy_after": figure(
+                100 * sum(after.greedy_correct) / count, "%", f"{count} held-out problems, greedy"
+            ),
             "mismatch_abs": figure(mean_of("mismatch_abs"), "nats/token", per_step),
             "mismatch_k3": figure(mean_of("mismatch_k3"), "nats/token", per_step),
             "importance_clipped": figure(100 * mean_of("importance_clipped"), "%", per_step),

@@ -48,7 +48,14 @@ class Figure(BaseModel):
 
     @classmethod
     def measured(
-        cls, value: float, unit: str, source: str, *, rehearsed: bool, low: float | None = None, high: float | None = None
+        cls,
+        value: float,
+        unit: str,
+        source: str,
+        *,
+        rehearsed: bool,
+        low: float | None = None,
+        high: float | None = None,
     ) -> Self:
         """A number read off this run. On a rehearsed pool its kind is `rehearsed`, never `measured`."""
         kind: Kind = "rehearsed" if rehearsed else "measured"
@@ -56,12 +63,19 @@ class Figure(BaseModel):
 
     @classmethod
     def derived(
-        cls, value: float | None, unit: str, source: str, *inputs: Figure, low: float | None = None, high: float | None = None
+        cls,
+        value: float | None,
+        unit: str,
+        source: str,
+        *inputs: Figure,
+        low: float | None = None,
+        high: float | None = None,
     ) -> Self:
         """A number computed from others: it has the weakest kind among them."""
         if not inputs:
             raise ValueError("a derived figure needs the figures it comes from")
-        kind = max((figure.kind for figure in inputs), key=_WEAKEST_LAST.index)
+        kinds: list[Kind] = [figure.kind for figure in inputs]
+        kind = max(kinds, key=_WEAKEST_LAST.index)
         return cls(value=value, unit=unit, kind=kind, source=source, low=low, high=high)
 
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
@@ -124,7 +138,9 @@ class RunFolder:
         content = _read_json(stored)
         recipe = resolved_recipe(content.get("recipe", {}), origin=stored)
         if recipe.digest() != content.get("sha256"):
-            raise DamagedFile(f"{stored} does not match its hash: it was edited. A changed recipe needs a new run folder.")
+            raise DamagedFile(
+                f"{stored} does not match its hash: it was edited. A changed recipe needs a new run folder."
+            )
         return cls(path, recipe)
 
     def write_record(self, name: str, record: Record) -> None:
@@ -139,7 +155,9 @@ class RunFolder:
         try:
             return kind.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise DamagedFile(f"{path} is not a valid {kind.__name__}: {error}. Delete it to run its stage again.") from None
+            raise DamagedFile(
+                f"{path} is not a valid {kind.__name__}: {error}. Delete it to run its stage again."
+            ) from None
 
     def require_record(self, name: str, kind: type[RecordType], verb: str) -> RecordType:
         """The record `name`; raises IsthmusError that names the verb to run first if it is missing."""
@@ -160,7 +178,7 @@ class RunFolder:
             file.write(line.encode() + b"\n")
 
     def events(self, stage: str | None = None, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order. Lines torn by a killed writer are left out; of events that repeat a step, the last counts."""
+        """Events in order. Lines torn by a killed writer are left out; of events that repeat a step the last counts."""
         path = self.path / "events.jsonl"
         if not path.exists():
             return []
@@ -217,7 +235,9 @@ def explain_io_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise IsthmusError(f"no space left on the disk for {path}. Free some and run the same command again.") from error
+            raise IsthmusError(
+                f"no space left on the disk for {path}. Free some and run the same command again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise IsthmusError(f"{path} cannot be written: {error.strerror}.") from error
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,21 +64,34 @@ def execute(run: RunFolder, watch: Watch, host: str | None = None, port: int | N
         threads=pool.threads,
         examples=example_prompts(run),
     )
-    run.event(NAME, "start", pool=pool.name, rehearsed=pool.rehearsed, seal=record.seal_id)
     began = time.monotonic()
-    serve_bundle(run.path / record.bundles[record.format], watch, serving)
+
+    def tell_start() -> None:
+        run.event(NAME, "start", pool=pool.name, rehearsed=pool.rehearsed, seal=record.seal_id)
+
+    serve_bundle(run.path / record.bundles[record.format], watch, serving, tell_start)
     run.event(NAME, "end", seconds=round(time.monotonic() - began, 3))
 
 
-def serve_bundle(folder: Path, watch: Watch, serving: Serving) -> None:
-    """Check the seal of a bundle and serve it in the foreground until SIGTERM or Ctrl-C."""
+def serve_bundle(
+    folder: Path, watch: Watch, serving: Serving, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Check the seal of a bundle and serve it in the foreground until SIGTERM or Ctrl-C.
+
+    `on_ready` is called once, when the server answers. Raises IsthmusError if the port is taken or the engine fails.
+    """
     section = serving.section
     listener = bind(section.host, section.port, flag="--port")
     try:
         service = open_service(folder, serving)
         port = listener.getsockname()[1]
         app = Server(service, page=True).app()
-        run_app(app, listener, service.core, on_ready=lambda: _announce(watch, service, section.host, port))
+
+        def ready() -> None:
+            _announce(watch, service, section.host, port)
+            on_ready()
+
+        run_app(app, listener, service.core, on_ready=ready)
     finally:
         listener.close()
     if service.core.failure is not None:

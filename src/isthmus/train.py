@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from isthmus.chips import device_for
+from isthmus.chips import device_of
 from isthmus.data.corpus import run_tokenizer, sft_documents
 from isthmus.data.tasks import Task, load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.model.model import Model
+from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
 from isthmus.records import PlanRecord, TrainRecord
 from isthmus.run import Figure, RunFolder
@@ -70,7 +71,10 @@ def execute(run: RunFolder, watch: Watch) -> TrainRecord:
             "loss": Figure.measured(last["loss"], "nats/token", source, rehearsed=False),
             "tokens_per_s": Figure.measured(last["tokens_per_s"], "tokens/s", source, rehearsed=False),
             "parameters": Figure.measured(
-                sum(p.numel() for p in session.model.parameters()), "parameters", "counted on the model", rehearsed=False
+                sum(p.numel() for p in session.model.parameters()),
+                "parameters",
+                "counted on the model",
+                rehearsed=False,
             ),
         },
     )
@@ -80,9 +84,9 @@ def execute(run: RunFolder, watch: Watch) -> TrainRecord:
 
 
 def _open_session(run: RunFolder, pool: str) -> Session:
-    section = run.recipe.pools[pool]
-    torch.set_num_threads(section.threads or 2)
-    device = torch.device(device_for(section.chip))
+    home = get_pool(run.recipe, pool)
+    torch.set_num_threads(home.threads)
+    device = torch.device(device_of(home))
     task = load_task(run.recipe)
     tokenizer = run_tokenizer(run, task)
     model = Model(run.recipe.model).initialise(run.recipe.seed)

@@ -39,7 +39,12 @@ def uninterrupted(planned) -> Path:
 def kill_at_step(folder: Path, verb: str, step: int, sent: signal.Signals) -> subprocess.Popen:
     """Start a stage and signal it as soon as its events show `step`."""
     process = subprocess.Popen(
-        command(verb, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        command(verb, folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
     run = RunFolder.open(folder)
     deadline = time.monotonic() + 120
@@ -140,7 +145,9 @@ def test_a_flipped_bit_in_a_checkpoint_stops_the_next_stage(uninterrupted, tmp_p
 def test_a_full_disk_is_a_message_and_no_half_written_file(planned, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"this machine mounts no tmpfs: {mounted.stderr.strip()}")
     try:

@@ -47,7 +47,7 @@ def test_every_solvable_problem_is_there_once_and_split_for_good():
 @pytest.mark.parametrize("problem", TASK.train[::40], ids=lambda p: p.id)
 def test_the_teacher_works_out_every_line_and_marks_only_hits(problem):
     thought, answer = TASK.worked_example(problem, random.Random(problem.id))
-    *hand, target = problem.facts
+    target = problem.facts[-1]
     for line in thought.strip().splitlines():
         if line == "give up":
             assert answer == NO_ANSWER and line == thought.strip().splitlines()[-1]
@@ -117,7 +117,10 @@ def test_tokenizer_round_trips_any_text(text):
 
 def test_tokenizer_template_and_numbers(tmp_path):
     ids = TOKENIZER.chat([{"role": "user", "content": "Make 22 from 1 3 7."}])
-    assert TOKENIZER.decode(ids, skip_special=False) == "<｜begin▁of▁sentence｜><｜User｜>Make 22 from 1 3 7.<｜Assistant｜><think>\n"
+    assert (
+        TOKENIZER.decode(ids, skip_special=False)
+        == "<｜begin▁of▁sentence｜><｜User｜>Make 22 from 1 3 7.<｜Assistant｜><think>\n"
+    )
     assert ids[0] == TOKENIZER.bos_id
     assert len(TOKENIZER.encode(" 22")) == len(TOKENIZER.encode(" 81")) == 1
     history = [

@@ -178,7 +178,7 @@ def test_a_healthy_model_is_sealed_in_both_formats(start):
     assert seal.lineage.checkpoint_sha256 == run.require_record("rl", RlRecord, "rl").checkpoint_sha256
     assert seal.lineage.recipe_sha256 == run.recipe.digest()
     assert verify_seal(run.path / "bundle" / "bf16").format == "bf16"
-    assert not list(run.path.glob(".reference-*"))
+    assert not (run.path / "handoff" / "fp32").exists()
 
 
 def test_the_bundle_holds_the_trained_weights(start):
@@ -256,7 +256,10 @@ def test_an_engine_that_computes_something_else_is_refused(start, monkeypatch):
     monkeypatch.setattr(handoff, "LocalEngine", Broken)
     with pytest.raises(GateRefused, match="engine against emulator"):
         execute(run)
-    assert outcomes(run)["w8a8: mean KL"] == "pass" and outcomes(run)["w8a8: engine against emulator"] == "fail"
+    assert (
+        outcomes(run)["w8a8: mean KL"] == "pass"
+        and outcomes(run)["w8a8: mean |Δlogp|, engine against emulator"] == "fail"
+    )
 
 
 def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
@@ -305,7 +308,7 @@ def test_a_stage_that_breaks_off_leaves_no_verdict(start, monkeypatch):
     with pytest.raises(EngineError):
         execute(run)
     assert seals(run) == [] and run.read_record("parity", HandoffRecord) is None
-    assert not list(run.path.glob(".reference-*"))
+    assert not (run.path / "handoff" / "fp32").exists()
 
 
 def test_without_a_trained_model_it_says_what_to_run(start):

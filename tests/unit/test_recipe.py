@@ -196,6 +196,14 @@ def test_defaults_are_part_of_the_hash():
     assert parse_recipe(spelled).digest() != parse_recipe(tree()).digest()
 
 
+def test_the_text_that_is_hashed_spells_every_key_out():
+    spelled = json.loads(parse_recipe(tree()).canonical())
+    assert set(spelled) == {field.alias or name for name, field in Recipe.model_fields.items()}
+    assert spelled["serve"]["port"] == parse_recipe(tree()).serve.port
+    assert spelled["pools"]["home"]["rehearsed"] is False
+    assert spelled["sft"]["optimizer"]["gradient_clip"] == 1.0
+
+
 def test_a_recipe_cannot_change_after_reading():
     recipe = parse_recipe(tree())
     with pytest.raises(ValueError, match="frozen"):
@@ -252,6 +260,12 @@ def test_from_reads_the_architecture_of_a_published_config(tmp_path: Path):
     model = from_config(tmp_path, rope_theta=500.0).model
     assert (model.hidden_size, model.num_hidden_layers, model.first_k_dense_replace) == (64, 4, 2)
     assert (model.rope_theta, model.rope_scaling, model.from_) == (500.0, None, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_from_reads_plain_rotary_positions_in_either_layout(tmp_path: Path, key: str):
+    model = from_config(tmp_path, **{key: {"rope_type": "default", "rope_theta": 700.0}}).model
+    assert (model.rope_theta, model.rope_scaling) == (700.0, None)
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -309,11 +309,18 @@ def test_a_rehearsed_figure_is_never_shown_as_measured(story: Story):
     assert "title of away away · 1 × far-chip · not here rehearsed" in page.text("pools")
 
 
-def test_charts_of_rollouts_carry_the_kind_of_the_rollout_pool(story: Story):
-    assert "Mean |Δ log p| rehearsed" in page_of(story.whole()).text("mismatch")
-    present = Story(story.run.path.parent / "other", place={"train": ["home"], "rollout": ["home"], "serve": ["home"]})
-    present.rl_steps(4)
-    assert "Mean |Δ log p| measured" in page_of(present).text("mismatch")
+@pytest.mark.parametrize("known", ["nothing", "plan", "record"])
+def test_charts_of_rollouts_carry_the_kind_of_the_rollout_pool(story: Story, known: str):
+    if known != "nothing":
+        story.plan()
+    story.rl() if known == "record" else story.rl_steps(4)
+    assert "Mean |Δ log p| rehearsed" in page_of(story).text("mismatch")
+
+
+def test_charts_of_rollouts_on_a_pool_that_is_here_are_measured(tmp_path: Path):
+    story = Story(tmp_path / "run", place={"train": ["home"], "rollout": ["home"], "serve": ["home"]})
+    story.rl_steps(4)
+    assert "Mean |Δ log p| measured" in page_of(story).text("mismatch")
 
 
 STAGES = ["qualify", "plan", "train", "rl", "handoff"]

@@ -9,7 +9,7 @@ import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydantic import ValidationError
 
@@ -37,9 +37,14 @@ class Algorithm(Protocol):
         """rewards [P, G] of P prompts with G samples each; returns [P, G]."""
         ...
 
-    def loss(self, logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, sample: Tensor, config: Any) -> Loss:
-        """All [N] over the N target tokens: log-probabilities now and when sampled (both the trainer's), the advantage of
-        their sample, the off-policy weight, and the number of their sample."""
+    def loss(
+        self, logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, sample: Tensor, config: Any
+    ) -> Loss:
+        """All [N] over the N target tokens.
+
+        The trainer's log-probabilities now and when the update began, the advantage of each token's sample, the off-policy
+        weight, and the number of the sample.
+        """
         ...
 
 
@@ -52,8 +57,11 @@ def get_algorithm(name: str) -> Algorithm:
     names = algorithm_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
-        raise IsthmusError(f"unknown RL algorithm {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+        raise IsthmusError(
+            f"unknown RL algorithm {name!r}; "
+            + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}")
+        )
+    return cast(Algorithm, importlib.import_module(f"{__name__}.{name}"))
 
 
 def algorithm_config(section: RlSection) -> Any:

@@ -1,7 +1,7 @@
-"""Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300; R1), with token ratios as implementations use them.
+"""Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300; R1), with token ratios.
 
 The advantage of a sample is its reward against its group: (r - mean) / (std + eps), or without the division, as in
-Dr. GRPO (arXiv 2503.20783). The loss of a token is -w * min(ratio * A, clip(ratio) * A), where w is the off-policy weight.
+Dr. GRPO (arXiv 2503.20783). The loss of a token is -w * min(ratio * A, clip(ratio) * A) with the off-policy weight w.
 `clip_high` above `clip_low` is DAPO's clip-higher (arXiv 2503.14476).
 """
 

@@ -6,7 +6,6 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from pathlib import Path
 from types import MappingProxyType
 
 from isthmus.chips._facts import Chip, Vendor
@@ -16,9 +15,9 @@ from isthmus.errors import IsthmusError
 @functools.cache
 def vendors() -> MappingProxyType[str, Vendor]:
     """Every vendor's file of this folder, by file name."""
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if not module.ispkg]
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(__package__).__path__) if not module.ispkg]
     files = sorted(name for name in names if not name.startswith("_"))
-    return MappingProxyType({name: importlib.import_module(f"isthmus.chips.{name}").VENDOR for name in files})
+    return MappingProxyType({name: importlib.import_module(f"{__package__}.{name}").VENDOR for name in files})
 
 
 @functools.cache

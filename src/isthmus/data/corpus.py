@@ -29,7 +29,7 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
     tokenizer = Tokenizer.load(source) if source else Tokenizer.train(_texts(run, task), run.recipe.model.vocab_size)
     if tokenizer.vocab_size > run.recipe.model.vocab_size:
         raise IsthmusError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {run.recipe.model.vocab_size}; "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
             f"set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     temporary = run.path / f".tokenizer.{os.getpid()}.tmp"
@@ -54,7 +54,9 @@ def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -
     limit = run.recipe.model.max_position_embeddings
     fitting = [document for document in documents if len(document.tokens) <= limit]
     if not fitting:
-        raise IsthmusError(f"no worked example fits into max_position_embeddings = {limit}; raise it or shorten the data")
+        raise IsthmusError(
+            f"no worked example fits into max_position_embeddings = {limit}; raise it or shorten the data"
+        )
     return fitting
 
 

@@ -33,7 +33,9 @@ def load(section: DataSection) -> JsonlTask:
     train, heldout = read_problems(section.train_file), read_problems(section.heldout_file)
     shared = {problem.prompt for problem in train} & {problem.prompt for problem in heldout}
     if shared:
-        raise IsthmusError(f"{section.heldout_file}: {len(shared)} prompts are also in {section.train_file}, e.g. {min(shared)!r}")
+        raise IsthmusError(
+            f"{section.heldout_file}: {len(shared)} prompts are also in {section.train_file}, e.g. {min(shared)!r}"
+        )
     return JsonlTask(train, heldout)
 
 

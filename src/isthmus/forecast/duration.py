@@ -131,9 +131,9 @@ def rl_seconds(recipe: Recipe, pace: Pace) -> Span:
 
 
 def handoff_seconds(recipe: Recipe, pace: Pace) -> Span:
-    """Reference and bundle: an engine each, the held-out problems, and the golden prompts."""
-    problems = recipe.handoff.heldout_problems + recipe.handoff.golden_prompts
-    return (_answers(recipe, pace, problems) + _start(pace)) * 2
+    """Reference and target answer the held-out problems side by side, two samples each; golden prompts are scored."""
+    golden = recipe.handoff.golden_prompts * (pace.prompt_tokens + 2.0 * pace.completion_tokens) * pace.learn_token
+    return _answers(recipe, pace, 2 * recipe.handoff.heldout_problems) + _start(pace) + Span(golden, golden, golden)
 
 
 def _overlapped(recipe: Recipe, generate: float, learn: float) -> float:

@@ -182,10 +182,10 @@ def _flush(folder: Path) -> None:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` at the end, or vanishes if its writing fails."""
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    new, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     with explain_io_errors(folder):
-        shutil.rmtree(new, ignore_errors=True)
+        for left_by_a_killed_writer in (new, old):
+            shutil.rmtree(left_by_a_killed_writer, ignore_errors=True)
         new.mkdir(parents=True)
         try:
             yield new

@@ -113,14 +113,18 @@ class LatentAttention(nn.Module):
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         latent, key_rope = latents.split([self.rank, self.rope], dim=-1)
-        k_nope, value = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.v_dim], dim=-1)
+        k_nope, value = (
+            self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.v_dim], dim=-1)
+        )
         query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         key = torch.cat((k_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1).transpose(1, 2)
         weights = _attention_weights(query @ key.transpose(-1, -2), self.scale, mask)
         return (weights @ value.transpose(1, 2)).transpose(1, 2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
-        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split([self.nope, self.v_dim], dim=1)
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            [self.nope, self.v_dim], dim=1
+        )
         in_latent_space = torch.einsum("bthn,hnc->bthc", q_nope, up_key)
         query = torch.cat((in_latent_space, q_rope), dim=-1)
         batch, new = query.shape[:2]

@@ -14,7 +14,11 @@ def hf_config(architecture: ModelSection, *, dtype: str, eos_token_id: int, bos_
     rope = architecture.rope_scaling
     rope_parameters: dict[str, Any] = {"rope_theta": architecture.rope_theta, "rope_type": "default"}
     if rope is not None:
-        rope_parameters = {**rope.model_dump(exclude={"type"}), "rope_theta": architecture.rope_theta, "rope_type": "yarn"}
+        rope_parameters = {
+            **rope.model_dump(exclude={"type"}),
+            "rope_theta": architecture.rope_theta,
+            "rope_type": "yarn",
+        }
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

@@ -38,7 +38,9 @@ class Routing:
     def load(self) -> Tensor:
         """Tokens sent to each expert, [E]."""
         flat = self.experts.reshape(-1)
-        return torch.zeros(self.scores.shape[-1], device=flat.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+        return torch.zeros(self.scores.shape[-1], device=flat.device).index_add_(
+            0, flat, torch.ones_like(flat, dtype=torch.float32)
+        )
 
 
 class Router(nn.Module):
@@ -82,7 +84,11 @@ class Experts(nn.Module):
 
     def __init__(self, architecture: ModelSection):
         super().__init__()
-        experts, hidden, width = architecture.n_routed_experts, architecture.hidden_size, architecture.moe_intermediate_size
+        experts, hidden, width = (
+            architecture.n_routed_experts,
+            architecture.hidden_size,
+            architecture.moe_intermediate_size,
+        )
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
         self.register_state_dict_post_hook(_publish_experts)
@@ -105,7 +111,10 @@ def _publish_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, _
 
 def _stack_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     assert isinstance(module, Experts)
-    names = [[f"{prefix}{i}.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")] for i in range(len(module.down))]
+    names = [
+        [f"{prefix}{i}.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")]
+        for i in range(len(module.down))
+    ]
     if not all(name in state for triple in names for name in triple):
         return
     triples = [[state.pop(name) for name in triple] for triple in names]
@@ -126,7 +135,9 @@ class Dispatch:
         flat = experts.reshape(-1)
         order = flat.argsort(stable=True)
         sorted_experts = flat[order]
-        counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+        counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device).index_add_(
+            0, flat, torch.ones_like(flat)
+        )
         rank = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[sorted_experts]
         width = int(counts.max())
         place = torch.empty_like(flat)
@@ -177,7 +188,9 @@ def sequence_balance_loss(routing: Routing, sequence: Tensor, num_sequences: int
     chosen = torch.zeros_like(routing.scores).scatter(-1, unbiased, 1.0)
     share = routing.scores / routing.scores.sum(-1, keepdim=True)
     shape = (num_sequences, num_experts)
-    length = share.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(share[:, 0])).clamp(min=1).unsqueeze(1)
+    length = (
+        share.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(share[:, 0])).clamp(min=1).unsqueeze(1)
+    )
     frequency = share.new_zeros(shape).index_add(0, sequence, chosen) * (num_experts / top_k) / length
     probability = share.new_zeros(shape).index_add(0, sequence, share) / length
     return (frequency * probability).sum(-1).mean()

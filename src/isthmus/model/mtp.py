@@ -35,7 +35,12 @@ class MtpLayer(DecoderLayer):
         self.shared_head = SharedHead(a)
 
     def predict(
-        self, next_embedding: Tensor, hidden: Tensor, rotation: Rotation, mask: Tensor, trace: list[Routing] | None = None
+        self,
+        next_embedding: Tensor,
+        hidden: Tensor,
+        rotation: Rotation,
+        mask: Tensor,
+        trace: list[Routing] | None = None,
     ) -> Tensor:
         """next_embedding and hidden [B, T, D]. Returns the normed states [B, T, D] for the shared output head."""
         joined = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(hidden)), dim=-1))

@@ -71,6 +71,7 @@ def compare_tokens(
 
     The candidate runs inside `candidate_context()`; its logits are compared outside, in float64.
     """
+    sequences = sorted(sequences, key=lambda sequence: len(sequence.prompt) + len(sequence.completion))
     batches = [
         _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
     ]

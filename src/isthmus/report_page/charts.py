@@ -17,6 +17,7 @@ from isthmus.report_page.numbers import plain
 
 WIDTH, HEIGHT = 1000.0, 300.0
 MOST_POINTS = 240
+SMALLEST_SPAN = 1e-300
 MOST_HEAT_COLUMNS = 60
 MOST_HEAT_ROWS = 32
 HEAT_EDGES = (0.5, 0.75, 0.9, 1.1, 1.33, 2.0)
@@ -91,12 +92,13 @@ def scale(low: float, high: float, about: int, *, from_zero: bool, tight: bool =
     """A scale with round ticks. `from_zero` puts zero on it; `tight` ends it at the data instead of at a tick."""
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        spread = abs(high) or 1.0
+    largest = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * largest, SMALLEST_SPAN):
+        spread = largest if largest > SMALLEST_SPAN else 1.0
         low, high = (0.0, spread) if from_zero and high >= 0 else (low - spread / 2, high + spread / 2)
     step = _round_step((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(index * step, 12) for index in range(first, last + 1)]
+    ticks = [index * step for index in range(first, last + 1)]
     if tight:
         return Scale(low, high, [tick for tick in ticks if low <= tick <= high])
     return Scale(ticks[0], ticks[-1], ticks)

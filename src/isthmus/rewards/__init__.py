@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from isthmus.data.tasks import Problem
 
@@ -26,4 +26,4 @@ class RewardModule(Protocol):
 
 def get_reward(name: str) -> RewardModule:
     """The reward in the file of that name."""
-    return importlib.import_module(f"isthmus.rewards.{name}")
+    return cast(RewardModule, importlib.import_module(f"isthmus.rewards.{name}"))

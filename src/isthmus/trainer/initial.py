@@ -32,7 +32,9 @@ def load_published(model: Model, folder: Path) -> None:
         for name in wanted.keys() & stored.keys()
         if stored[name].shape != wanted[name].shape
     ]
-    problems += [f"{name} is quantised ({stored[name].dtype})" for name in stored if not stored[name].is_floating_point()]
+    problems += [
+        f"{name} is quantised ({stored[name].dtype})" for name in stored if not stored[name].is_floating_point()
+    ]
     if problems:
         raise IsthmusError(f"{folder} does not fit its config.json: " + "; ".join(sorted(problems)[:8]))
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})

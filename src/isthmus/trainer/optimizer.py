@@ -24,15 +24,22 @@ class Optimizer:
         rest = {name: p for name, p in named.items() if name not in matrices}
         self._adam_names = list(rest)
         self._adam = torch.optim.AdamW(
-            list(rest.values()), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay, fused=True
+            list(rest.values()),
+            lr=section.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=section.weight_decay,
+            fused=True,
         )
 
     def zero_grad(self) -> None:
         for parameter in self._named.values():
             parameter.grad = None
 
-    def step(self, step: int) -> float:
-        """Clip, update, and return the norm of the gradient before clipping. `step` counts from 0."""
+    def step(self, step: float) -> float:
+        """Clip, update, and return the norm of the gradient before clipping.
+
+        `step` counts from 0; a fraction is an update within a step.
+        """
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.section.gradient_clip, error_if_nonfinite=True)
         factor = self.schedule(step)
         for group in self._adam.param_groups:
@@ -43,7 +50,7 @@ class Optimizer:
             self._muon.step(self.section.matrix_learning_rate * factor, self.section.weight_decay)
         return norm.item()
 
-    def schedule(self, step: int) -> float:
+    def schedule(self, step: float) -> float:
         """Factor on the learning rates: linear warm-up, constant, linear decay to 0 over the last decay_share."""
         warmup = min(1.0, (step + 1) / self.section.warmup_steps) if self.section.warmup_steps else 1.0
         decay_steps = self.section.decay_share * self.total_steps
@@ -66,7 +73,9 @@ class Optimizer:
         for name, value in tensors.items():
             kind, key, parameter = name.split(".", 2)
             if parameter not in self._named:
-                raise DamagedFile(f"the optimiser state names the parameter {parameter!r}, which this model does not have")
+                raise DamagedFile(
+                    f"the optimiser state names the parameter {parameter!r}, which this model does not have"
+                )
             if kind == "adam":
                 adam.setdefault(self._adam_names.index(parameter), {})[key] = value
             elif self._muon is not None:
@@ -76,15 +85,15 @@ class Optimizer:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon is meant for a parameter: matrices (or stacks of them) that are neither embedding, head nor router."""
+    """Whether Muon is meant for it: a matrix, or a stack of them, that is neither embedding, head nor router."""
     return parameter.dim() >= 2 and not any(part in name for part in _NOT_HIDDEN)
 
 
 class Muon:
     """Momentum, orthogonalised by Newton-Schulz (Keller Jordan, kellerjordan.github.io/posts/muon, 2024).
 
-    Differs from torch.optim.Muon in what this model needs: stacks of matrices, and fp32 where bf16 is slow. Matrices of one
-    shape are orthogonalised together.
+    Differs from torch.optim.Muon in what this model needs: stacks of matrices, and fp32 where bf16 is slow. Matrices of
+    one shape are orthogonalised together.
     """
 
     def __init__(self, matrices: dict[str, nn.Parameter], momentum: float = 0.95):

@@ -57,7 +57,7 @@ def _balance(routing: Routing, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def update_router_bias(routers: list[Router], loads: list[Tensor], speed: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): b += speed * sign(mean load - load), once per optimiser step."""
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): b += speed * sign(mean load - load), once per step."""
     for router, load in zip(routers, loads, strict=True):
         router.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=speed)
 

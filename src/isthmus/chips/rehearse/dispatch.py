@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,11 +30,9 @@ class OperatorWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return func(*args, **kwargs)
-        if func._can_decompose():
+        if _is_composite(func):
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         self.see(func.name(), set(_dtypes((*args, *kwargs.values()))))
         return func(*args, **kwargs)
 
@@ -71,6 +70,13 @@ class Rehearsal(OperatorWatch):
                 f"{operator} with {dtype} is refused on {self.profile.chip}: {rule.behaviour} "
                 f"({rule.standing}: {rule.source}). Use another dtype for this operator."
             )
+
+
+@functools.cache
+def _is_composite(operator: Any) -> bool:
+    """Whether an operator is nothing but others: it has a decomposition, and no kernel of its own on the CPU."""
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
+    return operator._can_decompose() and not own
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -136,11 +136,9 @@ def load_profile(chip: str, family: str, generation: str | None) -> Profile:
     dtypes = {
         row["dtype"]: DtypeRule(row["dtype"], _dtype_action(row), row["behaviour"], row["standing"], row["source"])
         for row in _rows(family, "dtypes")
-        if generation in row["generations"].split("|")
+        if _holds(row, generation)
     }
-    collectives = [
-        _collective(row) for row in _rows(family, "collectives") if generation in row["generations"].split("|")
-    ]
+    collectives = [_collective(row) for row in _rows(family, "collectives") if _holds(row, generation)]
     formats = {row["format"]: tuple(row["operators"].split("|")) for row in _rows(family, "formats")}
     return Profile(
         chip=chip,
@@ -166,6 +164,11 @@ def _operator(row: dict[str, str], generation: str | None, sources: dict[str, di
         standing=", ".join(source["standing"] for source in cited),
         source="; ".join(source["source"] for source in cited),
     )
+
+
+def _holds(row: dict[str, str], generation: str | None) -> bool:
+    """A rule without generations holds for all of the family."""
+    return not row["generations"] or generation in row["generations"].split("|")
 
 
 def _concerns(caution: str, generation: str | None) -> bool:

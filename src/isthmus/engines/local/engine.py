@@ -182,7 +182,7 @@ class Core:
             sample.first_token_s,
             elapsed,
         )
-        for listener in (sample.request.listener, *self.observers):
+        for listener in (*self.observers, sample.request.listener):
             listener(finished)
 
     def _end(self, request: Request, choice: int | None, reason: str) -> None:

@@ -14,9 +14,8 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from isthmus.engines.local.answers import Exchange
 from isthmus.engines.local.metrics import Metrics
@@ -57,7 +56,7 @@ class Server:
 
     def app(self) -> Starlette:
         """The ASGI application. Its end stops the core."""
-        routes: list[Route | Mount] = [
+        routes = [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -70,7 +69,8 @@ class Server:
                 Route("/weight_info", self.weight_info),
             ]
         if self._page:
-            routes += [Route("/examples", self.examples), Mount("/", StaticFiles(directory=STATIC, html=True))]
+            routes += [Route("/examples", self.examples), Route("/", _file("index.html"))]
+            routes += [Route(f"/{path.name}", _file(path.name)) for path in sorted(STATIC.iterdir())]
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
             IsthmusError: _refuse_plainly,
@@ -207,7 +207,7 @@ class Server:
         size = self.service.architecture.vocab_size
         for prompt in prompts:
             if prompt and not 0 <= min(prompt) <= max(prompt) < size:
-                raise ApiError(f"token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value")
+                raise ApiError(f"prompt: token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value")
 
     def _chat_prompt(self, ask: ChatAsk) -> list[int]:
         try:
@@ -236,6 +236,13 @@ class Server:
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(self.service.core.stop)
+
+
+def _file(name: str) -> Handler:
+    async def send(_request: Request) -> Response:
+        return FileResponse(STATIC / name, headers={"Cache-Control": "no-cache"})
+
+    return send
 
 
 async def _json_body(request: Request) -> bytes:

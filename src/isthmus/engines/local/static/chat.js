@@ -41,7 +41,7 @@ async function showFacts() {
     history.checked = health.max_model_len > SMALL_CONTEXT;
     const facts = { model: health.model, format: health.format, seal: health.seal, pool: health.pool };
     byId("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(fact));
-    if (health.rehearsal) notice(capitalised(`${health.rehearsal.statement}: the rules are its, the speed is this machine's.`));
+    if (health.rehearsal) notice(`${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`);
   } catch {
     notice("The server does not answer. Is it still running?");
   }
@@ -112,7 +112,10 @@ async function stream(messages, signal, view) {
   const body = JSON.stringify({ messages, stream: true, stream_options: { include_usage: true } });
   const answer = await fetch("v1/chat/completions", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal })
     .catch((error) => { throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?"); });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  if (!answer.ok) {
+    const refusal = await answer.json().catch(() => null);
+    throw new Error(refusal?.error.message ?? `The server failed (${answer.status}).`);
+  }
   for await (const event of events(answer.body)) {
     if (event.error) throw new Error(event.error.message);
     view.take(event);
@@ -126,12 +129,13 @@ async function* events(source) {
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("The connection broke off.");
     const parts = (text + value).split("\n\n");
     text = parts.pop();
     for (const part of parts) {
       const data = part.replace(/^data: /, "");
-      if (data !== "[DONE]") yield JSON.parse(data);
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
     }
   }
 }

@@ -351,6 +351,7 @@ def test_a_failed_write_leaves_the_old_bundle_and_nothing_else(bundle_folder):
             raise OSError(28, "No space left on device")
 
     before = (bundle_folder / "checksums.json").read_bytes()
+    (bundle_folder.parent / ".bundle.tmp").mkdir()
     with pytest.raises(IsthmusError, match="no space left"):
         write_bundle(bundle_folder, "bf16", trained_state(architecture(), 1), architecture(), FullDisk())
     assert (bundle_folder / "checksums.json").read_bytes() == before

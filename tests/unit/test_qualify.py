@@ -1,0 +1,289 @@
+"""Verdicts and their evidence; each probe is also shown a planted fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+from flow_recipe import RECIPE, SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isthmus import qualify
+from isthmus.chips.rehearse import enforce, profile_of
+from isthmus.chips.rehearse.tables import Profile, Status
+from isthmus.errors import IsthmusError
+from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
+from isthmus.probes.determinism import known_answer, known_product, same_twice
+from isthmus.probes.operators import coverage, trace_operators
+from isthmus.probes.statistics import median_of, zero_failure_bound
+from isthmus.progress import Watch
+from isthmus.recipe import load_recipe
+from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
+from isthmus.run import RunFolder
+
+AWAY = "ascend-910b-313t"
+CPU = torch.device("cpu")
+QUIET = Watch(Console(quiet=True))
+AT_HOME = ('place.rollout=["home"]', 'place.serve=["home"]')
+
+
+def small_run(path: Path, *overrides: str) -> RunFolder:
+    chosen = load_recipe(RECIPE, (*(f"{key}={value}" for key, value in SMALL.items()), *overrides))
+    return RunFolder.create(path / "run", chosen)
+
+
+def finding(needed_for: str, outcome: str) -> Evidence:
+    return Evidence(name="x", aspect="software", needed_for=needed_for, outcome=outcome, detail="")
+
+
+@pytest.mark.parametrize(
+    ("serving", "both", "training", "verdict"),
+    [
+        ("pass", "pass", "pass", "fit"),
+        ("pass", "pass", "unknown", "serve-only"),
+        ("pass", "pass", "fail", "serve-only"),
+        ("fail", "pass", "pass", "unfit"),
+        ("pass", "fail", "pass", "unfit"),
+        ("fail", "unknown", "unknown", "unfit"),
+        ("unknown", "pass", "fail", "not enough evidence"),
+        ("pass", "unknown", "pass", "not enough evidence"),
+    ],
+)
+def test_the_verdict_follows_from_the_evidence(serving: Outcome, both: Outcome, training: Outcome, verdict: Verdict):
+    evidence = [finding("serving", serving), finding("both", both), finding("training", training)]
+    assert qualify.judge(evidence) == qualify.judge(evidence[::-1]) == verdict
+
+
+def test_no_evidence_is_not_enough_evidence():
+    assert qualify.judge([]) == "not enough evidence"
+    assert qualify.judge([finding("training", "pass")]) == "not enough evidence"
+
+
+@pytest.fixture(scope="module")
+def qualified(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, QualifyRecord]]:
+    run = small_run(tmp_path_factory.mktemp("qualified"))
+    return run, {record.pool: record for record in qualify.execute(run, QUIET)}
+
+
+def test_the_present_pool_is_fit_and_its_figures_are_measured(qualified):
+    home = qualified[1]["home"]
+    assert home.verdict == "fit" and home.present and not home.rehearsed, home.reasons
+    assert {item.aspect for item in home.evidence} == {"stability", "links", "software", "compute"}
+    assert {figure.kind for figure in home.figures.values()} == {"measured"}
+    known = next(item for item in home.evidence if item.name == "known answer")
+    assert known.samples == 60 and known.confidence == 0.95
+    assert known.figures["failure_rate"].high == pytest.approx(100 * (1 - 0.05 ** (1 / 60)))
+
+
+def test_the_rehearsed_pool_is_at_best_serve_only_and_says_that_it_is_rehearsed(qualified):
+    away = qualified[1]["away"]
+    assert away.verdict == "serve-only" and away.rehearsed and not away.present and "rehearsed" in away.title
+    unknown = {item.name for item in away.evidence if item.outcome == "unknown"}
+    assert unknown == {"stability over time", "speed of links", "rates"}
+    figures = [figure for item in away.evidence for figure in item.figures.values()] + list(away.figures.values())
+    assert {figure.kind for figure in figures} == {"rehearsed", "declared"}
+    assert {figure.kind for figure in away.figures.values()} == {"rehearsed"}
+
+
+def test_the_coverage_is_of_this_models_own_work(qualified):
+    away = qualified[1]["away"]
+    serving, training = (next(i for i in away.evidence if i.name == f"operators of {use}") for use in ("serving", "training"))
+    assert serving.outcome == training.outcome == "pass"
+    assert training.samples > serving.samples > 30
+
+
+def test_pilots_measure_both_halves_of_the_run(qualified):
+    home, away = qualified[1]["home"].figures, qualified[1]["away"].figures
+    assert home["sft_step_s"].value > 0 and home["learn_token_s"].value > 0
+    assert home["longest_completion_tokens"].value >= home["completion_tokens"].value > home["prompt_tokens"].value / 10
+    assert away["engine_start_s"].value > away["crossing_s"].value > 0
+    assert away["decode_step_s"].value + away["decode_token_s"].value > 0
+
+
+def test_records_and_events_are_written_and_pilots_leave_no_weights(qualified):
+    run = qualified[0]
+    assert {event["pool"] for event in run.events("qualify", "end")} == {"home", "away"}
+    assert all(run.read_record(f"qualify/{pool}", QualifyRecord) == qualified[1][pool] for pool in ("home", "away"))
+    assert not list((run.path / "qualify").rglob("*.safetensors"))
+
+
+def test_a_pool_with_a_record_is_not_measured_again(qualified):
+    run = qualified[0]
+    before = len(run.events("qualify"))
+    assert {record.pool: record for record in qualify.execute(run, QUIET)} == qualified[1]
+    assert len(run.events("qualify")) == before
+
+
+def test_the_verdict_as_a_person_reads_it(qualified):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(qualify.render(qualified[1]["away"]))
+    text = capture.get()
+    assert "rehearsed" in text and "serve-only" in text and "stability over time" in text and "196" in text
+
+
+def test_a_pool_that_is_not_here_is_refused_before_anything_is_measured(tmp_path: Path):
+    run = small_run(tmp_path, "pools.away.rehearsed=false")
+    with pytest.raises(IsthmusError, match="rehearsed = true"):
+        qualify.execute(run, QUIET)
+    assert run.events() == []
+
+
+def with_status(operator: str, status: Status) -> Profile:
+    profile = profile_of(AWAY)
+    row = dataclasses.replace(profile.operators[operator], status=status)
+    return dataclasses.replace(profile, operators=MappingProxyType({**profile.operators, operator: row}))
+
+
+@pytest.mark.parametrize(
+    ("operator", "status", "verdict"),
+    [
+        ("aten::bmm", "none", "unfit"),
+        ("aten::silu_backward", "none", "serve-only"),
+        ("aten::topk", "fallback", "serve-only"),
+    ],
+)
+def test_a_gap_in_the_operator_table_is_found(
+    operator: str, status: Status, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(qualify, "profile_of", lambda _: with_status(operator, status))
+    run = small_run(tmp_path, *AT_HOME)
+    record = qualify.qualify_pool(run, "away", QUIET)
+    training = next(item for item in record.evidence if item.name == "operators of training")
+    assert record.verdict == verdict
+    assert training.outcome == "fail" and operator in training.detail
+    assert bool(run.events("qualify", "fallback")) == (status == "fallback")
+
+
+def test_a_loss_that_is_not_finite_costs_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(qualify.Workload, "sft_step", lambda *_: math.nan)
+    run = small_run(tmp_path, 'place.train=["home"]')
+    record = qualify.qualify_pool(run, "home", QUIET)
+    assert record.verdict == "serve-only" and any("pilot of training" in reason for reason in record.reasons)
+
+
+def test_several_chips_without_measured_links_are_not_fit(tmp_path: Path):
+    run = small_run(tmp_path, "pools.home.count=2")
+    assert qualify.qualify_pool(run, "home", QUIET).verdict == "serve-only"
+
+
+def test_an_engine_that_does_not_start_costs_the_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(qualify, "write_bundle", lambda *_: None)
+    record = qualify.qualify_pool(small_run(tmp_path, *AT_HOME), "home", QUIET)
+    pilot = next(item for item in record.evidence if item.name == "pilot of the engine")
+    assert record.verdict == "unfit" and pilot.outcome == "fail" and "not a bundle" in pilot.detail
+
+
+class FlipOne(TorchDispatchMode):
+    """Adds one unit to one element of the n-th result of an operator: a silent fault."""
+
+    def __init__(self, operator: str, number: int):
+        super().__init__()
+        self.operator, self.left = operator, number
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.name() == self.operator:
+            self.left -= 1
+            if self.left == 0:
+                result.view(-1)[7] += 1
+        return result
+
+
+def test_a_planted_silent_fault_is_found():
+    assert known_answer(CPU, 32, products=3, times=4).failures == 0
+    with FlipOne("aten::mm", number=5):
+        trials = known_answer(CPU, 32, products=3, times=4)
+    assert (trials.samples, trials.failures) == (12, 1)
+
+
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([2, 3, 17, 64]))
+def test_the_known_product_is_the_product(seed: int, size: int):
+    left, right, product = known_product(size, seed)
+    assert torch.equal(left.long() @ right.long(), product.long())
+    assert (left != 0).float().mean() > 0.3 or size < 17
+
+
+def test_a_result_that_changes_is_found_bit_by_bit():
+    draws = iter([0.0, 0.0, -0.0, 0.0])
+    assert same_twice(lambda: [torch.ones(2)], samples=3).failures == 0
+    assert same_twice(lambda: [torch.tensor([next(draws)])], samples=3).failures == 1
+
+
+def test_the_interval_of_a_median_is_that_of_its_order_statistics():
+    median = median_of([float(n) for n in range(10, 0, -1)], confidence=0.95)
+    assert (median.value, median.low, median.high) == (5.5, 2.0, 9.0)
+    assert median.confidence == pytest.approx(1 - 2 * 11 / 1024)
+    few = median_of([3.0, 1.0, 2.0], confidence=0.95)
+    assert (few.low, few.high, few.confidence) == (1.0, 3.0, 0.75)
+
+
+@given(samples=st.integers(1, 10_000), confidence=st.floats(0.5, 0.999))
+def test_the_bound_is_the_rate_that_stays_unseen_with_the_remaining_chance(samples: int, confidence: float):
+    bound = zero_failure_bound(samples, confidence)
+    assert (1 - bound) ** samples == pytest.approx(1 - confidence)
+
+
+def test_rates_are_positive_and_threads_are_put_back():
+    before = torch.get_num_threads()
+    with compute_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        assert all(rate > 0 for rate in (*matmul_tflops(CPU, 64, 3), *memory_gbs(CPU, 1, 3)))
+    assert torch.get_num_threads() == before
+
+
+@given(
+    per_step=st.floats(1e-5, 1e-2),
+    per_token=st.floats(1e-7, 1e-4),
+    steps=st.tuples(st.integers(10, 60), st.integers(10, 60)),
+)
+def test_the_pace_is_solved_from_two_batches(per_step: float, per_token: float, steps: tuple[int, int]):
+    runs = [(s, n, s * per_step + n * per_token) for s, n in zip(steps, (16 * steps[0], 200 * steps[1]), strict=True)]
+    found = qualify.solve_pace(runs[0], runs[1])
+    assert found == (pytest.approx(per_step, rel=1e-6), pytest.approx(per_token, rel=1e-6))
+
+
+def test_noise_never_makes_a_pace_negative():
+    assert qualify.solve_pace((48, 768, 2.0), (48, 9600, 1.0)) == (pytest.approx(1 / 48), 0.0)
+    assert qualify.solve_pace((48, 768, 0.001), (48, 9600, 1.0)) == (0.0, pytest.approx(1 / 9600))
+
+
+def test_a_trace_has_the_forward_and_the_backward_pass():
+    x = torch.ones(2, 3, requires_grad=True)
+    forward = trace_operators(lambda: torch.nn.functional.silu(x))
+    both = trace_operators(lambda: torch.nn.functional.silu(x).sum().backward())
+    assert set(forward.calls) == {"aten::silu"} and forward.dtypes == {"aten::silu": {"float32"}}
+    assert both.calls["aten::silu_backward"] == 1
+
+
+def test_a_trace_is_joined_with_the_table():
+    def work() -> None:
+        x = torch.ones(2, 3)
+        torch.nextafter(x @ x.T, torch.ones(2, 2)).to(torch.float64)
+
+    found = coverage(trace_operators(work), profile_of(AWAY))
+    assert found.operators["fallback"] == ("aten::nextafter",) and "aten::mm" in found.operators["native"]
+    assert found.refused_dtypes == {"float64": ("aten::_to_copy",)}
+    assert found.total == sum(found.count(status) for status in found.operators)
+    assert 0 < found.native_share < 1
+
+
+def test_trace_and_rehearsal_see_the_same_operators():
+    layer = torch.nn.Linear(4, 4)
+
+    def work() -> None:
+        layer.zero_grad()
+        layer(torch.ones(2, 4)).softmax(-1).square().sum().backward()
+
+    trace = trace_operators(work)
+    with enforce(AWAY) as rehearsal:
+        work()
+    assert set(trace.calls) == set(rehearsal.tally.operators)
+    assert sum(trace.calls.values()) == sum(rehearsal.tally.calls.values())

@@ -1,0 +1,155 @@
+"""Serving a run: only what a gate has passed and nobody has touched since, on a port that is free."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from engine_bundle import write_small_bundle
+from flow_recipe import RECIPE
+
+from isthmus import serve
+from isthmus.chips.rehearse import RehearsalRefused
+from isthmus.engines.local.service import rehearse_steps
+from isthmus.errors import GateRefused, IsthmusError
+from isthmus.model.attention import LatentAttention
+from isthmus.parity.seal import write_seal
+from isthmus.pools import get_pool
+from isthmus.progress import Watch
+from isthmus.recipe import load_recipe
+from isthmus.records import HandoffRecord, Placement, PlanRecord
+from isthmus.run import RunFolder
+
+PARITY = {
+    "started": 0.0,
+    "ended": 1.0,
+    "source_pool": "home",
+    "target_pool": "away",
+    "format": "w8a8",
+    "verdict": "pass",
+    "checks": [],
+    "bundles": {"w8a8": "bundle/w8a8"},
+    "seal_id": None,
+    "figures": {},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose hand-off passed; its bundle is small and random."""
+    opened = RunFolder.create(tmp_path / "run", load_recipe(RECIPE))
+    digest = opened.recipe.digest()
+    folder = opened.path / "bundle" / "w8a8"
+    folder.parent.mkdir()
+    write_small_bundle(folder, "w8a8")
+    record = HandoffRecord(recipe_sha256=digest, **PARITY)
+    seal = write_seal(folder, record, checkpoint_sha256="c" * 64)
+    opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))
+    placement = Placement(stage="serve", pool="away", reason="first choice")
+    plan = PlanRecord(recipe_sha256=digest, started=0.0, ended=1.0, placements=[placement], rejected=[], estimate={})
+    opened.write_record("plan", plan)
+    return opened
+
+
+def test_a_run_is_served_until_it_is_told_to_stop(run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "isthmus", "serve", str(run.path), "--port", str(port)]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "COLUMNS": "150"})
+    try:
+        health = wait_for_health(port, process)
+        assert health["rehearsal"]["statement"] == "rehearsed on CPU with the rules of ascend-910b-313t"
+        assert health["rehearsal"]["operators"]["native"] > 100 and health["pool"] == "away"
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        assert answer["system_fingerprint"] == f"{health['seal']}-v0" and answer["model"] == "tiny"
+        connection.request("GET", "/examples")
+        assert len(json.loads(connection.getresponse().read())) == serve.EXAMPLES
+        connection.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    said = output.read_text()
+    assert process.returncode == 0, said
+    assert f"http://127.0.0.1:{port}/" in said and "curl" in said and "rehearsed on CPU" in said
+    assert [event["event"] for event in run.events("serve")] == ["start", "end"]
+
+
+def wait_for_health(port, process):
+    end = time.monotonic() + 40
+    while True:
+        assert process.poll() is None and time.monotonic() < end
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+        finally:
+            connection.close()
+
+
+def test_a_tampered_bundle_is_refused(run):
+    weights = run.path / "bundle" / "w8a8" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(GateRefused, match="does not match its hash"):
+        serve.execute(run, Watch(), port=0)
+
+
+def test_a_bundle_with_another_seal_is_refused(run):
+    folder = run.path / "bundle" / "w8a8"
+    record = HandoffRecord(recipe_sha256=run.recipe.digest(), **PARITY)
+    write_seal(folder, record, checkpoint_sha256="d" * 64)
+    with pytest.raises(GateRefused, match="another bundle"):
+        serve.execute(run, Watch(), port=0)
+
+
+def test_a_run_without_a_passed_gate_is_not_served(run):
+    record = HandoffRecord(recipe_sha256=run.recipe.digest(), **{**PARITY, "verdict": "refuse"})
+    run.write_record("parity", record)
+    with pytest.raises(GateRefused, match="parity gate refused"):
+        serve.execute(run, Watch(), port=0)
+    (run.path / "parity.json").unlink()
+    with pytest.raises(IsthmusError, match="isthmus handoff"):
+        serve.execute(run, Watch(), port=0)
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(IsthmusError, match=rf"port {port} .*--port"):
+            serve.execute(run, Watch(), port=port)
+    assert run.events("serve") == []
+
+
+def test_a_pool_of_real_chips_is_not_served_on_the_cpu_in_silence():
+    recipe = load_recipe(RECIPE, ("pools.home.chip=h800", "pools.away.chip=h800"))
+    with pytest.raises(IsthmusError, match="vllm serve"):
+        serve.require_cpu(get_pool(recipe, "home"))
+    serve.require_cpu(get_pool(recipe, "away"))
+
+
+def test_a_model_that_breaks_the_rules_of_the_chip_does_not_start(run, monkeypatch):
+    service = serve.open_service(run.path / "bundle" / "w8a8", serve.Serving(threads=1))
+    model = service.core.runner.model
+    service.core.stop()
+    assert rehearse_steps(model, "ascend-910b-313t")["native"] > 100
+    plain = LatentAttention.latents
+    monkeypatch.setattr(LatentAttention, "latents", lambda self, *args: plain(self, *args).to(torch.float8_e4m3fn).float())
+    with pytest.raises(RehearsalRefused, match="float8"):
+        rehearse_steps(model, "ascend-910b-313t")
+
