@@ -159,7 +159,7 @@ def _check_before_start(recipe: Recipe) -> None:
     importlib.import_module("isthmus.algos").algorithm_config(recipe.rl)
     formats = importlib.import_module("isthmus.formats")
     for name in (recipe.rl.rollout_format, recipe.handoff.format):
-        formats.get_format(name)
+        formats.check_format_name(name)
     importlib.import_module("isthmus.chips").check_available(recipe)
 
 

@@ -317,5 +317,5 @@ def _refusal(run: RunFolder, record: HandoffRecord) -> str:
             shown = "not shown to be within" if check.outcome == "unknown" else "outside"
             lines.append(f"  {check.name}: {check.figure} is {shown} the limit {check.limit}; {check.detail}")
     lines.append(f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass:")
-    lines.append("change [handoff] or [rl] in the recipe and use a new run folder, or run `isthmus handoff` again.")
+    lines.append("change [handoff], [rl] or [sft] in the recipe and use a new run folder.")
     return "\n".join(lines)

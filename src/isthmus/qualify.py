@@ -17,9 +17,10 @@ from typing import Literal
 
 import torch
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from isthmus.chips import Chip, check_available, device_of, get_chip
@@ -287,8 +288,8 @@ class Examination:
         self._add("pilot of training", "software", "training", outcome, detail, len(losses), {"sft_step_s": step})
 
     def _pace_of_learning(self) -> None:
-        """What a token costs the learner of reinforcement learning, while an engine works beside it."""
-        batch, threads = self.workload.batch(0), self.pool.shared_threads
+        """What a token costs the learner of reinforcement learning."""
+        batch, threads = self.workload.batch(0), self._rl_threads
         with compute_threads(threads):
             repeats = self.run.recipe.qualify.pilot_steps
             seconds = time_each(lambda: self.workload.learn(batch), self.workload.device, repeats, warm_up=1)
@@ -344,10 +345,10 @@ class Examination:
         failed = missing or found.refused_dtypes or (fallback and needed_for == "training")
         outcome: Outcome = "fail" if failed else "unknown" if unlisted else "pass"
         made = found.count("generic") + found.count("decomposes")
-        detail = f"{found.total} operators: {found.count('native')} native, {made} made of others, "
-        detail += ", ".join(f"{len(names)} {what}" for what, names in bad.items())
-        detail += "".join(f"; {what}: {', '.join(names)}" for what, names in bad.items() if names)
-        detail += "".join(f"; {operator}: {', '.join(limits)}" for operator, limits in found.cautions.items())
+        detail = f"{found.total} operators: {found.count('native')} native, {made} made of others"
+        detail += "".join(f", {len(names)} {what} ({', '.join(names)})" for what, names in bad.items() if names)
+        limits = [f"{operator} ({', '.join(cautions)})" for operator, cautions in found.cautions.items()]
+        detail += f"; documented limits: {', '.join(limits)}" if limits else ""
         figures = {
             "operators": self._measured(found.total, "operators", "trace of this model's own work"),
             "native_share": self._measured(100 * found.native_share, "% of calls", f"trace joined with {found.source}"),
@@ -397,7 +398,7 @@ class Examination:
         self._add("pilot of the engine", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)
 
     def _engine_paces(self, folder: Path, form: str) -> dict[str, Figure]:
-        work, threads = self.workload, self.pool.shared_threads
+        work, threads = self.workload, self._rl_threads
         state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
         write_bundle(folder, form, state, work.recipe.model, work.tokenizer)
         engine = LocalEngine(
@@ -437,6 +438,11 @@ class Examination:
         began = time.perf_counter()
         lengths = [len(one.tokens) for group in engine.generate(prompts, sampling) for one in group]
         return max(lengths), sum(lengths), time.perf_counter() - began
+
+    @property
+    def _rl_threads(self) -> int:
+        """Threads in reinforcement learning, where with stale samples another pool works at the same time."""
+        return self.pool.shared_threads if self.run.recipe.rl.staleness else self.pool.threads
 
     @property
     def _chip(self) -> Chip:
@@ -494,15 +500,12 @@ def solve_pace(small: tuple[int, int, float], full: tuple[int, int, float]) -> t
 
 
 def render(record: QualifyRecord) -> RenderableType:
-    """The verdict, its evidence finding by finding, and the figures of the pool."""
+    """The verdict, its evidence finding by finding, and the pool's figures."""
     colour = {"pass": "green", "fail": "red", "unknown": "yellow"}
     table = Table(box=box.SIMPLE_HEAD, title=escape(record.title), title_justify="left", title_style="bold")
-    for title in ("finding", "bears on", "outcome", "detail"):
+    for title in ("finding", "needed for", "outcome", "detail"):
         table.add_column(title, overflow="fold")
     for item in record.evidence:
-        numbers = "".join(
-            f"\n[dim]{name.replace('_', ' ')}: {escape(str(figure))}[/]" for name, figure in item.figures.items()
-        )
-        outcome = f"[{colour[item.outcome]}]{item.outcome}[/]"
-        table.add_row(item.name, item.needed_for, outcome, escape(item.detail) + numbers)
-    return table
+        table.add_row(item.name, item.needed_for, f"[{colour[item.outcome]}]{item.outcome}[/]", escape(item.detail))
+    numbers = [f"{name.removesuffix('_s').replace('_', ' ')} {figure}" for name, figure in record.figures.items()]
+    return Group(table, Text("\n".join(f"   {number}" for number in numbers), style="dim"), Text())

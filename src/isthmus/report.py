@@ -164,6 +164,7 @@ def compose(dossier: Dossier) -> str:
     environment = Environment(loader=FunctionLoader(_page_file), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"quantity": numbers.quantity, "interval": numbers.interval}
     environment.filters |= {"label": numbers.label, "phrase": numbers.phrase}
+    environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
     environment.globals |= {"points": numbers.points}
     template = environment.get_template("page.html.jinja")
@@ -373,7 +374,7 @@ def _gain_bar(gain: Figure) -> Markup:
 
 
 def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> EstimateRow:
-    name = numbers.label(key.removesuffix("_seconds").removesuffix("_s"))
+    name = numbers.label(key.removesuffix("_seconds"))
     if seconds is None or estimate.unit not in numbers.SECOND_UNITS:
         return EstimateRow(name, estimate, None, None)
     truth = Figure.measured(seconds, "s", "events.jsonl", rehearsed=False)

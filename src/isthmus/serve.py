@@ -73,9 +73,7 @@ def execute(run: RunFolder, watch: Watch, host: str | None = None, port: int | N
     run.event(NAME, "end", seconds=round(time.monotonic() - began, 3))
 
 
-def serve_bundle(
-    folder: Path, watch: Watch, serving: Serving, on_ready: Callable[[], None] = lambda: None
-) -> None:
+def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callable[[], None] = lambda: None) -> None:
     """Check the seal of a bundle and serve it in the foreground until SIGTERM or Ctrl-C.
 
     `on_ready` is called once, when the server answers. Raises IsthmusError if the port is taken or the engine fails.

@@ -1,4 +1,4 @@
-"""What every vendor's file, every chip and every folder of tables must hold. The parameters are the folder's listing."""
+"""What every vendor's file, every chip and every folder of tables must hold; the parameters are what is found."""
 
 from __future__ import annotations
 
@@ -66,19 +66,21 @@ def test_every_rule_of_a_rehearsed_chip_has_a_source_and_a_standing(slug: str):
         assert all(name in profile.operators for name in operators)
 
 
-NEW_CHIP = '''
+NEW_CHIP = """
 from isthmus.chips import Capabilities, Chip, Found, Presence, Vendor
 from isthmus.run import Figure
 
+ABLE = Capabilities("a data sheet", formats=("fp32",))
+HERE = Found("Newcomer", "newchip-1", "x", "cpu")
 PEAK = Figure(value=123.0, unit="TFLOPS", kind="declared", source="a data sheet")
 
 
 def chips():
-    return [Chip("newchip-1", "New Chip 1", "Newcomer", Capabilities("a data sheet", formats=("fp32",)), bf16_tflops=PEAK)]
+    return [Chip("newchip-1", "New Chip 1", "Newcomer", ABLE, bf16_tflops=PEAK)]
 
 
-VENDOR = Vendor("Newcomer", device="cpu", chips=chips, detect=lambda: Presence((Found("Newcomer", "newchip-1", "x", "cpu"),)))
-'''
+VENDOR = Vendor("Newcomer", device="cpu", chips=chips, detect=lambda: Presence((HERE,)))
+"""
 
 
 def test_a_new_chip_is_one_new_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

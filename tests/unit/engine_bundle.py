@@ -79,5 +79,3 @@ def ask(prompts, max_new_tokens, **options) -> tuple[Request, list]:
 def finished(events) -> list[Finished]:
     """The ends among events, in order of choice."""
     return sorted((event for event in events if isinstance(event, Finished)), key=lambda event: event.choice)
-
-

@@ -215,6 +215,9 @@ def test_compressed_tensors_reads_the_config_and_the_weights(bundle_folder):
     config = json.loads((bundle_folder / "config.json").read_text())["quantization_config"]
     parsed = QuantizationConfig.model_validate(config)
     scheme = parsed.config_groups["group_0"]
+    for side, strategy, dynamic in ((scheme.weights, "channel", False), (scheme.input_activations, "token", True)):
+        assert (side.num_bits, side.type, side.symmetric) == (8, "int", True)
+        assert (side.strategy, side.dynamic) == (strategy, dynamic)
     stored = load_file(bundle_folder / "model.safetensors")
     tree = module_tree(stored)
     apply_quantization_config(tree, parsed)

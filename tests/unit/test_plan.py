@@ -66,7 +66,9 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(RECIPE, overrides)
 
 
-def verdict(pool: str, verdict: Verdict, *, rehearsed: bool = False, pace: dict[str, float] | None = None) -> QualifyRecord:
+def verdict(
+    pool: str, verdict: Verdict, *, rehearsed: bool = False, pace: dict[str, float] | None = None
+) -> QualifyRecord:
     figures = {
         name: Figure.measured(value, "s", "a pilot", rehearsed=rehearsed) for name, value in (pace or PACE).items()
     }
@@ -233,7 +235,7 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, object]):
 
 
 def test_deepseek_v3_has_its_published_size():
-    """671 B parameters, 37 B of them active (arXiv 2412.19437); 261 GFLOP per token at 4,096 tokens (Megatron-Bridge)."""
+    """671 B parameters, 37 B of them active (arXiv 2412.19437); 261 GFLOP per token at 4K (Megatron-Bridge)."""
     count = count_parameters(DEEPSEEK_V3)
     assert count.main / 1e9 == pytest.approx(671, abs=0.5) and count.active / 1e9 == pytest.approx(37.5, abs=0.5)
     assert training_flops(DEEPSEEK_V3, context=2048) / 1e9 == pytest.approx(261, rel=0.005)

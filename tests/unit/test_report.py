@@ -245,7 +245,7 @@ def story(tmp_path: Path) -> Story:
 def test_a_finished_run_tells_its_outcome_first(story: Story):
     head = page_of(story.whole()).text("outcome")
     assert "passed the gate to away (rehearsed)" in head
-    assert "it is the only one that is here" in head, "why the training is where it is"
+    assert "It is the only one that is here." in head, "why the training is where it is"
     assert "from 20.0 % (17.0 to 24.0 %) rehearsed to 50.0 %" in head
     assert "+30.0 points (95 % interval +25.0 to +35.0) rehearsed" in head
     assert "clear of zero" in head
@@ -257,9 +257,9 @@ def test_a_finished_run_tells_its_outcome_first(story: Story):
 def test_every_section_of_a_finished_run_has_its_facts(story: Story):
     page = page_of(story.whole())
     expected = {
-        "questions": ["reason for home", "Train on home", "No finished stage was interrupted", "The gate says yes"],
+        "questions": ["Reason for home", "Train on home", "No finished stage was interrupted", "The gate says yes"],
         "pools": ["title of home", "title of away", "serve-only", "7", "5 GFLOP/s"],
-        "plan": ["a rehearsal never vouches", "first choice", "8.0 s measured", "0.8 ×"],
+        "plan": ["A rehearsal never vouches.", "First choice.", "8.0 s measured", "0.80 ×"],
         "sft": ["Layer 1", "Layer 2", "6 steps", "abababab"],
         "rl": ["44 tokens", "weight version 4", "+30.0 points"],
         "mismatch": ["0.025 nats/token rehearsed"],
@@ -448,6 +448,15 @@ def test_a_damaged_record_is_an_error_and_keeps_the_old_page(story: Story):
     assert (story.run.path / "report.html").read_bytes() == old
 
 
+@pytest.mark.parametrize("kind", ["fallback", "skipped"])
+def test_what_was_slower_or_left_out_is_told(story: Story, kind: str):
+    assert "None: no stage took a slower path" in page_of(story).text("incidents")
+    story.event("qualify", kind, what="the engine pilot", why="there is no engine")
+    incidents = page_of(story).text("incidents")
+    assert "the engine pilot there is no engine" in incidents
+    assert "no stage took a slower path" not in incidents
+
+
 def test_an_estimate_without_an_ended_stage_has_no_truth(story: Story):
     story.plan()
     story.event("train", "start", pool="home")
@@ -602,12 +611,34 @@ def test_a_large_heat_strip_stays_small():
 )
 def test_numbers_read_as_people_write_them(value: float, unit: str, shown: str):
     figure = Figure(value=value, unit=unit, kind="measured", source="x")
-    assert numbers.quantity(figure).replace(numbers.THIN_SPACE, " ") == shown
+    assert numbers.quantity(figure).replace(numbers.NO_BREAK_SPACE, " ") == shown
 
 
 @given(st.floats(-1e300, 1e300), st.sampled_from(["share", "%", "s", "B", "FLOP/s", "tokens", ""]))
 def test_every_finite_number_can_be_shown(value: float, unit: str):
     assert numbers.with_unit(value, unit)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("top1_agreement", "Top-1 agreement"),
+        ("bf16.mean_abs_dlogp", "bf16: mean |Δ log p|"),
+        ("w8a8: mean KL", "W8A8: mean KL"),
+        ("matmul_tflops", "Matmul"),
+        ("rollout_tokens_per_s", "Rollout tokens per second"),
+        ("sft_step_s", "SFT step"),
+        ("loss", "Loss"),
+    ],
+)
+def test_keys_read_as_words(key: str, words: str):
+    assert numbers.label(key) == words
+
+
+def test_reasons_become_sentences_and_stay_escaped():
+    assert numbers.sentence("choice 2, and found `fit`") == "Choice 2, and found <code>fit</code>."
+    assert numbers.sentence("aten::topk is <slow>.") == "aten::topk is &lt;slow&gt;."
+    assert numbers.prose("`<b>`") == "<code>&lt;b&gt;</code>"
 
 
 def test_a_thought_is_taken_apart_at_its_tags():

@@ -137,7 +137,7 @@ def test_a_taken_port_is_named_before_anything_is_loaded(run):
 
 
 def test_a_pool_of_real_chips_is_not_served_on_the_cpu_in_silence():
-    recipe = load_recipe(RECIPE, ("pools.home.chip=h800", "pools.away.chip=h800"))
+    recipe = load_recipe(RECIPE, ("pools.home.chip=h800-sxm", "pools.away.chip=h800-sxm"))
     with pytest.raises(IsthmusError, match="vllm serve"):
         serve.require_cpu(get_pool(recipe, "home"))
     serve.require_cpu(get_pool(recipe, "away"))
@@ -149,7 +149,8 @@ def test_a_model_that_breaks_the_rules_of_the_chip_does_not_start(run, monkeypat
     service.core.stop()
     assert rehearse_steps(model, "ascend-910b-313t")["native"] > 100
     plain = LatentAttention.latents
-    monkeypatch.setattr(LatentAttention, "latents", lambda self, *args: plain(self, *args).to(torch.float8_e4m3fn).float())
+    monkeypatch.setattr(
+        LatentAttention, "latents", lambda self, *args: plain(self, *args).to(torch.float8_e4m3fn).float()
+    )
     with pytest.raises(RehearsalRefused, match="float8"):
         rehearse_steps(model, "ascend-910b-313t")
-

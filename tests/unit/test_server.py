@@ -79,7 +79,9 @@ def refused(port, path, **fields):
     """The error object of a request that must get a 400."""
     status, body = call(port, "POST", path, fields)
     assert status == 400, body
-    assert set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["type"] == "invalid_request_error"
+    assert (
+        set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["type"] == "invalid_request_error"
+    )
     return body["error"]
 
 
@@ -89,13 +91,20 @@ def test_models_lists_the_one_that_is_served(client):
 
 
 def test_chat_keeps_the_thinking_apart_from_the_answer(client, service):
-    answers = [client.chat.completions.create(model="small", messages=CHAT, seed=seed, max_tokens=30, extra_body={"return_token_ids": True}) for seed in range(8)]
+    answers = [
+        client.chat.completions.create(
+            model="small", messages=CHAT, seed=seed, max_tokens=30, extra_body={"return_token_ids": True}
+        )
+        for seed in range(8)
+    ]
     end = service.vocabulary.close_think
     closed = 0
     for answer in answers:
         tokens, message = answer.choices[0].token_ids, answer.choices[0].message
         assert answer.usage.completion_tokens == len(tokens) and answer.system_fingerprint == "unsealed-v0"
-        assert answer.prompt_token_ids == service.tokenizer.chat(CHAT) and answer.usage.prompt_tokens == len(answer.prompt_token_ids)
+        assert answer.prompt_token_ids == service.tokenizer.chat(CHAT) and answer.usage.prompt_tokens == len(
+            answer.prompt_token_ids
+        )
         if tokens.count(end) == 1 and service.vocabulary.open_think not in tokens:
             closed += 1
             thought, content = tokens[: tokens.index(end)], tokens[tokens.index(end) + 1 :]
@@ -109,7 +118,15 @@ def test_chat_keeps_the_thinking_apart_from_the_answer(client, service):
 
 @pytest.mark.parametrize("stop", [None, ["e", "3"]])
 def test_a_streamed_chat_says_what_the_whole_one_says(client, stop):
-    options = {"model": "small", "messages": CHAT, "seed": 3, "max_completion_tokens": 40, "n": 3, "logprobs": True, "stop": stop}
+    options = {
+        "model": "small",
+        "messages": CHAT,
+        "seed": 3,
+        "max_completion_tokens": 40,
+        "n": 3,
+        "logprobs": True,
+        "stop": stop,
+    }
     whole = client.chat.completions.create(**options)
     texts = {channel: [""] * 3 for channel in ("content", "reasoning_content", "reasoning")}
     reasons, tokens, count, roles = {}, [[], [], []], None, []
@@ -127,7 +144,11 @@ def test_a_streamed_chat_says_what_the_whole_one_says(client, stop):
     for choice in whole.choices:
         message = choice.message
         assert texts["content"][choice.index] == message.content
-        assert texts["reasoning_content"][choice.index] == (message.reasoning_content or "") == texts["reasoning"][choice.index]
+        assert (
+            texts["reasoning_content"][choice.index]
+            == (message.reasoning_content or "")
+            == texts["reasoning"][choice.index]
+        )
         assert reasons[choice.index] == choice.finish_reason
         assert tokens[choice.index] == [step.token for step in choice.logprobs.content]
         if stop:
@@ -136,7 +157,9 @@ def test_a_streamed_chat_says_what_the_whole_one_says(client, stop):
 
 
 def test_logprobs_of_chat_come_with_alternatives(client):
-    answer = client.chat.completions.create(model="small", messages=CHAT, seed=1, max_tokens=5, temperature=1.0, logprobs=True, top_logprobs=4)
+    answer = client.chat.completions.create(
+        model="small", messages=CHAT, seed=1, max_tokens=5, temperature=1.0, logprobs=True, top_logprobs=4
+    )
     for step in answer.choices[0].logprobs.content:
         values = [top.logprob for top in step.top_logprobs]
         assert len(values) == 4 and values == sorted(values, reverse=True)
@@ -163,16 +186,30 @@ def test_completion_logprobs_have_the_legacy_layout_streamed_or_not(client):
     whole = client.completions.create(**options, logprobs=2).choices[0].logprobs
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == len(whole.text_offset)
     assert whole.text_offset == [sum(len(t) for t in whole.tokens[:i]) for i in range(len(whole.tokens))]
-    assert all(len(top) <= 2 and max(top.values()) >= value - 1e-6 for top, value in zip(whole.top_logprobs, whole.token_logprobs, strict=True))
+    assert all(
+        len(top) <= 2 and max(top.values()) >= value - 1e-6
+        for top, value in zip(whole.top_logprobs, whole.token_logprobs, strict=True)
+    )
     assert client.completions.create(**options, logprobs=0).choices[0].logprobs.top_logprobs is None
-    parts = [choice.logprobs for chunk in client.completions.create(**options, logprobs=2, stream=True) for choice in chunk.choices if choice.logprobs]
+    parts = [
+        choice.logprobs
+        for chunk in client.completions.create(**options, logprobs=2, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+    ]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        assert sum((getattr(part, name) for part in parts), []) == getattr(whole, name)
+        assert [item for part in parts for item in getattr(part, name)] == getattr(whole, name)
 
 
 def test_seeds_give_each_prompt_its_own_stream(client):
     def tokens(**options):
-        answer = client.completions.create(model="small", max_tokens=12, temperature=1.0, extra_body={"return_token_ids": True, **options.pop("extra", {})}, **options)
+        answer = client.completions.create(
+            model="small",
+            max_tokens=12,
+            temperature=1.0,
+            extra_body={"return_token_ids": True, **options.pop("extra", {})},
+            **options,
+        )
         return [choice.token_ids for choice in answer.choices]
 
     both = tokens(prompt=["a", "b"], extra={"seeds": [4, 9]})
@@ -275,8 +312,13 @@ def test_health_and_metrics_tell_the_truth(port, client, service):
 def test_a_client_that_leaves_frees_its_slots(port, service, stream):
     connection = socket.create_connection(("127.0.0.1", port))
     body = json.dumps({"prompt": ["a"] * 64, "n": 8, "max_tokens": 90, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    lines = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: a",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     wait_until(lambda: service.core.running == 8)
     connection.close()
     wait_until(lambda: service.core.running == 0 and service.core.waiting == 0)
@@ -318,7 +360,11 @@ def test_a_taken_port_is_named_with_the_option_that_changes_it():
             bind("127.0.0.1", port, flag="--port")
 
 
-@given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+    st.integers(1, 5),
+)
 def test_stop_strings_cut_at_the_first_one_however_the_text_arrives(text, stops, size):
     cutter = StopCutter(stops)
     given_out = "".join(cutter.push(text[i : i + size]) for i in range(0, len(text), size)) + cutter.flush()
@@ -339,7 +385,10 @@ def test_text_survives_the_way_through_tokens(text, thinking):
     tokens = tokenizer.encode(text)
     plain = PlainText(vocabulary, [])
     expected = tokenizer.decode(tokens)
-    assert "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish()) == expected
+    assert (
+        "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish())
+        == expected
+    )
     writer = ChannelledText(vocabulary, [], thinking)
     deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
     assert "".join(delta.text for delta in deltas) == expected

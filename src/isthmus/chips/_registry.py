@@ -11,13 +11,15 @@ from types import MappingProxyType
 from isthmus.chips._facts import Chip, Vendor
 from isthmus.errors import IsthmusError
 
+PACKAGE = "isthmus.chips"
+
 
 @functools.cache
 def vendors() -> MappingProxyType[str, Vendor]:
     """Every vendor's file of this folder, by file name."""
-    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(__package__).__path__) if not module.ispkg]
-    files = sorted(name for name in names if not name.startswith("_"))
-    return MappingProxyType({name: importlib.import_module(f"{__package__}.{name}").VENDOR for name in files})
+    modules = pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)
+    files = sorted(one.name for one in modules if not one.ispkg and not one.name.startswith("_"))
+    return MappingProxyType({name: importlib.import_module(f"{PACKAGE}.{name}").VENDOR for name in files})
 
 
 @functools.cache
@@ -30,8 +32,9 @@ def get_chip(slug: str) -> Chip:
     """The facts of one chip. Raises IsthmusError with the nearest name for one that is not known."""
     chips = load_chips()
     if slug not in chips:
-        close = difflib.get_close_matches(slug.lower(), chips, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        begun = [known for known in chips if known.startswith(slug.lower())]
+        close = begun or difflib.get_close_matches(slug.lower(), chips, n=1, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close[:4]))}? " if close else ""
         raise IsthmusError(f"unknown chip {slug!r}; {hint}`isthmus chips` lists all {len(chips)}")
     return chips[slug]
 

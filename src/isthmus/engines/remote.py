@@ -1,4 +1,4 @@
-"""An engine behind a URL: our own, vLLM (NVIDIA, Ascend, AMD) or anything else with OpenAI's /v1/completions.
+"""An engine behind a URL: our own, vLLM on any chip, or anything else with OpenAI's /v1/completions.
 
 A server of another make must report the log-probabilities of the distribution it samples (vLLM:
 `--logprobs-mode processed_logprobs`) and return token ids (vLLM 0.10.2 or later). It cannot take our weight updates.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+from markupsafe import Markup, escape
+
 from isthmus.run import Figure
 
 MINUS = "−"
-THIN_SPACE = "\u202f"
+NO_BREAK_SPACE = "\u00a0"
 SHARE_UNITS = frozenset({"share", "fraction", "probability"})
 RATE_UNITS = frozenset({"FLOP/s", "FLOPS", "OP/s", "B/s", "bytes/s", "bit/s", "FLOP"})
 BYTE_UNITS = frozenset({"B", "byte", "bytes"})
@@ -13,9 +17,7 @@ SECOND_UNITS = frozenset({"s", "seconds"})
 BINARY_PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 DECIMAL_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 SPELLING = {
-    "abs": "|Δ log p|",
     "cpu": "CPU",
-    "flops": "FLOPS",
     "grpo": "GRPO",
     "handoff": "hand-off",
     "hbm": "HBM",
@@ -30,6 +32,13 @@ SPELLING = {
     "top1": "top-1",
     "w8a8": "W8A8",
 }
+PHRASES = {
+    "abs dlogp": "|Δ log p|",
+    "mismatch abs": "mismatch, |Δ log p|",
+    "mismatch k3": "mismatch, KL (k3)",
+    "per s": "per second",
+}
+UNIT_SUFFIXES = ("_s", "_ms", "_tflops", "_gbs", "_bytes")
 
 
 def quantity(figure: Figure) -> str:
@@ -45,7 +54,7 @@ def interval(figure: Figure) -> str:
         return ""
     if figure.unit in SHARE_UNITS or figure.unit == "%":
         factor = 100 if figure.unit in SHARE_UNITS else 1
-        return f"{percent(factor * figure.low)} to {percent(factor * figure.high)}{THIN_SPACE}%"
+        return f"{percent(factor * figure.low)} to {percent(factor * figure.high)}{NO_BREAK_SPACE}%"
     if figure.unit in SECOND_UNITS | BYTE_UNITS | RATE_UNITS:
         return f"{with_unit(figure.low, figure.unit)} to {with_unit(figure.high, figure.unit)}"
     return f"{plain(figure.low)} to {plain(figure.high)}"
@@ -53,14 +62,16 @@ def interval(figure: Figure) -> str:
 
 def with_unit(value: float, unit: str) -> str:
     if unit in SHARE_UNITS or unit == "%":
-        return f"{percent(100 * value if unit in SHARE_UNITS else value)}{THIN_SPACE}%"
+        return f"{percent(100 * value if unit in SHARE_UNITS else value)}{NO_BREAK_SPACE}%"
     if unit in SECOND_UNITS:
         return duration(value)
+    if unit == "×":
+        return f"{signed(value, 2)}{NO_BREAK_SPACE}×"
     if unit in BYTE_UNITS:
         return prefixed(value, 1024, BINARY_PREFIXES, "B")
     if unit in RATE_UNITS:
         return prefixed(value, 1000, DECIMAL_PREFIXES, unit)
-    return f"{plain(value)}{THIN_SPACE}{unit}" if unit else plain(value)
+    return f"{plain(value)}{NO_BREAK_SPACE}{unit}" if unit else plain(value)
 
 
 def points(figure: Figure, end: float | None) -> str:
@@ -74,22 +85,22 @@ def points(figure: Figure, end: float | None) -> str:
 def duration(seconds: float) -> str:
     """Seconds up to two minutes, then minutes, then hours."""
     if abs(seconds) < 1e-3:
-        return plain(seconds * 1e6) + f"{THIN_SPACE}µs" if seconds else f"0{THIN_SPACE}s"
+        return plain(seconds * 1e6) + f"{NO_BREAK_SPACE}µs" if seconds else f"0{NO_BREAK_SPACE}s"
     if abs(seconds) < 1:
-        return f"{plain(seconds * 1e3)}{THIN_SPACE}ms"
+        return f"{plain(seconds * 1e3)}{NO_BREAK_SPACE}ms"
     if abs(seconds) < 120:
-        return f"{signed(seconds, 1)}{THIN_SPACE}s"
+        return f"{signed(seconds, 1)}{NO_BREAK_SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 120:
-        return f"{minutes}{THIN_SPACE}min {rest:02d}{THIN_SPACE}s"
-    return f"{minutes // 60}{THIN_SPACE}h {minutes % 60:02d}{THIN_SPACE}min"
+        return f"{minutes}{NO_BREAK_SPACE}min {rest:02d}{NO_BREAK_SPACE}s"
+    return f"{minutes // 60}{NO_BREAK_SPACE}h {minutes % 60:02d}{NO_BREAK_SPACE}min"
 
 
 def prefixed(value: float, base: int, prefixes: tuple[str, ...], unit: str) -> str:
     power = 0
     while abs(value) >= base and power < len(prefixes) - 1:
         value, power = value / base, power + 1
-    return f"{plain(value)}{THIN_SPACE}{prefixes[power]}{unit}"
+    return f"{plain(value)}{NO_BREAK_SPACE}{prefixes[power]}{unit}"
 
 
 def percent(value: float) -> str:
@@ -120,14 +131,34 @@ def signed(value: float, decimals: int) -> str:
 
 
 def label(name: str) -> str:
-    """A key such as `top1_agreement` as words, with a capital."""
+    """A key such as `top1_agreement` as words, with a capital unless the first word is a name with digits."""
     words = phrase(name)
-    return words[:1].upper() + words[1:]
+    first = words.partition(" ")[0]
+    return words if any(character.isdigit() for character in first) else words[:1].upper() + words[1:]
 
 
 def phrase(name: str) -> str:
-    """A key such as `mean_kl` as words."""
-    return " ".join(SPELLING.get(word, word) for word in name.replace("_", " ").split())
+    """A key such as `bf16.mean_kl` as words; a unit at its end is dropped, for the value has it."""
+    if not name.endswith("_per_s"):
+        name = next((name.removesuffix(suffix) for suffix in UNIT_SUFFIXES if name.endswith(suffix)), name)
+    words = re.sub(
+        r"\w+", lambda word: SPELLING.get(word[0], word[0]), name.replace("_", " ").replace(".", ": ").strip()
+    )
+    for phrase_of_key, spelled in PHRASES.items():
+        words = re.sub(rf"\b{phrase_of_key}\b", spelled, words)
+    return words
+
+
+def sentence(text: str) -> Markup:
+    """Escaped text as a sentence, with a capital and a full stop; `quoted` words become code."""
+    text = text.strip()
+    text = text if text.endswith((".", "!", "?")) else f"{text}."
+    return prose(text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,:']", text) else text)
+
+
+def prose(text: str) -> Markup:
+    """Escaped text; `quoted` words become code."""
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _superscript(number: int) -> str:

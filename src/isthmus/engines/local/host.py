@@ -51,8 +51,11 @@ def run_app(app: Starlette, listener: socket.socket, core: Core, on_ready: Calla
     uvicorn repeats the signal that ended it; where that means KeyboardInterrupt, the end is already a clean one.
     """
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, ws="none")
-    with contextlib.suppress(KeyboardInterrupt):
-        _Host(config, core, on_ready).run(sockets=[listener])
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            _Host(config, core, on_ready).run(sockets=[listener])
+    finally:
+        core.stop()
 
 
 def _explain(error: OSError, host: str, port: int, flag: str) -> str:

@@ -207,7 +207,9 @@ class Server:
         size = self.service.architecture.vocab_size
         for prompt in prompts:
             if prompt and not 0 <= min(prompt) <= max(prompt) < size:
-                raise ApiError(f"prompt: token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value")
+                raise ApiError(
+                    f"prompt: token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value"
+                )
 
     def _chat_prompt(self, ask: ChatAsk) -> list[int]:
         try:
