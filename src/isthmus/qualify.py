@@ -48,7 +48,6 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import StepLosses, sft_losses, target_logprobs, update_router_bias
 
 NAME = "qualify"
-ROW_LENGTH = 96
 PILOT_TOKENS = 48
 PILOT_SAMPLES = (16, 256)
 SAME_TWICE_SAMPLES = 3
@@ -107,7 +106,7 @@ class Workload:
 
     def batch(self, step: int) -> Batch:
         documents = sft_documents(self.run, self.task, self.tokenizer, step)
-        return pack(documents, max(ROW_LENGTH, max(len(document.tokens) for document in documents))).to(self.device)
+        return pack(documents).to(self.device)
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """Tokens of the prompts and of the completions in one step's worked examples."""

@@ -43,7 +43,6 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs
 
 NAME = "rl"
-ROW_LENGTH = 128
 
 
 @dataclass
@@ -232,7 +231,7 @@ class Minibatch:
 def _minibatch(session: Session, rollout: Rollout, kept: list[int], advantages: Tensor) -> Minibatch:
     flat = [rollout.flat[index] for index in kept]
     documents = [Document(rollout.prompts[p] + one.tokens, len(rollout.prompts[p])) for p, one in flat]
-    batch = pack(documents, max(ROW_LENGTH, max(len(document.tokens) for document in documents)))
+    batch = pack(documents)
     sample = batch.document[batch.target_mask]
     offsets = torch.tensor([0, *(len(one.tokens) for _, one in flat)]).cumsum(0)[:-1]
     starts = torch.tensor([document.prompt_length for document in documents])

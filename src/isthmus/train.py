@@ -26,7 +26,6 @@ from isthmus.trainer.initial import load_published
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import StepLosses, sft_losses, update_router_bias
 
-ROW_LENGTH = 96
 NAME = "train"
 
 
@@ -106,7 +105,7 @@ def _one_step(session: Session, counter: Counter) -> None:
     began = time.perf_counter()
     section = session.run.recipe.sft
     documents = sft_documents(session.run, session.task, session.tokenizer, session.step)
-    batch = pack(documents, max(ROW_LENGTH, max(len(document.tokens) for document in documents))).to(session.device)
+    batch = pack(documents).to(session.device)
     session.optimizer.zero_grad()
     losses = sft_losses(session.model, batch, mtp_weight=section.mtp_weight, balance_alpha=section.balance_alpha)
     losses.total.backward()

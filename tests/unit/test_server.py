@@ -336,6 +336,24 @@ def test_too_many_waiting_requests_are_turned_away(port, service):
         service.max_waiting = 4096
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_core_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
+    write_small_bundle(tmp_path / "small")
+    broken = load_service(tmp_path / "small", slots=2)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(broken.core.runner, "decode", fail)
+    with live(broken) as port:
+        assert call(port, "POST", "/v1/completions", {"prompt": "a"})[0] == 503
+        status, body = call(port, "POST", "/v1/completions", {"prompt": "a"})
+        assert status == 503 and "out of memory" in body["error"]["message"]
+        assert "out of memory" in call(port, "POST", "/v1/completions", {"prompt": "a", "stream": True})[1]
+        status, health = call(port, "GET", "/health")
+        assert (status, health["status"]) == (503, "failed")
+
+
 def test_the_page_is_self_contained(port):
     status, page = call(port, "GET", "/")
     assert status == 200 and "<title>" in page

@@ -42,8 +42,8 @@ class Algorithm(Protocol):
     ) -> Loss:
         """All [N] over the N target tokens.
 
-        The trainer's log-probabilities now and when the update began, the advantage of each token's sample, the off-policy
-        weight, and the number of the sample.
+        The trainer's log-probabilities now and when the update began, the advantage of each token's sample, the
+        off-policy weight, and the number of the sample.
         """
         ...
 

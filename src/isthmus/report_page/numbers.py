@@ -131,10 +131,9 @@ def signed(value: float, decimals: int) -> str:
 
 
 def label(name: str) -> str:
-    """A key such as `top1_agreement` as words, with a capital unless the first word is a name with digits."""
+    """A key such as `top1_agreement` as words, with a capital unless the first word is a name such as bf16."""
     words = phrase(name)
-    first = words.partition(" ")[0]
-    return words if any(character.isdigit() for character in first) else words[:1].upper() + words[1:]
+    return words if re.match(r"[a-z]+\d", words) else words[:1].upper() + words[1:]
 
 
 def phrase(name: str) -> str:
@@ -153,7 +152,7 @@ def sentence(text: str) -> Markup:
     """Escaped text as a sentence, with a capital and a full stop; `quoted` words become code."""
     text = text.strip()
     text = text if text.endswith((".", "!", "?")) else f"{text}."
-    return prose(text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,:']", text) else text)
+    return prose(text[:1].upper() + text[1:] if re.match(r"[a-z]+([ ,']|: )", text) else text)
 
 
 def prose(text: str) -> Markup:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from isthmus.data.corpus import Document
 
+ROW_LENGTH = 96
+"""Tokens of a packed row, unless a document is longer: short rows waste little attention on other documents."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,11 +40,14 @@ class Batch:
         return int((self.document >= 0).sum())
 
 
-def pack(documents: Sequence[Document], row_length: int) -> Batch:
+def pack(documents: Sequence[Document], row_length: int | None = None) -> Batch:
     """Place documents into as few rows as first-fit-decreasing finds; rows are cut to the fullest one.
 
-    Raises ValueError if a document is longer than a row.
+    A row has ROW_LENGTH tokens, or as many as the longest document, unless `row_length` is given. Raises ValueError if
+    a document is longer than that.
     """
+    if row_length is None:
+        row_length = max(ROW_LENGTH, max(len(document.tokens) for document in documents))
     rows: list[list[int]] = []
     used: list[int] = []
     for index in sorted(range(len(documents)), key=lambda i: -len(documents[i].tokens)):

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from isthmus.engines import EngineError
 from isthmus.engines.local.protocol import DEFAULT_COMPLETION_TOKENS, ApiError, Ask, ChatAsk, CompletionAsk
 from isthmus.engines.local.scheduler import Finished, Request, Token
 from isthmus.engines.local.service import Service
@@ -81,7 +82,7 @@ class Exchange:
     async def pieces(self) -> AsyncIterator[Piece]:
         """The stream. Whoever leaves it early aborts what still runs. Raises ApiError if the core fails."""
         open_choices = set(range(len(self._writers)))
-        self.service.core.submit(self._request)
+        self._submit()
         try:
             while open_choices:
                 event = await self._events.get()
@@ -94,6 +95,12 @@ class Exchange:
         finally:
             if open_choices:
                 self.service.core.end(self._request)
+
+    def _submit(self) -> None:
+        try:
+            self.service.core.submit(self._request)
+        except EngineError as error:
+            raise ApiError(str(error), status=503) from None
 
     def _deliver(self, event: Token | Finished) -> None:
         """Called from the engine's thread."""

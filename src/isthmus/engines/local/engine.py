@@ -35,7 +35,6 @@ class Core:
         length: int | None = None,
         prefill_tokens: int = 8192,
         threads: int = 1,
-        on_failure: Callable[[], None] | None = None,
     ):
         self.length = length or model.architecture.max_position_embeddings
         self.slots, self.eos_id, self.version, self.threads = slots, eos_id, version, threads
@@ -43,7 +42,6 @@ class Core:
         self.scheduler = Scheduler(slots, self.length, prefill_tokens)
         self.observers: list[Callable[[Finished], None]] = []
         self.failure: BaseException | None = None
-        self._on_failure = on_failure
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -213,8 +211,6 @@ class Core:
             raise
         finally:
             self._end_all()
-            if self.failure is not None and self._on_failure is not None:
-                self._on_failure()
 
     def _loop(self) -> None:
         while not self._stopping:

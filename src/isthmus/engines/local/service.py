@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,6 @@ def load_service(
     rehearse: str | None = None,
     slots: int = 256,
     threads: int = 1,
-    on_failure: Callable[[], None] | None = None,
 ) -> Service:
     """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served."""
     torch.set_num_threads(threads)
@@ -98,7 +96,7 @@ def load_service(
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
-    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, on_failure=on_failure)
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads)
     core.start()
     identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse)
     return Service(

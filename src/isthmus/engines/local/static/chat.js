@@ -4,6 +4,7 @@ const byId = (id) => document.getElementById(id);
 const log = byId("log"), welcome = byId("welcome"), form = byId("composer"), box = byId("prompt");
 const sendButton = byId("send"), stopButton = byId("stop"), clearButton = byId("clear"), history = byId("history");
 const SMALL_CONTEXT = 1024; // Below this, earlier turns would soon fill it, so they are left out unless asked for.
+const BROKEN = "The connection broke off.", SILENT = "The server does not answer. Is it still running?";
 
 let turns = []; // {role, content} of the finished conversation
 let running = null; // AbortController of the answer in progress
@@ -43,7 +44,7 @@ async function showFacts() {
     byId("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(fact));
     if (health.rehearsal) notice(`${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`);
   } catch {
-    notice("The server does not answer. Is it still running?");
+    notice(SILENT);
   }
 }
 
@@ -111,7 +112,7 @@ async function ask(question, earlier) {
 async function stream(messages, signal, view) {
   const body = JSON.stringify({ messages, stream: true, stream_options: { include_usage: true } });
   const answer = await fetch("v1/chat/completions", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal })
-    .catch((error) => { throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?"); });
+    .catch((error) => { throw error.name === "AbortError" ? error : new Error(SILENT); });
   if (!answer.ok) {
     const refusal = await answer.json().catch(() => null);
     throw new Error(refusal?.error.message ?? `The server failed (${answer.status}).`);
@@ -128,8 +129,8 @@ async function* events(source) {
   const reader = source.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) throw new Error("The connection broke off.");
+    const { done, value } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : new Error(BROKEN); });
+    if (done) throw new Error(BROKEN);
     const parts = (text + value).split("\n\n");
     text = parts.pop();
     for (const part of parts) {
