@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from isthmus import __version__
-from isthmus.errors import IsthmusError
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.run import RunFolder
 
@@ -59,8 +59,14 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     opened = _open(target, folder, overrides)
     _check_before_start(opened.recipe)
     began = time.monotonic()
-    for number, stage in enumerate(STAGES, start=1):
-        _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
+    try:
+        for number, stage in enumerate(STAGES, start=1):
+            _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
+    except DamagedFile:
+        raise
+    except GateRefused:
+        _run_stage("report", opened, heading="report")
+        raise
     watch = _watch()
     watch.say(f"\n[bold]done[/] in {time.monotonic() - began:,.0f} s")
     watch.say(f"  read   {opened.path / 'report.html'}")
@@ -70,7 +76,8 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
 def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
     def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool = False) -> None:
         opened = _open(target, folder, overrides)
-        _check_before_start(opened.recipe)
+        if stage != "report":
+            _check_before_start(opened.recipe)
         _run_stage(stage, opened, heading=stage, again=again)
 
     command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."

@@ -279,9 +279,11 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     """Check a recipe given as nested dictionaries. Paths in it are relative to the folder of `origin`."""
-    model = tree.get("model")
+    model, data = tree.get("model"), tree.get("data")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
+    if isinstance(data, dict):
+        tree = {**tree, "data": _resolve_files(data, origin)}
     return resolved_recipe(tree, origin)
 
 
@@ -313,6 +315,13 @@ def _resolve_model(section: dict[str, Any], origin: Path | None) -> dict[str, An
             folder = origin.parent / folder
         return {**_read_architecture(folder), **section, "from": str(folder.resolve())}
     return section
+
+
+def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, Any]:
+    """Paths relative to the recipe made absolute."""
+    folder = origin.parent if origin else Path()
+    files = {key: str((folder / value).resolve()) for key, value in section.items() if key.endswith("_file")}
+    return {**section, **files}
 
 
 def _read_preset(name: Any) -> dict[str, Any]:
@@ -392,23 +401,24 @@ def _explain(error: ValidationError, origin: Path | None) -> str:
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Recipe
+    annotation: Any = Recipe
     for part in location:
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            return []
-        if part not in section.model_fields:
+        if typing.get_origin(annotation) is dict:  # a table whose keys the user names, such as [pools.*]
+            annotation = typing.get_args(annotation)[1]
             continue
-        section = _section_in(section.model_fields[str(part)].annotation)
-    if isinstance(section, type) and issubclass(section, Section):
-        return [field.alias or name for name, field in section.model_fields.items()]
-    return []
+        section = _section_in(annotation)
+        if section is None or part not in section.model_fields:
+            return []
+        annotation = section.model_fields[str(part)].annotation
+    section = _section_in(annotation)
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
 
 
-def _section_in(annotation: Any) -> Any:
+def _section_in(annotation: Any) -> type[Section] | None:
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
-    return annotation
+    return None
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -30,7 +30,7 @@ from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
 from isthmus.model.model import Model
-from isthmus.parity.paired import paired_difference
+from isthmus.parity.paired import paired_difference, wilson_interval
 from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
@@ -409,6 +409,10 @@ def _record(
     ) -> Figure:
         return Figure.measured(value, unit, origin, rehearsed=rehearsed, low=low, high=high)
 
+    def accuracy(evaluation: Evaluation) -> Figure:
+        low, high = wilson_interval(evaluation.accuracy, count, 0.95)
+        return figure(100 * evaluation.accuracy, "%", f"{source}, 95% Wilson interval", 100 * low, 100 * high)
+
     def mean_of(key: str) -> float:
         values = [event[key] for event in steps if event.get(key) is not None]
         return sum(values) / max(len(values), 1)
@@ -428,8 +432,8 @@ def _record(
         checkpoint_sha256=sha256,
         weight_version=session.step,
         heldout_problems=count,
-        accuracy_before=figure(100 * before.accuracy, "%"),
-        accuracy_after=figure(100 * after.accuracy, "%"),
+        accuracy_before=accuracy(before),
+        accuracy_after=accuracy(after),
         accuracy_gain=figure(100 * gain, "points", f"{source}, paired by problem, 95% interval", 100 * low, 100 * high),
         thought_tokens_before=figure(before.mean_tokens, "tokens/completion"),
         thought_tokens_after=figure(after.mean_tokens, "tokens/completion"),

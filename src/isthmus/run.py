@@ -81,7 +81,11 @@ class Figure(BaseModel):
     def model_copy(self, *, update: Any = None, deep: bool = False) -> Self:
         if update and "kind" in update:
             raise TypeError("the kind of a figure cannot be changed; make a new figure from its source")
-        return super().model_copy(update=update, deep=deep)
+        return type(self).model_validate({**self.model_dump(), **(update or {})})
+
+    def copy(self, *, include: Any = None, exclude: Any = None, update: Any = None, deep: bool = False) -> Self:
+        """The deprecated spelling of `model_copy`, with the same rule."""
+        return self.model_copy(update=update, deep=deep)
 
     def __str__(self) -> str:
         if self.value is None:
@@ -136,6 +140,8 @@ class RunFolder:
         if not stored.is_file():
             raise IsthmusError(f"{path} is not a run folder: it has no recipe.json. Start one with: isthmus run RECIPE")
         content = _read_json(stored)
+        if not isinstance(content, dict):
+            raise DamagedFile(f"{stored} is not a stored recipe. Restore it, or start a new run folder.")
         recipe = resolved_recipe(content.get("recipe", {}), origin=stored)
         if recipe.digest() != content.get("sha256"):
             raise DamagedFile(
@@ -240,6 +246,8 @@ def explain_io_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise IsthmusError(f"{path} cannot be written: {error.strerror}.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise IsthmusError(f"{path} cannot be made: a file is in the way. Name another folder.") from error
         raise
 
 

@@ -47,7 +47,7 @@ def execute(run: RunFolder, watch: Watch) -> TrainRecord:
     started = time.time()
     pool = run.require_record("plan", PlanRecord, "plan").pool_of(NAME)
     session = _open_session(run, pool)
-    run.event(NAME, "start", pool=pool, step=session.step)
+    run.event(NAME, "start", pool=pool, from_step=session.step)
     if session.step:
         run.event(NAME, "resume", from_step=session.step)
         watch.say(f"  continuing from the checkpoint at step {session.step}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import resource
@@ -212,14 +213,25 @@ def test_every_module_with_imports_of_its_own_stands_in_a_layer(name: str):
     )
 
 
+def readme_tree() -> dict[str, str]:
+    """Name and remark of each line under `src/isthmus/` in the README's tree."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    root = next((number for number, line in enumerate(lines) if line.strip() == "src/isthmus/"), None)
+    assert root is not None, "README.md has no tree with a line src/isthmus/"
+    depth = len(lines[root]) - len(lines[root].lstrip())
+    below = itertools.takewhile(lambda line: len(line) - len(line.lstrip()) > depth, lines[root + 1 :])
+    entries = [line.split(maxsplit=1) for line in below]
+    return {entry[0]: entry[1] if len(entry) > 1 else "" for entry in entries}
+
+
 @pytest.mark.parametrize("name", top_level())
-def test_the_readme_tree_names_every_module(name: str):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
-    tree = [line for block in blocks if "isthmus/" in block for line in block.splitlines()]
-    assert any(re.search(rf"(?<![\w/.]){re.escape(name)}", line) for line in tree), (
-        f"README.md's tree does not name {name}"
-    )
+def test_the_readme_tree_says_what_each_module_is(name: str):
+    assert readme_tree().get(name), f"README.md's tree has no line for {name}, or the line says nothing about it"
+
+
+def test_the_readme_tree_names_nothing_that_is_not_there():
+    named_files = [name for name in readme_tree() if name != "--"]
+    assert [name for name in named_files if not (SOURCE / name).exists()] == []
 
 
 def test_no_tracked_file_knows_the_place_where_it_was_written():

@@ -245,9 +245,9 @@ def story(tmp_path: Path) -> Story:
 def test_a_finished_run_tells_its_outcome_first(story: Story):
     head = page_of(story.whole()).text("outcome")
     assert "passed the gate to away (rehearsed)" in head
-    assert "trains on home ( cpu ): it is the only one that is here. Not on away : a rehearsal never vouches." in head, (
-        "why the training is where it is"
-    )
+    assert (
+        "trains on home ( cpu ): it is the only one that is here. Not on away : a rehearsal never vouches." in head
+    ), "why the training is where it is"
     assert "from 20.0 % (17.0 to 24.0 %) rehearsed to 50.0 %" in head
     assert "+30.0 points (95 % interval +25.0 to +35.0) rehearsed" in head
     assert "clear of zero" in head
