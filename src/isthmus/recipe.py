@@ -130,8 +130,9 @@ class DataSection(Section):
     largest: int = Field(default=9, ge=2, le=99)
     largest_target: int = Field(default=99, ge=1, le=999)
     heldout_share: Share = 0.3
-    teacher_hit: Share = Field(default=0.0, description="chance that the teacher's next try is a solution on purpose")
+    teacher_hit: Share = Field(default=0.3, description="chance that the teacher's next try is a solution on purpose")
     teacher_give_up: Share = Field(default=0.3, description="chance that the teacher gives up after a miss")
+    teacher_patient: Share = Field(default=0.08, description="share of problems tried at random until one fits")
     train_file: Path | None = None
     heldout_file: Path | None = None
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from isthmus.algos import Algorithm, algorithm_config, get_algorithm
@@ -63,6 +65,9 @@ class Rollout:
     @property
     def version(self) -> int:
         return min(completion.version for _, completion in self.flat)
+
+
+_ROLLOUT = TypeAdapter(Rollout)
 
 
 @dataclass
@@ -148,7 +153,7 @@ def _loop(session: Session, watch: Watch) -> None:
     section = session.run.recipe.rl
     with watch.count("RL", section.steps) as counter, ThreadPoolExecutor(max_workers=1) as pool:
         counter.advance_to(session.step)
-        pending: Future[Rollout] | None = None
+        pending = _stored_rollout(session)
         while session.step < section.steps:
             rollout = pending.result() if pending else _generate(session, session.step)
             pending = None
@@ -156,7 +161,30 @@ def _loop(session: Session, watch: Watch) -> None:
                 pending = pool.submit(_generate, session, session.step + 1)
             _learn(session, rollout, pending, counter)
             if session.step % section.checkpoint_every == 0 and session.step < section.steps:
+                _store_rollout(session, pending)
                 _save(session)
+
+
+def _store_rollout(session: Session, pending: Future[Rollout] | None) -> None:
+    """Keep the samples that older weights generated for the next step: a continued run learns from the same ones."""
+    if pending is not None:
+        write_atomic(_rollout_path(session), _ROLLOUT.dump_json(pending.result()))
+    for path in _rollout_path(session).parent.glob("rollout-*.json"):
+        if path.name < f"rollout-{session.step - session.run.recipe.rl.checkpoint_every:06d}":
+            path.unlink()
+
+
+def _stored_rollout(session: Session) -> Future[Rollout] | None:
+    path = _rollout_path(session)
+    if not path.exists():
+        return None
+    stored: Future[Rollout] = Future()
+    stored.set_result(_ROLLOUT.validate_json(path.read_bytes()))
+    return stored
+
+
+def _rollout_path(session: Session) -> Path:
+    return session.run.path / NAME / f"rollout-{session.step:06d}.json"
 
 
 def _generate(session: Session, step: int) -> Rollout:

@@ -62,14 +62,17 @@ def test_the_teacher_works_out_every_line_and_marks_only_hits(problem):
 
 
 def test_the_teacher_is_as_impatient_as_the_recipe_says():
-    hits = gives_up = misses = 0
-    for index, problem in enumerate(TASK.train * 3):
-        thought, _ = TASK.worked_example(problem, random.Random(index))
-        hits += thought.count("✓")
+    task = load(DataSection(teacher_patient=0.0, teacher_hit=0.0, teacher_give_up=0.3))
+    gives_up = misses = 0
+    for index, problem in enumerate(task.train * 3):
+        thought, _ = task.worked_example(problem, random.Random(index))
         misses += thought.count("✗")
         gives_up += thought.count("give up")
-    assert hits / (hits + misses) == pytest.approx(0.3, abs=0.03)
     assert gives_up / misses == pytest.approx(0.3, abs=0.03)
+    on_purpose = load(DataSection(teacher_patient=0.0, teacher_hit=1.0))
+    assert all("✗" not in on_purpose.worked_example(p, random.Random(0))[0] for p in on_purpose.train[::20])
+    patient = load(DataSection(teacher_patient=1.0))
+    assert all("give up" not in patient.worked_example(p, random.Random(0))[0] for p in patient.train[::20])
 
 
 @pytest.mark.parametrize(

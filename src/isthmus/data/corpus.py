@@ -52,12 +52,13 @@ def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -
     problems = chance.choices(task.train, k=run.recipe.sft.batch_size)
     documents = [_document(task, tokenizer, problem, chance.random()) for problem in problems]
     limit = run.recipe.model.max_position_embeddings
-    fitting = [document for document in documents if len(document.tokens) <= limit]
-    if not fitting:
-        raise IsthmusError(
-            f"no worked example fits into max_position_embeddings = {limit}; raise it or shorten the data"
-        )
-    return fitting
+    for problem, document in zip(problems, documents, strict=True):
+        if len(document.tokens) > limit:
+            raise IsthmusError(
+                f"the worked example of {problem.id!r} has {len(document.tokens)} tokens, more than "
+                f"model.max_position_embeddings = {limit}; raise it, or shorten the data"
+            )
+    return documents
 
 
 def _document(task: Task, tokenizer: Tokenizer, problem: Problem, draw: float) -> Document:

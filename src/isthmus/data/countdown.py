@@ -2,7 +2,8 @@
 
 The teacher tries one expression after another and marks a hit. It is impatient: after a miss it may give up, and says
 so. A model taught by it learns the skill and the habit of stopping early; reinforcement learning then teaches it to
-think on. Differences are taken from the larger number, so that every step is a natural number.
+think on. On a few problems the teacher is patient, so that the model has seen a long thought before it writes one.
+Differences are taken from the larger number, so that every step is a natural number.
 """
 
 from __future__ import annotations
@@ -54,21 +55,16 @@ class Countdown:
         *hand, target = problem.facts
         untried = self.tries(tuple(hand))
         chance.shuffle(untried)
+        patient = chance.random() < self.section.teacher_patient
+        hit, give_up = (0.0, 0.0) if patient else (self.section.teacher_hit, self.section.teacher_give_up)
         lines = []
         while True:
-            one = self._next_try(untried, target, chance)
+            one = _next_try(untried, target, chance.random() < hit)
             if one.value == target:
                 return "".join([*lines, f"{one.steps} {HIT}\n"]), one.expression
             lines.append(f"{one.steps} {MISS}\n")
-            if chance.random() < self.section.teacher_give_up:
+            if chance.random() < give_up:
                 return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
-
-    def _next_try(self, untried: list[Try], target: int, chance: random.Random) -> Try:
-        """Take one out of the untried expressions: any of them, or with chance teacher_hit a solution on purpose."""
-        on_purpose = chance.random() < self.section.teacher_hit
-        one = next(one for one in reversed(untried) if one.value == target or not on_purpose)
-        untried.remove(one)
-        return one
 
     def tries(self, hand: tuple[int, ...]) -> list[Try]:
         """The expressions over three numbers whose value can be a target. Of those that differ only by the order in a
@@ -92,6 +88,13 @@ class Countdown:
 def load(section: DataSection) -> Countdown:
     """The task for a recipe."""
     return Countdown(section)
+
+
+def _next_try(untried: list[Try], target: int, on_purpose: bool) -> Try:
+    """Take one out of the untried expressions: any of them, or a solution on purpose."""
+    one = next(one for one in reversed(untried) if one.value == target or not on_purpose)
+    untried.remove(one)
+    return one
 
 
 def _problem(hand: tuple[int, ...], target: int, solution: str) -> Problem:
