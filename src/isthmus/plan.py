@@ -92,9 +92,12 @@ def _first_reason(pool: QualifyRecord) -> str:
 
 
 def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
-    place = "the recipe's first choice" if order[0] == chosen else f"choice {order.index(chosen) + 1} of the recipe"
-    gate = "; the parity gate stands behind it" if pool.verdict == "serve-only" else ""
-    return f"{place}, and {'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`{gate}"
+    found = f"{'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`"
+    gate = ", and the parity gate stands behind it" if pool.verdict == "serve-only" else ""
+    if order[0] == chosen:
+        return f"the recipe's first choice, {found}{gate}"
+    earlier = ", ".join(order[: order.index(chosen)])
+    return f"{found}{gate}; the recipe would rather have had {earlier}"
 
 
 def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:

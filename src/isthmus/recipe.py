@@ -127,11 +127,11 @@ class DataSection(Section):
 
     task: Literal["countdown", "jsonl"] = "countdown"
     numbers: Literal[3] = 3
-    largest: int = Field(default=9, ge=2, le=99)
-    largest_target: int = Field(default=99, ge=1, le=999)
-    heldout_share: Share = 0.3
-    teacher_hit: Share = Field(default=0.3, description="chance that the teacher's next try is a solution on purpose")
-    teacher_give_up: Share = Field(default=0.3, description="chance that the teacher gives up after a miss")
+    largest: int = Field(default=12, ge=2, le=99)
+    largest_target: int = Field(default=40, ge=1, le=999)
+    heldout_share: Share = 0.2
+    teacher_hit: Share = Field(default=0.2, description="chance that the teacher's next try is a solution on purpose")
+    teacher_give_up: Share = Field(default=0.35, description="chance that the teacher gives up after a miss")
     teacher_patient: Share = Field(default=0.08, description="share of problems tried at random until one fits")
     train_file: Path | None = None
     heldout_file: Path | None = None
