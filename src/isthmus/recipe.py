@@ -132,7 +132,7 @@ class DataSection(Section):
     heldout_share: Share = 0.2
     teacher_hit: Share = Field(default=0.2, description="chance that the teacher's next try is a solution on purpose")
     teacher_give_up: Share = Field(default=0.35, description="chance that the teacher gives up after a miss")
-    teacher_patient: Share = Field(default=0.08, description="share of problems tried at random until one fits")
+    teacher_patient: Share = Field(default=0.05, description="share of problems tried at random until one fits")
     train_file: Path | None = None
     heldout_file: Path | None = None
 

@@ -52,11 +52,12 @@ def test_the_teacher_works_out_every_line_and_marks_only_hits(problem):
         if line == "give up":
             assert answer == NO_ANSWER and line == thought.strip().splitlines()[-1]
             continue
-        first, second = line[:-2].split(", ")
+        steps, _, mark = line.partition(f" vs {target} ")
+        first, second = steps.split(", ")
         for step in (first, second):
             left, _, right = step.partition(" = ")
             assert eval(left) == int(right)
-        assert (line[-1] == "✓") == (int(second.partition(" = ")[2]) == target)
+        assert (mark == "✓") == (int(second.partition(" = ")[2]) == target)
     assert countdown.score(problem, completion_text(thought, answer)).accuracy == float(answer != NO_ANSWER)
     assert countdown.score(problem, completion_text("", problem.answer)).accuracy == 1.0
 
@@ -125,7 +126,7 @@ def test_tokenizer_template_and_numbers(tmp_path):
         == "<｜begin▁of▁sentence｜><｜User｜>Make 22 from 1 3 7.<｜Assistant｜><think>\n"
     )
     assert ids[0] == TOKENIZER.bos_id
-    assert len(TOKENIZER.encode(" 22")) == len(TOKENIZER.encode(" 81")) == 1
+    assert len(TOKENIZER.encode(" 22")) == len(TOKENIZER.encode(" 36")) == 1
     history = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "secret</think>\n\nshown"},

@@ -1,9 +1,9 @@
 """Countdown: reach a target from three numbers with + - *, each number used once.
 
-The teacher tries one expression after another and marks a hit. It is impatient: after a miss it may give up, and says
-so. A model taught by it learns the skill and the habit of stopping early; reinforcement learning then teaches it to
-think on. On a few problems the teacher is patient, so that the model has seen a long thought before it writes one.
-Differences are taken from the larger number, so that every step is a natural number.
+The teacher tries one expression after another, holds each value against the target and marks a hit. It is impatient:
+after a miss it may give up, and says so. A model taught by it learns the skill and the habit of stopping early;
+reinforcement learning then teaches it to think on. On a few problems the teacher is patient, so that the model has seen
+a long thought before it writes one. Differences are taken from the larger number: every step is a natural number.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Countdown:
         while True:
             one = _next_try(untried, target, chance.random() < hit)
             if one.value == target:
-                return "".join([*lines, f"{one.steps} {HIT}\n"]), one.expression
-            lines.append(f"{one.steps} {MISS}\n")
+                return "".join([*lines, f"{one.steps} vs {target} {HIT}\n"]), one.expression
+            lines.append(f"{one.steps} vs {target} {MISS}\n")
             if chance.random() < give_up:
                 return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
 
