@@ -85,7 +85,6 @@ class Session:
     engine: Engine
     step: int
     weights_sha256: str = ""
-    crossings: int = 0
     mismatches: list[float] = field(default_factory=list)
 
 
@@ -305,7 +304,6 @@ def _cross(session: Session) -> None:
     payload = pack_wire(get_format(recipe.rl.rollout_format).export(state, recipe.model))
     session.weights_sha256 = digest(payload)
     session.engine.update(payload, session.step, session.weights_sha256)
-    session.crossings += 1
 
 
 def _save(session: Session):

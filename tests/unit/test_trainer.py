@@ -35,7 +35,7 @@ def test_packing_keeps_every_document_whole_and_once(lengths, seed):
     items = documents(seed, lengths)
     batch = pack(items, 48)
     assert batch.num_tokens == sum(lengths)
-    assert batch.num_targets == sum(len(d.tokens) - d.prompt_length for d in items)
+    assert batch.target_mask.sum() == sum(len(d.tokens) - d.prompt_length for d in items)
     for index, item in enumerate(items):
         here = batch.document == index
         assert batch.tokens[here].tolist() == item.tokens

@@ -32,10 +32,6 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in (self.tokens, self.positions, self.document, self.target_mask)))
 
     @property
-    def num_targets(self) -> int:
-        return int(self.target_mask.sum())
-
-    @property
     def num_tokens(self) -> int:
         return int((self.document >= 0).sum())
 

@@ -6,7 +6,6 @@ written under a temporary name and renamed when all of it is on the disk, so a f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -136,8 +135,3 @@ def _remove_leftovers(root: Path) -> None:
 def _fsync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def combined_sha256(hashes: dict[str, str]) -> str:
-    """One SHA-256 over the names and hashes of tensors, independent of their order."""
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
