@@ -35,9 +35,9 @@ def test_every_stage_leaves_its_record(finished):
     plan = run.read_record("plan", PlanRecord)
     assert [plan.pool_of(stage) for stage in ("train", "rollout", "serve")] == ["home", "away", "away"]
     assert any(r.stage == "train" and r.pool == "away" and "rehears" in r.reason for r in plan.rejected)
-    assert run.read_record("train", TrainRecord).steps == 24
+    assert run.read_record("train", TrainRecord).steps == 80
     rl = run.read_record("rl", RlRecord)
-    assert rl.steps == rl.weight_version == 6 and rl.rollout_rehearsed
+    assert rl.steps == rl.weight_version == 12 and rl.rollout_rehearsed
     parity = run.read_record("parity", HandoffRecord)
     assert parity.verdict == "pass" and parity.seal_id
 
@@ -55,8 +55,8 @@ def test_no_figure_of_the_rehearsed_pool_is_called_measured(finished):
 
 def test_the_weights_cross_at_every_step_with_a_version_and_a_hash(finished):
     events = RunFolder.open(finished[0]).events("rl", "step")
-    assert [event["weight_version"] for event in events] == list(range(1, 7))
-    assert len({event["weight_sha256"] for event in events}) >= 2
+    assert [event["weight_version"] for event in events] == list(range(1, 13))
+    assert len({event["weight_sha256"] for event in events}) >= 6
     gaps = [event["mismatch_abs"] for event in events if "mismatch_abs" in event]
     assert gaps and all(0 < gap < 0.05 for gap in gaps)
 
@@ -76,7 +76,7 @@ def test_a_second_run_skips_everything_and_is_quick(finished):
 
 
 def test_another_recipe_does_not_touch_the_run(finished):
-    result = isthmus("run", RECIPE, "--run", finished[0], *settings(sft__steps=25))
+    result = isthmus("run", RECIPE, "--run", finished[0], *settings(sft__steps=81))
     assert result.returncode == 2 and "sft.steps" in result.stderr
 
 
@@ -128,7 +128,7 @@ def test_a_tampered_bundle_is_not_served(finished, tmp_path):
     content[-3] ^= 1
     weights.write_bytes(content)
     result = isthmus("serve", copy, "--port", 0, timeout=60)
-    assert result.returncode == 1 and "model.safetensors" in result.stderr
+    assert result.returncode == 1 and "does not match its hash" in result.stderr
 
 
 def test_a_gate_that_refuses_seals_nothing_and_exits_1(finished, tmp_path):

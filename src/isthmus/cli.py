@@ -56,8 +56,7 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     if dry_run:
         _dry_run(target, folder, overrides)
         return
-    opened = _open(target, folder, overrides)
-    _check_before_start(opened.recipe)
+    opened = _open(target, folder, overrides, before_start=_check_before_start)
     began = time.monotonic()
     try:
         for number, stage in enumerate(STAGES, start=1):
@@ -75,9 +74,8 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
 
 def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
     def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool = False) -> None:
-        opened = _open(target, folder, overrides)
-        if stage != "report":
-            _check_before_start(opened.recipe)
+        check = _check_before_start if stage != "report" else _no_check
+        opened = _open(target, folder, overrides, before_start=check)
         _run_stage(stage, opened, heading=stage, again=again)
 
     command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."
@@ -151,14 +149,23 @@ def _watch() -> Any:
     return importlib.import_module("isthmus.progress").Watch()
 
 
-def _open(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> RunFolder:
-    """The run folder of TARGET, which is a run folder itself or a recipe."""
+def _open(
+    target: Path, folder: Path | None, overrides: tuple[str, ...], before_start: Callable[[Recipe], None]
+) -> RunFolder:
+    """The run folder of TARGET, a run folder or a recipe. A recipe is checked before anything is made."""
     if target.is_dir():
         if overrides or folder:
             raise IsthmusError("--set and --run go with a recipe; a run folder keeps the recipe it was made from")
-        return RunFolder.open(target)
+        opened = RunFolder.open(target)
+        before_start(opened.recipe)
+        return opened
     recipe = load_recipe(target, overrides)
+    before_start(recipe)
     return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
+
+
+def _no_check(_recipe: Recipe) -> None:
+    """A dossier can be read where the chips are not."""
 
 
 def _check_before_start(recipe: Recipe) -> None:

@@ -64,7 +64,7 @@ def final_weights(folder: Path, stage: str, record_type) -> dict:
     return load_file(folder / record.checkpoint / "model.safetensors")
 
 
-@pytest.mark.parametrize(("verb", "step", "record_type"), [("train", 12, TrainRecord), ("rl", 3, RlRecord)])
+@pytest.mark.parametrize(("verb", "step", "record_type"), [("train", 40, TrainRecord), ("rl", 3, RlRecord)])
 def test_kill_9_continues_from_the_checkpoint_to_the_same_weights(uninterrupted, tmp_path, verb, step, record_type):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -82,7 +82,7 @@ def test_kill_9_continues_from_the_checkpoint_to_the_same_weights(uninterrupted,
 
     run = RunFolder.open(folder)
     resumed = run.read_record(verb, record_type).resumed_from
-    assert len(resumed) == 1 and 0 < resumed[0] <= step + 5
+    assert len(resumed) == 1 and 0 < resumed[0] <= step + 15
     steps = [event["step"] for event in run.events(verb, "step")]
     assert steps == list(range(1, steps[-1] + 1))
     ours, straight = (final_weights(place, verb, record_type) for place in (folder, uninterrupted))

@@ -269,7 +269,7 @@ def test_every_section_of_a_finished_run_has_its_facts(story: Story):
         "parity": ["Mean KL", "0.001 nats/token", "0.02 nats/token declared", "5ea1ed00"],
         "time": ["Qualify", "SFT", "RL rollouts", "RL training", "RL weight crossings", "RL evaluation"],
         "incidents": ["no stage took a slower path"],
-        "recipe": [story.run.recipe.digest(), '"largest_target": 99'],
+        "recipe": [story.run.recipe.digest(), f'"largest_target": {story.run.recipe.data.largest_target}'],
     }
     for section, facts in expected.items():
         for fact in facts:

@@ -93,12 +93,22 @@ def _write_parts(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]) -
     for part, tensors in parts.items():
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         hashes[part] = {name: tensor_sha256(tensor) for name, tensor in plain.items()}
-        save_file({name: tensor.clone() for name, tensor in plain.items()}, folder / f"{part}.safetensors")
+        _save_tensors(folder / f"{part}.safetensors", {name: tensor.clone() for name, tensor in plain.items()})
         _fsync(folder / f"{part}.safetensors")
     manifest = {"step": step, "torch": torch.__version__, "tensors": hashes}
     (folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1), encoding="utf-8")
     _fsync(folder / MANIFEST)
     fsync_folder(folder)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; a failure of the disk comes out as the OSError that it is."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), str(error)) from error
+        raise
 
 
 def _read_part(folder: Path, part: str, hashes: dict[str, str]) -> dict[str, Tensor]:
