@@ -19,7 +19,7 @@ test: $(VENV)/.installed-dev     ## install, then run the tests
 check: $(VENV)/.installed-dev    ## style, types, import direction, rules
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest tests/rules
 
