@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import tiny_architecture
 
 import isthmus.formats
 from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
@@ -16,22 +17,7 @@ from isthmus.formats.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe import ModelSection
 
-ARCHITECTURE = ModelSection(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=40,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-    initializer_range=0.1,
-)
+ARCHITECTURE = tiny_architecture(vocab_size=53, initializer_range=0.1)
 TIED = ARCHITECTURE.model_copy(update={"tie_word_embeddings": True, "num_nextn_predict_layers": 0})
 TOKENS = torch.randint(53, (2, 18), generator=torch.Generator().manual_seed(0))
 

@@ -45,6 +45,7 @@ def kill_at_step(folder: Path, verb: str, step: int, sent: signal.Signals) -> su
         text=True,
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run = RunFolder.open(folder)
     deadline = time.monotonic() + 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import small
 import torch
 
 from isthmus.data.tokenizer import END_THINK, Tokenizer
@@ -15,26 +16,8 @@ TEXTS = ["Use 3, 4 and 5 to reach 23.", "3 + 4 * 5 = 23, the answer is found", "
 
 
 def architecture(**changes) -> ModelSection:
-    base = {
-        "vocab_size": 300,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "max_position_embeddings": 96,
-        "rope_theta": 100.0,
-        "initializer_range": 0.15,
-    }
-    return ModelSection(**{**base, **changes})
+    base = {"vocab_size": 300, "max_position_embeddings": 96, "initializer_range": 0.15}
+    return small.architecture(**{**base, **changes})
 
 
 def small_model(seed: int = 0, **changes) -> Model:

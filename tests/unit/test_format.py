@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small import tiny_architecture as architecture
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -24,27 +25,6 @@ from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear, is_quantised
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.recipe import ModelSection
-
-
-def architecture(**changes) -> ModelSection:
-    base = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-        "rope_theta": 100.0,
-        "initializer_range": 0.2,
-    }
-    return ModelSection(**{**base, **changes})
 
 
 def trained_state(arch: ModelSection, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small import TINY
 
 from isthmus import handoff
 from isthmus.data.corpus import run_tokenizer
@@ -30,23 +31,7 @@ from isthmus.trainer.checkpoint import save_checkpoint
 
 RECIPE = {
     "name": "small",
-    "model": {
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 96,
-        "rope_theta": 100.0,
-        "initializer_range": 0.1,
-    },
+    "model": {**TINY, "vocab_size": 512, "max_position_embeddings": 96, "initializer_range": 0.1},
     "pools": {
         "home": {"chip": "cpu", "threads": 1},
         "away": {"chip": "ascend-910b-313t", "rehearsed": True, "threads": 1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import architecture
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from isthmus.model.attention import LatentAttention, RotaryTable
@@ -22,29 +23,6 @@ CONFIGURATIONS = {
         "n_shared_experts": 2,
     },
 }
-
-
-def architecture(**changes) -> ModelSection:
-    base = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "max_position_embeddings": 128,
-        "rope_theta": 100.0,
-        "initializer_range": 0.2,
-    }
-    return ModelSection(**{**base, **changes})
 
 
 def randomised(arch: ModelSection, seed: int) -> Model:

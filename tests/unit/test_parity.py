@@ -8,30 +8,15 @@ import random
 
 import pytest
 import torch
+from small import tiny_architecture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.formats import get_format
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers, newcombe_interval, paired_difference, wilson_interval
 from isthmus.parity.tokens import TIE_NATS, GoldenSequence, compare_tokens, completion_log_probabilities
-from isthmus.recipe import ModelSection
 
-ARCHITECTURE = ModelSection(
-    vocab_size=31,
-    hidden_size=32,
-    intermediate_size=40,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
+ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
 
 
 def models() -> tuple[Model, Model]:

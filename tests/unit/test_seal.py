@@ -9,30 +9,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import tiny_architecture
 
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import file_hashes, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal, write_seal
-from isthmus.recipe import ModelSection
 from isthmus.records import Check, HandoffRecord
 from isthmus.run import Figure
 
-ARCHITECTURE = ModelSection(
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-)
+ARCHITECTURE = tiny_architecture(vocab_size=31, hidden_size=16)
 
 
 class TinyTokenizer:

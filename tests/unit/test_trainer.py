@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_model import architecture, randomised
+from small import architecture
+from test_model import randomised
 from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
