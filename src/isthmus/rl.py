@@ -114,7 +114,7 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
     torch.set_num_threads(home.shared_threads if at_once else home.threads)
     task = load_task(recipe)
     tokenizer = run_tokenizer(run, task)
-    model = Model(recipe.model)
+    model = Model(recipe.model).to(torch.device(device_of(home)))
     optimizer = Optimizer(model, recipe.rl.optimizer, recipe.rl.steps)
     checkpoint = load_latest(run.path / "checkpoints" / NAME)
     if checkpoint is None:
@@ -124,9 +124,8 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
         optimizer.load_state(checkpoint.optimizer)
         run.event(NAME, "resume", from_step=checkpoint.step)
         watch.say(f"  continuing from the checkpoint at step {checkpoint.step}")
-    model.to(torch.device(device_of(home)))
     bundle = run.path / NAME / "rollout-bundle"
-    write_bundle(bundle, recipe.rl.rollout_format, model.state_dict(), recipe.model, tokenizer)
+    write_bundle(bundle, recipe.rl.rollout_format, _host_state(model), recipe.model, tokenizer)
     rehearse = away.chip if away.rehearsed else None
     log = run.path / NAME / "engine.log"
     threads = away.shared_threads if at_once else away.threads
@@ -300,10 +299,13 @@ def _one_update(session: Session, part: Minibatch, old: Tensor | None, progress:
 def _cross(session: Session) -> None:
     """Send the trainer's weights to the engine in its format; the version is the number of finished steps."""
     recipe = session.run.recipe
-    state = {name: tensor.detach().cpu() for name, tensor in session.model.state_dict().items()}
-    payload = pack_wire(get_format(recipe.rl.rollout_format).export(state, recipe.model))
+    payload = pack_wire(get_format(recipe.rl.rollout_format).export(_host_state(session.model), recipe.model))
     session.weights_sha256 = digest(payload)
     session.engine.update(payload, session.step, session.weights_sha256)
+
+
+def _host_state(model: Model) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 def _save(session: Session):

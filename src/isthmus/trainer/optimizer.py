@@ -79,7 +79,7 @@ class Optimizer:
             if kind == "adam":
                 adam.setdefault(self._adam_names.index(parameter), {})[key] = value
             elif self._muon is not None:
-                self._muon.momentum[parameter] = value.clone()
+                self._muon.momentum[parameter].copy_(value)
         groups = self._adam.state_dict()["param_groups"]
         self._adam.load_state_dict({"state": adam, "param_groups": groups})
 
