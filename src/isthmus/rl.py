@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from isthmus.algos import Algorithm, algorithm_config, get_algorithm
@@ -27,6 +27,7 @@ from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
 from isthmus.engines.local import LocalEngine
+from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest
@@ -177,7 +178,10 @@ def _stored_rollout(session: Session) -> Future[Rollout] | None:
     if not path.exists():
         return None
     stored: Future[Rollout] = Future()
-    stored.set_result(_ROLLOUT.validate_json(path.read_bytes()))
+    try:
+        stored.set_result(_ROLLOUT.validate_json(path.read_bytes()))
+    except ValidationError as error:
+        raise DamagedFile(f"{path} cannot be read ({error}). Delete it: its samples are then generated anew.") from None
     return stored
 
 
