@@ -118,6 +118,7 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
     model = Model(recipe.model).to(torch.device(device_of(home)))
     optimizer = Optimizer(model, recipe.rl.optimizer, recipe.rl.steps)
     checkpoint = load_latest(run.path / "checkpoints" / NAME)
+    step = checkpoint.step if checkpoint else 0
     if checkpoint is None:
         model.load_state_dict(load_model_state(run.path / train.checkpoint, train.checkpoint_sha256))
     else:
@@ -141,8 +142,8 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
             model=model,
             optimizer=optimizer,
             engine=engine,
-            step=checkpoint.step if checkpoint else 0,
-            mismatches=_earlier_mismatches(run, checkpoint.step if checkpoint else 0),
+            step=step,
+            mismatches=_earlier_mismatches(run, step),
         )
         _cross(session)
         yield session

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,39 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end, or vanishes if its writing fails.
+
+    A reader sees the whole new folder or the old one. Its files are flushed to the disk before it is renamed.
+    """
+    new, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    with explain_io_errors(folder):
+        for left_by_a_killed_writer in (new, old):
+            shutil.rmtree(left_by_a_killed_writer, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            _fsync_tree(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
 
 
 def fsync_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import tiny_architecture
+from small import GrowingCache, tiny_architecture
 
 import isthmus.formats
 from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
@@ -87,15 +87,6 @@ def test_only_its_own_config_is_recognised(name):
     config = json.loads(json.dumps(config))
     assert [other for other in format_names() if get_format(other).recognises(config)] == [name]
     assert recognise_format(config).name == name
-
-
-class GrowingCache:
-    def __init__(self):
-        self.latents = None
-
-    def append(self, latents):
-        self.latents = latents if self.latents is None else torch.cat((self.latents, latents), dim=1)
-        return self.latents
 
 
 @every_format

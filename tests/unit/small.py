@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from isthmus.recipe import ModelSection
 
 SMALL = {
@@ -50,3 +52,14 @@ def architecture(**changes) -> ModelSection:
 def tiny_architecture(**changes) -> ModelSection:
     """Two layers, four experts."""
     return ModelSection(**{**TINY, **changes})
+
+
+class GrowingCache:
+    """The simplest cache: all latents so far."""
+
+    def __init__(self):
+        self.latents = None
+
+    def append(self, latents):
+        self.latents = latents if self.latents is None else torch.cat((self.latents, latents), dim=1)
+        return self.latents

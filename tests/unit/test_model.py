@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import architecture
+from small import GrowingCache, architecture
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from isthmus.model.attention import LatentAttention, RotaryTable
@@ -71,17 +71,6 @@ def to_transformers_layout(state, reference):
             ]
             stacked[key] = torch.stack(rows)
     return stacked
-
-
-class GrowingCache:
-    """The simplest cache: all latents so far."""
-
-    def __init__(self):
-        self.latents = None
-
-    def append(self, latents):
-        self.latents = latents if self.latents is None else torch.cat((self.latents, latents), dim=1)
-        return self.latents
 
 
 def test_absorbed_attention_equals_naive_in_float64():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 
 from isthmus.data.tasks import Problem, Task, completion_text, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.run import RunFolder, explain_io_errors
+from isthmus.run import RunFolder, new_folder
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,8 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
             f"set model.vocab_size to at least {tokenizer.vocab_size}"
         )
-    temporary = run.path / f".tokenizer.{os.getpid()}.tmp"
-    with explain_io_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tokenizer.save(temporary)
-        temporary.rename(folder)
+    with new_folder(folder) as new:
+        tokenizer.save(new)
     return tokenizer
 
 

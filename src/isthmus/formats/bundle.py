@@ -7,10 +7,6 @@ written, and dropped when read, after checking that they equal the shared tensor
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +22,7 @@ from isthmus.formats.assemble import EMBEDDING, HEAD
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection, architecture_from_config
-from isthmus.run import explain_io_errors, fsync_folder, sha256_file, write_atomic
+from isthmus.run import new_folder, sha256_file, write_atomic
 
 WEIGHTS, CONFIG, CHECKSUMS, SEAL = "model.safetensors", "config.json", "checksums.json", "seal.json"
 
@@ -70,7 +66,7 @@ def write_bundle(
     if quantization is not None:
         config["quantization_config"] = quantization
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    with _new_folder(folder) as new:
+    with new_folder(folder) as new:
         stored = {**tensors, **{copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}}
         write_atomic(new / WEIGHTS, safetensors.torch.save(stored, metadata={"format": "pt"}))
         write_atomic(new / CONFIG, _json(config))
@@ -170,30 +166,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, indent=2).encode() + b"\n"
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end, or vanishes if its writing fails."""
-    new, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    with explain_io_errors(folder):
-        for left_by_a_killed_writer in (new, old):
-            shutil.rmtree(left_by_a_killed_writer, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
-            yield new
-            _flush(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-            fsync_folder(folder.parent)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,6 @@ written under a temporary name and renamed when all of it is on the disk, so a f
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile
 from isthmus.model.digest import tensor_sha256
-from isthmus.run import explain_io_errors, fsync_folder, sha256_file
+from isthmus.run import new_folder, sha256_file
 
 MANIFEST = "manifest.json"
 _PARTS = ("model", "optimizer")
@@ -42,19 +41,9 @@ def save_checkpoint(
 ) -> tuple[Path, str]:
     """Write `root/step-<step>` and delete all but the newest `keep`. Returns the folder and its manifest's SHA-256."""
     folder = root / f"step-{step:06d}"
-    temporary = root / f".{folder.name}.{os.getpid()}.tmp"
-    with explain_io_errors(folder):
-        _remove_leftovers(root)
-        temporary.mkdir(parents=True)
-        try:
-            _write_parts(temporary, step, {"model": model, "optimizer": optimizer})
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_folder(root)
+    _remove_leftovers(root)
+    with new_folder(folder) as new:
+        _write_parts(new, step, {"model": model, "optimizer": optimizer})
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old)
     return folder, sha256_file(folder / MANIFEST)
@@ -94,11 +83,8 @@ def _write_parts(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]) -
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         hashes[part] = {name: tensor_sha256(tensor) for name, tensor in plain.items()}
         _save_tensors(folder / f"{part}.safetensors", {name: tensor.clone() for name, tensor in plain.items()})
-        _fsync(folder / f"{part}.safetensors")
     manifest = {"step": step, "torch": torch.__version__, "tensors": hashes}
     (folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    fsync_folder(folder)
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -138,10 +124,5 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _remove_leftovers(root: Path) -> None:
-    for leftover in root.glob(".step-*.tmp"):
+    for leftover in root.glob(".step-*"):
         shutil.rmtree(leftover)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
