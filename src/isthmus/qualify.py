@@ -45,7 +45,7 @@ from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.optimizer import Optimizer
-from isthmus.trainer.step import StepLosses, sft_losses, target_logprobs, update_router_bias
+from isthmus.trainer.step import sft_backward, sft_step, target_logprobs
 
 NAME = "qualify"
 PILOT_TOKENS = 48
@@ -120,14 +120,12 @@ class Workload:
 
     def sft_step(self, step: int, batch: Batch) -> float:
         """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
-        losses = self._backward(batch)
-        self.optimizer.step(step)
-        update_router_bias(self.model.routers(), losses.loads, self.recipe.sft.bias_update_speed)
+        losses, _ = sft_step(self.model, self.optimizer, batch, self.recipe.sft, step)
         return losses.loss
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """The gradients of one batch, without an update."""
-        self._backward(batch)
+        sft_backward(self.model, self.optimizer, batch, self.recipe.sft)
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def learn(self, batch: Batch) -> None:
@@ -152,13 +150,6 @@ class Workload:
                 logits.append(runner.decode(logits[-1].argmax(-1), positions, int(positions.max()) + 1))
                 positions = positions + 1
         return torch.cat(logits)
-
-    def _backward(self, batch: Batch) -> StepLosses:
-        section = self.recipe.sft
-        self.optimizer.zero_grad()
-        losses = sft_losses(self.model, batch, mtp_weight=section.mtp_weight, balance_alpha=section.balance_alpha)
-        losses.total.backward()
-        return losses
 
 
 @dataclass

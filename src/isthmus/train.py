@@ -24,7 +24,7 @@ from isthmus.trainer.batch import pack
 from isthmus.trainer.checkpoint import load_latest, save_checkpoint
 from isthmus.trainer.initial import load_published
 from isthmus.trainer.optimizer import Optimizer
-from isthmus.trainer.step import StepLosses, sft_losses, update_router_bias
+from isthmus.trainer.step import StepLosses, sft_step
 
 NAME = "train"
 
@@ -106,11 +106,7 @@ def _one_step(session: Session, counter: Counter) -> None:
     section = session.run.recipe.sft
     documents = sft_documents(session.run, session.task, session.tokenizer, session.step)
     batch = pack(documents).to(session.device)
-    session.optimizer.zero_grad()
-    losses = sft_losses(session.model, batch, mtp_weight=section.mtp_weight, balance_alpha=section.balance_alpha)
-    losses.total.backward()
-    gradient_norm = session.optimizer.step(session.step)
-    update_router_bias(session.model.routers(), losses.loads, section.bias_update_speed)
+    losses, gradient_norm = sft_step(session.model, session.optimizer, batch, section, session.step)
     session.step += 1
     seconds = time.perf_counter() - began
     _report(session, losses, gradient_norm, batch.num_tokens, seconds)

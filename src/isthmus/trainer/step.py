@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from isthmus.model.model import Model, document_mask
 from isthmus.model.moe import Router, Routing, sequence_balance_loss
+from isthmus.recipe import SftSection
 from isthmus.trainer.batch import Batch
+from isthmus.trainer.optimizer import Optimizer
 
 
 @dataclass
@@ -41,6 +43,24 @@ def sft_losses(model: Model, batch: Batch, *, mtp_weight: float, balance_alpha: 
         balance = torch.stack([_balance(routing, batch) for routing in trace]).mean()
         total = total + balance_alpha * balance
     return StepLosses(total, loss.item(), mtp_loss.item(), balance.item(), [routing.load() for routing in trace])
+
+
+def sft_backward(model: Model, optimizer: Optimizer, batch: Batch, section: SftSection) -> StepLosses:
+    """The losses of one batch, with their gradients in the parameters and none from before."""
+    optimizer.zero_grad()
+    losses = sft_losses(model, batch, mtp_weight=section.mtp_weight, balance_alpha=section.balance_alpha)
+    losses.total.backward()
+    return losses
+
+
+def sft_step(
+    model: Model, optimizer: Optimizer, batch: Batch, section: SftSection, step: int
+) -> tuple[StepLosses, float]:
+    """One step of supervised fine-tuning, router biases included: (losses, norm of the gradient before clipping)."""
+    losses = sft_backward(model, optimizer, batch, section)
+    gradient_norm = optimizer.step(step)
+    update_router_bias(model.routers(), losses.loads, section.bias_update_speed)
+    return losses, gradient_norm
 
 
 def _mtp_loss(model: Model, hidden: Tensor, batch: Batch, mask: Tensor, trace: list[Routing]) -> Tensor:
