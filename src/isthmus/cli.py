@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import time
@@ -72,23 +73,25 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     watch.say(f"  chat   isthmus serve {opened.path}")
 
 
-def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
-    def command(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool = False) -> None:
+def _stage_command(stage: str, summary: str, repeatable: bool = False, traceable: bool = False) -> None:
+    def command(target: Path, folder: Path | None, overrides: tuple[str, ...], **options: bool) -> None:
         check = _check_before_start if stage != "report" else _no_check
         opened = _open(target, folder, overrides, before_start=check)
-        _run_stage(stage, opened, heading=stage, again=again)
+        _run_stage(stage, opened, heading=stage, **options)
 
     command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."
     for decorate in (_SET, _RUN, _TARGET):
         command = decorate(command)
     if repeatable:
         command = click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")(command)
+    if traceable:
+        command = click.option("--profile", is_flag=True, help="Write a Chrome trace of a few steps.")(command)
     cli.command(stage)(command)
 
 
 _stage_command("qualify", "Find out what each pool of the recipe is fit for.", repeatable=True)
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
-_stage_command("train", "Supervised fine-tuning on chains of thought.")
+_stage_command("train", "Pretraining, if the recipe has it, and supervised fine-tuning.", traceable=True)
 _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
 _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
 
@@ -146,7 +149,8 @@ def _command_line() -> str:
 
 
 def _watch() -> Any:
-    return importlib.import_module("isthmus.progress").Watch()
+    """Of several ranks the first one speaks."""
+    return importlib.import_module("isthmus.progress").Watch(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _open(
@@ -185,14 +189,14 @@ def _dry_run(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> N
     click.echo(f"would run {', '.join(STAGES)} in {folder or Path('runs') / recipe.name}")
 
 
-def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False) -> None:
+def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False, profile: bool = False) -> None:
     watch = _watch()
     if not again and _is_done(stage, opened):
         watch.say(f"[dim]{heading}: done before, skipped[/]")
         return
     watch.say(f"[bold]{heading}[/]")
     module = importlib.import_module(f"isthmus.{stage}")
-    options = {"again": True} if again and stage == "qualify" else {}
+    options = {"again": True} if again and stage == "qualify" else {"profile": True} if profile else {}
     result = module.execute(opened, watch, **options)
     render: Callable[[Any], Any] | None = getattr(module, "render", None)
     for record in result if isinstance(result, list) else [result]:

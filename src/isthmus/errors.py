@@ -15,3 +15,11 @@ class GateRefused(IsthmusError):
 
 class DamagedFile(GateRefused):
     """Stored bytes do not match their recorded hash."""
+
+
+class RanksFailed(IsthmusError):
+    """A rank of a stage stopped; the exit code is its own if it gave one of ours."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(f"{message}\nRun the same command again to go on from the last checkpoint.")
+        self.exit_code = exit_code if exit_code in (1, 2) else 2

@@ -17,6 +17,7 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 class Pool:
     """A number of chips of one kind. `rehearsed`: the chip is not here, its rules are enforced on the CPU.
 
+    `ranks` is the number of processes that train on it.
     Compute threads of a process on the CPU: `threads` if it works alone, `shared_threads` if the process of another
     pool works beside it. The recipe's number counts for both.
     """
@@ -24,6 +25,7 @@ class Pool:
     name: str
     chip: str
     count: int
+    ranks: int
     rehearsed: bool
     threads: int
     shared_threads: int
@@ -38,7 +40,8 @@ def get_pool(recipe: Recipe, name: str) -> Pool:
     section = recipe.pools[name]
     alone = section.threads or default_threads()
     shared = section.threads or max(1, alone // 2)
-    return Pool(name, section.chip, section.count, section.rehearsed, alone, shared)
+    ranks = section.ranks or section.count
+    return Pool(name, section.chip, section.count, ranks, section.rehearsed, alone, shared)
 
 
 def placed_pools(recipe: Recipe) -> list[Pool]:

@@ -32,8 +32,8 @@ class Counter:
 class Watch:
     """Says what happens, on one console."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(quiet=quiet)
 
     def say(self, text: str) -> None:
         """Print one line; rich markup is honoured."""

@@ -45,7 +45,7 @@ from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.optimizer import Optimizer
-from isthmus.trainer.step import sft_backward, sft_step, target_logprobs
+from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step
 
 NAME = "qualify"
 PILOT_TOKENS = 48
@@ -120,12 +120,12 @@ class Workload:
 
     def sft_step(self, step: int, batch: Batch) -> float:
         """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
-        losses, _ = sft_step(self.model, self.optimizer, batch, self.recipe.sft, step)
+        losses, _ = train_step(self.model, self.optimizer, batch, self.recipe.sft, step)
         return losses.loss
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """The gradients of one batch, without an update."""
-        sft_backward(self.model, self.optimizer, batch, self.recipe.sft)
+        accumulate_gradients(self.model, self.optimizer, batch, self.recipe.sft)
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def learn(self, batch: Batch) -> None:

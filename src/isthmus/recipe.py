@@ -11,11 +11,21 @@ import hashlib
 import json
 import tomllib
 import typing
+from abc import abstractmethod
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from isthmus.errors import IsthmusError
 
@@ -46,21 +56,55 @@ class YarnScaling(Section):
     mscale_all_dim: float = 1.0
 
 
+class Llama3Scaling(Section):
+    """Llama 3's position scaling, with the key names of its `config.json`."""
+
+    type: Literal["llama3"] = "llama3"
+    factor: float = Field(gt=1.0)
+    low_freq_factor: float = Field(gt=0.0)
+    high_freq_factor: float = Field(gt=0.0)
+    original_max_position_embeddings: Positive
+
+    @model_validator(mode="after")
+    def _bands_in_order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must exceed low_freq_factor")
+        return self
+
+
 class ModelSection(Section):
-    """The architecture, with the key names of a DeepSeek-V3 `config.json`.
+    """The architecture, with the key names of a Hugging Face `config.json`; here, what all architectures have.
 
     `preset` names a file in `isthmus/presets`; `from` names a folder with a checkpoint in that layout. Further keys
     override what either gives.
     """
 
+    model_type: str
     preset: str | None = None
     from_: Path | None = Field(default=None, alias="from")
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive
-    moe_intermediate_size: Positive
     num_hidden_layers: Positive
     num_attention_heads: Positive
+    num_nextn_predict_layers: Literal[0, 1] = 0
+    max_position_embeddings: Positive
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    @property
+    @abstractmethod
+    def cache_width(self) -> int:
+        """Numbers that generation keeps per token and layer."""
+
+
+class DeepseekSection(ModelSection):
+    """DeepSeek-V3: latent attention, a fine-grained mixture of experts, multi-token prediction."""
+
+    model_type: Literal["deepseek_v3"] = "deepseek_v3"  # pyright: ignore[reportIncompatibleVariableOverride]
+    moe_intermediate_size: Positive
     q_lora_rank: Positive | None = None
     kv_lora_rank: Positive
     qk_nope_head_dim: Positive
@@ -73,15 +117,14 @@ class ModelSection(Section):
     topk_group: Positive = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    scoring_func: Literal["sigmoid"] = "sigmoid"
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     first_k_dense_replace: int = Field(default=1, ge=0)
     num_nextn_predict_layers: Literal[0, 1] = 1
-    max_position_embeddings: Positive
-    rope_theta: float = 10000.0
     rope_scaling: YarnScaling | None = None
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+
+    @property
+    def cache_width(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -103,11 +146,60 @@ class ModelSection(Section):
         return self
 
 
+class DenseSection(ModelSection):
+    """Qwen2 and Llama 3, the dense models that R1 was distilled into: grouped-query attention and a gated MLP."""
+
+    model_type: Literal["qwen2", "llama"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_key_value_heads: Positive
+    head_dim: Positive | None = Field(default=None, description="hidden_size / num_attention_heads if absent")
+    attention_bias: bool | None = Field(
+        default=None, description="of llama, on all four projections; qwen2 always has biases on q, k and v"
+    )
+    rope_scaling: Llama3Scaling | None = None
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def input_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return self.model_type == "qwen2" or bool(self.attention_bias)
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.model_type == "llama" and bool(self.attention_bias)
+
+    @property
+    def cache_width(self) -> int:
+        return 2 * self.num_key_value_heads * self.head_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads, or head_dim be given")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim ({self.head_size}) must be even: rotary embedding turns pairs")
+        if self.model_type == "qwen2" and self.attention_bias is False:
+            raise ValueError("a qwen2 model has biases on q, k and v: leave attention_bias out")
+        if self.num_nextn_predict_layers:
+            raise ValueError(f"a {self.model_type} model has no multi-token prediction: num_nextn_predict_layers is 0")
+        return self
+
+
 class PoolSection(Section):
     """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU."""
 
     chip: str
     count: Positive = 1
+    ranks: Positive | None = Field(default=None, description="training processes; one per chip if absent")
     rehearsed: bool = False
     threads: Positive | None = Field(
         default=None, description="compute threads of a process on a CPU; chosen if absent"
@@ -149,11 +241,14 @@ class OptimizerSection(Section):
     name: Literal["muon", "adamw"] = "muon"
     learning_rate: float = Field(gt=0)
     matrix_learning_rate: float | None = Field(default=None, gt=0)
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     decay_share: Share = Field(
-        default=0.0, description="share of the steps, at the end, over which the rate falls to 0"
+        default=0.0, description="share of the steps, at the end, over which the rate falls to its final value"
     )
+    decay: Literal["linear", "cosine"] = "linear"
+    final_rate: Share = Field(default=0.0, description="the rate at the end, as a share of the learning rate")
     gradient_clip: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
@@ -174,6 +269,41 @@ class SftSection(Section):
     bias_update_speed: float = Field(default=1e-3, ge=0)
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
+
+
+class PretrainSection(Section):
+    """Next-token prediction on a folder of text or of token shards, before supervised fine-tuning."""
+
+    folder: Path
+    steps: Positive
+    rows_per_step: Positive = 64
+    row_length: Annotated[int, Field(ge=8)] = 512
+    optimizer: OptimizerSection
+    mtp_weight: float = Field(default=0.3, ge=0)
+    balance_alpha: float = Field(default=1e-4, ge=0)
+    bias_update_speed: float = Field(default=1e-3, ge=0)
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+
+
+class TrainSection(Section):
+    """How the stage `train` computes, whatever it trains on.
+
+    The pool's chips divide into `replicate` groups that hold the whole model each; within a group the parameters are
+    sharded, and the routed experts are spread over `expert` chips that exchange tokens.
+    """
+
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="of forward and backward; the master weights are fp32. bf16 if absent, fp32 on a CPU"
+    )
+    rows_per_microbatch: Positive | None = Field(
+        default=None, description="packed rows that a chip computes at once; all of its rows if absent"
+    )
+    activation_checkpointing: bool = False
+    compile: bool = False
+    replicate: Positive = 1
+    expert: Positive = 1
+    tensorboard: bool = False
 
 
 class RlSection(Section):
@@ -229,16 +359,43 @@ class QualifySection(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
 
 
+def _architecture_kind(value: Any) -> str | None:
+    """Which section a `[model]` is, by its model_type: a key of `_SECTIONS`, or None if no section has that type."""
+    fields = value if isinstance(value, dict) else vars(value) if isinstance(value, ModelSection) else {}
+    model_type = fields.get("model_type", DEFAULT_MODEL_TYPE)
+    return next((kind for kind, section in _SECTIONS.items() if model_type in _model_types(section)), None)
+
+
+def _model_types(section: type[Section]) -> tuple[str, ...]:
+    return typing.get_args(section.model_fields["model_type"].annotation)
+
+
+DEFAULT_MODEL_TYPE = "deepseek_v3"
+_SECTIONS: dict[str, type[DeepseekSection | DenseSection]] = {"deepseek": DeepseekSection, "dense": DenseSection}
+MODEL_TYPES = tuple(name for section in _SECTIONS.values() for name in _model_types(section))
+Architecture = Annotated[
+    Annotated[DeepseekSection, Tag("deepseek")] | Annotated[DenseSection, Tag("dense")],
+    Discriminator(
+        _architecture_kind,
+        custom_error_type="unknown_model_type",
+        custom_error_message=f"model_type must be one of {', '.join(MODEL_TYPES)}",
+    ),
+]
+_ARCHITECTURE: TypeAdapter[DeepseekSection | DenseSection] = TypeAdapter(Architecture)
+
+
 class Recipe(Section):
     """A whole recipe, resolved: presets merged and defaults filled in."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
-    model: ModelSection
+    model: Architecture
     pools: dict[str, PoolSection] = Field(min_length=1)
     place: PlaceSection
     data: DataSection = DataSection()
     qualify: QualifySection = QualifySection()
+    train: TrainSection = TrainSection()
+    pretrain: PretrainSection | None = None
     sft: SftSection
     rl: RlSection
     handoff: HandoffSection = HandoffSection()
@@ -280,11 +437,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     """Check a recipe given as nested dictionaries. Paths in it are relative to the folder of `origin`."""
-    model, data = tree.get("model"), tree.get("data")
+    model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    if isinstance(data, dict):
-        tree = {**tree, "data": _resolve_files(data, origin)}
+    for section in ("data", "pretrain"):
+        if isinstance(tree.get(section), dict):
+            tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
 
 
@@ -293,7 +451,7 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error, origin)) from None
+        raise RecipeError(_explain(error, f"{origin or 'the recipe'} is not a valid recipe:")) from None
 
 
 def preset_names() -> list[str]:
@@ -321,8 +479,12 @@ def _resolve_model(section: dict[str, Any], origin: Path | None) -> dict[str, An
 def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, Any]:
     """Paths relative to the recipe made absolute."""
     folder = origin.parent if origin else Path()
-    files = {key: str((folder / value).resolve()) for key, value in section.items() if key.endswith("_file")}
+    files = {key: str((folder / value).resolve()) for key, value in section.items() if _is_path(key)}
     return {**section, **files}
+
+
+def _is_path(key: str) -> bool:
+    return key == "folder" or key.endswith("_file")
 
 
 def _read_preset(name: Any) -> dict[str, Any]:
@@ -339,31 +501,84 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"[model] from = {str(folder)!r}: there is no config.json in that folder") from None
     except json.JSONDecodeError as error:
         raise RecipeError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if config.get("model_type") != "deepseek_v3":
-        raise RecipeError(
-            f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; only deepseek_v3 is read"
-        )
-    return architecture_from_config(config)
+    if not isinstance(config, dict):
+        raise RecipeError(f"{folder / 'config.json'} is not a JSON object")
+    try:
+        return architecture_from_config(config)
+    except RecipeError as error:
+        raise RecipeError(f"{folder / 'config.json'}: {error}") from None
+
+
+def parse_architecture(fields: dict[str, Any]) -> DeepseekSection | DenseSection:
+    """The architecture that these keys of `[model]` describe. Raises RecipeError naming each wrong one."""
+    try:
+        return _ARCHITECTURE.validate_python(fields)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, "the architecture is not valid:", ("model",))) from None
 
 
 def architecture_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `ModelSection` found in a DeepSeek-V3 `config.json`, rope parameters of either layout included."""
-    fields = set(ModelSection.model_fields) - {"preset", "from_"}
-    found = {key: value for key, value in config.items() if key in fields}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The keys of `[model]` found in a Hugging Face `config.json`, rope parameters of either layout included.
+
+    Raises RecipeError for a setting that would change what the model computes and that is not supported.
+    """
+    kind = _architecture_kind({"model_type": None, **config})
+    if kind is None:
+        raise RecipeError(f"model_type {config.get('model_type')!r} is not read; read: {', '.join(MODEL_TYPES)}")
+    _refuse_unsupported(config, {**_ONLY[kind], **_ONLY["all"]})
+    names = set(_SECTIONS[kind].model_fields) - {"preset", "from_", "rope_scaling"}
+    found = {key: value for key, value in config.items() if key in names}
+    if kind == "deepseek":
+        found.setdefault("num_nextn_predict_layers", 0)
+    elif found.get("num_key_value_heads") is None:
+        found["num_key_value_heads"] = config.get("num_attention_heads")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.pop("partial_rotary_factor", 1) != 1:
+        raise RecipeError("partial_rotary_factor other than 1 is not supported")
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        found["rope_scaling"] = None
-    elif kind == "yarn":
-        found["rope_scaling"] = {
-            "type": "yarn",
-            **{k: rope[k] for k in YarnScaling.model_fields if k in rope and k != "type"},
-        }
-    else:
-        raise RecipeError(f"rope type {kind!r} is not supported; supported: default, yarn")
+    found["rope_scaling"] = _rope_scaling(rope, kind)
     return found
+
+
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "all": {"hidden_act": ("silu",), "attention_dropout": (0, None), "partial_rotary_factor": (1, None)},
+    "deepseek": {
+        "attention_bias": (False, None),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True,),
+    },
+    "dense": {"mlp_bias": (False, None), "use_sliding_window": (False, None)},
+}
+_ROPE_KINDS: dict[str, tuple[str, type[YarnScaling | Llama3Scaling]]] = {
+    "deepseek": ("yarn", YarnScaling),
+    "dense": ("llama3", Llama3Scaling),
+}
+
+
+def _refuse_unsupported(config: dict[str, Any], only: dict[str, tuple[Any, ...]]) -> None:
+    for key, supported in only.items():
+        if key in config and config[key] not in supported:
+            raise RecipeError(f"{key} = {config[key]!r} is not supported; supported: {supported[0]!r}")
+    windowed = [layer for layer in config.get("layer_types") or [] if layer != "full_attention"]
+    if windowed:
+        raise RecipeError(f"layer_types has {windowed[0]!r}; supported: 'full_attention' in every layer")
+
+
+def _rope_scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """`[model.rope_scaling]` from the rope parameters of a config.json."""
+    found = rope.get("rope_type", rope.get("type", "default"))
+    if found == "default":
+        return None
+    supported, section = _ROPE_KINDS[kind]
+    if found != supported:
+        raise RecipeError(f"rope type {found!r} is not supported; supported: default, {supported}")
+    values = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
+    if unknown := sorted(values.keys() - section.model_fields.keys()):
+        raise RecipeError(f"the {found} rope parameter {unknown[0]} = {values[unknown[0]]!r} is not supported")
+    absent = {"mscale_all_dim": 0.0} if found == "yarn" else {}  # as in DeepSeek's modeling_deepseek.py
+    return {"type": found, **absent, **values}
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -386,13 +601,14 @@ def _override_value(text: str) -> Any:
         return text
 
 
-def _explain(error: ValidationError, origin: Path | None) -> str:
-    lines = [f"{origin or 'the recipe'} is not a valid recipe:"]
+def _explain(error: ValidationError, heading: str, within: tuple[str, ...] = ()) -> str:
+    lines = [heading]
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        location = (*within, *problem["loc"])
+        where = ".".join(str(part) for part in _without_tag(location))
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(problem["loc"][:-1])
-            lines.append(f"  unknown key {where}{_suggest(str(problem['loc'][-1]), known)}")
+            known = _keys_at(location[:-1])
+            lines.append(f"  unknown key {where}{_suggest(str(location[-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"  {where} is missing")
         else:
@@ -401,11 +617,20 @@ def _explain(error: ValidationError, origin: Path | None) -> str:
     return "\n".join(lines)
 
 
+def _without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location as the user writes it: pydantic puts the kind of architecture after `model`."""
+    tagged = location[:1] == ("model",) and location[1:2] and location[1] in _SECTIONS
+    return (location[0], *location[2:]) if tagged else location
+
+
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     annotation: Any = Recipe
     for part in location:
         if typing.get_origin(annotation) is dict:  # a table whose keys the user names, such as [pools.*]
             annotation = typing.get_args(annotation)[1]
+            continue
+        if part in _SECTIONS and _section_in(annotation) in _SECTIONS.values():
+            annotation = _SECTIONS[str(part)]
             continue
         section = _section_in(annotation)
         if section is None or part not in section.model_fields:
@@ -416,10 +641,9 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ Equal run folders give equal bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from isthmus.progress import Watch
+from isthmus.recipe import DeepseekSection
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord
 from isthmus.report_page import charts, numbers, timing
 from isthmus.report_page.charts import Mark, Series
@@ -29,9 +31,12 @@ SMOOTHED_STEPS = 9
 MOST_HEAT_LAYERS = 6
 STAGE_ALIASES = {"sft": "train"}
 TOTAL = "total"
+TRAINING_PHASES = {"pretrain": "pretrain-step", "sft": "step"}
+"""The phases of the stage train, with the event that each writes for a step."""
 TIME_COLOURS = {
     "Qualify": "p-desk",
     "Plan": "p-desk",
+    "Pretraining": "p-pretrain",
     "SFT": "p-sft",
     "RL rollouts": "p-rollout",
     "RL waiting for rollouts": "p-rollout",
@@ -180,8 +185,10 @@ def compose(dossier: Dossier) -> str:
         state_of=state_of(dossier),
         commands=commands(dossier),
         estimates=estimate_rows(dossier),
+        training={phase: training_figures(dossier, phase) for phase in TRAINING_PHASES},
         parts=time_parts(dossier),
         attempts=timing.attempts(dossier.events),
+        has_pretraining=dossier.run.recipe.pretrain is not None or bool(dossier.of("train", "pretrain-step")),
         expert_loads=expert_loads(dossier),
         before=split_thought(dossier.rl.sample_before) if dossier.rl else None,
         after=split_thought(dossier.rl.sample_after) if dossier.rl else None,
@@ -193,10 +200,9 @@ def draw(dossier: Dossier) -> dict[str, Markup]:
     """All line charts and bars of the page, by name."""
     sft, rl = dossier.of("train", "step"), dossier.of("rl", "step")
     gain = dossier.rl.accuracy_gain if dossier.rl else None
-    loss = [Series("next token", charts.points_of(sft, "loss"), "home")]
-    loss.append(Series("token after next (MTP)", charts.points_of(sft, "mtp_loss"), "away", dashed=True))
     return {
-        "loss_chart": charts.line_chart(loss),
+        "pretrain_chart": charts.line_chart(_losses(dossier.of("train", TRAINING_PHASES["pretrain"]))),
+        "loss_chart": charts.line_chart(_losses(sft)),
         "learning_chart": charts.line_chart(
             _smoothed(rl, "accuracy", "training problems", 100), suffix="%", marks=heldout(dossier)
         ),
@@ -238,7 +244,32 @@ def computed_figures(dossier: Dossier) -> dict[str, Figure]:
         found["mismatch_slope_last"] = Figure.measured(
             slopes[-1][1], "nats/token per step", source, rehearsed=rehearsed
         )
+    phases = {phase: training_figures(dossier, phase) for phase in TRAINING_PHASES}
+    found |= {f"{phase}_{name}": figure for phase, figures in phases.items() for name, figure in figures.items()}
     return found | wall_clock(dossier)
+
+
+def training_figures(dossier: Dossier, phase: str) -> dict[str, Figure]:
+    """Speed, share of the declared peak and memory of a phase of training; each only where its events say it."""
+    steps = dossier.of("train", TRAINING_PHASES[phase])
+    rehearsed = dossier.train_kind == "rehearsed"
+    found: dict[str, Figure] = {}
+    timed = [(s["tokens"], s["seconds"]) for s in steps if s.get("tokens") and s.get("seconds")]
+    if timed:
+        tokens, seconds = (math.fsum(values) for values in zip(*timed, strict=True))
+        source = f"events.jsonl: {tokens:,.0f} tokens in {seconds:,.1f} s of {len(timed)} steps"
+        found["mean_tokens_per_s"] = Figure.measured(tokens / seconds, "tokens/s", source, rehearsed=rehearsed)
+    shares = [(s["mfu"] * s["seconds"], s["seconds"]) for s in steps if s.get("mfu") is not None and s.get("seconds")]
+    if shares:
+        work, seconds = (math.fsum(values) for values in zip(*shares, strict=True))
+        source = f"events.jsonl: mean of mfu over {len(shares)} steps, measured speed over the chip's declared peak"
+        kind: Kind = "rehearsed" if rehearsed else "declared"
+        found["mfu"] = Figure(value=work / seconds, unit="share", kind=kind, source=source)
+    memory = [value for _, value in charts.points_of(steps, "memory_gib")]
+    if memory:
+        source = f"events.jsonl: largest memory_gib of {len(memory)} steps, of one process"
+        found["peak_memory"] = Figure.measured(max(memory), "GiB", source, rehearsed=rehearsed)
+    return found
 
 
 def wall_clock(dossier: Dossier) -> dict[str, Figure]:
@@ -351,6 +382,13 @@ def _records(dossier: Dossier) -> dict[str, Record]:
     return {name: record for name, record in named.items() if record is not None}
 
 
+def _losses(events: Sequence[dict[str, Any]]) -> list[Series]:
+    return [
+        Series("next token", charts.points_of(events, "loss"), "home"),
+        Series("token after next (MTP)", charts.points_of(events, "mtp_loss"), "away", dashed=True),
+    ]
+
+
 def _smoothed(events: Sequence[dict[str, Any]], key: str, name: str, factor: float, tone: str = "home") -> list[Series]:
     raw = charts.points_of(events, key, factor)
     if len(raw) < 2 * SMOOTHED_STEPS:
@@ -392,7 +430,7 @@ def _stage_of(estimate_key: str) -> str:
 
 def _layer_name(dossier: Dossier, index: int) -> str:
     model = dossier.run.recipe.model
-    layer = model.first_k_dense_replace + index
+    layer = index + (model.first_k_dense_replace if isinstance(model, DeepseekSection) else 0)
     return f"Layer {layer}" if layer < model.num_hidden_layers else "MTP layer"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from rich.markup import escape
 from torch import Tensor
 
 from isthmus.algos import Algorithm, algorithm_config, get_algorithm
@@ -40,7 +41,16 @@ from isthmus.records import PlanRecord, RlRecord, TrainRecord
 from isthmus.rewards import Reward, RewardModule, get_reward
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.trainer.batch import Batch, pack
-from isthmus.trainer.checkpoint import load_latest, load_model_state, save_checkpoint
+from isthmus.trainer.checkpoint import (
+    CheckpointWriter,
+    LoadedCheckpoint,
+    SavedCheckpoint,
+    TrainingState,
+    load_latest,
+    load_model_state,
+    restore_rng,
+    rng_state,
+)
 from isthmus.trainer.correction import mismatch, slope, truncated_importance
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs
@@ -84,6 +94,7 @@ class Session:
     model: Model
     optimizer: Optimizer
     engine: Engine
+    checkpoints: CheckpointWriter
     step: int
     weights_sha256: str = ""
     mismatches: list[float] = field(default_factory=list)
@@ -98,9 +109,9 @@ def execute(run: RunFolder, watch: Watch) -> RlRecord:
     with _open_session(run, plan, train, watch) as session:
         before = _evaluate(session, "before", watch)
         _loop(session, watch)
-        folder, sha256 = _save(session)
+        saved = _save_last(session)
         after = _evaluate(session, "after", watch)
-    record = _record(session, plan, started, str(folder.relative_to(run.path)), sha256, before, after)
+    record = _record(session, plan, started, saved, before, after)
     run.write_record(NAME, record)
     run.event(NAME, "end", seconds=round(record.seconds, 3))
     watch.say(f"  held-out accuracy {record.accuracy_before} -> {record.accuracy_after}, gain {record.accuracy_gain}")
@@ -117,15 +128,11 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
     tokenizer = run_tokenizer(run, task)
     model = Model(recipe.model).to(torch.device(device_of(home)))
     optimizer = Optimizer(model, recipe.rl.optimizer, recipe.rl.steps)
-    checkpoint = load_latest(run.path / "checkpoints" / NAME)
+    checkpoints = CheckpointWriter(run.path / "checkpoints" / NAME, recipe.rl.keep_checkpoints, None)
+    checkpoint = _resume(run, checkpoints.root, model, optimizer, watch)
     step = checkpoint.step if checkpoint else 0
     if checkpoint is None:
         model.load_state_dict(load_model_state(run.path / train.checkpoint, train.checkpoint_sha256))
-    else:
-        model.load_state_dict(checkpoint.model)
-        optimizer.load_state(checkpoint.optimizer)
-        run.event(NAME, "resume", from_step=checkpoint.step)
-        watch.say(f"  continuing from the checkpoint at step {checkpoint.step}")
     bundle = run.path / NAME / "rollout-bundle"
     write_bundle(bundle, recipe.rl.rollout_format, _host_state(model), recipe.model, tokenizer)
     rehearse = away.chip if away.rehearsed else None
@@ -142,11 +149,33 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
             model=model,
             optimizer=optimizer,
             engine=engine,
+            checkpoints=checkpoints,
             step=step,
             mismatches=_earlier_mismatches(run, step),
         )
         _cross(session)
         yield session
+
+
+def _resume(run: RunFolder, root: Path, model: Model, optimizer: Optimizer, watch: Watch) -> LoadedCheckpoint | None:
+    """Load the last whole checkpoint of this stage into the model and the optimiser; None if there is none."""
+
+    def damaged(message: str) -> None:
+        run.event(NAME, "fallback", what=f"the checkpoint before a damaged one: {message}", why="the newest is damaged")
+        watch.say(f"  [yellow]{escape(message)}[/]; trying the one before it")
+
+    loaded = load_latest(root, TrainingState(model.state_dict(), optimizer.state(), {}), None, damaged)
+    if loaded is None:
+        return None
+    if not restore_rng(loaded.extra["rng"], next(model.parameters()).device):
+        run.event(
+            NAME, "fallback", what="a new random state", why=f"{loaded.folder} was written on another kind of chip"
+        )
+    if loaded.torch != torch.__version__:
+        run.event(NAME, "torch-changed", before=loaded.torch, now=torch.__version__)
+    run.event(NAME, "resume", from_step=loaded.step)
+    watch.say(f"  continuing from the checkpoint at step {loaded.step}")
+    return loaded
 
 
 def _loop(session: Session, watch: Watch) -> None:
@@ -169,8 +198,10 @@ def _store_rollout(session: Session, pending: Future[Rollout] | None) -> None:
     """Keep the samples that older weights generated for the next step: a continued run learns from the same ones."""
     if pending is not None:
         write_atomic(_rollout_path(session), _ROLLOUT.dump_json(pending.result()))
+    section = session.run.recipe.rl
+    oldest = session.step - section.checkpoint_every * (section.keep_checkpoints + 1)
     for path in _rollout_path(session).parent.glob("rollout-*.json"):
-        if path.name < f"rollout-{session.step - session.run.recipe.rl.checkpoint_every:06d}":
+        if path.name < f"rollout-{oldest:06d}":
             path.unlink()
 
 
@@ -313,12 +344,18 @@ def _host_state(model: Model) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def _save(session: Session):
-    section = session.run.recipe.rl
-    root = session.run.path / "checkpoints" / NAME
-    return save_checkpoint(
-        root, session.step, session.model.state_dict(), session.optimizer.state(), section.keep_checkpoints
-    )
+def _save(session: Session) -> None:
+    """Start to write a checkpoint; the state is copied before this returns."""
+    extra = {"rng": rng_state(next(session.model.parameters()).device)}
+    state = TrainingState(session.model.state_dict(), session.optimizer.state(), extra)
+    session.checkpoints.save(session.step, state)
+
+
+def _save_last(session: Session) -> SavedCheckpoint:
+    _save(session)
+    saved = session.checkpoints.finish()
+    assert saved is not None
+    return saved
 
 
 def _report(
@@ -421,8 +458,7 @@ def _record(
     session: Session,
     plan: PlanRecord,
     started: float,
-    checkpoint: str,
-    sha256: str,
+    saved: SavedCheckpoint,
     before: Evaluation,
     after: Evaluation,
 ) -> RlRecord:
@@ -461,8 +497,8 @@ def _record(
         algorithm=section.algorithm,
         steps=session.step,
         resumed_from=[event["from_step"] for event in run.events(NAME, "resume")],
-        checkpoint=checkpoint,
-        checkpoint_sha256=sha256,
+        checkpoint=str(saved.folder.relative_to(run.path)),
+        checkpoint_sha256=saved.sha256,
         weight_version=session.step,
         heldout_problems=count,
         accuracy_before=accuracy(before),

@@ -15,7 +15,7 @@ import isthmus.formats
 from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
 from isthmus.formats.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection
 
 ARCHITECTURE = tiny_architecture(vocab_size=53, initializer_range=0.1)
 TIED = ARCHITECTURE.model_copy(update={"tie_word_embeddings": True, "num_nextn_predict_layers": 0})
@@ -33,7 +33,7 @@ def every_format(test):
     return pytest.mark.parametrize("name", format_names())(test)
 
 
-def state(architecture: ModelSection) -> dict[str, torch.Tensor]:
+def state(architecture: DeepseekSection) -> dict[str, torch.Tensor]:
     return Model(architecture).initialise(0).state_dict()
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from flow_recipe import RECIPE, ROOT, command, isthmus, settings
-from safetensors.torch import load_file
 
 from isthmus.records import RlRecord, TrainRecord
 from isthmus.run import RunFolder
+from isthmus.trainer.checkpoint import load_model_state
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,22 @@ def kill_at_step(folder: Path, verb: str, step: int, sent: signal.Signals) -> su
     return process
 
 
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 16
+    path.write_bytes(content)
+
+
 def final_weights(folder: Path, stage: str, record_type) -> dict:
     record = RunFolder.open(folder).read_record(stage, record_type)
-    return load_file(folder / record.checkpoint / "model.safetensors")
+    return load_model_state(folder / record.checkpoint, record.checkpoint_sha256)
 
 
-@pytest.mark.parametrize(("verb", "step", "record_type"), [("train", 40, TrainRecord), ("rl", 3, RlRecord)])
-def test_kill_9_continues_from_the_checkpoint_to_the_same_weights(uninterrupted, tmp_path, verb, step, record_type):
+@pytest.mark.parametrize(
+    ("verb", "step", "damaged", "record_type"), [("train", 40, False, TrainRecord), ("rl", 5, True, RlRecord)]
+)
+def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, verb, step, damaged, record_type):
+    """From the newest checkpoint, or, if that is damaged, from the one before."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     for name in ["rl.json", "rl", "checkpoints/rl"] + (["train.json", "checkpoints/train"] if verb == "train" else []):
@@ -78,12 +87,17 @@ def test_kill_9_continues_from_the_checkpoint_to_the_same_weights(uninterrupted,
 
     kill_at_step(folder, verb, step, signal.SIGKILL)
     assert not (folder / f"{verb}.json").exists()
+    newest, before = sorted((folder / "checkpoints" / verb).glob("step-*"))[:-3:-1]
+    if damaged:
+        flip_bit(newest / "optimizer-00000.safetensors")
     result = isthmus(verb, folder)
     assert result.returncode == 0, result.stdout + result.stderr
 
     run = RunFolder.open(folder)
     resumed = run.read_record(verb, record_type).resumed_from
-    assert len(resumed) == 1 and 0 < resumed[0] <= step + 15
+    assert resumed == [int((before if damaged else newest).name.removeprefix("step-"))]
+    named = [event["what"] for event in run.events(verb, "fallback") if newest.name in event["what"]]
+    assert len(named) == damaged and all("does not match its hash" in what for what in named)
     steps = [event["step"] for event in run.events(verb, "step")]
     assert steps == list(range(1, steps[-1] + 1))
     ours, straight = (final_weights(place, verb, record_type) for place in (folder, uninterrupted))
@@ -133,10 +147,7 @@ def test_a_flipped_bit_in_a_checkpoint_stops_the_next_stage(uninterrupted, tmp_p
     shutil.rmtree(folder / "checkpoints" / "rl")
     (folder / "rl.json").unlink()
     record = RunFolder.open(folder).read_record("train", TrainRecord)
-    path = folder / record.checkpoint / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 16
-    path.write_bytes(content)
+    flip_bit(folder / record.checkpoint / "model-00000.safetensors")
     result = isthmus("rl", folder)
     assert result.returncode == 1
     assert "does not match its hash" in result.stderr and "Traceback" not in result.stderr

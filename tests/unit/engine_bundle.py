@@ -10,12 +10,12 @@ from isthmus.engines.local.engine import Core
 from isthmus.engines.local.scheduler import Finished, Request
 from isthmus.formats.bundle import write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection
 
 TEXTS = ["Use 3, 4 and 5 to reach 23.", "3 + 4 * 5 = 23, the answer is found", "wörter: naïve café ✓ ✗"] * 3
 
 
-def architecture(**changes) -> ModelSection:
+def architecture(**changes) -> DeepseekSection:
     base = {"vocab_size": 300, "max_position_embeddings": 96, "initializer_range": 0.15}
     return small.architecture(**{**base, **changes})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection
 
 SMALL = {
     "vocab_size": 97,
@@ -44,14 +44,14 @@ TINY = {
 }
 
 
-def architecture(**changes) -> ModelSection:
+def architecture(**changes) -> DeepseekSection:
     """Three layers, eight experts in four groups."""
-    return ModelSection(**{**SMALL, **changes})
+    return DeepseekSection(**{**SMALL, **changes})
 
 
-def tiny_architecture(**changes) -> ModelSection:
+def tiny_architecture(**changes) -> DeepseekSection:
     """Two layers, four experts."""
-    return ModelSection(**{**TINY, **changes})
+    return DeepseekSection(**{**TINY, **changes})
 
 
 class GrowingCache:

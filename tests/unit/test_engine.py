@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from against_transformers import to_transformers_layout
 from engine_bundle import architecture, ask, finished, run_core, small_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import to_transformers_layout
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from isthmus.engines.local.engine import Core

@@ -24,10 +24,10 @@ from isthmus.formats.int8 import exact_matmul, quantise_rows
 from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear, is_quantised
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection
 
 
-def trained_state(arch: ModelSection, seed: int = 0) -> dict[str, torch.Tensor]:
+def trained_state(arch: DeepseekSection, seed: int = 0) -> dict[str, torch.Tensor]:
     model = Model(arch).initialise(seed)
     generator = torch.Generator().manual_seed(seed)
     for router in model.routers():
@@ -124,14 +124,15 @@ def test_experts_equal_a_loop_with_int64():
     for index in range(arch.n_routed_experts):
         parts = {part: experts.state_dict()[f"{index}.{part}.weight"] for part in ("gate_proj", "up_proj", "down_proj")}
         stored.append({part: (quantise_rows(w)[0].to(torch.int8), quantise_rows(w)[1]) for part, w in parts.items()})
-    x = torch.randn(arch.n_routed_experts, 6, arch.hidden_size)
-    found = W8A8Experts(stored)(x)
-    for index, parts in enumerate(stored):
-        inner = F.silu(by_int64(x[index], *parts["gate_proj"])) * by_int64(x[index], *parts["up_proj"])
-        torch.testing.assert_close(found[index], by_int64(inner, *parts["down_proj"]), rtol=1e-5, atol=1e-5)
+    counts = torch.arange(arch.n_routed_experts)  # the first expert has no token
+    x = torch.randn(int(counts.sum()), arch.hidden_size)
+    found = W8A8Experts(stored)(x, counts)
+    for parts, mine, output in zip(stored, x.split(counts.tolist()), found.split(counts.tolist()), strict=True):
+        inner = F.silu(by_int64(mine, *parts["gate_proj"])) * by_int64(mine, *parts["up_proj"])
+        torch.testing.assert_close(output, by_int64(inner, *parts["down_proj"]), rtol=1e-5, atol=1e-5)
 
 
-def fake_quantised(arch: ModelSection, tensors: dict[str, torch.Tensor]) -> Model:
+def fake_quantised(arch: DeepseekSection, tensors: dict[str, torch.Tensor]) -> Model:
     """The same numerics by another way: dequantised weights, and inputs that are rounded to their int8 grid."""
     weights = {
         name: tensor.float() * tensors[f"{name}_scale"] if is_quantised(name) else tensor.float()

@@ -27,7 +27,7 @@ from isthmus.recipe import parse_recipe
 from isthmus.records import HandoffRecord, Placement, PlanRecord, RlRecord
 from isthmus.rewards import Reward
 from isthmus.run import Figure, RunFolder, write_atomic
-from isthmus.trainer.checkpoint import save_checkpoint
+from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 
 RECIPE = {
     "name": "small",
@@ -90,7 +90,9 @@ class OddIsRight:
 
 def write_records(run: RunFolder) -> None:
     model = Model(run.recipe.model).initialise(0)
-    folder, sha256 = save_checkpoint(run.path / "checkpoints" / "rl", 1, model.state_dict(), {}, keep=1)
+    checkpoints = CheckpointWriter(run.path / "checkpoints" / "rl", keep=1, group=None)
+    checkpoints.save(1, TrainingState(model.state_dict(), {}, {}))
+    saved = checkpoints.finish()
     run_tokenizer(run, load_task(run.recipe))
     base = {"recipe_sha256": run.recipe.digest(), "started": 0.0, "ended": 1.0}
     stages = {"train": "home", "rollout": "away", "serve": "away"}
@@ -106,8 +108,8 @@ def write_records(run: RunFolder) -> None:
         algorithm="grpo",
         steps=1,
         resumed_from=[],
-        checkpoint=str(folder.relative_to(run.path)),
-        checkpoint_sha256=sha256,
+        checkpoint=str(saved.folder.relative_to(run.path)),
+        checkpoint_sha256=saved.sha256,
         weight_version=1,
         heldout_problems=1,
         **dict.fromkeys(figures, some),
@@ -305,7 +307,7 @@ def test_without_a_trained_model_it_says_what_to_run(start):
 
 def test_a_damaged_checkpoint_is_not_handed_off(start):
     run = start()
-    weights = next(run.path.rglob("step-*/model.safetensors"))
+    weights = next(run.path.rglob("step-*/model-*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     write_atomic(weights, bytes(content))

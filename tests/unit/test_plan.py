@@ -17,9 +17,10 @@ from isthmus import plan
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.forecast import duration
 from isthmus.forecast.count import count_parameters, forward_flops, training_flops
+from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe import ModelSection, Recipe, load_recipe
+from isthmus.recipe import DeepseekSection, Recipe, load_recipe
 from isthmus.records import PlanRecord, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 
@@ -34,7 +35,7 @@ PACE = {
     "decode_step_s": 1e-3,
     "decode_token_s": 1e-5,
 }
-DEEPSEEK_V3 = ModelSection(
+DEEPSEEK_V3 = DeepseekSection(
     vocab_size=129280,
     hidden_size=7168,
     intermediate_size=18432,
@@ -213,9 +214,9 @@ def test_the_total_is_a_forecast_and_adds_up(tmp_path: Path):
     assert estimate["total"].value == pytest.approx(sum(parts)) and estimate["total"].kind == "forecast"
 
 
-def changed(changes: dict[str, object]) -> ModelSection:
+def changed(changes: dict[str, object]) -> DeepseekSection:
     base = recipe().model.model_dump(by_alias=True, exclude={"preset"})
-    return ModelSection(**{**base, **changes})
+    return DeepseekSection(**{**base, **changes})
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
@@ -226,11 +227,12 @@ def test_parameters_are_those_of_the_model(changes: dict[str, object]):
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_operations_are_those_that_torch_counts(changes: dict[str, object]):
-    experts = recipe().model.n_routed_experts  # all experts used: their batch has no padding, which torch would count
-    architecture = changed({**changes, "num_experts_per_tok": experts, "topk_group": recipe().model.n_group})
+    """Two documents of one length: their attention is plain products. torch does not count its fused attention."""
+    architecture = changed(changes)
     model, tokens = Model(architecture).initialise(0), torch.zeros(2, 20, dtype=torch.long)
+    documents = Documents.of(torch.tensor([[0], [1]]).expand(2, 20), architecture.num_attention_heads)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(tokens)
+        model(tokens, mask=documents)
     assert forward_flops(architecture, context=20) * tokens.numel() == counter.get_total_flops()
 
 

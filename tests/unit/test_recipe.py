@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from isthmus.recipe import Recipe, RecipeError, load_recipe, parse_recipe, preset_names
+from isthmus.recipe import (
+    DeepseekSection,
+    DenseSection,
+    Recipe,
+    RecipeError,
+    load_recipe,
+    parse_recipe,
+    preset_names,
+)
 
 TEXT = """
 name = "small"
@@ -278,12 +286,12 @@ def test_from_reads_yarn_in_the_layout_of_either_transformers_generation(tmp_pat
 
 
 def test_from_refuses_what_it_cannot_honour(tmp_path: Path):
-    with pytest.raises(RecipeError, match="'llama'; only deepseek_v3"):
-        from_config(tmp_path, model_type="llama")
+    with pytest.raises(RecipeError, match="'mamba' is not read; read: deepseek_v3, qwen2, llama"):
+        from_config(tmp_path, model_type="mamba")
     with pytest.raises(RecipeError, match="'linear' is not supported"):
         from_config(tmp_path, rope_scaling={"type": "linear", "factor": 2})
     with pytest.raises(RecipeError, match="scoring_func"):
-        from_config(tmp_path, scoring_func="softmax")
+        from_config(tmp_path, scoring_func="tanh")
     (tmp_path / "checkpoint" / "config.json").write_text("{", encoding="utf-8")
     own = tree()
     own["model"] = {"from": "checkpoint"}
@@ -292,6 +300,69 @@ def test_from_refuses_what_it_cannot_honour(tmp_path: Path):
     own["model"] = {"from": "nowhere"}
     with pytest.raises(RecipeError, match=r"no config\.json"):
         parse_recipe(own, origin=tmp_path / "small.toml")
+
+
+def test_a_config_that_is_silent_about_mtp_and_yarn_factors_is_read_as_its_library_does(tmp_path: Path):
+    """transformers has no MTP layer; DeepSeek's modeling_deepseek.py defaults to mscale 1 and mscale_all_dim 0."""
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 128}
+    model = from_config(tmp_path, rope_scaling=yarn).model
+    assert model.num_nextn_predict_layers == 0
+    assert (model.rope_scaling.mscale, model.rope_scaling.mscale_all_dim) == (1.0, 0.0)
+    assert from_config(tmp_path, num_nextn_predict_layers=1).model.num_nextn_predict_layers == 1
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "moe_layer_freq", "hidden_act", "topk_method", "attention_dropout"])
+def test_from_refuses_a_setting_that_would_compute_something_else(tmp_path: Path, key: str):
+    value = {"attention_bias": True, "moe_layer_freq": 2, "attention_dropout": 0.1}.get(key, "other")
+    with pytest.raises(RecipeError, match=rf"config\.json: {key} = {value!r} is not supported; supported: "):
+        from_config(tmp_path, **{key: value})
+    with pytest.raises(RecipeError, match=r"rope parameter truncate = False is not supported"):
+        from_config(tmp_path, rope_scaling={"type": "yarn", "factor": 40, "truncate": False})
+
+
+DENSE = {
+    "model_type": "qwen2",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def with_model(**model: Any) -> Recipe:
+    return parse_recipe({**tree(), "model": model})
+
+
+def test_a_dense_model_is_chosen_by_its_type_and_keeps_it_in_the_stored_recipe():
+    recipe = with_model(**DENSE)
+    assert isinstance(recipe.model, DenseSection) and recipe.model.head_size == 16
+    assert Recipe.model_validate_json(recipe.canonical()) == recipe
+    old = json.loads(parse_recipe(tree()).canonical())
+    del old["model"]["model_type"]
+    assert isinstance(Recipe.model_validate(old).model, DeepseekSection), "recipes from before model_type"
+
+
+def test_errors_of_a_dense_model_name_its_own_keys():
+    with pytest.raises(RecipeError, match=r"unknown key model\.num_key_value_head; did you mean 'num_key_value_heads'"):
+        with_model(**DENSE, num_key_value_head=3)
+    with pytest.raises(RecipeError, match=r"unknown key model\.kv_lora_rank; known: .*num_key_value_heads"):
+        with_model(**DENSE, kv_lora_rank=3)
+    scaling = {"factor": 8.0, "low_freq_facter": 1.0}
+    with pytest.raises(
+        RecipeError, match=r"unknown key model\.rope_scaling\.low_freq_facter; did you mean 'low_freq_fa"
+    ):
+        with_model(**DENSE, rope_scaling=scaling)
+    with pytest.raises(RecipeError, match=r"model\.vocab_size is missing"):
+        with_model(**{key: value for key, value in DENSE.items() if key != "vocab_size"})
+    with pytest.raises(RecipeError, match=r"model: num_attention_heads \(4\) must be a multiple"):
+        with_model(**DENSE | {"num_key_value_heads": 3})
+    with pytest.raises(RecipeError, match=r"model: model_type must be one of deepseek_v3, qwen2, llama"):
+        with_model(**DENSE | {"model_type": "qwen3"})
+    with pytest.raises(RecipeError, match=r"model: .*dictionary"):
+        parse_recipe({**tree(), "model": 3})
 
 
 def test_preset_and_from_exclude_each_other(path: Path):

@@ -407,6 +407,79 @@ def test_text_from_a_run_is_escaped_wherever_it_can_come_in(story: Story):
     assert page.text("incidents").count(HOSTILE) >= 3
 
 
+def pretrain_steps(story: Story, first: int, last: int, **fields: Any) -> None:
+    for step in range(first, last + 1):
+        measures = {"loss": 9.0 / step, "mtp_loss": 10.0 / step, "tokens": 100 * step, "seconds": 0.5}
+        story.event("train", "pretrain-step", after=0.5, **{"step": step, **measures, "mfu": None, **fields})
+
+
+PRETRAIN = {"folder": "books", "steps": 4, "optimizer": {"name": "adamw", "learning_rate": 1e-3}}
+
+
+def test_pretraining_has_a_section_of_its_own(tmp_path: Path):
+    story = Story(tmp_path / "run", pretrain=PRETRAIN)
+    story.plan()
+    story.event("train", "start", pool="home")
+    pretrain_steps(story, 1, 3, memory_gib=1.5)
+    page = page_of(story)
+    assert "Pretraining has reached step 3 of 4" in page.text("outcome")
+    assert "It reached step 3 of 4. Go on with isthmus train" in page.text("pretrain")
+    assert "No step is trained" in page.text("sft")
+    pretrain_steps(story, 4, 4, memory_gib=2.5)
+    story.sft_steps(1, 6)
+    story.event("train", "end", seconds=9.0)
+    page = page_of(story)
+    text = page.text("pretrain")
+    assert "on books , 64 rows of 512 tokens a step" in text
+    assert "Not done yet" not in text
+    assert "Loss measured nats per token, over 4 steps" in text
+    assert "Mean tokens per second 500 tokens/s measured" in text, "1000 tokens in 2 seconds"
+    assert "Peak memory 2.5 GiB measured" in text
+    assert "MFU" not in text, "no step knew it"
+    labels = [str(attrs.get("aria-label")) for _, attrs in page.tags]
+    assert any("next token: from 9 to 2.25" in label and "(MTP): from 10 to 2.5" in label for label in labels)
+    assert any("Pretraining 22 percent, SFT 78 percent" in label for label in labels), "2 of 9 seconds"
+
+
+def test_a_run_that_is_only_tuned_has_no_such_section(story: Story):
+    page = page_of(story.whole())
+    assert "retraining" not in page.everything
+    assert "pretrain" not in page.texts
+
+
+def test_mfu_is_shown_where_it_is_known_with_the_kind_of_its_peak(story: Story):
+    pretrain_steps(story, 1, 1, mfu=None)
+    pretrain_steps(story, 2, 2, mfu=0.5)
+    pretrain_steps(story, 3, 3, mfu=0.2, seconds=1.0)
+    assert "MFU 30.0 % rehearsed" in page_of(story).text("pretrain"), "no plan yet, and training may be rehearsed"
+    story.plan()
+    page = page_of(story)
+    assert "MFU 30.0 % declared" in page.text("pretrain"), "(0.5 x 0.5 + 0.2 x 1.0) / 1.5 seconds"
+    assert "mean of mfu over 2 steps" in page.text("figures")
+
+
+@pytest.mark.parametrize(("pool", "kind"), [("home", "measured"), ("away", "rehearsed")])
+def test_speed_and_memory_of_training_have_the_kind_of_its_pool(tmp_path: Path, pool: str, kind: str):
+    story = Story(tmp_path / "run", place={"train": [pool], "rollout": ["away"], "serve": ["away"]})
+    story.event("train", "step", step=1, loss=1.0, tokens=60, seconds=0.5, memory_gib=0.25, mfu=0.125)
+    text = page_of(story).text("sft")
+    assert f"Mean tokens per second 120 tokens/s {kind}" in text
+    assert f"Peak memory 0.25 GiB {kind}" in text
+    assert f"MFU 12.5 % {'declared' if kind == 'measured' else 'rehearsed'}" in text
+
+
+def test_an_interrupted_pretraining_counts_as_pretraining(story: Story):
+    events = [
+        event("train", "start", 10.0),
+        event("train", "pretrain-step", 14.0, step=1),
+        event("train", "start", 100.0),
+        event("train", "pretrain-step", 102.0, step=2),
+        event("train", "step", 109.0, step=1),
+        event("train", "end", 110.0, seconds=10.0),
+    ]
+    assert timing.breakdown(events) == [("Pretraining", 6.0), ("SFT", 8.0)]
+
+
 def test_the_page_fetches_nothing(story: Story):
     page = page_of(story.whole())
     html = (story.run.path / "report.html").read_text(encoding="utf-8")

@@ -1,28 +1,32 @@
-"""Packing, losses, the optimiser, checkpoints and the off-policy correction."""
+"""Packing, losses, the optimiser and the off-policy correction."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from against_transformers import randomised
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from small import architecture
-from test_model import randomised
 from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
-from isthmus.errors import DamagedFile
+from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
-from isthmus.recipe import OptimizerSection
+from isthmus.recipe import OptimizerSection, SftSection
+from isthmus.trainer import step as step_module
 from isthmus.trainer.batch import pack
-from isthmus.trainer.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from isthmus.trainer.correction import mismatch, slope, truncated_importance
 from isthmus.trainer.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
-from isthmus.trainer.step import sft_losses, target_logprobs, update_router_bias
+from isthmus.trainer.parts import Part, parts_of
+from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step, update_router_bias
 
+OBJECTIVE = SftSection(
+    steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), balance_alpha=0.01, bias_update_speed=0.01
+)
 MUON = OptimizerSection(name="muon", learning_rate=1e-2, matrix_learning_rate=2e-2, warmup_steps=2)
 
 
@@ -53,7 +57,7 @@ def test_losses_of_packed_documents_equal_those_of_single_ones():
     model = randomised(architecture(), seed=1)
     items = documents(1, [9, 20, 14, 30, 6])
     batch = pack(items, 48)
-    together = sft_losses(model, batch, mtp_weight=0.3, balance_alpha=0.0)
+    together = accumulate_gradients(model, Optimizer(model, MUON, 1), batch, OBJECTIVE)
     total, count, mtp_total, mtp_count = 0.0, 0, 0.0, 0
     for item in items:
         tokens = torch.tensor([item.tokens])
@@ -68,7 +72,36 @@ def test_losses_of_packed_documents_equal_those_of_single_ones():
             mtp_count += 1
     assert together.loss == pytest.approx(total / count, rel=1e-5)
     assert together.mtp_loss == pytest.approx(mtp_total / mtp_count, rel=1e-5)
-    assert together.total.item() == pytest.approx(together.loss + 0.3 * together.mtp_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("logits_at_once", [1 << 25, 97 * 4])
+def test_microbatches_and_parts_of_the_logits_change_nothing(monkeypatch, logits_at_once):
+    model = randomised(architecture(), seed=1)
+    optimizer = Optimizer(model, MUON, 1)
+    batch = pack(documents(1, [9, 20, 14, 30, 6, 25, 17]), 30)
+    whole = accumulate_gradients(model, optimizer, batch, OBJECTIVE)
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    monkeypatch.setattr(step_module, "LOGITS_AT_ONCE", logits_at_once)
+    parts = accumulate_gradients(model, optimizer, batch, OBJECTIVE, rows_at_once=2)
+    assert len(batch.tokens) % 2 == 1
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.mtp_loss == pytest.approx(whole.mtp_loss, rel=1e-6)
+    assert parts.balance_loss == pytest.approx(whole.balance_loss, rel=1e-6)
+    assert [load.tolist() for load in parts.loads] == [load.tolist() for load in whole.loads]
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model = randomised(architecture(), seed=1)
+    optimizer = Optimizer(model, MUON, 1)
+    batch = pack(documents(1, [9, 20, 14]), 30)
+    accumulate_gradients(model, optimizer, batch, OBJECTIVE)
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.recompute_activations()
+    accumulate_gradients(model, optimizer, batch, OBJECTIVE)
+    for gradient, again in zip(expected, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
+        assert torch.equal(gradient, again)
 
 
 def test_target_logprobs_are_those_of_the_sampled_distribution():
@@ -106,11 +139,11 @@ def test_muon_equals_torchs_on_a_single_matrix():
     torch.manual_seed(5)
     for shape in ((12, 20), (20, 12)):
         ours, theirs = (torch.nn.Parameter(torch.ones(shape) * 0.1) for _ in range(2))
-        muon = Muon({"w": ours})
+        muon = Muon([(Part("w", ours, None), ours.detach())])
         reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
         for _ in range(3):
             gradient = torch.randn(shape)
-            ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+            muon.locals[0].grad, theirs.grad = gradient.clone(), gradient.clone()
             muon.step(0.02, 0.1)
             reference.step()
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
@@ -118,81 +151,54 @@ def test_muon_equals_torchs_on_a_single_matrix():
 
 def test_which_parameters_muon_takes():
     model = Model(architecture())
-    taken = {name for name, p in model.named_parameters() if is_hidden_matrix(name, p)}
+    taken = {part.name for part in parts_of(model) if is_hidden_matrix(part)}
     assert "model.layers.1.mlp.experts.gate_up" in taken and "model.layers.0.self_attn.o_proj.weight" in taken
     assert not any("embed" in name or "lm_head" in name or "mlp.gate." in name or "norm" in name for name in taken)
 
 
-def train(model: Model, optimizer: Optimizer, start: int, stop: int) -> None:
-    for step in range(start, stop):
-        optimizer.zero_grad()
-        losses = sft_losses(model, pack(documents(step, [20, 30, 12]), 48), mtp_weight=0.3, balance_alpha=1e-3)
-        losses.total.backward()
-        optimizer.step(step)
-        update_router_bias(model.routers(), losses.loads, 1e-2)
+def test_schedules():
+    def factors(**settings):
+        section = OptimizerSection(name="adamw", learning_rate=1.0, **settings)
+        optimizer = Optimizer(torch.nn.Linear(2, 2), section, 100)
+        return [optimizer.schedule(step) for step in (0, 4, 50, 80, 90, 99)]
+
+    assert factors(warmup_steps=10) == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 1.0])
+    assert factors(decay_share=0.2) == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.5, 0.05])
+    assert factors(decay_share=0.2, final_rate=0.1) == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.55, 0.145])
+    cosine = factors(decay_share=0.2, decay="cosine", final_rate=0.1)
+    assert cosine == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.55, 0.1 + 0.45 * (1 - math.cos(math.pi * 0.05))])
 
 
-def test_resume_from_a_checkpoint_is_bitwise(tmp_path):
-    straight = randomised(architecture(), seed=6)
-    train(straight, Optimizer(straight, MUON, 8), 0, 8)
-    first = randomised(architecture(), seed=6)
-    optimizer = Optimizer(first, MUON, 8)
-    train(first, optimizer, 0, 4)
-    save_checkpoint(tmp_path, 4, first.state_dict(), optimizer.state(), keep=2)
-    second = Model(architecture())
-    checkpoint = load_latest(tmp_path)
-    second.load_state_dict(checkpoint.model)
-    resumed = Optimizer(second, MUON, 8)
-    resumed.load_state(checkpoint.optimizer)
-    train(second, resumed, checkpoint.step, 8)
-    for name, tensor in straight.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = randomised(architecture(), seed=6)
+    optimizer = Optimizer(model, MUON, 4)
+    batch = pack(documents(0, [20, 30]), 48)
+    accumulate_gradients(model, optimizer, batch, OBJECTIVE)
+    before = {name: tensor.clone() for name, tensor in {**model.state_dict(), **optimizer.state()}.items()}
+    model.model.norm.weight.grad = torch.full_like(model.model.norm.weight, math.nan)
+    with pytest.raises(IsthmusError, match=r"nan at step 2.*diverged"):
+        optimizer.step(2)
+    after = {**model.state_dict(), **optimizer.state()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_checkpoints_are_kept_to_a_number_and_leftovers_removed(tmp_path):
-    (tmp_path / ".step-000001.99.tmp").mkdir()
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {"w": torch.ones(3) * step}, {}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
-    assert load_latest(tmp_path).model["w"].tolist() == [3, 3, 3]
-
-
-def flip_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 4
-    path.write_bytes(content)
-
-
-def drop_tensor(path):
-    tensors = load_file(path)
-    tensors.pop("w")
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip_bit, "'w' does not match its hash"),
-        (drop_tensor, "disagree about the tensor 'w'"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "cannot be read"),
-        (lambda path: path.unlink(), "cannot be read"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_says_how_to_go_on(tmp_path, damage, message):
-    save_checkpoint(tmp_path, 1, {"w": torch.randn(50), "a": torch.zeros(2)}, {}, keep=2)
-    folder, _ = save_checkpoint(tmp_path, 2, {"w": torch.randn(50), "a": torch.zeros(2)}, {}, keep=2)
-    damage(folder / "model.safetensors")
-    with pytest.raises(DamagedFile, match=message) as caught:
-        load_latest(tmp_path)
-    assert "step-000002" in str(caught.value) and "continue from step-000001" in str(caught.value)
-
-
-def test_a_checkpoint_that_was_swapped_for_another_is_noticed(tmp_path):
-    folder, sha256 = save_checkpoint(tmp_path, 1, {"w": torch.zeros(3)}, {}, keep=1)
-    load_checkpoint(folder, sha256)
-    save_checkpoint(tmp_path, 1, {"w": torch.ones(3)}, {}, keep=1)
-    with pytest.raises(DamagedFile, match="not the one that was recorded"):
-        load_checkpoint(folder, sha256)
+def test_steps_equal_those_of_torchs_optimisers():
+    model = randomised(architecture(num_nextn_predict_layers=0), seed=6)
+    section = OptimizerSection(name="adamw", learning_rate=1e-2, weight_decay=0.1, betas=(0.8, 0.9), gradient_clip=0.5)
+    objective = OBJECTIVE.model_copy(update={"optimizer": section, "bias_update_speed": 0.0})
+    reference = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+    optimizer = Optimizer(model, section, 3)
+    helper = Optimizer(reference, section, 3)
+    for step in range(3):
+        batch = pack(documents(step, [20, 30, 12]), 48)
+        _, norm = train_step(model, optimizer, batch, objective, step)
+        accumulate_gradients(reference, helper, batch, objective)
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        assert norm == pytest.approx(expected.item(), rel=1e-6)
+        adamw.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_mismatch_and_truncated_importance_on_a_written_out_example():

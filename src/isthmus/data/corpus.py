@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+from isthmus.data.pretrain import corpus_tokenizer, sample_texts
 from isthmus.data.tasks import Problem, Task, completion_text, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.run import RunFolder, new_folder
+
+TOKENIZER_SAMPLE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,11 @@ class Document:
 
 
 def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
-    """The tokenizer of a run: that of the checkpoint it starts from, or one trained once on the task's own text."""
+    """The tokenizer of a run: that of the checkpoint it starts from or of the corpus, or one trained on its text."""
     folder = run.path / "tokenizer"
     if folder.is_dir():
         return Tokenizer.load(folder)
-    source = run.recipe.model.from_
-    tokenizer = Tokenizer.load(source) if source else Tokenizer.train(_texts(run, task), run.recipe.model.vocab_size)
+    tokenizer = _new_tokenizer(run, task)
     if tokenizer.vocab_size > run.recipe.model.vocab_size:
         raise IsthmusError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
@@ -33,6 +36,16 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
     with new_folder(folder) as new:
         tokenizer.save(new)
     return tokenizer
+
+
+def _new_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
+    source, pretrain = run.recipe.model.from_, run.recipe.pretrain
+    if source is not None:
+        return Tokenizer.load(source)
+    if pretrain is not None and (given := corpus_tokenizer(pretrain.folder)) is not None:
+        return given
+    corpus = sample_texts(pretrain.folder, TOKENIZER_SAMPLE_BYTES) if pretrain is not None else ()
+    return Tokenizer.train(itertools.chain(corpus, _texts(run, task)), run.recipe.model.vocab_size)
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
@@ -21,6 +22,7 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL_TOKENS = [BOS, EOS, USER, ASSISTANT, THINK, END_THINK]
+_KEPT = ("pad_token", "unk_token", "model_max_length")
 _WORDS = r" ?[✗✓]\n?| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+"
 
 # DeepSeek-R1's template: earlier thinking is cut from the history, and a new turn opens inside <think>.
@@ -38,14 +40,21 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """Text to token ids and back, and conversations to prompts."""
 
-    def __init__(self, bpe: BpeTokenizer, chat_template: str = CHAT_TEMPLATE, bos: str = BOS, eos: str = EOS):
-        self._bpe = bpe
+    def __init__(
+        self,
+        bpe: BpeTokenizer,
+        chat_template: str = CHAT_TEMPLATE,
+        bos: str | None = BOS,
+        eos: str = EOS,
+        kept: dict[str, Any] | None = None,
+    ):
+        """`kept` are further keys for tokenizer_config.json."""
+        self._bpe, self._kept = bpe, kept or {}
         self.chat_template = chat_template
         self.bos, self.eos = bos, eos
-        self.bos_id, self.eos_id = self._special(bos), self._special(eos)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        self._template = environment.from_string(chat_template)
+        self.bos_id, self.eos_id = None if bos is None else self._special(bos), self._special(eos)
+        self._template = _compile(chat_template)
+        self._hidden = self._hidden_ids()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -69,16 +78,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read tokenizer.json and tokenizer_config.json from a checkpoint or bundle folder."""
-        try:
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            bpe = BpeTokenizer.from_file(str(folder / "tokenizer.json"))
-        except FileNotFoundError as error:
-            raise IsthmusError(f"{folder} has no tokenizer: {Path(str(error.filename)).name} is missing") from None
-        except json.JSONDecodeError as error:
-            raise IsthmusError(f"{folder / 'tokenizer_config.json'} is not valid JSON: {error}") from None
-        bos, eos = (_content(config.get(key)) for key in ("bos_token", "eos_token"))
-        return cls(bpe, config.get("chat_template", CHAT_TEMPLATE), bos or BOS, eos or EOS)
+        """Read the tokenizer of a checkpoint or bundle folder, with its special tokens and chat template.
+
+        The template is chat_template.jinja or that of tokenizer_config.json. The special tokens are those of
+        tokenizer_config.json, special_tokens_map.json or config.json, whichever names them first. Raises IsthmusError
+        saying what is missing.
+        """
+        config = _read_json(folder / "tokenizer_config.json", needed=True)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
+        bpe = BpeTokenizer.from_file(str(path))
+        bos, eos = (_special_token(folder, config, bpe, key) for key in ("bos", "eos"))
+        if eos is None:
+            raise IsthmusError(f"{folder} names no eos_token: write it into tokenizer_config.json")
+        kept = {key: config[key] for key in _KEPT if key in config}
+        return cls(bpe, _chat_template(folder, config, bpe), bos, eos, kept)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers and vLLM read them."""
@@ -88,6 +103,7 @@ class Tokenizer:
     def config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
         return {
+            **self._kept,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos,
             "eos_token": self.eos,
@@ -105,21 +121,20 @@ class Tokenizer:
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of token ids. With `skip_special` the special tokens are left out, but never </think>."""
+        """Text of token ids. With `skip_special` the special tokens are left out, but never <think> and </think>."""
         if skip_special:
-            hidden = {self._bpe.token_to_id(token) for token in (self.bos, self.eos, USER, ASSISTANT)}
-            ids = [token for token in ids if token not in hidden]
+            ids = [token for token in ids if token not in self._hidden]
         return self._bpe.decode(ids, skip_special_tokens=False)
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Prompt ids of a conversation; the prompt ends inside <think>."""
+        """Prompt ids of a conversation; the prompt ends inside <think>, also where the template leaves that open."""
+        tokens = {"bos_token": self.bos or "", "eos_token": self.eos}
         try:
-            text = self._template.render(
-                messages=messages, bos_token=self.bos, eos_token=self.eos, add_generation_prompt=True
-            )
-        except TemplateError as error:
+            text = self._template.render(messages=messages, **tokens, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
             raise IsthmusError(f"the chat template refuses this conversation: {error}") from None
-        return self.encode(text)
+        opened = text.rstrip().endswith(THINK)
+        return self.encode(text if opened else f"{text}{THINK}\n")
 
     def _special(self, token: str) -> int:
         number = self._bpe.token_to_id(token)
@@ -127,10 +142,76 @@ class Tokenizer:
             raise IsthmusError(f"the tokenizer has no token {token!r}")
         return number
 
+    def _hidden_ids(self) -> set[int]:
+        """Tokens that structure a conversation and are no part of its text."""
+        added = self._bpe.get_added_tokens_decoder()
+        special = {
+            number for number, token in added.items() if token.special and token.content not in (THINK, END_THINK)
+        }
+        named = {self._bpe.token_to_id(token) for token in (self.bos, self.eos, USER, ASSISTANT) if token is not None}
+        return special | {number for number in named if number is not None}
+
+
+def _compile(chat_template: str) -> Template:
+    """The template in a sandbox, with what templates of published checkpoints use, as in transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _to_json
+    try:
+        return environment.from_string(chat_template)
+    except TemplateError as error:
+        raise IsthmusError(f"the chat template cannot be read: {error}") from None
+
 
 def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Jinja's own filter escapes HTML characters."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _chat_template(folder: Path, config: dict[str, Any], bpe: BpeTokenizer) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    if template is not None:
+        return template
+    if all(bpe.token_to_id(token) is not None for token in (USER, ASSISTANT)):
+        return CHAT_TEMPLATE
+    raise IsthmusError(f"{folder} has no chat template: write one into {path.name}")
+
+
+def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key: str) -> str | None:
+    """The text of the bos or eos token."""
+    for source in (config, _read_json(folder / "special_tokens_map.json")):
+        token = source.get(f"{key}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None:
+            return text
+    number = _read_json(folder / "config.json").get(f"{key}_token_id")
+    if isinstance(number, list):
+        number = number[0]
+    return None if number is None or f"{key}_token" in config else bpe.id_to_token(number)
+
+
+def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
+    """The content of a file; of a file that need not be there, nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if needed:
+            raise IsthmusError(f"{path.parent} has no tokenizer: {path.name} is missing") from None
+        return {}
+    except json.JSONDecodeError as error:
+        raise IsthmusError(f"{path} is not valid JSON: {error}") from None

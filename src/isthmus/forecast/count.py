@@ -1,4 +1,4 @@
-"""Exact counts of a DeepSeek-V3 architecture: parameters, and floating-point operations per token.
+"""Exact counts of an architecture: parameters, and floating-point operations per token.
 
 A multiplication and an addition count as two operations. Only matrix products are counted; norms, rotations and the
 softmax are of a lower order.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection, DenseSection, ModelSection
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Parameters:
     routed_used: int
     norms: int
     mtp: int
+    biases: int = 0
 
     @property
     def total(self) -> int:
@@ -51,12 +52,15 @@ class Parameters:
             + self.router
             + self.shared_experts
             + self.norms
+            + self.biases
         )
 
 
 def count_parameters(architecture: ModelSection) -> Parameters:
     """The parameters of `isthmus.model.model.Model` for this architecture."""
-    a = architecture
+    if isinstance(architecture, DenseSection):
+        return _dense_parameters(architecture)
+    a = _deepseek(architecture)
     layers, dense = a.num_hidden_layers, min(a.first_k_dense_replace, a.num_hidden_layers)
     sparse = layers - dense
     embedding = a.vocab_size * a.hidden_size
@@ -74,9 +78,30 @@ def count_parameters(architecture: ModelSection) -> Parameters:
     )
 
 
+def _dense_parameters(a: DenseSection) -> Parameters:
+    embedding = a.vocab_size * a.hidden_size
+    inputs, output = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_size, a.hidden_size
+    return Parameters(
+        embedding=embedding,
+        head=0 if a.tie_word_embeddings else embedding,
+        attention=a.num_hidden_layers * attention_matrices(a),
+        dense_mlp=a.num_hidden_layers * _gated_mlp(a, a.intermediate_size),
+        router=0,
+        shared_experts=0,
+        routed_experts=0,
+        routed_used=0,
+        norms=(2 * a.num_hidden_layers + 1) * a.hidden_size,
+        mtp=0,
+        biases=a.num_hidden_layers * (inputs * a.input_bias + output * a.output_bias),
+    )
+
+
 def attention_matrices(architecture: ModelSection) -> int:
-    """Parameters of the matrices of one latent attention."""
-    a = architecture
+    """Parameters of the matrices of one attention, without biases."""
+    if isinstance(architecture, DenseSection):
+        heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads)
+        return heads * architecture.head_size * architecture.hidden_size
+    a = _deepseek(architecture)
     heads, query = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
     if a.q_lora_rank is None:
         queries = a.hidden_size * heads * query
@@ -90,16 +115,18 @@ def attention_matrices(architecture: ModelSection) -> int:
 def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = False) -> float:
     """Operations of a forward pass per token that attends to `context` tokens, itself included.
 
-    With `mtp` the layer of multi-token prediction and its pass through the head are included.
+    With `mtp` the layer of multi-token prediction, where there is one, and its pass through the head are included.
     """
     a = architecture
     count = count_parameters(a)
-    matrices = count.active - count.embedding - count.norms
+    matrices = count.active - count.embedding - count.norms - count.biases
     if a.tie_word_embeddings:
         matrices += count.embedding
-    sparse = a.num_hidden_layers - min(a.first_k_dense_replace, a.num_hidden_layers)
-    flops = 2.0 * matrices + a.num_hidden_layers * _scores_and_values(a, context) + sparse * _combine(a)
-    return flops + _mtp_flops(a, context) if mtp else flops
+    flops = 2.0 * matrices + a.num_hidden_layers * _scores_and_values(a, context)
+    if isinstance(a, DeepseekSection):
+        sparse = a.num_hidden_layers - min(a.first_k_dense_replace, a.num_hidden_layers)
+        flops += sparse * _combine(a) + (_mtp_flops(a, context) if mtp else 0.0)
+    return flops
 
 
 def training_flops(architecture: ModelSection, context: float) -> float:
@@ -107,19 +134,24 @@ def training_flops(architecture: ModelSection, context: float) -> float:
     return 3.0 * forward_flops(architecture, context, mtp=architecture.num_nextn_predict_layers > 0)
 
 
+def _deepseek(architecture: ModelSection) -> DeepseekSection:
+    assert isinstance(architecture, DeepseekSection), f"nothing counts a {type(architecture).__name__}"
+    return architecture
+
+
 def _gated_mlp(a: ModelSection, width: int) -> int:
     return 3 * a.hidden_size * width
 
 
-def _layer_norms(a: ModelSection) -> int:
+def _layer_norms(a: DeepseekSection) -> int:
     return 2 * a.hidden_size + a.kv_lora_rank + (a.q_lora_rank or 0)
 
 
-def _mtp_is_sparse(a: ModelSection) -> bool:
+def _mtp_is_sparse(a: DeepseekSection) -> bool:
     return a.num_hidden_layers >= a.first_k_dense_replace
 
 
-def _mtp_layer(a: ModelSection) -> int:
+def _mtp_layer(a: DeepseekSection) -> int:
     """A decoder layer, the matrix that joins state and embedding, and the norms before and after it."""
     experts = a.n_routed_experts * (a.hidden_size + _gated_mlp(a, a.moe_intermediate_size))
     shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
@@ -127,7 +159,7 @@ def _mtp_layer(a: ModelSection) -> int:
     return attention_matrices(a) + mlp + 2 * a.hidden_size**2 + _layer_norms(a) + 3 * a.hidden_size
 
 
-def _mtp_flops(a: ModelSection, context: float) -> float:
+def _mtp_flops(a: DeepseekSection, context: float) -> float:
     used = a.n_routed_experts * a.hidden_size + a.num_experts_per_tok * _gated_mlp(a, a.moe_intermediate_size)
     shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
     mlp = used + shared if _mtp_is_sparse(a) else _gated_mlp(a, a.intermediate_size)
@@ -135,10 +167,13 @@ def _mtp_flops(a: ModelSection, context: float) -> float:
     return 2.0 * matrices + _scores_and_values(a, context) + (_combine(a) if _mtp_is_sparse(a) else 0.0)
 
 
-def _scores_and_values(a: ModelSection, context: float) -> float:
+def _scores_and_values(architecture: ModelSection, context: float) -> float:
+    if isinstance(architecture, DenseSection):
+        return 4.0 * context * architecture.num_attention_heads * architecture.head_size
+    a = _deepseek(architecture)
     return 2.0 * context * a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
 
 
-def _combine(a: ModelSection) -> float:
+def _combine(a: DeepseekSection) -> float:
     """The weighted sum over a token's experts."""
     return 2.0 * a.num_experts_per_tok * a.hidden_size

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
+from isthmus.model.attention import RotaryTable
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
@@ -15,8 +16,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 
 
+def unfilled(architecture: ModelSection) -> Model:
+    """A model without memory for its weights, for `fill`."""
+    with torch.device("meta"):
+        model = Model(architecture)
+    model.model.rotary = RotaryTable(architecture)
+    return model
+
+
 def fill(model: Model, tensors: dict[str, Tensor]) -> Model:
-    """Put fp32 tensors with published names in place, all of them, and freeze the model for inference."""
+    """Put fp32 tensors with published names in place, all of them and without a copy, and freeze the model."""
     if model.architecture.tie_word_embeddings:
         tensors = {**tensors, HEAD: tensors[EMBEDDING]}
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -37,9 +46,10 @@ def export_float(state: dict[str, Tensor], architecture: ModelSection, dtype: to
 
 def float_layout(architecture: ModelSection, dtype: torch.dtype) -> Layout:
     """Types and shapes of what `export_float` makes of this architecture's whole state."""
+    state = unfilled(architecture).state_dict()
     return {
         name: (_stored_dtype(name, dtype), tuple(tensor.shape))
-        for name, tensor in Model(architecture).state_dict().items()
+        for name, tensor in state.items()
         if not _is_tied_head(name, architecture)
     }
 

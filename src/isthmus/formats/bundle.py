@@ -6,32 +6,43 @@ written, and dropped when read, after checking that they equal the shared tensor
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, get_format, recognise_format
-from isthmus.formats.assemble import EMBEDDING, HEAD
+from isthmus.formats.published import (
+    CONFIG,
+    SHARD_BYTES,
+    WEIGHTS,
+    StoredTensors,
+    mtp_copies,
+    shown,
+    weight_files,
+    write_tensors,
+)
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
-from isthmus.recipe import ModelSection, architecture_from_config
+from isthmus.recipe import ModelSection, RecipeError, architecture_from_config, parse_architecture
 from isthmus.run import new_folder, sha256_file, write_atomic
 
-WEIGHTS, CONFIG, CHECKSUMS, SEAL = "model.safetensors", "config.json", "checksums.json", "seal.json"
+CHECKSUMS, SEAL = "checksums.json", "seal.json"
 
 
 class TokenizerFiles(Protocol):
     """What a bundle needs of a tokenizer."""
 
-    bos_id: int
-    eos_id: int
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -51,12 +62,18 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path, format_name: str, state: dict[str, Tensor], architecture: ModelSection, tokenizer: TokenizerFiles
+    folder: Path,
+    format_name: str,
+    state: dict[str, Tensor],
+    architecture: ModelSection,
+    tokenizer: TokenizerFiles,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `state` (fp32, published names) as a bundle. A reader sees the whole folder or none of it.
 
-    An existing bundle at `folder` is replaced. generation_config.json holds no sampling defaults: an engine that read
-    them (vLLM does) would sample from another distribution than the one it is asked for.
+    Weights of more than `shard_bytes` are written as several files and an index. An existing bundle at `folder` is
+    replaced. generation_config.json holds no sampling defaults: an engine that read them (vLLM does) would sample from
+    another distribution than the one it is asked for.
     """
     chosen = get_format(format_name)
     tensors = chosen.export(state, architecture)
@@ -68,7 +85,7 @@ def write_bundle(
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with new_folder(folder) as new:
         stored = {**tensors, **{copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}}
-        write_atomic(new / WEIGHTS, safetensors.torch.save(stored, metadata={"format": "pt"}))
+        write_tensors(new, stored, shard_bytes)
         write_atomic(new / CONFIG, _json(config))
         write_atomic(new / "generation_config.json", _json(token_ids))
         tokenizer.save(new)
@@ -85,8 +102,8 @@ def read_bundle(folder: Path) -> Bundle:
     _check_files(folder)
     config = _read_json(folder / CONFIG)
     chosen = recognise_format(config)
-    architecture = ModelSection(**architecture_from_config(config))
-    tensors = _without_copies(folder, _load_tensors(folder / WEIGHTS), architecture)
+    architecture = _architecture(folder, config)
+    tensors = _without_copies(folder, _load_tensors(folder), architecture)
     _compare_with_layout(folder, chosen, architecture, tensors)
     return Bundle(folder, chosen.name, architecture, tensors)
 
@@ -97,13 +114,17 @@ def file_hashes(folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL)) -> d
     return {name: sha256_file(folder / name) for name in names if name not in without}
 
 
-def mtp_copies(architecture: ModelSection) -> dict[str, str]:
-    """Names of the copies that published checkpoints keep in the MTP layer, and of the tensors they copy."""
-    if not architecture.num_nextn_predict_layers:
-        return {}
-    prefix = f"model.layers.{architecture.num_hidden_layers}"
-    head = EMBEDDING if architecture.tie_word_embeddings else HEAD
-    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": head}
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights as they lie on the disk: of their file, or of the hashes of their files in order."""
+    hashes = [sha256_file(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> ModelSection:
+    try:
+        return parse_architecture(architecture_from_config(config))
+    except RecipeError as error:
+        raise IsthmusError(f"{folder / CONFIG}: {error}") from None
 
 
 def _without_copies(folder: Path, stored: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
@@ -123,8 +144,8 @@ def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSectio
         if found[name] != expected[name]:
             problems.append(f"{name} is {_describe(*found[name])} and should be {_describe(*expected[name])}")
     if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise DamagedFile(f"the tensors of {folder} do not fit its architecture in format {chosen.name}: {shown}")
+        what = f"the tensors of {folder} do not fit its architecture in format {chosen.name}"
+        raise DamagedFile(f"{what}: {shown(sorted(problems))}")
 
 
 def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
@@ -145,13 +166,11 @@ def _check_files(folder: Path) -> None:
         raise DamagedFile(f"{folder / unknown[0]} does not belong to this bundle; remove it")
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise DamagedFile(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from None
+def _load_tensors(folder: Path) -> dict[str, Tensor]:
+    with StoredTensors(folder) as stored:
+        if not stored.names:
+            raise DamagedFile(f"{folder / WEIGHTS} is missing")
+        return {name: stored.read(name) for name in stored.names}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

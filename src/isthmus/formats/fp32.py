@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import announced_dtype, export_float, fill, float_layout
+from isthmus.formats.assemble import announced_dtype, export_float, fill, float_layout, unfilled
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
@@ -32,7 +32,7 @@ class Fp32:
         return announced_dtype(config) == self.dtype and not config.get("quantization_config")
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
-        return fill(Model(architecture), tensors)
+        return fill(unfilled(architecture), tensors)
 
 
 FORMAT = Fp32()

@@ -1,8 +1,9 @@
 """w8a8: int8 weights per output channel, int8 activations per token, in the layout of compressed-tensors.
 
-Quantised: the query, kv_a and output projections of attention, and gate, up and down of every MLP and expert. In
-float: embeddings, output head, norms, router, kv_b_proj (the absorbed form of attention multiplies it into its
-neighbours) and eh_proj. This is the choice of msmodelslim's published recipe for DeepSeek-V3.
+Quantised: the query, kv_a and output projections of latent attention, all four of grouped-query attention, and gate, up
+and down of every MLP and expert. In float: embeddings, output head, norms, biases, router, kv_b_proj (the absorbed form
+of attention multiplies it into its neighbours) and eh_proj. For DeepSeek-V3 this is the choice of msmodelslim's
+published recipe.
 
 A quantised module stores `weight` (int8 [out, in]) and `weight_scale` (fp32 [out, 1]), made from the fp32 weights. What
 stays in float is stored in bf16, the routing bias in fp32. The same tensors go into a bundle and over the wire at each
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import export_float, fill, float_layout
+from isthmus.formats.assemble import export_float, fill, float_layout, unfilled
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection, ModelSection
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
-ATTENTION_PARTS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 class W8A8:
@@ -81,27 +82,33 @@ class W8A8:
         )
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
-        model = Model(architecture)
+        model = unfilled(architecture)
         _replace_children(model, "", tensors)
         quantised = {name for name in tensors if is_quantised(name.removesuffix("_scale"))}
         return fill(model, {name: tensor.float() for name, tensor in tensors.items() if name not in quantised})
 
 
 class W8A8Linear(nn.Module):
-    """One or more linear layers with a common input, side by side: `weight` [in, out] and `scale` [out], both fp32."""
+    """One or more linear layers with a common input, side by side: `weight` [in, out] and `scale` [out], both fp32.
+
+    With `bias` the float bias of a single layer is part of the state, under its published name.
+    """
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
-    def __init__(self, *stored: tuple[Tensor, Tensor]):
+    def __init__(self, *stored: tuple[Tensor, Tensor], bias: bool = False):
         super().__init__()
         weight = torch.cat([values for values, _ in stored])
         scale = torch.cat([scale for _, scale in stored])
         self.register_buffer("weight", weight.float().t().contiguous(), persistent=False)
         self.register_buffer("scale", scale.float().flatten(), persistent=False)
+        self.register_buffer("bias", torch.zeros(len(weight)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantised_matmul(x, self.weight, self.scale)
+        y = quantised_matmul(x, self.weight, self.scale)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class W8A8GatedMlp(nn.Module):
@@ -139,10 +146,14 @@ class W8A8Experts(nn.Module):
             self.register_buffer(name, weight, persistent=False)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [E, P, D], the tokens of each expert in its row. Returns [E, P, D]."""
-        gate_up = quantised_matmul(x, self.gate_up, self.gate_up_scale)
-        return quantised_matmul(_swiglu(gate_up), self.down, self.down_scale)
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
+        parts = x.split(counts.tolist())
+        return torch.cat([self._expert(index, rows) for index, rows in enumerate(parts)])
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        gate_up = quantised_matmul(x, self.gate_up[index], self.gate_up_scale[index, 0])
+        return quantised_matmul(_swiglu(gate_up), self.down[index], self.down_scale[index, 0])
 
 
 def is_quantised(name: str) -> bool:
@@ -153,8 +164,9 @@ def is_quantised(name: str) -> bool:
 
 def float_modules(architecture: ModelSection) -> list[str]:
     """Names of the linear modules that are not quantised: the `ignore` list."""
-    a = architecture
-    names = ["lm_head"]
+    a, names = architecture, ["lm_head"]
+    if not isinstance(a, DeepseekSection):
+        return names
     for index in range(a.num_hidden_layers + a.num_nextn_predict_layers):
         prefix = f"model.layers.{index}"
         names.append(f"{prefix}.self_attn.kv_b_proj")
@@ -210,7 +222,7 @@ def _quantised_module(child: nn.Module, path: str, tensors: dict[str, Tensor]) -
         count = child.down.shape[0]
         return W8A8Experts([{part: stored(f"{path}.{i}.{part}") for part in MLP_PARTS} for i in range(count)])
     if isinstance(child, nn.Linear) and path.rpartition(".")[2] in ATTENTION_PARTS:
-        return W8A8Linear(stored(path))
+        return W8A8Linear(stored(path), bias=child.bias is not None)
     return None
 
 

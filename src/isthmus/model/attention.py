@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.model.config import rope_amplitude, rope_inverse_frequencies, softmax_scale
-from isthmus.recipe import ModelSection
+from isthmus.model.documents import Documents, attention
+from isthmus.recipe import DeepseekSection, ModelSection
+
+Mask = Tensor | Documents
+"""What a token may attend to: an additive mask, or the documents of packed rows, in which attention is causal."""
 
 
 class Rotation(NamedTuple):
@@ -52,7 +56,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     shape = (*rotation.cos.shape[:2], *(1,) * (x.dim() - 3), rotation.cos.shape[-1])
     cos, sin = rotation.cos.view(shape), rotation.sin.view(shape)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +76,7 @@ class RMSNorm(nn.Module):
 class LatentAttention(nn.Module):
     """MLA with the published parameter names. Without a cache it runs the naive form, with one the absorbed form."""
 
-    def __init__(self, architecture: ModelSection):
+    def __init__(self, architecture: DeepseekSection):
         super().__init__()
         a = architecture
         self.num_heads, self.nope, self.rope = a.num_attention_heads, a.qk_nope_head_dim, a.qk_rope_head_dim
@@ -91,13 +95,17 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.rank, self.num_heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_dim, a.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x [B, T, D]; mask additive, broadcastable to [B, H, T, S] (S = T without a cache). Returns [B, T, D]."""
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, D]; mask additive, broadcastable to [B, H, T, S] (S = T without a cache), or documents.
+
+        Returns [B, T, D].
+        """
         q_nope, q_rope = self._queries(x, rotation)
         latents = self.latents(x, rotation)
         if cache is None:
             context = self._naive(q_nope, q_rope, latents, mask)
         else:
+            assert isinstance(mask, Tensor), "with a cache the mask is a tensor"
             context = self._absorbed(q_nope, q_rope, cache.append(latents), mask)
         return self.o_proj(context.flatten(-2))
 
@@ -111,15 +119,14 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rope], dim=-1)
         return q_nope, rotate(q_rope, rotation)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Mask) -> Tensor:
         latent, key_rope = latents.split([self.rank, self.rope], dim=-1)
         k_nope, value = (
             self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.v_dim], dim=-1)
         )
-        query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        key = torch.cat((k_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1).transpose(1, 2)
-        weights = _attention_weights(query @ key.transpose(-1, -2), self.scale, mask)
-        return (weights @ value.transpose(1, 2)).transpose(1, 2)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key = torch.cat((k_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
+        return attend(query, key, value, mask, self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
@@ -133,6 +140,14 @@ class LatentAttention(nn.Module):
         weights = _attention_weights(scores, self.scale, mask).transpose(1, 2)
         context = weights.reshape(batch, new * self.num_heads, -1) @ latents[..., : self.rank]
         return torch.einsum("bthc,hvc->bthv", context.view(batch, new, self.num_heads, -1), up_value)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Attention of whole rows: query and key [B, T, H, Q], value [B, T, H, V] give [B, T, H, V]."""
+    if isinstance(mask, Documents):
+        return mask.attend(query, key, value, scale)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return attention(query, key, value, mask, scale).transpose(1, 2)
 
 
 def _attention_weights(scores: Tensor, scale: float, mask: Tensor) -> Tensor:

@@ -12,5 +12,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and the row-major bytes, hexadecimal."""
     plain = tensor.detach().cpu().contiguous()
     header = f"{str(plain.dtype).removeprefix('torch.')}{tuple(plain.shape)}".encode()
-    content = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return hashlib.sha256(header + content).hexdigest()
+    hasher = hashlib.sha256(header)
+    if plain.numel():
+        hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

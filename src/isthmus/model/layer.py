@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from isthmus.model.attention import LatentAttention, LayerCache, RMSNorm, Rotation
-from isthmus.model.moe import GatedMlp, MixtureOfExperts, Routing
-from isthmus.recipe import ModelSection
+from isthmus.model.attention import LatentAttention, LayerCache, Mask, RMSNorm, Rotation
+from isthmus.model.moe import GatedMlp, MixtureOfExperts, Routing, Trace
+from isthmus.recipe import DeepseekSection
 
 
 class DecoderLayer(nn.Module):
-    """Layer `index` of the model; the first `first_k_dense_replace` layers are dense."""
+    """Layer `index` of the model; the first `first_k_dense_replace` layers are dense.
 
-    def __init__(self, architecture: ModelSection, index: int):
+    With `recompute` the backward pass computes the layer again instead of keeping its intermediate results.
+    """
+
+    def __init__(self, architecture: DeepseekSection, index: int):
         super().__init__()
         a = architecture
+        self.recompute = False
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.self_attn = LatentAttention(a)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -25,11 +31,25 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        mask: Tensor,
+        mask: Mask,
         cache: LayerCache | None = None,
-        trace: list[Routing] | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
-        """x [B, T, D]; mask as in LatentAttention. Returns [B, T, D]."""
+        """x [B, T, D]; mask as in LatentAttention. Returns [B, T, D]. The routing is appended to `trace`."""
+        if self.recompute and torch.is_grad_enabled():
+            x, routing = checkpoint(self._block, x, rotation, mask, cache, use_reentrant=False)
+        else:
+            x, routing = self._block(x, rotation, mask, cache)
+        if trace is not None and routing is not None:
+            trace.routings.append(routing)
+        return x
+
+    def _block(
+        self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, trace) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, routing = self.mlp(normed)
+            return x + y, routing
+        return x + self.mlp(normed), None

@@ -1,17 +1,21 @@
-"""The whole model. Its state dict has the tensor names of a published DeepSeek-V3 checkpoint."""
+"""The whole model. Its state dict has the tensor names of a published checkpoint of its architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.model.attention import LayerCache, RMSNorm, RotaryTable
+from isthmus.model.attention import LayerCache, Mask, RMSNorm, RotaryTable
+from isthmus.model.dense import DenseLayer
 from isthmus.model.layer import DecoderLayer
-from isthmus.model.moe import Experts, MixtureOfExperts, Router, Routing
+from isthmus.model.moe import Experts, MixtureOfExperts, Router, Trace
 from isthmus.model.mtp import MtpLayer
-from isthmus.recipe import ModelSection
+from isthmus.recipe import DeepseekSection, DenseSection, ModelSection
+
+Result = TypeVar("Result")
 
 
 class Backbone(nn.Module):
@@ -20,13 +24,19 @@ class Backbone(nn.Module):
     def __init__(self, architecture: ModelSection):
         super().__init__()
         a = architecture
-        depth = a.num_hidden_layers
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
-        decoders: list[DecoderLayer] = [DecoderLayer(a, index) for index in range(depth)]
-        decoders += [MtpLayer(a, depth + index) for index in range(a.num_nextn_predict_layers)]
-        self.layers = nn.ModuleList(decoders)
+        self.layers = nn.ModuleList(_layers(a))
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.rotary = RotaryTable(a)
+
+
+def _layers(architecture: ModelSection) -> list[DecoderLayer] | list[DenseLayer]:
+    a, depth = architecture, architecture.num_hidden_layers
+    if isinstance(a, DenseSection):
+        return [DenseLayer(a) for _ in range(depth)]
+    assert isinstance(a, DeepseekSection)
+    decoders = [DecoderLayer(a, index) for index in range(depth)]
+    return decoders + [MtpLayer(a, depth + index) for index in range(a.num_nextn_predict_layers)]
 
 
 class Model(nn.Module):
@@ -41,17 +51,34 @@ class Model(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def initialise(self, seed: int) -> Model:
-        """Normal weights with the architecture's initializer_range, norms at one; the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | Router):
-                _normal(module.weight, self.architecture.initializer_range, generator)
-            elif isinstance(module, Experts):
-                _normal(module.gate_up, self.architecture.initializer_range, generator)
-                _normal(module.down, self.architecture.initializer_range, generator)
+        """Fill the parameters of a whole model with `initial_values`."""
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, value in self.initial_values(seed):
+                parameters[name].copy_(value)
         return self
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters by name: normal with the architecture's initializer_range, norms one, biases zero.
+
+        They depend on the seed alone, also where this model holds shards or some of the experts.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                shape = parameter.shape
+                if isinstance(module, RMSNorm):
+                    yield f"{prefix}.{name}", torch.ones(shape)
+                elif name == "bias":
+                    yield f"{prefix}.{name}", torch.zeros(shape)
+                else:
+                    if isinstance(module, Experts):
+                        shape = (module.total, *shape[1:])
+                    tied = module is self.lm_head and self.architecture.tie_word_embeddings
+                    value = torch.randn(shape, generator=generator) * self.architecture.initializer_range
+                    yield "model.embed_tokens.weight" if tied else f"{prefix}.{name}", value
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """Logits [B, T, vocab] of tokens [B, T]; positions count from 0 and the mask is causal unless given."""
         return self.logits(self.hidden(tokens, positions, mask))
 
@@ -59,9 +86,9 @@ class Model(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         caches: Sequence[LayerCache] | None = None,
-        trace: list[Routing] | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """States [B, T, D] before the final norm. With `caches` (one per layer) a mask [B, 1, T, S] must be given."""
         positions, mask = self._defaults(tokens, positions, mask)
@@ -76,14 +103,29 @@ class Model(nn.Module):
         return self.lm_head(self.model.norm(hidden))
 
     def mtp_logits(
-        self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, trace: list[Routing] | None = None
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Mask, trace: Trace | None = None
     ) -> Tensor:
         """Logits [B, T - 1, vocab] of token i + 2, from the states [B, T, D] of tokens [B, T]."""
+        return self.lm_head(self.mtp_states(hidden, tokens, positions, mask, trace)[:, :-1])
+
+    def mtp_states(
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Mask, trace: Trace | None = None
+    ) -> Tensor:
+        """What `mtp_logits` puts through the output head, [B, T, D]; the last position, with no next token, is void."""
         layer = self.mtp_layer
         assert layer is not None, "this architecture has no multi-token prediction"
-        rotation = self.model.rotary(positions[:, :-1])
-        embedded = self.model.embed_tokens(tokens[:, 1:])
-        return self.lm_head(layer.predict(embedded, hidden[:, :-1], rotation, mask[..., :-1, :-1], trace))
+        embedded = self.model.embed_tokens(tokens.roll(-1, dims=1))
+        return layer(embedded, hidden, self.model.rotary(positions), mask, trace)
+
+    def recompute_activations(self) -> None:
+        """Compute each layer again in the backward pass, instead of keeping its intermediate results."""
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer | DenseLayer)
+            layer.recompute = True
+
+    def compute(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """work(model, *arguments), as a forward pass: where parameters are sharded, it finds them whole."""
+        return work(self, *arguments)
 
     @property
     def mtp_layer(self) -> MtpLayer | None:
@@ -94,7 +136,7 @@ class Model(nn.Module):
         """The routers in the order in which a trace lists their decisions (the MTP layer's last)."""
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
-    def _defaults(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _defaults(self, tokens: Tensor, positions: Tensor | None, mask: Mask | None) -> tuple[Tensor, Mask]:
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
@@ -111,8 +153,3 @@ def document_mask(document: Tensor) -> Tensor:
     same = document.unsqueeze(-1) == document.unsqueeze(-2)
     allowed = same & torch.ones_like(same).tril()
     return torch.zeros(allowed.shape, device=document.device).masked_fill(~allowed, float("-inf")).unsqueeze(1)
-
-
-def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -1,17 +1,19 @@
 """Fine-grained mixture of experts with a shared expert and bias-balanced sigmoid routing (DeepSeek-V3, 2.1.2).
 
-Shapes: T tokens, D hidden, E experts, K experts per token, M expert width, P places per expert in a padded batch.
+Shapes: T tokens, D hidden, E experts, K experts per token, M expert width, N = T * K rows sorted by expert.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.recipe import ModelSection
+from isthmus.model.documents import Rows
+from isthmus.recipe import DeepseekSection
 
 
 class GatedMlp(nn.Module):
@@ -29,18 +31,24 @@ class GatedMlp(nn.Module):
 
 @dataclass
 class Routing:
-    """What a router decided: `experts` [T, K], `weights` [T, K], and the sigmoid `scores` [T, E] before the bias."""
+    """What a router decided: `experts` [T, K], `weights` [T, K], and the `scores` [T, E] before the bias."""
 
     experts: Tensor
     weights: Tensor
     scores: Tensor
 
-    def load(self) -> Tensor:
-        """Tokens sent to each expert, [E]."""
-        flat = self.experts.reshape(-1)
-        return torch.zeros(self.scores.shape[-1], device=flat.device).index_add_(
-            0, flat, torch.ones_like(flat, dtype=torch.float32)
-        )
+    def load(self, real: Tensor | None = None) -> Tensor:
+        """Tokens sent to each expert, [E]; of those that `real` [T] marks, if it is given."""
+        ones = torch.ones_like(self.experts, dtype=torch.float32) if real is None else real.float().unsqueeze(1)
+        load = torch.zeros(self.scores.shape[-1], device=self.experts.device)
+        return load.index_add_(0, self.experts.reshape(-1), ones.expand(self.experts.shape).reshape(-1))
+
+
+class Trace:
+    """Decisions of the routers of one forward pass, layer by layer. Opaque to whatever copies lists of tensors."""
+
+    def __init__(self) -> None:
+        self.routings: list[Routing] = []
 
 
 class Router(nn.Module):
@@ -48,18 +56,20 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, architecture: ModelSection):
+    def __init__(self, architecture: DeepseekSection):
         super().__init__()
         a = architecture
         self.weight = nn.Parameter(torch.empty(a.n_routed_experts, a.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(a.n_routed_experts, dtype=torch.float32))
         self.top_k, self.n_group, self.topk_group = a.num_experts_per_tok, a.n_group, a.topk_group
         self.normalise, self.scaling = a.norm_topk_prob, a.routed_scaling_factor
+        self.softmax = a.scoring_func == "softmax"
 
     def forward(self, x: Tensor) -> Routing:
         """x [T, D]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(-1, experts)
         if self.normalise:
@@ -77,36 +87,56 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked so that one batched GEMM serves them all.
+    """Routed experts of a layer, stacked: all `total` of them, or some from number `first` on.
 
     The state dict has the published name and shape of each expert: `0.gate_proj.weight`, `0.up_proj.weight`, ...
+    With `grouped` the products of all experts are one grouped kernel, for chips that have it.
     """
 
-    def __init__(self, architecture: ModelSection):
+    def __init__(self, architecture: DeepseekSection):
         super().__init__()
-        experts, hidden, width = (
-            architecture.n_routed_experts,
-            architecture.hidden_size,
-            architecture.moe_intermediate_size,
-        )
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
+        self.total, self.first, self.grouped = architecture.n_routed_experts, 0, False
+        self.gate_up = nn.Parameter(torch.empty(architecture.n_routed_experts, 2 * width, hidden))
+        self.down = nn.Parameter(torch.empty(architecture.n_routed_experts, hidden, width))
         self.register_state_dict_post_hook(_publish_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [E, P, D], the tokens of each expert in its row. Returns [E, P, D]."""
-        gate, up = torch.bmm(x, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
-        return torch.bmm(F.silu(gate) * up, self.down.transpose(1, 2))
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
+        if self.grouped:
+            return self._grouped(x, counts)
+        parts = zip(x.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
+        return torch.cat([_swiglu_mlp(rows, gate_up, down) for rows, gate_up, down in parts])
+
+    def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+
+
+def _swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
 
 
 def _publish_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     gate_up, down = state.pop(f"{prefix}gate_up"), state.pop(f"{prefix}down")
-    width = down.shape[-1]
-    for index in range(down.shape[0]):
-        state[f"{prefix}{index}.gate_proj.weight"] = gate_up[index, :width]
-        state[f"{prefix}{index}.up_proj.weight"] = gate_up[index, width:]
-        state[f"{prefix}{index}.down_proj.weight"] = down[index]
+    assert isinstance(module, Experts)
+    for name, tensor in {
+        **published("gate_up", gate_up, module.first),
+        **published("down", down, module.first),
+    }.items():
+        state[f"{prefix}{name}"] = tensor
+
+
+def published(parameter: str, stacked: Tensor, first: int) -> dict[str, Tensor]:
+    """Views of a stack, `gate_up` [E, 2M, D] or `down` [E, D, M], under the published names of experts `first`, ..."""
+    if parameter == "down":
+        return {f"{first + i}.down_proj.weight": one for i, one in enumerate(stacked)}
+    halves = [(i, *one.chunk(2)) for i, one in enumerate(stacked)]
+    gates = {f"{first + i}.gate_proj.weight": gate for i, gate, _ in halves}
+    return gates | {f"{first + i}.up_proj.weight": up for i, _, up in halves}
 
 
 def _stack_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -122,75 +152,98 @@ def _stack_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, *_:
     state[f"{prefix}down"] = torch.stack([down for _, _, down in triples])
 
 
+class Repeat(torch.autograd.Function):
+    """Row t of x [T, D] for each of its K choices, in the order of `order` [T * K]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.choices = len(order) // len(x)
+        return x.index_select(0, order.div(ctx.choices, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse).unflatten(0, (-1, ctx.choices)).sum(1), None, None
+
+
 @dataclass
 class Dispatch:
-    """Where each (token, choice) sits in the padded [E * P] batch: `place` [T, K]."""
+    """The choices [T, K] sorted by expert: `order` [T * K] and its inverse, and the rows per expert, `counts` [E]."""
 
-    place: Tensor
-    places_per_expert: int
+    order: Tensor
+    inverse: Tensor
+    counts: Tensor
 
     @classmethod
     def by_expert(cls, experts: Tensor, num_experts: int) -> Dispatch:
-        """Sort the choices [T, K] by expert; each expert gets as many places as the busiest one needs."""
+        """Sort stably: the rows of an expert stay in the order of the tokens."""
         flat = experts.reshape(-1)
         order = flat.argsort(stable=True)
-        sorted_experts = flat[order]
-        counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device).index_add_(
-            0, flat, torch.ones_like(flat)
-        )
-        rank = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[sorted_experts]
-        width = int(counts.max())
-        place = torch.empty_like(flat)
-        place[order] = sorted_experts * width + rank
-        return cls(place.view_as(experts), width)
+        places = torch.arange(len(flat), device=flat.device)
+        inverse = torch.empty_like(order).scatter_(0, order, places)
+        counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device)
+        return cls(order, inverse, counts.index_add_(0, flat, torch.ones_like(flat)))
 
-    def scatter(self, x: Tensor, num_experts: int) -> Tensor:
-        """x [T, D] to the padded batch [E, P, D]; unused places are zero."""
-        repeated = x.repeat_interleave(self.place.shape[1], dim=0)
-        padded = x.new_zeros(num_experts * self.places_per_expert, x.shape[-1])
-        return padded.index_copy(0, self.place.reshape(-1), repeated).view(num_experts, self.places_per_expert, -1)
+    def scatter(self, x: Tensor) -> Tensor:
+        """x [T, D] to the rows of the experts [T * K, D]."""
+        return Repeat.apply(x, self.order, self.inverse)  # pyright: ignore[reportReturnType]
 
     def gather(self, y: Tensor, weights: Tensor) -> Tensor:
-        """The padded batch y [E, P, D] back to tokens, summed over choices with `weights` [T, K]: [T, D]."""
-        chosen = y.flatten(0, 1).index_select(0, self.place.reshape(-1)).view(*self.place.shape, -1)
+        """The experts' rows y [T * K, D] back to tokens, summed over choices with `weights` [T, K]: [T, D]."""
+        chosen = Rows.apply(y, self.inverse, self.order, None).unflatten(0, weights.shape)  # pyright: ignore
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), chosen).squeeze(1)
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus the shared expert."""
+    """Routed experts plus the shared expert.
 
-    def __init__(self, architecture: ModelSection):
+    With an `exchange` the experts are spread over ranks: it takes sorted rows and counts of all experts to where the
+    experts are, applies them, and brings the rows back.
+    """
+
+    def __init__(self, architecture: DeepseekSection):
         super().__init__()
         a = architecture
         self.gate = Router(a)
         self.experts = Experts(a)
         self.shared_experts = GatedMlp(a.hidden_size, a.moe_intermediate_size * a.n_shared_experts)
         self.num_experts = a.n_routed_experts
+        self.exchange: Exchange | None = None
 
-    def forward(self, x: Tensor, trace: list[Routing] | None = None) -> Tensor:
-        """x [B, T, D] or [T, D]. Appends the routing to `trace` if one is given."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x [B, T, D] or [T, D]. Returns the same shape, and what the router decided."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens)
-        if trace is not None:
-            trace.append(routing)
         dispatch = Dispatch.by_expert(routing.experts, self.num_experts)
-        routed = dispatch.gather(self.experts(dispatch.scatter(tokens, self.num_experts)), routing.weights)
-        return (routed + self.shared_experts(tokens)).view_as(x)
+        rows = dispatch.scatter(tokens)
+        outputs = (
+            self.exchange(self.experts, rows, dispatch.counts) if self.exchange else self.experts(rows, dispatch.counts)
+        )
+        routed = dispatch.gather(outputs, routing.weights)
+        return (routed + self.shared_experts(tokens)).view_as(x), routing
 
 
-def sequence_balance_loss(routing: Routing, sequence: Tensor, num_sequences: int) -> Tensor:
-    """DeepSeek-V3's complementary balance loss (eq. 17-20) without its factor alpha, averaged over sequences.
+class Exchange(Protocol):
+    """Applies experts that are spread over ranks: rows [N, D] sorted by expert, `counts` [E] of all experts."""
 
-    `sequence` [T] gives the sequence of each token. The counts use the top K of the scores without the bias.
+    def __call__(self, experts: nn.Module, rows: Tensor, counts: Tensor) -> Tensor: ...
+
+
+def sequence_balance_sums(routing: Routing, sequence: Tensor, num_sequences: int) -> Tensor:
+    """DeepSeek-V3's complementary balance loss (eq. 17-20) without its factor alpha, summed over sequences.
+
+    `sequence` [T] gives the sequence of each token, -1 for padding, which does not count. The counts use the top K of
+    the scores without the bias.
     """
     top_k, num_experts = routing.experts.shape[1], routing.scores.shape[1]
+    real = (sequence >= 0).to(routing.scores.dtype).unsqueeze(1)
+    place = sequence.clamp(min=0)
     unbiased = routing.scores.detach().topk(top_k, dim=-1).indices
-    chosen = torch.zeros_like(routing.scores).scatter(-1, unbiased, 1.0)
-    share = routing.scores / routing.scores.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(routing.scores).scatter(-1, unbiased, 1.0) * real
+    share = routing.scores / routing.scores.sum(-1, keepdim=True) * real
+    length = share.new_zeros(num_sequences).index_add(0, place, real.squeeze(1)).clamp(min=1).unsqueeze(1)
     shape = (num_sequences, num_experts)
-    length = (
-        share.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(share[:, 0])).clamp(min=1).unsqueeze(1)
-    )
-    frequency = share.new_zeros(shape).index_add(0, sequence, chosen) * (num_experts / top_k) / length
-    probability = share.new_zeros(shape).index_add(0, sequence, share) / length
-    return (frequency * probability).sum(-1).mean()
+    frequency = share.new_zeros(shape).index_add(0, place, chosen) * (num_experts / top_k) / length
+    probability = share.new_zeros(shape).index_add(0, place, share) / length
+    return (frequency * probability).sum()

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isthmus.model.attention import RMSNorm, Rotation
+from isthmus.model.attention import Mask, RMSNorm, Rotation
 from isthmus.model.layer import DecoderLayer
-from isthmus.model.moe import Routing
-from isthmus.recipe import ModelSection
+from isthmus.model.moe import Trace
+from isthmus.recipe import DeepseekSection
 
 
 class SharedHead(nn.Module):
     """The norm in front of the output head that is shared with the model."""
 
-    def __init__(self, architecture: ModelSection):
+    def __init__(self, architecture: DeepseekSection):
         super().__init__()
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
 
@@ -26,7 +26,7 @@ class SharedHead(nn.Module):
 class MtpLayer(DecoderLayer):
     """The layer after the last one in a published checkpoint."""
 
-    def __init__(self, architecture: ModelSection, index: int):
+    def __init__(self, architecture: DeepseekSection, index: int):
         super().__init__(architecture, index)
         a = architecture
         self.enorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -34,14 +34,14 @@ class MtpLayer(DecoderLayer):
         self.eh_proj = nn.Linear(2 * a.hidden_size, a.hidden_size, bias=False)
         self.shared_head = SharedHead(a)
 
-    def predict(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         next_embedding: Tensor,
         hidden: Tensor,
         rotation: Rotation,
-        mask: Tensor,
-        trace: list[Routing] | None = None,
+        mask: Mask,
+        trace: Trace | None = None,
     ) -> Tensor:
         """next_embedding and hidden [B, T, D]. Returns the normed states [B, T, D] for the shared output head."""
         joined = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(hidden)), dim=-1))
-        return self.shared_head.norm(self(joined, rotation, mask, trace=trace))
+        return self.shared_head.norm(super().forward(joined, rotation, mask, trace=trace))

@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 
 from isthmus import __version__
-from isthmus.errors import GateRefused
-from isthmus.formats.bundle import SEAL, WEIGHTS, file_hashes, read_bundle
+from isthmus.errors import DamagedFile, GateRefused
+from isthmus.formats.bundle import SEAL, file_hashes, read_bundle
+from isthmus.formats.published import StoredTensors
 from isthmus.model.digest import tensor_sha256
 from isthmus.records import HandoffRecord
 from isthmus.run import write_atomic
@@ -78,7 +77,7 @@ def write_seal(bundle_folder: Path, record: HandoffRecord, *, checkpoint_sha256:
     )
     seal = Seal(
         format=bundle.format,
-        tensors=_tensor_hashes(bundle_folder / WEIGHTS),
+        tensors=_tensor_hashes(bundle_folder),
         files=file_hashes(bundle_folder, without=(SEAL,)),
         verdict=record.verdict,
         checks={check.name: f"{check.outcome}: {check.figure}" for check in record.checks},
@@ -109,7 +108,7 @@ def verify_seal(bundle_folder: Path, expected_id: str | None = None) -> Seal:
             raise _refusal(bundle_folder, _what_changed(bundle_folder, name, seal))
     if added := sorted(found.keys() - seal.files.keys()):
         raise _refusal(bundle_folder, f"{added[0]} was added after sealing")
-    if (changed := _changed_tensor(_tensor_hashes(bundle_folder / WEIGHTS), seal.tensors)) is not None:
+    if (changed := _changed_tensor(_tensor_hashes(bundle_folder), seal.tensors)) is not None:
         raise _refusal(bundle_folder, changed)
     return seal
 
@@ -134,12 +133,12 @@ def _read_seal(bundle_folder: Path) -> Seal:
 
 
 def _what_changed(bundle_folder: Path, name: str, seal: Seal) -> str:
-    if name != WEIGHTS:
+    if not name.endswith(".safetensors"):
         return f"{name} does not match its hash"
     try:
-        changed = _changed_tensor(_tensor_hashes(bundle_folder / WEIGHTS), seal.tensors)
-    except SafetensorError as error:
-        return f"{name} is not a whole safetensors file: {error}"
+        changed = _changed_tensor(_tensor_hashes(bundle_folder), seal.tensors)
+    except DamagedFile as error:
+        return str(error)
     return changed or f"{name} does not match its hash, though its tensors do: its header changed"
 
 
@@ -153,9 +152,9 @@ def _changed_tensor(found: dict[str, str], sealed: dict[str, str]) -> str | None
     return f"the tensor {added[0]} was added after sealing" if added else None
 
 
-def _tensor_hashes(path: Path) -> dict[str, str]:
-    tensors = safetensors.torch.load_file(path)
-    return {name: tensor_sha256(tensors[name]) for name in sorted(tensors)}
+def _tensor_hashes(bundle_folder: Path) -> dict[str, str]:
+    with StoredTensors(bundle_folder) as stored:
+        return {name: tensor_sha256(stored.read(name)) for name in sorted(stored.names)}
 
 
 def _refusal(bundle_folder: Path, reason: str) -> GateRefused:

@@ -13,12 +13,16 @@ STAGE_TITLES = {"qualify": "Qualify", "plan": "Plan", "train": "SFT", "handoff":
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of a stage, from its start event to its end event, or to its last event if it was cut off."""
+    """One try of a stage, from its start event to its end event, or to its last event if it was cut off.
+
+    `pretraining` are the seconds until its last step of pretraining.
+    """
 
     stage: str
     pool: str | None
     seconds: float
     finished: bool
+    pretraining: float = 0.0
 
 
 def attempts(events: Sequence[dict[str, Any]]) -> list[Attempt]:
@@ -48,11 +52,17 @@ def finished_stages(events: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def breakdown(events: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    """(what, seconds) in pipeline order; RL is split by its step events, and the rest of it is named as such."""
+    """(what, seconds) in pipeline order; RL is split by its step events, and the rest of it is named as such.
+
+    Training is split where the last step of pretraining ends.
+    """
+    pretraining = math.fsum(attempt.pretraining for attempt in attempts(events))
     parts: list[tuple[str, float]] = []
     for stage, seconds in spent(events).items():
         if stage == "rl":
             parts += _rl_parts(events, seconds)
+        elif stage == "train":
+            parts += [("Pretraining", pretraining), (STAGE_TITLES[stage], seconds - pretraining)]
         else:
             parts.append((STAGE_TITLES.get(stage, stage.capitalize()), seconds))
     return [(name, seconds) for name, seconds in parts if seconds > 0]
@@ -90,7 +100,10 @@ def _attempt(events: Sequence[dict[str, Any]]) -> Attempt:
     ends = [event for event in events if event["event"] == "end"]
     seconds = ends[-1].get("seconds") if ends else None
     elapsed = last["time"] - first["time"] if seconds is None else seconds
-    return Attempt(first["stage"], first.get("pool"), float(max(0.0, elapsed)), bool(ends))
+    spent_in_all = float(max(0.0, elapsed))
+    pretrained = [event["time"] for event in events if event["stage"] == "train" and event["event"] == "pretrain-step"]
+    pretraining = min(spent_in_all, max(pretrained) - first["time"]) if pretrained else 0.0
+    return Attempt(first["stage"], first.get("pool"), spent_in_all, bool(ends), pretraining)
 
 
 def _total(events: Sequence[dict[str, Any]], key: str) -> float:

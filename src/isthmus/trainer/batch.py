@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
 
-ROW_LENGTH = 96
-"""Tokens of a packed row, unless a document is longer: short rows waste little attention on other documents."""
+ROW_LENGTH = 256
+"""Tokens of a packed row, unless a document is longer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,61 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return int((self.document >= 0).sum())
+
+    @classmethod
+    def empty(cls, length: int) -> Batch:
+        """No rows."""
+        numbers = torch.zeros(0, length, dtype=torch.long)
+        return cls(numbers, numbers, numbers, numbers.bool())
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that a token attends to on average, itself included; 0 without tokens."""
+        real = self.document >= 0
+        return (self.positions[real] + 1).float().mean().item() if real.any() else 0.0
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._starts.sum())
+
+    @property
+    def mtp_mask(self) -> Tensor:
+        """[B, T - 2], true where token i + 2 is to be predicted from position i of the same document."""
+        return (self.document[:, 2:] == self.document[:, :-2]) & self.target_mask[:, 2:]
+
+    @property
+    def sequence(self) -> Tensor:
+        """[B, T]: the documents numbered from 0 in the order of the rows, -1 for padding."""
+        numbers = self._starts.flatten().cumsum(0).view(self.tokens.shape) - 1
+        return numbers.masked_fill(self.document < 0, -1)
+
+    @property
+    def mtp_sequence(self) -> Tensor:
+        """`sequence` where the next token belongs to the same document, else -1: what multi-token prediction sees."""
+        goes_on = F.pad(self.document[:, 1:] == self.document[:, :-1], (0, 1))
+        return self.sequence.masked_fill(~goes_on, -1)
+
+    def counts(self) -> Tensor:
+        """[4]: targets, targets of multi-token prediction, documents and tokens, in fp32."""
+        counts = (self.target_mask[:, 1:].sum(), self.mtp_mask.sum(), self._starts.sum(), (self.document >= 0).sum())
+        return torch.stack(counts).float()
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows."""
+        index = torch.tensor(rows, dtype=torch.long)
+        return Batch(*(tensor[index] for tensor in (self.tokens, self.positions, self.document, self.target_mask)))
+
+    def with_rows(self, rows: int) -> Batch:
+        """Filled up to `rows` rows with rows of padding."""
+        missing = rows - len(self.tokens)
+        if missing == 0:
+            return self
+        values = ((self.tokens, 0), (self.positions, 0), (self.document, -1), (self.target_mask, False))
+        return Batch(*(F.pad(tensor, (0, 0, 0, missing), value=value) for tensor, value in values))
+
+    @property
+    def _starts(self) -> Tensor:
+        return (self.positions == 0) & (self.document >= 0)
 
 
 def pack(documents: Sequence[Document], row_length: int | None = None) -> Batch:

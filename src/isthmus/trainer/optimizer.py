@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import DamagedFile
+from isthmus.errors import IsthmusError
 from isthmus.recipe import OptimizerSection
+from isthmus.trainer.mesh import Ranks
+from isthmus.trainer.parts import Part, parts_of
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NOT_HIDDEN = ("embed_tokens", "lm_head", "mlp.gate.")
 
 
 class Optimizer:
-    """Updates a model's parameters. Its state is a flat dictionary of tensors, for checkpoints."""
+    """Updates a model's parameters, or this rank's shards of them. Its state is made of tensors that stay the same.
 
-    def __init__(self, model: nn.Module, section: OptimizerSection, total_steps: int):
+    `shared_by` is the number of ranks that hold the same shard; the norm of the gradient is that of the whole model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        section: OptimizerSection,
+        total_steps: int,
+        ranks: Ranks | None = None,
+        shared_by: int = 1,
+    ):
         self.section, self.total_steps = section, total_steps
-        named = dict(model.named_parameters())
-        matrices = {name: p for name, p in named.items() if section.name == "muon" and is_hidden_matrix(name, p)}
-        self._named = named
-        self._muon = Muon(matrices) if matrices else None
-        rest = {name: p for name, p in named.items() if name not in matrices}
-        self._adam_names = list(rest)
+        self._ranks, self._shared_by = ranks, shared_by
+        self._parts = parts_of(model)
+        self._locals = [part.local for part in self._parts]
+        pairs = list(zip(self._parts, self._locals, strict=True))
+        muon = [(part, local) for part, local in pairs if section.name == "muon" and is_hidden_matrix(part)]
+        names = {part.name for part, _ in muon}
+        self._muon = Muon(muon) if muon else None
+        self._adam_parts = [(part, local) for part, local in pairs if part.name not in names]
         self._adam = torch.optim.AdamW(
-            list(rest.values()),
+            [local for _, local in self._adam_parts],
             lr=section.learning_rate,
-            betas=(0.9, 0.95),
+            betas=section.betas,
             weight_decay=section.weight_decay,
             fused=True,
         )
+        for _, local in self._adam_parts:
+            self._adam.state[local] = _adam_state(local)
 
     def zero_grad(self) -> None:
-        for parameter in self._named.values():
-            parameter.grad = None
+        for part in self._parts:
+            part.parameter.grad = None
 
     def step(self, step: float) -> float:
         """Clip, update, and return the norm of the gradient before clipping.
 
-        `step` counts from 0; a fraction is an update within a step.
+        `step` counts from 0; a fraction is an update within a step. Raises IsthmusError if the norm is not finite,
+        and leaves the parameters as they were.
         """
-        norm = nn.utils.clip_grad_norm_(self._named.values(), self.section.gradient_clip, error_if_nonfinite=True)
+        for part, local in zip(self._parts, self._locals, strict=True):
+            local.grad = part.gradient
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            raise IsthmusError(
+                f"the norm of the gradient is {norm} at step {step:g}: training has diverged, or a chip computes "
+                "wrongly. Lower the learning rate, or qualify the pool again; the checkpoints before it are whole."
+            )
+        nn.utils.clip_grads_with_norm_(self._locals, self.section.gradient_clip, torch.tensor(norm))
         factor = self.schedule(step)
         for group in self._adam.param_groups:
             group["lr"] = self.section.learning_rate * factor
@@ -48,79 +75,92 @@ class Optimizer:
         if self._muon is not None:
             assert self.section.matrix_learning_rate is not None
             self._muon.step(self.section.matrix_learning_rate * factor, self.section.weight_decay)
-        return norm.item()
+        for local in self._locals:
+            local.grad = None
+        return norm
 
     def schedule(self, step: float) -> float:
-        """Factor on the learning rates: linear warm-up, constant, linear decay to 0 over the last decay_share."""
-        warmup = min(1.0, (step + 1) / self.section.warmup_steps) if self.section.warmup_steps else 1.0
-        decay_steps = self.section.decay_share * self.total_steps
-        decay = min(1.0, (self.total_steps - step) / decay_steps) if decay_steps else 1.0
-        return min(warmup, decay)
+        """Factor on the learning rates: linear warm-up, constant, then the decay to the final rate."""
+        section = self.section
+        warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
+        decay_steps = section.decay_share * self.total_steps
+        left = min(1.0, (self.total_steps - step) / decay_steps) if decay_steps else 1.0
+        if section.decay == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * left)
+        return min(warmup, section.final_rate + (1.0 - section.final_rate) * left)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the next step needs, by name."""
+        """Everything the next step needs, by names that do not depend on the rank. To resume, fill these tensors."""
         tensors: dict[str, Tensor] = {}
-        for index, entry in self._adam.state_dict()["state"].items():
-            for key, value in entry.items():
-                tensors[f"adam.{key}.{self._adam_names[index]}"] = value
-        if self._muon is not None:
-            tensors.update({f"muon.momentum.{name}": value for name, value in self._muon.momentum.items()})
+        for part, local in self._adam_parts:
+            state = self._adam.state[local]
+            tensors[f"adam.step.{part.name}"] = state["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors.update({f"adam.{key}.{name}": value for name, value in part.stored(state[key]).items()})
+        for part, momentum in self._muon.momenta if self._muon else ():
+            tensors.update({f"muon.momentum.{name}": value for name, value in part.stored(momentum).items()})
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a state that `state` gave for the same model and recipe."""
-        adam: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            kind, key, parameter = name.split(".", 2)
-            if parameter not in self._named:
-                raise DamagedFile(
-                    f"the optimiser state names the parameter {parameter!r}, which this model does not have"
-                )
-            if kind == "adam":
-                adam.setdefault(self._adam_names.index(parameter), {})[key] = value
-            elif self._muon is not None:
-                self._muon.momentum[parameter].copy_(value)
-        groups = self._adam.state_dict()["param_groups"]
-        self._adam.load_state_dict({"state": adam, "param_groups": groups})
+    def _gradient_norm(self) -> float:
+        gradients = [local.grad for local in self._locals if local.grad is not None and local.numel()]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._ranks is None or self._ranks.world == 1:
+            return norm.item()
+        return math.sqrt(self._ranks.total(norm.square()).item() / self._shared_by)
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+def _adam_state(local: Tensor) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=local.device),
+        "exp_avg": torch.zeros_like(local),
+        "exp_avg_sq": torch.zeros_like(local),
+    }
+
+
+def is_hidden_matrix(part: Part) -> bool:
     """Whether Muon is meant for it: a matrix, or a stack of them, that is neither embedding, head nor router."""
-    return parameter.dim() >= 2 and not any(part in name for part in _NOT_HIDDEN)
+    return part.parameter.dim() >= 2 and not any(name in part.name for name in _NOT_HIDDEN)
 
 
 class Muon:
     """Momentum, orthogonalised by Newton-Schulz (Keller Jordan, kellerjordan.github.io/posts/muon, 2024).
 
-    Differs from torch.optim.Muon in what this model needs: stacks of matrices, and fp32 where bf16 is slow. Matrices of
-    one shape are orthogonalised together.
+    Differs from torch.optim.Muon in what this model needs: stacks of matrices, shards, and fp32 where bf16 is slow.
+    Matrices of one shape are orthogonalised together. A matrix of which ranks hold rows is gathered for it; stacks of
+    experts are held by whole experts.
     """
 
-    def __init__(self, matrices: dict[str, nn.Parameter], momentum: float = 0.95):
-        self.beta = momentum
-        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in matrices.items()}
-        self._parameters = matrices
-        self._by_shape: dict[tuple[int, int], list[str]] = {}
-        for name, parameter in matrices.items():
-            self._by_shape.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(name)
+    def __init__(self, parts: list[tuple[Part, Tensor]], beta: float = 0.95):
+        self.beta = beta
+        self.momenta = [(part, torch.zeros_like(local)) for part, local in parts]
+        self.locals = [local for _, local in parts]
+        self._by_shape: dict[tuple[int, int], list[int]] = {}
+        for index, (part, _) in enumerate(parts):
+            self._by_shape.setdefault((part.parameter.shape[-2], part.parameter.shape[-1]), []).append(index)
 
     @torch.no_grad()
     def step(self, learning_rate: float, weight_decay: float) -> None:
-        for shape, names in self._by_shape.items():
-            updates = [self._nesterov(name).reshape(-1, *shape) for name in names]
+        for shape, indices in self._by_shape.items():
+            updates = [self._update(index).reshape(-1, *shape) for index in indices]
             sizes = [len(update) for update in updates]
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for name, update in zip(names, orthogonalise(torch.cat(updates)).split(sizes), strict=True):
-                parameter = self._parameters[name]
-                parameter.mul_(1.0 - learning_rate * weight_decay)
-                parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
+            for index, update in zip(indices, orthogonalise(torch.cat(updates)).split(sizes), strict=True):
+                part, local = self.momenta[index][0], self.locals[index]
+                local.mul_(1.0 - learning_rate * weight_decay)
+                local.add_(self._own(part, update).view_as(local), alpha=-learning_rate * scale)
 
-    def _nesterov(self, name: str) -> Tensor:
-        gradient, momentum = self._parameters[name].grad, self.momentum[name]
+    def _update(self, index: int) -> Tensor:
+        """The direction before it is orthogonalised: whole matrices."""
+        part, momentum = self.momenta[index]
+        gradient = self.locals[index].grad
         if gradient is None:
             gradient = torch.zeros_like(momentum)
         momentum.lerp_(gradient, 1.0 - self.beta)
-        return gradient.lerp(momentum, self.beta)
+        direction = gradient.lerp(momentum, self.beta)
+        return direction if part.experts is not None else part.whole(direction)
+
+    def _own(self, part: Part, update: Tensor) -> Tensor:
+        return update if part.experts is not None else part.own(update[0])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

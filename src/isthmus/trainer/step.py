@@ -1,78 +1,159 @@
-"""The losses of one step, for supervised training, and the log-probabilities that reinforcement training needs."""
+"""One training step: losses with denominators of the whole batch, accumulated over microbatches and ranks.
+
+Also the log-probabilities that reinforcement training needs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from isthmus.model.model import Model, document_mask
-from isthmus.model.moe import Router, Routing, sequence_balance_loss
-from isthmus.recipe import SftSection
+from isthmus.model.documents import Documents
+from isthmus.model.model import Model
+from isthmus.model.moe import Router, Trace, sequence_balance_sums
 from isthmus.trainer.batch import Batch
+from isthmus.trainer.mesh import Ranks, alone
 from isthmus.trainer.optimizer import Optimizer
+from isthmus.trainer.parallel import reduce_gradients
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that are held at once for a loss: 128 MiB in fp32. Beyond it they are computed again in the backward pass."""
+
+
+class Objective(Protocol):
+    """What the recipe's sections for training on text have in common."""
+
+    @property
+    def mtp_weight(self) -> float: ...
+    @property
+    def balance_alpha(self) -> float: ...
+    @property
+    def bias_update_speed(self) -> float: ...
 
 
 @dataclass
 class StepLosses:
-    """`total` is what is differentiated. `loads` holds one [E] tensor of token counts per MoE layer."""
+    """Means over the whole batch, of all ranks. `loads` holds one [E] tensor of token counts per MoE layer."""
 
-    total: Tensor
     loss: float
     mtp_loss: float
     balance_loss: float
     loads: list[Tensor]
+    tokens: int
 
 
-def sft_losses(model: Model, batch: Batch, *, mtp_weight: float, balance_alpha: float) -> StepLosses:
-    """Cross entropy on the targets, plus mtp_weight times that of multi-token prediction, plus the balance loss."""
-    mask = document_mask(batch.document)
-    trace: list[Routing] = []
-    hidden = model.hidden(batch.tokens, batch.positions, mask, trace=trace)
-    chosen = batch.target_mask[:, 1:]
-    loss = F.cross_entropy(model.logits(hidden[:, :-1][chosen]), batch.tokens[:, 1:][chosen])
-    total = loss
-    mtp_loss = hidden.new_zeros(())
-    if model.mtp_layer is not None and mtp_weight > 0:
-        mtp_loss = _mtp_loss(model, hidden, batch, mask, trace)
-        total = total + mtp_weight * mtp_loss
-    balance = hidden.new_zeros(())
-    if balance_alpha > 0 and trace:
-        balance = torch.stack([_balance(routing, batch) for routing in trace]).mean()
-        total = total + balance_alpha * balance
-    return StepLosses(total, loss.item(), mtp_loss.item(), balance.item(), [routing.load() for routing in trace])
-
-
-def sft_backward(model: Model, optimizer: Optimizer, batch: Batch, section: SftSection) -> StepLosses:
-    """The losses of one batch, with their gradients in the parameters and none from before."""
-    optimizer.zero_grad()
-    losses = sft_losses(model, batch, mtp_weight=section.mtp_weight, balance_alpha=section.balance_alpha)
-    losses.total.backward()
-    return losses
-
-
-def sft_step(
-    model: Model, optimizer: Optimizer, batch: Batch, section: SftSection, step: int
+def train_step(
+    model: Model,
+    optimizer: Optimizer,
+    batch: Batch,
+    section: Objective,
+    step: int,
+    ranks: Ranks | None = None,
+    rows_at_once: int | None = None,
 ) -> tuple[StepLosses, float]:
-    """One step of supervised fine-tuning, router biases included: (losses, norm of the gradient before clipping)."""
-    losses = sft_backward(model, optimizer, batch, section)
+    """One step, router biases included: (losses, norm of the gradient before clipping).
+
+    `batch` holds this rank's rows, on the CPU; `rows_at_once` of them make a microbatch.
+    """
+    losses = accumulate_gradients(model, optimizer, batch, section, ranks, rows_at_once)
     gradient_norm = optimizer.step(step)
     update_router_bias(model.routers(), losses.loads, section.bias_update_speed)
     return losses, gradient_norm
 
 
-def _mtp_loss(model: Model, hidden: Tensor, batch: Batch, mask: Tensor, trace: list[Routing]) -> Tensor:
-    logits = model.mtp_logits(hidden, batch.tokens, batch.positions, mask, trace)
-    same_document = (batch.document[:, 2:] == batch.document[:, :-2]) & batch.target_mask[:, 2:]
-    return F.cross_entropy(logits[:, :-1][same_document], batch.tokens[:, 2:][same_document])
+def accumulate_gradients(
+    model: Model,
+    optimizer: Optimizer,
+    batch: Batch,
+    section: Objective,
+    ranks: Ranks | None = None,
+    rows_at_once: int | None = None,
+) -> StepLosses:
+    """The losses of a step, with their gradients in the parameters and none from before."""
+    ranks = ranks or alone(next(model.parameters()).device)
+    optimizer.zero_grad()
+    counts = ranks.total(batch.counts().to(ranks.device)).clamp(min=1)
+    parts = list(_microbatches(batch, rows_at_once, ranks))
+    sums = torch.zeros(0)
+    for index, part in enumerate(parts):
+        reduce_gradients(model, now=index == len(parts) - 1)
+        spans, number = (
+            Documents.of(part.document, model.architecture.num_attention_heads).to(ranks.device),
+            max(1, part.num_documents),
+        )
+        total, found = model.compute(_losses, part.to(ranks.device), spans, number, counts, section)
+        total.backward()
+        sums = found if index == 0 else sums + found
+    return _step_losses(model, ranks.total(sums), counts)
 
 
-def _balance(routing: Routing, batch: Batch) -> Tensor:
-    rows, length = batch.tokens.shape[0], routing.scores.shape[0] // batch.tokens.shape[0]
-    sequence = torch.arange(rows, device=routing.scores.device).repeat_interleave(length)
-    return sequence_balance_loss(routing, sequence, rows)
+def _microbatches(batch: Batch, rows_at_once: int | None, ranks: Ranks) -> Iterator[Batch]:
+    """The rows in parts of one size, as many on each rank; rows without a document fill up."""
+    most = torch.tensor([len(batch.tokens)], device=ranks.device)
+    if ranks.world > 1:
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    rows = int(most)
+    size = min(rows_at_once or rows, rows)
+    filled = batch.with_rows(-(-rows // size) * size)
+    for start in range(0, len(filled.tokens), size):
+        yield filled.select(range(start, start + size))
+
+
+def _losses(
+    model: Model, batch: Batch, spans: Documents, documents: int, counts: Tensor, section: Objective
+) -> tuple[Tensor, Tensor]:
+    """(what is differentiated, sums of its parts and the load of each expert) of one microbatch.
+
+    `counts` are those of Batch.counts, summed over all microbatches and ranks.
+    """
+    targets, mtp_targets, all_documents, _ = counts.unbind()
+    size = model.architecture.vocab_size
+    trace = Trace()
+    hidden = model.hidden(batch.tokens, batch.positions, spans, trace=trace)
+    sequences = [batch.sequence.flatten()] * len(trace.routings)
+    chosen = batch.target_mask[:, 1:]
+    loss = _summed_cross_entropy(model.logits, size, hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen])
+    total = loss / targets
+    mtp_loss = balance = loss.new_zeros(())
+    if model.mtp_layer is not None and section.mtp_weight > 0:
+        states = model.mtp_states(hidden, batch.tokens, batch.positions, spans, trace)
+        sequences += [batch.mtp_sequence.flatten()] * (len(trace.routings) - len(sequences))
+        chosen = batch.mtp_mask
+        mtp_loss = _summed_cross_entropy(model.lm_head, size, states[:, :-2][chosen], batch.tokens[:, 2:][chosen])
+        total = total + section.mtp_weight * mtp_loss / mtp_targets
+    if section.balance_alpha > 0 and trace.routings:
+        parts = [sequence_balance_sums(r, s, documents) for r, s in zip(trace.routings, sequences, strict=True)]
+        balance = torch.stack(parts).mean()
+        total = total + section.balance_alpha * balance / all_documents
+    loads = [routing.load(s >= 0) for routing, s in zip(trace.routings, sequences, strict=True)]
+    return total, torch.cat([torch.stack((loss, mtp_loss, balance)).detach(), *loads])
+
+
+def _summed_cross_entropy(head: Callable[[Tensor], Tensor], vocabulary: int, states: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of states [N, D] of the cross entropy, in fp32 at least, with `targets` [N]."""
+
+    def one(part: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(part)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="sum")
+
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(states) <= rows:
+        return one(states, targets)
+    pairs = zip(states.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(one, *pair, use_reentrant=False) for pair in pairs]).sum()
+
+
+def _step_losses(model: Model, sums: Tensor, counts: Tensor) -> StepLosses:
+    routers = model.routers()
+    loads = sums[3:].view(len(routers), -1) if len(sums) > 3 else sums[3:]
+    loss, mtp_loss, balance = (sums[:3] / counts[:3]).tolist()
+    return StepLosses(loss, mtp_loss, balance, list(loads), int(counts[3]))
 
 
 @torch.no_grad()
@@ -87,7 +168,8 @@ def target_logprobs(model: Model, batch: Batch, temperature: float) -> tuple[Ten
 
     They are of the distribution softmax(logits / temperature), the one that was sampled.
     """
-    hidden = model.hidden(batch.tokens, batch.positions, document_mask(batch.document))
+    spans = Documents.of(batch.document.cpu(), model.architecture.num_attention_heads).to(batch.document.device)
+    hidden = model.hidden(batch.tokens, batch.positions, spans)
     chosen = batch.target_mask[:, 1:]
     log_probabilities = F.log_softmax(model.logits(hidden[:, :-1][chosen]) / temperature, dim=-1)
     taken = log_probabilities.gather(-1, batch.tokens[:, 1:][chosen].unsqueeze(-1)).squeeze(-1)

@@ -8,14 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused, Status, Tally
 
 
 class OperatorWatch(TorchDispatchMode):
-    """Shows every operator to `see` before it runs. Composite operators are shown as the parts that they are made of;
-    the marks that torch leaves for its profiler are not shown."""
+    """Shows every operator to `see` before it runs. Composite operators are shown as the parts that they are made of,
+    attention too: the CPU's fused kernel says nothing about a chip. The marks that torch leaves for its profiler are
+    not shown."""
+
+    def __enter__(self) -> Any:
+        self._unfused = [*getattr(self, "_unfused", []), sdpa_kernel(SDPBackend.MATH)]
+        self._unfused[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._unfused.pop().__exit__(*exception)
 
     def see(self, operator: str, dtypes: set[torch.dtype]) -> None:
         """An operator, named as in `aten::add.Tensor`, with the dtypes of its tensors and any that it asks for."""

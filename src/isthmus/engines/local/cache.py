@@ -1,4 +1,6 @@
-"""The latent cache: per layer one tensor [slots, length, C + R], with the active sequences in slots [0, B).
+"""The cache: per layer one tensor [slots, length, W], with the active sequences in slots [0, B).
+
+W is the architecture's `cache_width`: a latent and a rotated key per token, or the keys and values of all heads.
 
 Because active slots are contiguous, a decode step reads views of the store and gathers nothing.
 """
@@ -43,7 +45,7 @@ class DecodeCache:
         self._store, self._rows, self._positions, self._span = store, rows, positions, span
 
     def append(self, latents: Tensor) -> Tensor:
-        """Store latents [B, 1, C + R]; returns the view [B, span, C + R]."""
+        """Store latents [B, 1, W]; returns the view [B, span, W]."""
         self._store[self._rows, self._positions] = latents[:, 0]
         return self._store[: len(self._rows), : self._span]
 
@@ -55,7 +57,7 @@ class PrefillCache:
         self._store, self._prompt_of_slot, self._first = store, prompt_of_slot, first_slot
 
     def append(self, latents: Tensor) -> Tensor:
-        """Store latents [P, T, C + R], padding included: a later token overwrites it before the mask shows it."""
+        """Store latents [P, T, W], padding included: a later token overwrites it before the mask shows it."""
         last = self._first + len(self._prompt_of_slot)
         self._store[self._first : last, : latents.shape[1]] = latents.index_select(0, self._prompt_of_slot)
         return latents

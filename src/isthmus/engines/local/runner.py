@@ -10,16 +10,14 @@ from isthmus.model.model import Model
 
 
 class Runner:
-    """A model and its latent cache. `model` may be exchanged between two calls."""
+    """A model and its cache. `model` may be exchanged between two calls."""
 
     def __init__(self, model: Model, slots: int, length: int):
         a = model.architecture
         weight = model.lm_head.weight
         self.model = model
         self.device = weight.device
-        self.cache = SlotCache(
-            a.num_hidden_layers, slots, length, a.kv_lora_rank + a.qk_rope_head_dim, weight.dtype, weight.device
-        )
+        self.cache = SlotCache(a.num_hidden_layers, slots, length, a.cache_width, weight.dtype, weight.device)
         self._places = torch.arange(length, device=self.device)
         self._causal = torch.zeros(0, 0, device=self.device)
 

@@ -18,11 +18,10 @@ from isthmus.engines.local.runner import Runner
 from isthmus.engines.local.text import Vocabulary
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import WEIGHTS, read_bundle
+from isthmus.formats.bundle import read_bundle, weights_sha256
 from isthmus.formats.wire import unpack
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
-from isthmus.run import sha256_file
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LONGEST_SEQUENCE = 8192
@@ -105,7 +104,7 @@ def load_service(
         core,
         tokenizer,
         layout_of(bundle.tensors),
-        sha256_file(folder / WEIGHTS),
+        weights_sha256(folder),
         rehearsal,
         read_examples(folder),
     )

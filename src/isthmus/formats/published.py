@@ -1,0 +1,320 @@
+"""Weights in Hugging Face layout: one safetensors file, or several and an index, read tensor by tensor.
+
+DeepSeek's fp8 checkpoints are read too: `X.weight` in float8_e4m3fn, and `X.weight_scale_inv` with one fp32 factor per
+block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats.assemble import EMBEDDING, HEAD, unfilled
+from isthmus.recipe import DeepseekSection, ModelSection
+from isthmus.run import write_atomic
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 5_000_000_000
+SCALE = "_scale_inv"
+COMPUTED = ".rotary_emb.inv_freq"
+"""Old Llama checkpoints store the inverse frequencies, which config.json says already."""
+_SHOWN = 8
+
+
+class StoredTensors:
+    """The tensors of a folder by name; each is read when it is asked for. A context manager: files stay open in it.
+
+    Opening raises IsthmusError if the folder holds no weights, and DamagedFile naming the file that is missing or not
+    whole, the tensor that a file holds and the index does not name, or the reverse.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        try:
+            self._file_of = self._find()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """All names, file by file: the order in which reading is fastest."""
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The dtype as safetensors writes it: "F32", "BF16", "F8_E4M3", ..."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored."""
+        return self._open[self._file_of[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def _find(self) -> dict[str, str]:
+        files = _weight_files(self.folder)
+        index = _read_index(self.folder)
+        file_of: dict[str, str] = {}
+        for file in files:
+            for name in self._names_in(file):
+                if name in file_of:
+                    raise DamagedFile(f"{self.folder}: both {file_of[name]} and {file} hold {name}")
+                file_of[name] = file
+        problems = [f"{name} is in {file}, not in {INDEX}" for name, file in file_of.items() if name not in index]
+        problems += [f"{file} does not hold {name}" for name, file in index.items() if file_of.get(name) != file]
+        if index and problems:
+            raise DamagedFile(f"{self.folder} does not fit its {INDEX}: {shown(problems)}")
+        return file_of
+
+    def _names_in(self, file: str) -> list[str]:
+        try:
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        except SafetensorError as error:
+            raise DamagedFile(f"{self.folder / file} is not a whole safetensors file: {error}") from None
+        except FileNotFoundError:
+            raise DamagedFile(f"{self.folder / file} is missing") from None
+        return list(self._open[file].keys())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, in order; empty if there are none."""
+    return [folder / name for name in _weight_files(folder)]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if index := _read_index(folder):
+        files = sorted(set(index.values()))
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            count = sum(file in missing for file in index.values())
+            raise DamagedFile(f"{folder} lacks {shown(missing)}, named in {INDEX} for {count} tensors")
+        return files
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File of each tensor by the index; empty if there is none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is no index of safetensors files: {error!r}") from None
+    plain = isinstance(weight_map, dict) and all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    )
+    if not plain or not weight_map:
+        raise DamagedFile(f"{path}: weight_map must give each tensor the name of a file in the same folder")
+    return weight_map
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as one file, or, if they are larger than `shard_bytes`, as several and an index.
+
+    A tensor larger than `shard_bytes` gets a file of its own.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS, tensors)
+        return
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(folder / file, {name: tensors[name] for name in names})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }
+    write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_atomic(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def mtp_copies(architecture: ModelSection) -> dict[str, str]:
+    """Names of the copies that published checkpoints keep in the MTP layer, and of the tensors they copy."""
+    if not architecture.num_nextn_predict_layers:
+        return {}
+    prefix = f"model.layers.{architecture.num_hidden_layers}"
+    head = EMBEDDING if architecture.tie_word_embeddings else HEAD
+    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": head}
+
+
+@dataclass
+class Checkpoint:
+    """A published checkpoint of float or fp8 weights, checked against an architecture but not yet read.
+
+    `left_out` says in words which stored tensors the architecture does not use, for whoever tells the user.
+    """
+
+    stored: StoredTensors
+    architecture: ModelSection
+    left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._block = _fp8_block(self.stored.folder)
+        self._used = self._select()
+        self._check()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the architecture under its published name, one at a time, fp8 dequantised to fp32.
+
+        Raises DamagedFile if a copy of a shared tensor differs from it.
+        """
+        self._compare_copies()
+        for name in self._used:
+            if name not in self._copies and not name.endswith(SCALE):
+                yield name, self._float(name)
+
+    def _select(self) -> list[str]:
+        """The stored names that this architecture uses; notes the others that are known."""
+        names = self.stored.names
+        computed = [name for name in names if name.endswith(COMPUTED)]
+        if computed:
+            self.left_out.append(f"{len(computed)} tensors *{COMPUTED}: computed from config.json")
+        mtp = [] if self.architecture.num_nextn_predict_layers else [name for name in names if self._of_mtp(name)]
+        if mtp:
+            self.left_out.append(f"{len(mtp)} tensors of the MTP layer: num_nextn_predict_layers = 0")
+        ignored = {*computed, *mtp}
+        return [name for name in names if name not in ignored]
+
+    @property
+    def _mtp_prefix(self) -> str:
+        return f"model.layers.{self.architecture.num_hidden_layers}."
+
+    def _of_mtp(self, name: str) -> bool:
+        return isinstance(self.architecture, DeepseekSection) and name.startswith(self._mtp_prefix)
+
+    @property
+    def _copies(self) -> dict[str, str]:
+        tied = {HEAD: EMBEDDING} if self.architecture.tie_word_embeddings else {}
+        return {**mtp_copies(self.architecture), **tied}
+
+    def _check(self) -> None:
+        expected = {name: tuple(t.shape) for name, t in unfilled(self.architecture).state_dict().items()}
+        wanted = {name: shape for name, shape in expected.items() if name not in self._copies}
+        used = set(self._used)
+        missing = [name for name in wanted if name not in used]
+        if missing and all(map(self._of_mtp, missing)) and not any(map(self._of_mtp, used)):
+            raise IsthmusError(
+                f"{self.stored.folder} has no tensor of the MTP layer, {self._mtp_prefix}*, and "
+                "num_nextn_predict_layers is 1: set num_nextn_predict_layers = 0 in [model]"
+            )
+        problems = [f"missing {name}" for name in missing]
+        for name in self._used:
+            if name.endswith(SCALE):
+                problems += self._scale_problems(name)
+            elif name in self._copies:
+                problems += self._shape_problems(name, expected.get(self._copies[name]))
+            else:
+                problems += self._shape_problems(name, wanted.get(name))
+        if problems:
+            raise IsthmusError(f"{self.stored.folder} does not fit its architecture: {shown(sorted(problems))}")
+
+    def _shape_problems(self, name: str, shape: tuple[int, ...] | None) -> list[str]:
+        if shape is None:
+            return [f"unexpected {name}"]
+        found, kind = self.stored.shape(name), self.stored.kind(name)
+        if found != shape:
+            return [f"{name} is {list(found)} and should be {list(shape)}"]
+        if kind == "F8_E4M3":
+            return [] if f"{name}{SCALE}" in self.stored else [f"{name} is fp8, and {name}{SCALE} is missing"]
+        return [] if kind in ("F64", "F32", "F16", "BF16") else [f"{name} is quantised ({kind}), which is not read"]
+
+    def _scale_problems(self, name: str) -> list[str]:
+        weight = name.removesuffix(SCALE)
+        if weight not in self.stored or self.stored.kind(weight) != "F8_E4M3":
+            return [f"unexpected {name}"]
+        if self._block is None:
+            return [f"{weight} is fp8, and {CONFIG} has no quantization_config of fp8"]
+        blocks = [-(-size // block) for size, block in zip(self.stored.shape(weight), self._block, strict=False)]
+        found = list(self.stored.shape(name))
+        return [] if found == blocks else [f"{name} is {found} and should be {blocks}"]
+
+    def _float(self, name: str) -> Tensor:
+        tensor = self.stored.read(name)
+        if self.stored.kind(name) != "F8_E4M3":
+            return tensor
+        assert self._block is not None, "checked when the checkpoint was opened"
+        return dequantise_blocks(tensor, self.stored.read(f"{name}{SCALE}"), self._block)
+
+    def _compare_copies(self) -> None:
+        for copy, original in self._copies.items():
+            if copy in self.stored and not torch.equal(self._float(copy).float(), self._float(original).float()):
+                raise DamagedFile(f"{self.stored.folder}: {copy} differs from {original}, which it is a copy of")
+
+
+def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight [M, N] times the factor of its block, in fp32; scale [ceil(M / block[0]), ceil(N / block[1])]."""
+    rows, columns = block
+    values = weight.to(torch.float32)
+    for index, factors in enumerate(scale.to(torch.float32)):
+        wide = factors.repeat_interleave(columns)[: values.shape[1]]
+        values[index * rows : (index + 1) * rows] *= wide
+    return values
+
+
+def _fp8_block(folder: Path) -> tuple[int, int] | None:
+    """Block size of a checkpoint in DeepSeek's fp8; None if its weights are float. Raises IsthmusError for others."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise IsthmusError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise IsthmusError(
+            f"{path} announces quantisation {quantization.get('quant_method')!r} with weight_block_size {block!r}. "
+            "Training starts from float weights, or from fp8 with a scale per block: use the unquantised checkpoint"
+        )
+    return int(block[0]), int(block[1])
+
+
+def shown(problems: Iterable[str]) -> str:
+    """The first problems of a list, and how many more there are."""
+    listed = list(problems)
+    more = f"; and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return "; ".join(listed[:_SHOWN]) + more

@@ -1,0 +1,143 @@
+"""What one rank holds of a model: whole parameters, or its shards of them, under names that do not depend on the rank.
+
+A stack of routed experts is held by whole experts, so each of them has a name and a shape of its own wherever it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from isthmus.model.model import Model
+from isthmus.model.moe import Experts, published
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter as this rank holds it. `experts` is the module of a stack of experts."""
+
+    name: str
+    parameter: nn.Parameter
+    experts: Experts | None
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's shard, or the whole parameter; shares its storage."""
+        tensor = self.parameter.detach()
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    @property
+    def gradient(self) -> Tensor | None:
+        gradient = self.parameter.grad
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(first row, number of rows) of the shard."""
+        total = self.parameter.shape[0]
+        if not isinstance(self.parameter, DTensor):
+            return 0, total
+        dimension = _sharded_dimension(self.parameter)
+        size = math.ceil(total / self.parameter.device_mesh.size(dimension))
+        first = min(size * self.parameter.device_mesh.get_local_rank(dimension), total)
+        return first, min(size, total - first)
+
+    def whole(self, local: Tensor) -> Tensor:
+        """The tensor of which every rank holds a shard like this parameter's. All ranks must call it."""
+        wrapped = self._wrapped(local)
+        return wrapped.full_tensor() if isinstance(wrapped, DTensor) else wrapped
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a whole tensor, or its experts of a whole stack."""
+        first, count = self.rows
+        return whole.narrow(0, first + (self.experts.first if self.experts else 0), count)
+
+    def stored(self, local: Tensor) -> dict[str, Tensor]:
+        """`local`, shaped as this rank's shard, under the published names; one entry per expert of a stack."""
+        if self.experts is None:
+            return {self.name: self._wrapped(local)}
+        prefix, _, parameter = self.name.rpartition(".")
+        named = published(parameter, local, self.experts.first + self.rows[0])
+        return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
+
+    def _wrapped(self, local: Tensor) -> Tensor:
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return local
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """Every parameter once, in the order of the model."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return [Part(name, parameter, stacks.get(name.rpartition(".")[0])) for name, parameter in model.named_parameters()]
+
+
+def model_state(model: Model) -> dict[str, Tensor]:
+    """The tensors of a model that may be sharded, under the published names; they share its storage."""
+    state: dict[str, Tensor] = {}
+    for part in parts_of(model):
+        state.update(part.stored(part.local))
+    stored = _stored_buffers(model)
+    state.update({name: buffer for name, buffer in model.named_buffers() if name in stored})
+    if model.architecture.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    return state
+
+
+@torch.no_grad()
+def initialise(model: Model, seed: int) -> None:
+    """Fill what this rank holds of a model with its initial values."""
+    parts = {part.name: part for part in parts_of(model)}
+    for name, value in model.initial_values(seed):
+        parts[name].local.copy_(parts[name].own(value))
+    for router in model.routers():
+        router.e_score_correction_bias.zero_()
+
+
+def receiver(model: Model) -> Callable[[str, Tensor], None]:
+    """A function that copies a whole tensor with its published name to what this rank holds of it, if anything."""
+    parts = {part.name: part for part in parts_of(model) if part.experts is None}
+    views = {name: view for part in parts_of(model) if part.experts for name, view in part.stored(part.local).items()}
+    views |= {name: buffer for name, buffer in model.named_buffers() if name in _stored_buffers(model)}
+
+    @torch.no_grad()
+    def receive(name: str, tensor: Tensor) -> None:
+        if name in parts:
+            parts[name].local.copy_(parts[name].own(tensor))
+        elif name in views:
+            views[name].copy_(tensor)
+
+    return receive
+
+
+def _stored_buffers(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+
+
+def _sharded_dimension(parameter: DTensor) -> int:
+    """The dimension of the mesh over which rows are sharded."""
+    for dimension, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, f"sharded along {placement.dim}"
+            return dimension
+        assert isinstance(placement, Replicate), placement
+    raise AssertionError("not sharded")
