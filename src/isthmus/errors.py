@@ -18,8 +18,7 @@ class DamagedFile(GateRefused):
 
 
 class RanksFailed(IsthmusError):
-    """A rank of a stage stopped; the exit code is its own if it gave one of ours."""
+    """A rank of a stage stopped, and not because of an error that the user can meet."""
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str):
         super().__init__(f"{message}\nRun the same command again to go on from the last checkpoint.")
-        self.exit_code = exit_code if exit_code in (1, 2) else 2

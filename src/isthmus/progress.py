@@ -7,7 +7,17 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 LINE_INTERVAL_S = 15.0
 
@@ -26,7 +36,19 @@ class Counter:
             self._bar.update(self._task, completed=done, status=status)
         elif done >= self.total or time.monotonic() - self._last_line > LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._console.print(f"  {self.title} {done}/{self.total}  {status}", highlight=False)
+            self._console.print(f"  {self.title} {done}/{self.total}  {status}", highlight=False, soft_wrap=True)
+
+
+class StatusColumn(TextColumn):
+    """The text beside the bar. Where the terminal is too narrow for all, it is cut, and everything else is shown."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.fields[status]}", table_column=Column(overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap = True
+        return text
 
 
 class Watch:
@@ -47,11 +69,11 @@ class Watch:
             return
         columns = (
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=24, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            StatusColumn(),
         )
         with Progress(*columns, console=self.console) as bar:
             yield Counter(title, total, self.console, bar)

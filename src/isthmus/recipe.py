@@ -299,8 +299,8 @@ class TrainSection(Section):
     rows_per_microbatch: Positive | None = Field(
         default=None, description="packed rows that a chip computes at once; all of its rows if absent"
     )
-    activation_checkpointing: bool = False
-    compile: bool = False
+    activation_checkpointing: bool = Field(default=False, description="compute layers again in the backward pass")
+    compile: bool = Field(default=False, description="torch.compile norms, projections, MLPs and routers")
     replicate: Positive = 1
     expert: Positive = 1
     tensorboard: bool = False
@@ -409,6 +409,14 @@ class Recipe(Section):
                     raise ValueError(f"place.{stage} names the pool {pool!r}; the recipe has {', '.join(self.pools)}")
         return self
 
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> Self:
+        for name in self.place.train:
+            pool = self.pools[name]
+            if not pool.rehearsed and (problem := layout_problem(self.model, self.train, pool.ranks or pool.count)):
+                raise ValueError(f"pool {name!r}: {problem}")
+        return self
+
     def canonical(self) -> str:
         """The resolved recipe as JSON with sorted keys: the text that is hashed and stored."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, indent=2)
@@ -416,6 +424,26 @@ class Recipe(Section):
     def digest(self) -> str:
         """SHA-256 of `canonical()`, hexadecimal."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str | None:
+    """Why `ranks` processes cannot divide a model as [train] says, or None if they can."""
+    if ranks % (train.replicate * train.expert):
+        return (
+            f"training on {ranks} rank{'s' * (ranks > 1)} with train.replicate = {train.replicate} and train.expert = "
+            f"{train.expert}: their product must divide the number of ranks"
+        )
+    if not isinstance(model, DeepseekSection):
+        return f"train.expert = {train.expert}, but a dense model has no experts" if train.expert > 1 else None
+    if model.n_routed_experts % train.expert:
+        return f"train.expert = {train.expert} does not divide the {model.n_routed_experts} routed experts"
+    sharing = ranks // train.replicate
+    if sharing > model.n_routed_experts:
+        return (
+            f"{sharing} ranks share the {model.n_routed_experts} routed experts, which are held whole: some ranks would "
+            "hold none; raise train.replicate"
+        )
+    return None
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -452,6 +480,11 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(_explain(error, f"{origin or 'the recipe'} is not a valid recipe:")) from None
+
+
+def preset_architecture(name: str, **changes: Any) -> DeepseekSection | DenseSection:
+    """An architecture that ships with the package, with some of its keys changed."""
+    return parse_architecture({**_read_preset(name), **changes})
 
 
 def preset_names() -> list[str]:

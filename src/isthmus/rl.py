@@ -122,6 +122,8 @@ def execute(run: RunFolder, watch: Watch) -> RlRecord:
 def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Watch) -> Iterator[Session]:
     recipe = run.recipe
     home, away = (get_pool(recipe, plan.pool_of(stage)) for stage in ("train", "rollout"))
+    if home.ranks > 1:
+        run.event(NAME, "fallback", what=f"one of {home.ranks} ranks learns", why="RL does not spread over ranks")
     at_once = recipe.rl.staleness > 0
     torch.set_num_threads(home.shared_threads if at_once else home.threads)
     task = load_task(recipe)

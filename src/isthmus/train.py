@@ -26,12 +26,13 @@ from isthmus.forecast.count import training_flops
 from isthmus.formats.assemble import unfilled
 from isthmus.launch.local import run_ranks
 from isthmus.model.model import Model
+from isthmus.model.moe import Experts
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Counter, Watch
 from isthmus.recipe import PretrainSection, SftSection
 from isthmus.records import PlanRecord, TrainRecord
 from isthmus.run import Figure, RunFolder
-from isthmus.trainer.batch import Batch, pack
+from isthmus.trainer.batch import ROW_LENGTH, Batch, pack
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
     SavedCheckpoint,
@@ -40,6 +41,7 @@ from isthmus.trainer.checkpoint import (
     restore_rng,
     rng_state,
 )
+from isthmus.trainer.compiled import compile_parts
 from isthmus.trainer.initial import load_published
 from isthmus.trainer.mesh import Ranks, check_layout, launched_world, open_ranks
 from isthmus.trainer.observe import Profiler, TensorBoard, expert_imbalance, mfu, peak_memory, profiler
@@ -99,7 +101,7 @@ def execute(run: RunFolder, watch: Watch, *, profile: bool = False) -> TrainReco
     pool = get_pool(run.recipe, run.require_record("plan", PlanRecord, "plan").pool_of(NAME))
     check_layout(run.recipe.model, run.recipe.train, launched_world() or pool.ranks)
     if pool.ranks > 1 and launched_world() is None:
-        run_ranks([NAME, str(run.path), *(["--profile"] if profile else [])], pool.ranks, run.path / NAME / "ranks")
+        run_ranks(NAME, run.path, {"profile": profile}, pool.ranks, run.path / NAME / "ranks")
         return run.require_record(NAME, TrainRecord, NAME)
     with _open_session(run, watch, pool, profile) as session:
         saved = [_train(session, phase) for phase in _phases(session)]
@@ -107,7 +109,7 @@ def execute(run: RunFolder, watch: Watch, *, profile: bool = False) -> TrainReco
             record = _record(session, started, saved[-1])
             run.write_record(NAME, record)
             run.event(NAME, "end", seconds=round(record.seconds, 3))
-        session.ranks.barrier()
+        session.ranks.wait()
     return run.require_record(NAME, TrainRecord, NAME)
 
 
@@ -117,9 +119,11 @@ def _open_session(run: RunFolder, watch: Watch, pool: Pool, profile: bool) -> It
     precision = section.precision or ("fp32" if device_type == "cpu" else "bf16")
     if device_type == "cpu":
         torch.set_num_threads(max(1, pool.threads // (launched_world() or 1)))
+    torch.manual_seed(run.recipe.seed)
     with open_ranks(device_type, grouped=precision != "fp32") as ranks:
-        session = Session(run, watch, pool, get_chip(pool.chip), ranks, precision, _model(run, ranks, precision))
+        session = Session(run, watch, pool, get_chip(pool.chip), ranks, precision, unfilled(run.recipe.model))
         session.event("start", pool=pool.name, ranks=ranks.world, precision=precision)
+        _prepare(session)
         if profile and ranks.is_first:
             with profiler(run.path / "profile" / f"{NAME}.json", *TRACED_STEPS) as session.profiler:
                 yield session
@@ -136,25 +140,35 @@ def _report_trace(session: Session, tracing: Profiler) -> None:
     session.say(f"  trace: {tracing.written or 'none, there were too few steps left to train'}")
 
 
-def _model(run: RunFolder, ranks: Ranks, precision: str) -> Model:
-    """The model as training starts, sharded if there is a group of ranks."""
-    recipe = run.recipe
-    model = unfilled(recipe.model)
+def _prepare(session: Session) -> None:
+    """Make the model what it is as training starts: sharded, if there is a group of ranks, and filled."""
+    model, ranks, recipe = session.model, session.ranks, session.run.recipe
     if recipe.train.activation_checkpointing:
         model.recompute_activations()
     if recipe.train.compile:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_parts(model)
+    _choose_expert_kernels(session)
     if ranks.grouped:
-        distribute(model, ranks, recipe.train, torch.bfloat16 if precision == "bf16" else torch.float32)
+        distribute(model, ranks, recipe.train, torch.bfloat16 if session.precision == "bf16" else torch.float32)
     materialise(model, ranks.device)
     if recipe.model.from_ is None:
         initialise(model, recipe.seed)
-        return model
+        return
     for left_out in load_published(model, recipe.model.from_):
-        if ranks.is_first:
-            run.event(NAME, "fallback", what=left_out, why="the recipe's model does without it")
-    return model
+        session.event("fallback", what=left_out, why="the recipe's model does without it")
+
+
+def _choose_expert_kernels(session: Session) -> None:
+    """One grouped kernel for all experts where the chip has it. The other way needs the counts on the host."""
+    experts = [module for module in session.model.modules() if isinstance(module, Experts)]
+    aligned = all(size % 8 == 0 for module in experts for size in module.down.shape[1:])
+    grouped = bool(session.chip.capabilities.grouped_matmul) and session.precision == "bf16" and aligned
+    for module in experts:
+        module.grouped = grouped
+    if experts and not grouped and session.ranks.device.type != "cpu":
+        why = f"no grouped product in {session.precision} is known for {session.chip.name}"
+        why = why if aligned else "hidden_size and moe_intermediate_size must be multiples of 8 for a grouped product"
+        session.event("fallback", what="a matrix product for each expert", why=why)
 
 
 def _phases(session: Session) -> list[Phase]:
@@ -162,12 +176,14 @@ def _phases(session: Session) -> list[Phase]:
     task = load_task(run.recipe)
     if session.ranks.is_first:
         run_tokenizer(run, task)
-    session.ranks.barrier()
+    session.ranks.wait()
     tokenizer = run_tokenizer(run, task)
     first, world = session.ranks.rank, session.ranks.world
 
+    row_length = ROW_LENGTH if run.recipe.train.rows_per_microbatch else None
+
     def sft_rows(step: int) -> Batch:
-        whole = pack(sft_documents(run, task, tokenizer, step))
+        whole = pack(sft_documents(run, task, tokenizer, step), row_length, multiple_of=world)
         return whole.select(range(first, len(whole.tokens), world))
 
     sft = Phase(NAME, "SFT", "step", run.recipe.sft, sft_rows, f"seed {run.recipe.seed}")
@@ -271,6 +287,7 @@ def _one_step(session: Session, phase: Phase, optimizer: Optimizer, step: int, c
         session.profiler.step()
     if not session.ranks.is_first:
         return
+    losses = losses.on_host()
     rate = phase.section.optimizer.learning_rate * optimizer.schedule(step)
     measures = _measures(session, losses, batch.mean_context, seconds)
     measures |= {"grad_norm": round(gradient_norm, 4), "learning_rate": rate}
@@ -296,12 +313,12 @@ def _measures(session: Session, losses: StepLosses, context: float, seconds: flo
 
 def _report(session: Session, phase: Phase, step: int, losses: StepLosses, measures: dict[str, float | None]) -> None:
     values = {
-        "loss": round(losses.loss, 5),
-        "mtp_loss": round(losses.mtp_loss, 5),
-        "balance_loss": round(losses.balance_loss, 5),
+        "loss": round(losses.loss, 7),
+        "mtp_loss": round(losses.mtp_loss, 7),
+        "balance_loss": round(losses.balance_loss, 7),
         **measures,
     }
-    loads = [[round(share, 4) for share in (load / load.sum()).tolist()] for load in losses.loads]
+    loads = [[round(share, 4) for share in (load / load.sum().clamp(min=1)).tolist()] for load in losses.loads]
     session.run.event(NAME, phase.event, step=step, expert_load=loads, ranks=session.ranks.world, **values)
     if session.board is not None:
         session.board.step(phase.name, step, values)
@@ -322,14 +339,14 @@ def _measured(session: Session, value: float, unit: str, source: str) -> Figure:
 
 
 def _record(session: Session, started: float, saved: SavedCheckpoint) -> TrainRecord:
-    run, model = session.run, session.model
+    run, whole = session.run, unfilled(session.run.recipe.model)
     last = run.events(NAME, "step")[-1]
     source = f"step {saved.step} of supervised fine-tuning on pool {session.pool.name}, events.jsonl"
     figures = {
         "loss": _measured(session, last["loss"], "nats/token", source),
         "tokens_per_s": _measured(session, last["tokens_per_s"], "tokens/s", source),
         "parameters": _measured(
-            session, sum(p.numel() for p in model.parameters()), "parameters", "counted on the model"
+            session, sum(p.numel() for p in whole.parameters()), "parameters", "counted on the model"
         ),
     }
     return TrainRecord(

@@ -336,21 +336,24 @@ def test_load_counts_the_real_tokens_of_each_expert(arch: DeepseekSection, seed:
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_a_step_balances_by_what_each_document_does_alone(scoring: str, rows_at_once: int | None):
     """Neither packing, nor padding, nor accumulation changes the balance loss or how the routing biases move."""
-    arch = architecture(scoring_func=scoring, num_nextn_predict_layers=0)
+    arch = architecture(scoring_func=scoring)
     model = randomised(arch, seed=4, lowest_bias=-0.5)
     texts = [random_tokens(length, rows=1, length=length, vocab=97) for length in (9, 20, 14, 30, 6)]
-    batch = pack([Document(text[0].tolist(), 2) for text in texts], 48)
+    batch = pack([Document(text[0].tolist(), 2) for text in texts], 30)
     assert (batch.document < 0).any() and len(batch.tokens) > 1
     loads, balance, before = torch.zeros(len(model.routers()), arch.n_routed_experts), [], biases(model)
     for text in texts:
         trace = Trace()
-        model.hidden(text, trace=trace)
+        length = text.shape[1]
+        hidden = model.hidden(text, trace=trace)
+        model.mtp_states(hidden, text, torch.arange(length)[None], causal_mask(length), trace)
         for layer, routing in enumerate(trace.routings):
-            balance.append(papers_balance(routing, list(range(text.shape[1]))))
-            for expert in routing.experts.flatten().tolist():
+            seen = length - 1 if layer == len(trace.routings) - 1 else length  # the last token has no next one
+            balance.append(papers_balance(routing, list(range(seen))))
+            for expert in routing.experts[:seen].flatten().tolist():
                 loads[layer, expert] += 1
     optimizer = Optimizer(model, OptimizerSection(name="adamw", learning_rate=1e-3), total_steps=1)
-    objective = SimpleNamespace(mtp_weight=0.0, balance_alpha=1e-2, bias_update_speed=0.01)
+    objective = SimpleNamespace(mtp_weight=0.1, balance_alpha=1e-2, bias_update_speed=0.01)
     losses, _ = train_step(model, optimizer, batch, objective, 0, rows_at_once=rows_at_once)
     assert losses.balance_loss == pytest.approx(sum(balance) / len(balance), rel=1e-4)
     assert [load.tolist() for load in losses.loads] == loads.tolist()

@@ -121,6 +121,7 @@ def test_the_engine_generates_what_transformers_generates(model_type: str, kv_he
     model = randomised(dense_architecture(model_type, num_key_value_heads=kv_heads), seed=kv_heads).eval()
     prompts = [[5, 80, 3, 17], [8, 2]]
     other = theirs(model)
+    other.generation_config.eos_token_id = None
     runner = Runner(model, slots=2, length=40)
     assert runner.cache.layers[0].shape == (2, 40, 2 * kv_heads * 10)
     ours = [list(prompt) for prompt in prompts]
@@ -132,11 +133,8 @@ def test_the_engine_generates_what_transformers_generates(model_type: str, kv_he
             positions = torch.tensor([len(row) - 1 for row in ours])
             logits = runner.decode(torch.tensor([row[-1] for row in ours]), positions, int(positions.max()) + 1)
         for prompt, row in zip(prompts, ours, strict=True):
-            theirs_row = other.generate(
-                torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
-            )
-            # min_new_tokens forbids the end of the text (token 1), which a random model may well want
-            assert 1 not in row[len(prompt) :] and row == theirs_row[0].tolist()
+            theirs_row = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+            assert row == theirs_row[0].tolist()
 
 
 def test_weights_depend_on_the_seed_alone_and_biases_start_at_zero():

@@ -27,6 +27,7 @@ from isthmus.model.moe import Experts
 from isthmus.recipe import ModelSection, OptimizerSection, SftSection, TrainSection
 from isthmus.trainer import parallel
 from isthmus.trainer.batch import Batch, pack
+from isthmus.trainer.compiled import compile_parts
 from isthmus.trainer.initial import load_published
 from isthmus.trainer.mesh import Ranks, alone, check_layout
 from isthmus.trainer.optimizer import Optimizer
@@ -230,9 +231,27 @@ def test_tokens_travel_to_their_experts_and_back():
         assert len(sent) == 4
 
 
+def test_compiled_parts_compute_the_same(single):
+    found = in_world(1, compiled_losses)[0]
+    assert found == pytest.approx([losses[0] for losses in single.losses[: len(found)]], abs=1e-5)
+
+
+def compiled_losses(rank: int) -> list[float]:
+    """Losses of steps with different numbers of tokens; a part that is compiled for each of them would raise."""
+    model = Model(TINY_MODEL).initialise(0)
+    compile_parts(model)
+    sft = SftSection(steps=STEPS, optimizer=ADAMW, balance_alpha=0.01, bias_update_speed=0.01)
+    optimizer = Optimizer(model, ADAMW, STEPS)
+    return [train_step(model, optimizer, batch_of_step(step, 0, 1), sft, step)[0].loss for step in range(10)]
+
+
 def test_layouts_that_do_not_divide_are_refused():
     check_layout(tiny_architecture(), TrainSection(replicate=2, expert=2), 8)
-    with pytest.raises(IsthmusError, match="6 ranks do not divide"):
+    with pytest.raises(IsthmusError, match="training on 6 ranks with"):
         check_layout(tiny_architecture(), TrainSection(replicate=2, expert=2), 6)
     with pytest.raises(IsthmusError, match="8 does not divide the 4 routed experts"):
         check_layout(tiny_architecture(), TrainSection(expert=8), 8)
+    with pytest.raises(IsthmusError, match="8 ranks share the 4 routed experts"):
+        check_layout(tiny_architecture(), TrainSection(), 8)
+    with pytest.raises(IsthmusError, match="a dense model has no experts"):
+        check_layout(TIED["dense"], TrainSection(expert=2), 2)

@@ -48,9 +48,14 @@ def test_packing_keeps_every_document_whole_and_once(lengths, seed):
         assert batch.target_mask[here].sum() == len(item.tokens) - item.prompt_length
 
 
-def test_packing_refuses_a_document_that_does_not_fit():
-    with pytest.raises(ValueError, match="does not fit"):
-        pack(documents(0, [50]), 48)
+@given(st.lists(st.integers(2, 40), min_size=8, max_size=60), st.integers(1, 4))
+def test_rows_are_about_as_long_as_asked_and_divide_among_ranks(lengths, ranks):
+    batch = pack(documents(0, lengths), 60, multiple_of=ranks)
+    rows, width = batch.tokens.shape
+    assert rows % ranks == 0
+    assert width * rows < sum(lengths) + max(lengths) * rows, "the fullest row is within one document of the mean"
+    if sum(lengths) >= 60 * ranks:
+        assert sum(lengths) / rows >= 60
 
 
 def test_losses_of_packed_documents_equal_those_of_single_ones():
@@ -82,14 +87,24 @@ def test_microbatches_and_parts_of_the_logits_change_nothing(monkeypatch, logits
     whole = accumulate_gradients(model, optimizer, batch, OBJECTIVE)
     expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     monkeypatch.setattr(step_module, "LOGITS_AT_ONCE", logits_at_once)
-    parts = accumulate_gradients(model, optimizer, batch, OBJECTIVE, rows_at_once=2)
-    assert len(batch.tokens) % 2 == 1
+    parts = accumulate_gradients(model, optimizer, batch, OBJECTIVE, rows_at_once=3)
+    assert len(batch.tokens) % 3 == 1
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.mtp_loss == pytest.approx(whole.mtp_loss, rel=1e-6)
     assert parts.balance_loss == pytest.approx(whole.balance_loss, rel=1e-6)
     assert [load.tolist() for load in parts.loads] == [load.tolist() for load in whole.loads]
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_without_multi_token_prediction_its_router_stays():
+    model = randomised(architecture(), seed=1)
+    before = [router.e_score_correction_bias.clone() for router in model.routers()]
+    objective = OBJECTIVE.model_copy(update={"mtp_weight": 0.0})
+    losses, _ = train_step(model, Optimizer(model, MUON, 1), pack(documents(1, [9, 20, 14])), objective, 0)
+    after = [router.e_score_correction_bias for router in model.routers()]
+    assert losses.mtp_loss == 0.0 and len(losses.loads) == len(before) - 1
+    assert torch.equal(before[-1], after[-1]) and not torch.equal(before[0], after[0])
 
 
 def test_recomputed_activations_give_the_same_gradients():

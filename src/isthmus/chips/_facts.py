@@ -51,7 +51,8 @@ class Capabilities:
     """What a chip is known to run; None where that is unknown.
 
     `dtypes` and `formats` use the names of torch dtypes in short (fp32, bf16, int8, fp8) and of `isthmus/formats`;
-    `collectives` are torch.distributed backends; `engines` are serving programs.
+    `collectives` are torch.distributed backends; `engines` are serving programs. `grouped_matmul` says whether torch's
+    grouped_mm has a kernel of its own in bf16 for it.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Capabilities:
     formats: tuple[str, ...] | None = None
     collectives: tuple[str, ...] | None = None
     engines: tuple[str, ...] | None = None
+    grouped_matmul: bool | None = None
 
 
 @dataclass(frozen=True)

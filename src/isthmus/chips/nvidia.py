@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from isthmus.chips._detect import absent, devices_of
 from isthmus.chips._facts import Chip, Presence, Vendor, chips_from_table
 
@@ -21,13 +23,23 @@ _NAMES = (
 )
 
 
+# Where grouped_mm runs without a loop on the host (github.com/pytorch/pytorch/pull/161717). Not on compute capability
+# 10: there the weight gradient of an expert without rows is wrong (github.com/pytorch/pytorch/issues/172439).
+_GROUPED_MATMUL = {"h20", "h100-sxm", "h200-sxm", "h800-sxm"}
+
+
 def chips() -> list[Chip]:
-    return chips_from_table(
+    listed = chips_from_table(
         "NVIDIA",
         source="backends of torch.distributed; platforms of vLLM and SGLang",
         collectives=("nccl", "gloo"),
         engines=("vllm", "sglang"),
     )
+    return [_with_grouped_matmul(chip) if chip.slug in _GROUPED_MATMUL else chip for chip in listed]
+
+
+def _with_grouped_matmul(chip: Chip) -> Chip:
+    return dataclasses.replace(chip, capabilities=dataclasses.replace(chip.capabilities, grouped_matmul=True))
 
 
 def detect() -> Presence:

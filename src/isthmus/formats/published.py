@@ -7,7 +7,7 @@ block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,14 +194,14 @@ class Checkpoint:
         self._used = self._select()
         self._check()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the architecture under its published name, one at a time, fp8 dequantised to fp32.
+    def tensors(self, wants: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that `wants` names under their published names, one at a time, fp8 dequantised to fp32.
 
         Raises DamagedFile if a copy of a shared tensor differs from it.
         """
         self._compare_copies()
         for name in self._used:
-            if name not in self._copies and not name.endswith(SCALE):
+            if name not in self._copies and not name.endswith(SCALE) and wants(name):
                 yield name, self._float(name)
 
     def _select(self) -> list[str]:

@@ -2,61 +2,114 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
+import signal
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from isthmus.errors import IsthmusError, RanksFailed
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError, RanksFailed
+from isthmus.launch.rank import Report, read_report
+from isthmus.run import explain_io_errors
 
 LAST_LINES = 12
+HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""The signals that the agent takes to itself, and passes on to the ranks."""
 
 
-def run_ranks(arguments: list[str], ranks: int, logs: Path) -> None:
-    """Run `isthmus ARGUMENTS` in `ranks` processes. The first one speaks on this console, the others into `logs`.
+def run_ranks(stage: str, run: Path, options: dict[str, bool], ranks: int, logs: Path) -> None:
+    """Execute a stage of a run folder in `ranks` processes; the first one speaks on this console.
 
-    Raises RanksFailed with the exit code and the words of the rank that failed first; KeyboardInterrupt if stopped.
+    What else they write is under `logs` while they run, and stays there if one fails. They end when this process ends,
+    however it ends.
+
+    Raises the error that one of them met as if it was met here; RanksFailed with the rank, the signal or exit code and
+    its last words if one ended in another way; KeyboardInterrupt if this process is asked to stop.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="launch-", dir=logs) as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            max_restarts=0,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id="isthmus",
-            logs_specs=DefaultLogsSpecs(
-                log_dir=folder,
-                redirects=dict.fromkeys(range(1, ranks), Std.ALL),
-                tee={0: Std.ERR},
-            ),
-            log_line_prefix_template="",
-        )
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with explain_io_errors(logs):
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir(parents=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        run_id="isthmus",
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(logs), redirects={rank: Std.ALL if rank else Std.ERR for rank in range(ranks)}
+        ),
+        signals_to_handle=",".join(HANDLED),
+    )
+    words = ["-m", "isthmus.launch.rank", str(os.getpid()), str(logs), stage, str(run), json.dumps(options)]
+    with _agent_in_the_background():
         try:
-            elastic_launch(config, sys.executable)("-m", "isthmus", *arguments)
-        except SignalException:
-            raise KeyboardInterrupt from None
+            elastic_launch(config, sys.executable)(*words)
         except ChildFailedError as error:
-            raise _explained(*error.get_first_failure(), Path(folder)) from None
+            raise _explained(error.failures, logs) from None
+        except SignalException:
+            shutil.rmtree(logs)
+            raise KeyboardInterrupt from None
+    sys.stderr.write(_stderr(logs, 0))
+    shutil.rmtree(logs)
 
 
-def _explained(rank: int, failure: ProcessFailure, folder: Path) -> IsthmusError:
-    words = _last_words(folder, rank)
-    if rank == 0 and failure.exitcode > 0:
-        return RanksFailed(f"the first rank stopped with exit code {failure.exitcode}", failure.exitcode)
-    how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
-    return RanksFailed(f"rank {rank} stopped with {how}" + (f":\n{words}" if words else ""), failure.exitcode)
+@contextmanager
+def _agent_in_the_background() -> Iterator[None]:
+    """The agent says nothing, and the handlers that it sets are set back."""
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in HANDLED}
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if ".elastic" in name]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
 
 
-def _last_words(folder: Path, rank: int) -> str:
-    for path in sorted(folder.rglob(f"{rank}/stderr.log")):
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
-    return ""
+def _explained(failures: dict[int, ProcessFailure], logs: Path) -> IsthmusError:
+    """The error of the rank that failed first; the others fail because it is gone, or are stopped by the agent."""
+    reports = {rank: read_report(logs, rank) for rank in failures}
+    rank = min(failures, key=lambda rank: _order(failures[rank], reports[rank]))
+    report = reports[rank]
+    if report is not None and report.error:
+        return {"DamagedFile": DamagedFile, "GateRefused": GateRefused}.get(report.error, IsthmusError)(report.message)
+    lines = [f"  {line}" for line in _stderr(logs, rank).strip().splitlines()[-LAST_LINES:]]
+    advice = f"What the ranks wrote is in {logs}."
+    return RanksFailed("\n".join([f"rank {rank} stopped: {_manner(failures[rank], report)}.", *lines, advice]))
+
+
+def _order(failure: ProcessFailure, report: Report | None) -> tuple[int, float]:
+    """A user's error is never the consequence of another; a silent end by SIGTERM always is: so the agent stops ranks.
+
+    The time of an end without a report is known in whole seconds, and later than it was.
+    """
+    if report is None:
+        return 2 if failure.exitcode == -signal.SIGTERM else 1, failure.timestamp - 1
+    return 0 if report.error else 1, report.time
+
+
+def _manner(failure: ProcessFailure, report: Report | None) -> str:
+    if report is not None:
+        return report.message
+    if failure.exitcode < 0:
+        return f"killed by signal {-failure.exitcode} ({failure.signal_name()})"
+    return f"exit code {failure.exitcode}"
+
+
+def _stderr(logs: Path, rank: int) -> str:
+    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in logs.rglob(f"{rank}/stderr.log"))

@@ -100,7 +100,7 @@ class LatentAttention(nn.Module):
 
         Returns [B, T, D].
         """
-        q_nope, q_rope = self._queries(x, rotation)
+        q_nope, q_rope = self.queries(x, rotation)
         latents = self.latents(x, rotation)
         if cache is None:
             context = self._naive(q_nope, q_rope, latents, mask)
@@ -114,7 +114,8 @@ class LatentAttention(nn.Module):
         latent, key = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         return torch.cat((self.kv_a_layernorm(latent), rotate(key, rotation)), dim=-1)
 
-    def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Without and with rotation, [B, T, H, N] and [B, T, H, R], of x [B, T, D]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed_q else self.q_proj(x)
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rope], dim=-1)
         return q_nope, rotate(q_rope, rotation)

@@ -100,7 +100,7 @@ class DenseLayer(nn.Module):
     ) -> Tensor:
         """x [B, T, D]; mask as in GroupedQueryAttention. Nothing is appended to `trace`. Returns [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, rotation, mask, cache, use_reentrant=False)
+            return checkpoint(self._block, x, rotation, mask, cache, use_reentrant=False, preserve_rng_state=False)
         return self._block(x, rotation, mask, cache)
 
     def _block(self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:

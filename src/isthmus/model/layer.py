@@ -37,7 +37,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x [B, T, D]; mask as in LatentAttention. Returns [B, T, D]. The routing is appended to `trace`."""
         if self.recompute and torch.is_grad_enabled():
-            x, routing = checkpoint(self._block, x, rotation, mask, cache, use_reentrant=False)
+            x, routing = checkpoint(
+                self._block, x, rotation, mask, cache, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, routing = self._block(x, rotation, mask, cache)
         if trace is not None and routing is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -52,31 +53,39 @@ class Model(nn.Module):
 
     def initialise(self, seed: int) -> Model:
         """Fill the parameters of a whole model with `initial_values`."""
-        parameters = dict(self.named_parameters())
+        parameters = self.state_dict()
         with torch.no_grad():
             for name, value in self.initial_values(seed):
                 parameters[name].copy_(value)
         return self
 
-    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters by name: normal with the architecture's initializer_range, norms one, biases zero.
+    def initial_values(
+        self, seed: int, wants: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters by published name: normal with the architecture's initializer_range, norms one, biases zero.
 
-        They depend on the seed alone, also where this model holds shards or some of the experts.
+        Each depends on the seed and its name alone, whatever of the model is here. Only those that `wants` names.
         """
-        generator = torch.Generator().manual_seed(seed)
         for prefix, module in self.named_modules():
+            if module is self.lm_head and self.architecture.tie_word_embeddings:
+                continue
             for name, parameter in module.named_parameters(recurse=False):
-                shape = parameter.shape
-                if isinstance(module, RMSNorm):
-                    yield f"{prefix}.{name}", torch.ones(shape)
-                elif name == "bias":
-                    yield f"{prefix}.{name}", torch.zeros(shape)
+                if isinstance(module, Experts):
+                    shapes = module.published_shapes(name)
                 else:
-                    if isinstance(module, Experts):
-                        shape = (module.total, *shape[1:])
-                    tied = module is self.lm_head and self.architecture.tie_word_embeddings
-                    value = torch.randn(shape, generator=generator) * self.architecture.initializer_range
-                    yield "model.embed_tokens.weight" if tied else f"{prefix}.{name}", value
+                    shapes = {name: parameter.shape}
+                for published, shape in shapes.items():
+                    if wants(full := f"{prefix}.{published}"):
+                        yield full, self._initial_value(module, full, shape, seed)
+
+    def _initial_value(self, module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor:
+        if isinstance(module, RMSNorm):
+            return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.empty(shape).normal_(0.0, self.architecture.initializer_range, generator=generator)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """Logits [B, T, vocab] of tokens [B, T]; positions count from 0 and the mask is causal unless given."""

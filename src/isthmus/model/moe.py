@@ -90,7 +90,8 @@ class Experts(nn.Module):
     """Routed experts of a layer, stacked: all `total` of them, or some from number `first` on.
 
     The state dict has the published name and shape of each expert: `0.gate_proj.weight`, `0.up_proj.weight`, ...
-    With `grouped` the products of all experts are one grouped kernel, for chips that have it.
+    With `grouped` the products of all experts are one grouped kernel, for chips that have it. It wants bf16, and sizes
+    that are multiples of 8.
     """
 
     def __init__(self, architecture: DeepseekSection):
@@ -104,10 +105,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
-        if self.grouped:
+        if self.grouped and len(x):
             return self._grouped(x, counts)
         parts = zip(x.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
         return torch.cat([_swiglu_mlp(rows, gate_up, down) for rows, gate_up, down in parts])
+
+    def published_shapes(self, parameter: str) -> dict[str, torch.Size]:
+        """Published names and shapes of what the stack `parameter` holds of all experts, here or elsewhere."""
+        shape = getattr(self, parameter).shape[1:]
+        stack = torch.empty(1, device="meta").expand(self.total, *shape)
+        return {name: tensor.shape for name, tensor in published(parameter, stack, 0).items()}
 
     def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)

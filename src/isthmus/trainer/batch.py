@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from isthmus.data.corpus import Document
 
 ROW_LENGTH = 256
-"""Tokens of a packed row, unless a document is longer."""
+"""Tokens of a row that is part of a microbatch, about, unless a document is longer."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +93,22 @@ class Batch:
         return (self.positions == 0) & (self.document >= 0)
 
 
-def pack(documents: Sequence[Document], row_length: int | None = None) -> Batch:
-    """Place documents into as few rows as first-fit-decreasing finds; rows are cut to the fullest one.
+def pack(documents: Sequence[Document], row_length: int | None = None, multiple_of: int = 1) -> Batch:
+    """Place documents into rows of about one length, which are as full as a greedy choice makes them.
 
-    A row has ROW_LENGTH tokens, or as many as the longest document, unless `row_length` is given. Raises ValueError if
-    a document is longer than that.
+    There are `multiple_of` rows; with a `row_length` as many times that as there are rows of about that many tokens, or
+    of the longest document. The longest documents are placed first, each into the emptiest row (Graham, 1969).
     """
-    if row_length is None:
-        row_length = max(ROW_LENGTH, max(len(document.tokens) for document in documents))
-    rows: list[list[int]] = []
-    used: list[int] = []
-    for index in sorted(range(len(documents)), key=lambda i: -len(documents[i].tokens)):
-        length = len(documents[index].tokens)
-        if length > row_length:
-            raise ValueError(f"a document of {length} tokens does not fit into a row of {row_length}")
-        row = next((r for r, filled in enumerate(used) if filled + length <= row_length), None)
-        if row is None:
-            rows.append([])
-            used.append(0)
-            row = len(rows) - 1
+    lengths = [len(document.tokens) for document in documents]
+    filled = sum(lengths) // max(row_length, *lengths) if row_length else 1
+    count = max(1, filled // multiple_of) * multiple_of
+    rows: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, row) for row in range(count)]
+    for index in sorted(range(len(documents)), key=lambda i: -lengths[i]):
+        filled, row = heapq.heappop(emptiest)
         rows[row].append(index)
-        used[row] += length
-    return _fill(documents, rows, max(used))
+        heapq.heappush(emptiest, (filled + lengths[index], row))
+    return _fill(documents, rows, max(filled for filled, _ in emptiest))
 
 
 def _fill(documents: Sequence[Document], rows: list[list[int]], width: int) -> Batch:

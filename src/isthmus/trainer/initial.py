@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isthmus.formats.published import Checkpoint, StoredTensors
 from isthmus.model.model import Model
-from isthmus.trainer.parts import receiver
+from isthmus.trainer.parts import Receiver
 
 
 def load_published(model: Model, folder: Path) -> list[str]:
@@ -18,7 +18,7 @@ def load_published(model: Model, folder: Path) -> list[str]:
     """
     with StoredTensors(folder) as stored:
         checkpoint = Checkpoint(stored, model.architecture)
-        receive = receiver(model)
-        for name, tensor in checkpoint.tensors():
+        receive = Receiver(model)
+        for name, tensor in checkpoint.tensors(receive.wants):
             receive(name, tensor)
         return checkpoint.left_out

@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe import DeepseekSection, ModelSection, TrainSection
+from isthmus.recipe import DeepseekSection, DenseSection, TrainSection, layout_problem
+
+PATIENCE = timedelta(hours=2)
+"""For what one rank does alone while others wait: training a tokenizer, writing a large checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def wait(self) -> None:
+        """Until all ranks are here, for as long as the first may need for what it does alone."""
+        if self.storage is not None:
+            dist.barrier(group=self.storage)
 
 
 def alone(device: torch.device) -> Ranks:
@@ -73,18 +77,22 @@ def open_ranks(device_type: str, *, grouped: bool) -> Iterator[Ranks]:
         device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device)
     if world == 1:
-        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(_backend(device), device_id=device if device.type != "cpu" else None)
+    storage = _own_group() if world > 1 else None
     try:
-        storage = _own_group() if world > 1 else None
         yield Ranks(dist.get_rank(), world, device, grouped=True, storage=storage)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if world == 1:
+            dist.destroy_process_group()
+        raise  # of several ranks, the others may be in a collective, for which a clean end would wait
+    dist.destroy_process_group()
 
 
 def _own_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -118,18 +126,7 @@ def make_meshes(ranks: Ranks, section: TrainSection) -> Meshes:
     return Meshes(dense, sparse["replicate", "shard"], sparse["expert"])
 
 
-def check_layout(architecture: ModelSection, section: TrainSection, world: int) -> None:
+def check_layout(architecture: DeepseekSection | DenseSection, section: TrainSection, world: int) -> None:
     """Raise IsthmusError unless `world` ranks divide as [train] says."""
-    if world % (section.replicate * section.expert):
-        raise IsthmusError(
-            f"{world} ranks do not divide into train.replicate = {section.replicate} groups with "
-            f"train.expert = {section.expert}: their product must divide the number of ranks"
-        )
-    if section.expert == 1:
-        return
-    if not isinstance(architecture, DeepseekSection):
-        raise IsthmusError(f"train.expert = {section.expert}, but a {architecture.model_type} model has no experts")
-    if architecture.n_routed_experts % section.expert:
-        raise IsthmusError(
-            f"train.expert = {section.expert} does not divide the {architecture.n_routed_experts} routed experts"
-        )
+    if problem := layout_problem(architecture, section, world):
+        raise IsthmusError(problem)

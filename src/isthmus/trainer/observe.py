@@ -24,15 +24,13 @@ PEAKS = {"bf16": "bf16_tflops", "fp8": "fp8_tflops"}
 def peak_memory(device: torch.device) -> int | None:
     """Largest memory so far, in bytes, or None where nothing tells it.
 
-    On an accelerator: what tensors occupied at most on the device (`torch.accelerator.max_memory_allocated`). On a CPU:
+    On an accelerator: what tensors occupied at most on the device (its module's `max_memory_allocated`). On a CPU:
     the maximum resident set of this process, code and libraries included (`getrusage`), which never falls.
     """
     if device.type == "cpu":
         return _largest_resident_set()
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device.type:
-        return None
-    return torch.accelerator.max_memory_allocated(device) or None
+    measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if measure is None else measure(device) or None
 
 
 def _largest_resident_set() -> int | None:

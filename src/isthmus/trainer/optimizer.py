@@ -13,6 +13,8 @@ from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.parts import Part, parts_of
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_AT_ONCE = 1 << 26
+"""Numbers of the matrices that are orthogonalised at once; the iteration holds several times as many."""
 _NOT_HIDDEN = ("embed_tokens", "lm_head", "mlp.gate.")
 
 
@@ -103,7 +105,7 @@ class Optimizer:
 
     def _gradient_norm(self) -> float:
         gradients = [local.grad for local in self._locals if local.grad is not None and local.numel()]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients).to(self._locals[0].device)
         if self._ranks is None or self._ranks.world == 1:
             return norm.item()
         return math.sqrt(self._ranks.total(norm.square()).item() / self._shared_by)
@@ -141,10 +143,10 @@ class Muon:
     @torch.no_grad()
     def step(self, learning_rate: float, weight_decay: float) -> None:
         for shape, indices in self._by_shape.items():
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
             updates = [self._update(index).reshape(-1, *shape) for index in indices]
             sizes = [len(update) for update in updates]
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for index, update in zip(indices, orthogonalise(torch.cat(updates)).split(sizes), strict=True):
+            for index, update in zip(indices, _in_parts(torch.cat(updates)).split(sizes), strict=True):
                 part, local = self.momenta[index][0], self.locals[index]
                 local.mul_(1.0 - learning_rate * weight_decay)
                 local.add_(self._own(part, update).view_as(local), alpha=-learning_rate * scale)
@@ -161,6 +163,13 @@ class Muon:
 
     def _own(self, part: Part, update: Tensor) -> Tensor:
         return update if part.experts is not None else part.own(update[0])
+
+
+def _in_parts(matrices: Tensor) -> Tensor:
+    """Orthogonalise a stack [n, M, N], a part of it at a time; in bf16 where that is fast."""
+    compute = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
+    count = max(1, _AT_ONCE // matrices[0].numel())
+    return torch.cat([orthogonalise(part.to(compute)).to(matrices.dtype) for part in matrices.split(count)])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

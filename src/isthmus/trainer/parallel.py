@@ -48,9 +48,12 @@ def materialise(model: Model, device: torch.device) -> None:
 
 
 def reduce_gradients(model: nn.Module, *, now: bool) -> None:
-    """Whether the next backward pass of a sharded model ends with the sum over ranks; else it only accumulates."""
+    """Whether the next backward pass sums its gradients over replicas; each one sums them over shards.
+
+    So no rank holds whole gradients between microbatches, and replicas exchange theirs once.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_all_reduce(now)
 
 
 def _spread_experts(moe: MixtureOfExperts, meshes: Meshes) -> None:
@@ -77,9 +80,9 @@ class TokenExchange:
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self.group)
         by_sender = received.view(self.size, -1)
-        send, receive = counts.view(self.size, -1).sum(1).tolist(), by_sender.sum(1).tolist()
+        send, receive = torch.stack((counts.view(self.size, -1).sum(1), by_sender.sum(1))).tolist()
         arrived = AllToAll.apply(rows, send, receive, self.group)
-        order, inverse = _sender_to_expert(by_sender)
+        order, inverse = _sender_to_expert(by_sender, len(arrived))
         results = experts(Rows.apply(arrived, order, inverse, None), by_sender.sum(0))
         return AllToAll.apply(Rows.apply(results, inverse, order, None), receive, send, self.group)  # pyright: ignore
 
@@ -103,15 +106,14 @@ def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.Pro
     return arrived
 
 
-def _sender_to_expert(by_sender: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that turns rows sorted by (sender, expert) into (expert, sender), and its inverse.
+def _sender_to_expert(by_sender: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The order that turns `rows` rows sorted by (sender, expert) into (expert, sender), and its inverse.
 
     by_sender [R, E] counts the rows of each.
     """
     senders, experts = by_sender.shape
-    expert_of_row = (
-        torch.arange(experts, device=by_sender.device).repeat(senders).repeat_interleave(by_sender.flatten())
-    )
+    number = torch.arange(experts, device=by_sender.device).repeat(senders)
+    expert_of_row = number.repeat_interleave(by_sender.flatten(), output_size=rows)
     order = expert_of_row.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return order, inverse

@@ -6,7 +6,6 @@ A stack of routed experts is held by whole experts, so each of them has a name a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +54,8 @@ class Part:
         return wrapped.full_tensor() if isinstance(wrapped, DTensor) else wrapped
 
     def own(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor, or its experts of a whole stack."""
-        first, count = self.rows
-        return whole.narrow(0, first + (self.experts.first if self.experts else 0), count)
+        """This rank's rows of a whole tensor."""
+        return whole.narrow(0, *self.rows)
 
     def stored(self, local: Tensor) -> dict[str, Tensor]:
         """`local`, shaped as this rank's shard, under the published names; one entry per expert of a stack."""
@@ -102,27 +100,34 @@ def model_state(model: Model) -> dict[str, Tensor]:
 @torch.no_grad()
 def initialise(model: Model, seed: int) -> None:
     """Fill what this rank holds of a model with its initial values."""
-    parts = {part.name: part for part in parts_of(model)}
-    for name, value in model.initial_values(seed):
-        parts[name].local.copy_(parts[name].own(value))
+    receive = Receiver(model)
+    for name, value in model.initial_values(seed, receive.wants):
+        receive(name, value)
     for router in model.routers():
         router.e_score_correction_bias.zero_()
 
 
-def receiver(model: Model) -> Callable[[str, Tensor], None]:
-    """A function that copies a whole tensor with its published name to what this rank holds of it, if anything."""
-    parts = {part.name: part for part in parts_of(model) if part.experts is None}
-    views = {name: view for part in parts_of(model) if part.experts for name, view in part.stored(part.local).items()}
-    views |= {name: buffer for name, buffer in model.named_buffers() if name in _stored_buffers(model)}
+class Receiver:
+    """Copies whole tensors, by their published names, to what this rank holds of them."""
+
+    def __init__(self, model: Model):
+        stored = _stored_buffers(model)
+        self._parts = {part.name: part for part in parts_of(model) if part.experts is None}
+        self._views = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        for part in parts_of(model):
+            if part.experts is not None:
+                self._views.update(part.stored(part.local))
+
+    def wants(self, name: str) -> bool:
+        """Whether this rank holds any of the tensor."""
+        return name in self._parts or name in self._views
 
     @torch.no_grad()
-    def receive(name: str, tensor: Tensor) -> None:
-        if name in parts:
-            parts[name].local.copy_(parts[name].own(tensor))
-        elif name in views:
-            views[name].copy_(tensor)
-
-    return receive
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        if name in self._views:
+            self._views[name].copy_(tensor)
+        elif name in self._parts:
+            self._parts[name].local.copy_(self._parts[name].own(tensor))
 
 
 def _stored_buffers(model: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ Also the log-probabilities that reinforcement training needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace, sequence_balance_sums
+from isthmus.recipe import DeepseekSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.mesh import Ranks, alone
 from isthmus.trainer.optimizer import Optimizer
@@ -39,13 +40,20 @@ class Objective(Protocol):
 
 @dataclass
 class StepLosses:
-    """Means over the whole batch, of all ranks. `loads` holds one [E] tensor of token counts per MoE layer."""
+    """Means over the whole batch, of all ranks. `loads` holds one [E] tensor of token counts per MoE layer.
+
+    `balance_loss` is the mean over layers; what is differentiated is their sum, as in DeepSeek's and Megatron's code.
+    """
 
     loss: float
     mtp_loss: float
     balance_loss: float
     loads: list[Tensor]
     tokens: int
+
+    def on_host(self) -> StepLosses:
+        """The same, with the loads on the CPU: one transfer for all layers."""
+        return replace(self, loads=list(torch.stack(self.loads).cpu())) if self.loads else self
 
 
 def train_step(
@@ -130,7 +138,7 @@ def _losses(
     if section.balance_alpha > 0 and trace.routings:
         parts = [sequence_balance_sums(r, s, documents) for r, s in zip(trace.routings, sequences, strict=True)]
         balance = torch.stack(parts).mean()
-        total = total + section.balance_alpha * balance / all_documents
+        total = total + section.balance_alpha * len(parts) * balance / all_documents
     loads = [routing.load(s >= 0) for routing, s in zip(trace.routings, sequences, strict=True)]
     return total, torch.cat([torch.stack((loss, mtp_loss, balance)).detach(), *loads])
 
@@ -146,20 +154,23 @@ def _summed_cross_entropy(head: Callable[[Tensor], Tensor], vocabulary: int, sta
     if len(states) <= rows:
         return one(states, targets)
     pairs = zip(states.split(rows), targets.split(rows), strict=True)
-    return torch.stack([checkpoint(one, *pair, use_reentrant=False) for pair in pairs]).sum()
+    return torch.stack([checkpoint(one, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]).sum()
 
 
 def _step_losses(model: Model, sums: Tensor, counts: Tensor) -> StepLosses:
-    routers = model.routers()
-    loads = sums[3:].view(len(routers), -1) if len(sums) > 3 else sums[3:]
+    a = model.architecture
+    loads = sums[3:].view(-1, a.n_routed_experts) if isinstance(a, DeepseekSection) else ()
     loss, mtp_loss, balance = (sums[:3] / counts[:3]).tolist()
     return StepLosses(loss, mtp_loss, balance, list(loads), int(counts[3]))
 
 
 @torch.no_grad()
 def update_router_bias(routers: list[Router], loads: list[Tensor], speed: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): b += speed * sign(mean load - load), once per step."""
-    for router, load in zip(routers, loads, strict=True):
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): b += speed * sign(mean load - load), once per step.
+
+    The last router has no load where multi-token prediction is not trained.
+    """
+    for router, load in zip(routers, loads, strict=False):
         router.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=speed)
 
 

@@ -1,0 +1,87 @@
+"""One rank of a stage, started by `isthmus.launch.local`: python -m isthmus.launch.rank LAUNCHER LOGS STAGE RUN OPTIONS
+
+It executes the stage, leaves a report in LOGS if that fails, and ends when its launcher is gone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import IsthmusError
+from isthmus.progress import Watch
+from isthmus.run import RunFolder, write_atomic
+
+LOOK_S = 0.2
+STOPPED = 130
+
+
+@dataclass(frozen=True)
+class Report:
+    """Why a rank ended. `error` is the class of a user's error, empty for all else; `time` is Unix time, seconds."""
+
+    time: float
+    error: str
+    message: str
+
+
+def read_report(logs: Path, rank: int) -> Report | None:
+    """What a rank reported; None if it ended without a word."""
+    path = _report_path(logs, rank)
+    return Report(**json.loads(path.read_bytes())) if path.exists() else None
+
+
+def main() -> None:
+    launcher, logs, stage, run, options = sys.argv[1:]
+    threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(name, _stop)
+    rank = int(os.environ["RANK"])
+    try:
+        _execute(stage, Path(run), json.loads(options), rank)
+    except KeyboardInterrupt as request:
+        _write_report(Path(logs), rank, "", str(request))
+        sys.exit(STOPPED)
+    except IsthmusError as error:
+        _write_report(Path(logs), rank, type(error).__name__, str(error))
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        _write_report(Path(logs), rank, "", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _execute(stage: str, run: Path, options: dict[str, bool], rank: int) -> None:
+    module = importlib.import_module(f"isthmus.{stage}")
+    module.execute(RunFolder.open(run), Watch(quiet=rank != 0), **options)
+
+
+def _write_report(logs: Path, rank: int, error: str, message: str) -> None:
+    report = Report(time.time(), error, message)
+    write_atomic(_report_path(logs, rank), json.dumps(asdict(report)).encode())
+
+
+def _report_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.json"
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(f"asked to stop by {signal.Signals(number).name}")
+
+
+def _end_with(launcher: int) -> None:
+    """A rank that went on alone would write into the folder of the run that the user starts again."""
+    while os.getppid() == launcher:
+        time.sleep(LOOK_S)
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()
