@@ -39,7 +39,13 @@ RECIPE = {
     "place": {"train": ["home"], "rollout": ["away"], "serve": ["away"]},
     "sft": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
     "rl": {"steps": 1, "max_new_tokens": 12, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
-    "handoff": {"golden_prompts": 12, "heldout_problems": 30, "max_mean_kl": 0.05, "max_accuracy_drop": 0.3},
+    "handoff": {
+        "golden_prompts": 12,
+        "heldout_problems": 30,
+        "max_mean_kl": 0.05,
+        "min_top1_agreement": 0.85,
+        "max_accuracy_drop": 0.3,
+    },
 }
 
 

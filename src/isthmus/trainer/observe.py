@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from isthmus.chips import Chip
 from isthmus.errors import IsthmusError
 from isthmus.run import Figure, explain_io_errors, fsync_folder
 
+_STATUS = Path("/proc/self/status")
 TERA = 1e12
 PEAKS = {"bf16": "bf16_tflops", "fp8": "fp8_tflops"}
 """The declared fact that is the peak of each precision of matrix products. No fact says it of fp32."""
@@ -25,7 +25,7 @@ def peak_memory(device: torch.device) -> int | None:
     """Largest memory so far, in bytes, or None where nothing tells it.
 
     On an accelerator: what tensors occupied at most on the device (its module's `max_memory_allocated`). On a CPU:
-    the maximum resident set of this process, code and libraries included (`getrusage`), which never falls.
+    the maximum resident set of this process, code and libraries included (VmHWM of Linux), which never falls.
     """
     if device.type == "cpu":
         return _largest_resident_set()
@@ -34,12 +34,11 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def _largest_resident_set() -> int | None:
-    if importlib.util.find_spec("resource") is None:
+    """getrusage would not do: what it says begins with the size of the process that started this one."""
+    if not _STATUS.is_file():
         return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def mfu(tokens_per_s: Figure, flops_per_token: float, chip: Chip, precision: str, ranks: int) -> Figure | None:
