@@ -9,10 +9,10 @@ Speed-up is against one process that shards nothing, and cannot be more than the
 without the watcher; one more step is watched.
 
 What a rank sends at least in one step, in bytes, with n ranks that shard, r copies of the model and e ranks that spread
-the experts (n r ranks in all; s = n / e of them shard what one holds of the experts). Parameters and gradients have 4
-bytes, and the batch of a rank is one microbatch: each further one would gather the layers and reduce-scatter the
-gradients again. L are the bytes of all layers without the routed experts, X those of the routed experts, R those outside of layers
-(embedding, final norm, head).
+the experts (n r ranks in all; s = n / e of them shard what one holds of the experts). L are the bytes of the parameters
+of all layers without the routed experts, X those of the routed experts, R those outside of layers (embedding, final
+norm, head); gradients have as many. A rank's batch is one microbatch here: each further one would gather the layers and
+reduce-scatter the gradients again.
 
 - all-gather: layers are gathered for the forward pass and again for the backward pass, because FSDP frees them in
   between; what is outside of layers stays. (n - 1)/n (2 L + R) + (s - 1)/s 2 X/e

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +34,7 @@ _PAYLOADS = {
     "_c10d_functional::all_reduce_coalesced": (ALL_REDUCE, "inputs"),
     "_c10d_functional::all_to_all_single": (ALL_TO_ALL, "input"),
 }
-_WITHOUT_PAYLOAD = {"c10d::barrier", "_c10d_functional::wait_tensor"}
+_BARRIERS = {"c10d::barrier", "c10d::monitored_barrier_"}
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,22 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor goes first: its collectives come here again, on plain tensors.
-        name = getattr(func, "_schema", None) and func._schema.name
-        if name and name.split("::")[0] in ("c10d", "_c10d_functional") and name not in _WITHOUT_PAYLOAD:
+        given = kwargs or {}
+        if isinstance(func, OpOverload) and func.namespace in ("c10d", "_c10d_functional"):
             names = [argument.name for argument in func._schema.arguments]
-            self.collectives.append(_collective(name, {**dict(zip(names, args, strict=False)), **(kwargs or {})}))
-        return func(*args, **(kwargs or {}))
+            self._note(func._schema.name, {**dict(zip(names, args, strict=False)), **given})
+        return func(*args, **given)
+
+    def _note(self, name: str, arguments: dict[str, Any]) -> None:
+        if name not in _BARRIERS and ("process_group" in arguments or "group_name" in arguments):
+            self.collectives.append(_collective(name, arguments))
 
 
 def _collective(name: str, arguments: dict[str, Any]) -> Collective:
     if name not in _PAYLOADS:
         raise NotImplementedError(f"the bytes of {name} are not known; add it to {__name__}")
     kind, argument = _PAYLOADS[name]
-    group = _group(arguments)
-    payload = _bytes(arguments[argument])
+    group, payload = _group(arguments), _bytes(arguments[argument])
     if kind == ALL_TO_ALL:
         return Collective(kind, group.size(), payload, _addressed_to_others(arguments, payload, group))
     return Collective(kind, group.size(), payload, payload * _share_sent(kind, group.size()))
