@@ -4,7 +4,7 @@
 
 Each contender runs in a process of its own, in turns, and its best step counts. The documents are the tiny recipe's
 worked examples, or for larger models random ones; the loss is on the answers only. transformers runs twice: padded, as
-its users' default collators do, and packed into rows of 256 tokens or more with a block mask and positions per document.
+its users' default collators do, and packed into rows of 256 tokens or more with a block mask and own positions.
 It has neither multi-token prediction nor the balance loss, so both are off. The losses of the first step must agree.
 With an accelerator, r-1b is trained in bf16 there, and the share of the matrix rate that was measured in the same run
 is printed.

@@ -440,8 +440,8 @@ def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str 
     sharing = ranks // train.replicate
     if sharing > model.n_routed_experts:
         return (
-            f"{sharing} ranks share the {model.n_routed_experts} routed experts, which are held whole: some ranks would "
-            "hold none; raise train.replicate"
+            f"{sharing} ranks share the {model.n_routed_experts} routed experts, which are held whole: some ranks "
+            "would hold none; raise train.replicate"
         )
     return None
 
