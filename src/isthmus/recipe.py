@@ -258,11 +258,10 @@ class OptimizerSection(Section):
         return self
 
 
-class SftSection(Section):
-    """Supervised fine-tuning on chains of thought."""
+class TextSection(Section):
+    """What every training on text has."""
 
     steps: Positive
-    batch_size: Positive = 64
     optimizer: OptimizerSection
     mtp_weight: float = Field(default=0.3, ge=0)
     balance_alpha: float = Field(default=1e-4, ge=0)
@@ -271,19 +270,18 @@ class SftSection(Section):
     keep_checkpoints: Positive = 2
 
 
-class PretrainSection(Section):
+class SftSection(TextSection):
+    """Supervised fine-tuning on chains of thought."""
+
+    batch_size: Positive = 64
+
+
+class PretrainSection(TextSection):
     """Next-token prediction on a folder of text or of token shards, before supervised fine-tuning."""
 
     folder: Path
-    steps: Positive
     rows_per_step: Positive = 64
     row_length: Annotated[int, Field(ge=8)] = 512
-    optimizer: OptimizerSection
-    mtp_weight: float = Field(default=0.3, ge=0)
-    balance_alpha: float = Field(default=1e-4, ge=0)
-    bias_update_speed: float = Field(default=1e-3, ge=0)
-    checkpoint_every: Positive = 100
-    keep_checkpoints: Positive = 2
 
 
 class TrainSection(Section):

@@ -29,7 +29,7 @@ from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Counter, Watch
-from isthmus.recipe import PretrainSection, SftSection
+from isthmus.recipe import TextSection
 from isthmus.records import PlanRecord, TrainRecord
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.batch import ROW_LENGTH, Batch, pack
@@ -63,7 +63,7 @@ class Phase:
     name: str
     title: str
     event: str
-    section: SftSection | PretrainSection
+    section: TextSection
     batch: Callable[[int], Batch]
     data: str
     """Identifies the order of the data: a position means something only in the same order."""

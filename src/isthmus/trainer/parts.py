@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from isthmus.formats.assemble import EMBEDDING, HEAD
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, published
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace, sequence_balance_sums
-from isthmus.recipe import DeepseekSection
+from isthmus.recipe import DeepseekSection, TextSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.mesh import Ranks, alone
 from isthmus.trainer.optimizer import Optimizer
@@ -25,17 +24,6 @@ from isthmus.trainer.parallel import reduce_gradients
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that are held at once for a loss: 128 MiB in fp32. Beyond it they are computed again in the backward pass."""
-
-
-class Objective(Protocol):
-    """What the recipe's sections for training on text have in common."""
-
-    @property
-    def mtp_weight(self) -> float: ...
-    @property
-    def balance_alpha(self) -> float: ...
-    @property
-    def bias_update_speed(self) -> float: ...
 
 
 @dataclass
@@ -60,7 +48,7 @@ def train_step(
     model: Model,
     optimizer: Optimizer,
     batch: Batch,
-    section: Objective,
+    section: TextSection,
     step: int,
     ranks: Ranks | None = None,
     rows_at_once: int | None = None,
@@ -79,7 +67,7 @@ def accumulate_gradients(
     model: Model,
     optimizer: Optimizer,
     batch: Batch,
-    section: Objective,
+    section: TextSection,
     ranks: Ranks | None = None,
     rows_at_once: int | None = None,
 ) -> StepLosses:
@@ -91,11 +79,9 @@ def accumulate_gradients(
     sums = torch.zeros(0)
     for index, part in enumerate(parts):
         reduce_gradients(model, now=index == len(parts) - 1)
-        spans, number = (
-            Documents.of(part.document, model.architecture.num_attention_heads).to(ranks.device),
-            max(1, part.num_documents),
-        )
-        total, found = model.compute(_losses, part.to(ranks.device), spans, number, counts, section)
+        spans = Documents.of(part.document, model.architecture.num_attention_heads).to(ranks.device)
+        documents = max(1, part.num_documents)
+        total, found = model.compute(_losses, part.to(ranks.device), spans, documents, counts, section)
         total.backward()
         sums = found if index == 0 else sums + found
     return _step_losses(model, ranks.total(sums), counts)
@@ -114,7 +100,7 @@ def _microbatches(batch: Batch, rows_at_once: int | None, ranks: Ranks) -> Itera
 
 
 def _losses(
-    model: Model, batch: Batch, spans: Documents, documents: int, counts: Tensor, section: Objective
+    model: Model, batch: Batch, spans: Documents, documents: int, counts: Tensor, section: TextSection
 ) -> tuple[Tensor, Tensor]:
     """(what is differentiated, sums of its parts and the load of each expert) of one microbatch.
 
