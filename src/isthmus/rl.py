@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from rich.markup import escape
 from torch import Tensor
 
 from isthmus.algos import Algorithm, algorithm_config, get_algorithm
@@ -46,13 +46,12 @@ from isthmus.trainer.checkpoint import (
     LoadedCheckpoint,
     SavedCheckpoint,
     TrainingState,
-    load_latest,
     load_model_state,
-    restore_rng,
     rng_state,
 )
 from isthmus.trainer.correction import mismatch, slope, truncated_importance
 from isthmus.trainer.optimizer import Optimizer
+from isthmus.trainer.resume import resume
 from isthmus.trainer.step import target_logprobs
 
 NAME = "rl"
@@ -161,20 +160,10 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
 
 def _resume(run: RunFolder, root: Path, model: Model, optimizer: Optimizer, watch: Watch) -> LoadedCheckpoint | None:
     """Load the last whole checkpoint of this stage into the model and the optimiser; None if there is none."""
-
-    def damaged(message: str) -> None:
-        run.event(NAME, "fallback", what=f"the checkpoint before a damaged one: {message}", why="the newest is damaged")
-        watch.say(f"  [yellow]{escape(message)}[/]; trying the one before it")
-
-    loaded = load_latest(root, TrainingState(model.state_dict(), optimizer.state(), {}), None, damaged)
+    state = TrainingState(model.state_dict(), optimizer.state(), {})
+    loaded = resume(root, state, None, next(model.parameters()).device, partial(run.event, NAME), watch.say)
     if loaded is None:
         return None
-    if not restore_rng(loaded.extra["rng"], next(model.parameters()).device):
-        run.event(
-            NAME, "fallback", what="a new random state", why=f"{loaded.folder} was written on another kind of chip"
-        )
-    if loaded.torch != torch.__version__:
-        run.event(NAME, "torch-changed", before=loaded.torch, now=torch.__version__)
     run.event(NAME, "resume", from_step=loaded.step)
     watch.say(f"  continuing from the checkpoint at step {loaded.step}")
     return loaded

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from isthmus.chips import Chip, device_of, get_chip
 from isthmus.data.corpus import run_tokenizer, sft_documents
@@ -37,8 +37,6 @@ from isthmus.trainer.checkpoint import (
     CheckpointWriter,
     SavedCheckpoint,
     TrainingState,
-    load_latest,
-    restore_rng,
     rng_state,
 )
 from isthmus.trainer.compiled import compile_parts
@@ -49,6 +47,7 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise, model_state
 from isthmus.trainer.pretrain_batch import batch_of_rows
+from isthmus.trainer.resume import resume
 from isthmus.trainer.step import StepLosses, train_step
 
 NAME, PRETRAIN = "train", "pretrain"
@@ -248,12 +247,9 @@ def _state(session: Session, phase: Phase, optimizer: Optimizer) -> TrainingStat
 
 def _resume(session: Session, phase: Phase, optimizer: Optimizer, root: Path) -> SavedCheckpoint | None:
     """Load the newest whole checkpoint of a phase into model and optimiser; None if there is none."""
-
-    def damaged(message: str) -> None:
-        session.event("fallback", what=f"the checkpoint before a damaged one: {message}", why="the newest is damaged")
-        session.say(f"  [yellow]{escape(message)}[/]; trying the one before it")
-
-    loaded = load_latest(root, _state(session, phase, optimizer), session.ranks.storage, damaged)
+    state, ranks = _state(session, phase, optimizer), session.ranks
+    event = partial(session.event, phase=phase.name)
+    loaded = resume(root, state, ranks.storage, ranks.device, event, session.say)
     if loaded is None:
         return None
     if loaded.extra["data"] != phase.data:
@@ -261,10 +257,6 @@ def _resume(session: Session, phase: Phase, optimizer: Optimizer, root: Path) ->
             f"{loaded.folder} was trained on other data than the recipe now reads: the files, the tokenizer or their "
             "order have changed, so its position in them means nothing. Restore the data, or start a new run folder."
         )
-    if not restore_rng(loaded.extra["rng"], session.ranks.device):
-        session.event("fallback", what="a new random state", why=f"{loaded.folder} was written on another kind of chip")
-    if loaded.torch != torch.__version__:
-        session.event("torch-changed", phase=phase.name, before=loaded.torch, now=torch.__version__)
     session.event("resume", phase=phase.name, from_step=loaded.step)
     session.say(f"  continuing {phase.title} from the checkpoint at step {loaded.step}")
     return SavedCheckpoint(loaded.folder, loaded.step, loaded.sha256)

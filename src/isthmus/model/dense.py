@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from isthmus.model.attention import LayerCache, Mask, RMSNorm, Rotation, attend
-from isthmus.model.moe import GatedMlp, Trace
+from isthmus.model.attention import LayerCache, Mask, Rotation, attend
+from isthmus.model.layer import ResidualLayer
+from isthmus.model.moe import GatedMlp
 from isthmus.recipe import DenseSection
 
 
@@ -75,34 +75,9 @@ class GroupedQueryAttention(nn.Module):
         return torch.bmm(weights.flatten(1, 2), value).view_as(query)
 
 
-class DenseLayer(nn.Module):
-    """One decoder layer: attention, then the MLP, each behind a norm.
-
-    With `recompute` the backward pass computes the layer again instead of keeping its intermediate results.
-    """
+class DenseLayer(ResidualLayer):
+    """A layer of a dense model."""
 
     def __init__(self, architecture: DenseSection):
-        super().__init__()
         a = architecture
-        self.recompute = False
-        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.self_attn = GroupedQueryAttention(a)
-        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.mlp = GatedMlp(a.hidden_size, a.intermediate_size)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        mask: Mask,
-        cache: LayerCache | None = None,
-        trace: Trace | None = None,
-    ) -> Tensor:
-        """x [B, T, D]; mask as in GroupedQueryAttention. Nothing is appended to `trace`. Returns [B, T, D]."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, rotation, mask, cache, use_reentrant=False, preserve_rng_state=False)
-        return self._block(x, rotation, mask, cache)
-
-    def _block(self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        super().__init__(a, GroupedQueryAttention(a), GatedMlp(a.hidden_size, a.intermediate_size))

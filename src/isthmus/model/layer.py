@@ -1,4 +1,4 @@
-"""One decoder layer: latent attention, then a dense MLP or a mixture of experts, each behind a norm."""
+"""One decoder layer: attention, then a dense MLP or a mixture of experts, each behind a norm."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.model.attention import LatentAttention, LayerCache, Mask, RMSNorm, Rotation
 from isthmus.model.moe import GatedMlp, MixtureOfExperts, Routing, Trace
-from isthmus.recipe import DeepseekSection
+from isthmus.recipe import DeepseekSection, ModelSection
 
 
-class DecoderLayer(nn.Module):
-    """Layer `index` of the model; the first `first_k_dense_replace` layers are dense.
+class ResidualLayer(nn.Module):
+    """Attention, then `mlp`, each behind a norm and added to what came in.
 
     With `recompute` the backward pass computes the layer again instead of keeping its intermediate results.
     """
 
-    def __init__(self, architecture: DeepseekSection, index: int):
+    def __init__(self, architecture: ModelSection, attention: nn.Module, mlp: GatedMlp | MixtureOfExperts):
         super().__init__()
         a = architecture
         self.recompute = False
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.self_attn = LatentAttention(a)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        dense = index < a.first_k_dense_replace
-        self.mlp = GatedMlp(a.hidden_size, a.intermediate_size) if dense else MixtureOfExperts(a)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -35,7 +34,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """x [B, T, D]; mask as in LatentAttention. Returns [B, T, D]. The routing is appended to `trace`."""
+        """x [B, T, D]; mask as in the attention. Returns [B, T, D]. The routing, if any, is appended to `trace`."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(
                 self._block, x, rotation, mask, cache, use_reentrant=False, preserve_rng_state=False
@@ -55,3 +54,13 @@ class DecoderLayer(nn.Module):
             y, routing = self.mlp(normed)
             return x + y, routing
         return x + self.mlp(normed), None
+
+
+class DecoderLayer(ResidualLayer):
+    """Layer `index` of a DeepSeek-V3 model; the first `first_k_dense_replace` layers are dense."""
+
+    def __init__(self, architecture: DeepseekSection, index: int):
+        a = architecture
+        dense = index < a.first_k_dense_replace
+        mlp = GatedMlp(a.hidden_size, a.intermediate_size) if dense else MixtureOfExperts(a)
+        super().__init__(a, LatentAttention(a), mlp)

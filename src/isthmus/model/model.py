@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isthmus.model.attention import LayerCache, Mask, RMSNorm, RotaryTable
 from isthmus.model.dense import DenseLayer
-from isthmus.model.layer import DecoderLayer
+from isthmus.model.layer import DecoderLayer, ResidualLayer
 from isthmus.model.moe import Experts, MixtureOfExperts, Router, Trace
 from isthmus.model.mtp import MtpLayer
 from isthmus.recipe import DeepseekSection, DenseSection, ModelSection
@@ -129,7 +129,7 @@ class Model(nn.Module):
     def recompute_activations(self) -> None:
         """Compute each layer again in the backward pass, instead of keeping its intermediate results."""
         for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer | DenseLayer)
+            assert isinstance(layer, ResidualLayer)
             layer.recompute = True
 
     def compute(self, work: Callable[..., Result], *arguments: Any) -> Result:
