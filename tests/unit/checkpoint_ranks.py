@@ -129,6 +129,7 @@ def save_then_fail(rank: int, root: Path) -> dict[str, Any]:
     with fault(checkpoint, "write_manifest", PermissionError(13, "Permission denied"), here=rank == 0):
         found["manifest"] = failure_of(writer, 3, state)
     found["after manifest"] = sorted(path.name for path in root.iterdir())
+    dist.barrier()
     with flushed_inodes() as flushed:
         writer.save(4, state)
         found["last"] = writer.finish().sha256
