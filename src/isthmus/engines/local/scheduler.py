@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,23 @@ class Token(NamedTuple):
     version: int
 
 
+class PromptToken(NamedTuple):
+    """A token of a prompt: its log-probability under the model given those before it, and the likeliest tokens there.
+
+    The first token has None and no alternatives.
+    """
+
+    token: int
+    logprob: float | None
+    top: TopLogprobs
+
+
 class Finished(NamedTuple):
     """The end of a sample, with all of it. `finish_reason` is stop, length, abort or error.
 
-    `first_token_s` and `elapsed_s` count seconds from the submission.
+    `first_token_s` and `elapsed_s` count seconds from the submission. `cached_tokens` of the prompt were taken from the
+    prefix cache. `prompt_tokens` is filled where the request asked for `prompt_logprobs`, in the first sample of each
+    prompt. `stop_token` is the token of `Request.stop_tokens` that ended the sample, if one did.
     """
 
     choice: int
@@ -44,6 +57,32 @@ class Finished(NamedTuple):
     last_version: int
     first_token_s: float
     elapsed_s: float
+    cached_tokens: int = 0
+    prompt_tokens: list[PromptToken] | None = None
+    stop_token: int | None = None
+
+
+class ConstraintState(Protocol):
+    """How far one sample is in what its constraint allows. Called from the engine's thread."""
+
+    def mask(self) -> NDArray[np.bool_] | None:
+        """[V]: True where the next token may be that one; None where every token may."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that was drawn. The end token is not told."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Nothing may follow: the sample ends with finish_reason `stop`."""
+        ...
+
+
+class Constraint(Protocol):
+    """What the tokens of a sample must be, for example JSON of a schema."""
+
+    def start(self) -> ConstraintState: ...
 
 
 Listener = Callable[[Token | Finished], None]
@@ -56,6 +95,13 @@ class Request:
     `seeds` has one seed per prompt: sample j then draws from the stream (seeds[p], j). Without it every choice draws
     from the stream (seed, choice). `listener` is called from the engine's thread: with every Finished, and with every
     Token if `stream` is set.
+
+    `top_k` 0 keeps all tokens; `min_p` drops tokens below that share of the likeliest one's probability (arXiv
+    2407.01082). `presence_penalty` and `frequency_penalty` are OpenAI's, over the generated tokens;
+    `repetition_penalty` is CTRL's (arXiv 1909.05858), over prompt and generated tokens. `logit_bias` is added to the
+    logits of tokens. `stop_tokens` end a sample like the end token and stay in its tokens; with `ignore_eos` the end
+    token does not end it. Before `min_tokens` tokens neither can be drawn. `prompt_logprobs` asks for the
+    log-probabilities of the prompts with that many alternatives. `max_new_tokens` 0 is allowed with it.
     """
 
     prompts: list[list[int]]
@@ -64,9 +110,20 @@ class Request:
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_tokens: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
     seed: int = 0
     seeds: list[int] | None = None
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
     stream: bool = False
 
     def key(self, prompt: int, sample: int) -> int:
