@@ -29,7 +29,7 @@ from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.engines import Engine, EngineError, Sampling
 from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.runner import Runner
+from isthmus.engines.local.runner import Trial
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest
@@ -140,15 +140,12 @@ class Workload:
 
         `rules` are in force while the chip would work.
         """
-        prompts = self.prompts(4)
-        slots = [index // 2 for index in range(2 * len(prompts))]
-        runner = Runner(self.model, slots=len(slots), length=max(map(len, prompts)) + 2)
-        positions = torch.tensor([len(prompts[index]) for index in slots])
+        prompts = [prompt for prompt in self.prompts(4) for _ in range(2)]
+        trial = Trial(self.model, len(prompts), max(map(len, prompts)) + 2)
         with rules or nullcontext():
-            logits = [runner.prefill(prompts, slots, 0)]
+            logits = [trial.prefill(prompts)]
             for _ in range(2):
-                logits.append(runner.decode(logits[-1].argmax(-1), positions, int(positions.max()) + 1))
-                positions = positions + 1
+                logits.append(trial.decode(logits[-1].argmax(-1)))
         return torch.cat(logits)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from isthmus.model.attention import attend_entries
+from isthmus.model.model import causal_mask
 from isthmus.recipe import DeepseekSection
 
 SMALL = {
@@ -55,11 +57,13 @@ def tiny_architecture(**changes) -> DeepseekSection:
 
 
 class GrowingCache:
-    """The simplest cache: all latents so far."""
+    """The simplest cache: all entries so far, and a causal mask."""
 
     def __init__(self):
-        self.latents = None
+        self.entries = None
 
-    def append(self, latents):
-        self.latents = latents if self.latents is None else torch.cat((self.latents, latents), dim=1)
-        return self.latents
+    def attend(self, query, entries, layout, scale):
+        self.entries = entries if self.entries is None else torch.cat((self.entries, entries), dim=1)
+        new, seen = entries.shape[1], self.entries.shape[1]
+        mask = causal_mask(seen).to(entries.dtype)[0, :, seen - new :].transpose(0, 1)[None]
+        return attend_entries(query, self.entries, mask, layout, scale)

@@ -214,14 +214,12 @@ def test_absorbed_attention_equals_naive_in_float64(arch: DeepseekSection, scori
     arch = arch.model_copy(update={"scoring_func": scoring})
     with float64(), torch.no_grad():
         model, tokens = randomised(arch, seed), random_tokens(seed, rows=2, length=13)
-        positions, mask = torch.arange(13).expand(2, 13), causal_mask(13)
+        positions = torch.arange(13).expand(2, 13)
         caches, steps = [GrowingCache() for _ in range(arch.num_hidden_layers)], []
         for start, end in ((0, 7), (7, 8), (8, 13)):
-            steps.append(
-                model.hidden(tokens[:, start:end], positions[:, start:end], mask[..., start:end, :end], caches)
-            )
+            steps.append(model.hidden(tokens[:, start:end], positions[:, start:end], caches=caches))
         naive = model.hidden(tokens)
-    assert caches[0].latents.shape == (2, 13, arch.kv_lora_rank + arch.qk_rope_head_dim)
+    assert caches[0].entries.shape == (2, 13, arch.kv_lora_rank + arch.qk_rope_head_dim)
     torch.testing.assert_close(torch.cat(steps, dim=1), naive, atol=1e-10, rtol=1e-10)
 
 

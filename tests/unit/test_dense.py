@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.engines.local.runner import Runner
+from isthmus.engines.local.runner import Trial
 from isthmus.forecast.count import count_parameters, forward_flops
 from isthmus.model.documents import Documents
-from isthmus.model.model import Model, causal_mask, document_mask
+from isthmus.model.model import Model, document_mask
 from isthmus.recipe import DenseSection, RecipeError, architecture_from_config, parse_architecture
 
 DRAWN = settings(max_examples=40, deadline=None, derandomize=True)
@@ -97,8 +97,7 @@ def test_attention_with_a_cache_equals_attention_without_in_float64(kv_heads: in
     positions = torch.arange(17).expand(2, 17)
     caches, steps = [GrowingCache() for _ in range(2)], []
     for start, end in [(0, 9), (9, 10), (10, 17)]:
-        mask = causal_mask(17)[..., start:end, :end]
-        steps.append(model.hidden(tokens[:, start:end], positions[:, start:end], mask, caches))
+        steps.append(model.hidden(tokens[:, start:end], positions[:, start:end], caches=caches))
     torch.testing.assert_close(torch.cat(steps, dim=1), model.hidden(tokens), atol=1e-12, rtol=1e-12)
 
 
@@ -122,16 +121,16 @@ def test_the_engine_generates_what_transformers_generates(model_type: str, kv_he
     prompts = [[5, 80, 3, 17], [8, 2]]
     other = theirs(model)
     other.generation_config.eos_token_id = None
-    runner = Runner(model, slots=2, length=40)
-    assert runner.cache.layers[0].shape == (2, 40, 2 * kv_heads * 10)
+    trial = Trial(model, sequences=2, length=40)
+    assert trial.runner.store.layers[0].shape[1] == 2 * kv_heads * 10
     ours = [list(prompt) for prompt in prompts]
     with torch.inference_mode():
-        logits = runner.prefill(prompts, [0, 1], 0)
+        logits = trial.prefill(prompts)
         for _ in range(20):
-            for row, token in zip(ours, logits.argmax(-1).tolist(), strict=True):
+            tokens = logits.argmax(-1)
+            for row, token in zip(ours, tokens.tolist(), strict=True):
                 row.append(token)
-            positions = torch.tensor([len(row) - 1 for row in ours])
-            logits = runner.decode(torch.tensor([row[-1] for row in ours]), positions, int(positions.max()) + 1)
+            logits = trial.decode(tokens)
         for prompt, row in zip(prompts, ours, strict=True):
             theirs_row = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
             assert row == theirs_row[0].tolist()

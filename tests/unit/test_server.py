@@ -344,7 +344,7 @@ def test_a_core_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(broken.core.runner, "decode", fail)
+    monkeypatch.setattr(broken.core.runner, "hidden", fail)
     with live(broken) as port:
         assert call(port, "POST", "/v1/completions", {"prompt": "a"})[0] == 503
         status, body = call(port, "POST", "/v1/completions", {"prompt": "a"})

@@ -27,10 +27,48 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-class LayerCache(Protocol):
-    """Latents of one layer. `append` stores [B, T, C + R] and returns all [B, S, C + R] that the mask refers to."""
+class EntryLayout(NamedTuple):
+    """What a cache keeps per token: K key/value heads share an entry of `width` numbers.
 
-    def append(self, latents: Tensor) -> Tensor: ...
+    Head k has its key at `k * key_size` and its value at `value_start + k * value_size`.
+    """
+
+    heads: int
+    width: int
+    key_size: int
+    value_start: int
+    value_size: int
+
+
+class LayerCache(Protocol):
+    """The entries of one layer: it knows which tokens are new, and what each may look at."""
+
+    def attend(self, query: Tensor, entries: Tensor, layout: EntryLayout, scale: float) -> Tensor:
+        """Store entries [B, T, W] of new tokens; query [B, T, H, key_size] looks at all up to its own token.
+
+        Returns [B, T, H, value_size].
+        """
+        ...
+
+
+def attend_entries(query: Tensor, entries: Tensor, mask: Tensor, layout: EntryLayout, scale: float) -> Tensor:
+    """Attention of query [B, T, H, key_size] over entries [B, S, W]; additive mask [B or 1, T, 1, S].
+
+    H / K query heads in a row share a key/value head. Products of views: no head is copied. Returns
+    [B, T, H, value_size].
+    """
+    groups = query.chunk(layout.heads, dim=2)
+    contexts = []
+    for head, group in enumerate(groups):
+        first, value_first = head * layout.key_size, layout.value_start + head * layout.value_size
+        key = entries[..., first : first + layout.key_size]
+        value = entries[..., value_first : value_first + layout.value_size]
+        batch, new, heads, _ = group.shape
+        scores = torch.bmm(group.flatten(1, 2), key.transpose(1, 2)).view(batch, new, heads, -1)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = F.softmax(torch.add(mask, scores, alpha=scale).to(wide), dim=-1).to(scores.dtype)
+        contexts.append(torch.bmm(weights.flatten(1, 2), value).view(batch, new, heads, -1))
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
 
 
 class RotaryTable(nn.Module):
@@ -90,24 +128,28 @@ class LatentAttention(nn.Module):
             self.q_a_layernorm = RMSNorm(a.q_lora_rank, a.rms_norm_eps)
             self.q_b_proj = nn.Linear(a.q_lora_rank, q_size, bias=False)
         self.compressed_q = a.q_lora_rank is not None
+        self.layout = EntryLayout(1, self.rank + self.rope, self.rank + self.rope, 0, self.rank)
         self.kv_a_proj_with_mqa = nn.Linear(a.hidden_size, self.rank + self.rope, bias=False)
         self.kv_a_layernorm = RMSNorm(self.rank, a.rms_norm_eps)
         self.kv_b_proj = nn.Linear(self.rank, self.num_heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_dim, a.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None = None) -> Tensor:
-        """x [B, T, D]; mask additive, broadcastable to [B, H, T, S] (S = T without a cache), or documents.
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, D]; mask additive, broadcastable to [B, H, T, T], or documents; a cache takes its place.
 
         Returns [B, T, D].
         """
-        q_nope, q_rope = self.queries(x, rotation)
-        latents = self.latents(x, rotation)
+        q_nope, q_rope, latents = self.project(x, rotation)
         if cache is None:
+            assert mask is not None
             context = self._naive(q_nope, q_rope, latents, mask)
         else:
-            assert isinstance(mask, Tensor), "with a cache the mask is a tensor"
-            context = self._absorbed(q_nope, q_rope, cache.append(latents), mask)
+            context = self._absorbed(q_nope, q_rope, latents, cache)
         return self.o_proj(context.flatten(-2))
+
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries without and with rotation, [B, T, H, N] and [B, T, H, R], and latents [B, T, C + R]."""
+        return *self.queries(x, rotation), self.latents(x, rotation)
 
     def latents(self, x: Tensor, rotation: Rotation) -> Tensor:
         """What the cache stores for x [B, T, D]: [B, T, C + R]."""
@@ -129,18 +171,23 @@ class LatentAttention(nn.Module):
         key = torch.cat((k_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
         return attend(query, key, value, mask, self.scale)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
-        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
-            [self.nope, self.v_dim], dim=1
-        )
-        in_latent_space = torch.einsum("bthn,hnc->bthc", q_nope, up_key)
-        query = torch.cat((in_latent_space, q_rope), dim=-1)
-        batch, new = query.shape[:2]
-        scores = query.reshape(batch, new * self.num_heads, -1) @ latents.transpose(1, 2)
-        scores = scores.view(batch, new, self.num_heads, -1).transpose(1, 2)
-        weights = _attention_weights(scores, self.scale, mask).transpose(1, 2)
-        context = weights.reshape(batch, new * self.num_heads, -1) @ latents[..., : self.rank]
-        return torch.einsum("bthc,hvc->bthv", context.view(batch, new, self.num_heads, -1), up_value)
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, cache: LayerCache) -> Tensor:
+        up_key, up_value = self.up_projections()
+        in_latent_space = by_head(q_nope, up_key)
+        context = cache.attend(torch.cat((in_latent_space, q_rope), dim=-1), latents, self.layout, self.scale)
+        return by_head(context, up_value)
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """Matrices of the absorbed form, by head: queries into latent space [H, N, C], contexts out of it [H, C, V]."""
+        up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        up_key, up_value = up.split([self.nope, self.v_dim], dim=1)
+        return up_key, up_value.transpose(1, 2)
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, H, K] times weight [H, K, L], head by head: [B, T, H, L]."""
+    batch = x.shape[:2]
+    return torch.bmm(x.flatten(0, 1).transpose(0, 1), weight).transpose(0, 1).unflatten(0, batch)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -149,8 +196,3 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) 
         return mask.attend(query, key, value, scale)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return attention(query, key, value, mask, scale).transpose(1, 2)
-
-
-def _attention_weights(scores: Tensor, scale: float, mask: Tensor) -> Tensor:
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return F.softmax(torch.add(mask, scores, alpha=scale).to(wide), dim=-1).to(scores.dtype)

@@ -30,7 +30,7 @@ class ResidualLayer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        mask: Mask,
+        mask: Mask | None,
         cache: LayerCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
@@ -46,7 +46,7 @@ class ResidualLayer(nn.Module):
         return x
 
     def _block(
-        self, x: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation, mask: Mask | None, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         normed = self.post_attention_layernorm(x)

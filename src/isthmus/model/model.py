@@ -99,8 +99,11 @@ class Model(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """States [B, T, D] before the final norm. With `caches` (one per layer) a mask [B, 1, T, S] must be given."""
-        positions, mask = self._defaults(tokens, positions, mask)
+        """States [B, T, D] before the final norm. `caches`, one per layer, take the place of the mask."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        if mask is None and caches is None:
+            mask = causal_mask(tokens.shape[1], tokens.device)
         rotation = self.model.rotary(positions)
         x = self.model.embed_tokens(tokens)
         for index in range(self.architecture.num_hidden_layers):
@@ -121,10 +124,24 @@ class Model(nn.Module):
         self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Mask, trace: Trace | None = None
     ) -> Tensor:
         """What `mtp_logits` puts through the output head, [B, T, D]; the last position, with no next token, is void."""
+        return self.mtp_next(hidden, tokens.roll(-1, dims=1), positions, mask, trace)
+
+    def mtp_next(
+        self,
+        hidden: Tensor,
+        next_tokens: Tensor,
+        positions: Tensor,
+        mask: Mask | None,
+        trace: Trace | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """States [B, T, D] for the output head: what comes after `next_tokens` [B, T], which follow those of `hidden`.
+
+        A `cache` takes the place of the mask.
+        """
         layer = self.mtp_layer
         assert layer is not None, "this architecture has no multi-token prediction"
-        embedded = self.model.embed_tokens(tokens.roll(-1, dims=1))
-        return layer(embedded, hidden, self.model.rotary(positions), mask, trace)
+        return layer(self.model.embed_tokens(next_tokens), hidden, self.model.rotary(positions), mask, trace, cache)
 
     def recompute_activations(self) -> None:
         """Compute each layer again in the backward pass, instead of keeping its intermediate results."""
@@ -144,12 +161,6 @@ class Model(nn.Module):
     def routers(self) -> list[Router]:
         """The routers in the order in which a trace lists their decisions (the MTP layer's last)."""
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
-
-    def _defaults(self, tokens: Tensor, positions: Tensor | None, mask: Mask | None) -> tuple[Tensor, Mask]:
-        batch, length = tokens.shape
-        if positions is None:
-            positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        return positions, causal_mask(length, tokens.device) if mask is None else mask
 
 
 def causal_mask(length: int, device: torch.device | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isthmus.model.attention import Mask, RMSNorm, Rotation
+from isthmus.model.attention import LayerCache, Mask, RMSNorm, Rotation
 from isthmus.model.layer import DecoderLayer
 from isthmus.model.moe import Trace
 from isthmus.recipe import DeepseekSection
@@ -39,9 +39,10 @@ class MtpLayer(DecoderLayer):
         next_embedding: Tensor,
         hidden: Tensor,
         rotation: Rotation,
-        mask: Mask,
+        mask: Mask | None,
         trace: Trace | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """next_embedding and hidden [B, T, D]. Returns the normed states [B, T, D] for the shared output head."""
         joined = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(hidden)), dim=-1))
-        return self.shared_head.norm(super().forward(joined, rotation, mask, trace=trace))
+        return self.shared_head.norm(super().forward(joined, rotation, mask, cache, trace))

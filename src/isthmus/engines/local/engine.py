@@ -1,7 +1,8 @@
-"""The loop of the engine, in a thread of its own: admit, prefill, decode, draw, hand out.
+"""The loop of the engine, in a thread of its own: admit, compute, draw, hand out.
 
-Everything that changes what the loop sees (a request, an abort, new weights) is posted to it and done between two
-steps, so a step never sees half a change.
+Each pass runs one token for every row, or two where a draft is checked, and chunks of the prompts of newcomers.
+Whatever changes what the loop sees (a request, an abort, new weights) is posted to it and done between two steps, so a
+step never sees half a change.
 """
 
 from __future__ import annotations
@@ -13,17 +14,65 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.engines import EngineError
+from isthmus.engines.local.batch import Chunk, Singles, StepBatch
+from isthmus.engines.local.cache import blocks_for
 from isthmus.engines.local.runner import Runner
-from isthmus.engines.local.sampler import draw, uniforms
-from isthmus.engines.local.scheduler import Finished, Request, Sample, Scheduler, Token, TopLogprobs
+from isthmus.engines.local.sampler import Adjustment, adjust, draw, uniforms
+from isthmus.engines.local.scheduler import (
+    Counters,
+    Finished,
+    Job,
+    PromptToken,
+    Request,
+    Sample,
+    Scheduler,
+    Token,
+    TopLogprobs,
+)
 from isthmus.model.model import Model
+
+CACHE_BYTES = 2 << 30
+"""The cache takes no more than this unless it is told to, but always enough for one sequence of full length."""
+DRAFTING_ROWS = 8
+"""With more rows than this a pass is bound by arithmetic, and a second token per row costs more than a draft saves."""
+
+
+class Step:
+    """What happens to rows in one step.
+
+    `places` has, for each row, the place in the pass of its last computed token, and `last` that token's position. The
+    rows `checked` had a right draft, which was computed at `checked_places`.
+    """
+
+    def __init__(self, work: list[tuple[Job, int]], last: NDArray[np.int64]):
+        self.work, self.last, self.plain = work, last, len(last)
+        self.places = np.arange(self.plain)
+        self.checked = self.checked_places = np.zeros(0, dtype=np.int64)
+        self.ended: dict[int, str] = {}
+        self.stopped_by: dict[int, int] = {}
+
+    def add(self, rows: list[int], place: int, last: int) -> None:
+        """New rows, which follow those that are here."""
+        self.places = np.concatenate((self.places, np.full(len(rows), place)))
+        self.last = np.concatenate((self.last, np.full(len(rows), last)))
+
+    def alive(self) -> NDArray[np.int64]:
+        """Rows that have not ended, in order."""
+        return np.array([row for row in range(len(self.places)) if row not in self.ended], dtype=np.int64)
 
 
 class Core:
-    """A model that answers requests. `length` bounds prompt and completion together, in tokens."""
+    """A model that answers requests. `length` bounds prompt and completion together, in tokens.
+
+    `slots` bounds the samples that run at once, `cache_tokens` the tokens in the cache, `chunk_tokens` those of one
+    pass. With `speculate` the multi-token prediction of the model drafts tokens, which changes nothing that is
+    generated. With `batch_invariant` the same request gives the same tokens alone and in any company, bit for bit, and
+    slower.
+    """
 
     def __init__(
         self,
@@ -33,28 +82,77 @@ class Core:
         version: int = 0,
         slots: int = 256,
         length: int | None = None,
-        prefill_tokens: int = 8192,
         threads: int = 1,
+        block_size: int = 16,
+        cache_tokens: int | None = None,
+        chunk_tokens: int = 512,
+        prefix_cache: bool = True,
+        speculate: bool = False,
+        batch_invariant: bool = False,
     ):
         self.length = length or model.architecture.max_position_embeddings
         self.slots, self.eos_id, self.version, self.threads = slots, eos_id, version, threads
-        self.runner = Runner(model, slots, self.length)
-        self.scheduler = Scheduler(slots, self.length, prefill_tokens)
+        self.speculate = speculate
+        if speculate and model.mtp_layer is None:
+            raise EngineError("this model has no layer for multi-token prediction, which speculation needs")
+        blocks = self._blocks(model, block_size, cache_tokens)
+        self.runner = Runner(model, blocks + 1, block_size, speculate, batch_invariant)
+        self.scheduler = Scheduler(
+            self.runner.store,
+            slots=slots,
+            length=self.length,
+            chunk_tokens=chunk_tokens,
+            prefix_cache=prefix_cache,
+            eos_id=eos_id,
+        )
         self.observers: list[Callable[[Finished], None]] = []
         self.failure: BaseException | None = None
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping, self._paused = False, False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def _blocks(self, model: Model, block_size: int, cache_tokens: int | None) -> int:
+        """Blocks of the cache. Raises EngineError if it could not hold one sequence of full length."""
+        least = blocks_for(self.length, block_size)
+        if cache_tokens is not None:
+            if cache_tokens // block_size < least:
+                raise EngineError(
+                    f"a cache of {cache_tokens} tokens cannot hold one sequence of {self.length}; give it "
+                    f"{least * block_size} or more, or shorten the sequences"
+                )
+            return cache_tokens // block_size
+        a, weight = model.architecture, model.lm_head.weight
+        block_bytes = a.cache_width * weight.element_size() * (a.num_hidden_layers + self.speculate) * block_size
+        return max(least, min(least * self.slots, CACHE_BYTES // block_bytes))
 
     @property
     def running(self) -> int:
-        """Active samples."""
-        return len(self.scheduler.rows)
+        """Samples that have left the line."""
+        return self.scheduler.running
 
     @property
     def waiting(self) -> int:
         """Samples in the line."""
         return len(self.scheduler.waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the prompts in the line."""
+        return sum(len(sample.prompt_ids) for sample in list(self.scheduler.waiting))
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache's blocks that sequences hold."""
+        return self.scheduler.pool.used / self.scheduler.pool.total
+
+    @property
+    def counters(self) -> Counters:
+        """Sums since the start."""
+        return self.scheduler.counters
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
 
     def start(self) -> None:
         self._thread.start()
@@ -68,6 +166,7 @@ class Core:
     def submit(self, request: Request) -> None:
         """Put a request in the line. Its prompts must not be empty and must leave room for `max_new_tokens`."""
         assert all(len(p) > 0 and len(p) + request.max_new_tokens <= self.length for p in request.prompts)
+        assert request.max_new_tokens > 0 or request.prompt_logprobs is not None
         self._raise_if_dead()
         self._post(lambda: self.scheduler.submit(request))
 
@@ -77,119 +176,284 @@ class Core:
 
     def swap(self, model: Model, version: int) -> None:
         """Exchange the weights between two steps; returns when it is done. Active samples go on with the new ones."""
-        done = threading.Event()
 
         def exchange() -> None:
-            self.runner.model, self.version = model, version
-            done.set()
+            self.runner.use(model)
+            self.version = version
+            self.scheduler.forget_prefixes()
 
-        self._post(exchange)
-        while not done.wait(0.1):
-            self._raise_if_dead()
+        self._between_steps(exchange)
+
+    def pause(self) -> None:
+        """Return when the step in progress is done. Nothing moves until `resume`; what runs keeps its place."""
+
+        def hold() -> None:
+            self._paused = True
+
+        self._between_steps(hold)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+
+        def go() -> None:
+            self._paused = False
+
+        self._between_steps(go)
 
     def step(self) -> None:
-        """One turn of the loop: what was posted, a prefill if samples wait, then one token for every row."""
+        """One turn of the loop: what was posted, then one pass if anything runs or may run."""
         while not self._mail.empty():
             self._mail.get()()
-        rows = self.scheduler.rows
-        if self.scheduler.waiting:
-            first = len(rows)
-            admitted = self.scheduler.admit()
-            if admitted:
-                self._prefill(admitted, first)
-        if len(rows):
-            positions = rows.positions()
-            tokens = torch.from_numpy(rows.next_tokens())
-            logits = self.runner.decode(tokens, torch.from_numpy(positions), int(positions.max()) + 1)
-            self._hand_out(0, logits)
+        if self._paused:
+            return
+        work = self.scheduler.schedule()
+        if work or len(self.scheduler.rows):
+            self._pass(work)
 
-    def _prefill(self, admitted: list[Sample], first: int) -> None:
-        prompts: list[list[int]] = []
-        prompt_of_slot: list[int] = []
-        for sample in admitted:
-            if not prompts or prompts[-1] is not sample.prompt_tokens:
-                prompts.append(sample.prompt_tokens)
-            prompt_of_slot.append(len(prompts) - 1)
-        logits = self.runner.prefill(prompts, prompt_of_slot, first)
+    def _pass(self, work: list[tuple[Job, int]]) -> None:
+        """Compute what is scheduled, draw, guess, and end what is done."""
+        self.counters.steps += 1
+        singles, drafting = self._singles()
+        chunks = [
+            Chunk(
+                job.sequence[job.computed : job.computed + count],
+                job.computed,
+                np.array(job.table, dtype=np.int32),
+            )
+            for job, count in work
+        ]
+        batch = StepBatch(singles, chunks, self.runner.store)
+        hidden = self.runner.hidden(batch)
+        step = Step(work, self.scheduler.rows.totals() - 1)
+        for (job, count), part in zip(work, batch.parts, strict=True):
+            if job.wants_prompt:
+                self._read_prompt(job, count, hidden[part.rows])
+            self._advance(job, count, part.rows.stop - 1, step)
+        places = np.concatenate((step.places, step.plain + np.arange(len(drafting))))
+        logits = self._logits(hidden, places)
+        self._draw(step.alive(), logits[: len(step.places)], step)
+        self._check_drafts(drafting, logits[len(step.places) :], step)
+        self.scheduler.register_rows()
+        if self.speculate:
+            self._guess(hidden, batch, step)
+        for row in sorted(step.ended, reverse=True):
+            self._finish(row, step.ended[row], step.stopped_by.get(row))
+
+    def _singles(self) -> tuple[Singles, NDArray[np.int64]]:
+        """The last token of every row, and behind these the drafts; and the rows that have one."""
+        rows = self.scheduler.rows
+        active, last = np.arange(len(rows)), rows.totals() - 1
+        drafting = np.flatnonzero(rows.draft[: len(rows)] >= 0)
+        tokens = np.concatenate((rows.tokens[active, last].astype(np.int64), rows.draft[drafting]))
+        tables = rows.tables[: len(rows)]
+        if len(drafting):
+            tables = np.concatenate((tables, tables[drafting]))
+        return Singles(tokens, np.concatenate((last, last[drafting] + 1)), tables), drafting
+
+    def _advance(self, job: Job, count: int, last_place: int, step: Step) -> None:
+        """Note what is computed of a job; if that is all, its samples become rows, which the pass has logits for."""
+        self.scheduler.advance(job, count)
+        if job.remaining:
+            return
         now = time.perf_counter()
-        for sample in admitted:
-            sample.first_token_s, sample.version = now - sample.arrived, self.version
-        self._hand_out(first, logits)
+        new = self.scheduler.finish_job(job)
+        step.add(new, last_place, len(job.sequence) - 1)
+        for row in new:
+            sample = self.scheduler.rows.samples[row]
+            if not sample.started:
+                sample.started, sample.first_token_s, sample.version = True, now - sample.arrived, self.version
+            if sample.request.max_new_tokens == 0:
+                step.ended[row] = "length"
 
-    def _hand_out(self, first: int, logits: Tensor) -> None:
-        """Draw one token for each of the rows from `first` on, and finish those that end with it."""
-        rows = self.scheduler.rows
-        part = slice(first, first + len(logits))
+    def _logits(self, hidden: Tensor, places: NDArray[np.int64]) -> Tensor:
+        if not np.array_equal(places, np.arange(len(hidden))):
+            hidden = hidden.index_select(0, torch.from_numpy(places).to(hidden.device))
+        return self.runner.logits(hidden).cpu()
+
+    def _read_prompt(self, job: Job, count: int, hidden: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow those of a chunk."""
+        sample, first = job.samples[0], job.computed + 1
+        if first == 1:
+            job.prompt_tokens = [PromptToken(int(job.sequence[0]), None, [])]
+        following = torch.from_numpy(job.sequence[first : first + count])
+        distribution = torch.log_softmax(self.runner.logits(hidden[: len(following)]).float().cpu(), dim=-1)
+        own = distribution.gather(-1, following.unsqueeze(1)).squeeze(1)
+        ranks = (distribution > own.unsqueeze(1)).sum(-1) + 1
+        tops = _likeliest(distribution, np.full(len(following), sample.request.prompt_logprobs))
+        columns = zip(following.tolist(), own.tolist(), tops, ranks.tolist(), strict=True)
+        job.prompt_tokens += [PromptToken(*column) for column in columns]
+        if first + count > len(job.sequence):
+            sample.prompt_tokens = job.prompt_tokens
+
+    def _draw(self, rows: NDArray[np.int64], logits: Tensor, step: Step) -> None:
+        """Draw one token for each of these rows from its logits, hand it out, and note which rows end with it."""
+        if not len(rows):
+            return
+        table = self.scheduler.rows
+        if len(rows) != len(logits):
+            logits = logits[rows]
+        for index in np.flatnonzero(table.special[rows]):
+            row = int(rows[index])
+            adjust(logits[index], self._adjustment(row), self._prompt_of(row), table.generated(row))
         drawn = draw(
-            logits.cpu(),
-            torch.from_numpy(rows.temperature[part]),
-            torch.from_numpy(rows.top_p[part]),
-            torch.from_numpy(uniforms(rows.key[part], rows.drawn[part])),
+            logits,
+            torch.from_numpy(table.temperature[rows]),
+            torch.from_numpy(table.top_p[rows]),
+            torch.from_numpy(uniforms(table.key[rows], table.drawn[rows])),
+            torch.from_numpy(table.top_k[rows]),
+            torch.from_numpy(table.min_p[rows]),
         )
         tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
-        rows.record(first, tokens, logprobs)
-        if rows.top_logprobs[part].any():
-            self._record_top(first, drawn.distribution)
-        if rows.streamed[part].any():
-            self._stream(first, tokens, logprobs)
-        broken = ~np.isfinite(logprobs)
-        ended = broken | (tokens == self.eos_id) | (rows.drawn[part] >= rows.limit[part])
-        for index in np.flatnonzero(ended)[::-1]:
-            reason = "error" if broken[index] else "stop" if tokens[index] == self.eos_id else "length"
-            self._finish(first + int(index), reason)
+        table.record(rows, tokens, logprobs)
+        if table.top_logprobs[rows].any():
+            tops = _likeliest(drawn.distribution, table.top_logprobs[rows])
+            for index in np.flatnonzero(table.top_logprobs[rows]):
+                table.samples[rows[index]].top.append(tops[index])
+        if table.streamed[rows].any():
+            self._stream(rows, tokens, logprobs)
+        self._note_ends(rows, tokens, logprobs, step)
 
-    def _record_top(self, first: int, distribution: Tensor) -> None:
-        rows = self.scheduler.rows
-        wanted = rows.top_logprobs[first : first + len(distribution)]
-        values, tokens = distribution.topk(min(int(wanted.max()), distribution.shape[-1]), dim=-1)
-        for index in np.flatnonzero(wanted):
-            pairs = zip(tokens[index].tolist(), values[index].tolist(), strict=True)
-            possible: TopLogprobs = [(token, value) for token, value in pairs if value > float("-inf")]
-            rows.samples[first + int(index)].top.append(possible[: wanted[index]])
+    def _note_ends(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32], step: Step
+    ) -> None:
+        table = self.scheduler.rows
+        broken, closed = ~np.isfinite(logprobs), tokens == table.eos[rows]
+        for index in np.flatnonzero(table.special[rows] & ~broken):
+            row, token = int(rows[index]), int(tokens[index])
+            sample = table.samples[row]
+            if token in sample.request.stop_tokens:
+                closed[index], step.stopped_by[row] = True, token
+            elif sample.constraint is not None and not closed[index]:
+                sample.constraint.accept(token)
+                closed[index] = sample.constraint.done
+        for index in np.flatnonzero(broken | closed | (table.drawn[rows] >= table.limit[rows])):
+            step.ended[int(rows[index])] = "error" if broken[index] else "stop" if closed[index] else "length"
 
-    def _stream(self, first: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        rows = self.scheduler.rows
-        for index in np.flatnonzero(rows.streamed[first : first + len(tokens)]):
-            sample = rows.samples[first + int(index)]
+    def _check_drafts(self, drafting: NDArray[np.int64], logits: Tensor, step: Step) -> None:
+        """Rows whose draft is what they drew have their second token in the same pass.
+
+        What is drawn does not depend on the draft, so neither does the distribution of what is generated.
+        """
+        table = self.scheduler.rows
+        drawn = table.tokens[drafting, step.last[drafting] + 1]
+        alive = np.array([int(row) not in step.ended for row in drafting], dtype=bool)
+        right = np.flatnonzero(alive & (drawn == table.draft[drafting]))
+        table.draft[: len(table)] = -1
+        self.counters.draft_tokens += len(drafting)
+        self.counters.accepted_draft_tokens += len(right)
+        step.checked, step.checked_places = drafting[right], step.plain + right
+        self._draw(step.checked, logits[torch.from_numpy(right)], step)
+
+    def _guess(self, hidden: Tensor, batch: StepBatch, step: Step) -> None:
+        """Let multi-token prediction draft the token after the one that each row has just drawn.
+
+        Its own cache gets an entry for every token whose next one is known by now.
+        """
+        table, alive = self.scheduler.rows, step.alive()
+        if not 0 < len(alive) <= DRAFTING_ROWS:
+            return
+        again = np.flatnonzero(np.isin(step.checked, alive))
+        rows = np.concatenate((alive, step.checked[again]))
+        positions = np.concatenate((step.last[alive], step.last[step.checked[again]] + 1))
+        places = [step.places[alive], step.checked_places[again]]
+        chunks = []
+        for (job, count), part in zip(step.work, batch.parts, strict=True):
+            first = job.computed - count
+            following = job.sequence[first + 1 : first + count + 1]
+            if len(following):
+                chunks.append(Chunk(following, first, np.array(job.table, dtype=np.int32)))
+                places.append(np.arange(part.rows.start, part.rows.start + len(following)))
+        singles = Singles(table.tokens[rows, positions + 1].astype(np.int64), positions, table.tables[rows])
+        source = torch.from_numpy(np.concatenate(places)).to(hidden.device)
+        states = self.runner.draft_states(hidden[source], StepBatch(singles, chunks, self.runner.store))
+        newest = np.arange(len(alive))
+        newest[np.searchsorted(alive, step.checked[again])] = len(alive) + np.arange(len(again))
+        self._draft(alive, self.runner.head(states[torch.from_numpy(newest).to(states.device)]).cpu())
+
+    def _draft(self, rows: NDArray[np.int64], logits: Tensor) -> None:
+        """Draft with the random numbers that will draw the token: where both distributions agree, so do the tokens."""
+        table = self.scheduler.rows
+        guessed = draw(
+            logits,
+            torch.from_numpy(table.temperature[rows]),
+            torch.from_numpy(table.top_p[rows]),
+            torch.from_numpy(uniforms(table.key[rows], table.drawn[rows])),
+        )
+        wanted = table.limit[rows] - table.drawn[rows] >= 2
+        table.draft[rows] = np.where(wanted & np.isfinite(guessed.logprobs.numpy()), guessed.tokens.numpy(), -1)
+
+    def _adjustment(self, row: int) -> Adjustment:
+        table = self.scheduler.rows
+        sample = table.samples[row]
+        request = sample.request
+        too_early = table.drawn[row] < request.min_tokens
+        return Adjustment(
+            request.presence_penalty,
+            request.frequency_penalty,
+            request.repetition_penalty,
+            request.logit_bias,
+            [*request.stop_tokens, *([self.eos_id] if table.eos[row] >= 0 else [])] if too_early else [],
+            sample.constraint.mask() if sample.constraint else None,
+        )
+
+    def _prompt_of(self, row: int) -> NDArray[np.int32]:
+        table = self.scheduler.rows
+        return table.tokens[row, : table.prompt_length[row]]
+
+    def _stream(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> None:
+        table = self.scheduler.rows
+        for index in np.flatnonzero(table.streamed[rows]):
+            sample = table.samples[rows[index]]
             top = sample.top[-1] if sample.top else []
             token = Token(sample.choice, int(tokens[index]), float(logprobs[index]), top, self.version)
             sample.request.listener(token)
 
-    def _finish(self, row: int, reason: str) -> None:
-        rows = self.scheduler.rows
-        sample, drawn = rows.samples[row], rows.drawn[row]
-        tokens, logprobs = rows.tokens[row, :drawn].tolist(), rows.logprobs[row, :drawn].tolist()
-        if reason == "error":
-            self.runner.cache.clear(row)
-        moved = rows.remove(row)
-        if moved is not None:
-            self.runner.cache.move(moved, row, int(rows.positions()[row]))
-        self._tell_finished(sample, tokens, logprobs, reason)
+    def _finish(self, row: int, reason: str, stop_token: int | None = None) -> None:
+        table = self.scheduler.rows
+        sample = table.samples[row]
+        tokens, logprobs = table.generated(row).tolist(), table.logprobs[row, : table.drawn[row]].tolist()
+        self.scheduler.remove_row(row, damaged=reason == "error")
+        self._tell_finished(sample, tokens, logprobs, reason, stop_token)
 
-    def _tell_finished(self, sample: Sample, tokens: list[int], logprobs: list[float], reason: str) -> None:
-        elapsed = time.perf_counter() - sample.arrived
-        first_version = sample.version if tokens else self.version
+    def _tell_finished(
+        self, sample: Sample, tokens: list[int], logprobs: list[float], reason: str, stop_token: int | None = None
+    ) -> None:
         finished = Finished(
             sample.choice,
             tokens,
             logprobs,
             sample.top,
             reason,
-            first_version,
+            sample.version if sample.started else self.version,
             self.version,
             sample.first_token_s,
-            elapsed,
+            time.perf_counter() - sample.arrived,
+            sample.cached_tokens,
+            sample.prompt_tokens,
+            stop_token,
         )
         for listener in (*self.observers, sample.request.listener):
             listener(finished)
 
     def _end(self, request: Request, choice: int | None, reason: str) -> None:
         for sample in self.scheduler.withdraw(request, choice):
-            self._tell_finished(sample, [], [], reason)
-        for row in reversed(range(self.running)):
+            self._tell_finished(sample, sample.tokens, sample.logprobs, reason)
+        for row in reversed(range(len(self.scheduler.rows))):
             sample = self.scheduler.rows.samples[row]
             if sample.request is request and choice in (None, sample.choice):
                 self._finish(row, reason)
+
+    def _between_steps(self, command: Callable[[], None]) -> None:
+        """Have a command done by the loop, and wait for it. Raises EngineError if the loop has ended."""
+        done = threading.Event()
+
+        def carry_out() -> None:
+            command()
+            done.set()
+
+        self._post(carry_out)
+        while not done.wait(0.1):
+            self._raise_if_dead()
 
     def _post(self, command: Callable[[], None]) -> None:
         self._mail.put(command)
@@ -214,11 +478,22 @@ class Core:
 
     def _loop(self) -> None:
         while not self._stopping:
-            if not self.running and not self.waiting:
+            if self._paused or not (self.running or self.waiting):
                 self._mail.get()()
             self.step()
 
     def _end_all(self) -> None:
-        requests = {s.request for s in (*self.scheduler.waiting, *self.scheduler.rows.samples)}
-        for request in requests:
+        scheduler = self.scheduler
+        samples = [*scheduler.waiting, *scheduler.rows.samples, *(one for job in scheduler.jobs for one in job.samples)]
+        for request in {sample.request for sample in samples}:
             self._end(request, None, "abort")
+
+
+def _likeliest(distribution: Tensor, wanted: NDArray[np.int64]) -> list[TopLogprobs]:
+    """The likeliest tokens of each row of distribution [B, V], as many as `wanted` [B] says; no impossible ones."""
+    values, tokens = distribution.topk(min(int(wanted.max()), distribution.shape[-1]), dim=-1)
+    columns = zip(tokens.tolist(), values.tolist(), wanted, strict=True)
+    return [
+        [(token, value) for token, value in zip(row[:count], own[:count], strict=True) if value > float("-inf")]
+        for row, own, count in columns
+    ]

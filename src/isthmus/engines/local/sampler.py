@@ -37,22 +37,68 @@ def uniforms(keys: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[n
     return (mixed >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
-def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Draw:
-    """Sample each row of logits [B, V] with its temperature and top_p (both [B]) and its uniform [B].
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    uniform: Tensor,
+    top_k: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Draw:
+    """Sample each row of logits [B, V] with its temperature, top_p, top_k and min_p (all [B]) and its uniform [B].
 
-    A token of zero probability is never drawn. At temperature 0 the likeliest token is taken, and the distribution
+    The order is that of vLLM: temperature, min_p, then top_k, then top_p of what is left. `top_k` 0 and `min_p` 0 keep
+    all. A token of zero probability is never drawn. At temperature 0 the likeliest token is taken, and the distribution
     given back is the model's own (temperature 1).
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     distribution = torch.log_softmax(scaled, dim=-1)
-    truncated = (top_p < 1) & ~greedy
-    if truncated.any():
-        distribution = torch.where(truncated.unsqueeze(1), _nucleus(distribution, top_p), distribution)
+    for keep, bound, off in ((_likely_enough, min_p, 0.0), (_first_ranks, top_k, 0), (_nucleus, top_p, 1.0)):
+        if bound is not None and (chosen := (bound != off) & ~greedy).any():
+            distribution = torch.where(chosen.unsqueeze(1), keep(distribution, bound), distribution)
     tokens = distribution.argmax(-1) if greedy.any() else torch.zeros(len(logits), dtype=torch.long)
     if not greedy.all():
         tokens = torch.where(greedy, tokens, _invert(distribution, uniform))
     return Draw(tokens, distribution.gather(-1, tokens.unsqueeze(1)).squeeze(1), distribution)
+
+
+class Adjustment(NamedTuple):
+    """What changes the logits of one row before they are drawn from; `Request` explains the numbers.
+
+    `forbidden` tokens cannot be drawn; of `allowed` [V] only these can, if it is given.
+    """
+
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
+    forbidden: list[int]
+    allowed: NDArray[np.bool_] | None
+
+
+def adjust(logits: Tensor, change: Adjustment, prompt: NDArray[np.integer], generated: NDArray[np.integer]) -> None:
+    """Change the logits [V] of one row in place, in the order of vLLM: mask, bias, penalties.
+
+    OpenAI's penalties count the generated tokens: c frequency_penalty + presence_penalty for a token that occurs c > 0
+    times. CTRL's divides positive logits, and multiplies negative ones, of all tokens that occur (arXiv 1909.05858).
+    """
+    if change.allowed is not None:
+        allowed = torch.from_numpy(change.allowed).to(logits.device)
+        logits.masked_fill_(~allowed, float("-inf"))
+    if change.forbidden:
+        logits[change.forbidden] = float("-inf")
+    if change.logit_bias:
+        logits[list(change.logit_bias)] += torch.tensor(list(change.logit_bias.values()), device=logits.device)
+    if change.repetition_penalty != 1.0:
+        seen = torch.from_numpy(np.unique(np.concatenate((prompt, generated))).astype(np.int64)).to(logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / change.repetition_penalty, values * change.repetition_penalty)
+    if (change.presence_penalty or change.frequency_penalty) and len(generated):
+        tokens, counts = np.unique(generated, return_counts=True)
+        penalty = change.frequency_penalty * counts + change.presence_penalty
+        place = torch.from_numpy(tokens.astype(np.int64)).to(logits.device)
+        logits[place] -= torch.from_numpy(penalty.astype(np.float32)).to(logits.device)
 
 
 def _invert(distribution: Tensor, uniform: Tensor) -> Tensor:
@@ -70,6 +116,20 @@ def _nucleus(distribution: Tensor, top_p: Tensor) -> Tensor:
     dropped = before >= top_p.double().unsqueeze(1)
     dropped[:, 0] = False
     kept = ordered.masked_fill(dropped, float("-inf"))
+    return torch.log_softmax(torch.empty_like(kept).scatter_(-1, order, kept), dim=-1)
+
+
+def _likely_enough(distribution: Tensor, min_p: Tensor) -> Tensor:
+    """Drop what is less likely than min_p times the likeliest (arXiv 2407.01082), and renormalise."""
+    bound = distribution.amax(-1, keepdim=True) + min_p.log().unsqueeze(1)
+    return torch.log_softmax(distribution.masked_fill(distribution < bound, float("-inf")), dim=-1)
+
+
+def _first_ranks(distribution: Tensor, top_k: Tensor) -> Tensor:
+    """Keep the top_k likeliest tokens, those of lower number among equals, and renormalise."""
+    ordered, order = distribution.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(distribution.shape[-1], device=distribution.device)
+    kept = ordered.masked_fill(ranks >= torch.where(top_k > 0, top_k, len(ranks)).unsqueeze(1), float("-inf"))
     return torch.log_softmax(torch.empty_like(kept).scatter_(-1, order, kept), dim=-1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from isthmus.chips.rehearse import enforce
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.engine import Core
-from isthmus.engines.local.runner import Runner
+from isthmus.engines.local.runner import Trial
 from isthmus.engines.local.text import Vocabulary
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
@@ -115,11 +115,11 @@ def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
 
     Raises RehearsalRefused if an operator or a dtype is not allowed there.
     """
-    runner = Runner(model, slots=2, length=8)
+    trial = Trial(model, sequences=2, length=8)
     with torch.inference_mode(), enforce(chip) as rehearsal:
-        runner.prefill([[0, 1, 2], [1]], [0, 1], 0)
-        runner.decode(torch.tensor([1, 2]), torch.tensor([3, 1]), 4)
-        runner.decode(torch.tensor([1]), torch.tensor([4]), 5)
+        trial.prefill([[0, 1, 2], [1]])
+        trial.decode(torch.tensor([1, 2]))
+        trial.decode(torch.tensor([1, 0]))
     return {str(status): calls for status, calls in rehearsal.tally.calls.items()}
 
 
