@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import dense_architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import GrowingCache
@@ -19,29 +20,6 @@ from isthmus.model.model import Model, document_mask
 from isthmus.recipe import DenseSection, RecipeError, architecture_from_config, parse_architecture
 
 DRAWN = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@st.composite
-def shapes(draw: st.DrawFn, model_type: str) -> DenseSection:
-    """Head counts, head sizes, tying, biases and rope scaling of every kind, in all combinations."""
-    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
-    head_dim = draw(st.sampled_from([None, 4, 6, 16]))
-    heads = kv_heads * group
-    changes: dict[str, object] = {
-        "num_key_value_heads": kv_heads,
-        "num_attention_heads": heads,
-        "head_dim": head_dim,
-        "hidden_size": heads * draw(st.sampled_from([2, 4, 8])),
-        "intermediate_size": draw(st.integers(5, 60)),
-        "num_hidden_layers": draw(st.integers(1, 3)),
-        "tie_word_embeddings": draw(st.booleans()),
-        "rope_theta": draw(st.sampled_from([100.0, 10000.0, 1e6])),
-        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
-        "rope_scaling": draw(st.sampled_from([None, LLAMA3_ROPE])),
-    }
-    if model_type == "llama":
-        changes["attention_bias"] = draw(st.sampled_from([None, False, True]))
-    return dense_architecture(model_type, **changes)
 
 
 def agrees_with_transformers(architecture: DenseSection, seed: int) -> None:
@@ -66,13 +44,13 @@ def agrees_with_transformers(architecture: DenseSection, seed: int) -> None:
 
 
 @DRAWN
-@given(architecture=shapes("qwen2"), seed=st.integers(0, 99))
+@given(architecture=dense_architectures("qwen2"), seed=st.integers(0, 99))
 def test_qwen2_agrees_with_transformers(architecture: DenseSection, seed: int):
     agrees_with_transformers(architecture, seed)
 
 
 @DRAWN
-@given(architecture=shapes("llama"), seed=st.integers(0, 99))
+@given(architecture=dense_architectures("llama"), seed=st.integers(0, 99))
 def test_llama_agrees_with_transformers(architecture: DenseSection, seed: int):
     agrees_with_transformers(architecture, seed)
 

@@ -83,8 +83,8 @@ def test_a_sample_draws_from_its_own_stream():
 def test_samples_of_a_prompt_share_one_prefill():
     core = Core(small_model(5), eos_id=NO_EOS, slots=16)
     widths = []
-    hidden = core.runner.model.hidden
-    core.runner.model.hidden = lambda tokens, *a, **k: widths.append(tokens.numel()) or hidden(tokens, *a, **k)
+    hidden = core.runner.hidden
+    core.runner.hidden = lambda batch: widths.append(len(batch)) or hidden(batch)
     samples = generate(core, PROMPTS[:2], 6, n=8, seed=1)
     assert widths == [3 + 11] + [16] * 5
     assert len({tuple(sample.tokens) for sample in samples}) == 16
@@ -112,6 +112,23 @@ def test_a_token_of_zero_probability_is_never_drawn(weights, uniform):
     logits = probabilities.log().float().unsqueeze(0)
     found = draw(logits, torch.ones(1), torch.ones(1), torch.tensor([uniform], dtype=torch.float64))
     assert found.distribution.exp()[0, found.tokens[0]] > 0
+
+
+@given(st.integers(0, 99), st.sampled_from([2048, 3001, 5000]))
+def test_a_wide_vocabulary_is_drawn_from_as_numpy_would(seed, vocabulary):
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(20, vocabulary)) * 3
+    logits[generator.random(logits.shape) < 0.5] = -np.inf
+    uniform = generator.random(20)
+    uniform[:2] = 0.0, 1 - 2.0**-52
+    rows = torch.ones(20)
+    found = draw(torch.from_numpy(logits).float(), rows, rows, torch.from_numpy(uniform))
+    cumulated = torch.softmax(torch.from_numpy(logits).float(), -1).double().cumsum(-1).numpy()
+    target = uniform * cumulated[:, -1]
+    for row, token in enumerate(found.tokens.tolist()):
+        assert logits[row, token] > -np.inf
+        assert cumulated[row, token] > target[row] - 1e-6
+        assert token == 0 or cumulated[row, token - 1] <= target[row] + 1e-6
 
 
 def test_uniforms_are_uniform_and_independent_of_their_neighbours():
@@ -171,7 +188,8 @@ def test_new_weights_take_over_between_two_steps_and_the_samples_say_so():
     with torch.inference_mode():
         for _ in range(5):
             core.step()
-        core.runner.model, core.version = new, 1
+        core.runner.use(new)
+        core.version = 1
     run_core(core)
     first, second, third = finished(events)
     assert [(s.version, s.last_version) for s in (first, second, third)] == [(0, 1), (0, 1), (1, 1)]

@@ -89,7 +89,7 @@ class W8A8:
 
 
 class W8A8Linear(nn.Module):
-    """One or more linear layers with a common input, side by side: `weight` [in, out] and `scale` [out], both fp32.
+    """One or more linear layers with a common input, side by side: `weight` [out, in] and `scale` [out], both fp32.
 
     With `bias` the float bias of a single layer is part of the state, under its published name.
     """
@@ -102,12 +102,12 @@ class W8A8Linear(nn.Module):
         super().__init__()
         weight = torch.cat([values for values, _ in stored])
         scale = torch.cat([scale for _, scale in stored])
-        self.register_buffer("weight", weight.float().t().contiguous(), persistent=False)
+        self.register_buffer("weight", weight.float().contiguous(), persistent=False)
         self.register_buffer("scale", scale.float().flatten(), persistent=False)
         self.register_buffer("bias", torch.zeros(len(weight)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantised_matmul(x, self.weight, self.scale)
+        y = quantised_matmul(x, self.weight.t(), self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -124,7 +124,7 @@ class W8A8GatedMlp(nn.Module):
 
 
 class W8A8Experts(nn.Module):
-    """All routed experts of a layer. `gate_up` [E, D, 2M], `down` [E, M, D], with scales [E, 1, 2M] and [E, 1, D]."""
+    """All routed experts of a layer. `gate_up` [E, 2M, D], `down` [E, D, M], with scales [E, 2M] and [E, D]."""
 
     gate_up: Tensor
     gate_up_scale: Tensor
@@ -141,8 +141,8 @@ class W8A8Experts(nn.Module):
             "down": [e["down_proj"] for e in experts],
         }
         for name, pairs in stacked.items():
-            weight = torch.stack([values for values, _ in pairs]).float().transpose(1, 2).contiguous()
-            scale = torch.stack([scale for _, scale in pairs]).float().transpose(1, 2).contiguous()
+            weight = torch.stack([values for values, _ in pairs]).float()
+            scale = torch.stack([scale.flatten() for _, scale in pairs]).float()
             self.register_buffer(name, weight, persistent=False)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
 
@@ -152,8 +152,8 @@ class W8A8Experts(nn.Module):
         return torch.cat([self._expert(index, rows) for index, rows in enumerate(parts)])
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
-        gate_up = quantised_matmul(x, self.gate_up[index], self.gate_up_scale[index, 0])
-        return quantised_matmul(_swiglu(gate_up), self.down[index], self.down_scale[index, 0])
+        gate_up = quantised_matmul(x, self.gate_up[index].t(), self.gate_up_scale[index])
+        return quantised_matmul(_swiglu(gate_up), self.down[index].t(), self.down_scale[index])
 
 
 def is_quantised(name: str) -> bool:

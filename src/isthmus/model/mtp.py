@@ -44,5 +44,9 @@ class MtpLayer(DecoderLayer):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """next_embedding and hidden [B, T, D]. Returns the normed states [B, T, D] for the shared output head."""
-        joined = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(hidden)), dim=-1))
+        joined = self.join(next_embedding, hidden)
         return self.shared_head.norm(super().forward(joined, rotation, mask, cache, trace))
+
+    def join(self, next_embedding: Tensor, hidden: Tensor) -> Tensor:
+        """What the layer starts from, [..., D] of two [..., D]."""
+        return self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(hidden)), dim=-1))

@@ -21,7 +21,7 @@ from isthmus.engines import EngineError
 from isthmus.engines.local.batch import Chunk, Singles, StepBatch
 from isthmus.engines.local.cache import blocks_for
 from isthmus.engines.local.runner import Runner
-from isthmus.engines.local.sampler import Adjustment, adjust, draw, uniforms
+from isthmus.engines.local.sampler import Adjustment, Draw, adjust, draw, uniforms
 from isthmus.engines.local.scheduler import (
     Counters,
     Finished,
@@ -96,7 +96,9 @@ class Core:
         if speculate and model.mtp_layer is None:
             raise EngineError("this model has no layer for multi-token prediction, which speculation needs")
         blocks = self._blocks(model, block_size, cache_tokens)
-        self.runner = Runner(model, blocks + 1, block_size, speculate, batch_invariant)
+        self.runner = Runner(
+            model, blocks + 1, block_size, drafts=speculate, row_by_row=batch_invariant, threads=threads
+        )
         self.scheduler = Scheduler(
             self.runner.store,
             slots=slots,
@@ -225,10 +227,10 @@ class Core:
         batch = StepBatch(singles, chunks, self.runner.store)
         hidden = self.runner.hidden(batch)
         step = Step(work, self.scheduler.rows.totals() - 1)
-        for (job, count), part in zip(work, batch.parts, strict=True):
+        for (job, count), part in zip(work, batch.chunk_rows, strict=True):
             if job.wants_prompt:
-                self._read_prompt(job, count, hidden[part.rows])
-            self._advance(job, count, part.rows.stop - 1, step)
+                self._read_prompt(job, count, hidden[part])
+            self._advance(job, count, part.stop - 1, step)
         places = np.concatenate((step.places, step.plain + np.arange(len(drafting))))
         logits = self._logits(hidden, places)
         self._draw(step.alive(), logits[: len(step.places)], step)
@@ -276,14 +278,19 @@ class Core:
         if first == 1:
             job.prompt_tokens = [PromptToken(int(job.sequence[0]), None, [])]
         following = torch.from_numpy(job.sequence[first : first + count])
+        if len(following):
+            job.prompt_tokens += self._following(following, hidden, sample.request.prompt_logprobs or 0)
+        if first + count > len(job.sequence):
+            sample.prompt_tokens = job.prompt_tokens
+
+    def _following(self, following: Tensor, hidden: Tensor, alternatives: int) -> list[PromptToken]:
+        """Log-probability and rank of each of these tokens by the state before it."""
         distribution = torch.log_softmax(self.runner.logits(hidden[: len(following)]).float().cpu(), dim=-1)
         own = distribution.gather(-1, following.unsqueeze(1)).squeeze(1)
         ranks = (distribution > own.unsqueeze(1)).sum(-1) + 1
-        tops = _likeliest(distribution, np.full(len(following), sample.request.prompt_logprobs))
+        tops = _likeliest(distribution, np.full(len(following), alternatives))
         columns = zip(following.tolist(), own.tolist(), tops, ranks.tolist(), strict=True)
-        job.prompt_tokens += [PromptToken(*column) for column in columns]
-        if first + count > len(job.sequence):
-            sample.prompt_tokens = job.prompt_tokens
+        return [PromptToken(*column) for column in columns]
 
     def _draw(self, rows: NDArray[np.int64], logits: Tensor, step: Step) -> None:
         """Draw one token for each of these rows from its logits, hand it out, and note which rows end with it."""
@@ -295,14 +302,7 @@ class Core:
         for index in np.flatnonzero(table.special[rows]):
             row = int(rows[index])
             adjust(logits[index], self._adjustment(row), self._prompt_of(row), table.generated(row))
-        drawn = draw(
-            logits,
-            torch.from_numpy(table.temperature[rows]),
-            torch.from_numpy(table.top_p[rows]),
-            torch.from_numpy(uniforms(table.key[rows], table.drawn[rows])),
-            torch.from_numpy(table.top_k[rows]),
-            torch.from_numpy(table.min_p[rows]),
-        )
+        drawn = self._drawn(rows, logits)
         tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
         table.record(rows, tokens, logprobs)
         if table.top_logprobs[rows].any():
@@ -312,6 +312,21 @@ class Core:
         if table.streamed[rows].any():
             self._stream(rows, tokens, logprobs)
         self._note_ends(rows, tokens, logprobs, step)
+
+    def _drawn(self, rows: NDArray[np.int64], logits: Tensor) -> Draw:
+        """One draw for each of these rows from logits [len(rows), V], with the row's options and random numbers."""
+        if self.runner.row_by_row and len(rows) > 1:
+            parts = [self._drawn(rows[i : i + 1], logits[i : i + 1]) for i in range(len(rows))]
+            return Draw(*map(torch.cat, zip(*parts, strict=True)))
+        table = self.scheduler.rows
+        return draw(
+            logits,
+            torch.from_numpy(table.temperature[rows]),
+            torch.from_numpy(table.top_p[rows]),
+            torch.from_numpy(uniforms(table.key[rows], table.drawn[rows])),
+            torch.from_numpy(table.top_k[rows]),
+            torch.from_numpy(table.min_p[rows]),
+        )
 
     def _note_ends(
         self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32], step: Step
@@ -350,22 +365,26 @@ class Core:
         Its own cache gets an entry for every token whose next one is known by now.
         """
         table, alive = self.scheduler.rows, step.alive()
-        if not 0 < len(alive) <= DRAFTING_ROWS:
+        if len(alive) > DRAFTING_ROWS:
             return
         again = np.flatnonzero(np.isin(step.checked, alive))
         rows = np.concatenate((alive, step.checked[again]))
         positions = np.concatenate((step.last[alive], step.last[step.checked[again]] + 1))
         places = [step.places[alive], step.checked_places[again]]
         chunks = []
-        for (job, count), part in zip(step.work, batch.parts, strict=True):
+        for (job, count), part in zip(step.work, batch.chunk_rows, strict=True):
             first = job.computed - count
             following = job.sequence[first + 1 : first + count + 1]
             if len(following):
                 chunks.append(Chunk(following, first, np.array(job.table, dtype=np.int32)))
-                places.append(np.arange(part.rows.start, part.rows.start + len(following)))
+                places.append(np.arange(part.start, part.start + len(following)))
+        if not len(rows) and not chunks:
+            return
         singles = Singles(table.tokens[rows, positions + 1].astype(np.int64), positions, table.tables[rows])
         source = torch.from_numpy(np.concatenate(places)).to(hidden.device)
         states = self.runner.draft_states(hidden[source], StepBatch(singles, chunks, self.runner.store))
+        if not len(alive):
+            return
         newest = np.arange(len(alive))
         newest[np.searchsorted(alive, step.checked[again])] = len(alive) + np.arange(len(again))
         self._draft(alive, self.runner.head(states[torch.from_numpy(newest).to(states.device)]).cpu())
@@ -373,12 +392,7 @@ class Core:
     def _draft(self, rows: NDArray[np.int64], logits: Tensor) -> None:
         """Draft with the random numbers that will draw the token: where both distributions agree, so do the tokens."""
         table = self.scheduler.rows
-        guessed = draw(
-            logits,
-            torch.from_numpy(table.temperature[rows]),
-            torch.from_numpy(table.top_p[rows]),
-            torch.from_numpy(uniforms(table.key[rows], table.drawn[rows])),
-        )
+        guessed = self._drawn(rows, logits)
         wanted = table.limit[rows] - table.drawn[rows] >= 2
         table.draft[rows] = np.where(wanted & np.isfinite(guessed.logprobs.numpy()), guessed.tokens.numpy(), -1)
 

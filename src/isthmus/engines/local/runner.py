@@ -8,44 +8,89 @@ from torch import Tensor
 
 from isthmus.engines.local.batch import Chunk, LayerView, Singles, StepBatch
 from isthmus.engines.local.cache import PagedStore, blocks_for
+from isthmus.engines.local.native import NativeModel, NativeUnavailable
 from isthmus.model.model import Model
+
+NATIVE_WORK = 16384
+"""Up to so many tokens times hidden size the compiled layers are faster than torch's operators."""
 
 
 class Runner:
-    """A model and its cache. `model` may be exchanged between two passes.
+    """A model and its cache. Block 0 is left to fill up tables.
 
-    With `drafts` the cache has a layer for multi-token prediction. Block 0 is left to fill up tables.
+    With `drafts` the cache has a layer for multi-token prediction. With `row_by_row` each token gets the same bits
+    whatever else is in the pass. `native` False keeps to torch's operators, which a rehearsal can see.
     """
 
-    def __init__(self, model: Model, blocks: int, block_size: int, drafts: bool = False, row_by_row: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        blocks: int,
+        block_size: int,
+        *,
+        drafts: bool = False,
+        row_by_row: bool = False,
+        threads: int = 1,
+        native: bool = True,
+    ):
         a, weight = model.architecture, model.lm_head.weight
         layers = a.num_hidden_layers + (1 if drafts else 0)
-        self.row_by_row = row_by_row
-        self.use(model)
+        self.row_by_row, self._threads, self._wants_native = row_by_row, threads, native
         self.store = PagedStore(layers, blocks, block_size, a.cache_width, weight.dtype, weight.device)
+        self.use(model)
 
     def use(self, model: Model) -> None:
         """Compute with this model from the next pass on."""
         self.model = model
+        self.native: NativeModel | None = None
+        self.kernels = "torch"
+        if self._wants_native:
+            try:
+                self.native = NativeModel(model, self.store.block_size, self._threads)
+                self.kernels = "native"
+            except NativeUnavailable as reason:
+                self.kernels = f"torch: {reason}"
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """States [N, D] before the final norm."""
+        if self.native is not None and self._suits(batch):
+            return self.native.hidden(batch, self.store.layers)
+        if self.row_by_row and len(batch) > 1:
+            return torch.cat([self.hidden(one) for one in batch.one_by_one()])
         caches = [LayerView(store, batch) for store in self.store.layers]
         return self.model.hidden(batch.tokens[None], batch.positions[None], caches=caches)[0]
 
     def draft_states(self, hidden: Tensor, batch: StepBatch) -> Tensor:
         """States [N, D] for the output head, of the token after `batch.tokens`, which follow those of `hidden`."""
-        cache = LayerView(self.store.layers[-1], batch)
+        store = self.store.layers[-1]
+        if self.native is not None and self._suits(batch):
+            layer = self.model.mtp_layer
+            assert layer is not None
+            joined = layer.join(self.model.model.embed_tokens(batch.tokens), hidden)
+            return layer.shared_head.norm(self.native.last_layer(joined, batch, store))
         positions = batch.positions[None]
-        return self.model.mtp_next(hidden[None], batch.tokens[None], positions, None, cache=cache)[0]
+        return self.model.mtp_next(hidden[None], batch.tokens[None], positions, None, cache=LayerView(store, batch))[0]
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits [..., V] of states that have passed a final norm."""
-        return self.model.lm_head(states)
+        """Logits [N, V] of states [N, D] that have passed a final norm."""
+        return self._output(states, normed=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of what `hidden` returns."""
-        return self.model.logits(hidden)
+        """Logits [N, V] of what `hidden` returns."""
+        return self._output(hidden, normed=False)
+
+    def _output(self, states: Tensor, normed: bool) -> Tensor:
+        if self.native is not None and (self.row_by_row or self._is_small(len(states))):
+            return self.native.logits(states, normed)
+        if self.row_by_row and len(states) > 1:
+            return torch.cat([self._output(one, normed) for one in states.split(1)])
+        return self.model.lm_head(states) if normed else self.model.logits(states)
+
+    def _suits(self, batch: StepBatch) -> bool:
+        return self.row_by_row or (not batch.chunks and self._is_small(len(batch)))
+
+    def _is_small(self, tokens: int) -> bool:
+        return tokens * self.model.architecture.hidden_size <= NATIVE_WORK
 
 
 class Trial:
@@ -53,7 +98,7 @@ class Trial:
 
     def __init__(self, model: Model, sequences: int, length: int, block_size: int = 16):
         each = blocks_for(length, block_size)
-        self.runner = Runner(model, sequences * each + 1, block_size)
+        self.runner = Runner(model, sequences * each + 1, block_size, native=False)
         self.tables = np.arange(1, sequences * each + 1, dtype=np.int32).reshape(sequences, each)
         self.lengths = np.zeros(sequences, dtype=np.int64)
 

@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+WIDE, BLOCK = 2048, 256
+"""From `WIDE` tokens on, a token is found by the sums of blocks of `BLOCK`, and then within its block."""
 
 
 class Draw(NamedTuple):
@@ -52,14 +57,18 @@ def draw(
     given back is the model's own (temperature 1).
     """
     greedy = temperature == 0
+    if greedy.all():
+        distribution = torch.log_softmax(logits.float(), dim=-1)
+        best = distribution.max(-1)
+        return Draw(best.indices, best.values, distribution)
     scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     distribution = torch.log_softmax(scaled, dim=-1)
     for keep, bound, off in ((_likely_enough, min_p, 0.0), (_first_ranks, top_k, 0), (_nucleus, top_p, 1.0)):
         if bound is not None and (chosen := (bound != off) & ~greedy).any():
             distribution = torch.where(chosen.unsqueeze(1), keep(distribution, bound), distribution)
-    tokens = distribution.argmax(-1) if greedy.any() else torch.zeros(len(logits), dtype=torch.long)
-    if not greedy.all():
-        tokens = torch.where(greedy, tokens, _invert(distribution, uniform))
+    tokens = _invert(distribution, uniform)
+    if greedy.any():
+        tokens = torch.where(greedy, distribution.argmax(-1), tokens)
     return Draw(tokens, distribution.gather(-1, tokens.unsqueeze(1)).squeeze(1), distribution)
 
 
@@ -103,10 +112,26 @@ def adjust(logits: Tensor, change: Adjustment, prompt: NDArray[np.integer], gene
 
 def _invert(distribution: Tensor, uniform: Tensor) -> Tensor:
     """The first token whose cumulated probability exceeds uniform * total; its own probability is then not zero."""
-    cumulated = distribution.exp().cumsum(-1, dtype=torch.float64)
-    target = uniform.double().unsqueeze(1) * cumulated[:, -1:]
-    # Only a row that is not a number finds no place at all.
-    return torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp_(max=distribution.shape[-1] - 1)
+    probabilities = distribution.exp()
+    if distribution.shape[-1] < WIDE:
+        cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+        return _first_beyond(cumulated, uniform.double().unsqueeze(1) * cumulated[:, -1:])
+    rows = torch.arange(len(distribution))
+    blocks = F.pad(probabilities, (0, -distribution.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    by_block = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform.double().unsqueeze(1) * by_block[:, -1:]
+    block = _first_beyond(by_block, target)
+    before = by_block[rows, block - 1].masked_fill(block == 0, 0.0).unsqueeze(1)
+    own = blocks[rows, block]
+    inside = own.cumsum(-1, dtype=torch.float64) + before
+    # Both sums round on their own: what lies beyond the last possible token of its block is that token.
+    last_possible = BLOCK - 1 - (own.flip(-1) > 0).int().argmax(-1)
+    return block * BLOCK + torch.minimum(_first_beyond(inside, target), last_possible)
+
+
+def _first_beyond(cumulated: Tensor, target: Tensor) -> Tensor:
+    """The first place [B] at which cumulated [B, N] exceeds target [B, 1]; only rows of no numbers have none."""
+    return torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp_(max=cumulated.shape[-1] - 1)
 
 
 def _nucleus(distribution: Tensor, top_p: Tensor) -> Tensor:
