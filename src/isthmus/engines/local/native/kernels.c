@@ -15,6 +15,7 @@
 #define LANES 16
 #define TOKENS 4
 #define OUTPUTS 4
+#define AHEAD 4096 /* floats between the weights in use and those that are fetched */
 #define LARGEST 127.0f
 #define BLOCK 1024
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -182,12 +183,17 @@ static void tile(const float *const *x, int tokens, const float *w, int64_t stri
     }
 }
 
+static inline void fetch(const float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) __builtin_prefetch(x + i);
+}
+
 /* y[t][o] = x[t] . w[o]: rows by pointers, so that none is gathered. */
 static void product(const float *const *x, int tokens, const float *w, int64_t length, int64_t outputs,
                     float *const *y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t o = 0; o < outputs; o += OUTPUTS) {
         int count = outputs - o < OUTPUTS ? (int)(outputs - o) : OUTPUTS;
+        fetch(w + o * length + AHEAD, count * length);
         tile(x, tokens, w + o * length, length, length, y, o, count);
     }
 }
