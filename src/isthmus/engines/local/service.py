@@ -14,6 +14,7 @@ from torch import Tensor
 from isthmus.chips.rehearse import enforce
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.engine import Core
+from isthmus.engines.local.grammar import Compiler
 from isthmus.engines.local.runner import Runner
 from isthmus.engines.local.text import Vocabulary
 from isthmus.errors import DamagedFile, IsthmusError
@@ -62,6 +63,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
+        self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
 
     @property
     def fingerprint(self) -> str:
