@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from isthmus.engines.local.host import bind
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
-from isthmus.engines.local.text import ChannelledText, PlainText, StopCutter, Vocabulary
+from isthmus.engines.local.text import ChannelledText, PlainText, Rules, StopCutter, Vocabulary
 from isthmus.errors import IsthmusError
 
 ADMIN_KEY = "sesame"
@@ -221,7 +221,25 @@ def test_seeds_give_each_prompt_its_own_stream(client):
     ("fields", "named"),
     [
         ({"best_of": 3}, "best_of"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"suffix": "b"}, "suffix"),
+        ({"store": True}, "store"),
+        ({"metadata": {"a": "b"}}, "metadata"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
+        ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"stop_token_ids": [300]}, "stop_token_ids"),
+        ({"stop": ["a"] * 1_000_000}, "stop"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -249,7 +267,11 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(port, fields, named)
     ("fields", "named"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -401,13 +423,13 @@ def test_text_survives_the_way_through_tokens(text, thinking):
     tokenizer = small_tokenizer_once()
     vocabulary = Vocabulary(tokenizer)
     tokens = tokenizer.encode(text)
-    plain = PlainText(vocabulary, [])
+    plain = PlainText(vocabulary, Rules())
     expected = tokenizer.decode(tokens)
     assert (
         "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish())
         == expected
     )
-    writer = ChannelledText(vocabulary, [], thinking)
+    writer = ChannelledText(vocabulary, Rules(), thinking)
     deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
     assert "".join(delta.text for delta in deltas) == expected
     assert {delta.channel for delta in deltas} <= {"reasoning" if thinking else "content"}
@@ -417,7 +439,7 @@ def test_half_a_character_is_held_back():
     tokenizer = small_tokenizer_once()
     tokens = tokenizer.encode("é中🙂")
     assert len(tokens) > 4, "the test needs characters of several tokens"
-    plain = PlainText(Vocabulary(tokenizer), [])
+    plain = PlainText(Vocabulary(tokenizer), Rules())
     parts = [delta.text for token in tokens for delta in plain.push(token)]
     assert parts == ["é", "中", "🙂"]
 

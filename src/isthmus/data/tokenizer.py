@@ -23,7 +23,15 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL_TOKENS = [BOS, EOS, USER, ASSISTANT, THINK, END_THINK]
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 _KEPT = ("pad_token", "unk_token", "model_max_length")
 _WORDS = r" ?[✗✓]\n?| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+"
 
@@ -131,7 +139,7 @@ class Tokenizer:
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str:
-        """Text of token ids. With `skip_special` the special tokens are left out, but never <think>, </think> and `shown`."""
+        """Text of token ids. `skip_special` leaves special tokens out, but never <think>, </think> and `shown`."""
         if skip_special:
             hidden = self._hidden - shown if shown else self._hidden
             ids = [token for token in ids if token not in hidden]
@@ -195,7 +203,7 @@ class Tokenizer:
 
 
 def _compile(chat_template: str) -> tuple[Template, frozenset[str]]:
-    """The template in a sandbox, with what templates of published checkpoints use, as in transformers; its variables."""
+    """The template in a sandbox, with what published templates use, as in transformers; and its variables."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

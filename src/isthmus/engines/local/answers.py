@@ -35,7 +35,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Choice:
-    """A finished choice. `stop_reason` is the stop string or the token of `stop_token_ids` that ended it, if one did."""
+    """A finished choice. `stop_reason` is the stop string or token of `stop_token_ids` that ended it, if one did."""
 
     index: int
     reasoning: str
@@ -75,6 +75,7 @@ class Exchange:
         self._writers = [self._writer(self.prompts[index // ask.n], rules) for index in range(self.size)]
         self._drawn = [Drawn() for _ in range(self.size)]
         self._parts: list[list[Delta | Call]] = [[] for _ in range(self.size)]
+        self._called = [0] * self.size
         self._cached = [0] * len(self.prompts)
         self.prompt_tokens: list[list[PromptToken] | None] = [None] * len(self.prompts)
         self._request = self._make_request()
@@ -179,8 +180,9 @@ class Exchange:
         return replace(piece, choice=self._choice(end, writer))
 
     def _piece(self, index: int, parts: list[Delta | Call], drawn: Drawn) -> Piece:
-        earlier = sum(isinstance(part, Call) for part in self._parts[index])
         self._parts[index] += parts
+        earlier = self._called[index]
+        self._called[index] += sum(isinstance(part, Call) for part in parts)
         return Piece(index, parts, drawn, first_call=earlier)
 
     def _raise_if_failed(self, end: Finished, writer: Writer) -> None:
@@ -214,7 +216,7 @@ class Exchange:
 
     def _rules(self) -> Rules:
         ask = self.ask
-        ends = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else {self.service.core.eos_id})
+        ends = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else {self.service.tokenizer.eos_id})
         return Rules(
             ask.stop,
             keep_stop=ask.include_stop_str_in_output,
@@ -245,6 +247,8 @@ def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:
             code="context_length_exceeded",
         )
     limit = ask.limit if ask.limit is not None else _default_limit(service, ask, length - longest)
+    if ask.min_tokens > limit:
+        raise ApiError(f"min_tokens is {ask.min_tokens}, and at most {limit} are generated", param="min_tokens")
     if longest + limit > length:
         raise ApiError(
             f"this model's sequences have at most {length} tokens; the prompt has {longest}, so at most "

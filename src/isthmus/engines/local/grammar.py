@@ -1,7 +1,7 @@
 """Structured output: what the tokens of an answer may be, as masks that llguidance computes.
 
-https://github.com/guidance-ai/llguidance compiles JSON schemas, regular expressions and context-free grammars (a dialect
-of Lark) against the very tokens of a vocabulary.
+It compiles JSON schemas, regular expressions and context-free grammars (a dialect of Lark) against the very tokens of a
+vocabulary: https://github.com/guidance-ai/llguidance
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _calls(service: Service, ask: ChatAsk) -> Calls:
 
 
 def _grammar_with_calls(service: Service, ask: ChatAsk, form: CallFormat, answer: str | None) -> str | None:
-    """What an answer may be that must call, that calls strict functions, or that has a format where it does not call."""
+    """What an answer may be that must call, may call strict functions, or has a format where it does not call."""
     functions = ask.offered
     if isinstance(ask.tool_choice, NamedTool):
         functions = [function for function in functions if function.name == ask.tool_choice.function.name]

@@ -15,7 +15,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     ValidationError,
     field_validator,
@@ -85,7 +84,8 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64, strict=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
 Alternatives = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS, strict=True)]
-Tokens = Annotated[list[Annotated[int, Field(strict=True)]], FailFast()]
+Tokens = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
@@ -138,7 +138,7 @@ class StructuredOutputs(Part):
 
 
 class Ask(Part):
-    """The fields that completions and chat share. `user`, `safety_identifier` and `prompt_cache_key` ask for nothing."""
+    """What completions and chat share. `user`, `safety_identifier` and `prompt_cache_key` ask for nothing."""
 
     model: str | None = None
     stream: Flag = False
@@ -190,7 +190,7 @@ class Ask(Part):
 class CompletionAsk(Ask):
     """POST /v1/completions. `seeds`, one per prompt, is an extension; `logprobs` counts the alternatives shown."""
 
-    prompt: str | Annotated[list[str], FailFast()] | Tokens | Annotated[list[Tokens], FailFast()]
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Alternatives | None = None
     echo: Flag = False
     seeds: list[Seed] | None = None
@@ -298,7 +298,7 @@ class NamedTool(Part):
 class Conversation(Part):
     """What the chat template makes a prompt of. `reasoning_effort` is a variable of the template like any other."""
 
-    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
     reasoning_effort: str | None = None
     chat_template_kwargs: Schema = {}
@@ -443,8 +443,6 @@ def check_options(ask: Ask) -> None:
         raise ApiError("prompt_logprobs cannot be streamed; send stream = false", param="prompt_logprobs")
     if ask.response_format is not None and ask.response_format.type != "text" and ask.structured_outputs is not None:
         raise ApiError("give response_format or structured_outputs, not both", param="structured_outputs")
-    if ask.limit is not None and ask.min_tokens > ask.limit:
-        raise ApiError(f"min_tokens is {ask.min_tokens}, and at most {ask.limit} are asked for", param="min_tokens")
     if isinstance(ask, ChatAsk):
         _check_chat(ask)
     if isinstance(ask, CompletionAsk):
@@ -481,7 +479,9 @@ def check_tokens(ask: Ask, vocab_size: int) -> None:
     """Refuse token ids that the model does not have."""
     for name in ("stop_token_ids", "logit_bias"):
         if any(token >= vocab_size for token in getattr(ask, name)):
-            raise ApiError(f"{name}: token ids must be between 0 and {vocab_size - 1}", param=name, code="invalid_value")
+            raise ApiError(
+                f"{name}: token ids must be between 0 and {vocab_size - 1}", param=name, code="invalid_value"
+            )
 
 
 def envelope(kind: str, model: str, fingerprint: str) -> dict[str, Any]:
@@ -497,7 +497,7 @@ def envelope(kind: str, model: str, fingerprint: str) -> dict[str, Any]:
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int, reasoning: int | None) -> dict[str, Any]:
-    """Tokens of a request; `cached` of the prompts' came from the prefix cache. `reasoning` is None without thinking."""
+    """Tokens of a request; `cached` of the prompts' came from the prefix cache. `reasoning` is None where unknown."""
     details = {} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}
     return {
         "prompt_tokens": prompt_tokens,

@@ -19,14 +19,27 @@ from starlette.routing import Route
 
 from isthmus.engines.local.answers import Exchange
 from isthmus.engines.local.metrics import Metrics
+from isthmus.engines.local.prepare import (
+    Prepared,
+    chat_prompt,
+    check_prompt_tokens,
+    encode_text,
+    prepare_chat,
+    prepare_completion,
+)
 from isthmus.engines.local.protocol import (
     ApiError,
     Ask,
     ChatAsk,
     CompletionAsk,
+    DetokenizeAsk,
+    TokenizeAsk,
+    TokenizeChatAsk,
     check_options,
     envelope,
+    load,
     parse,
+    read,
     usage,
 )
 from isthmus.engines.local.responses import (
@@ -35,6 +48,8 @@ from isthmus.engines.local.responses import (
     chat_piece,
     completion_choice,
     completion_piece,
+    echo,
+    prompt_logprobs,
 )
 from isthmus.engines.local.service import Service
 from isthmus.errors import IsthmusError
@@ -60,6 +75,8 @@ class Server:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health),
             Route("/metrics", self.prometheus),
         ]
@@ -82,21 +99,21 @@ class Server:
     async def completions(self, request: Request) -> Response:
         ask = parse(CompletionAsk, await _json_body(request))
         self._check(ask)
-        encode = self.service.tokenizer.encode
-        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
-        self._check_tokens(prompts)
-        exchange = self._exchange(ask, prompts)
+        exchange = await self._exchange(ask, prepare_completion(self.service, ask))
         if ask.stream:
             return _event_stream(self._completion_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
-        shown = [completion_choice(ask, self.service.vocabulary, prompts[c.index // ask.n], c) for c in choices]
+        vocabulary, prompts = self.service.vocabulary, exchange.prompts
+        shown = [
+            completion_choice(ask, vocabulary, prompts[c.index // ask.n], c, exchange.prompt_tokens[c.index // ask.n])
+            for c in choices
+        ]
         return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
 
     async def chat(self, request: Request) -> Response:
         ask = parse(ChatAsk, await _json_body(request))
         self._check(ask)
-        prompt = self._chat_prompt(ask)
-        exchange = self._exchange(ask, [prompt])
+        exchange = await self._exchange(ask, prepare_chat(self.service, ask))
         if ask.stream:
             return _event_stream(self._chat_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
@@ -104,9 +121,34 @@ class Server:
             "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
             "usage": self._count(exchange),
         }
+        if ask.prompt_logprobs is not None:
+            tokens = exchange.prompt_tokens[0] or []
+            body["prompt_logprobs"] = prompt_logprobs(self.service.vocabulary, tokens, ask.prompt_logprobs)
         if ask.return_token_ids:
-            body["prompt_token_ids"] = prompt
+            body["prompt_token_ids"] = exchange.prompts[0]
         return JSONResponse(body)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation, in vLLM's shape."""
+        content = load(await _json_body(request))
+        if "messages" in content:
+            ask = read(TokenizeChatAsk, content)
+            self._check_model(ask.model)
+            tokens = chat_prompt(self.service, ask, with_tools=bool(ask.tools))
+        else:
+            ask = read(TokenizeAsk, content)
+            self._check_model(ask.model)
+            tokens = encode_text(self.service, ask.prompt, "prompt")
+        texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
+        body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
+        return JSONResponse(body)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, special ones included, in vLLM's shape."""
+        ask = parse(DetokenizeAsk, await _json_body(request))
+        self._check_model(ask.model)
+        check_prompt_tokens(self.service, [ask.tokens], "tokens")
+        return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
 
     async def models(self, _request: Request) -> Response:
         identity = self.service.identity
@@ -171,10 +213,14 @@ class Server:
     async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
         head, vocabulary = self._envelope("text_completion"), self.service.vocabulary
         offsets = [0] * exchange.size
+        for index in range(exchange.size if ask.echo else 0):
+            text = echo(ask, vocabulary, exchange.prompts[index // ask.n], index)
+            shown = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+            yield head | {"choices": [shown]} | _no_usage(ask)
         async for piece in exchange.pieces():
             shown = completion_piece(ask, vocabulary, piece, offsets[piece.index])
-            offsets[piece.index] += sum(len(vocabulary.text_of(step.token)) for step in piece.steps)
-            if shown["text"] or piece.steps or piece.choice:
+            offsets[piece.index] += sum(len(vocabulary.text_of(token)) for token in piece.drawn.tokens)
+            if shown["text"] or len(piece.drawn) or piece.choice:
                 yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
@@ -185,40 +231,35 @@ class Server:
             yield head | {"choices": [chat_opening(index)]} | _no_usage(ask)
         async for piece in exchange.pieces():
             shown = chat_piece(ask, self.service.vocabulary, piece)
-            yield head | {"choices": [shown]} | _no_usage(ask)
+            if shown is not None:
+                yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
 
-    def _exchange(self, ask: Ask, prompts: list[list[int]]) -> Exchange:
-        exchange = Exchange(self.service, ask, prompts)
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+    async def _exchange(self, ask: Ask, prepared: Prepared) -> Exchange:
+        constraint = None
+        if prepared.grammar is not None:
+            constraint = await run_in_threadpool(prepared.constraint, self.service)
+        exchange = Exchange(self.service, ask, prepared, constraint)
+        self.metrics.prompt_tokens.inc(sum(map(len, prepared.prompts)))
         return exchange
 
     def _check(self, ask: Ask) -> None:
         check_options(ask)
-        known = self.service.identity.model
-        if ask.model is not None and ask.model != known:
-            message = f"the model {ask.model!r} does not exist here; this server has {known!r}"
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+        self._check_model(ask.model)
         if self.service.core.waiting >= self.service.max_waiting:
             raise ApiError("too many requests are waiting; try again in a second", status=503, code="overloaded")
 
-    def _check_tokens(self, prompts: list[list[int]]) -> None:
-        size = self.service.architecture.vocab_size
-        for prompt in prompts:
-            if prompt and not 0 <= min(prompt) <= max(prompt) < size:
-                raise ApiError(
-                    f"prompt: token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value"
-                )
+    def _check_model(self, asked: str | None) -> None:
+        known = self.service.identity.model
+        if asked is not None and asked != known:
+            message = f"the model {asked!r} does not exist here; this server has {known!r}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
 
-    def _chat_prompt(self, ask: ChatAsk) -> list[int]:
-        try:
-            return self.service.tokenizer.chat([message.plain() for message in ask.messages])
-        except IsthmusError as error:
-            raise ApiError(str(error), param="messages", code="invalid_value") from None
-
-    def _count(self, exchange: Exchange) -> dict[str, int]:
-        return usage(sum(map(len, exchange.prompts)), exchange.generated)
+    def _count(self, exchange: Exchange) -> dict[str, Any]:
+        reasoning = exchange.reasoning_tokens if isinstance(exchange.ask, ChatAsk) else None
+        prompt_tokens = sum(map(len, exchange.prompts))
+        return usage(prompt_tokens, exchange.generated, exchange.cached_tokens, reasoning)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return envelope(kind, self.service.identity.model, self.service.fingerprint)

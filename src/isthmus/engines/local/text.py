@@ -4,7 +4,7 @@ stop strings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 Channel = Literal["reasoning", "content"]
@@ -58,7 +58,7 @@ class Rules:
     are left out with `skip_special`, except `shown` ones.
     """
 
-    stops: list[str]
+    stops: list[str] = field(default_factory=list)
     keep_stop: bool = False
     ends: frozenset[int] = frozenset()
     skip_special: bool = True
@@ -122,7 +122,7 @@ class CharacterStream:
 
 
 class StopCutter:
-    """Holds back text that may be the beginning of a stop string, and ends at the first one, or with `keep` after it."""
+    """Holds back text that may begin a stop string, and ends at the first one, or with `keep` after it."""
 
     def __init__(self, stops: list[str], keep: bool = False):
         self._stops, self._keep, self._held = stops, keep, ""

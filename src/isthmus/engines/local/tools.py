@@ -2,12 +2,12 @@
 
 | Template | A call |
 |---|---|
-| DeepSeek V3, R1 | <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME, a fenced JSON object, <｜tool▁call▁end｜>; a frame around all |
-| DeepSeek V3.1 | <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>JSON object<｜tool▁call▁end｜>; a frame around all |
+| DeepSeek V3, R1 | <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME, a fenced JSON object, <｜tool▁call▁end｜> |
+| DeepSeek V3.1 | <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>JSON object<｜tool▁call▁end｜> |
 | Hermes, Qwen2.5 | <tool_call> JSON object with name and arguments </tool_call> |
 | Llama 3.1 | a bare JSON object with name and parameters, several apart by semicolons |
 
-What is not a call of an offered function stays text.
+DeepSeek's models put a frame of marks around all calls. What is not a call of an offered function stays text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Marks(Protocol):
 class CallFormat(Protocol):
     """How a family of models writes calls. `marks` may be single tokens of the vocabulary."""
 
-    marks: tuple[str, ...]
+    @property
+    def marks(self) -> tuple[str, ...]: ...
 
     def reader(self, names: frozenset[str], parallel: bool) -> CallReader: ...
 
@@ -149,10 +150,7 @@ class LlamaFormat:
         return BareReader(self.marks[0], parse, parallel)
 
     def grammar(self, functions: Sequence[Function], parallel: bool, written: Marks) -> str:
-        rules = []
-        for function in functions:
-            head = literal(f'{{"name": "{function.name}", "parameters": ')
-            rules.append(f'{head} {_arguments(function)} "}}"')
+        rules = [f"%json {json.dumps(_call_schema(function))}" for function in functions]
         more = '("; " call)*' if parallel else ""
         return f"calls: call {more}\n" + _alternatives(rules)
 
@@ -320,6 +318,19 @@ def _alternatives(rules: list[str]) -> str:
 
 def _arguments(function: Function) -> str:
     return f"%json {json.dumps(function.parameters or {'type': 'object'})}"
+
+
+def _call_schema(function: Function) -> dict[str, Any]:
+    """The schema of a call as one object; what references in the function's schema point to moves to its root."""
+    parameters = function.parameters or {"type": "object"}
+    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "parameters": parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+        **shared,
+    }
 
 
 def _call(names: frozenset[str], name: Any, arguments: Any) -> Call | None:
