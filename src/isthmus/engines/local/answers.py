@@ -132,7 +132,7 @@ class Exchange:
             n=ask.n,
             temperature=service.default_temperature if ask.temperature is None else ask.temperature,
             top_p=ask.top_p,
-            top_k=max(ask.top_k, 0),
+            top_k=min(max(ask.top_k, 0), service.architecture.vocab_size),
             min_p=ask.min_p,
             presence_penalty=ask.presence_penalty,
             frequency_penalty=ask.frequency_penalty,
