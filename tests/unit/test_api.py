@@ -88,7 +88,7 @@ class Script:
         if request.prompt_logprobs is None:
             return None
         likely = [(5, -1.0), (6, -2.0), (9, -3.0)][: request.prompt_logprobs]
-        return [PromptToken(prompt[0], None, []), *(PromptToken(token, -4.0, likely) for token in prompt[1:])]
+        return [PromptToken(prompt[0], None, []), *(PromptToken(token, -4.0, likely, 12) for token in prompt[1:])]
 
 
 def scripted_service(name, monkeypatch_context, **options):
@@ -350,7 +350,7 @@ def test_prompt_logprobs_have_vllms_layout(hermes):
     assert hermes.asked().prompt_logprobs == 2 and choices[1].prompt_logprobs == shown
     assert shown[0] is None and len(shown) == len(prompt)
     for token, one in zip(prompt[1:], shown[1:], strict=True):
-        assert one[str(token)] == {"logprob": -4.0, "rank": None, "decoded_token": tokenizer.decode([token])}
+        assert one[str(token)] == {"logprob": -4.0, "rank": 12, "decoded_token": tokenizer.decode([token])}
         assert one["5"] == {"logprob": -1.0, "rank": 1, "decoded_token": "</think>"} and one["6"]["rank"] == 2
     chat = hermes.chat(extra_body={"prompt_logprobs": 0}, max_tokens=0)
     assert [len(one) for one in chat.prompt_logprobs[1:]] == [1] * (chat.usage.prompt_tokens - 1)

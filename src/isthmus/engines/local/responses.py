@@ -85,27 +85,20 @@ def completion_logprobs(
 
 
 def prompt_logprobs(vocabulary: Vocabulary, tokens: list[PromptToken], alternatives: int) -> list[Any]:
-    """vLLM's layout: null for the first token, then the token itself and the likeliest ones, by token id.
-
-    `rank` 1 is the likeliest; it is null where the token itself is not among the ones that were looked up.
-    """
+    """vLLM's layout: null for the first token, then the token itself and the likeliest ones, by token id."""
     shown: list[Any] = []
     for one in tokens:
         if one.logprob is None:
             shown.append(None)
             continue
-        ranks = {token: rank for rank, (token, _) in enumerate(one.top, 1)}
-        values = {one.token: one.logprob, **dict(one.top[:alternatives])}
-        shown.append({str(token): _ranked(vocabulary, token, value, ranks) for token, value in values.items()})
+        ranked = {one.token: (one.logprob, one.rank)}
+        ranked |= {token: (value, rank) for rank, (token, value) in enumerate(one.top[:alternatives], 1)}
+        shown.append({str(token): _ranked(vocabulary, token, *found) for token, found in ranked.items()})
     return shown
 
 
-def _ranked(vocabulary: Vocabulary, token: int, value: float, ranks: dict[int, int]) -> dict[str, Any]:
-    return {
-        "logprob": max(value, _LEAST_LOGPROB),
-        "rank": ranks.get(token),
-        "decoded_token": vocabulary.text_of(token),
-    }
+def _ranked(vocabulary: Vocabulary, token: int, value: float, rank: int | None) -> dict[str, Any]:
+    return {"logprob": max(value, _LEAST_LOGPROB), "rank": rank, "decoded_token": vocabulary.text_of(token)}
 
 
 def chat_choice(ask: ChatAsk, vocabulary: Vocabulary, choice: Choice) -> dict[str, Any]:

@@ -32,12 +32,13 @@ class Token(NamedTuple):
 class PromptToken(NamedTuple):
     """A token of a prompt: its log-probability under the model given those before it, and the likeliest tokens there.
 
-    The first token has None and no alternatives.
+    `rank` is 1 for the likeliest. The first token has neither, and no alternatives.
     """
 
     token: int
     logprob: float | None
     top: TopLogprobs
+    rank: int | None = None
 
 
 class Finished(NamedTuple):
