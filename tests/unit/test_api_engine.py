@@ -1,4 +1,4 @@
-"""The API and the engine together: constraints, penalties, biases, stops and prompt log-probabilities on a real model."""
+"""The API and the engine together: constraints, penalties, biases, stops and prompt log-probabilities of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import openai
 import pytest
 import torch
 from engine_bundle import small_model, small_tokenizer
+from llguidance import LLParserLimits
 from test_server import call, live
 
+from isthmus.engines.local import grammar
 from isthmus.engines.local.engine import Core
 from isthmus.engines.local.service import Identity, Service
 
@@ -135,13 +137,11 @@ def test_a_prompt_that_was_seen_comes_from_the_prefix_cache(client):
     assert first.choices[0].token_ids == second.choices[0].token_ids
 
 
-def test_a_format_that_becomes_too_costly_is_told_and_the_next_request_is_served(port, monkeypatch):
-    from llguidance import LLParserLimits
-
-    from isthmus.engines.local import grammar
-
+def test_a_format_that_becomes_too_costly_is_told_and_the_next_request_is_served(port, service, monkeypatch):
     monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
-    body = {"prompt": "a", "max_tokens": 200, "structured_outputs": {"regex": "(a|b)*a(a|b){12}c"}}
+    endless = {str(service.tokenizer.encode("c")[0]): -100}
+    wanted = {"regex": "(a|b)*a(a|b){12}c"}
+    body = {"prompt": "a", "max_tokens": 200, "structured_outputs": wanted, "logit_bias": endless}
     status, answer = call(port, "POST", "/v1/completions", body)
     assert status == 400 and answer["error"]["code"] == "format_too_complex"
     assert call(port, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
