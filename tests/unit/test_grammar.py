@@ -137,6 +137,13 @@ def test_a_choice_is_one_of_the_texts_and_each_can_be_it(choices, seed):
     assert text in choices
 
 
+@pytest.mark.parametrize("first", range(0, 0x800, 64))
+def test_any_character_may_stand_in_a_choice(first):
+    characters = [chr(code) for code in (*range(first, first + 64), 0x1F642)]
+    constraint = COMPILER.compile(choice_grammar(characters))
+    assert all(accepts(constraint, character) for character in characters)
+
+
 def test_a_grammar_in_lark_may_count_brackets():
     constraint = COMPILER.compile('start: "(" start ")" | "x"')
     assert accepts(constraint, "((x))") and not accepts(constraint, "((x)")

@@ -55,8 +55,8 @@ def choice_grammar(choices: list[str]) -> str:
 
 
 def literal(text: str) -> str:
-    """A text in quotes, as a grammar in Lark has it."""
-    return json.dumps(text, ensure_ascii=False)
+    """A text in quotes, as a grammar in Lark has it: JSON, but no control character stands in it as it is."""
+    return json.dumps(text).replace("\x7f", "\\u007f")
 
 
 class Compiler:
