@@ -141,7 +141,7 @@ def test_a_format_that_becomes_too_costly_is_told_and_the_next_request_is_served
     monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
     endless = {str(token): -100 for token in range(300) if "c" in service.tokenizer.decode([token])}
     wanted = {"regex": "(a|b)*a(a|b){12}c"}
-    body = {"prompt": "a", "max_tokens": 200, "structured_outputs": wanted, "logit_bias": endless}
+    body = {"prompt": "a", "seed": 4, "max_tokens": 200, "structured_outputs": wanted, "logit_bias": endless}
     status, answer = call(port, "POST", "/v1/completions", body)
     assert status == 400 and answer["error"]["code"] == "format_too_complex"
     assert call(port, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
