@@ -162,6 +162,23 @@ def test_thinking_is_free_but_may_not_end_the_answer():
     assert [TOKENIZER.decode([int(t)]) for t in np.flatnonzero(state.mask())] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("mark", "pattern", "left"), [("h 23", "ab", "a"), ("h 2", "3ab", "a"), ("h 2", "3", None), ("h 2", "ab", None)]
+)
+def test_thinking_may_end_with_a_text(mark, pattern, left):
+    """As where </think> is no token. What follows the mark in its last token is the grammar's, or the sample fails."""
+    tokens = TOKENIZER.encode("h to reach 23")
+    assert [TOKENIZER.decode([token]) for token in tokens[-2:]] == ["h", " 23"]
+    constraint = COMPILER.compile(regex_grammar(pattern), mark)
+    state = constraint.start()
+    for token in tokens:
+        assert not state.mask()[END] and not state.done
+        state.accept(token)
+    allowed = [TOKENIZER.decode([int(token)], skip_special=False) for token in np.flatnonzero(state.mask())]
+    assert allowed == [left or TOKENIZER.eos] and state.done == (left is None)
+    assert bool(constraint.failures) == (pattern == "ab" and mark == "h 2")
+
+
 def test_samples_of_one_constraint_are_apart():
     constraint = COMPILER.compile(regex_grammar("ab|cd"))
     one, other = constraint.start(), constraint.start()

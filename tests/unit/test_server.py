@@ -15,7 +15,10 @@ import uvicorn
 from engine_bundle import small_tokenizer, write_small_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.host import bind
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
@@ -442,6 +445,31 @@ def test_half_a_character_is_held_back():
     plain = PlainText(Vocabulary(tokenizer), Rules())
     parts = [delta.text for token in tokens for delta in plain.push(token)]
     assert parts == ["é", "中", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("I wonder</think>\n\nRain < 3", "I wonder", "Rain < 3"),
+        ("no end </thin", "no end </thin", ""),
+        ("</think></think>", "", "</think>"),
+    ],
+)
+def test_thinking_is_told_apart_where_its_end_is_no_token(text, thought, answer):
+    bpe = BpeTokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["think"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    tokenizer = Tokenizer(bpe, "{{ messages[0].content }}", None, "<end>")
+    vocabulary, prompt = Vocabulary(tokenizer), tokenizer.chat([{"role": "user", "content": "Weather?"}])
+    assert vocabulary.close_think is None and vocabulary.opens_thinking(prompt)
+    writer = ChannelledText(vocabulary, Rules(), thinking=True)
+    deltas = [delta for token in tokenizer.encode(text) for delta in writer.push(token)] + writer.finish()
+    for channel, expected in (("reasoning", thought), ("content", answer)):
+        assert "".join(delta.text for delta in deltas if delta.channel == channel) == expected
+    assert 0 < writer.reasoning_tokens <= len(tokenizer.encode(text))
 
 
 _TOKENIZER = small_tokenizer()

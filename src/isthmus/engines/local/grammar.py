@@ -67,15 +67,16 @@ class Compiler:
         self._vocabulary: LLTokenizer | None = None
         self._reading = threading.Lock()
 
-    def compile(self, grammar: str, after: int | None = None) -> GrammarConstraint:
-        """A constraint from the first token on, or from the first token `after` on. Takes up to a second.
+    def compile(self, grammar: str, after: int | str | None = None) -> GrammarConstraint:
+        """A constraint from the first token on, or from after the token or text `after` on. Takes up to a second.
 
         Raises GrammarRefused with llguidance's reason.
         """
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarRefused(f"the grammar has {len(grammar)} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
-        matcher = LLMatcher(self._read(), grammar, log_level=0, limits=_LIMITS)
-        constraint = GrammarConstraint(matcher, self._vocab_size, self._tokenizer.eos_id, after)
+        vocabulary = self._read()
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=_LIMITS)
+        constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, self._tokenizer.eos_id, after)
         constraint.start(free=False).mask()
         if matcher.is_error():
             raise GrammarRefused(f"the grammar is refused: {matcher.get_error()}")
@@ -94,15 +95,16 @@ class Compiler:
 
 @dataclass(frozen=True, eq=False)
 class GrammarConstraint:
-    """A compiled grammar. Before the token `after` everything but the end token is allowed, if it is given.
+    """A compiled grammar. Before the token or text `after` everything but the end token is allowed, if it is given.
 
     `failures` receives why a sample could not go on (llguidance limits the work for one token); such a sample ends.
     """
 
+    vocabulary: LLTokenizer
     matcher: LLMatcher
     vocab_size: int
     eos_id: int
-    after: int | None = None
+    after: int | str | None = None
     failures: list[str] = field(default_factory=list)
 
     def start(self, free: bool = True) -> GrammarState:
@@ -122,6 +124,7 @@ class GrammarState:
     def __init__(self, constraint: GrammarConstraint, matcher: LLMatcher, free: bool):
         self._constraint, self._matcher, self._free = constraint, matcher, free
         self._failed = False
+        self._tail = b""
 
     def mask(self) -> NDArray[np.bool_]:
         """[V]: True where the next token may be that one. The end token may come where the grammar accepts."""
@@ -135,15 +138,30 @@ class GrammarState:
 
     def accept(self, token: int) -> None:
         """The token that was drawn."""
-        if self._free:
+        if not self._free:
+            self._consume([token])
+        elif isinstance(self._constraint.after, str):
+            self._look_for_text(token, self._constraint.after.encode())
+        else:
             self._free = token != self._constraint.after
-        elif not self._matcher.consume_token(token):
-            self._fail(self._matcher.get_error())
 
     @property
     def done(self) -> bool:
         """Whether nothing but the end may follow."""
         return self._failed or (not self._free and self._matcher.is_stopped())
+
+    def _look_for_text(self, token: int, mark: bytes) -> None:
+        """The grammar begins after the mark. What follows it in the same token is the grammar's, but for white space."""
+        vocabulary = self._constraint.vocabulary
+        seen = self._tail + vocabulary.decode_bytes([token])
+        place = seen.find(mark)
+        self._tail, self._free = seen[-len(mark) :], place < 0
+        if not self._free and (rest := seen[place + len(mark) :].strip()):
+            self._consume(vocabulary.tokenize_bytes(rest))
+
+    def _consume(self, tokens: list[int]) -> None:
+        if not self._matcher.consume_tokens(tokens):
+            self._fail(self._matcher.get_error())
 
     def _allowed(self) -> NDArray[np.bool_]:
         if self._failed or self._matcher.is_error():

@@ -18,7 +18,7 @@ from isthmus.engines.local.protocol import (
 )
 from isthmus.engines.local.scheduler import Constraint
 from isthmus.engines.local.service import Service
-from isthmus.engines.local.text import CallReader
+from isthmus.engines.local.text import CLOSE_THINK, CallReader
 from isthmus.engines.local.tools import CallFormat, call_grammar, format_of
 from isthmus.errors import IsthmusError
 
@@ -45,13 +45,16 @@ class Prepared:
     prompts: list[list[int]]
     grammar: str | None = None
     calls: Calls | None = None
+    chat: bool = False
 
     def constraint(self, service: Service) -> Constraint | None:
-        """The constraint on the answer, which begins after the thinking. Raises ApiError (400); may take a second."""
+        """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400). Takes up to a second."""
         if self.grammar is None:
             return None
         vocabulary = service.vocabulary
-        after = vocabulary.close_think if vocabulary.opens_thinking(self.prompts[0]) else None
+        after = None
+        if self.chat and vocabulary.opens_thinking(self.prompts[0]):
+            after = CLOSE_THINK if vocabulary.close_think is None else vocabulary.close_think
         try:
             return service.grammars.compile(self.grammar, after)
         except GrammarRefused as error:
@@ -77,7 +80,7 @@ def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
         calls = _calls(service, ask)
         grammar = _grammar_with_calls(service, ask, calls.form, grammar)
     _check_ending(ask, grammar)
-    return Prepared([prompt], grammar, calls)
+    return Prepared([prompt], grammar, calls, chat=True)
 
 
 def chat_prompt(service: Service, ask: Conversation, *, with_tools: bool) -> list[int]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 Channel = Literal["reasoning", "content"]
+OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 8
+_LONGEST_OPENING = 16
 
 
 class Decoder(Protocol):
@@ -70,7 +72,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Decoder):
         self.tokenizer = tokenizer
-        self.open_think, self.close_think = self.single("<think>"), self.single("</think>")
+        self.open_think, self.close_think = self.single(OPEN_THINK), self.single(CLOSE_THINK)
         self._texts: dict[int, str] = {}
 
     def text_of(self, token: int) -> str:
@@ -81,6 +83,9 @@ class Vocabulary:
 
     def opens_thinking(self, prompt: list[int]) -> bool:
         """Whether a completion of this prompt begins inside <think>."""
+        if self.close_think is None:
+            end = self.tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special=False)
+            return end.rstrip().endswith(OPEN_THINK)
         for token in reversed(prompt):
             if token == self.close_think:
                 return False
@@ -122,11 +127,15 @@ class CharacterStream:
 
 
 class StopCutter:
-    """Holds back text that may begin a stop string, and ends at the first one, or with `keep` after it."""
+    """Holds back text that may begin a stop string, and ends at the first one, or with `keep` after it.
+
+    `rest` is the text after it that came with it.
+    """
 
     def __init__(self, stops: list[str], keep: bool = False):
         self._stops, self._keep, self._held = stops, keep, ""
         self.stop: str | None = None
+        self.rest = ""
 
     @property
     def stopped(self) -> bool:
@@ -140,8 +149,9 @@ class StopCutter:
         found = [(place, stop) for stop in self._stops if (place := pending.find(stop)) >= 0]
         if found:
             place, self.stop = min(found, key=lambda one: one[0])
-            self._held = ""
-            return pending[: place + (len(self.stop) if self._keep else 0)]
+            end = place + len(self.stop)
+            self._held, self.rest = "", pending[end:]
+            return pending[: end if self._keep else place]
         keep = max((self._overlap(pending, stop) for stop in self._stops), default=0)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -188,12 +198,16 @@ class Writer(Protocol):
 
 
 class ChannelledText:
-    """One completion as deltas: reasoning until </think>, then content without the blank lines before it, and calls."""
+    """One completion as deltas: reasoning until </think>, then content without the blank lines before it, and calls.
+
+    Where </think> is no token of the vocabulary, it is looked for in the text.
+    """
 
     def __init__(self, vocabulary: Vocabulary, rules: Rules, thinking: bool, calls: CallReader | None = None):
         self._vocabulary, self._rules, self._calls = vocabulary, rules, calls
         self._channel: Channel = "reasoning" if thinking else "content"
         self._after_thought = False
+        self._mark = StopCutter([CLOSE_THINK]) if thinking and vocabulary.close_think is None else None
         self.reasoning_tokens = 0
         self._open()
 
@@ -223,6 +237,8 @@ class ChannelledText:
 
     def finish(self) -> list[Delta | Call]:
         given = self._close()
+        if self._mark is not None:
+            given += self._shown(self._mark.flush())
         return given if self._calls is None else given + _of_content(self._calls.flush())
 
     def _open(self) -> None:
@@ -234,6 +250,16 @@ class ChannelledText:
         return self._given(rest + self._cutter.flush())
 
     def _given(self, text: str) -> list[Delta | Call]:
+        if self._mark is None:
+            return self._shown(text)
+        thought = self._shown(self._mark.push(text))
+        if not self._mark.stopped:
+            return thought
+        self._channel, self._after_thought = "content", True
+        rest, self._mark = self._mark.rest, None
+        return thought + self._shown(rest)
+
+    def _shown(self, text: str) -> list[Delta | Call]:
         if self._after_thought:
             text = text.lstrip("\n")
             self._after_thought = not text
