@@ -295,7 +295,8 @@ def test_structured_outputs_hold_in_chat_and_completions(hermes, wanted, check):
     ],
 )
 def test_a_format_that_cannot_be_kept_is_refused_with_the_reason(hermes, fields, reason):
-    assert reason in refused(hermes.port, "/v1/chat/completions", messages=CHAT, **fields)["message"]
+    error = refused(hermes.port, "/v1/chat/completions", messages=CHAT, **fields)
+    assert reason in error["message"] and error["param"] in fields
 
 
 def test_strict_functions_are_refused_where_free_text_cannot_be_told_from_calls():

@@ -151,7 +151,7 @@ class GrammarState:
         return self._failed or (not self._free and self._matcher.is_stopped())
 
     def _look_for_text(self, token: int, mark: bytes) -> None:
-        """The grammar begins after the mark. What follows it in the same token is the grammar's, but for white space."""
+        """The grammar begins after the mark. What follows it in the same token is the grammar's, save white space."""
         vocabulary = self._constraint.vocabulary
         seen = self._tail + vocabulary.decode_bytes([token])
         place = seen.find(mark)

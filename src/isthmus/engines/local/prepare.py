@@ -40,15 +40,16 @@ class Calls:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`prompts` are token ids. `grammar` is compiled by `constraint`; without it every token is allowed."""
+    """`prompts` are token ids. `grammar`, which the field `wanted_by` asks for, is compiled by `constraint`."""
 
     prompts: list[list[int]]
     grammar: str | None = None
     calls: Calls | None = None
+    wanted_by: str | None = None
     chat: bool = False
 
     def constraint(self, service: Service) -> Constraint | None:
-        """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400). Takes up to a second."""
+        """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400). Slow: up to a second."""
         if self.grammar is None:
             return None
         vocabulary = service.vocabulary
@@ -58,7 +59,7 @@ class Prepared:
         try:
             return service.grammars.compile(self.grammar, after)
         except GrammarRefused as error:
-            raise ApiError(str(error), code="invalid_value") from None
+            raise ApiError(str(error), param=self.wanted_by, code="invalid_value") from None
 
 
 def prepare_completion(service: Service, ask: CompletionAsk) -> Prepared:
@@ -68,7 +69,7 @@ def prepare_completion(service: Service, ask: CompletionAsk) -> Prepared:
     check_prompt_tokens(service, prompts)
     grammar = answer_grammar(ask)
     _check_ending(ask, grammar)
-    return Prepared(prompts, grammar)
+    return Prepared(prompts, grammar, wanted_by=_wanted_by(ask))
 
 
 def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
@@ -80,7 +81,7 @@ def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
         calls = _calls(service, ask)
         grammar = _grammar_with_calls(service, ask, calls.form, grammar)
     _check_ending(ask, grammar)
-    return Prepared([prompt], grammar, calls, chat=True)
+    return Prepared([prompt], grammar, calls, _wanted_by(ask), chat=True)
 
 
 def chat_prompt(service: Service, ask: Conversation, *, with_tools: bool) -> list[int]:
@@ -126,7 +127,14 @@ def answer_grammar(ask: Ask) -> str | None:
     try:
         return _response_grammar(ask) or _structured_grammar(ask)
     except GrammarRefused as error:
-        raise ApiError(str(error), code="invalid_value") from None
+        raise ApiError(str(error), param=_wanted_by(ask), code="invalid_value") from None
+
+
+def _wanted_by(ask: Ask) -> str:
+    """The field that asks for the grammar of the answer."""
+    if ask.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if _response_schema(ask) is None else "response_format"
 
 
 def _response_grammar(ask: Ask) -> str | None:
