@@ -5,6 +5,7 @@ asked for. The core's place is taken by a script.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import threading
 from typing import Literal
@@ -426,6 +427,29 @@ def test_tokenize_and_detokenize_count_what_a_prompt_has(hermes):
     assert refused(hermes.port, "/detokenize", tokens=[VOCAB_SIZE])["param"] == "tokens"
     assert refused(hermes.port, "/tokenize", prompt="a", add_special_tokens=True)["param"] == "add_special_tokens"
     assert call(hermes.port, "POST", "/tokenize", {"model": "gpt", "prompt": "a"})[0] == 404
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "' + b"a" * 10_000_000 + b'"}',
+        b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "a", "stop": [' + b'"b",' * 1_000_000 + b'"b"]}',
+        b'{"prompt": [[' + b"5," * 1_000_000 + b"5]]}",
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "max_tokens": -1}',
+        b'{"prompt": "a", "structured_outputs": {"json": ' + b'{"items":' * 150 + b"{}" + b"}" * 152,
+    ],
+    ids=["10 MB", "deep", "UTF-8", "stops", "tokens", "NaN", "negative", "deep schema"],
+)
+def test_hostile_bodies_get_a_400_and_the_next_request_is_served(hermes, body):
+    connection = http.client.HTTPConnection("127.0.0.1", hermes.port, timeout=60)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 400 and json.loads(response.read())["error"]["message"]
+    connection.close()
+    assert hermes.complete("b").choices[0].text == "b"
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_split(hermes, monkeypatch):

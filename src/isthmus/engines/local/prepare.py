@@ -49,7 +49,10 @@ class Prepared:
     chat: bool = False
 
     def constraint(self, service: Service) -> Constraint | None:
-        """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400). Slow: up to a second."""
+        """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400).
+
+        Takes up to a second.
+        """
         if self.grammar is None:
             return None
         vocabulary = service.vocabulary
