@@ -37,6 +37,7 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "best_of": (1,),
     "continue_final_message": (False,),
+    "echo": (False,),
     "length_penalty": (1, 1.0),
     "metadata": ({},),
     "modalities": (["text"],),
