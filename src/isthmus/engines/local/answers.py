@@ -12,6 +12,7 @@ from isthmus.engines.local.protocol import DEFAULT_COMPLETION_TOKENS, ApiError, 
 from isthmus.engines.local.scheduler import Finished, Request, Token
 from isthmus.engines.local.service import Service
 from isthmus.engines.local.text import ChannelledText, Delta, PlainText
+from isthmus.engines.local.visit import Visit
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Piece:
 
 
 class Exchange:
-    """One request on its way through the core."""
+    """One request on its way through the core. `visit` hears what happens to its samples."""
 
-    def __init__(self, service: Service, ask: Ask, prompts: list[list[int]]):
-        self.service, self.ask, self.prompts = service, ask, prompts
+    def __init__(self, service: Service, ask: Ask, prompts: list[list[int]], visit: Visit):
+        self.service, self.ask, self.prompts, self.visit = service, ask, prompts, visit
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
         self._writers = [self._writer(prompts[index // ask.n]) for index in range(len(prompts) * ask.n)]
@@ -101,9 +102,11 @@ class Exchange:
             self.service.core.submit(self._request)
         except EngineError as error:
             raise ApiError(str(error), status=503) from None
+        self.visit.submitted(self._request)
 
     def _deliver(self, event: Token | Finished) -> None:
         """Called from the engine's thread."""
+        self.visit.tell(event)
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def _advance(self, step: Token) -> Piece:
@@ -120,7 +123,7 @@ class Exchange:
         if end.finish_reason == "error":
             raise ApiError("the model's output is not a number: its weights are damaged", status=500)
         if end.finish_reason == "abort":
-            raise ApiError("the engine stopped before this request was done", status=503)
+            raise ApiError(self.visit.refusal or "the engine stopped before this request was done", status=503)
         if not self._request.stream:
             self._take_all(end)
         writer = self._writers[end.choice]

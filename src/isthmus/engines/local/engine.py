@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ from isthmus.engines.local.runner import Runner
 from isthmus.engines.local.sampler import draw, uniforms
 from isthmus.engines.local.scheduler import Finished, Request, Sample, Scheduler, Token, TopLogprobs
 from isthmus.model.model import Model
+
+
+@dataclass
+class Counters:
+    """What the core has done so far; every number only grows. Prefix and draft numbers count tokens."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    steps: int = 0
 
 
 class Core:
@@ -41,6 +54,9 @@ class Core:
         self.runner = Runner(model, slots, self.length)
         self.scheduler = Scheduler(slots, self.length, prefill_tokens)
         self.observers: list[Callable[[Finished], None]] = []
+        self.step_observers: list[Callable[[int], None]] = []
+        self.counters = Counters()
+        self.paused = False
         self.failure: BaseException | None = None
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -55,6 +71,16 @@ class Core:
     def waiting(self) -> int:
         """Samples in the line."""
         return len(self.scheduler.waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the samples in the line."""
+        return sum(len(sample.prompt_tokens) for sample in list(self.scheduler.waiting))
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache that is in use, 0 to 1."""
+        return self.running / self.slots
 
     def start(self) -> None:
         self._thread.start()
@@ -77,31 +103,42 @@ class Core:
 
     def swap(self, model: Model, version: int) -> None:
         """Exchange the weights between two steps; returns when it is done. Active samples go on with the new ones."""
-        done = threading.Event()
 
         def exchange() -> None:
             self.runner.model, self.version = model, version
-            done.set()
 
-        self._post(exchange)
-        while not done.wait(0.1):
-            self._raise_if_dead()
+        self._post_and_wait(exchange)
+
+    def pause(self) -> None:
+        """Stop between two steps; returns when the step in progress is done. What is submitted meanwhile waits."""
+        self._post_and_wait(lambda: setattr(self, "paused", True))
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._post(lambda: setattr(self, "paused", False))
 
     def step(self) -> None:
         """One turn of the loop: what was posted, a prefill if samples wait, then one token for every row."""
         while not self._mail.empty():
             self._mail.get()()
-        rows = self.scheduler.rows
+        if self.paused:
+            return
+        rows, computed = self.scheduler.rows, 0
         if self.scheduler.waiting:
             first = len(rows)
             admitted = self.scheduler.admit()
             if admitted:
+                computed += sum(len(sample.prompt_tokens) for sample in admitted)
                 self._prefill(admitted, first)
         if len(rows):
+            computed += len(rows)
             positions = rows.positions()
             tokens = torch.from_numpy(rows.next_tokens())
             logits = self.runner.decode(tokens, torch.from_numpy(positions), int(positions.max()) + 1)
             self._hand_out(0, logits)
+        self.counters.steps += 1
+        for observer in self.step_observers:
+            observer(computed)
 
     def _prefill(self, admitted: list[Sample], first: int) -> None:
         prompts: list[list[int]] = []
@@ -191,6 +228,17 @@ class Core:
             if sample.request is request and choice in (None, sample.choice):
                 self._finish(row, reason)
 
+    def _post_and_wait(self, command: Callable[[], None]) -> None:
+        done = threading.Event()
+
+        def run() -> None:
+            command()
+            done.set()
+
+        self._post(run)
+        while not done.wait(0.1):
+            self._raise_if_dead()
+
     def _post(self, command: Callable[[], None]) -> None:
         self._mail.put(command)
 
@@ -214,7 +262,7 @@ class Core:
 
     def _loop(self) -> None:
         while not self._stopping:
-            if not self.running and not self.waiting:
+            if self.paused or (not self.running and not self.waiting):
                 self._mail.get()()
             self.step()
 
