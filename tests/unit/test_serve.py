@@ -20,6 +20,8 @@ from isthmus import serve
 from isthmus.chips.rehearse import RehearsalRefused
 from isthmus.engines.local.service import rehearse_steps
 from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats.bundle import read_bundle
+from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
 from isthmus.parity.seal import write_seal
 from isthmus.pools import get_pool
@@ -28,6 +30,7 @@ from isthmus.recipe import load_recipe
 from isthmus.records import HandoffRecord, Placement, PlanRecord
 from isthmus.run import RunFolder
 
+GOLDEN_PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 PARITY = {
     "started": 0.0,
     "ended": 1.0,
@@ -49,7 +52,8 @@ def run(tmp_path):
     digest = opened.recipe.digest()
     folder = opened.path / "bundle" / "w8a8"
     folder.parent.mkdir()
-    write_small_bundle(folder, "w8a8")
+    _, tokenizer = write_small_bundle(folder, "w8a8")
+    write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
     seal = write_seal(folder, record, checkpoint_sha256="c" * 64)
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))

@@ -17,7 +17,7 @@ from isthmus.model.model import Model
 from isthmus.run import write_atomic
 
 GOLDEN = "golden.json"
-PROMPTS, TOKENS = 8, 24
+PROMPTS, TOKENS = 8, 16
 
 
 class GoldenAnswer(BaseModel):

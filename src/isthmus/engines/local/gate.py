@@ -136,7 +136,7 @@ class Gate:
         try:
             try:
                 self._check_key(visit, headers.get("authorization", ""), level)
-                if scope["method"] == "POST" and self.draining:
+                if generates and self.draining:
                     raise self._refusal_of_drain()
                 if generates:
                     self._budget(visit).enter()

@@ -358,7 +358,7 @@ class Server:
         self.log.event("canary", **report.shown())
 
     def _roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
-        """Bring the sealed weights back. What runs or waits ends with an error; what comes later is answered by these."""
+        """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""
         bundle, core = sealed_bundle(), self.service.core
         was_paused = core.paused
         core.pause()

@@ -67,7 +67,7 @@ class WeightUpdates:
             self._expire()
             if self._staging is not None and not abort:
                 raise _conflict(
-                    f"an update to version {self._staging.version} is open; finish or abort it, or start with abort=true",
+                    f"an update to version {self._staging.version} is open; finish it, or start with abort=true",
                     "update_open",
                 )
             if format_name is not None and format_name != service.identity.format:
