@@ -34,7 +34,11 @@ def live(server):
 def ask(port, method, path, body=None, key=None, headers=None):
     """(status, headers, content) of one request; the content is decoded where it is JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    sent = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
+    sent = {
+        "Content-Type": "application/json",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+        **(headers or {}),
+    }
     content = body if body is None or isinstance(body, bytes) else json.dumps(body)
     try:
         connection.request(method, path, content, sent)
