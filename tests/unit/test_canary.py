@@ -236,7 +236,7 @@ def test_the_schedule_runs_canaries_by_itself(w8a8):
     heard = []
     with live(Server(service, canary=CanaryPlan(0.01, BOUND, tell=heard.append))):
         wait_until(lambda: len(heard) >= 3)
-    assert {report.outcome for report in heard} <= {"ok", "failed"} and heard[0].outcome == "ok"
+    assert {report.outcome for report in heard} == {"ok"}
 
 
 def test_a_rollback_is_refused_before_it_could_be_needed(tmp_path):

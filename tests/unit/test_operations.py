@@ -20,7 +20,7 @@ from isthmus.engines import EngineError, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.keys import Keyring
-from isthmus.engines.local.limits import KeyLimits
+from isthmus.engines.local.limits import KeyLimits, Rate
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
 from isthmus.formats import get_format
@@ -241,6 +241,38 @@ def test_the_line_has_an_end_in_samples_and_in_tokens(served):
     page = ask(port, "GET", "/metrics", key=USER)[2]
     for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
         assert f'vllm:admission_rejections_total{{engine="0",model_name="small",reason="{reason}"}} 1.0' in page
+
+
+def test_a_burst_does_not_slip_past_the_end_of_the_line(served):
+    port, service, server = served(admin_key=ADMIN)
+    service.max_waiting = 4
+    ask(port, "POST", "/pause", key=ADMIN)
+    burst = [InBackground(ask, port, "POST", "/v1/completions", BODY) for _ in range(12)]
+    wait_until(lambda: sum(not one.is_alive() for one in burst) == 8)
+    assert server.gate.unfinished == 4
+    ask(port, "POST", "/resume", key=ADMIN)
+    assert sorted(one.result()[0] for one in burst) == [200] * 4 + [503] * 8
+
+
+def test_when_to_ask_again_comes_from_the_measured_rate(served):
+    port, service, server = served(admin_key=ADMIN)
+    service.max_waiting, service.max_waiting_tokens = 2, 30
+    ask(port, "POST", "/pause", key=ADMIN)
+    waiting = InBackground(ask, port, "POST", "/v1/completions", {**BODY, "prompt": [5] * 20})
+    wait_until(lambda: service.core.waiting == 1)
+    now = [0.0]
+    samples, tokens = Rate(lambda: now[0]), Rate(lambda: now[0])
+    now[0] = 10.0
+    samples.add(0.5)
+    tokens.add(40)
+    server.gate._samples, server.gate._prompt_tokens = samples, tokens
+    headers = ask(port, "POST", "/v1/completions", {**BODY, "prompt": [5] * 22})[1]
+    assert headers["Retry-After"] == "3", "12 tokens too many; 40 tokens in 10 s, weighted by the decay"
+    second = InBackground(ask, port, "POST", "/v1/completions", {**BODY, "prompt": [5]})
+    wait_until(lambda: service.core.waiting == 2)
+    assert ask(port, "POST", "/v1/completions", BODY)[1]["Retry-After"] == "18", "one sample; half a one in 10 s"
+    ask(port, "POST", "/resume", key=ADMIN)
+    assert waiting.result()[0] == second.result()[0] == 200
 
 
 def test_a_prompt_longer_than_the_whole_line_is_taken_when_nothing_waits(served):

@@ -87,6 +87,8 @@ class Canary:
         """Ask the engine once, and act on what it says. Waits for a canary that is running already."""
         with self._running:
             report = self._compare()
+            if self._stopped.is_set():
+                return report
             self._publish(report)
             if report.outcome != "drift" or self._roll_back is None:
                 return report
