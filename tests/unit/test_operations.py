@@ -21,8 +21,10 @@ from isthmus.engines.local import LocalEngine
 from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.keys import Keyring
 from isthmus.engines.local.limits import KeyLimits, Rate
+from isthmus.engines.local.scheduler import Finished, Request
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
+from isthmus.engines.local.visit import Visit
 from isthmus.formats import get_format
 from isthmus.formats.wire import digest, pack, set_sha256
 
@@ -176,6 +178,22 @@ def test_a_client_that_leaves_is_logged_with_what_it_got(served, tmp_path):
     greedy(port)
 
 
+def test_a_visit_ends_with_its_last_sample_even_if_the_client_left_before():
+    visit, ended = Visit("POST", "/v1/completions"), []
+    visit.admitted([[1, 2]], n=2)
+    visit.submitted(Request([[1, 2]], visit.tell, 4, n=2))
+    visit.tell(Finished(0, [5], [-0.1], [], "stop", 3, 3, 0.5, 0.5))
+    visit.end(ended.append)
+    assert ended == []
+    visit.tell(Finished(1, [5, 6], [-0.1, -0.2], [], "abort", 3, 4, 0.25, 0.5))
+    assert ended == [visit]
+    assert (visit.generated_tokens, visit.versions(), visit.first_token_s()) == (3, (3, 4), 0.25)
+    never = Visit("POST", "/v1/completions")
+    never.admitted([[1]], n=1)
+    never.end(ended.append)
+    assert ended == [visit, never], "what was never submitted is not waited for"
+
+
 def test_each_key_has_its_own_budget(served):
     port, _, _ = served(keys=keyring(), limits=KeyLimits(requests_per_minute=3, tokens_per_minute=10_000))
     for left in (2, 1, 0):
@@ -199,14 +217,15 @@ def test_each_key_has_its_own_budget(served):
 def test_generated_tokens_are_charged_too(served):
     port, _, _ = served(limits=KeyLimits(tokens_per_minute=60))
     body = {"prompt": [5, 6], "max_tokens": 80, "temperature": 0.0, "logit_bias": None}
-    spent = 0
+    spent = []
     for _ in range(40):
         status, headers, answer = ask(port, "POST", "/v1/completions", body)
         if status == 429:
             break
-        spent += answer["usage"]["total_tokens"]
+        spent.append(answer["usage"]["total_tokens"])
     assert status == 429 and answer["error"]["code"] == "rate_limit_exceeded"
-    assert spent > 58 and int(headers["x-ratelimit-remaining-tokens"]) <= 2
+    assert sum(spent[:-1]) <= 75, "only the last one may have overdrawn it; one token comes back per second"
+    assert sum(spent) > 58 and int(headers["x-ratelimit-remaining-tokens"]) <= 2
 
 
 def test_one_key_has_only_so_many_requests_at_a_time(served):

@@ -186,6 +186,22 @@ def test_damaged_and_unfit_messages_are_refused_and_better_ones_taken(service, u
     assert answer(service)[0] == expected(service, new)
 
 
+def test_one_message_is_checked_like_many(service, updates):
+    new, before = tensors_of(1), answer(service)
+    scale = next(name for name in new if name.endswith("weight_scale"))
+    for wrong, reason in (
+        ({**new, scale: torch.full_like(new[scale], float("nan"))}, "not a number"),
+        ({name: tensor for name, tensor in new.items() if name != scale}, "is missing"),
+    ):
+        payload = pack(wrong)
+        with pytest.raises(DamagedFile, match=reason):
+            updates.at_once(payload, 2, digest(payload))
+        assert updates.info()["last_update"]["outcome"] == "refused" and answer(service) == before
+    payload = pack(new)
+    assert updates.at_once(payload, 2, digest(payload)) == {"version": 2, "sha256": digest(payload)}
+    assert answer(service) == (expected(service, new), (2, 2))
+
+
 def test_lost_messages_can_be_sent_again(service, updates):
     new = tensors_of(1)
     updates.start(2)
