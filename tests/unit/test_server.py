@@ -354,16 +354,6 @@ def test_a_core_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
         assert (status, health["status"]) == (503, "failed")
 
 
-def test_the_page_is_self_contained(port):
-    status, page = call(port, "GET", "/")
-    assert status == 200 and "<title>" in page
-    for name in ("chat.css", "chat.js"):
-        assert name in page and call(port, "GET", f"/{name}")[0] == 200
-    together = page + call(port, "GET", "/chat.css")[1] + call(port, "GET", "/chat.js")[1]
-    assert "://" not in together.replace("http://www.w3.org/2000/svg", "") and "innerHTML" not in together
-    assert call(port, "GET", "/examples")[1] == ["Use 1, 2 and 3 to reach 6."]
-
-
 def wait_until(condition):
     end = time.monotonic() + 10
     while not condition():

@@ -41,6 +41,14 @@ from isthmus.errors import IsthmusError
 
 MAX_BODY_BYTES = 64 << 20
 STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 Handler = Callable[[Request], Awaitable[Response]]
 ResultType = TypeVar("ResultType")
 
@@ -242,7 +250,7 @@ class Server:
 
 def _file(name: str) -> Handler:
     async def send(_request: Request) -> Response:
-        return FileResponse(STATIC / name, headers={"Cache-Control": "no-cache"})
+        return FileResponse(STATIC / name, headers=PAGE_HEADERS)
 
     return send
 
