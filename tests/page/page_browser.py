@@ -123,6 +123,16 @@ class Page:
         """Press keys where the focus is."""
         ActionChains(self.driver).send_keys(*keys).perform()
 
+    def chord(self, *keys: str) -> None:
+        """Hold all keys but the last while the last is pressed."""
+        actions = ActionChains(self.driver)
+        for key in keys[:-1]:
+            actions.key_down(key)
+        actions.send_keys(keys[-1])
+        for key in keys[:-1]:
+            actions.key_up(key)
+        actions.perform()
+
     def text(self, selector: str) -> str:
         """The text of the last element of a selector, hidden or not; empty if there is none."""
         return self.js("return [...document.querySelectorAll(arguments[0])].at(-1)?.textContent ?? ''", selector)

@@ -34,7 +34,7 @@ function start() {
   earlierTurns.addEventListener("change", () => settings.change({ history: earlierTurns.checked }));
   window.addEventListener("hashchange", () => show(location.hash.slice(1)));
   window.addEventListener("storage", onOtherPage);
-  window.addEventListener("pagehide", () => jobs.forEach((job) => keep(job.conversation)));
+  window.addEventListener("pagehide", () => jobs.forEach((job) => { keep(job.conversation); job.discarded = true; }));
   settings.start(connect);
   fit();
   show(location.hash.slice(1));

@@ -16,9 +16,12 @@ export function count(number, noun) { return `${number.toLocaleString("en")} ${n
 
 export function capitalised(text) { return text.charAt(0).toUpperCase() + text.slice(1); }
 
-/** Put a text on the clipboard. Pages without TLS have no clipboard of their own and take the old way. */
-export async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+/** Put a text on the clipboard. A page without TLS has no clipboard of its own and takes the old way. */
+export function copy(text) {
+  return navigator.clipboard ? navigator.clipboard.writeText(text) : copyBySelection(text);
+}
+
+async function copyBySelection(text) {
   const before = document.activeElement, box = element("textarea", "aside");
   box.value = text;
   document.body.append(box);
