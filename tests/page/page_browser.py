@@ -104,7 +104,8 @@ class Page:
 
     def later(self, code: str, *arguments: Any) -> Any:
         """The value of an async function's body."""
-        body = f"const [...given] = arguments, done = given.pop(); (async () => {{ {code} }})().then(done, (e) => done(String(e)))"
+        start = "const [...given] = arguments, done = given.pop();"
+        body = f"{start} (async () => {{ {code} }})().then(done, (error) => done(String(error)))"
         return self.driver.execute_async_script(body, *arguments)
 
     def find(self, selector: str) -> WebElement:

@@ -1,10 +1,11 @@
-"""The chat page in a browser: asking, stopping, trying again, what is stored, errors, settings, keys, widths, colours."""
+"""The chat page in a browser: asking, stopping, trying again, storage, errors, settings, keys, widths, colours."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from page_browser import Page, wait
@@ -72,7 +73,15 @@ def test_the_real_engine_answers_and_is_counted(page):
 
 def test_thinking_is_shown_live_and_folded_when_the_answer_comes(page, server):
     thinking, writing = threading.Event(), threading.Event()
-    server.script(piece(thought="Let me "), piece(thought="see."), thinking, piece("It is "), writing, piece("**23**."), ending(9, 31))
+    server.script(
+        piece(thought="Let me "),
+        piece(thought="see."),
+        thinking,
+        piece("It is "),
+        writing,
+        piece("**23**."),
+        ending(9, 31),
+    )
     page.ask("Which?")
     page.shows(".thought", "Let me see.")
     page.shows(".thinking .length", "2 tokens")
@@ -126,9 +135,12 @@ def test_the_parser_of_events_knows_every_line_end_and_cut(page):
     found = page.later(
         """
         const { EventParser } = await import("/stream.js"), results = new Set(), text = given[0];
-        for (let first = 0; first <= text.length; first += 1) for (let second = first; second <= text.length; second += 1) {
-          const parser = new EventParser();
-          results.add(JSON.stringify([text.slice(0, first), text.slice(first, second), text.slice(second)].flatMap((t) => parser.push(t))));
+        for (let first = 0; first <= text.length; first += 1) {
+          for (let second = first; second <= text.length; second += 1) {
+            const parser = new EventParser();
+            const parts = [text.slice(0, first), text.slice(first, second), text.slice(second)];
+            results.add(JSON.stringify(parts.flatMap((part) => parser.push(part))));
+          }
         }
         return [...results];
         """,
@@ -292,7 +304,11 @@ def test_a_busy_server_holds_the_retry_back_for_as_long_as_it_says(page, server)
 @pytest.mark.parametrize(
     ("steps", "options", "message"),
     [
-        ([b'{"error":{"message":"messages: the prompt is too long"}}'], {"status": 400}, "Messages: the prompt is too long"),
+        (
+            [b'{"error":{"message":"messages: the prompt is too long"}}'],
+            {"status": 400},
+            "Messages: the prompt is too long",
+        ),
         ([b"<h1>oops"], {"status": 500}, "The server failed (500)."),
         ([piece("a"), event({"error": {"message": "the engine failed"}}), DONE], {}, "The engine failed"),
         ([piece("a"), b"data: {broken\n\n"], {}, "The server sent something that is not JSON."),
@@ -396,7 +412,10 @@ def test_conversations_are_stored_listed_found_and_opened_again(page, server):
     assert page.texts("#conversations .open") == ["Apples?"]
     page.click("#conversations .open")
     page.shows(".content", "red")
-    assert page.text(".thought") == "hm" and page.js("return document.querySelector('[aria-current]').textContent") == "Apples?"
+    assert (
+        page.text(".thought") == "hm"
+        and page.js("return document.querySelector('[aria-current]').textContent") == "Apples?"
+    )
     page.driver.back()
     page.shows(".content", "green")
 
@@ -411,7 +430,9 @@ def test_a_conversation_is_renamed_exported_deleted_and_brought_back(page, serve
     page.js("document.querySelector('.save').click()")
     wait(lambda: (tmp_path / "Fruit-more.md").is_file(), "the download")
     text = (tmp_path / "Fruit-more.md").read_text(encoding="utf-8")
-    assert text.startswith("# Fruit & more\n") and "## You\n\nApples?\n" in text and "> hm" in text and "**red**" in text
+    assert (
+        text.startswith("# Fruit & more\n") and "## You\n\nApples?\n" in text and "> hm" in text and "**red**" in text
+    )
     page.click("#open-settings")
     page.click("#save-all")
     wait(lambda: (tmp_path / "conversations.json").is_file(), "the download")
@@ -431,7 +452,11 @@ def test_a_damaged_entry_costs_no_other(page, server, tmp_path):
     page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     talk(page, server, "Apples?", "red")
     good = page.stored()[0]
-    damaged = {"cut": json.dumps(good)[:40], "newer": json.dumps({**good, "version": 99, "id": "newer"}), "none": "null"}
+    damaged = {
+        "cut": json.dumps(good)[:40],
+        "newer": json.dumps({**good, "version": 99, "id": "newer"}),
+        "none": "null",
+    }
     damaged["odd"] = json.dumps({**good, "id": "odd", "turns": [{"versions": [], "shown": 0}]})
     for name, text in damaged.items():
         page.js("localStorage.setItem(arguments[0], arguments[1])", PREFIX + name, text)
@@ -462,7 +487,10 @@ def test_a_full_storage_is_told_and_costs_only_what_is_new(page, server):
     assert page.texts("#conversations .open") == ["Plums?", "Apples?"]
     page.js("[...document.querySelectorAll('.open')][1].click()")
     wait(lambda: page.texts(".content") == ["red", "green"])
-    page.js("Object.keys(localStorage).filter((key) => key.startsWith('filler')).forEach((key) => localStorage.removeItem(key))")
+    page.js(
+        "const fillers = Object.keys(localStorage).filter((key) => key.startsWith('filler'));"
+        "fillers.forEach((key) => localStorage.removeItem(key))"
+    )
     talk(page, server, "Figs?", "violet")
     assert not page.visible("#notices [data-key=storage]") and len(page.stored()[0]["turns"]) == 3
 
@@ -490,7 +518,13 @@ def test_the_keyboard_is_enough(page, server):
         assert page.focused("#prompt")
         talk(page, server, question, question.upper())
     page.js("document.getElementById('search').focus()")
-    for key, title in [(Keys.ARROW_DOWN, "third"), (Keys.ARROW_DOWN, "second"), (Keys.END, "a/b"), (Keys.ARROW_UP, "second"), (Keys.HOME, "third")]:
+    for key, title in [
+        (Keys.ARROW_DOWN, "third"),
+        (Keys.ARROW_DOWN, "second"),
+        (Keys.END, "a/b"),
+        (Keys.ARROW_UP, "second"),
+        (Keys.HOME, "third"),
+    ]:
         page.press(key)
         assert page.js("return document.activeElement.textContent") == title
     page.press(Keys.ARROW_DOWN, Keys.ENTER)
@@ -498,7 +532,9 @@ def test_the_keyboard_is_enough(page, server):
 
 
 def test_everything_focused_is_seen_and_named(page, server):
-    talk(page, server, "Apples?", "[red](https://example.org) `x`\n\n```\ncode\n```\n\n|a|b|\n|-|-|\n|1|2|", thought="hm")
+    talk(
+        page, server, "Apples?", "[red](https://example.org) `x`\n\n```\ncode\n```\n\n|a|b|\n|-|-|\n|1|2|", thought="hm"
+    )
     page.js("document.querySelector('#menu').focus(); document.activeElement.blur()")
     seen = {}
     for _ in range(40):
@@ -568,30 +604,17 @@ def test_on_a_phone_the_list_is_a_drawer(page, server):
 
 # Colours and motion
 
-CONTRAST = """
-const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return canvas.getImageData(0, 0, 1, 1).data; };
-const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] / 255 + below[i] * (1 - top[3] / 255));
-const paper = (e) => { if (!e) return [255, 255, 255]; const own = rgba(getComputedStyle(e).backgroundColor); return own[3] === 255 ? [...own] : over(own, paper(e.parentElement)); };
-const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
-const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), poor = [];
-let seen = 0;
-while (walker.nextNode()) {
-  const e = walker.currentNode.parentElement;
-  if (!walker.currentNode.data.trim() || !e.checkVisibility({ visibilityProperty: true, opacityProperty: true }) || e.matches(":disabled") || e.closest("script, .aside, template")) continue;
-  seen += 1;
-  const below = paper(e), found = ratio(over(rgba(getComputedStyle(e).color), below), below);
-  if (found < 4.5) poor.push(`${e.className || e.tagName} ${found.toFixed(2)} ${walker.currentNode.data.slice(0, 20)}`);
-}
-return [seen, poor];
-"""
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_stands_out_in_both_colours(page, server, dark):
     page.open(*DESKTOP, dark=dark)
-    say(server, "# A\n\ntext `code` [link](https://example.org)\n\n> quote\n\n```py\nx\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n###### f", thought="hm")
+    say(
+        server,
+        "# A\n\ntext `code` [link](https://example.org)\n\n> quote\n\n```py\nx\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n###### f",
+        thought="hm",
+    )
     page.ask("Apples?")
     page.idle()
     page.click(".thinking summary")
@@ -599,7 +622,9 @@ def test_text_stands_out_in_both_colours(page, server, dark):
     page.ask("More?")
     page.shows(".problem", "No")
     page.idle()
-    page.js("document.querySelector('#rehearsal').hidden = false; document.querySelector('#statement').textContent = 'x'")
+    page.js(
+        "document.querySelector('#rehearsal').hidden = false; document.querySelector('#statement').textContent = 'x'"
+    )
     page.js("document.querySelectorAll('.note').forEach((note) => { note.textContent = 'stopped by you'; })")
     seen, poor = page.js(CONTRAST)
     assert seen > 30 and poor == []

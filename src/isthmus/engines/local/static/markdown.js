@@ -120,7 +120,7 @@ function parseQuote(all, at, depth) {
 
 function parseList(all, at, depth) {
   const first = ITEM.exec(all[at]), base = first[1].length, ordered = isOrdered(first);
-  const isNext = (match) => match && isOrdered(match) === ordered && match[1].length <= base + 1;
+  const isNext = (match) => match?.[2].at(-1) === first[2].at(-1) && match[1].length <= base + 1;
   const items = [];
   let end = at, loose = false;
   while (end < all.length) {
@@ -421,7 +421,7 @@ function closing(scan, from, sign, size) {
 
 function emphasised(sign, size, inner) {
   if (sign === "~") return parent("del", [inner]);
-  if (size === 3) return parent("strong", [parent("em", [inner])]);
+  if (size === 3) return parent("em", [parent("strong", [inner])]);
   return parent(size === 2 ? "strong" : "em", [inner]);
 }
 
