@@ -1,8 +1,30 @@
 // What is on the page: whether an attack ran, and every element, attribute and address that came from a text.
 
 const inside = [...document.querySelectorAll(".content *")];
-const plain = [".text", ".thought", ".open", "#facts dd", "#statement", "#examples button", ".problem", ".note", ".notice p"];
-const foreign = ["iframe", "img", "object", "embed", "style", "link", "base", "script", "[onclick]", "[onload]", "[onerror]"];
+const plain = [
+  ".text",
+  ".thought",
+  ".open",
+  "#facts dd",
+  "#statement",
+  "#examples button",
+  ".problem",
+  ".note",
+  ".notice p",
+];
+const foreign = [
+  "iframe",
+  "img",
+  "object",
+  "embed",
+  "style",
+  "link",
+  "base",
+  "script",
+  "[onclick]",
+  "[onload]",
+  "[onerror]",
+];
 const fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
 const all = (selectors) => document.querySelectorAll(selectors.join());
 return {

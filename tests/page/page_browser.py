@@ -92,7 +92,8 @@ class Page:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
-    def prefer(self, dark: bool = False, reduced: bool = False) -> None:
+    def prefer(self, dark: bool = False, reduced: bool = True) -> None:
+        """What the system asks of pages. Without motion, what is clicked stands still."""
         features = [
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
             {"name": "prefers-reduced-motion", "value": "reduce" if reduced else "no-preference"},

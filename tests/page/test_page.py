@@ -29,6 +29,18 @@ def talk(page, server, question, answer, **options):
     page.idle()
 
 
+def allow_downloads(page, folder):
+    behaviour = {"behavior": "allow", "downloadPath": str(folder)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+
+
+def downloaded(folder, name, last):
+    """The text of a download that ends with `last`, once it is whole."""
+    file = folder / name
+    wait(lambda: file.is_file() and file.read_text().rstrip().endswith(last), f"the download {name}")
+    return file.read_text()
+
+
 def roles(asked):
     return [(message["role"], message["content"]) for message in asked.body["messages"]]
 
@@ -421,22 +433,20 @@ def test_conversations_are_stored_listed_found_and_opened_again(page, server):
 
 
 def test_a_conversation_is_renamed_exported_deleted_and_brought_back(page, server, tmp_path):
-    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    allow_downloads(page, tmp_path)
     talk(page, server, "Apples?", "**red**", thought="hm")
     page.js("document.querySelector('.open').focus()")
     page.press(Keys.F2)
     page.press("Fruit & more", Keys.ENTER)
     assert page.texts("#conversations .open") == ["Fruit & more"]
     page.js("document.querySelector('.save').click()")
-    wait(lambda: (tmp_path / "Fruit-more.md").is_file(), "the download")
-    text = (tmp_path / "Fruit-more.md").read_text(encoding="utf-8")
+    text = downloaded(tmp_path, "Fruit-more.md", last="*small, unsealed-v0*")
     assert (
         text.startswith("# Fruit & more\n") and "## You\n\nApples?\n" in text and "> hm" in text and "**red**" in text
     )
     page.click("#open-settings")
     page.click("#save-all")
-    wait(lambda: (tmp_path / "conversations.json").is_file(), "the download")
-    assert json.loads((tmp_path / "conversations.json").read_text(encoding="utf-8")) == page.stored()
+    assert json.loads(downloaded(tmp_path, "conversations.json", last="]")) == page.stored()
     page.press(Keys.ESCAPE)
     before = page.stored()
     page.js("document.querySelector('.open').focus()")
@@ -449,7 +459,7 @@ def test_a_conversation_is_renamed_exported_deleted_and_brought_back(page, serve
 
 
 def test_a_damaged_entry_costs_no_other(page, server, tmp_path):
-    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    allow_downloads(page, tmp_path)
     talk(page, server, "Apples?", "red")
     good = page.stored()[0]
     damaged = {
@@ -465,8 +475,8 @@ def test_a_damaged_entry_costs_no_other(page, server, tmp_path):
     assert page.texts("#conversations .open") == ["Apples?"] and page.text(".content") == "red"
     page.shows("#notices", "4 stored conversations cannot be read")
     page.js("document.querySelector('#notices [data-key=damaged] button').click()")
-    file = wait(lambda: next(tmp_path.glob("*.txt"), None), "the download")
-    assert all(text in file.read_text(encoding="utf-8") for text in damaged.values())
+    saved = tmp_path / "damaged-conversations.txt"
+    wait(lambda: saved.is_file() and all(text in saved.read_text() for text in damaged.values()), "the download")
     assert page.js("return localStorage.length") == 6, "nothing is thrown away unasked"
     page.reload()
     page.js("document.querySelectorAll('#notices [data-key=damaged] button')[1].click()")
@@ -529,6 +539,11 @@ def test_the_keyboard_is_enough(page, server):
         assert page.js("return document.activeElement.textContent") == title
     page.press(Keys.ARROW_DOWN, Keys.ENTER)
     page.shows(".content", "SECOND")
+    say(server, "AGAIN")
+    page.js("document.querySelector('.retry').focus()")
+    page.press(Keys.ENTER)
+    page.shows(".content", "AGAIN")
+    assert page.focused("#prompt"), "the focus does not get lost with the button"
 
 
 def test_everything_focused_is_seen_and_named(page, server):
@@ -655,6 +670,7 @@ def test_colours_follow_the_system_until_the_reader_chooses(page):
 
 
 def test_nothing_moves_for_who_asked_for_that(page, server):
+    page.prefer(reduced=False)
     gate = threading.Event()
     server.script(piece(thought="hm"), gate, piece("done"), ending())
     page.ask("Now")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
-from page_browser import wait
+from page_browser import Page, wait
 from page_server import ending, piece
 
 from isthmus.engines.local.server import STATIC
@@ -102,6 +102,14 @@ def check_harmless(page):
     assert set(found["addresses"]) <= {"http:", "https:", "mailto:"}
     assert set(found["rels"]) <= {"noopener noreferrer nofollow _blank"}
     assert found["scripts"] == ["theme.js", "chat.js"]
+
+
+@pytest.fixture(scope="module")
+def in_page(driver, url):
+    """The value of an async function's body that has the page's modules at hand."""
+    page = Page(driver, url)
+    page.open()
+    return page.later
 
 
 # The policy
@@ -221,9 +229,8 @@ def test_nothing_stored_runs(page, server):
         ("https://", False),
     ],
 )
-def test_only_three_schemes_are_followed(page, address, safe):
-    found = page.later("return (await import('/markdown.js')).safeAddress(given[0])", address)
-    assert (found is not None) == safe
+def test_only_three_schemes_are_followed(in_page, address, safe):
+    assert (in_page("return (await import('/markdown.js')).safeAddress(given[0])", address) is not None) == safe
 
 
 # Markdown, against another implementation
@@ -324,25 +331,18 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def rendered(driver, url):
-    """A function from markdown to the page's HTML for it, all texts in one call."""
-
-    def render(texts: list[str]) -> list[str]:
-        driver.get(f"{url}/")
-        return driver.execute_async_script(
-            """
-            const [texts, done] = arguments;
-            import("/markdown.js").then(({ render }) => done(texts.map((text) => {
-              const root = document.createElement("div");
-              root.append(render(text));
-              return root.innerHTML;
-            })));
-            """,
-            texts,
-        )
-
-    return render
+@pytest.fixture
+def rendered(in_page):
+    """A function from markdown texts to the page's HTML for them."""
+    code = """
+        const { render } = await import("/markdown.js");
+        return given[0].map((text) => {
+          const root = document.createElement("div");
+          root.append(render(text));
+          return root.innerHTML;
+        });
+        """
+    return lambda texts: in_page(code, texts)
 
 
 def test_markdown_is_what_another_implementation_makes_of_it(rendered):
@@ -384,11 +384,11 @@ def test_addresses_become_links_and_images_only_links(rendered):
     assert "<img" not in html
 
 
-def test_a_growing_text_ends_as_the_whole_text_does(page):
+def test_a_growing_text_ends_as_the_whole_text_does(in_page):
     """However a text is cut into pieces, and without touching the nodes of blocks that stand."""
     text = "\n\n".join(SAMPLES)
     cuts = sorted(random.Random(0).sample(range(1, len(text)), 300))
-    same, kept = page.later(
+    same, kept = in_page(
         """
         const { MarkdownView, render } = await import("/markdown.js"), [text, cuts] = given;
         const root = document.createElement("div"), whole = document.createElement("div");

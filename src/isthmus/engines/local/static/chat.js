@@ -1,6 +1,7 @@
 // The chat page: which conversation is open, what is being answered, and what the server says it is.
 
 import { announce, byId, capitalised, download, element, notify, withdraw } from "./dom.js";
+import { Job } from "./job.js";
 import * as settings from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { Store, NotKept, area, asMarkdown, current, isConversation, newAnswer, newConversation } from "./store.js";
@@ -8,33 +9,49 @@ import { Failure, SILENT, complete } from "./stream.js";
 import { TurnView } from "./turn.js";
 
 const SMALL_CONTEXT = 1024; // Below this, earlier turns would soon fill it, so they are left out unless asked for.
-const KEEP_EVERY = 2000, TICK = 250; // Milliseconds.
-const LONGEST_TITLE = 60, FOLLOWED = 120; // Characters; pixels from the end of the log within which it is followed.
+const LONGEST_TITLE = 60,
+  FOLLOWED = 120; // Characters; pixels from the end of the log within which it is followed.
 
-const log = byId("log"), form = byId("composer"), box = byId("prompt"), earlierTurns = byId("history");
+const log = byId("log"),
+  form = byId("composer"),
+  box = byId("prompt"),
+  earlierTurns = byId("history");
 const store = new Store(area("localStorage"));
 const jobs = new Map(); // The answers that are being written, by the id of their conversation.
 const sidebar = new Sidebar({ open, rename, save, remove });
 const views = new Map(); // The turns on the page.
 
-let conversation = newConversation(), fingerprint = null, following = true;
+let conversation = newConversation(),
+  fingerprint = null,
+  following = true;
 
 start();
 
 function start() {
-  form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
   box.addEventListener("input", fit);
   box.addEventListener("keydown", onBoxKey);
   document.addEventListener("keydown", onKey);
   log.addEventListener("scroll", onScroll, { passive: true });
   byId("stop").addEventListener("click", stop);
   byId("jump").addEventListener("click", () => follow(true));
-  byId("new").addEventListener("click", () => { sidebar.toggle(false); open(""); });
+  byId("new").addEventListener("click", () => {
+    sidebar.toggle(false);
+    open("");
+  });
   byId("save-all").addEventListener("click", saveAll);
   earlierTurns.addEventListener("change", () => settings.change({ history: earlierTurns.checked }));
   window.addEventListener("hashchange", () => show(location.hash.slice(1)));
   window.addEventListener("storage", onOtherPage);
-  window.addEventListener("pagehide", () => jobs.forEach((job) => { keep(job.conversation); job.discarded = true; }));
+  window.addEventListener("pagehide", () =>
+    jobs.forEach((job) => {
+      keep(job.conversation);
+      job.discarded = true;
+    }),
+  );
   settings.start(connect);
   fit();
   show(location.hash.slice(1));
@@ -53,14 +70,27 @@ async function showFacts() {
   const health = await answer?.json().catch(() => null);
   if (!health?.model) return notify("health", SILENT, { "Try again": connect });
   withdraw("health");
-  if (health.status === "failed") notify("health", "The engine of this server has failed. It has to be started again.", { "Try again": connect });
+  if (health.status === "failed")
+    notify("health", "The engine of this server has failed. It has to be started again.", { "Try again": connect });
   document.title = `${health.model} · Isthmus`;
   byId("model").textContent = health.model;
   earlierTurns.checked = settings.current().history ?? health.max_model_len > SMALL_CONTEXT;
-  const facts = { model: health.model, format: health.format, seal: health.seal ?? "none", weights: `version ${health.weight_version}`, pool: health.pool };
-  byId("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(fact));
+  const facts = {
+    model: health.model,
+    format: health.format,
+    seal: health.seal ?? "none",
+    weights: `version ${health.weight_version}`,
+    pool: health.pool,
+  };
+  byId("facts").replaceChildren(
+    ...Object.entries(facts)
+      .filter(([, value]) => value)
+      .map(fact),
+  );
   byId("rehearsal").hidden = !health.rehearsal;
-  if (health.rehearsal) byId("statement").textContent = `${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`;
+  if (health.rehearsal)
+    byId("statement").textContent =
+      `${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`;
 }
 
 function fact([name, value]) {
@@ -72,12 +102,14 @@ function fact([name, value]) {
 async function showExamples() {
   const answer = await fetch("examples", { headers: settings.authorisation() }).catch(() => null);
   const prompts = answer?.ok ? await answer.json() : [];
-  byId("examples").replaceChildren(...prompts.map((prompt) => {
-    const button = element("button", "", prompt);
-    button.type = "button";
-    button.addEventListener("click", () => ask(prompt));
-    return button;
-  }));
+  byId("examples").replaceChildren(
+    ...prompts.map((prompt) => {
+      const button = element("button", "", prompt);
+      button.type = "button";
+      button.addEventListener("click", () => ask(prompt));
+      return button;
+    }),
+  );
 }
 
 // Conversations
@@ -86,7 +118,10 @@ async function showExamples() {
 function open(id) {
   if (location.hash.slice(1) === id) show(id);
   else if (id) location.hash = id;
-  else { history.pushState(null, "", location.pathname); show(""); }
+  else {
+    history.pushState(null, "", location.pathname);
+    show("");
+  }
 }
 
 function show(id) {
@@ -95,10 +130,10 @@ function show(id) {
   log.querySelectorAll(".turn").forEach((turn) => turn.remove());
   views.clear();
   conversation.turns.forEach(showTurn);
-  jobs.get(conversation.id)?.draw();
+  if (jobs.has(conversation.id)) draw(jobs.get(conversation.id));
   refresh();
   follow(true);
-  if (matchMedia("(pointer: fine)").matches && !sidebar.isOpen && !byId("sidebar").contains(document.activeElement)) box.focus();
+  if (!byId("sidebar").contains(document.activeElement)) focusBox();
 }
 
 function showTurn(turn) {
@@ -106,7 +141,12 @@ function showTurn(turn) {
   const view = new TurnView(turn, {
     retry: () => again(owner, turn, current(turn).question),
     edit: (text) => again(owner, turn, text),
-    select: (index) => { if (owner.turns.at(-1) === turn) { turn.shown = index; keep(owner); } },
+    select: (index) => {
+      if (owner.turns.at(-1) === turn) {
+        turn.shown = index;
+        keep(owner);
+      }
+    },
     isLast: () => owner.turns.at(-1) === turn,
   });
   views.set(turn, view);
@@ -115,8 +155,12 @@ function showTurn(turn) {
 
 /** The list, the buttons and what else depends on which conversations there are and what is being answered. */
 function refresh() {
-  const { conversations, damaged } = store.all(), busy = jobs.has(conversation.id);
-  sidebar.show(conversations.map(({ id, title, turns }) => ({ id, title, busy: jobs.has(id), text: searched(title, turns) })), conversation.id);
+  const { conversations, damaged } = store.all(),
+    busy = jobs.has(conversation.id);
+  sidebar.show(
+    conversations.map(({ id, title, turns }) => ({ id, title, busy: jobs.has(id), text: searched(title, turns) })),
+    conversation.id,
+  );
   byId("welcome").hidden = conversation.turns.length > 0;
   byId("send").hidden = busy;
   byId("stop").hidden = !busy;
@@ -124,14 +168,20 @@ function refresh() {
 }
 
 function searched(title, turns) {
-  return [title, ...turns.flatMap(({ versions }) => versions.flatMap(({ question, answer }) => [question, answer.content]))].join("\n");
+  return [
+    title,
+    ...turns.flatMap(({ versions }) => versions.flatMap(({ question, answer }) => [question, answer.content])),
+  ].join("\n");
 }
 
 function tellDamaged(keys) {
-  const text = `${keys.length === 1 ? "One stored conversation" : `${keys.length} stored conversations`} cannot be read. The others are not touched.`;
-  notify("damaged", text, {
+  const which = keys.length === 1 ? "One stored conversation" : `${keys.length} stored conversations`;
+  notify("damaged", `${which} cannot be read. The others are not touched.`, {
     "Save as a file": () => download("damaged-conversations.txt", store.raw(keys), "text/plain"),
-    Delete: () => { store.drop(keys); refresh(); },
+    Delete: () => {
+      store.drop(keys);
+      refresh();
+    },
   });
 }
 
@@ -141,7 +191,10 @@ function keep(kept) {
     withdraw("storage");
   } catch (error) {
     if (!(error instanceof NotKept)) throw error;
-    notify("storage", `${error.message}: what is new here lasts until the page is closed. Export it, or delete what is old.`);
+    notify(
+      "storage",
+      `${error.message}: what is new here lasts until the page is closed. Export it, or delete what is old.`,
+    );
   }
 }
 
@@ -154,7 +207,11 @@ function rename(id, title) {
 
 function save(id) {
   const saved = known(id);
-  download(`${saved.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "conversation"}.md`, asMarkdown(saved), "text/markdown");
+  download(
+    `${saved.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "conversation"}.md`,
+    asMarkdown(saved),
+    "text/markdown",
+  );
 }
 
 function saveAll() {
@@ -162,15 +219,26 @@ function saveAll() {
 }
 
 function remove(id) {
-  const removed = known(id), job = jobs.get(id);
-  if (job) { job.discarded = true; job.abort(); }
+  const removed = known(id),
+    job = jobs.get(id);
+  if (job) {
+    job.discarded = true;
+    job.abort();
+  }
   store.remove(id);
   if (id === conversation.id) open("");
   refresh();
-  notify("removed", `“${removed.title}” is deleted.`, { Undo: () => { keep(removed); open(id); } });
+  notify("removed", `“${removed.title}” is deleted.`, {
+    Undo: () => {
+      keep(removed);
+      open(id);
+    },
+  });
 }
 
-function known(id) { return id === conversation.id ? conversation : jobs.get(id)?.conversation ?? store.load(id); }
+function known(id) {
+  return id === conversation.id ? conversation : (jobs.get(id)?.conversation ?? store.load(id));
+}
 
 /** Another page of this browser changed what is stored. */
 function onOtherPage({ key }) {
@@ -203,7 +271,8 @@ function ask(question) {
 /** Ask once more. An answer that has nothing in it gives its place to the new one. */
 function again(owner, turn, question) {
   if (jobs.has(owner.id)) return;
-  const { answer } = current(turn), version = { question, answer: newAnswer() };
+  const { answer } = current(turn),
+    version = { question, answer: newAnswer() };
   if (answer.content || answer.thought) turn.shown = turn.versions.push(version) - 1;
   else turn.versions[turn.shown] = version;
   views.get(turn).draw();
@@ -218,95 +287,52 @@ function titleOf(question) {
 function request(owner, turn) {
   const { system } = settings.current();
   const earlier = earlierTurns.checked ? owner.turns.slice(0, owner.turns.indexOf(turn)).map(current) : [];
-  const said = earlier.filter(({ answer }) => answer.content).flatMap(({ question, answer }) => [
-    { role: "user", content: question }, { role: "assistant", content: answer.content },
-  ]);
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...said, { role: "user", content: current(turn).question }];
+  const said = earlier
+    .filter(({ answer }) => answer.content)
+    .flatMap(({ question, answer }) => [
+      { role: "user", content: question },
+      { role: "assistant", content: answer.content },
+    ]);
+  const messages = [
+    ...(system ? [{ role: "system", content: system }] : []),
+    ...said,
+    { role: "user", content: current(turn).question },
+  ];
   return { messages, ...settings.sampling() };
 }
 
-/** An answer on its way into the last version of a turn. */
-class Job {
-  #controller = new AbortController();
-  #began = performance.now();
-  #first = null;
-  #kept = performance.now();
-  #frame = 0;
-
-  constructor(owner, turn) {
-    this.conversation = owner;
-    this.turn = turn;
-    this.answer = current(turn).answer;
-    this.discarded = false;
-    this.ticking = setInterval(() => this.draw(), TICK);
-  }
-
-  get signal() { return this.#controller.signal; }
-
-  abort() { this.#controller.abort(); }
-
-  take(chunk) {
-    const { answer } = this, choice = chunk.choices?.[0], delta = choice?.delta ?? {};
-    const thought = delta.reasoning_content ?? "", content = delta.content ?? "";
-    if (chunk.usage) answer.usage = { prompt: chunk.usage.prompt_tokens, completion: chunk.usage.completion_tokens };
-    answer.model = chunk.model ?? answer.model;
-    answer.fingerprint = chunk.system_fingerprint ?? answer.fingerprint;
-    if (thought || content) this.#measure(thought, content);
-    answer.thought += thought;
-    answer.content += content;
-    if (choice?.finish_reason) answer.state = choice.finish_reason === "length" ? "cut" : "done";
-    this.#frame ||= requestAnimationFrame(() => { this.#frame = 0; this.draw(); });
-    if (performance.now() - this.#kept > KEEP_EVERY) { this.#kept = performance.now(); keep(this.conversation); }
-  }
-
-  #measure(thought, content) {
-    const { answer } = this, now = performance.now();
-    this.#first ??= now;
-    answer.firstSeconds = (this.#first - this.#began) / 1000;
-    answer.seconds = (now - this.#first) / 1000;
-    if (thought) answer.thoughtTokens += 1;
-    if (thought || !answer.content) answer.thoughtSeconds = (now - this.#began) / 1000;
-  }
-
-  /** Take in how it ended: null, or what went wrong. */
-  finish(error) {
-    const { answer } = this;
-    clearInterval(this.ticking);
-    cancelAnimationFrame(this.#frame);
-    if (this.signal.aborted) answer.state = "stopped";
-    else if (error && answer.state === "writing") Object.assign(answer, { state: "failed", problem: capitalised(error.message) });
-    else if (answer.state === "writing") answer.state = "done";
-    if (error?.retryAfter) answer.retryAt = performance.now() + error.retryAfter * 1000;
-    if (!answer.problem && !answer.content && answer.state !== "stopped") {
-      answer.problem = answer.state === "cut" ? "It was still thinking when its tokens ran out." : "It ended without an answer.";
-    }
-  }
-
-  draw() {
-    const isOver = jobs.get(this.conversation.id) !== this, view = views.get(this.turn);
-    view?.update(isOver ? null : (performance.now() - this.#began) / 1000);
-    if (view && !isOver) follow(false);
-    if (view && isOver) view.announceEnd();
-  }
-}
-
 async function run(owner, turn) {
-  const job = new Job(owner, turn);
+  const job = new Job(owner, turn, { draw, keep });
   owner.updated = Date.now();
   jobs.set(owner.id, job);
   keep(owner);
-  job.draw();
+  draw(job);
   refresh();
   follow(true);
+  focusBox();
   announce("Thinking");
   job.finish(await stream(job));
   jobs.delete(owner.id);
   owner.updated = Date.now();
   if (!job.discarded) keep(owner);
-  job.draw();
+  draw(job);
   refresh();
   follow(false);
-  if (job.answer.fingerprint !== fingerprint) { fingerprint = job.answer.fingerprint; showFacts(); }
+  if (document.activeElement === document.body) focusBox();
+  if (job.answer.fingerprint !== fingerprint) {
+    fingerprint = job.answer.fingerprint;
+    showFacts();
+  }
+}
+
+/** Show what has come of an answer, if its conversation is open. */
+function draw(job) {
+  const isOver = jobs.get(job.conversation.id) !== job,
+    view = views.get(job.turn);
+  if (!view) return;
+  view.update(isOver ? null : job.elapsed);
+  if (isOver) view.announceEnd();
+  else follow(false);
 }
 
 /** Returns what went wrong, or null. */
@@ -322,7 +348,9 @@ async function stream(job) {
   }
 }
 
-function stop() { jobs.get(conversation.id)?.abort(); }
+function stop() {
+  jobs.get(conversation.id)?.abort();
+}
 
 // Keys, and the size and place of things
 
@@ -339,13 +367,20 @@ function onBoxKey(event) {
 function onKey(event) {
   if (document.querySelector("dialog[open]")) return;
   const isWriting = event.target.closest?.("input, textarea, select");
-  const isSearch = (event.key === "k" && (event.ctrlKey || event.metaKey)) || (event.key === "/" && !isWriting && !event.ctrlKey && !event.metaKey);
+  const isSearch =
+    (event.key === "k" && (event.ctrlKey || event.metaKey)) ||
+    (event.key === "/" && !isWriting && !event.ctrlKey && !event.metaKey);
   if (event.key === "Escape" && sidebar.isOpen) sidebar.toggle(false);
   else if (event.key === "Escape") stop();
   if (!isSearch) return;
   event.preventDefault();
   sidebar.toggle(false);
   box.focus();
+}
+
+/** The next message can be written at once, unless that would bring up a keyboard on the screen. */
+function focusBox() {
+  if (!matchMedia("(pointer: coarse)").matches && !sidebar.isOpen) box.focus();
 }
 
 function fit() {

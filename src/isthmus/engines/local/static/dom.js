@@ -3,7 +3,9 @@
 export const byId = (id) => document.getElementById(id);
 
 /** A copy of what the template with this id holds. */
-export function instance(id) { return byId(id).content.firstElementChild.cloneNode(true); }
+export function instance(id) {
+  return byId(id).content.firstElementChild.cloneNode(true);
+}
 
 export function element(tag, className, text = "") {
   const node = document.createElement(tag);
@@ -12,9 +14,13 @@ export function element(tag, className, text = "") {
   return node;
 }
 
-export function count(number, noun) { return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`; }
+export function count(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+}
 
-export function capitalised(text) { return text.charAt(0).toUpperCase() + text.slice(1); }
+export function capitalised(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
 
 /** Put a text on the clipboard. A page without TLS has no clipboard of its own and takes the old way. */
 export function copy(text) {
@@ -22,7 +28,8 @@ export function copy(text) {
 }
 
 async function copyBySelection(text) {
-  const before = document.activeElement, box = element("textarea", "aside");
+  const before = document.activeElement,
+    box = element("textarea", "aside");
   box.value = text;
   document.body.append(box);
   box.select();
@@ -34,9 +41,14 @@ async function copyBySelection(text) {
 
 /** Copy, and say so on the button. */
 export async function copyFrom(button, text) {
-  const label = button.dataset.label ??= button.textContent;
-  button.textContent = await copy(text).then(() => "Copied", () => "Not copied");
-  setTimeout(() => { button.textContent = label; }, 1500);
+  const label = (button.dataset.label ??= button.textContent);
+  button.textContent = await copy(text).then(
+    () => "Copied",
+    () => "Not copied",
+  );
+  setTimeout(() => {
+    button.textContent = label;
+  }, 1500);
 }
 
 /** Offer a text as a file. */
@@ -48,7 +60,8 @@ export function download(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-const announced = byId("announcer"), MOST_ANNOUNCED = 12;
+const announced = byId("announcer"),
+  MOST_ANNOUNCED = 12;
 
 /** Say something to a screen reader, after what it is saying. */
 export function announce(text) {
@@ -67,10 +80,15 @@ export function notify(key, text, actions = {}) {
   for (const [label, act] of Object.entries({ ...actions, Dismiss: () => {} })) {
     const button = element("button", "quiet", label);
     button.type = "button";
-    button.addEventListener("click", () => { notice.remove(); act(); });
+    button.addEventListener("click", () => {
+      notice.remove();
+      act();
+    });
     notice.append(button);
   }
   notices.append(notice);
 }
 
-export function withdraw(key) { document.querySelector(`#notices > [data-key="${key}"]`)?.remove(); }
+export function withdraw(key) {
+  document.querySelector(`#notices > [data-key="${key}"]`)?.remove();
+}

@@ -3,14 +3,21 @@
 import { byId } from "./dom.js";
 import { area } from "./store.js";
 
-const SETTINGS = "isthmus.settings", KEY = "isthmus.key", THEME = "isthmus.theme", VERSION = 1;
+const SETTINGS = "isthmus.settings",
+  KEY = "isthmus.key",
+  THEME = "isthmus.theme",
+  VERSION = 1;
 const DEFAULTS = { system: "", temperature: null, maxTokens: null, seed: null, history: null };
-const local = area("localStorage"), session = area("sessionStorage");
+const local = area("localStorage"),
+  session = area("sessionStorage");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-let settings = stored(), key = local?.getItem(KEY) ?? session?.getItem(KEY) ?? "";
+let settings = stored(),
+  key = local?.getItem(KEY) ?? session?.getItem(KEY) ?? "";
 
-export function current() { return settings; }
+export function current() {
+  return settings;
+}
 
 export function change(changes) {
   settings = { ...settings, ...changes };
@@ -24,11 +31,15 @@ export function sampling() {
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
 }
 
-export function authorisation() { return key ? { Authorization: `Bearer ${key}` } : {}; }
+export function authorisation() {
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
 
 /** Let the dialog and the buttons work; `changed` is called when a new key may open what was shut. */
 export function start(changed) {
-  const dialog = byId("settings"), form = dialog.querySelector("form"), field = form.elements;
+  const dialog = byId("settings"),
+    form = dialog.querySelector("form"),
+    field = form.elements;
   byId("open-settings").addEventListener("click", open);
   byId("close-settings").addEventListener("click", () => dialog.close());
   byId("theme").addEventListener("click", () => setTheme(shownTheme() === "dark" ? "light" : "dark"));
@@ -36,7 +47,12 @@ export function start(changed) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const number = (name) => (Number.isNaN(field[name].valueAsNumber) ? null : field[name].valueAsNumber);
-    change({ system: field.system.value.trim(), temperature: number("temperature"), maxTokens: number("maxTokens"), seed: number("seed") });
+    change({
+      system: field.system.value.trim(),
+      temperature: number("temperature"),
+      maxTokens: number("maxTokens"),
+      seed: number("seed"),
+    });
     setKey(field.key.value.trim(), field.keepKey.checked);
     setTheme(field.theme.value);
     dialog.close();
@@ -81,7 +97,9 @@ function write(storage, name, value) {
   }
 }
 
-function shownTheme() { return document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light"); }
+function shownTheme() {
+  return document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
+}
 
 function setTheme(theme) {
   if (theme === "system") {
@@ -95,7 +113,8 @@ function setTheme(theme) {
 }
 
 function nameTheme() {
-  const other = shownTheme() === "dark" ? "light" : "dark", button = byId("theme");
+  const other = shownTheme() === "dark" ? "light" : "dark",
+    button = byId("theme");
   button.setAttribute("aria-label", `Switch to ${other} colours`);
   button.title = `Switch to ${other} colours`;
 }

@@ -22,7 +22,9 @@ export class Sidebar {
     narrow.addEventListener("change", () => this.toggle(false));
   }
 
-  get isOpen() { return document.body.classList.contains("drawer"); }
+  get isOpen() {
+    return document.body.classList.contains("drawer");
+  }
 
   /** Open or close the drawer, which a narrow page has in place of a column. */
   toggle(open = !this.isOpen) {
@@ -43,24 +45,37 @@ export class Sidebar {
 
   #draw() {
     if (this.#list.querySelector("input")) return; // A title is being written.
-    const words = this.#search.value.toLowerCase().trim(), focused = document.activeElement?.closest("#conversations li")?.dataset.id;
+    const words = this.#search.value.toLowerCase().trim(),
+      focused = document.activeElement?.closest("#conversations li")?.dataset.id;
     const found = this.#items.filter((item) => !words || item.text.toLowerCase().includes(words));
     this.#list.replaceChildren(...found.map((item) => this.#row(item)));
     byId("nothing").hidden = Boolean(found.length);
     byId("nothing").textContent = words ? "Nothing found." : "Conversations are kept in this browser.";
-    if (focused) this.#rows().find((row) => row.dataset.id === focused)?.querySelector(".open").focus();
+    if (focused)
+      this.#rows()
+        .find((row) => row.dataset.id === focused)
+        ?.querySelector(".open")
+        .focus();
   }
 
   #row({ id, title, busy }) {
-    const row = instance("conversation"), open = row.querySelector(".open");
+    const row = instance("conversation"),
+      open = row.querySelector(".open");
     row.dataset.id = id;
     row.classList.toggle("busy", busy);
     row.classList.toggle("current", id === this.#current);
     if (id === this.#current) open.setAttribute("aria-current", "page");
     open.textContent = title;
     open.title = title;
-    open.addEventListener("click", () => { this.toggle(false); this.#actions.open(id); });
-    for (const [name, act] of [["rename", () => this.#rename(row, title)], ["save", () => this.#actions.save(id)], ["delete", () => this.#remove(row)]]) {
+    open.addEventListener("click", () => {
+      this.toggle(false);
+      this.#actions.open(id);
+    });
+    for (const [name, act] of [
+      ["rename", () => this.#rename(row, title)],
+      ["save", () => this.#actions.save(id)],
+      ["delete", () => this.#remove(row)],
+    ]) {
       const button = row.querySelector(`.${name}`);
       button.setAttribute("aria-label", `${button.title} “${title}”`);
       button.addEventListener("click", act);
@@ -69,7 +84,8 @@ export class Sidebar {
   }
 
   #rename(row, title) {
-    const box = element("input", "title"), { id } = row.dataset;
+    const box = element("input", "title"),
+      { id } = row.dataset;
     const close = (text) => {
       box.onblur = null;
       row.querySelector(".open").focus();
@@ -92,20 +108,30 @@ export class Sidebar {
   }
 
   #remove(row) {
-    const rows = this.#rows(), place = rows.indexOf(row), next = rows[place + 1] ?? rows[place - 1];
+    const rows = this.#rows(),
+      place = rows.indexOf(row),
+      next = rows[place + 1] ?? rows[place - 1];
     next?.querySelector(".open").focus();
     this.#actions.remove(row.dataset.id);
     if (!next) byId("new").focus();
   }
 
   #onKey(event) {
-    const { key, target } = event, rows = this.#rows(), row = target.closest("#conversations li"), place = rows.indexOf(row);
+    const { key, target } = event,
+      rows = this.#rows(),
+      row = target.closest("#conversations li"),
+      place = rows.indexOf(row);
     if (target.tagName === "INPUT" && !["ArrowDown", "ArrowUp"].includes(key)) return;
     const next = { ArrowDown: place + 1, ArrowUp: Math.max(place - 1, 0), Home: 0, End: rows.length - 1 }[key];
-    if (next !== undefined && rows[next]) { event.preventDefault(); rows[next].querySelector(".open").focus(); }
+    if (next !== undefined && rows[next]) {
+      event.preventDefault();
+      rows[next].querySelector(".open").focus();
+    }
     if (row && target.matches(".open") && key === "F2") this.#rename(row, target.textContent);
     if (row && target.matches(".open") && key === "Delete") this.#remove(row);
   }
 
-  #rows() { return [...this.#list.children]; }
+  #rows() {
+    return [...this.#list.children];
+  }
 }

@@ -1,7 +1,7 @@
 // Conversations in the browser, one entry each, so that a damaged one costs no other.
 //
-// A conversation is {version, id, title, named, created, updated, turns}. A turn is {versions, shown}: what was asked and
-// answered, as often as it was tried, and which one counts. Times are milliseconds since 1970.
+// A conversation is {version, id, title, named, created, updated, turns}. A turn is {versions, shown}: what was asked
+// and answered, as often as it was tried, and which one counts. Times are milliseconds since 1970.
 
 export const VERSION = 1;
 const PREFIX = "isthmus.conversation.";
@@ -10,7 +10,11 @@ const STATES = new Set(["writing", "done", "cut", "stopped", "failed"]);
 /** The browser refused to keep something. */
 export class NotKept extends Error {
   constructor(error) {
-    super(error.name === "QuotaExceededError" ? "This browser's storage is full" : "This browser stores nothing for this page");
+    super(
+      error.name === "QuotaExceededError"
+        ? "This browser's storage is full"
+        : "This browser stores nothing for this page",
+    );
   }
 }
 
@@ -27,11 +31,14 @@ export class Store {
   #area;
   #unkept = new Map(); // Conversations that the browser refused: they last as long as the page.
 
-  constructor(storage) { this.#area = storage; }
+  constructor(storage) {
+    this.#area = storage;
+  }
 
   /** All conversations, the latest first, and the keys of entries that cannot be read. */
   all() {
-    const found = new Map(), damaged = [];
+    const found = new Map(),
+      damaged = [];
     for (const key of this.#keys()) {
       const conversation = read(this.#area.getItem(key));
       if (conversation && PREFIX + conversation.id === key) found.set(conversation.id, conversation);
@@ -42,7 +49,9 @@ export class Store {
   }
 
   /** One conversation, or null. */
-  load(id) { return this.#unkept.get(id) ?? read(this.#area?.getItem(PREFIX + id) ?? null); }
+  load(id) {
+    return this.#unkept.get(id) ?? read(this.#area?.getItem(PREFIX + id) ?? null);
+  }
 
   /** Raises NotKept; what was stored before is then still there. */
   save(conversation) {
@@ -62,31 +71,53 @@ export class Store {
   }
 
   /** What stands under the given keys, as text. */
-  raw(keys) { return keys.map((key) => this.#area.getItem(key)).join("\n"); }
+  raw(keys) {
+    return keys.map((key) => this.#area.getItem(key)).join("\n");
+  }
 
-  drop(keys) { keys.forEach((key) => this.#area.removeItem(key)); }
+  drop(keys) {
+    keys.forEach((key) => this.#area.removeItem(key));
+  }
 
   #keys() {
     if (!this.#area) return [];
-    return Array.from({ length: this.#area.length }, (_, place) => this.#area.key(place)).filter((key) => key.startsWith(PREFIX));
+    return Array.from({ length: this.#area.length }, (_, place) => this.#area.key(place)).filter((key) =>
+      key.startsWith(PREFIX),
+    );
   }
 }
 
 /** Whether a key of the storage is a conversation's. */
-export function isConversation(key) { return key === null || key.startsWith(PREFIX); }
+export function isConversation(key) {
+  return key === null || key.startsWith(PREFIX);
+}
 
 export function newConversation() {
-  const now = Date.now(), id = Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36)).join("");
+  const now = Date.now(),
+    id = Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36)).join("");
   return { version: VERSION, id, title: "New chat", named: false, created: now, updated: now, turns: [] };
 }
 
 export function newAnswer() {
-  return { state: "writing", thought: "", content: "", problem: null, thoughtSeconds: null, thoughtTokens: 0, firstSeconds: null,
-    seconds: null, usage: null, model: null, fingerprint: null };
+  return {
+    state: "writing",
+    thought: "",
+    content: "",
+    problem: null,
+    thoughtSeconds: null,
+    thoughtTokens: 0,
+    firstSeconds: null,
+    seconds: null,
+    usage: null,
+    model: null,
+    fingerprint: null,
+  };
 }
 
 /** The version of a turn that counts. */
-export function current(turn) { return turn.versions[turn.shown]; }
+export function current(turn) {
+  return turn.versions[turn.shown];
+}
 
 /** A conversation as a text to keep. */
 export function asMarkdown(conversation) {
@@ -118,10 +149,13 @@ function clean(found) {
 
 function cleanTurn({ versions, shown }) {
   expect(Array.isArray(versions) && Number.isInteger(shown) && shown >= 0 && shown < versions.length);
-  return { versions: versions.map(({ question, answer }) => {
-    expect(isText(question));
-    return { question, answer: cleanAnswer(answer) };
-  }), shown };
+  return {
+    versions: versions.map(({ question, answer }) => {
+      expect(isText(question));
+      return { question, answer: cleanAnswer(answer) };
+    }),
+    shown,
+  };
 }
 
 function cleanAnswer(found) {
@@ -130,12 +164,25 @@ function cleanAnswer(found) {
   const number = (name) => (Number.isFinite(found[name]) ? found[name] : null);
   const text = (name) => (isText(found[name]) ? found[name] : null);
   const counted = usage && [usage.prompt, usage.completion].every(Number.isFinite);
-  return { state, thought, content, problem, thoughtSeconds: number("thoughtSeconds"), thoughtTokens: number("thoughtTokens") ?? 0,
-    firstSeconds: number("firstSeconds"), seconds: number("seconds"),
+  return {
+    state,
+    thought,
+    content,
+    problem,
+    thoughtSeconds: number("thoughtSeconds"),
+    thoughtTokens: number("thoughtTokens") ?? 0,
+    firstSeconds: number("firstSeconds"),
+    seconds: number("seconds"),
     usage: counted ? { prompt: usage.prompt, completion: usage.completion } : null,
-    model: text("model"), fingerprint: text("fingerprint") };
+    model: text("model"),
+    fingerprint: text("fingerprint"),
+  };
 }
 
-function isText(value) { return typeof value === "string"; }
+function isText(value) {
+  return typeof value === "string";
+}
 
-function expect(holds) { if (!holds) throw new TypeError("not a conversation of this version"); }
+function expect(holds) {
+  if (!holds) throw new TypeError("not a conversation of this version");
+}

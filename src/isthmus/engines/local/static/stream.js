@@ -1,6 +1,7 @@
 // A chat completion as it streams in: server-sent events over fetch, and what can go wrong on the way.
 
-export const SILENT = "The server does not answer. Is it still running?", BROKEN = "The connection broke off.";
+export const SILENT = "The server does not answer. Is it still running?",
+  BROKEN = "The connection broke off.";
 
 /** An answer that could not be had, or not to its end. `retryAfter` is in seconds where the server named them. */
 export class Failure extends Error {
@@ -17,7 +18,8 @@ export class EventParser {
   #data = [];
 
   push(text) {
-    const lines = (this.#rest + text).split(/\r\n|\n|\r(?!$)/), events = [];
+    const lines = (this.#rest + text).split(/\r\n|\n|\r(?!$)/),
+      events = [];
     this.#rest = lines.pop();
     for (const line of lines) {
       if (!line && this.#data.length) events.push(this.#data.splice(0).join("\n"));
@@ -31,7 +33,9 @@ export class EventParser {
 export async function* complete(request, headers, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
   const options = { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body, signal };
-  const answer = await fetch("v1/chat/completions", options).catch((error) => { throw unlessAborted(error, signal, SILENT); });
+  const answer = await fetch("v1/chat/completions", options).catch((error) => {
+    throw unlessAborted(error, signal, SILENT);
+  });
   if (!answer.ok) throw await refusal(answer);
   for await (const data of events(answer.body, signal)) {
     const chunk = parsed(data);
@@ -41,10 +45,14 @@ export async function* complete(request, headers, signal) {
 }
 
 async function* events(body, signal) {
-  const reader = body.getReader(), decoder = new TextDecoder(), parser = new EventParser();
+  const reader = body.getReader(),
+    decoder = new TextDecoder(),
+    parser = new EventParser();
   try {
     for (;;) {
-      const { done, value } = await reader.read().catch((error) => { throw unlessAborted(error, signal, BROKEN); });
+      const { done, value } = await reader.read().catch((error) => {
+        throw unlessAborted(error, signal, BROKEN);
+      });
       for (const data of parser.push(done ? `${decoder.decode()}\n\n` : decoder.decode(value, { stream: true }))) {
         if (data === "[DONE]") return;
         yield data;
@@ -77,4 +85,6 @@ function seconds(text) {
   return Number.isFinite(delay) ? Math.max(0, delay) : null;
 }
 
-function unlessAborted(error, signal, message) { return signal?.aborted ? error : new Failure(message); }
+function unlessAborted(error, signal, message) {
+  return signal?.aborted ? error : new Failure(message);
+}

@@ -4,7 +4,11 @@ import { announce, capitalised, copyFrom, count, instance } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 const NEAR_END = 60; // Pixels from its end within which a growing thought is followed.
-const NOTES = { cut: "cut at the token limit", stopped: "stopped by you", writing: "the page was closed while this was written" };
+const NOTES = {
+  cut: "cut at the token limit",
+  stopped: "stopped by you",
+  writing: "the page was closed while this was written",
+};
 
 export class TurnView {
   #actions;
@@ -24,16 +28,23 @@ export class TurnView {
     this.draw();
   }
 
-  get #version() { return this.turn.versions[this.#index]; }
+  get #version() {
+    return this.turn.versions[this.#index];
+  }
 
-  #part(name) { return this.root.querySelector(`.${name}`); }
+  #part(name) {
+    return this.root.querySelector(`.${name}`);
+  }
 
   /** Show the version that counts, from the beginning. */
-  draw() { this.#show(this.turn.shown); }
+  draw() {
+    this.#show(this.turn.shown);
+  }
 
   /** Show what has come since. `elapsed` is in seconds while the answer is being written, else null. */
   update(elapsed) {
-    const { answer } = this.#version, busy = elapsed !== null;
+    const { answer } = this.#version,
+      busy = elapsed !== null;
     this.root.classList.toggle("busy", busy);
     this.root.classList.toggle("writing", busy && Boolean(answer.content));
     this.#part("answer").setAttribute("aria-busy", String(busy));
@@ -54,17 +65,37 @@ export class TurnView {
   }
 
   edit() {
-    const question = this.#part("question"), form = instance("edit"), box = form.querySelector("textarea");
+    const question = this.#part("question"),
+      form = instance("edit"),
+      box = form.querySelector("textarea");
     if (question.querySelector("form") || this.root.classList.contains("busy")) return;
-    const close = () => { form.remove(); question.classList.remove("editing"); this.#part("edit").focus(); };
-    const send = () => { if (box.value.trim()) { close(); this.#actions.edit(box.value.trim()); } };
-    const fit = () => { box.style.height = "auto"; box.style.height = `${box.scrollHeight + 2}px`; };
+    const close = () => {
+      form.remove();
+      question.classList.remove("editing");
+      this.#part("edit").focus();
+    };
+    const send = () => {
+      if (box.value.trim()) {
+        close();
+        this.#actions.edit(box.value.trim());
+      }
+    };
+    const fit = () => {
+      box.style.height = "auto";
+      box.style.height = `${box.scrollHeight + 2}px`;
+    };
     box.value = this.#version.question;
-    form.addEventListener("submit", (event) => { event.preventDefault(); send(); });
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      send();
+    });
     form.querySelector(".cancel").addEventListener("click", close);
     box.addEventListener("input", fit);
     box.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") { event.stopPropagation(); close(); }
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        close();
+      }
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       send();
@@ -80,8 +111,12 @@ export class TurnView {
     this.#part("retry").addEventListener("click", () => this.#actions.retry());
     this.#part("earlier").addEventListener("click", () => this.#select(this.#index - 1));
     this.#part("later").addEventListener("click", () => this.#select(this.#index + 1));
-    this.#part("copy").addEventListener("click", (event) => copyFrom(event.currentTarget, this.#version.answer.content));
-    this.root.querySelector("summary").addEventListener("click", () => { this.#touched = true; });
+    this.#part("copy").addEventListener("click", (event) =>
+      copyFrom(event.currentTarget, this.#version.answer.content),
+    );
+    this.root.querySelector("summary").addEventListener("click", () => {
+      this.#touched = true;
+    });
     this.#part("content").addEventListener("click", ({ target }) => {
       if (target.matches(".copy-code")) copyFrom(target, target.closest(".code").querySelector("code").textContent);
     });
@@ -114,8 +149,10 @@ export class TurnView {
   }
 
   #updateThought(answer, elapsed) {
-    const details = this.root.querySelector("details"), box = this.#part("thought");
-    const open = elapsed !== null && !answer.content, isFollowed = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END;
+    const details = this.root.querySelector("details"),
+      box = this.#part("thought");
+    const open = elapsed !== null && !answer.content,
+      isFollowed = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END;
     details.hidden = !answer.thought && !open;
     details.classList.toggle("live", open);
     this.#thought.appendData(answer.thought.slice(this.#thought.length));
@@ -165,10 +202,14 @@ function figures({ usage, seconds, firstSeconds }) {
   if (!usage) return "";
   const speed = seconds > 0 && usage.completion > 1 ? `${perSecond((usage.completion - 1) / seconds)} tokens/s` : "";
   const first = firstSeconds === null ? "" : `first after ${duration(firstSeconds)}`;
-  return [`${count(usage.prompt, "token")} in, ${usage.completion.toLocaleString("en")} out`, speed, first].filter(Boolean).join(" · ");
+  return [`${count(usage.prompt, "token")} in, ${usage.completion.toLocaleString("en")} out`, speed, first]
+    .filter(Boolean)
+    .join(" · ");
 }
 
-function perSecond(number) { return number < 10 ? number.toFixed(1) : Math.round(number).toLocaleString("en"); }
+function perSecond(number) {
+  return number < 10 ? number.toFixed(1) : Math.round(number).toLocaleString("en");
+}
 
 function duration(seconds) {
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
