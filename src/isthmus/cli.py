@@ -100,13 +100,25 @@ _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the ga
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--host", help="Address to listen on; the recipe's if absent.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; the recipe's if absent.")
-def serve(folder: Path, host: str | None, port: int | None) -> None:
+@click.option("--key-file", type=click.Path(path_type=Path), help="API keys, one `name key` per line; mode 600.")
+@click.option("--access-log", metavar="FILE", help="A file, stdout, stderr or none; RUN/serve/access.jsonl if absent.")
+@click.option("--log-prompts", is_flag=True, default=None, help="Write prompts and answers into the access log.")
+@click.option("--on-drift", type=click.Choice(["alarm", "rollback"]), help="What a canary that drifts leads to.")
+@click.option("--drain-seconds", type=float, help="What running requests get after SIGTERM or Ctrl-C.")
+@click.option("--allow-open", is_flag=True, default=None, help="Listen beyond this machine without API keys.")
+@click.option("--allow-unsealed", is_flag=True, default=None, help="Serve a bundle that no parity gate has passed.")
+@click.option("--set", "overrides", multiple=True, metavar="serve.B=C", help="Override a key of the recipe's [serve].")
+def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
     """Serve the sealed bundle of RUN: an API and a chat page.
 
-    The API is OpenAI-compatible. A bundle that is not sealed, or was touched, is refused.
+    The API is OpenAI-compatible. A bundle that is not sealed, or was touched, is refused. RUN is a run folder, or the
+    folder of a sealed bundle. Keys may also stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
     """
     stage = importlib.import_module("isthmus.serve")
-    stage.execute(RunFolder.open(folder), _watch(), host=host, port=port)
+    if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
+        stage.execute_bundle(folder, _watch(), overrides, **changes)
+    else:
+        stage.execute(RunFolder.open(folder), _watch(), overrides, **changes)
 
 
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")

@@ -26,6 +26,7 @@ from isthmus.engines import Completion, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
 from isthmus.formats.bundle import Bundle, read_bundle, write_bundle
+from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers
 from isthmus.parity.seal import write_seal
@@ -157,7 +158,7 @@ def _check(session: Session, bundles: dict[str, Bundle], watch: Watch) -> Findin
 
 
 def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, started: float) -> HandoffRecord:
-    """The record; if every check passed, the bundles are sealed."""
+    """The record; if every check passed, the bundles get their golden answers and are sealed."""
     run = session.run
     record = HandoffRecord(
         recipe_sha256=run.recipe.digest(),
@@ -174,10 +175,10 @@ def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, 
     )
     if record.verdict == "refuse":
         return record
-    seals = {
-        name: write_seal(bundle.folder, record, checkpoint_sha256=session.rl.checkpoint_sha256)
-        for name, bundle in bundles.items()
-    }
+    seals = {}
+    for name, bundle in bundles.items():
+        write_golden(bundle.folder, make_golden(bundle, session.prompts, session.tokenizer.eos_id))
+        seals[name] = write_seal(bundle.folder, record, checkpoint_sha256=session.rl.checkpoint_sha256)
     return record.model_copy(update={"seal_id": seals[record.format].id})
 
 

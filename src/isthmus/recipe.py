@@ -338,13 +338,34 @@ class HandoffSection(Section):
 
 
 class ServeSection(Section):
-    """The API server and its chat page."""
+    """The API server and its chat page; docs/serving.md says more about each key."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     max_batch: Positive = 32
     max_new_tokens: Positive = 256
     temperature: float = Field(default=0.6, ge=0)
+    block_size: Positive = Field(default=16, description="tokens per block of the cache")
+    cache_tokens: Positive | None = Field(default=None, description="None: max_batch sequences of full length")
+    chunk_tokens: Positive = Field(default=512, description="prompt tokens that one step computes at most")
+    prefix_cache: bool = True
+    speculate: bool = False
+    batch_invariant: bool = False
+    key_file: Path | None = None
+    allow_open: bool = Field(default=False, description="listen beyond this machine without user keys")
+    allow_unsealed: bool = False
+    max_waiting: Positive = Field(default=4096, description="samples in the line")
+    max_waiting_tokens: Positive | None = Field(default=None, description="prompt tokens in the line")
+    requests_per_minute: Positive | None = Field(default=None, description="of each key")
+    tokens_per_minute: Positive | None = Field(default=None, description="of each key, prompts and completions")
+    concurrent_requests: Positive | None = Field(default=None, description="of each key")
+    drain_seconds: float = Field(default=30.0, ge=0)
+    access_log: str | None = Field(default=None, description="a file, stdout, stderr or none; None: the run folder")
+    access_log_mib: Positive = Field(default=64, description="size at which the file is rotated")
+    log_prompts: bool = False
+    canary_minutes: float = Field(default=15.0, ge=0, description="0: only when the administrator asks for one")
+    canary_bound: float = Field(default=0.1, gt=0, description="nats by which a log-probability may drift")
+    on_drift: Literal["alarm", "rollback"] = "alarm"
 
 
 class QualifySection(Section):
@@ -466,7 +487,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain"):
+    for section in ("data", "pretrain", "serve"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
@@ -478,6 +499,20 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(_explain(error, f"{origin or 'the recipe'} is not a valid recipe:")) from None
+
+
+def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:
+    """A [serve] with `changes` that are not None, then with `serve.key=value` overrides."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    tree: dict[str, Any] = {"serve": {**section.model_dump(), **given}}
+    for override in overrides:
+        if not override.strip().startswith("serve."):
+            raise RecipeError(f"--set {override!r}: a server can only be given other keys of [serve]")
+        _apply_override(tree, override)
+    try:
+        return ServeSection.model_validate(tree["serve"])
+    except ValidationError as error:
+        raise RecipeError(_explain(error, "[serve] is not valid:", ("serve",))) from None
 
 
 def preset_architecture(name: str, **changes: Any) -> DeepseekSection | DenseSection:

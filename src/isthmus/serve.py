@@ -5,23 +5,30 @@ A bundle that no parity gate has passed, or that changed since, is refused.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from isthmus import chips
 from isthmus.data.tasks import load_task
+from isthmus.engines.local.access_log import AccessLog
+from isthmus.engines.local.canary import Report
 from isthmus.engines.local.host import bind, run_app
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import Service, load_service
+from isthmus.engines.local.keys import Keyring, check_exposure
+from isthmus.engines.local.limits import KeyLimits
+from isthmus.engines.local.server import CanaryPlan, Server
+from isthmus.engines.local.service import EngineOptions, Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats.bundle import SEAL, Bundle, read_bundle
 from isthmus.parity.seal import verify_seal
 from isthmus.pools import Pool, default_threads, get_pool
 from isthmus.progress import Watch
-from isthmus.recipe import ServeSection
+from isthmus.recipe import ServeSection, override_serve
 from isthmus.records import HandoffRecord, PlanRecord
 from isthmus.run import RunFolder
 
@@ -31,7 +38,10 @@ EXAMPLES = 6
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served. `seal_id`, if given, is the only seal that is accepted."""
+    """How a bundle is served. `seal_id`, if given, is the only seal that is accepted.
+
+    `access_log` is where the log goes if the section does not say. `tell` records events, as RunFolder.event does.
+    """
 
     section: ServeSection = field(default_factory=ServeSection)
     model_name: str | None = None
@@ -40,21 +50,22 @@ class Serving:
     rehearse: str | None = None
     threads: int = field(default_factory=default_threads)
     examples: list[str] = field(default_factory=list)
+    access_log: Path | None = None
+    tell: Callable[..., None] = lambda _event, **_fields: None
 
 
-def execute(run: RunFolder, watch: Watch, host: str | None = None, port: int | None = None) -> None:
-    """Serve the sealed bundle of a run until it is interrupted. `host` and `port` override the recipe's.
+def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **changes: Any) -> None:
+    """Serve the sealed bundle of a run until it is interrupted. `overrides` and `changes` are other keys of [serve].
 
     Raises GateRefused if the hand-off refused, or if the bundle does not match its seal.
     """
+    section = override_serve(run.recipe.serve, overrides, **changes)
     record = run.require_record("parity", HandoffRecord, "handoff")
-    if record.verdict != "pass":
+    if record.verdict != "pass" and not section.allow_unsealed:
         raise GateRefused(f"the parity gate refused the bundle of {run.path}; its report says why. Nothing is served.")
     plan = run.require_record("plan", PlanRecord, "plan")
     pool = get_pool(run.recipe, plan.pool_of(NAME))
     require_cpu(pool)
-    changes = {"host": host, "port": port}
-    section = run.recipe.serve.model_copy(update={key: value for key, value in changes.items() if value is not None})
     serving = Serving(
         section=section,
         model_name=run.recipe.name,
@@ -63,14 +74,21 @@ def execute(run: RunFolder, watch: Watch, host: str | None = None, port: int | N
         rehearse=pool.chip if pool.rehearsed else None,
         threads=pool.threads,
         examples=example_prompts(run),
+        access_log=run.path / NAME / "access.jsonl",
+        tell=functools.partial(run.event, NAME),
     )
     began = time.monotonic()
 
     def tell_start() -> None:
-        run.event(NAME, "start", pool=pool.name, rehearsed=pool.rehearsed, seal=record.seal_id)
+        serving.tell("start", pool=pool.name, rehearsed=pool.rehearsed, seal=record.seal_id)
 
     serve_bundle(run.path / record.bundles[record.format], watch, serving, tell_start)
-    run.event(NAME, "end", seconds=round(time.monotonic() - began, 3))
+    serving.tell("end", seconds=round(time.monotonic() - began, 3))
+
+
+def execute_bundle(folder: Path, watch: Watch, overrides: tuple[str, ...] = (), **changes: Any) -> None:
+    """Serve a sealed bundle that has no run folder here, until it is interrupted."""
+    serve_bundle(folder, watch, Serving(section=override_serve(ServeSection(), overrides, **changes)))
 
 
 def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -79,17 +97,19 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
     `on_ready` is called once, when the server answers. Raises IsthmusError if the port is taken or the engine fails.
     """
     section = serving.section
+    keys = Keyring.load(section.key_file)
+    check_exposure(section.host, keys, section.allow_open)
     listener = bind(section.host, section.port, flag="--port")
     try:
         service = open_service(folder, serving)
         port = listener.getsockname()[1]
-        app = Server(service, page=True).app()
+        server = open_server(folder, service, serving, keys, watch)
 
         def ready() -> None:
-            _announce(watch, service, section.host, port)
+            _announce(watch, service, section.host, port, has_keys=keys.has_users)
             on_ready()
 
-        run_app(app, listener, service.core, on_ready=ready)
+        run_app(server, listener, on_ready=ready, drain_s=section.drain_seconds)
     finally:
         listener.close()
     if service.core.failure is not None:
@@ -97,21 +117,77 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
 
 
 def open_service(folder: Path, serving: Serving) -> Service:
-    """The engine of a sealed bundle, ready to be served. Raises GateRefused if the seal does not hold."""
-    seal = verify_seal(folder, serving.seal_id)
+    """The engine of a sealed bundle, ready to be served. Raises GateRefused if the seal does not hold.
+
+    With `allow_unsealed` a bundle may have no seal; one with a broken seal is refused all the same.
+    """
+    section = serving.section
+    unsealed = section.allow_unsealed and serving.seal_id is None and not (folder / SEAL).exists()
+    seal = None if unsealed else verify_seal(folder, serving.seal_id)
     service = load_service(
         folder,
         model_name=serving.model_name,
-        seal=seal.id,
+        seal=seal.id if seal else None,
         pool=serving.pool,
         rehearse=serving.rehearse,
-        slots=serving.section.max_batch,
+        slots=section.max_batch,
         threads=serving.threads,
+        options=EngineOptions(**section.model_dump(include={option.name for option in fields(EngineOptions)})),
     )
-    service.default_tokens = serving.section.max_new_tokens
-    service.default_temperature = serving.section.temperature
+    service.default_tokens = section.max_new_tokens
+    service.default_temperature = section.temperature
+    service.max_waiting = section.max_waiting
+    service.max_waiting_tokens = section.max_waiting_tokens
     service.examples = service.examples or serving.examples
     return service
+
+
+def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring, watch: Watch) -> Server:
+    """The routes around a service, with limits, log and canaries as its section says."""
+    section = serving.section
+    target = serving.access_log if section.access_log is None else section.access_log
+    log = AccessLog(
+        None if target == "none" else target,
+        file_bytes=section.access_log_mib << 20,
+        log_prompts=section.log_prompts,
+    )
+    limits = KeyLimits(section.requests_per_minute, section.tokens_per_minute, section.concurrent_requests)
+    canary = _canary(folder, service, serving, watch)
+    if service.identity.seal is None:
+        warning = f"no parity gate has passed {folder}: what it answers is nobody's promise"
+        watch.say(f"  [bold red]UNSEALED[/] {warning}")
+        log.event("unsealed", reason=warning)
+        serving.tell("unsealed", reason=warning)
+    return Server(service, keys=keys, limits=limits, log=log, canary=canary, page=True)
+
+
+def _canary(folder: Path, service: Service, serving: Serving, watch: Watch) -> CanaryPlan | None:
+    """When and how this server checks itself. Raises IsthmusError if a rollback is asked for that could not be done."""
+    section, seal = serving.section, service.identity.seal
+    rolls_back = section.on_drift == "rollback"
+    if rolls_back and (service.golden is None or seal is None):
+        lacks = "golden answers" if service.golden is None else "seal"
+        raise IsthmusError(
+            f"on_drift = rollback needs a sealed bundle with golden answers, and {folder} has no {lacks}. "
+            "Repeat `isthmus handoff`, or use on_drift = alarm."
+        )
+    if service.golden is None:
+        why = f"{folder} has no golden answers, so no canary can run; `isthmus handoff` writes them"
+        watch.say(f"  [yellow]{why}[/]")
+        serving.tell("fallback", what="live canaries", why=why)
+        return None
+
+    def sealed_bundle() -> Bundle:
+        verify_seal(folder, seal)
+        return read_bundle(folder)
+
+    def tell(report: Report) -> None:
+        if report.outcome in ("drift", "failed") or report.rolled_back:
+            watch.say(f"  [bold red]canary[/] {report.outcome}: {report.reason}")
+            serving.tell("canary", **report.shown())
+
+    every_s = section.canary_minutes * 60 if section.canary_minutes else None
+    return CanaryPlan(every_s, section.canary_bound, sealed_bundle if rolls_back else None, tell)
 
 
 def example_prompts(run: RunFolder) -> list[str]:
@@ -129,19 +205,22 @@ def require_cpu(pool: Pool) -> None:
         )
 
 
-def _announce(watch: Watch, service: Service, host: str, port: int) -> None:
+def _announce(watch: Watch, service: Service, host: str, port: int, *, has_keys: bool) -> None:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     identity = service.identity
-    watch.say(f"  [bold]{identity.model}[/] in {identity.format}, seal {identity.seal}")
+    watch.say(
+        f"  [bold]{identity.model}[/] in {identity.format}, {f'seal {identity.seal}' if identity.seal else 'unsealed'}"
+    )
     if identity.statement:
         watch.say(f"  {identity.statement}")
     watch.say(f"  chat   {url}/")
     watch.say(f"  API    {url}/v1")
     watch.say("  Ctrl-C stops it. For example:")
-    watch.console.print(_curl(url, service.examples), highlight=False, markup=False, soft_wrap=True)
+    watch.console.print(_curl(url, service.examples, has_keys), highlight=False, markup=False, soft_wrap=True)
 
 
-def _curl(url: str, examples: list[str]) -> str:
+def _curl(url: str, examples: list[str], has_keys: bool) -> str:
     body = json.dumps({"messages": [{"role": "user", "content": examples[0] if examples else "Hello"}]})
-    return f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
+    return f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

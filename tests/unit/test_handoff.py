@@ -14,12 +14,13 @@ from rich.console import Console
 from small import TINY
 
 from isthmus import handoff
-from isthmus.data.corpus import run_tokenizer
+from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import load_task
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.bundle import read_bundle
+from isthmus.formats.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal
 from isthmus.progress import Watch
@@ -205,6 +206,23 @@ def test_every_check_has_an_event_and_a_row(start):
     console.print(handoff.render(record))
     text = console.export_text()
     assert all(name in text for name in names) and "[" in text and "points" in text
+
+
+def test_sealed_bundles_have_golden_answers_of_their_own_model(start):
+    run = start()
+    execute(run)
+    prompts = [
+        prompt_ids(run_tokenizer(run, load_task(run.recipe)), p) for p in load_task(run.recipe).heldout[:PROMPTS]
+    ]
+    for name in ("bf16", "w8a8"):
+        folder = run.path / "bundle" / name
+        golden, model = read_golden(folder), read_bundle(folder).build()
+        assert golden is not None and golden.format == name
+        assert [answer.prompt for answer in golden.answers] == prompts
+        for answer in golden.answers:
+            with torch.no_grad():
+                rows = model(torch.tensor([[*answer.prompt, *answer.tokens]]))[0, len(answer.prompt) - 1 : -1]
+            assert rows.argmax(-1).tolist() == answer.tokens
 
 
 def test_a_gate_that_refuses_seals_nothing_and_names_the_check(start):

@@ -17,7 +17,9 @@ from isthmus.recipe import (
     DenseSection,
     Recipe,
     RecipeError,
+    ServeSection,
     load_recipe,
+    override_serve,
     parse_recipe,
     preset_names,
 )
@@ -150,6 +152,21 @@ def test_of_two_overrides_of_one_key_the_last_counts(path: Path):
 def test_an_override_without_key_or_value_says_how_to_write_it(path: Path, override: str):
     with pytest.raises(RecipeError, match=r"write --set section\.key=value"):
         load_recipe(path, (override,))
+
+
+def test_a_server_can_be_given_other_keys_of_its_section():
+    section = ServeSection(port=9000, temperature=1.0)
+    changed = override_serve(section, ("serve.max_batch=4", "serve.on_drift=rollback"), host="::1", port=None)
+    assert (changed.max_batch, changed.on_drift, changed.host) == (4, "rollback", "::1")
+    assert (changed.port, changed.temperature) == (9000, 1.0), "what is not given stays"
+    for override, words in (
+        ("rl.steps=4", r"only be given other keys of \[serve\]"),
+        ("serve.max_bach=4", "max_batch"),
+        ("serve.max_batch=0", r"serve\.max_batch"),
+        ("serve.on_drift=panic", "rollback"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            override_serve(section, (override,))
 
 
 def test_an_override_below_a_value_is_refused(path: Path):

@@ -15,19 +15,23 @@ import pytest
 import torch
 from engine_bundle import write_small_bundle
 from flow_recipe import RECIPE
+from live_server import ask
 
 from isthmus import serve
 from isthmus.chips.rehearse import RehearsalRefused
 from isthmus.engines.local.service import rehearse_steps
 from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats.bundle import read_bundle
+from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
 from isthmus.parity.seal import write_seal
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
-from isthmus.recipe import load_recipe
+from isthmus.recipe import ServeSection, load_recipe
 from isthmus.records import HandoffRecord, Placement, PlanRecord
 from isthmus.run import RunFolder
 
+GOLDEN_PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 PARITY = {
     "started": 0.0,
     "ended": 1.0,
@@ -49,7 +53,8 @@ def run(tmp_path):
     digest = opened.recipe.digest()
     folder = opened.path / "bundle" / "w8a8"
     folder.parent.mkdir()
-    write_small_bundle(folder, "w8a8")
+    _, tokenizer = write_small_bundle(folder, "w8a8")
+    write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
     seal = write_seal(folder, record, checkpoint_sha256="c" * 64)
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))
@@ -85,6 +90,71 @@ def test_a_run_is_served_until_it_is_told_to_stop(run, tmp_path):
     assert process.returncode == 0, said
     assert f"http://127.0.0.1:{port}/" in said and "curl" in said and "rehearsed on CPU" in said
     assert [event["event"] for event in run.events("serve")] == ["start", "end"]
+
+
+def serve_process(output, *words):
+    """`isthmus serve` on a free port, and that port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "isthmus", "serve", *map(str, words), "--port", str(port)]
+    with output.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "COLUMNS": "150"}), port
+
+
+def test_a_bundle_is_served_without_its_run_and_with_keys(run, tmp_path):
+    keys, log = tmp_path / "keys", tmp_path / "log"
+    keys.write_text("alice sk-alice\nadmin sk-root\n")
+    keys.chmod(0o600)
+    words = [run.path / "bundle" / "w8a8", "--key-file", keys, "--access-log", log, "--on-drift", "rollback"]
+    process, port = serve_process(tmp_path / "output", *words, "--set", "serve.max_batch=2")
+    try:
+        health = wait_for_health(port, process)
+        assert health["model"] == "w8a8" and health["pool"] is None and health["seal"]
+        body = {"prompt": "a", "max_tokens": 2}
+        assert ask(port, "POST", "/v1/completions", body)[0] == 401
+        assert ask(port, "POST", "/v1/completions", body, "sk-alice")[0] == 200
+        report = ask(port, "POST", "/canary/run", key="sk-root")[2]["last"]
+        assert (report["outcome"], report["prompts"]) == ("ok", len(GOLDEN_PROMPTS))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert process.returncode == 0, (tmp_path / "output").read_text()
+    assert "Bearer KEY" in (tmp_path / "output").read_text()
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("request") == 3 and "canary" in events and events[-1] == "drain"
+    assert not (run.path / "bundle" / "w8a8" / "serve").exists(), "a bundle keeps only what is sealed"
+
+
+def test_an_unsealed_bundle_is_served_only_loudly_and_never_a_damaged_one(run, tmp_path):
+    write_small_bundle(tmp_path / "plain")
+    with pytest.raises(GateRefused, match="not sealed"):
+        serve.execute_bundle(tmp_path / "plain", Watch(), port=0)
+    loud = serve.Serving(section=ServeSection(allow_unsealed=True), threads=1)
+    service = serve.open_service(tmp_path / "plain", loud)
+    service.core.stop()
+    assert service.fingerprint == "unsealed-v0"
+    folder = run.path / "bundle" / "w8a8"
+    content = json.loads((folder / "seal.json").read_text())
+    (folder / "seal.json").write_text(json.dumps({**content, "torch": "0"}))
+    with pytest.raises(GateRefused, match="does not match its own hash"):
+        serve.open_service(folder, loud)
+    (folder / "seal.json").unlink()
+    with pytest.raises(GateRefused, match="not sealed"):
+        serve.execute(run, Watch(), allow_unsealed=True, port=0)
+
+
+def test_options_of_the_section_reach_the_service(run):
+    section = ServeSection(max_batch=3, max_new_tokens=5, temperature=0.25, max_waiting=7, max_waiting_tokens=70)
+    service = serve.open_service(run.path / "bundle" / "w8a8", serve.Serving(section=section, threads=1))
+    service.core.stop()
+    assert (service.core.slots, service.default_tokens, service.default_temperature) == (3, 5, 0.25)
+    assert (service.max_waiting, service.max_waiting_tokens) == (7, 70)
+
+
+def test_a_server_for_other_machines_wants_keys(run, monkeypatch):
+    monkeypatch.delenv("ISTHMUS_API_KEYS", raising=False)
+    with pytest.raises(IsthmusError, match="--allow-open"):
+        serve.execute(run, Watch(), host="0.0.0.0", port=0)
 
 
 def wait_for_health(port, process):

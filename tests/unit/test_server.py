@@ -15,11 +15,14 @@ import uvicorn
 from engine_bundle import small_tokenizer, write_small_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.host import bind
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
-from isthmus.engines.local.text import ChannelledText, PlainText, StopCutter, Vocabulary
+from isthmus.engines.local.text import ChannelledText, PlainText, Rules, StopCutter, Vocabulary
 from isthmus.errors import IsthmusError
 
 ADMIN_KEY = "sesame"
@@ -221,7 +224,25 @@ def test_seeds_give_each_prompt_its_own_stream(client):
     ("fields", "named"),
     [
         ({"best_of": 3}, "best_of"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"suffix": "b"}, "suffix"),
+        ({"store": True}, "store"),
+        ({"metadata": {"a": "b"}}, "metadata"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
+        ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"stop_token_ids": [300]}, "stop_token_ids"),
+        ({"stop": ["a"] * 1_000_000}, "stop"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -249,7 +270,11 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(port, fields, named)
     ("fields", "named"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -354,16 +379,6 @@ def test_a_core_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
         assert (status, health["status"]) == (503, "failed")
 
 
-def test_the_page_is_self_contained(port):
-    status, page = call(port, "GET", "/")
-    assert status == 200 and "<title>" in page
-    for name in ("chat.css", "chat.js"):
-        assert name in page and call(port, "GET", f"/{name}")[0] == 200
-    together = page + call(port, "GET", "/chat.css")[1] + call(port, "GET", "/chat.js")[1]
-    assert "://" not in together.replace("http://www.w3.org/2000/svg", "") and "innerHTML" not in together
-    assert call(port, "GET", "/examples")[1] == ["Use 1, 2 and 3 to reach 6."]
-
-
 def wait_until(condition):
     end = time.monotonic() + 10
     while not condition():
@@ -401,13 +416,13 @@ def test_text_survives_the_way_through_tokens(text, thinking):
     tokenizer = small_tokenizer_once()
     vocabulary = Vocabulary(tokenizer)
     tokens = tokenizer.encode(text)
-    plain = PlainText(vocabulary, [])
+    plain = PlainText(vocabulary, Rules())
     expected = tokenizer.decode(tokens)
     assert (
         "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish())
         == expected
     )
-    writer = ChannelledText(vocabulary, [], thinking)
+    writer = ChannelledText(vocabulary, Rules(), thinking)
     deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
     assert "".join(delta.text for delta in deltas) == expected
     assert {delta.channel for delta in deltas} <= {"reasoning" if thinking else "content"}
@@ -417,9 +432,34 @@ def test_half_a_character_is_held_back():
     tokenizer = small_tokenizer_once()
     tokens = tokenizer.encode("é中🙂")
     assert len(tokens) > 4, "the test needs characters of several tokens"
-    plain = PlainText(Vocabulary(tokenizer), [])
+    plain = PlainText(Vocabulary(tokenizer), Rules())
     parts = [delta.text for token in tokens for delta in plain.push(token)]
     assert parts == ["é", "中", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("I wonder</think>\n\nRain < 3", "I wonder", "Rain < 3"),
+        ("no end </thin", "no end </thin", ""),
+        ("</think></think>", "", "</think>"),
+    ],
+)
+def test_thinking_is_told_apart_where_its_end_is_no_token(text, thought, answer):
+    bpe = BpeTokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["think"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    tokenizer = Tokenizer(bpe, "{{ messages[0].content }}", None, "<end>")
+    vocabulary, prompt = Vocabulary(tokenizer), tokenizer.chat([{"role": "user", "content": "Weather?"}])
+    assert vocabulary.close_think is None and vocabulary.opens_thinking(prompt)
+    writer = ChannelledText(vocabulary, Rules(), thinking=True)
+    deltas = [delta for token in tokenizer.encode(text) for delta in writer.push(token)] + writer.finish()
+    for channel, expected in (("reasoning", thought), ("content", answer)):
+        assert "".join(delta.text for delta in deltas if delta.channel == channel) == expected
+    assert 0 < writer.reasoning_tokens <= len(tokenizer.encode(text))
 
 
 _TOKENIZER = small_tokenizer()

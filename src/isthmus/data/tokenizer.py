@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
@@ -22,6 +23,15 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL_TOKENS = [BOS, EOS, USER, ASSISTANT, THINK, END_THINK]
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 _KEPT = ("pad_token", "unk_token", "model_max_length")
 _WORDS = r" ?[✗✓]\n?| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+"
 
@@ -38,7 +48,10 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """Text to token ids and back, and conversations to prompts."""
+    """Text to token ids and back, and conversations to prompts.
+
+    `template_variables` are what the chat template can be given.
+    """
 
     def __init__(
         self,
@@ -53,7 +66,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.bos, self.eos = bos, eos
         self.bos_id, self.eos_id = None if bos is None else self._special(bos), self._special(eos)
-        self._template = _compile(chat_template)
+        self._template, self.template_variables = _compile(chat_template)
         self._hidden = self._hidden_ids()
 
     @classmethod
@@ -116,25 +129,62 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._bpe.get_vocab_size()
 
+    @cached_property
+    def longest_token(self) -> int:
+        """An upper bound of the characters in one token."""
+        return max(map(len, self._bpe.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written out in it become their ids."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of token ids. With `skip_special` the special tokens are left out, but never <think> and </think>."""
+    def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str:
+        """Text of token ids. `skip_special` leaves special tokens out, but never <think>, </think> and `shown`."""
         if skip_special:
-            ids = [token for token in ids if token not in self._hidden]
+            hidden = self._hidden - shown if shown else self._hidden
+            ids = [token for token in ids if token not in hidden]
         return self._bpe.decode(ids, skip_special_tokens=False)
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Prompt ids of a conversation; the prompt ends inside <think>, also where the template leaves that open."""
-        tokens = {"bos_token": self.bos or "", "eos_token": self.eos}
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+    ) -> list[int]:
+        """Prompt ids of a conversation, as `chat_text` renders it."""
+        return self.encode(self.chat_text(messages, tools, **variables))
+
+    def chat_text(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+    ) -> str:
+        """The prompt of a conversation. It ends inside <think>, also where the template leaves that open.
+
+        Where the template closes the thinking, it ends after </think>. `tools` are functions in OpenAI's layout;
+        `variables` are further ones of the template. Raises IsthmusError if the template refuses.
+        """
+        text = self._render(messages, tools, variables)
+        decided = text.rstrip().endswith((THINK, END_THINK))
+        return text if decided else f"{text}{THINK}\n"
+
+    def serialise(self) -> str:
+        """The content of tokenizer.json."""
+        return self._bpe.to_str()
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
+    ) -> str:
+        """Templates want the arguments of calls as objects, or as text that they append to other text."""
+        given = {
+            **variables,
+            "bos_token": self.bos or "",
+            "eos_token": self.eos,
+            "tools": tools,
+            "add_generation_prompt": True,
+        }
         try:
-            text = self._template.render(messages=messages, **tokens, add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
+            try:
+                return self._template.render(messages=messages, **given)
+            except TypeError:
+                return self._template.render(messages=_with_text_arguments(messages), **given)
+        except _TEMPLATE_FAILURES as error:
             raise IsthmusError(f"the chat template refuses this conversation: {error}") from None
-        opened = text.rstrip().endswith(THINK)
-        return self.encode(text if opened else f"{text}{THINK}\n")
 
     def _special(self, token: str) -> int:
         number = self._bpe.token_to_id(token)
@@ -152,17 +202,35 @@ class Tokenizer:
         return special | {number for number in named if number is not None}
 
 
-def _compile(chat_template: str) -> Template:
-    """The template in a sandbox, with what templates of published checkpoints use, as in transformers."""
+def _compile(chat_template: str) -> tuple[Template, frozenset[str]]:
+    """The template in a sandbox, with what published templates use, as in transformers; and its variables."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _strftime_now}
     environment.filters["tojson"] = _to_json
     try:
-        return environment.from_string(chat_template)
+        variables = meta.find_undeclared_variables(environment.parse(chat_template)) - environment.globals.keys()
+        return environment.from_string(chat_template), frozenset(variables)
     except TemplateError as error:
         raise IsthmusError(f"the chat template cannot be read: {error}") from None
+
+
+def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation, with the arguments of each call as JSON text."""
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _raise_template_error(message: str) -> None:

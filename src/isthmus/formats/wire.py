@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isthmus.errors import DamagedFile
+from isthmus.model.digest import tensor_sha256
 
 
 def pack(tensors: dict[str, Tensor]) -> bytes:
@@ -19,6 +20,15 @@ def pack(tensors: dict[str, Tensor]) -> bytes:
 def digest(payload: bytes) -> str:
     """SHA-256 of a message, hexadecimal: the hash that `unpack` wants."""
     return hashlib.sha256(payload).hexdigest()
+
+
+def set_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a whole set of tensors, hexadecimal, however it was split into messages.
+
+    It covers one line `NAME HASH` per tensor in the order of names, with the hashes of model/digest.py.
+    """
+    lines = [f"{name} {tensor_sha256(tensors[name])}\n" for name in sorted(tensors)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:

@@ -14,11 +14,10 @@ import threading
 from pathlib import Path
 
 from isthmus.engines.local.host import bind, run_app
+from isthmus.engines.local.keys import ADMIN_KEY, API_KEYS, Keyring, check_exposure
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
 from isthmus.errors import IsthmusError
-
-ADMIN_KEY = "ISTHMUS_ADMIN_KEY"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,9 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    key = os.environ.get(ADMIN_KEY) if options.admin else None
-    if options.admin and not key:
+    keys = Keyring.load(environment={name: os.environ.get(name, "") for name in _key_variables(options.admin)})
+    if options.admin and not keys.has_admin:
         raise IsthmusError(f"--admin lets a client exchange the weights, so it needs a key in ${ADMIN_KEY}")
+    check_exposure(options.host, keys, options.allow_open)
     listener = bind(options.host, options.port, flag="--port")
     service = load_service(
         options.bundle,
@@ -45,11 +45,15 @@ def _serve(options: argparse.Namespace) -> int:
         slots=options.slots,
         threads=options.threads,
     )
-    server = Server(service, admin_key=key)
+    server = Server(service, keys=keys)
     url = f"http://{options.host}:{listener.getsockname()[1]}"
     ready = {"url": url, "model": service.identity.model, "format": service.identity.format, "pid": os.getpid()}
-    run_app(server.app(), listener, service.core, on_ready=lambda: print(json.dumps(ready), flush=True))
+    run_app(server, listener, on_ready=lambda: print(json.dumps(ready), flush=True), drain_s=options.drain_seconds)
     return 0 if service.core.failure is None else 1
+
+
+def _key_variables(admin: bool) -> list[str]:
+    return [API_KEYS, ADMIN_KEY] if admin else [API_KEYS]
 
 
 def _exit_with_stdin() -> None:
@@ -69,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-name", help="name in the API; the folder's name if absent")
     parser.add_argument("--rehearse", metavar="CHIP", help="refuse to start unless the rules of this chip allow it")
     parser.add_argument("--admin", action="store_true", help=f"allow weight updates to the bearer of ${ADMIN_KEY}")
+    parser.add_argument("--allow-open", action="store_true", help="listen beyond this machine without user keys")
+    parser.add_argument("--drain-seconds", type=float, default=5.0, help="what running requests get after SIGTERM")
     parser.add_argument("--follow-stdin", action="store_true", help="exit when standard input closes")
     return parser
 

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
-from starlette.applications import Starlette
 
-from isthmus.engines.local.engine import Core
+from isthmus.engines.local.server import Server
 from isthmus.errors import IsthmusError
 
-GRACE_S = 5
+DRAIN_S = 30.0
+LAST_WORDS_S = 5
+STOPPED = "the server was stopped before this request was done"
 
 
 class _Host(uvicorn.Server):
-    """uvicorn with a word when it is ready, and an end when the core fails."""
+    """uvicorn with a word when it is ready, an end when the core fails, and a drain before the end.
 
-    def __init__(self, config: uvicorn.Config, core: Core, on_ready: Callable[[], None]):
+    The first SIGTERM or Ctrl-C begins the drain: new requests are refused, and those that run have `drain_s` seconds.
+    The second one ends the drain, a third one everything.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server, on_ready: Callable[[], None], drain_s: float):
         super().__init__(config)
-        self._core, self._on_ready = core, on_ready
+        self._server, self._on_ready, self._drain_s = server, on_ready, drain_s
+        self._signals = 0
+        self._drain_ends: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 2:
+            self.should_exit = self.force_exit = True
+
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._core.failure is not None
+        return await super().on_tick(counter) or self._server.service.core.failure is not None or self._is_drained()
+
+    def _is_drained(self) -> bool:
+        if not self._signals:
+            return False
+        gate, now = self._server.gate, time.monotonic()
+        if self._drain_ends is None:
+            self._drain_ends = now + self._drain_s
+            gate.log.event("drain", running=gate.generating, seconds=self._drain_s)
+            gate.drain()
+        if gate.generating and now < self._drain_ends and self._signals < 2:
+            return False
+        gate.end_all(STOPPED)
+        return True
 
 
 def bind(host: str, port: int, flag: str) -> socket.socket:
@@ -45,17 +71,16 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
-def run_app(app: Starlette, listener: socket.socket, core: Core, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM, Ctrl-C or a failure of the core; running streams get a few seconds to end.
-
-    uvicorn repeats the signal that ended it; where that means KeyboardInterrupt, the end is already a clean one.
-    """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, ws="none")
+def run_app(server: Server, listener: socket.socket, *, on_ready: Callable[[], None], drain_s: float = DRAIN_S) -> None:
+    """Serve until SIGTERM, Ctrl-C or a failure of the core; what runs then has `drain_s` seconds to end."""
+    config = uvicorn.Config(
+        server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=LAST_WORDS_S, ws="none"
+    )
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            _Host(config, core, on_ready).run(sockets=[listener])
+        _Host(config, server, on_ready, drain_s).run(sockets=[listener])
     finally:
-        core.stop()
+        server.service.core.stop()
+        server.log.close()
 
 
 def _explain(error: OSError, host: str, port: int, flag: str) -> str:

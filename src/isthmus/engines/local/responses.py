@@ -1,26 +1,39 @@
-"""Finished choices and pieces of a stream in the shapes of OpenAI's API, with vLLM's token ids beside them."""
+"""Finished choices and pieces of a stream in the shapes of OpenAI's API, with vLLM's extensions beside them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from isthmus.engines.local.answers import Choice, Piece
+from isthmus.engines.local.answers import Choice, Drawn, Piece
 from isthmus.engines.local.protocol import ChatAsk, CompletionAsk
-from isthmus.engines.local.scheduler import Token
-from isthmus.engines.local.text import Vocabulary
+from isthmus.engines.local.scheduler import PromptToken
+from isthmus.engines.local.text import Call, Delta, Vocabulary
+
+# JSON has no infinity; vLLM writes this instead.
+_LEAST_LOGPROB = -9999.0
 
 
-def completion_choice(ask: CompletionAsk, vocabulary: Vocabulary, prompt: list[int], choice: Choice) -> dict[str, Any]:
-    """One choice of a text completion."""
+def completion_choice(
+    ask: CompletionAsk,
+    vocabulary: Vocabulary,
+    prompt: list[int],
+    choice: Choice,
+    prompt_tokens: list[PromptToken] | None = None,
+) -> dict[str, Any]:
+    """One choice of a text completion. `prompt_tokens` are its prompt's, if their log-probabilities are wanted."""
     shown: dict[str, Any] = {
         "index": choice.index,
-        "text": choice.content,
-        "logprobs": None if ask.logprobs is None else completion_logprobs(vocabulary, choice.steps, ask.logprobs, 0),
-        "finish_reason": choice.finish_reason,
-        "weight_versions": [choice.version, choice.last_version],
+        "text": (echo(ask, vocabulary, prompt, choice.index) if ask.echo else "") + choice.content,
+        "logprobs": None,
+        **_ending(choice),
     }
+    if ask.logprobs is not None:
+        echoed = prompt_tokens if ask.echo and prompt_tokens is not None else []
+        shown["logprobs"] = completion_logprobs(vocabulary, choice.drawn, ask.logprobs, 0, echoed)
+    if ask.prompt_logprobs is not None and prompt_tokens is not None:
+        shown["prompt_logprobs"] = prompt_logprobs(vocabulary, prompt_tokens, ask.prompt_logprobs)
     if ask.return_token_ids:
-        shown |= {"token_ids": choice.tokens, "prompt_token_ids": prompt}
+        shown |= {"token_ids": choice.drawn.tokens, "prompt_token_ids": prompt}
     return shown
 
 
@@ -28,48 +41,85 @@ def completion_piece(ask: CompletionAsk, vocabulary: Vocabulary, piece: Piece, o
     """One choice in a chunk of a streamed text completion. `offset` counts the token characters before it."""
     shown: dict[str, Any] = {
         "index": piece.index,
-        "text": "".join(delta.text for delta in piece.deltas),
+        "text": "".join(part.text for part in piece.parts if isinstance(part, Delta)),
         "logprobs": None,
-        "finish_reason": piece.choice.finish_reason if piece.choice else None,
+        "finish_reason": None,
     }
-    if ask.logprobs is not None and piece.steps:
-        shown["logprobs"] = completion_logprobs(vocabulary, piece.steps, ask.logprobs, offset)
+    if ask.logprobs is not None and len(piece.drawn):
+        shown["logprobs"] = completion_logprobs(vocabulary, piece.drawn, ask.logprobs, offset)
     if piece.choice is not None:
-        shown["weight_versions"] = [piece.choice.version, piece.choice.last_version]
+        shown |= _ending(piece.choice)
     if ask.return_token_ids:
-        shown["token_ids"] = [step.token for step in piece.steps]
+        shown["token_ids"] = piece.drawn.tokens
     return shown
 
 
-def completion_logprobs(vocabulary: Vocabulary, steps: list[Token], alternatives: int, offset: int) -> dict[str, Any]:
-    """The legacy layout: parallel lists. `top_logprobs` is null where no alternatives were asked for."""
-    texts = [vocabulary.text_of(step.token) for step in steps]
+def echo(ask: CompletionAsk, vocabulary: Vocabulary, prompt: list[int], index: int) -> str:
+    """The prompt of a choice as text: as it was sent, or from its tokens."""
+    asked = ask.prompts[index // ask.n]
+    return asked if isinstance(asked, str) else vocabulary.tokenizer.decode(prompt, skip_special=False)
+
+
+def completion_logprobs(
+    vocabulary: Vocabulary, drawn: Drawn, alternatives: int, offset: int, echoed: list[PromptToken] | None = None
+) -> dict[str, Any]:
+    """The legacy layout: parallel lists, an echoed prompt first. `top_logprobs` is null where none were asked for."""
+    before = echoed or []
+    texts = [vocabulary.text_of(token) for token in [*(one.token for one in before), *drawn.tokens]]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
-    tops = [{vocabulary.text_of(token): value for token, value in step.top} for step in steps]
+    tops: list[Any] | None = None
+    if alternatives:
+        shown = [one.top[:alternatives] for one in before] + drawn.top
+        tops = [{vocabulary.text_of(token): value for token, value in top} for top in shown]
+        if before:
+            tops[0] = None
     return {
         "tokens": texts,
-        "token_logprobs": [step.logprob for step in steps],
-        "top_logprobs": tops if alternatives else None,
+        "token_logprobs": [one.logprob for one in before] + drawn.logprobs,
+        "top_logprobs": tops,
         "text_offset": offsets,
     }
 
 
+def prompt_logprobs(vocabulary: Vocabulary, tokens: list[PromptToken], alternatives: int) -> list[Any]:
+    """vLLM's layout: null for the first token, then the token itself and the likeliest ones, by token id."""
+    shown: list[Any] = []
+    for one in tokens:
+        if one.logprob is None:
+            shown.append(None)
+            continue
+        ranked = {one.token: (one.logprob, one.rank)}
+        ranked |= {token: (value, rank) for rank, (token, value) in enumerate(one.top[:alternatives], 1)}
+        shown.append({str(token): _ranked(vocabulary, token, *found) for token, found in ranked.items()})
+    return shown
+
+
+def _ranked(vocabulary: Vocabulary, token: int, value: float, rank: int | None) -> dict[str, Any]:
+    return {"logprob": max(value, _LEAST_LOGPROB), "rank": rank, "decoded_token": vocabulary.text_of(token)}
+
+
 def chat_choice(ask: ChatAsk, vocabulary: Vocabulary, choice: Choice) -> dict[str, Any]:
-    """One choice of a chat completion, its thinking apart from its answer."""
-    reasoning = choice.reasoning or None
-    message = {"role": "assistant", "content": choice.content, "reasoning_content": reasoning, "reasoning": reasoning}
+    """One choice of a chat completion, its thinking and its calls apart from its answer."""
+    reasoning = (choice.reasoning or None) if ask.include_reasoning else None
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": choice.content if choice.content or not choice.calls else None,
+        "reasoning_content": reasoning,
+        "reasoning": reasoning,
+    }
+    if choice.calls:
+        message["tool_calls"] = [_call(call) for call in choice.calls]
     shown: dict[str, Any] = {
         "index": choice.index,
         "message": message,
-        "logprobs": chat_logprobs(vocabulary, choice.steps) if ask.logprobs else None,
-        "finish_reason": choice.finish_reason,
-        "weight_versions": [choice.version, choice.last_version],
+        "logprobs": chat_logprobs(vocabulary, choice.drawn) if ask.logprobs else None,
+        **_ending(choice),
     }
     if ask.return_token_ids:
-        shown["token_ids"] = choice.tokens
+        shown["token_ids"] = choice.drawn.tokens
     return shown
 
 
@@ -78,35 +128,53 @@ def chat_opening(index: int) -> dict[str, Any]:
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 
-def chat_piece(ask: ChatAsk, vocabulary: Vocabulary, piece: Piece) -> dict[str, Any]:
-    """One choice in a chunk of a streamed chat."""
-    delta: dict[str, str] = {}
-    for channel, text in piece.deltas:
-        for name in ("reasoning_content", "reasoning") if channel == "reasoning" else ("content",):
-            delta[name] = delta.get(name, "") + text
-    shown: dict[str, Any] = {
-        "index": piece.index,
-        "delta": delta,
-        "logprobs": chat_logprobs(vocabulary, piece.steps) if ask.logprobs and piece.steps else None,
-        "finish_reason": piece.choice.finish_reason if piece.choice else None,
-    }
+def chat_piece(ask: ChatAsk, vocabulary: Vocabulary, piece: Piece) -> dict[str, Any] | None:
+    """One choice in a chunk of a streamed chat; None where there is nothing to say."""
+    delta: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
+    for part in piece.parts:
+        if isinstance(part, Call):
+            calls.append({"index": piece.first_call + len(calls), **_call(part)})
+        elif part.channel == "content" or ask.include_reasoning:
+            for name in ("reasoning_content", "reasoning") if part.channel == "reasoning" else ("content",):
+                delta[name] = delta.get(name, "") + part.text
+    if calls:
+        delta["tool_calls"] = calls
+    logprobs = chat_logprobs(vocabulary, piece.drawn) if ask.logprobs and len(piece.drawn) else None
+    token_ids = piece.drawn.tokens if ask.return_token_ids else None
+    if not (delta or logprobs or token_ids or piece.choice):
+        return None
+    shown: dict[str, Any] = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
     if piece.choice is not None:
-        shown["weight_versions"] = [piece.choice.version, piece.choice.last_version]
-    if ask.return_token_ids:
-        shown["token_ids"] = [step.token for step in piece.steps]
+        shown |= _ending(piece.choice)
+    if token_ids is not None:
+        shown["token_ids"] = token_ids
     return shown
 
 
-def chat_logprobs(vocabulary: Vocabulary, steps: list[Token]) -> dict[str, Any]:
+def chat_logprobs(vocabulary: Vocabulary, drawn: Drawn) -> dict[str, Any]:
     """Every drawn token with its alternatives, those of the thinking included."""
+    tops = drawn.top or [[]] * len(drawn)
     content = [
         {
-            **_named(vocabulary, step.token, step.logprob),
-            "top_logprobs": [_named(vocabulary, token, value) for token, value in step.top],
+            **_named(vocabulary, token, value),
+            "top_logprobs": [_named(vocabulary, other, other_value) for other, other_value in top],
         }
-        for step in steps
+        for token, value, top in zip(drawn.tokens, drawn.logprobs, tops, strict=True)
     ]
     return {"content": content, "refusal": None}
+
+
+def _ending(choice: Choice) -> dict[str, Any]:
+    return {
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+        "weight_versions": [choice.version, choice.last_version],
+    }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _named(vocabulary: Vocabulary, token: int, logprob: float) -> dict[str, Any]:

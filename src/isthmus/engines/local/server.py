@@ -1,32 +1,52 @@
-"""The HTTP face of an engine: OpenAI's completions and chat, health, metrics, and weight updates for its trainer."""
+"""The HTTP face of an engine: OpenAI's completions and chat, health and metrics, and its administrator's routes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from isthmus import __version__
+from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.answers import Exchange
+from isthmus.engines.local.canary import Canary, Report
+from isthmus.engines.local.gate import Gate, note_error, refuse
+from isthmus.engines.local.keys import ADMIN, Key, Keyring, Level
+from isthmus.engines.local.limits import KeyLimits
 from isthmus.engines.local.metrics import Metrics
+from isthmus.engines.local.prepare import (
+    Prepared,
+    chat_prompt,
+    check_prompt_tokens,
+    encode_text,
+    prepare_chat,
+    prepare_completion,
+)
 from isthmus.engines.local.protocol import (
     ApiError,
     Ask,
     ChatAsk,
     CompletionAsk,
+    DetokenizeAsk,
+    TokenizeAsk,
+    TokenizeChatAsk,
     check_options,
     envelope,
+    load,
     parse,
+    read,
     usage,
 )
 from isthmus.engines.local.responses import (
@@ -35,68 +55,143 @@ from isthmus.engines.local.responses import (
     chat_piece,
     completion_choice,
     completion_piece,
+    echo,
+    prompt_logprobs,
 )
 from isthmus.engines.local.service import Service
+from isthmus.engines.local.visit import CURRENT
+from isthmus.engines.local.weights import Mode, WeightUpdates
 from isthmus.errors import IsthmusError
+from isthmus.formats.bundle import Bundle
 
 MAX_BODY_BYTES = 64 << 20
+NO_LIMITS = KeyLimits()
+POLL_S = 0.02
+EXPIRE_EVERY_S = 5.0
 STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 Handler = Callable[[Request], Awaitable[Response]]
 ResultType = TypeVar("ResultType")
 
 
-class Server:
-    """The routes of one service. With `admin_key`, its bearer may exchange the weights."""
+@dataclass(frozen=True)
+class CanaryPlan:
+    """When golden prompts are replayed, how far they may drift (nats), and where the sealed bundle is read again.
 
-    def __init__(self, service: Service, *, admin_key: str | None = None, page: bool = False):
+    Without `sealed_bundle` an alarm changes nothing. Without `every_s` canaries run only when asked for.
+    """
+
+    every_s: float | None
+    bound: float
+    sealed_bundle: Callable[[], Bundle] | None = None
+    tell: Callable[[Report], None] = lambda _report: None
+
+
+class Server:
+    """The routes of one service.
+
+    The routes of administrators exist if there is an admin key: the one in `keys`, or `admin_key`.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        admin_key: str | None = None,
+        keys: Keyring | None = None,
+        limits: KeyLimits = NO_LIMITS,
+        log: AccessLog | None = None,
+        canary: CanaryPlan | None = None,
+        page: bool = False,
+    ):
         self.service = service
-        self.metrics = Metrics(service.core, service.identity.model)
-        self._admin_key = admin_key
+        self.metrics = Metrics(service)
+        keys = keys or Keyring([])
+        self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
+        self.log = log or AccessLog(None)
+        self.gate = Gate(service, self.metrics, self.keys, limits, self.log)
+        self.updates = WeightUpdates(service)
+        self.canary = self._canary(canary) if canary and service.golden and service.golden.answers else None
+        self._canary_every_s = canary.every_s if canary else None
         self._page = page
+        self._end_of_pause: asyncio.TimerHandle | None = None
 
     def app(self) -> Starlette:
         """The ASGI application. Its end stops the core."""
-        routes = [
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/models", self.models),
-            Route("/health", self.health),
-            Route("/metrics", self.prometheus),
-        ]
-        if self._admin_key is not None:
-            routes += [
-                Route("/update_weights", self.update_weights, methods=["POST"]),
-                Route("/weight_info", self.weight_info),
-            ]
-        if self._page:
-            routes += [Route("/examples", self.examples), Route("/", _file("index.html"))]
-            routes += [Route(f"/{path.name}", _file(path.name)) for path in sorted(STATIC.iterdir())]
+        levels: dict[str, Level] = {}
+        routes: list[Route] = []
+        for level, path, handler, method in self._routes():
+            levels[path] = level
+            routes.append(Route(path, handler, methods=[method]))
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
             IsthmusError: _refuse_plainly,
             HTTPException: _refuse_route,
             ClientDisconnect: _gone,
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        gate = Middleware(self.gate.middleware, levels)
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan, middleware=[gate])
+
+    def _routes(self) -> list[tuple[Level, str, Handler, str]]:
+        routes: list[tuple[Level, str, Handler, str]] = [
+            (Level.USER, "/v1/completions", self.completions, "POST"),
+            (Level.USER, "/v1/chat/completions", self.chat, "POST"),
+            (Level.USER, "/v1/models", self.models, "GET"),
+            (Level.USER, "/tokenize", self.tokenize, "POST"),
+            (Level.USER, "/detokenize", self.detokenize, "POST"),
+            (Level.USER, "/metrics", self.prometheus, "GET"),
+            (Level.PUBLIC, "/health", self.health, "GET"),
+            (Level.PUBLIC, "/ready", self.ready, "GET"),
+            (Level.PUBLIC, "/ping", self.ping, "GET"),
+            (Level.PUBLIC, "/version", self.version, "GET"),
+        ]
+        if self.keys.has_admin:
+            routes += [
+                (Level.ADMIN, "/pause", self.pause, "POST"),
+                (Level.ADMIN, "/resume", self.resume, "POST"),
+                (Level.ADMIN, "/start_weight_update", self.start_weight_update, "POST"),
+                (Level.ADMIN, "/update_weights", self.update_weights, "POST"),
+                (Level.ADMIN, "/finish_weight_update", self.finish_weight_update, "POST"),
+                (Level.ADMIN, "/abort_weight_update", self.abort_weight_update, "POST"),
+                (Level.ADMIN, "/weight_info", self.weight_info, "GET"),
+                (Level.ADMIN, "/usage", self.usage, "GET"),
+                (Level.ADMIN, "/canary", self.canary_report, "GET"),
+                (Level.ADMIN, "/canary/run", self.run_canary, "POST"),
+            ]
+        if self._page:
+            routes += [
+                (Level.PUBLIC, "/examples", self.examples, "GET"),
+                (Level.PUBLIC, "/", _file("index.html"), "GET"),
+            ]
+            files = sorted(STATIC.iterdir())
+            routes += [(Level.PUBLIC, f"/{path.name}", _file(path.name), "GET") for path in files]
+        return routes
 
     async def completions(self, request: Request) -> Response:
         ask = parse(CompletionAsk, await _json_body(request))
         self._check(ask)
-        encode = self.service.tokenizer.encode
-        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
-        self._check_tokens(prompts)
-        exchange = self._exchange(ask, prompts)
+        exchange = await self._exchange(ask, prepare_completion(self.service, ask))
         if ask.stream:
             return _event_stream(self._completion_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
-        shown = [completion_choice(ask, self.service.vocabulary, prompts[c.index // ask.n], c) for c in choices]
+        vocabulary, prompts = self.service.vocabulary, exchange.prompts
+        shown = [
+            completion_choice(ask, vocabulary, prompts[c.index // ask.n], c, exchange.prompt_tokens[c.index // ask.n])
+            for c in choices
+        ]
         return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
 
     async def chat(self, request: Request) -> Response:
         ask = parse(ChatAsk, await _json_body(request))
         self._check(ask)
-        prompt = self._chat_prompt(ask)
-        exchange = self._exchange(ask, [prompt])
+        exchange = await self._exchange(ask, prepare_chat(self.service, ask))
         if ask.stream:
             return _event_stream(self._chat_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
@@ -104,9 +199,34 @@ class Server:
             "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
             "usage": self._count(exchange),
         }
+        if ask.prompt_logprobs is not None:
+            tokens = exchange.prompt_tokens[0] or []
+            body["prompt_logprobs"] = prompt_logprobs(self.service.vocabulary, tokens, ask.prompt_logprobs)
         if ask.return_token_ids:
-            body["prompt_token_ids"] = prompt
+            body["prompt_token_ids"] = exchange.prompts[0]
         return JSONResponse(body)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation, in vLLM's shape."""
+        content = load(await _json_body(request))
+        if "messages" in content:
+            ask = read(TokenizeChatAsk, content)
+            self._check_model(ask.model)
+            tokens = chat_prompt(self.service, ask, with_tools=bool(ask.tools))
+        else:
+            ask = read(TokenizeAsk, content)
+            self._check_model(ask.model)
+            tokens = encode_text(self.service, ask.prompt, "prompt")
+        texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
+        body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
+        return JSONResponse(body)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, special ones included, in vLLM's shape."""
+        ask = parse(DetokenizeAsk, await _json_body(request))
+        self._check_model(ask.model)
+        check_prompt_tokens(self.service, [ask.tokens], "tokens")
+        return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
 
     async def models(self, _request: Request) -> Response:
         identity = self.service.identity
@@ -142,39 +262,181 @@ class Server:
     async def examples(self, _request: Request) -> Response:
         return JSONResponse(self.service.examples)
 
-    async def weight_info(self, request: Request) -> Response:
-        self._authorise(request)
-        service = self.service
-        body = {
-            "version": service.core.version,
-            "sha256": service.weights_sha256,
-            "format": service.identity.format,
-            "tensors": len(service.layout),
-        }
-        return JSONResponse(body)
+    async def ready(self, _request: Request) -> Response:
+        state = self.gate.state
+        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+
+    async def ping(self, _request: Request) -> Response:
+        return Response(status_code=200 if self.service.core.failure is None else 503)
+
+    async def version(self, _request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def pause(self, request: Request) -> Response:
+        """Stop between two steps. See docs/serving.md for the modes."""
+        mode = _query_choice(request, "mode", ("keep", "wait"))
+        seconds = _query_integer(request, "seconds") if "seconds" in request.query_params else None
+        if seconds is not None and seconds < 1:
+            raise ApiError("seconds must be 1 or more", param="seconds")
+        if mode == "wait":
+            await _unless_disconnected(request, self._let_all_finish())
+        await run_in_threadpool(self.service.core.pause)
+        self._cancel_end_of_pause()
+        if seconds is not None:
+            self._end_of_pause = asyncio.get_running_loop().call_later(seconds, self._resume)
+        self.log.event("pause", mode=mode, seconds=seconds)
+        return JSONResponse({"paused": True, "running": self.service.core.running})
+
+    async def resume(self, _request: Request) -> Response:
+        self._resume()
+        return JSONResponse({"paused": False})
+
+    async def weight_info(self, _request: Request) -> Response:
+        info = await run_in_threadpool(self.updates.info)
+        return JSONResponse(info | {"paused": self.service.core.paused})
+
+    async def start_weight_update(self, request: Request) -> Response:
+        """The version and what it changes stand in the query; nothing is sent yet."""
+        query = request.query_params
+        mode: Mode = "delta" if _query_choice(request, "mode", ("full", "delta")) == "delta" else "full"
+        status = await self._change_weights(
+            self.updates.start,
+            _query_integer(request, "version"),
+            mode,
+            base_version=_query_integer(request, "base_version") if "base_version" in query else None,
+            format_name=query.get("format"),
+            abort=_query_choice(request, "abort", ("false", "true")) == "true",
+        )
+        return JSONResponse({"update": status})
 
     async def update_weights(self, request: Request) -> Response:
-        """The body is what formats/wire.py packs; `version` and `sha256` stand in the query."""
-        self._authorise(request)
-        version, sha256 = _query_integer(request, "version"), request.query_params.get("sha256")
+        """The body is what formats/wire.py packs; its `sha256` stands in the query.
+
+        Within a started update it is one part of the new weights, otherwise all of them, and takes their `version`.
+        """
+        sha256 = request.query_params.get("sha256")
         if not sha256:
             raise ApiError("sha256 is missing from the query", param="sha256")
+        version = _query_integer(request, "version") if "version" in request.query_params else None
         payload = await request.body()
+        if version is None or self.updates.knows(version):
+            return JSONResponse({"update": await self._change_weights(self.updates.add, payload, sha256, version)})
+        return JSONResponse(await self._take_weights(self.updates.at_once, payload, version, sha256))
+
+    async def finish_weight_update(self, request: Request) -> Response:
+        version, sha256 = _query_integer(request, "version"), request.query_params.get("sha256")
+        return JSONResponse(await self._take_weights(self.updates.finish, version, sha256))
+
+    async def abort_weight_update(self, _request: Request) -> Response:
+        return JSONResponse(await self._change_weights(self.updates.abort))
+
+    async def usage(self, _request: Request) -> Response:
+        return JSONResponse({"keys": self.gate.usage()})
+
+    async def canary_report(self, _request: Request) -> Response:
+        last = self._require_canary().last
+        return JSONResponse({"last": last.shown() if last else None})
+
+    async def run_canary(self, _request: Request) -> Response:
+        report = await run_in_threadpool(self._require_canary().run)
+        return JSONResponse({"last": report.shown()})
+
+    async def _change_weights(
+        self, change: Callable[..., dict[str, Any]], *args: Any, **options: Any
+    ) -> dict[str, Any]:
         try:
-            await run_in_threadpool(self.service.update, payload, version, sha256)
-        except IsthmusError:
+            return await run_in_threadpool(change, *args, **options)
+        except IsthmusError as error:
             self.metrics.refused_updates.inc()
+            self.log.event("weight update refused", reason=str(error), version=self.service.core.version)
             raise
-        self.metrics.weight_updates.inc()
-        return JSONResponse({"version": self.service.core.version, "sha256": self.service.weights_sha256})
+
+    async def _take_weights(self, change: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        revision = self.service.revision
+        taken = await self._change_weights(change, *args)
+        if self.service.revision != revision:
+            self.metrics.weight_updates.inc()
+            self.log.event("weight update", version=taken["version"], sha256=taken["sha256"])
+        return taken
+
+    async def _let_all_finish(self) -> None:
+        """Hold new requests back until none runs. If this is cancelled, they go on."""
+        self.gate.close()
+        try:
+            while self.gate.unfinished or self.service.core.running or self.service.core.waiting:
+                await asyncio.sleep(POLL_S)
+        except asyncio.CancelledError:
+            self.gate.open()
+            raise
+
+    def _resume(self) -> None:
+        self._cancel_end_of_pause()
+        self.service.core.resume()
+        self.gate.open()
+        self.log.event("resume")
+
+    def _cancel_end_of_pause(self) -> None:
+        if self._end_of_pause is not None:
+            self._end_of_pause.cancel()
+            self._end_of_pause = None
+
+    def _canary(self, plan: CanaryPlan) -> Canary:
+        assert self.service.golden is not None
+
+        def tell(report: Report) -> None:
+            self._note_canary(report)
+            plan.tell(report)
+
+        def roll_back(reason: str) -> None:
+            assert plan.sealed_bundle is not None
+            self._roll_back(plan.sealed_bundle, reason)
+
+        return Canary(
+            self.service,
+            self.service.golden,
+            bound=plan.bound,
+            roll_back=roll_back if plan.sealed_bundle else None,
+            tell=tell,
+            quiet=lambda: self.gate.state != "ready",
+        )
+
+    def _note_canary(self, report: Report) -> None:
+        self.metrics.canary_ran(report.outcome)
+        self.metrics.canary_drift.set(float("nan") if report.drift is None else report.drift)
+        self.metrics.canary_alarm.set(report.outcome == "drift")
+        self.gate.damaged = report.outcome == "drift" and report.rolled_back
+        self.log.event("canary", **report.shown())
+
+    def _roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
+        """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""
+        bundle, core = sealed_bundle(), self.service.core
+        was_paused = core.paused
+        core.pause()
+        try:
+            self.gate.end_all("the weights were found damaged and the sealed ones were brought back; send it again")
+            self.updates.replace(lambda: self.service.restore(bundle), reason)
+        finally:
+            if not was_paused:
+                core.resume()
+        self.metrics.rollbacks.inc()
+        self.log.event("rollback", reason=reason, version=core.version)
+
+    def _require_canary(self) -> Canary:
+        if self.canary is None:
+            raise ApiError("no canaries here: this bundle has no golden answers, or they are switched off", status=404)
+        return self.canary
 
     async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
         head, vocabulary = self._envelope("text_completion"), self.service.vocabulary
         offsets = [0] * exchange.size
+        for index in range(exchange.size if ask.echo else 0):
+            text = echo(ask, vocabulary, exchange.prompts[index // ask.n], index)
+            shown = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+            yield head | {"choices": [shown]} | _no_usage(ask)
         async for piece in exchange.pieces():
             shown = completion_piece(ask, vocabulary, piece, offsets[piece.index])
-            offsets[piece.index] += sum(len(vocabulary.text_of(step.token)) for step in piece.steps)
-            if shown["text"] or piece.steps or piece.choice:
+            offsets[piece.index] += sum(len(vocabulary.text_of(token)) for token in piece.drawn.tokens)
+            if shown["text"] or len(piece.drawn) or piece.choice:
                 yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
@@ -185,40 +447,34 @@ class Server:
             yield head | {"choices": [chat_opening(index)]} | _no_usage(ask)
         async for piece in exchange.pieces():
             shown = chat_piece(ask, self.service.vocabulary, piece)
-            yield head | {"choices": [shown]} | _no_usage(ask)
+            if shown is not None:
+                yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
 
-    def _exchange(self, ask: Ask, prompts: list[list[int]]) -> Exchange:
-        exchange = Exchange(self.service, ask, prompts)
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+    async def _exchange(self, ask: Ask, prepared: Prepared) -> Exchange:
+        constraint = None
+        if prepared.grammar is not None:
+            constraint = await run_in_threadpool(prepared.constraint, self.service)
+        exchange = Exchange(self.service, ask, prepared, CURRENT.get(), constraint)
+        self.gate.admit(prepared.prompts, ask.n)
         return exchange
 
     def _check(self, ask: Ask) -> None:
         check_options(ask)
+        self._check_model(ask.model)
+        self.gate.check_line()
+
+    def _check_model(self, asked: str | None) -> None:
         known = self.service.identity.model
-        if ask.model is not None and ask.model != known:
-            message = f"the model {ask.model!r} does not exist here; this server has {known!r}"
+        if asked is not None and asked != known:
+            message = f"the model {asked!r} does not exist here; this server has {known!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
-        if self.service.core.waiting >= self.service.max_waiting:
-            raise ApiError("too many requests are waiting; try again in a second", status=503, code="overloaded")
 
-    def _check_tokens(self, prompts: list[list[int]]) -> None:
-        size = self.service.architecture.vocab_size
-        for prompt in prompts:
-            if prompt and not 0 <= min(prompt) <= max(prompt) < size:
-                raise ApiError(
-                    f"prompt: token ids must be between 0 and {size - 1}", param="prompt", code="invalid_value"
-                )
-
-    def _chat_prompt(self, ask: ChatAsk) -> list[int]:
-        try:
-            return self.service.tokenizer.chat([message.plain() for message in ask.messages])
-        except IsthmusError as error:
-            raise ApiError(str(error), param="messages", code="invalid_value") from None
-
-    def _count(self, exchange: Exchange) -> dict[str, int]:
-        return usage(sum(map(len, exchange.prompts)), exchange.generated)
+    def _count(self, exchange: Exchange) -> dict[str, Any]:
+        reasoning = exchange.reasoning_tokens if isinstance(exchange.ask, ChatAsk) else None
+        prompt_tokens = sum(map(len, exchange.prompts))
+        return usage(prompt_tokens, exchange.generated, exchange.cached_tokens, reasoning)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return envelope(kind, self.service.identity.model, self.service.fingerprint)
@@ -229,20 +485,26 @@ class Server:
             return None
         return {"chip": identity.rehearsed, "statement": identity.statement, "operators": self.service.rehearsal}
 
-    def _authorise(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._admin_key}".encode()):
-            raise ApiError("this route needs the admin key as a bearer token", status=401, code="invalid_api_key")
-
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(self._expire_updates())
+        if self.canary is not None and self._canary_every_s is not None:
+            self.canary.start(self._canary_every_s)
         yield
+        expiring.cancel()
+        if self.canary is not None:
+            self.canary.stop()
         await run_in_threadpool(self.service.core.stop)
+
+    async def _expire_updates(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            await run_in_threadpool(self.updates.expire)
 
 
 def _file(name: str) -> Handler:
     async def send(_request: Request) -> Response:
-        return FileResponse(STATIC / name, headers={"Cache-Control": "no-cache"})
+        return FileResponse(STATIC / name, headers=PAGE_HEADERS)
 
     return send
 
@@ -289,6 +551,7 @@ async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]
         async for chunk in chunks:
             yield _event(chunk)
     except ApiError as error:
+        note_error(error)
         yield _event(error.body())
     yield b"data: [DONE]\n\n"
 
@@ -308,17 +571,24 @@ def _query_integer(request: Request, name: str) -> int:
         raise ApiError(f"{name} in the query must be an integer", param=name) from None
 
 
+def _query_choice(request: Request, name: str, choices: tuple[str, ...]) -> str:
+    """One of the choices; the first if the query has none."""
+    value = request.query_params.get(name, choices[0])
+    if value not in choices:
+        raise ApiError(f"{name} in the query must be one of {', '.join(choices)}", param=name)
+    return value
+
+
 async def _refuse(_request: Request, error: ApiError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 503 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return refuse(error)
 
 
 async def _refuse_plainly(_request: Request, error: IsthmusError) -> Response:
-    return JSONResponse(ApiError(str(error)).body(), status_code=400)
+    return refuse(ApiError(str(error)))
 
 
 async def _refuse_route(_request: Request, error: HTTPException) -> Response:
-    return JSONResponse(ApiError(error.detail, status=error.status_code).body(), status_code=error.status_code)
+    return refuse(ApiError(error.detail, status=error.status_code))
 
 
 async def _gone(_request: Request, _error: ClientDisconnect) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor
 from isthmus.chips.rehearse import enforce
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.engine import Core
+from isthmus.engines.local.grammar import Compiler
 from isthmus.engines.local.runner import Trial
 from isthmus.engines.local.text import Vocabulary
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import read_bundle, weights_sha256
-from isthmus.formats.wire import unpack
+from isthmus.formats.bundle import Bundle, read_bundle, weights_sha256
+from isthmus.formats.golden import Golden, read_golden
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
@@ -43,39 +43,78 @@ class Identity:
         return f"rehearsed on CPU with the rules of {self.rehearsed}" if self.rehearsed else None
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the core works. `cache_tokens` None means room for `slots` sequences of full length."""
+
+    block_size: int = 16
+    cache_tokens: int | None = None
+    chunk_tokens: int = 512
+    prefix_cache: bool = True
+    speculate: bool = False
+    batch_invariant: bool = False
+
+
 @dataclass
 class Service:
-    """A running engine on one bundle."""
+    """A running engine on one bundle.
+
+    `tensors` are the weights in use, as stored: what a delta update adds to. The model's own tensors are views of them
+    where the format allows it (fp32); otherwise they are held beside it. `is_original` says whether they are the
+    bundle's; `revision` counts the exchanges of weights. Prompt tokens may wait up to `max_waiting_tokens`.
+    """
 
     identity: Identity
     architecture: ModelSection
     core: Core
     tokenizer: Tokenizer
-    layout: Layout
+    tensors: dict[str, Tensor]
     weights_sha256: str
     rehearsal: dict[str, int] | None = None
     examples: list[str] = field(default_factory=list)
+    golden: Golden | None = None
     default_tokens: int | None = None
     default_temperature: float = 1.0
     max_waiting: int = 4096
-    _updating: threading.Lock = field(default_factory=threading.Lock)
+    max_waiting_tokens: int | None = None
+    is_original: bool = True
+    revision: int = 0
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
+        self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
+        self.layout = layout_of(self.tensors)
+        self.bundle_version = self.core.version
 
     @property
     def fingerprint(self) -> str:
         """Seal and weight version: what `system_fingerprint` carries."""
         return f"{self.identity.seal or 'unsealed'}-v{self.core.version}"
 
-    def update(self, payload: bytes, version: int, sha256: str) -> None:
-        """Exchange the weights. If they do not fit, raises IsthmusError and the old ones go on serving."""
-        with self._updating:
-            tensors = unpack(payload, sha256)
-            compare_layouts(self.layout, layout_of(tensors))
-            model = get_format(self.identity.format).build(self.architecture, tensors)
-            self.core.swap(model, version)
-            self.weights_sha256 = sha256
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the weights in use are those that the seal vouches for."""
+        return self.is_original and self.identity.seal is not None
+
+    def exchange(self, tensors: dict[str, Tensor], version: int, sha256: str) -> None:
+        """Take new weights into use between two steps. Raises IsthmusError if they do not fit; the old ones go on then.
+
+        One caller at a time: WeightUpdates sees to it.
+        """
+        compare_layouts(self.layout, layout_of(tensors))
+        check_finite(tensors)
+        self._take(tensors, version, sha256, is_original=False)
+
+    def restore(self, bundle: Bundle) -> None:
+        """Go back to the weights of the bundle that this service was started with."""
+        compare_layouts(self.layout, layout_of(bundle.tensors))
+        self._take(bundle.tensors, self.bundle_version, weights_sha256(bundle.folder), is_original=True)
+
+    def _take(self, tensors: dict[str, Tensor], version: int, sha256: str, *, is_original: bool) -> None:
+        model = get_format(self.identity.format).build(self.architecture, tensors)
+        self.core.swap(model, version)
+        self.revision += 1
+        self.tensors, self.weights_sha256, self.is_original = tensors, sha256, is_original
 
 
 def load_service(
@@ -87,6 +126,7 @@ def load_service(
     rehearse: str | None = None,
     slots: int = 256,
     threads: int = 1,
+    options: EngineOptions = EngineOptions(),
 ) -> Service:
     """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served."""
     torch.set_num_threads(threads)
@@ -95,7 +135,7 @@ def load_service(
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
-    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads)
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **core_options(options))
     core.start()
     identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse)
     return Service(
@@ -103,11 +143,17 @@ def load_service(
         bundle.architecture,
         core,
         tokenizer,
-        layout_of(bundle.tensors),
+        bundle.tensors,
         weights_sha256(folder),
         rehearsal,
         read_examples(folder),
+        read_golden(folder),
     )
+
+
+def core_options(options: EngineOptions) -> dict[str, Any]:
+    """The keyword arguments of Core for these options."""
+    return {}
 
 
 def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
@@ -138,6 +184,13 @@ def compare_layouts(expected: Layout, found: Layout) -> None:
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise DamagedFile(f"the new weights do not fit the served bundle: {'; '.join(sorted(wrong)[:4])}{more}")
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Raise DamagedFile that names a tensor with a value that is not a number or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DamagedFile(f"{name} has values that are infinite or not a number")
 
 
 def read_examples(folder: Path) -> list[str]:

@@ -1,12 +1,17 @@
-"""From tokens to what a client reads: whole characters, thinking apart from the answer, cut at stop strings."""
+"""From tokens to what a client reads: whole characters, thinking apart from the answer, calls apart from both, cut at
+stop strings.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 Channel = Literal["reasoning", "content"]
+OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 8
+_LONGEST_OPENING = 16
 
 
 class Decoder(Protocol):
@@ -14,7 +19,7 @@ class Decoder(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str: ...
 
 
 class Delta(NamedTuple):
@@ -24,12 +29,50 @@ class Delta(NamedTuple):
     text: str
 
 
+class Call(NamedTuple):
+    """A call of a function. `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class CallReader(Protocol):
+    """Takes the text of one answer as it arrives, and gives text and calls in order."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more is wanted: a call was made, and only one is allowed."""
+        ...
+
+    def push(self, text: str) -> list[str | Call]: ...
+
+    def flush(self) -> list[str | Call]:
+        """What was held back, when no text will follow."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the tokens of a request become text.
+
+    `stops` end it, and stay in it with `keep_stop`. `ends` are the tokens that end it and have no text. Special tokens
+    are left out with `skip_special`, except `shown` ones.
+    """
+
+    stops: list[str] = field(default_factory=list)
+    keep_stop: bool = False
+    ends: frozenset[int] = frozenset()
+    skip_special: bool = True
+    shown: frozenset[int] = frozenset()
+
+
 class Vocabulary:
     """A tokenizer with what the server keeps about it: the text of single tokens, and the marks around thinking."""
 
     def __init__(self, tokenizer: Decoder):
         self.tokenizer = tokenizer
-        self.open_think, self.close_think = self._single("<think>"), self._single("</think>")
+        self.open_think, self.close_think = self.single(OPEN_THINK), self.single(CLOSE_THINK)
         self._texts: dict[int, str] = {}
 
     def text_of(self, token: int) -> str:
@@ -40,6 +83,9 @@ class Vocabulary:
 
     def opens_thinking(self, prompt: list[int]) -> bool:
         """Whether a completion of this prompt begins inside <think>."""
+        if self.close_think is None:
+            end = self.tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special=False)
+            return end.rstrip().endswith(OPEN_THINK)
         for token in reversed(prompt):
             if token == self.close_think:
                 return False
@@ -47,7 +93,8 @@ class Vocabulary:
                 return True
         return False
 
-    def _single(self, mark: str) -> int | None:
+    def single(self, mark: str) -> int | None:
+        """The token that a mark is, if it is one."""
         ids = self.tokenizer.encode(mark)
         return ids[0] if len(ids) == 1 else None
 
@@ -55,14 +102,14 @@ class Vocabulary:
 class CharacterStream:
     """Text of arriving tokens of a byte-level vocabulary, held back while it ends inside a character."""
 
-    def __init__(self, tokenizer: Decoder):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Decoder, rules: Rules):
+        self._tokenizer, self._rules = tokenizer, rules
         self._ids: list[int] = []
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
+        text = self.decode(self._ids)
         if text.endswith(_REPLACEMENT) and len(self._ids) < _MAX_HELD:
             return ""
         self._ids.clear()
@@ -70,27 +117,41 @@ class CharacterStream:
 
     def flush(self) -> str:
         """What was held back; broken bytes become replacement characters."""
-        text = self._tokenizer.decode(self._ids)
+        text = self.decode(self._ids)
         self._ids.clear()
         return text
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens at once."""
+        return self._tokenizer.decode(ids, self._rules.skip_special, self._rules.shown)
+
 
 class StopCutter:
-    """Holds back text that may be the beginning of a stop string, and ends at the first one."""
+    """Holds back text that may begin a stop string, and ends at the first one, or with `keep` after it.
 
-    def __init__(self, stops: list[str]):
-        self._stops, self._held = stops, ""
-        self.stopped = False
+    `rest` is the text after it that came with it.
+    """
+
+    def __init__(self, stops: list[str], keep: bool = False):
+        self._stops, self._keep, self._held = stops, keep, ""
+        self.stop: str | None = None
+        self.rest = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop string."""
         if self.stopped:
             return ""
         pending = self._held + text
-        found = [place for place in map(pending.find, self._stops) if place >= 0]
+        found = [(place, stop) for stop in self._stops if (place := pending.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return pending[: min(found)]
+            place, self.stop = min(found, key=lambda one: one[0])
+            end = place + len(self.stop)
+            self._held, self.rest = "", pending[end:]
+            return pending[: end if self._keep else place]
         keep = max((self._overlap(pending, stop) for stop in self._stops), default=0)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -105,76 +166,142 @@ class StopCutter:
         return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class ChannelledText:
-    """One completion as deltas: reasoning until </think>, then content without the blank lines before it."""
+class Writer(Protocol):
+    """One completion on its way from tokens to text."""
 
-    def __init__(self, vocabulary: Vocabulary, stops: list[str], thinking: bool):
-        self._vocabulary = vocabulary
-        self._channel: Channel = "reasoning" if thinking else "content"
-        self._stops = stops
-        self._after_thought = False
-        self._open()
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was met."""
+        ...
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self._cutter.stopped
+        """Whether the completion ends here, whatever the model would go on with."""
+        ...
 
-    def push(self, token: int) -> list[Delta]:
-        """The text that this token makes certain."""
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thinking so far, the mark at its end included."""
+        ...
+
+    def push(self, token: int) -> list[Delta | Call]:
+        """What this token makes certain."""
+        ...
+
+    def push_all(self, tokens: list[int]) -> list[Delta | Call]:
+        """What all tokens of a completion make certain."""
+        ...
+
+    def finish(self) -> list[Delta | Call]:
+        """What was held back."""
+        ...
+
+
+class ChannelledText:
+    """One completion as deltas: reasoning until </think>, then content without the blank lines before it, and calls.
+
+    Where </think> is no token of the vocabulary, it is looked for in the text.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, rules: Rules, thinking: bool, calls: CallReader | None = None):
+        self._vocabulary, self._rules, self._calls = vocabulary, rules, calls
+        self._channel: Channel = "reasoning" if thinking else "content"
+        self._after_thought = False
+        self._mark = StopCutter([CLOSE_THINK]) if thinking and vocabulary.close_think is None else None
+        self.reasoning_tokens = 0
+        self._open()
+
+    @property
+    def stop(self) -> str | None:
+        return self._cutter.stop
+
+    @property
+    def stopped(self) -> bool:
+        return self._cutter.stopped or (self._calls is not None and self._calls.finished)
+
+    def push(self, token: int) -> list[Delta | Call]:
+        if token in self._rules.ends:
+            return []
+        self.reasoning_tokens += self._channel == "reasoning"
         if token not in (self._vocabulary.open_think, self._vocabulary.close_think):
-            return self._deltas(self._cutter.push(self._characters.push(token)))
-        deltas = self.finish()
+            return self._given(self._cutter.push(self._characters.push(token)))
+        given = self._close()
         if not self.stopped:
             self._channel = "reasoning" if token == self._vocabulary.open_think else "content"
             self._after_thought = self._channel == "content"
             self._open()
-        return deltas
+        return given
 
-    def push_all(self, tokens: list[int]) -> list[Delta]:
-        """The text of many tokens."""
-        return [delta for token in tokens for delta in self.push(token)]
+    def push_all(self, tokens: list[int]) -> list[Delta | Call]:
+        return [part for token in tokens for part in self.push(token)]
 
-    def finish(self) -> list[Delta]:
-        """The text that was held back."""
-        rest = self._cutter.push(self._characters.flush())
-        return self._deltas(rest + self._cutter.flush())
+    def finish(self) -> list[Delta | Call]:
+        given = self._close()
+        if self._mark is not None:
+            given += self._shown(self._mark.flush())
+        return given if self._calls is None else given + _of_content(self._calls.flush())
 
     def _open(self) -> None:
-        self._characters = CharacterStream(self._vocabulary.tokenizer)
-        self._cutter = StopCutter(self._stops)
+        self._characters = CharacterStream(self._vocabulary.tokenizer, self._rules)
+        self._cutter = StopCutter(self._rules.stops, self._rules.keep_stop)
 
-    def _deltas(self, text: str) -> list[Delta]:
+    def _close(self) -> list[Delta | Call]:
+        rest = self._cutter.push(self._characters.flush())
+        return self._given(rest + self._cutter.flush())
+
+    def _given(self, text: str) -> list[Delta | Call]:
+        if self._mark is None:
+            return self._shown(text)
+        thought = self._shown(self._mark.push(text))
+        if not self._mark.stopped:
+            return thought
+        self._channel, self._after_thought = "content", True
+        rest, self._mark = self._mark.rest, None
+        return thought + self._shown(rest)
+
+    def _shown(self, text: str) -> list[Delta | Call]:
         if self._after_thought:
             text = text.lstrip("\n")
             self._after_thought = not text
+        if self._channel == "content" and self._calls is not None:
+            return _of_content(self._calls.push(text))
         return [Delta(self._channel, text)] if text else []
 
 
 class PlainText:
     """One completion as it is, thinking marks included."""
 
-    def __init__(self, vocabulary: Vocabulary, stops: list[str]):
-        self._tokenizer = vocabulary.tokenizer
-        self._characters = CharacterStream(vocabulary.tokenizer)
-        self._cutter = StopCutter(stops)
+    reasoning_tokens = 0
+
+    def __init__(self, vocabulary: Vocabulary, rules: Rules):
+        self._ends = rules.ends
+        self._characters = CharacterStream(vocabulary.tokenizer, rules)
+        self._cutter = StopCutter(rules.stops, rules.keep_stop)
+
+    @property
+    def stop(self) -> str | None:
+        return self._cutter.stop
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
         return self._cutter.stopped
 
-    def push(self, token: int) -> list[Delta]:
-        """The text that this token makes certain."""
-        return self._deltas(self._cutter.push(self._characters.push(token)))
+    def push(self, token: int) -> list[Delta | Call]:
+        if token in self._ends:
+            return []
+        return self._given(self._cutter.push(self._characters.push(token)))
 
-    def push_all(self, tokens: list[int]) -> list[Delta]:
-        """The text of many tokens, decoded at once."""
-        return self._deltas(self._cutter.push(self._tokenizer.decode(tokens)))
+    def push_all(self, tokens: list[int]) -> list[Delta | Call]:
+        whole = tokens[:-1] if tokens and tokens[-1] in self._ends else tokens
+        return self._given(self._cutter.push(self._characters.decode(whole)))
 
-    def finish(self) -> list[Delta]:
+    def finish(self) -> list[Delta | Call]:
         rest = self._cutter.push(self._characters.flush())
-        return self._deltas(rest + self._cutter.flush())
+        return self._given(rest + self._cutter.flush())
 
-    def _deltas(self, text: str) -> list[Delta]:
+    def _given(self, text: str) -> list[Delta | Call]:
         return [Delta("content", text)] if text else []
+
+
+def _of_content(parts: list[str | Call]) -> list[Delta | Call]:
+    return [Delta("content", part) if isinstance(part, str) else part for part in parts]

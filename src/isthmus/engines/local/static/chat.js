@@ -1,227 +1,400 @@
-// The chat page. Whatever a model or a user wrote reaches the page through textContent alone.
+// The chat page: which conversation is open, what is being answered, and what the server says it is.
 
-const byId = (id) => document.getElementById(id);
-const log = byId("log"), welcome = byId("welcome"), form = byId("composer"), box = byId("prompt");
-const sendButton = byId("send"), stopButton = byId("stop"), clearButton = byId("clear"), history = byId("history");
+import { announce, byId, capitalised, download, element, notify, withdraw } from "./dom.js";
+import { Job } from "./job.js";
+import * as settings from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { Store, NotKept, area, asMarkdown, current, isConversation, newAnswer, newConversation } from "./store.js";
+import { Failure, SILENT, complete } from "./stream.js";
+import { TurnView } from "./turn.js";
+
 const SMALL_CONTEXT = 1024; // Below this, earlier turns would soon fill it, so they are left out unless asked for.
-const BROKEN = "The connection broke off.", SILENT = "The server does not answer. Is it still running?";
+const LONGEST_TITLE = 60,
+  FOLLOWED = 120; // Characters; pixels from the end of the log within which it is followed.
 
-let turns = []; // {role, content} of the finished conversation
-let running = null; // AbortController of the answer in progress
+const log = byId("log"),
+  form = byId("composer"),
+  box = byId("prompt"),
+  earlierTurns = byId("history");
+const store = new Store(area("localStorage"));
+const jobs = new Map(); // The answers that are being written, by the id of their conversation.
+const sidebar = new Sidebar({ open, rename, save, remove });
+const views = new Map(); // The turns on the page.
+
+let conversation = newConversation(),
+  fingerprint = null,
+  following = true;
 
 start();
 
-async function start() {
-  form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+function start() {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
   box.addEventListener("input", fit);
-  box.addEventListener("keydown", onKey);
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
-  stopButton.addEventListener("click", stop);
-  clearButton.addEventListener("click", clear);
+  box.addEventListener("keydown", onBoxKey);
+  document.addEventListener("keydown", onKey);
+  log.addEventListener("scroll", onScroll, { passive: true });
+  byId("stop").addEventListener("click", stop);
+  byId("jump").addEventListener("click", () => follow(true));
+  byId("new").addEventListener("click", () => {
+    sidebar.toggle(false);
+    open("");
+  });
+  byId("save-all").addEventListener("click", saveAll);
+  earlierTurns.addEventListener("change", () => settings.change({ history: earlierTurns.checked }));
+  window.addEventListener("hashchange", () => show(location.hash.slice(1)));
+  window.addEventListener("storage", onOtherPage);
+  window.addEventListener("pagehide", () =>
+    jobs.forEach((job) => {
+      keep(job.conversation);
+      job.discarded = true;
+    }),
+  );
+  settings.start(connect);
   fit();
-  await Promise.all([showFacts(), showExamples()]);
+  show(location.hash.slice(1));
+  connect();
 }
 
-function onKey(event) {
+// What is served
+
+function connect() {
+  showFacts();
+  showExamples();
+}
+
+async function showFacts() {
+  const answer = await fetch("health", { headers: settings.authorisation() }).catch(() => null);
+  const health = await answer?.json().catch(() => null);
+  if (!health?.model) return notify("health", SILENT, { "Try again": connect });
+  withdraw("health");
+  if (health.status === "failed")
+    notify("health", "The engine of this server has failed. It has to be started again.", { "Try again": connect });
+  document.title = `${health.model} · Isthmus`;
+  byId("model").textContent = health.model;
+  earlierTurns.checked = settings.current().history ?? health.max_model_len > SMALL_CONTEXT;
+  const facts = {
+    model: health.model,
+    format: health.format,
+    seal: health.seal ?? "none",
+    weights: `version ${health.weight_version}`,
+    pool: health.pool,
+  };
+  byId("facts").replaceChildren(
+    ...Object.entries(facts)
+      .filter(([, value]) => value)
+      .map(fact),
+  );
+  byId("rehearsal").hidden = !health.rehearsal;
+  if (health.rehearsal)
+    byId("statement").textContent =
+      `${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`;
+}
+
+function fact([name, value]) {
+  const pair = document.createElement("div");
+  pair.append(element("dt", "", name), element("dd", "", value));
+  return pair;
+}
+
+async function showExamples() {
+  const answer = await fetch("examples", { headers: settings.authorisation() }).catch(() => null);
+  const prompts = answer?.ok ? await answer.json() : [];
+  byId("examples").replaceChildren(
+    ...prompts.map((prompt) => {
+      const button = element("button", "", prompt);
+      button.type = "button";
+      button.addEventListener("click", () => ask(prompt));
+      return button;
+    }),
+  );
+}
+
+// Conversations
+
+/** Go to a conversation, or to a new one for "". */
+function open(id) {
+  if (location.hash.slice(1) === id) show(id);
+  else if (id) location.hash = id;
+  else {
+    history.pushState(null, "", location.pathname);
+    show("");
+  }
+}
+
+function show(id) {
+  conversation = jobs.get(id)?.conversation ?? store.load(id) ?? newConversation();
+  if (id && conversation.id !== id) history.replaceState(null, "", location.pathname);
+  log.querySelectorAll(".turn").forEach((turn) => turn.remove());
+  views.clear();
+  conversation.turns.forEach(showTurn);
+  if (jobs.has(conversation.id)) draw(jobs.get(conversation.id));
+  refresh();
+  follow(true);
+  if (!byId("sidebar").contains(document.activeElement)) focusBox();
+}
+
+function showTurn(turn) {
+  const owner = conversation;
+  const view = new TurnView(turn, {
+    retry: () => again(owner, turn, current(turn).question),
+    edit: (text) => again(owner, turn, text),
+    select: (index) => {
+      if (owner.turns.at(-1) === turn) {
+        turn.shown = index;
+        keep(owner);
+      }
+    },
+    isLast: () => owner.turns.at(-1) === turn,
+  });
+  views.set(turn, view);
+  log.append(view.root);
+}
+
+/** The list, the buttons and what else depends on which conversations there are and what is being answered. */
+function refresh() {
+  const { conversations, damaged } = store.all(),
+    busy = jobs.has(conversation.id);
+  sidebar.show(
+    conversations.map(({ id, title, turns }) => ({ id, title, busy: jobs.has(id), text: searched(title, turns) })),
+    conversation.id,
+  );
+  byId("welcome").hidden = conversation.turns.length > 0;
+  byId("send").hidden = busy;
+  byId("stop").hidden = !busy;
+  if (damaged.length) tellDamaged(damaged);
+}
+
+function searched(title, turns) {
+  return [
+    title,
+    ...turns.flatMap(({ versions }) => versions.flatMap(({ question, answer }) => [question, answer.content])),
+  ].join("\n");
+}
+
+function tellDamaged(keys) {
+  const which = keys.length === 1 ? "One stored conversation" : `${keys.length} stored conversations`;
+  notify("damaged", `${which} cannot be read. The others are not touched.`, {
+    "Save as a file": () => download("damaged-conversations.txt", store.raw(keys), "text/plain"),
+    Delete: () => {
+      store.drop(keys);
+      refresh();
+    },
+  });
+}
+
+function keep(kept) {
+  try {
+    store.save(kept);
+    withdraw("storage");
+  } catch (error) {
+    if (!(error instanceof NotKept)) throw error;
+    notify(
+      "storage",
+      `${error.message}: what is new here lasts until the page is closed. Export it, or delete what is old.`,
+    );
+  }
+}
+
+function rename(id, title) {
+  const named = known(id);
+  Object.assign(named, { title, named: true });
+  keep(named);
+  refresh();
+}
+
+function save(id) {
+  const saved = known(id);
+  download(
+    `${saved.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "conversation"}.md`,
+    asMarkdown(saved),
+    "text/markdown",
+  );
+}
+
+function saveAll() {
+  download("conversations.json", JSON.stringify(store.all().conversations, null, 1), "application/json");
+}
+
+function remove(id) {
+  const removed = known(id),
+    job = jobs.get(id);
+  if (job) {
+    job.discarded = true;
+    job.abort();
+  }
+  store.remove(id);
+  if (id === conversation.id) open("");
+  refresh();
+  notify("removed", `“${removed.title}” is deleted.`, {
+    Undo: () => {
+      keep(removed);
+      open(id);
+    },
+  });
+}
+
+function known(id) {
+  return id === conversation.id ? conversation : (jobs.get(id)?.conversation ?? store.load(id));
+}
+
+/** Another page of this browser changed what is stored. */
+function onOtherPage({ key }) {
+  if (!isConversation(key)) return;
+  const stored = store.load(conversation.id);
+  if (stored && !jobs.has(conversation.id) && stored.updated > conversation.updated) show(conversation.id);
+  else refresh();
+}
+
+// Asking
+
+function submit() {
+  const text = box.value.trim();
+  if (!text || jobs.has(conversation.id)) return;
+  box.value = "";
+  fit();
+  ask(text);
+}
+
+function ask(question) {
+  if (jobs.has(conversation.id)) return;
+  const turn = { versions: [{ question, answer: newAnswer() }], shown: 0 };
+  conversation.turns.push(turn);
+  if (!conversation.named) Object.assign(conversation, { title: titleOf(question), named: true });
+  showTurn(turn);
+  run(conversation, turn);
+  if (!location.hash) history.replaceState(null, "", `#${conversation.id}`);
+}
+
+/** Ask once more. An answer that has nothing in it gives its place to the new one. */
+function again(owner, turn, question) {
+  if (jobs.has(owner.id)) return;
+  const { answer } = current(turn),
+    version = { question, answer: newAnswer() };
+  if (answer.content || answer.thought) turn.shown = turn.versions.push(version) - 1;
+  else turn.versions[turn.shown] = version;
+  views.get(turn).draw();
+  run(owner, turn);
+}
+
+function titleOf(question) {
+  const line = question.split("\n", 1)[0];
+  return line.length > LONGEST_TITLE ? `${line.slice(0, LONGEST_TITLE - 1)}…` : line;
+}
+
+function request(owner, turn) {
+  const { system } = settings.current();
+  const earlier = earlierTurns.checked ? owner.turns.slice(0, owner.turns.indexOf(turn)).map(current) : [];
+  const said = earlier
+    .filter(({ answer }) => answer.content)
+    .flatMap(({ question, answer }) => [
+      { role: "user", content: question },
+      { role: "assistant", content: answer.content },
+    ]);
+  const messages = [
+    ...(system ? [{ role: "system", content: system }] : []),
+    ...said,
+    { role: "user", content: current(turn).question },
+  ];
+  return { messages, ...settings.sampling() };
+}
+
+async function run(owner, turn) {
+  const job = new Job(owner, turn, { draw, keep });
+  owner.updated = Date.now();
+  jobs.set(owner.id, job);
+  keep(owner);
+  draw(job);
+  refresh();
+  follow(true);
+  focusBox();
+  announce("Thinking");
+  job.finish(await stream(job));
+  jobs.delete(owner.id);
+  owner.updated = Date.now();
+  if (!job.discarded) keep(owner);
+  draw(job);
+  refresh();
+  follow(false);
+  if (document.activeElement === document.body) focusBox();
+  if (job.answer.fingerprint !== fingerprint) {
+    fingerprint = job.answer.fingerprint;
+    showFacts();
+  }
+}
+
+/** Show what has come of an answer, if its conversation is open. */
+function draw(job) {
+  const isOver = jobs.get(job.conversation.id) !== job,
+    view = views.get(job.turn);
+  if (!view) return;
+  view.update(isOver ? null : job.elapsed);
+  if (isOver) view.announceEnd();
+  else follow(false);
+}
+
+/** Returns what went wrong, or null. */
+async function stream(job) {
+  try {
+    const asked = request(job.conversation, job.turn);
+    for await (const chunk of complete(asked, settings.authorisation(), job.signal)) job.take(chunk);
+    return null;
+  } catch (error) {
+    if (!(error instanceof Failure) && error.name !== "AbortError") throw error;
+    if (error.status === 401) notify("key", "This server wants an API key.", { "Open settings": settings.open });
+    return error;
+  }
+}
+
+function stop() {
+  jobs.get(conversation.id)?.abort();
+}
+
+// Keys, and the size and place of things
+
+function onBoxKey(event) {
+  if (event.key === "ArrowUp" && !box.value && conversation.turns.length) {
+    event.preventDefault();
+    views.get(conversation.turns.at(-1)).edit();
+  }
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   submit();
 }
 
-function fit() {
-  box.style.height = "auto";
-  box.style.height = `${box.scrollHeight}px`;
-  sendButton.disabled = !box.value.trim();
-}
-
-async function showFacts() {
-  try {
-    const health = await (await fetch("health")).json();
-    document.title = `${health.model} · Isthmus`;
-    byId("model").textContent = health.model;
-    history.checked = health.max_model_len > SMALL_CONTEXT;
-    const facts = { model: health.model, format: health.format, seal: health.seal, pool: health.pool };
-    byId("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(fact));
-    if (health.rehearsal) notice(`${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`);
-  } catch {
-    notice(SILENT);
-  }
-}
-
-function fact([name, value]) {
-  const pair = document.createElement("div"), term = document.createElement("dt"), data = document.createElement("dd");
-  term.textContent = name;
-  data.textContent = value;
-  pair.append(term, data);
-  return pair;
-}
-
-function notice(text) {
-  byId("rehearsal").textContent = text;
-  byId("rehearsal").hidden = false;
-}
-
-async function showExamples() {
-  const answer = await fetch("examples").catch(() => null);
-  if (!answer?.ok) return;
-  for (const prompt of await answer.json()) {
-    const chip = document.createElement("button");
-    chip.type = "button";
-    chip.textContent = prompt;
-    chip.addEventListener("click", () => { box.value = prompt; submit(); });
-    byId("examples").append(chip);
-  }
-}
-
-function submit() {
-  const text = box.value.trim();
-  if (!text || running) return;
-  box.value = "";
-  fit();
-  welcome.hidden = true;
-  clearButton.hidden = false;
-  const question = instance("question");
-  question.querySelector("p").textContent = text;
-  log.append(question);
-  ask({ role: "user", content: text }, [...turns]);
-}
-
-/** Ask for an answer to `question` after `earlier` turns, and show it at the end of the log as it comes. */
-async function ask(question, earlier) {
-  const view = answerView(() => {
-    view.root.remove();
-    turns = earlier;
-    ask(question, earlier);
-  });
-  log.append(view.root);
-  setRunning(new AbortController());
-  scroll(true);
-  const messages = history.checked ? [...earlier, question] : [question];
-  try {
-    await stream(messages, running.signal, view);
-    view.finish();
-  } catch (error) {
-    if (error.name === "AbortError") view.finish("stopped by you");
-    else view.fail(error.message);
-  }
-  if (view.content) turns = [...earlier, question, { role: "assistant", content: view.content }];
-  setRunning(null);
-  scroll(false);
-}
-
-async function stream(messages, signal, view) {
-  const body = JSON.stringify({ messages, stream: true, stream_options: { include_usage: true } });
-  const answer = await fetch("v1/chat/completions", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal })
-    .catch((error) => { throw error.name === "AbortError" ? error : new Error(SILENT); });
-  if (!answer.ok) {
-    const refusal = await answer.json().catch(() => null);
-    throw new Error(refusal?.error.message ?? `The server failed (${answer.status}).`);
-  }
-  for await (const event of events(answer.body)) {
-    if (event.error) throw new Error(event.error.message);
-    view.take(event);
-    scroll(false);
-  }
-}
-
-/** The JSON of server-sent events, as they arrive. */
-async function* events(source) {
-  const reader = source.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { done, value } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : new Error(BROKEN); });
-    if (done) throw new Error(BROKEN);
-    const parts = (text + value).split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
-
-function answerView(retry) {
-  const root = instance("answer");
-  const part = (name) => root.querySelector(`.${name}`);
-  const thinking = part("thinking"), began = performance.now();
-  let first = null, tokens = 0, cut = false, touched = false;
-  root.classList.add("busy");
-  part("retry").addEventListener("click", () => { if (!running) retry(); });
-  thinking.querySelector("summary").addEventListener("click", () => { touched = true; });
-
-  const figures = (note) => {
-    const seconds = (performance.now() - (first ?? began)) / 1000;
-    const speed = tokens > 1 && seconds > 0 ? `${Math.round((tokens - 1) / seconds)} tokens/s` : "";
-    part("figures").textContent = [tokens && count(tokens, "token"), speed, note].filter(Boolean).join("  ·  ");
-  };
-  const settle = (note) => {
-    root.classList.remove("busy", "writing");
-    part("state").textContent = "Thought";
-    if (!touched && view.content) thinking.open = false;
-    part("retry").hidden = false;
-    figures(note);
-  };
-  const view = {
-    root,
-    content: "",
-    take(event) {
-      if (event.usage) tokens = event.usage.completion_tokens;
-      const choice = event.choices[0];
-      if (!choice) return;
-      const { reasoning_content: thought, content } = choice.delta;
-      if (thought || content) { first ??= performance.now(); tokens += 1; }
-      if (thought) {
-        thinking.hidden = false;
-        part("thought").textContent += thought;
-        part("length").textContent = count(tokens, "token");
-      }
-      if (content) {
-        if (!view.content && !touched) thinking.open = false;
-        part("state").textContent = "Thought";
-        root.classList.add("writing");
-        view.content += content;
-        part("content").textContent = view.content;
-      }
-      cut ||= choice.finish_reason === "length";
-      figures();
-    },
-    finish(note) {
-      settle(note ?? (cut ? "cut at the token limit" : ""));
-      if (!view.content && !note) view.say(cut ? "It was still thinking when its tokens ran out." : "It ended without an answer.");
-    },
-    fail(message) { settle(); view.say(capitalised(message)); },
-    say(text) { part("problem").textContent = text; part("problem").hidden = false; },
-  };
-  return view;
-}
-
-function setRunning(controller) {
-  running = controller;
-  sendButton.hidden = Boolean(controller);
-  stopButton.hidden = !controller;
-  if (!controller && matchMedia("(pointer: fine)").matches) box.focus();
-}
-
-function stop() { running?.abort(); }
-
-function clear() {
-  stop();
-  turns = [];
-  log.querySelectorAll("article").forEach((article) => article.remove());
-  welcome.hidden = false;
-  clearButton.hidden = true;
+function onKey(event) {
+  if (document.querySelector("dialog[open]")) return;
+  const isWriting = event.target.closest?.("input, textarea, select");
+  const isSearch =
+    (event.key === "k" && (event.ctrlKey || event.metaKey)) ||
+    (event.key === "/" && !isWriting && !event.ctrlKey && !event.metaKey);
+  if (event.key === "Escape" && sidebar.isOpen) sidebar.toggle(false);
+  else if (event.key === "Escape") stop();
+  if (!isSearch) return;
+  event.preventDefault();
+  sidebar.toggle(false);
   box.focus();
 }
 
-/** Follow the end of the log, unless the reader has scrolled away from it. */
-function scroll(always) {
-  const distance = log.scrollHeight - log.scrollTop - log.clientHeight;
-  if (always || distance < 120) log.scrollTop = log.scrollHeight;
+/** The next message can be written at once, unless that would bring up a keyboard on the screen. */
+function focusBox() {
+  if (!matchMedia("(pointer: coarse)").matches && !sidebar.isOpen) box.focus();
 }
 
-function instance(id) { return byId(id).content.firstElementChild.cloneNode(true); }
+function fit() {
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight}px`;
+  byId("send").disabled = !box.value.trim();
+}
 
-function count(number, noun) { return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`; }
+/** Follow the end of the log, unless the reader has scrolled away from it. */
+function follow(always) {
+  if (always || following) log.scrollTop = log.scrollHeight;
+}
 
-function capitalised(text) { return text.charAt(0).toUpperCase() + text.slice(1); }
+function onScroll() {
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOWED;
+  byId("jump").hidden = following;
+}

@@ -1,0 +1,175 @@
+"""Structured output: what the tokens of an answer may be, as masks that llguidance computes.
+
+It compiles JSON schemas, regular expressions and context-free grammars (a dialect of Lark) against the very tokens of a
+vocabulary: https://github.com/guidance-ai/llguidance
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+from isthmus.errors import IsthmusError
+
+MAX_GRAMMAR_CHARACTERS = 100_000
+# A state of the lexer takes one to two kilobytes.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+class GrammarRefused(IsthmusError):
+    """A schema, regular expression or grammar that cannot be compiled."""
+
+
+class SerialTokenizer(Protocol):
+    """What is needed of a tokenizer: its tokenizer.json and its end token."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def serialise(self) -> str: ...
+
+
+def json_grammar(schema: dict[str, Any] | str, any_whitespace: bool = True) -> str:
+    """JSON that keeps to a schema. Raises GrammarRefused if `schema` is a text that is no JSON object."""
+    options = {"whitespace_flexible": any_whitespace}
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise GrammarRefused(f"the JSON schema is refused: {error}") from None
+
+
+def regex_grammar(pattern: str) -> str:
+    """Text that a regular expression (Rust's syntax, without look-around) matches as a whole."""
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def choice_grammar(choices: list[str]) -> str:
+    """One of several texts."""
+    return "start: " + " | ".join(map(literal, choices))
+
+
+def literal(text: str) -> str:
+    """A text in quotes, as a grammar in Lark has it: JSON, but no control character stands in it as it is."""
+    return json.dumps(text).replace("\x7f", "\\u007f")
+
+
+class Compiler:
+    """Compiles grammars for one vocabulary. `vocab_size` is the model's, which may exceed the tokenizer's."""
+
+    def __init__(self, tokenizer: SerialTokenizer, vocab_size: int):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._vocabulary: LLTokenizer | None = None
+        self._reading = threading.Lock()
+
+    def compile(self, grammar: str, after: int | str | None = None) -> GrammarConstraint:
+        """A constraint from the first token on, or from after the token or text `after` on. Takes up to a second.
+
+        Raises GrammarRefused with llguidance's reason.
+        """
+        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise GrammarRefused(f"the grammar has {len(grammar)} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
+        vocabulary = self._read()
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=_LIMITS)
+        constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, self._tokenizer.eos_id, after)
+        constraint.start(free=False).mask()
+        if matcher.is_error():
+            raise GrammarRefused(f"the grammar is refused: {matcher.get_error()}")
+        if constraint.failures:
+            raise GrammarRefused(f"the grammar is refused: {constraint.failures[0]}")
+        return constraint
+
+    def _read(self) -> LLTokenizer:
+        """The vocabulary as llguidance holds it, read when the first grammar comes."""
+        with self._reading:
+            if self._vocabulary is None:
+                eos, size = self._tokenizer.eos_id, self._vocab_size
+                self._vocabulary = LLTokenizer(self._tokenizer.serialise(), n_vocab=size, eos_token=eos)
+            return self._vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class GrammarConstraint:
+    """A compiled grammar. Before the token or text `after` everything but the end token is allowed, if it is given.
+
+    `failures` receives why a sample could not go on (llguidance limits the work for one token); such a sample ends.
+    """
+
+    vocabulary: LLTokenizer
+    matcher: LLMatcher
+    vocab_size: int
+    eos_id: int
+    after: int | str | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def start(self, free: bool = True) -> GrammarState:
+        """The beginning of a sample. Without `free` it is where the grammar begins."""
+        return GrammarState(self, self.matcher.deep_copy(), free and self.after is not None)
+
+    def everything_but_the_end(self) -> NDArray[np.bool_]:
+        """[V]."""
+        allowed = np.ones(self.vocab_size, dtype=np.bool_)
+        allowed[self.eos_id] = False
+        return allowed
+
+
+class GrammarState:
+    """How far one sample is."""
+
+    def __init__(self, constraint: GrammarConstraint, matcher: LLMatcher, free: bool):
+        self._constraint, self._matcher, self._free = constraint, matcher, free
+        self._failed = False
+        self._tail = b""
+
+    def mask(self) -> NDArray[np.bool_]:
+        """[V]: True where the next token may be that one. The end token may come where the grammar accepts."""
+        if self._free:
+            return self._constraint.everything_but_the_end()
+        allowed = self._allowed()
+        if self._matcher.is_error() or not allowed.any():
+            self._fail(self._matcher.get_error() or "no token can follow")
+            allowed[self._constraint.eos_id] = True
+        return allowed
+
+    def accept(self, token: int) -> None:
+        """The token that was drawn."""
+        if not self._free:
+            self._consume([token])
+        elif isinstance(self._constraint.after, str):
+            self._look_for_text(token, self._constraint.after.encode())
+        else:
+            self._free = token != self._constraint.after
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return self._failed or (not self._free and self._matcher.is_stopped())
+
+    def _look_for_text(self, token: int, mark: bytes) -> None:
+        """The grammar begins after the mark. What follows it in the same token is the grammar's, save white space."""
+        vocabulary = self._constraint.vocabulary
+        seen = self._tail + vocabulary.decode_bytes([token])
+        place = seen.find(mark)
+        self._tail, self._free = seen[-len(mark) :], place < 0
+        if not self._free and (rest := seen[place + len(mark) :].strip()):
+            self._consume(vocabulary.tokenize_bytes(rest))
+
+    def _consume(self, tokens: list[int]) -> None:
+        if not self._matcher.consume_tokens(tokens):
+            self._fail(self._matcher.get_error())
+
+    def _allowed(self) -> NDArray[np.bool_]:
+        if self._failed or self._matcher.is_error():
+            return np.zeros(self._constraint.vocab_size, dtype=np.bool_)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=self._constraint.vocab_size, bitorder="little").astype(np.bool_)
+
+    def _fail(self, reason: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._constraint.failures.append(reason)

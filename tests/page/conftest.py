@@ -1,0 +1,53 @@
+"""One server and one browser for all tests of the page."""
+
+from __future__ import annotations
+
+import pytest
+from engine_bundle import write_small_bundle
+from page_browser import Page, start_browser
+from page_server import Scripted, live
+
+from isthmus.engines.local.server import Server
+from isthmus.engines.local.service import load_service
+
+EXAMPLES = ["Use 1, 2 and 3 to reach 6.", "Use 3, 4 and 5 to reach 23."]
+
+
+@pytest.fixture(scope="session")
+def application(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "small"
+    write_small_bundle(folder)
+    service = load_service(folder, seal="0f1e2d3c4b5a", pool="away", slots=4)
+    service.examples = EXAMPLES
+    return Scripted(Server(service, page=True).app())
+
+
+@pytest.fixture(scope="session")
+def url(application):
+    with live(application) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def server(application):
+    """The application, with no scripts and nothing asked."""
+    application.reset()
+    return application
+
+
+@pytest.fixture
+def page(driver, url, server):
+    """The page with empty storage, loaded on a desktop. At the end no script may have failed or been stopped."""
+    page = Page(driver, url)
+    page.clear()
+    page.open()
+    yield page
+    assert page.complaints() == []
+    assert not server.scripts, "a script was not asked for"

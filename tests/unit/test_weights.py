@@ -1,0 +1,279 @@
+"""Updates of the weights in parts: nothing is seen before the end, and what fails changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+
+from isthmus.engines.local.protocol import ApiError
+from isthmus.engines.local.scheduler import Finished, Request
+from isthmus.engines.local.service import load_service
+from isthmus.engines.local.weights import WeightUpdates
+from isthmus.errors import DamagedFile
+from isthmus.formats import get_format
+from isthmus.formats.wire import digest, pack, set_sha256, unpack
+
+PROMPT = [0, 2, 60, 61, 4]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "w8a8"
+    write_small_bundle(folder, "w8a8")
+    return folder
+
+
+@pytest.fixture
+def service(bundle):
+    found = load_service(bundle, slots=4)
+    yield found
+    found.core.stop()
+
+
+@pytest.fixture
+def updates(service):
+    return WeightUpdates(service)
+
+
+def tensors_of(seed):
+    model = thinking_model(small_tokenizer(), seed)
+    return get_format("w8a8").export(model.state_dict(), model.architecture)
+
+
+def messages(tensors, size=7):
+    """The tensors in parts, each with its hash."""
+    names = sorted(tensors)
+    for start in range(0, len(names), size):
+        payload = pack({name: tensors[name] for name in names[start : start + size]})
+        yield payload, digest(payload)
+
+
+def send(updates, tensors):
+    for payload, sha256 in messages(tensors):
+        updates.add(payload, sha256)
+
+
+def answer(service, tokens=10):
+    """(tokens, versions) of a greedy completion by the running engine."""
+    found: list[Finished] = []
+    done = threading.Event()
+
+    def listen(event):
+        found.append(event)
+        done.set()
+
+    service.core.submit(Request([PROMPT], listen, tokens, temperature=0.0))
+    assert done.wait(60)
+    return found[0].tokens, (found[0].version, found[0].last_version)
+
+
+def expected(service, tensors, tokens=10):
+    """The same by the format's model without an engine."""
+    model = get_format("w8a8").build(service.architecture, tensors)
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < tokens and written[-1:] != [service.tokenizer.eos_id]:
+            written.append(int(model(torch.tensor([[*PROMPT, *written]]))[0, -1].argmax()))
+    return written
+
+
+def refuse(status, code, call, *args, **options):
+    with pytest.raises(ApiError) as refused:
+        call(*args, **options)
+    assert (refused.value.status, refused.value.code) == (status, code), str(refused.value)
+
+
+def test_a_full_update_is_seen_at_its_end_and_not_before(service, updates):
+    new = tensors_of(1)
+    before = answer(service)
+    updates.start(7)
+    for payload, sha256 in messages(new):
+        assert updates.info()["update"]["missing"] > 0
+        updates.add(payload, sha256)
+        assert answer(service) == before
+    assert updates.info()["update"]["missing"] == 0 and updates.info()["version"] == 0
+    taken = updates.finish(7, set_sha256(new))
+    assert taken == {"version": 7, "sha256": set_sha256(new)}
+    assert answer(service) == (expected(service, new), (7, 7))
+    info = updates.info()
+    assert (info["version"], info["update"], info["sealed"]) == (7, None, False)
+    assert info["last_update"] == {"version": 7, "outcome": "finished", "reason": None}
+
+
+def test_a_delta_keeps_what_it_does_not_name(service, updates):
+    old, new = dict(service.tensors), tensors_of(1)
+    changed = {name: tensor for name, tensor in new.items() if "layers.1." in name or name == "lm_head.weight"}
+    assert 0 < len(changed) < len(old)
+    updates.start(3, "delta", base_version=0)
+    send(updates, changed)
+    whole = old | changed
+    updates.finish(3, set_sha256(whole))
+    assert answer(service) == (expected(service, whole), (3, 3))
+    updates.start(4, "delta", base_version=3)
+    send(updates, {name: tensor for name, tensor in new.items() if name not in changed})
+    updates.finish(4)
+    assert answer(service) == (expected(service, new), (4, 4)), "two deltas are the whole"
+
+
+def test_the_hash_of_a_set_does_not_depend_on_how_it_was_sent(service):
+    tensors = dict(service.tensors)
+    split = [unpack(payload, sha256) for payload, sha256 in messages(tensors, size=3)]
+    merged = dict(itertools.chain.from_iterable(part.items() for part in reversed(split)))
+    assert set_sha256(merged) == set_sha256(tensors)
+    name = next(iter(tensors))
+    assert set_sha256({**tensors, name: tensors[name] + 1}) != set_sha256(tensors)
+    assert set_sha256({f"{n}x": t for n, t in tensors.items()}) != set_sha256(tensors)
+
+
+def test_wrong_orders_are_refused_with_what_to_do(service, updates):
+    payload, sha256 = next(messages(tensors_of(1)))
+    refuse(409, "no_update", updates.add, payload, sha256)
+    refuse(409, "no_update", updates.finish, 5)
+    refuse(409, "version_in_use", updates.start, 0)
+    refuse(409, "wrong_base", updates.start, 5, "delta", base_version=4)
+    refuse(400, None, updates.start, 5, "delta")
+    refuse(400, None, updates.start, 5, format_name="bf16")
+    updates.start(5)
+    refuse(409, "update_open", updates.start, 6)
+    refuse(409, "update_open", updates.at_once, payload, 6, sha256)
+    refuse(409, "wrong_version", updates.finish, 6)
+    refuse(409, "incomplete", updates.finish, 5)
+    updates.add(payload, sha256)
+    refuse(409, "incomplete", updates.finish, 5)
+    updates.start(6, abort=True)
+    assert updates.info()["update"]["chunks"] == [], "the aborted update left nothing behind"
+    assert updates.abort()["last_update"]["outcome"] == "abandoned"
+    assert service.core.version == 0
+
+
+def test_damaged_and_unfit_messages_are_refused_and_better_ones_taken(service, updates):
+    new = tensors_of(1)
+    before = answer(service)
+    updates.start(2)
+    payload, sha256 = next(messages(new))
+    flipped = bytearray(payload)
+    flipped[-1] ^= 1
+    with pytest.raises(DamagedFile, match="SHA-256"):
+        updates.add(bytes(flipped), sha256)
+    with pytest.raises(DamagedFile, match="safetensors"):
+        updates.add(b"nothing", digest(b"nothing"))
+    scale = next(name for name in new if name.endswith("weight_scale"))
+    for wrong, reason in (
+        ({"unheard.of": torch.zeros(2)}, "unheard.of is unknown"),
+        ({"lm_head.weight": new["lm_head.weight"][:-1]}, "lm_head.weight is"),
+        ({"lm_head.weight": new["lm_head.weight"].float()}, "float32"),
+        ({scale: torch.full_like(new[scale], float("nan"))}, "not a number"),
+        ({scale: torch.full_like(new[scale], float("inf"))}, "infinite"),
+    ):
+        message = pack({name: tensor.contiguous() for name, tensor in wrong.items()})
+        with pytest.raises(DamagedFile, match=reason):
+            updates.add(message, digest(message))
+    assert updates.info()["update"]["tensors"] == 0 and answer(service) == before
+    send(updates, new)
+    updates.finish(2)
+    assert answer(service)[0] == expected(service, new)
+
+
+def test_one_message_is_checked_like_many(service, updates):
+    new, before = tensors_of(1), answer(service)
+    scale = next(name for name in new if name.endswith("weight_scale"))
+    for wrong, reason in (
+        ({**new, scale: torch.full_like(new[scale], float("nan"))}, "not a number"),
+        ({name: tensor for name, tensor in new.items() if name != scale}, "is missing"),
+    ):
+        payload = pack(wrong)
+        with pytest.raises(DamagedFile, match=reason):
+            updates.at_once(payload, 2, digest(payload))
+        assert updates.info()["last_update"]["outcome"] == "refused" and answer(service) == before
+    payload = pack(new)
+    assert updates.at_once(payload, 2, digest(payload)) == {"version": 2, "sha256": digest(payload)}
+    assert answer(service) == (expected(service, new), (2, 2))
+
+
+def test_lost_messages_can_be_sent_again(service, updates):
+    new = tensors_of(1)
+    updates.start(2)
+    parts = list(messages(new))
+    for payload, sha256 in parts[::2]:
+        updates.add(payload, sha256)
+    known = updates.info()["update"]["chunks"]
+    for payload, sha256 in parts:
+        first = updates.add(payload, sha256)
+        assert updates.add(payload, sha256) == first, "a message that comes twice changes nothing"
+    assert set(known) < {sha256 for _, sha256 in parts}
+    taken = updates.finish(2, set_sha256(new))
+    revision = service.revision
+    assert updates.finish(2, set_sha256(new)) == taken, "so does a finish whose answer was lost"
+    assert service.revision == revision
+    refuse(409, "no_update", updates.finish, 2, "0" * 64)
+
+
+def test_the_same_tensor_with_other_values_is_a_conflict(service, updates):
+    updates.start(2)
+    send(updates, tensors_of(1))
+    payload, sha256 = next(messages(tensors_of(2)))
+    refuse(409, "tensor_conflict", updates.add, payload, sha256)
+    updates.finish(2)
+    assert answer(service)[0] == expected(service, tensors_of(1))
+
+
+def test_weights_that_are_not_the_announced_ones_are_not_taken(service, updates):
+    before = answer(service)
+    updates.start(2)
+    send(updates, tensors_of(1))
+    with pytest.raises(DamagedFile, match="given up"):
+        updates.finish(2, set_sha256(tensors_of(2)))
+    assert answer(service) == before and updates.info()["update"] is None
+    assert updates.info()["last_update"]["outcome"] == "abandoned"
+
+
+def test_a_model_that_cannot_be_built_leaves_the_old_one(service, updates, monkeypatch):
+    before, tensors = answer(service), service.tensors
+    updates.start(2)
+    send(updates, tensors_of(1))
+
+    def fail(*_):
+        raise DamagedFile("no memory for it")
+
+    monkeypatch.setattr(type(get_format("w8a8")), "build", fail)
+    with pytest.raises(DamagedFile, match="no memory"):
+        updates.finish(2)
+    assert answer(service) == before and service.tensors is tensors and service.is_original
+    assert updates.info()["last_update"] == {"version": 2, "outcome": "refused", "reason": "no memory for it"}
+
+
+def test_a_sender_that_falls_silent_is_given_up(service):
+    clock = Clock()
+    updates = WeightUpdates(service, idle_s=60, clock=clock)
+    updates.start(2)
+    parts = list(messages(tensors_of(1)))
+    for payload, sha256 in parts[:3]:
+        clock.now += 50
+        updates.add(payload, sha256)
+    clock.now += 61
+    updates.expire()
+    assert not updates.in_use and "silent" in updates.info()["last_update"]["reason"]
+    refuse(409, "no_update", updates.add, *parts[3])
+    updates.start(2)
+    updates.abort()
+
+
+def test_an_update_whose_base_was_exchanged_under_it_is_not_mixed(service, updates):
+    updates.start(2, "delta", base_version=0)
+    payload, sha256 = next(messages(tensors_of(1)))
+    updates.add(payload, sha256)
+    service.exchange(tensors_of(2), 0, "another hand")
+    refuse(409, "wrong_base", updates.finish, 2)
+    assert answer(service)[0] == expected(service, tensors_of(2))
