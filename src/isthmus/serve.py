@@ -21,8 +21,9 @@ from isthmus.engines.local.canary import Report
 from isthmus.engines.local.host import bind, run_app
 from isthmus.engines.local.keys import Keyring, check_exposure
 from isthmus.engines.local.limits import KeyLimits
+from isthmus.engines.local.options import EngineOptions
 from isthmus.engines.local.server import CanaryPlan, Server
-from isthmus.engines.local.service import EngineOptions, Service, load_service
+from isthmus.engines.local.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import SEAL, Bundle, read_bundle
 from isthmus.parity.seal import verify_seal

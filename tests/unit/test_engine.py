@@ -189,7 +189,7 @@ def test_new_weights_take_over_between_two_steps_and_the_samples_say_so():
         for _ in range(5):
             core.step()
         core.runner.use(new)
-        core.version = 1
+        core.steps.version = 1
     run_core(core)
     first, second, third = finished(events)
     assert [(s.version, s.last_version) for s in (first, second, third)] == [(0, 1), (0, 1), (1, 1)]

@@ -107,7 +107,7 @@ def oracle(core: Core, answers: dict[int, list[int]], share: float) -> None:
                 right = generator.random() < share
                 table.draft[row] = answer[drawn] if right else (answer[drawn] + 1) % logits.shape[1]
 
-    core._draft = draft
+    core.steps.draft = draft
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -146,13 +146,13 @@ def test_drafts_are_those_of_multi_token_prediction():
     model = latent_model(4)
     core = Core(model, eos_id=NO_EOS, speculate=True, chunk_tokens=16)
     drafts = {}
-    draft = core._draft
+    draft = core.steps.draft
 
     def noted(rows, logits):
         draft(rows, logits)
         drafts[int(core.scheduler.rows.drawn[0])] = logits[0].clone()
 
-    core._draft = noted
+    core.steps.draft = noted
     prompt = list(range(3, 40))
     request, events = ask([prompt], 20, temperature=0.0)
     run_core(core, request)
@@ -172,7 +172,9 @@ def test_frequencies_of_drafted_tokens_follow_the_model():
     core = Core(model, eos_id=NO_EOS, speculate=True, slots=8)
     request, events = ask([[1, 2]], 3, n=1500, seed=1)
     generator = np.random.default_rng(2)
-    core._draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(rows, generator.integers(0, 8, len(rows)))
+    core.steps.draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(
+        rows, generator.integers(0, 8, len(rows))
+    )
     run_core(core, request)
     assert core.counters.accepted_draft_tokens > 150
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_penalties_count_what_the_draft_has_added(speculate: bool):
     """Every token, with a penalty that forbids repeating, occurs once: a draft counts too."""
     core = Core(small_model(2, vocab_size=40), eos_id=NO_EOS, speculate=speculate)
     if speculate:
-        core._draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(
+        core.steps.draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(
             rows, 39 - core.scheduler.rows.drawn[rows]
         )
     bias = {token: 20.0 * token for token in range(40)}

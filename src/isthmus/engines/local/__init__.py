@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from isthmus.engines import EngineError
+from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.engines.remote import HttpEngine
 
 START_TIMEOUT_S = 120.0
@@ -37,11 +38,18 @@ class LocalEngine(HttpEngine):
     """
 
     def __init__(
-        self, bundle_folder: Path, *, log: Path, threads: int = 1, rehearse: str | None = None, slots: int = 256
+        self,
+        bundle_folder: Path,
+        *,
+        log: Path,
+        threads: int = 1,
+        rehearse: str | None = None,
+        slots: int = 256,
+        options: EngineOptions = DEFAULT_OPTIONS,
     ):
         super().__init__(url="", api_key=secrets.token_hex(16))
         self.bundle_folder, self.log = bundle_folder, log
-        self.threads, self.rehearse, self.slots = threads, rehearse, slots
+        self.threads, self.rehearse, self.slots, self.options = threads, rehearse, slots, options
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -98,6 +106,7 @@ class LocalEngine(HttpEngine):
     def _command(self, bundle_folder: Path) -> list[str]:
         command = [sys.executable, "-m", "isthmus.engines.local", "--bundle", str(bundle_folder), "--port", "0"]
         command += ["--threads", str(self.threads), "--slots", str(self.slots), "--admin", "--follow-stdin"]
+        command += self.options.flags()
         return command + (["--rehearse", self.rehearse] if self.rehearse else [])
 
     def _environment(self) -> dict[str, str]:

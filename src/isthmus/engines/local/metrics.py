@@ -66,9 +66,10 @@ class Metrics:
         self._per_token = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a sample", TOKEN_S
         )
+        self._queue_time = self._histogram("vllm:request_queue_time_seconds", "From arrival until it runs", REQUEST_S)
         self._total = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", REQUEST_S)
         self._add_own(service)
-        core.step_observers.append(self._step_tokens.observe)
+        core.steps.observers.append(self._step_tokens.observe)
 
     def _add_own(self, service: Service) -> None:
         core, identity = service.core, service.identity
@@ -108,6 +109,7 @@ class Metrics:
             return
         self._prompt_lengths.observe(len(visit.prompts[prompt]))
         self._lengths.observe(len(sample.tokens))
+        self._queue_time.observe(sample.queued_s)
         self._first_token.observe(sample.first_token_s)
         self._total.observe(sample.elapsed_s)
         if len(sample.tokens) > 1:

@@ -48,9 +48,10 @@ class PromptToken(NamedTuple):
 class Finished(NamedTuple):
     """The end of a sample, with all of it. `finish_reason` is stop, length, abort or error.
 
-    `first_token_s` and `elapsed_s` count seconds from the submission. `cached_tokens` of the prompt were taken from the
-    prefix cache. `prompt_tokens` is filled where the request asked for `prompt_logprobs`, in the first sample of each
-    prompt. `stop_token` is the token of `Request.stop_tokens` that ended the sample, if one did.
+    `first_token_s`, `elapsed_s` and `queued_s`, the time in the line, count seconds from the submission.
+    `cached_tokens` of the prompt were taken from the prefix cache. `prompt_tokens` is filled where the request asked
+    for `prompt_logprobs`, in the first sample of each prompt. `stop_token` is the token of `Request.stop_tokens` that
+    ended the sample, if one did.
     """
 
     choice: int
@@ -62,6 +63,7 @@ class Finished(NamedTuple):
     last_version: int
     first_token_s: float
     elapsed_s: float
+    queued_s: float = 0.0
     cached_tokens: int = 0
     prompt_tokens: list[PromptToken] | None = None
     stop_token: int | None = None
@@ -155,6 +157,7 @@ class Sample:
     arrived: float
     started: bool = False
     first_token_s: float = 0.0
+    queued_s: float | None = None
     version: int = 0
     cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -461,6 +464,10 @@ class Scheduler:
         group = [self.waiting.popleft()]
         while self.waiting and len(group) < free and _same_prompt(group[0], self.waiting[0]):
             group.append(self.waiting.popleft())
+        now = time.perf_counter()
+        for sample in group:
+            if sample.queued_s is None:
+                sample.queued_s = now - sample.arrived
         return group
 
     def _known_prefix(self, sample: Sample, sequence: NDArray[np.int64]) -> tuple[list[bytes], list[int]]:

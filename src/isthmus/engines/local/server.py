@@ -249,6 +249,7 @@ class Server:
             "seal": identity.seal,
             "pool": identity.pool,
             "rehearsal": self._rehearsal(),
+            "kernels": core.kernels,
             "weight_version": core.version,
             "max_model_len": core.length,
             "running": core.running,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from isthmus.chips.rehearse import enforce
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.engine import Core
 from isthmus.engines.local.grammar import Compiler
+from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.engines.local.runner import Trial
 from isthmus.engines.local.text import Vocabulary
 from isthmus.errors import DamagedFile, IsthmusError
@@ -41,18 +42,6 @@ class Identity:
     def statement(self) -> str | None:
         """What has to be said wherever the server shows numbers."""
         return f"rehearsed on CPU with the rules of {self.rehearsed}" if self.rehearsed else None
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the core works. `cache_tokens` None means room for `slots` sequences of full length."""
-
-    block_size: int = 16
-    cache_tokens: int | None = None
-    chunk_tokens: int = 512
-    prefix_cache: bool = True
-    speculate: bool = False
-    batch_invariant: bool = False
 
 
 @dataclass
@@ -126,7 +115,7 @@ def load_service(
     rehearse: str | None = None,
     slots: int = 256,
     threads: int = 1,
-    options: EngineOptions = EngineOptions(),
+    options: EngineOptions = DEFAULT_OPTIONS,
 ) -> Service:
     """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served."""
     torch.set_num_threads(threads)
@@ -135,7 +124,7 @@ def load_service(
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
-    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **core_options(options))
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **asdict(options))
     core.start()
     identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse)
     return Service(
@@ -149,11 +138,6 @@ def load_service(
         read_examples(folder),
         read_golden(folder),
     )
-
-
-def core_options(options: EngineOptions) -> dict[str, Any]:
-    """The keyword arguments of Core for these options."""
-    return {}
 
 
 def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
