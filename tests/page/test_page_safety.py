@@ -406,6 +406,12 @@ def test_a_growing_text_ends_as_the_whole_text_does(in_page):
     assert same and kept
 
 
+@pytest.mark.parametrize("text", ["> " * 99 + "end", "- " * 99 + "end"])
+def test_what_is_nested_too_deep_is_text(rendered, text):
+    [html] = rendered([text])
+    assert 5 < len(re.findall("<(?:blockquote|ul)>", html)) < 20 and "end" in html
+
+
 @pytest.mark.parametrize(
     "text",
     [
