@@ -11,7 +11,7 @@ from isthmus.engines.local.cache import PagedStore, blocks_for
 from isthmus.engines.local.native import NativeModel, NativeUnavailable
 from isthmus.model.model import Model
 
-NATIVE_WORK = 16384
+NATIVE_WORK = 32768
 """Up to so many tokens times hidden size the compiled layers are faster than torch's operators."""
 
 
@@ -53,7 +53,7 @@ class Runner:
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """States [N, D] before the final norm."""
-        if self.native is not None and self._suits(batch):
+        if self.native is not None and self._suits(len(batch)):
             return self.native.hidden(batch, self.store.layers)
         if self.row_by_row and len(batch) > 1:
             return torch.cat([self.hidden(one) for one in batch.one_by_one()])
@@ -63,7 +63,7 @@ class Runner:
     def draft_states(self, hidden: Tensor, batch: StepBatch) -> Tensor:
         """States [N, D] for the output head, of the token after `batch.tokens`, which follow those of `hidden`."""
         store = self.store.layers[-1]
-        if self.native is not None and self._suits(batch):
+        if self.native is not None and self._suits(len(batch)):
             layer = self.model.mtp_layer
             assert layer is not None
             joined = layer.join(self.model.model.embed_tokens(batch.tokens), hidden)
@@ -80,17 +80,14 @@ class Runner:
         return self._output(hidden, normed=False)
 
     def _output(self, states: Tensor, normed: bool) -> Tensor:
-        if self.native is not None and (self.row_by_row or self._is_small(len(states))):
+        if self.native is not None and self._suits(len(states)):
             return self.native.logits(states, normed)
         if self.row_by_row and len(states) > 1:
             return torch.cat([self._output(one, normed) for one in states.split(1)])
         return self.model.lm_head(states) if normed else self.model.logits(states)
 
-    def _suits(self, batch: StepBatch) -> bool:
-        return self.row_by_row or (not batch.chunks and self._is_small(len(batch)))
-
-    def _is_small(self, tokens: int) -> bool:
-        return tokens * self.model.architecture.hidden_size <= NATIVE_WORK
+    def _suits(self, tokens: int) -> bool:
+        return self.row_by_row or tokens * self.model.architecture.hidden_size <= NATIVE_WORK
 
 
 class Trial:
