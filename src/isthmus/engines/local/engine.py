@@ -180,6 +180,7 @@ class Core:
     def _tell_finished(
         self, sample: Sample, tokens: list[int], logprobs: list[float], reason: str, stop_token: int | None = None
     ) -> None:
+        elapsed = time.perf_counter() - sample.arrived
         finished = Finished(
             sample.choice,
             tokens,
@@ -189,11 +190,11 @@ class Core:
             sample.version if sample.started else self.version,
             self.version,
             sample.first_token_s,
-            time.perf_counter() - sample.arrived,
-            time.perf_counter() - sample.arrived if sample.queued_s is None else sample.queued_s,
+            elapsed,
             sample.cached_tokens,
             sample.prompt_tokens,
             stop_token,
+            elapsed if sample.queued_s is None else sample.queued_s,
         )
         for listener in (*self.observers, sample.request.listener):
             listener(finished)

@@ -63,10 +63,10 @@ class Finished(NamedTuple):
     last_version: int
     first_token_s: float
     elapsed_s: float
-    queued_s: float = 0.0
     cached_tokens: int = 0
     prompt_tokens: list[PromptToken] | None = None
     stop_token: int | None = None
+    queued_s: float = 0.0
 
 
 class ConstraintState(Protocol):
