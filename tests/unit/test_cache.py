@@ -143,6 +143,23 @@ def test_a_cache_that_cannot_hold_one_sequence_is_refused():
         Core(small_model(1), eos_id=NO_EOS, cache_tokens=64)
 
 
+def test_numbers_that_are_none_stay_in_their_sequence_whoever_had_its_row_before():
+    """The short sequence takes a row whose last owner held the blocks that the spoilt one gets now."""
+    model = small_model(1)
+    model.model.embed_tokens.weight[7] = float("nan")
+    core = Core(model, eos_id=NO_EOS, block_size=4, cache_tokens=192, length=48, prefix_cache=False)
+    generate(core, [[5] * 40], 4)
+    short, short_events = ask([[3, 4]], 20)
+    for request in (short, ask([[8] * 24], 1)[0], ask([[6] * 34], 12)[0]):
+        core.submit(request)
+    with torch.inference_mode():
+        core.step()
+    spoilt, spoilt_events = ask([[9] * 20 + [7] + [9] * 3], 8)
+    run_core(core, spoilt)
+    assert finished(spoilt_events)[0].finish_reason == "error"
+    assert finished(short_events)[0].finish_reason == "length"
+
+
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(st.data())
 def test_whatever_comes_and_goes_no_block_is_lost(data):

@@ -131,6 +131,22 @@ def test_a_wide_vocabulary_is_drawn_from_as_numpy_would(seed, vocabulary):
         assert token == 0 or cumulated[row, token - 1] <= target[row] + 1e-6
 
 
+@pytest.mark.parametrize("vocabulary", [97, 3001])
+@pytest.mark.parametrize("nothing", [float("nan"), float("-inf")])
+def test_a_row_of_no_numbers_draws_a_token_of_the_vocabulary(vocabulary, nothing):
+    rows = torch.ones(1)
+    found = draw(torch.full((1, vocabulary), nothing), rows, rows, torch.tensor([0.5], dtype=torch.float64))
+    assert 0 <= found.tokens[0] < vocabulary and found.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-44])
+def test_the_smallest_temperatures_draw_the_likeliest_token(temperature):
+    logits = torch.tensor([[-3.0, 20.0, 19.9, -50.0]])
+    uniform = torch.tensor([1 - 2.0**-52], dtype=torch.float64)
+    found = draw(logits, torch.tensor([temperature]), torch.ones(1), uniform)
+    assert (found.tokens[0], found.logprobs[0]) == (1, 0.0)
+
+
 def test_uniforms_are_uniform_and_independent_of_their_neighbours():
     keys = np.array([stream_key(seed, choice) for seed in range(40) for choice in range(25)], dtype=np.uint64)
     table = np.stack([uniforms(keys, np.full(len(keys), counter)) for counter in range(20)])

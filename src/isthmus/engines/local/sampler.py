@@ -17,6 +17,8 @@ from torch.nn import functional as F
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
+COLDEST = 1e-30
+"""Lower temperatures would make infinities of logits, and leave the likeliest token alone just as this one does."""
 
 WIDE, BLOCK = 2048, 256
 """From `WIDE` tokens on, a token is found by the sums of blocks of `BLOCK`, and then within its block."""
@@ -61,7 +63,7 @@ def draw(
         distribution = torch.log_softmax(logits.float(), dim=-1)
         best = distribution.max(-1)
         return Draw(best.indices, best.values, distribution)
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature.clamp(min=COLDEST)).unsqueeze(1)
     distribution = torch.log_softmax(scaled, dim=-1)
     for keep, bound, off in ((_likely_enough, min_p, 0.0), (_first_ranks, top_k, 0), (_nucleus, top_p, 1.0)):
         if bound is not None and (chosen := (bound != off) & ~greedy).any():
@@ -126,7 +128,8 @@ def _invert(distribution: Tensor, uniform: Tensor) -> Tensor:
     inside = own.cumsum(-1, dtype=torch.float64) + before
     # Both sums round on their own: what lies beyond the last possible token of its block is that token.
     last_possible = BLOCK - 1 - (own.flip(-1) > 0).int().argmax(-1)
-    return block * BLOCK + torch.minimum(_first_beyond(inside, target), last_possible)
+    token = block * BLOCK + torch.minimum(_first_beyond(inside, target), last_possible)
+    return token.clamp_(max=distribution.shape[-1] - 1)
 
 
 def _first_beyond(cumulated: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engines.local.cache import BlockPool, PagedStore, blocks_for, chained_digest
+from isthmus.engines.local.cache import NULL_BLOCK, BlockPool, PagedStore, blocks_for, chained_digest
 from isthmus.engines.local.sampler import stream_key
 
 TopLogprobs = list[tuple[int, float]]
@@ -222,8 +222,8 @@ class Counters:
 class Rows:
     """The samples that draw, as arrays: what a step reads and writes without a Python loop.
 
-    `tokens` holds a row's prompt and what it has drawn. All but the last of these are in the cache. `draft` is a guess
-    for the next token, or -1.
+    `tokens` holds a row's prompt and what it has drawn. All but the last of these are in the cache. `tables` is filled
+    up with the null block. `draft` is a guess for the next token, or -1.
     """
 
     def __init__(self, slots: int, length: int, blocks: int):
@@ -268,7 +268,7 @@ class Rows:
         self.top_logprobs[row] = request.top_logprobs
         self.streamed[row] = request.stream
         self.special[row] = request.special
-        self.block_count[row] = 0
+        self.block_count[row], self.tables[row] = 0, NULL_BLOCK
         self.extend_table(row, table)
         self.registered[row] = len(sample.digests)
         return row
@@ -307,10 +307,10 @@ class Rows:
         if row == last:
             return
         self.samples[row] = moved
-        total, drawn, blocks = self.prompt_length[last] + self.drawn[last], self.drawn[last], self.block_count[last]
+        total, drawn = self.prompt_length[last] + self.drawn[last], self.drawn[last]
         self.tokens[row, :total] = self.tokens[last, :total]
         self.logprobs[row, :drawn] = self.logprobs[last, :drawn]
-        self.tables[row, :blocks] = self.tables[last, :blocks]
+        self.tables[row] = self.tables[last]
         for column in self._columns:
             column[row] = column[last]
 

@@ -98,7 +98,12 @@ static inline lanes pick(lanes_int mask, lanes yes, lanes no) {
 
 static inline lanes all_lanes(float x) { return (lanes){0} + x; }
 
+/* Some lanes of two vectors; GCC has Clang's name for it since version 12. */
+#if defined(__clang__) || __GNUC__ >= 12
 #define BOTH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define BOTH(a, b, ...) __builtin_shuffle(a, b, (lanes_int){__VA_ARGS__})
+#endif
 
 static inline lanes fold8(lanes a, lanes b) {
     return BOTH(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
