@@ -39,7 +39,7 @@ class LocalEngine(HttpEngine):
     def __init__(
         self, bundle_folder: Path, *, log: Path, threads: int = 1, rehearse: str | None = None, slots: int = 256
     ):
-        super().__init__(url="", api_key=secrets.token_hex(16))
+        super().__init__(url="", api_key=secrets.token_hex(16), start_wait_s=0.0)
         self.bundle_folder, self.log = bundle_folder, log
         self.threads, self.rehearse, self.slots = threads, rehearse, slots
         self._process: subprocess.Popen[bytes] | None = None
