@@ -43,7 +43,7 @@ class Transport:
         return self.call("POST", path, body, None if content is None else "application/json")
 
     def call(self, method: str, path: str, body: bytes | None = None, kind: str | None = None) -> Any:
-        """One request. Raises Unreachable, Refused with the server's reason, or EngineError for an answer without JSON."""
+        """One request. Raises Unreachable, Refused with the server's reason, EngineError for no JSON."""
         status, content = self._exchange(method, path, body, kind)
         if status >= 300:
             raise Refused(f"the engine at {self.url} refused {path} ({status}): {reason(content)}", status)
