@@ -78,7 +78,7 @@ def _write_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _for_llama(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Experts stacked to [experts, out, in]; kv_b_proj split into k_b [heads, latent, nope] and v_b [heads, v, latent]."""
+    """Experts stacked to [experts, out, in]; kv_b_proj split into k_b [heads, latent, nope], v_b [heads, v, latent]."""
     found: Tensors = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in tensors.items():

@@ -28,7 +28,7 @@ class Answer(Exception):
 
 
 class OtherServer:
-    """Draws from the model of a bundle. `raw` reports the model's own log-probabilities; `calls` are the paths asked."""
+    """Draws from the model of a bundle; `raw` reports its own log-probabilities. `calls` are the paths asked."""
 
     def __init__(self, bundle: Path, *, raw: bool = False, logits: bool = False, key: str | None = None):
         self.served, self.raw, self.logits, self.key = bundle, raw, logits, key
