@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -184,65 +182,8 @@ def is_running(pid):
     return state not in ("Z", "X")
 
 
-class OtherServer(BaseHTTPRequestHandler):
-    """Answers in the shape of vLLM's API: an empty /health, no list of seeds, token ids where they are asked for."""
-
-    asked: list = []
-    with_ids = True
-
-    def do_GET(self):
-        body = b"" if self.path == "/health" else json.dumps({"data": [{"id": "served"}]}).encode()
-        self.answer(body)
-
-    def do_POST(self):
-        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(ask)
-        choices = [
-            {
-                "index": index,
-                "text": "",
-                "finish_reason": "stop",
-                "logprobs": {"token_logprobs": [-0.5, -0.25], "tokens": ["a", "b"]},
-                **({"token_ids": [ask["prompt"][index // ask["n"]][0], ask["seed"]]} if self.with_ids else {}),
-            }
-            for index in reversed(range(len(ask["prompt"]) * ask["n"]))
-        ]
-        self.answer(json.dumps({"choices": choices}).encode())
-
-    def answer(self, body):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def other_server():
-    with HTTPServer(("127.0.0.1", 0), OtherServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        OtherServer.asked, OtherServer.with_ids = [], True
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_a_server_of_another_make_is_asked_only_for_what_it_has(other_server, tmp_path):
-    engine = HttpEngine(other_server)
-    engine.start(tmp_path)
-    found = engine.generate([[11], [12]], Sampling(4, n=2), seeds=[7, 8])
-    assert [[one.tokens for one in group] for group in found] == [[[11, 7]] * 2, [[12, 8]] * 2]
-    assert found[0][0].logprobs == [-0.5, -0.25] and found[0][0].version == 0
-    assert [ask["seed"] for ask in OtherServer.asked] == [7, 8] and not any("seeds" in ask for ask in OtherServer.asked)
-    assert all(ask["model"] == "served" and ask["return_token_ids"] for ask in OtherServer.asked)
-    OtherServer.with_ids = False
-    with pytest.raises(EngineError, match="token ids"):
-        engine.generate([[11]], Sampling(4))
-
-
 def test_no_server_and_no_url_are_errors(tmp_path):
     with pytest.raises(EngineError, match="does not answer"):
-        HttpEngine("http://127.0.0.1:9").start(tmp_path)
+        HttpEngine("http://127.0.0.1:9", start_wait_s=0.0).start(tmp_path)
     with pytest.raises(EngineError, match="is not the URL"):
         HttpEngine("localhost:8000").start(tmp_path)

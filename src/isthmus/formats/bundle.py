@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, get_format, recognise_format
 from isthmus.formats.published import (
     CONFIG,
+    INDEX,
     SHARD_BYTES,
     WEIGHTS,
     StoredTensors,
@@ -84,11 +86,29 @@ def write_bundle(
         config["quantization_config"] = quantization
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with new_folder(folder) as new:
-        stored = {**tensors, **{copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}}
-        write_tensors(new, stored, shard_bytes)
+        _write_weights(new, tensors, architecture, shard_bytes)
         write_atomic(new / CONFIG, _json(config))
         write_atomic(new / "generation_config.json", _json(token_ids))
         tokenizer.save(new)
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
+
+
+def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -> None:
+    """Write at `folder` the bundle `source` with other tensors of the same format, as `Format.export` gives them.
+
+    Raises IsthmusError if `source` is no bundle, DamagedFile if the tensors do not fit its architecture.
+    """
+    if not (source / CONFIG).is_file():
+        raise IsthmusError(f"{source} is not a bundle: it has no {CONFIG}")
+    config = _read_json(source / CONFIG)
+    architecture = _architecture(source, config)
+    _compare_with_layout(folder, recognise_format(config), architecture, tensors)
+    replaced = {CHECKSUMS, SEAL, INDEX, *(path.name for path in weight_files(source))}
+    with new_folder(folder) as new:
+        for path in source.iterdir():
+            if path.is_file() and path.name not in replaced:
+                shutil.copyfile(path, new / path.name)
+        _write_weights(new, tensors, architecture, SHARD_BYTES)
         write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
 
 
@@ -118,6 +138,11 @@ def weights_sha256(folder: Path) -> str:
     """SHA-256 of the weights as they lie on the disk: of their file, or of the hashes of their files in order."""
     hashes = [sha256_file(path) for path in weight_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], architecture: ModelSection, shard_bytes: int) -> None:
+    copies = {copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}
+    write_tensors(folder, {**tensors, **copies}, shard_bytes)
 
 
 def _architecture(folder: Path, config: dict[str, Any]) -> ModelSection:

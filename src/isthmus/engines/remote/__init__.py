@@ -1,0 +1,90 @@
+"""An engine behind a URL: vLLM or SGLang on any chip, our own server, or anything with OpenAI's /v1/completions.
+
+Which server answers is found out at the start; what it speaks is in the file of its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isthmus.engines import Completion, Sampling
+from isthmus.engines.remote.dialect import Dialect
+from isthmus.engines.remote.recognise import recognise
+from isthmus.engines.remote.transport import Transport
+
+TIMEOUT_S = 600.0
+START_WAIT_S = 60.0
+
+
+class HttpEngine:
+    """Speaks to one server. All of its errors are EngineErrors with the server's own words.
+
+    `exchange` is a folder that this process writes and the server reads under the same path: servers of another make
+    take new weights over HTTP only from such a folder. `start_wait_s` is how long a server may take to come up.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        *,
+        exchange: Path | None = None,
+        start_wait_s: float = START_WAIT_S,
+    ):
+        self.url, self.api_key, self.timeout_s = url, api_key, timeout_s
+        self.exchange, self.start_wait_s = exchange, start_wait_s
+        self._bundle: Path | None = None
+        self._dialect: Dialect | None = None
+
+    def start(self, bundle_folder: Path) -> None:
+        """Wait for the server, and find out which it is. A remote server chose its bundle itself; it is not told.
+
+        A server of another make is asked for a few log-probabilities, and refused if they are not those of the
+        distribution that it samples.
+        """
+        self._bundle, self._dialect = bundle_folder, None
+        self._transport.wait_until_healthy(self.start_wait_s)
+        dialect = recognise(self._transport, self._bundle, self.exchange)
+        dialect.check()
+        self._dialect = dialect
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
+    ) -> list[list[Completion]]:
+        """One list of `sampling.n` completions per prompt, in order. `seeds` gives each prompt its own seed."""
+        if not prompts:
+            return []
+        return self._server.generate(prompts, sampling, seeds)
+
+    def update(self, payload: bytes, version: int, sha256: str) -> None:
+        """Swap the weights: `payload` as formats/wire.py packs it. A message that is damaged or does not fit changes
+        nothing."""
+        self._server.update(payload, version, sha256)
+
+    def stop(self) -> None:
+        """Nothing to free: a remote server goes on without us."""
+
+    @property
+    def server(self) -> str:
+        """Which server answers, with its version."""
+        return f"{self._server.name} {self._server.release or 'of unknown version'}"
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use, as far as is known here."""
+        return self._server.weights.version
+
+    @property
+    def _transport(self) -> Transport:
+        return Transport(self.url, self.api_key, self.timeout_s, self._explain)
+
+    @property
+    def _server(self) -> Dialect:
+        if self._dialect is None:
+            self._dialect = recognise(self._transport, self._bundle, self.exchange)
+        return self._dialect
+
+    def _explain(self) -> str:
+        """More about why the server does not answer, where that is known."""
+        return ""

@@ -1,0 +1,92 @@
+"""What every dialect offers, and what the ones of other makes share: seeds, the folder for weights, the version."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.errors import IsthmusError
+from isthmus.formats.bundle import with_other_weights
+from isthmus.formats.wire import unpack
+
+_SEED_BITS = 48
+
+
+@dataclass
+class Weights:
+    """The version of the weights in use: what the server says, else what was last set from here."""
+
+    version: int = 0
+
+    def told(self, version: str | None) -> int:
+        """The number of a version that a server tells as text; servers start with a word such as "default"."""
+        if version is not None and version.isdecimal():
+            self.version = int(version)
+        return self.version
+
+
+class Dialect(Protocol):
+    """How one kind of server is spoken to. `release` is its own version, where it tells it."""
+
+    name: str
+    release: str | None
+    weights: Weights
+
+    def check(self) -> None:
+        """Raise EngineError if the server cannot do what training needs, saying how to start it instead."""
+        ...
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None
+    ) -> list[list[Completion]]: ...
+
+    def update(self, payload: bytes, version: int, sha256: str) -> None: ...
+
+
+def spread_seed(seed: int, *place: int) -> int:
+    """A seed for one place in a batch. Near seeds and places give far ones: servers add the number of the choice, so
+    that of two prompts with seeds 7 and 8 the second choice of one would draw what the first of the other draws."""
+    text = ",".join(map(str, (seed, *place))).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> (64 - _SEED_BITS)
+
+
+def prompt_seeds(prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> list[int]:
+    """One seed per prompt. With `seeds` it depends on the prompt's own alone, else on its place too."""
+    if seeds is None:
+        return [spread_seed(sampling.seed, place) for place in range(len(prompts))]
+    if len(seeds) != len(prompts):
+        raise EngineError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
+    return [spread_seed(seed) for seed in seeds]
+
+
+class Exchange:
+    """The folder through which weights reach a server that reads them from storage it shares with us."""
+
+    def __init__(self, folder: Path | None, bundle: Path | None):
+        self.folder, self.bundle = folder, bundle
+
+    def write(self, payload: bytes, version: int, sha256: str) -> Path:
+        """The weights as a bundle. Raises EngineError if the message is damaged or does not fit the served bundle."""
+        if self.folder is None:
+            raise EngineError(
+                "this server takes new weights over HTTP only from storage that it shares with us: give HttpEngine "
+                "exchange=FOLDER, one that both see under the same path. A server of isthmus takes them in the request"
+            )
+        if self.bundle is None:
+            raise EngineError("start(bundle_folder) must name the bundle that the server serves before an update")
+        target = self.folder.absolute() / f"weights-{version}"
+        try:
+            with_other_weights(target, self.bundle, unpack(payload, sha256))
+        except (IsthmusError, OSError) as error:
+            raise EngineError(f"the new weights cannot be handed over: {error}") from error
+        return target
+
+    def keep_only(self, used: Path) -> None:
+        """Remove what was written here before the weights that are in use now."""
+        for folder in used.parent.glob("weights-*"):
+            if folder != used:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,53 @@
+"""Our own server: one request for all prompts with a seed each, versions with each choice, weights in the request."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlencode
+
+from isthmus.engines import Completion, Sampling
+from isthmus.engines.remote.dialect import Weights
+from isthmus.engines.remote.openai import completions_of, model_id
+from isthmus.engines.remote.transport import Transport
+
+
+class Isthmus:
+    """Reports by construction the log-probabilities of the distribution that it samples."""
+
+    name = "isthmus"
+    release: str | None = None
+
+    def __init__(self, transport: Transport, health: dict[str, Any]):
+        self._transport = transport
+        self._model = model_id(health.get("model"), transport)
+        self.weights = Weights(int(health.get("weight_version", 0)))
+
+    def check(self) -> None:
+        """Nothing to find out."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> list[list[Completion]]:
+        asked = {
+            "model": self._model,
+            "prompt": prompts,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "n": sampling.n,
+            "logprobs": 0,
+            "return_token_ids": True,
+            **({"seed": sampling.seed} if seeds is None else {"seeds": seeds}),
+        }
+        answer = self._transport.post("/v1/completions", asked)
+        count = len(prompts) * sampling.n
+        found = completions_of(self._transport, answer, count, sampling.max_new_tokens, _versions)
+        return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
+
+    def update(self, payload: bytes, version: int, sha256: str) -> None:
+        """The weights travel in the body; they take over between two steps, or are refused and change nothing."""
+        query = urlencode({"version": version, "sha256": sha256})
+        answer = self._transport.call("POST", f"/update_weights?{query}", payload, "application/octet-stream")
+        self.weights.version = int(answer["version"])
+
+
+def _versions(choice: dict[str, Any]) -> tuple[int, int]:
+    first, last = choice["weight_versions"]
+    return first, last

