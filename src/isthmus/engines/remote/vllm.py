@@ -1,4 +1,4 @@
-"""vLLM, and vllm-ascend which is a plugin of it and has the same routes. Read in vLLM 0.32.0.
+"""vLLM, and its plugins for other chips, which have the same routes. Read in vLLM 0.32.0.
 
 `--logprobs-mode processed_logprobs` is needed; the default reports the model's own distribution. With
 `VLLM_SERVER_DEV_MODE=1` it also has the routes for weights. Over HTTP alone the weights cannot be sent: the backends of
