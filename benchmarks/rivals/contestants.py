@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from isthmus.engines.local import LocalEngine
+from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
 from rivals.load import Answer, Client, Request
 
 HERE = Path(__file__).parent
@@ -55,13 +56,20 @@ class Contestant(ABC):
 
 
 class Isthmus(Contestant):
-    """Our engine as `LocalEngine` starts it, spoken to over HTTP. `options` are further arguments of its."""
+    """Our engine as `LocalEngine` starts it, spoken to over HTTP."""
 
     name = "isthmus"
 
-    def __init__(self, bundle: Path, scratch: Path, threads: int, temperature: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        bundle: Path,
+        scratch: Path,
+        threads: int,
+        temperature: float = 0.0,
+        options: EngineOptions = DEFAULT_OPTIONS,
+    ):
         super().__init__(bundle, scratch, threads)
-        self._engine = LocalEngine(bundle, log=self.log, threads=threads, **options)
+        self._engine = LocalEngine(bundle, log=self.log, threads=threads, options=options)
         self._temperature = temperature
 
     def __enter__(self) -> Isthmus:
