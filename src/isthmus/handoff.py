@@ -24,6 +24,7 @@ from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Sampling
 from isthmus.engines.local import LocalEngine
+from isthmus.engines.local.options import slow_path
 from isthmus.errors import GateRefused
 from isthmus.formats.bundle import Bundle, read_bundle, write_bundle
 from isthmus.formats.golden import make_golden, write_golden
@@ -197,6 +198,8 @@ def _answer(session: Session, bundle: Bundle, pool: Pool) -> Answers:
     log = session.run.path / NAME / f"engine-{bundle.format}.log"
     rehearse = pool.chip if pool.rehearsed else None
     with LocalEngine(bundle.folder, threads=max(1, pool.threads // 2), rehearse=rehearse, log=log) as engine:
+        if slower := slow_path(engine.kernels):
+            session.run.event(NAME, "fallback", **slower)
         return engine.generate(session.prompts, sampling, seeds)
 
 

@@ -28,6 +28,7 @@ from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
 from isthmus.engines.local import LocalEngine
+from isthmus.engines.local.options import slow_path
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
@@ -140,6 +141,8 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
     log = run.path / NAME / "engine.log"
     threads = away.shared_threads if at_once else away.threads
     with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log) as engine:
+        if slower := slow_path(engine.kernels):
+            run.event(NAME, "fallback", **slower)
         session = Session(
             run=run,
             task=task,

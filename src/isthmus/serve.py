@@ -21,7 +21,7 @@ from isthmus.engines.local.canary import Report
 from isthmus.engines.local.host import bind, run_app
 from isthmus.engines.local.keys import Keyring, check_exposure
 from isthmus.engines.local.limits import KeyLimits
-from isthmus.engines.local.options import EngineOptions
+from isthmus.engines.local.options import EngineOptions, slow_path
 from isthmus.engines.local.server import CanaryPlan, Server
 from isthmus.engines.local.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
@@ -108,6 +108,9 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
 
         def ready() -> None:
             _announce(watch, service, section.host, port, has_keys=keys.has_users)
+            if slower := slow_path(service.core.kernels):
+                watch.say(f"  {slower['what']} ({slower['why']})")
+                serving.tell("fallback", **slower)
             on_ready()
 
         run_app(server, listener, on_ready=ready, drain_s=section.drain_seconds)

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from isthmus.engines import EngineError
 from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
@@ -34,8 +34,10 @@ class LocalEngine(HttpEngine):
     """Starts the engine's process and speaks to it. As a context manager it serves `bundle_folder` until the end.
 
     `rehearse` names a chip whose rules the engine must keep. `log` receives what the process prints; if the process
-    dies, its last lines are in the error.
+    dies, its last lines are in the error. `kernels` is what the engine computes with: `native`, or `torch` and why.
     """
+
+    kernels = "native"
 
     def __init__(
         self,
@@ -75,7 +77,8 @@ class LocalEngine(HttpEngine):
                 start_new_session=True,
             )
         try:
-            self.url = self._await_ready(self._process)
+            ready = self._await_ready(self._process)
+            self.url, self.kernels = ready["url"], ready["kernels"]
             super().start(bundle_folder)
         except BaseException:
             self.stop()
@@ -114,7 +117,7 @@ class LocalEngine(HttpEngine):
         own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
         return {**os.environ, **_KEEP_MEMORY, **own, "ISTHMUS_ADMIN_KEY": self.api_key or ""}
 
-    def _await_ready(self, process: subprocess.Popen[bytes]) -> str:
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
         assert process.stdout is not None
         line = _read_line(process.stdout, START_TIMEOUT_S)
         if line is None:
@@ -122,7 +125,7 @@ class LocalEngine(HttpEngine):
         if not line:
             process.wait(STOP_TIMEOUT_S)
             raise EngineError(f"the engine could not start (exit code {process.returncode}).{self._explain()}")
-        return json.loads(line)["url"]
+        return json.loads(line)
 
     def _explain(self) -> str:
         """What the process said last, for the errors of HttpEngine."""
