@@ -26,6 +26,7 @@ check: $(VENV)/.installed-dev    ## style, types, import direction, rules
 bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the documents
 	$(BIN)/python benchmarks/tiny_seeds.py
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/train.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 
