@@ -1,4 +1,4 @@
-"""vLLM, and vllm-ascend which is a plugin of it and has the same routes. Read in vLLM 0.32.0.
+"""vLLM, and its plugins for other chips, which have the same routes. Read in vLLM 0.32.0.
 
 `--logprobs-mode processed_logprobs` is needed; the default reports the model's own distribution. With
 `VLLM_SERVER_DEV_MODE=1` it also has the routes for weights. Over HTTP alone the weights cannot be sent: the backends of
@@ -66,8 +66,8 @@ class Vllm(OpenAi):
 
     def _unfit(self, what: str) -> str:
         return (
-            f"a reload of the weights that it serves changes what vLLM {self.release} at {self._transport.url} computes: "
-            f"its log-probabilities {what}. It cannot take weights from a folder: restart it, and use another release, "
+            f"a reload of the weights that it serves changes what vLLM {self.release} at {self._transport.url} "
+            f"computes: its log-probabilities {what}. It cannot take weights from a folder: restart it, and use another release, "
             "chip or architecture, or an engine of isthmus"
         )
 
