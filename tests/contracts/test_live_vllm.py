@@ -155,7 +155,7 @@ def test_experts_that_a_reload_breaks_are_found_out_before_an_update(engine):
         engine.update(payload, 5, digest(payload))
 
 
-def test_w8a8_is_served_and_updated_and_raw_logprobs_are_refused(tmp_path):
+def test_w8a8_is_served_and_raw_logprobs_are_refused(tmp_path):
     """Its CPU backend has no int8 experts, so the model is dense. It computes in bf16, our emulation in fp32."""
     bundle = tmp_path / "w8a8"
     write_bundle(bundle, "w8a8", Model(QWEN).initialise(0).state_dict(), QWEN, small_tokenizer())
@@ -163,13 +163,24 @@ def test_w8a8_is_served_and_updated_and_raw_logprobs_are_refused(tmp_path):
         engine = HttpEngine(url, exchange=tmp_path / "exchange", start_wait_s=START_S)
         with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
             engine.start(bundle)
-        sampling = Sampling(24, temperature=1.0, n=4)
-        before = distances(read_bundle(bundle).build(), engine.generate(PROMPTS, sampling), 1.0)
-        assert before.mean() < 0.04
-        tensors = get_format("w8a8").export(Model(QWEN).initialise(1).state_dict(), QWEN)
-        payload = pack(tensors)
-        engine.update(payload, 5, digest(payload))
-        found = engine.generate(PROMPTS, sampling)
-        assert distances(get_format("w8a8").build(QWEN, tensors), found, 1.0).mean() < 0.04
-        assert distances(read_bundle(bundle).build(), found, 1.0).mean() > 0.5
-        assert {one.version for group in found for one in group} == {5} and HttpEngine(url).version == 5
+        found = engine.generate(PROMPTS, Sampling(24, temperature=1.0, n=4))
+        assert distances(read_bundle(bundle).build(), found, 1.0).mean() < 0.04
+
+
+def test_a_dense_model_takes_new_weights(tmp_path):
+    bundle = tmp_path / "fp32"
+    write_bundle(bundle, "fp32", Model(QWEN).initialise(0).state_dict(), QWEN, small_tokenizer())
+    with vllm(bundle, tmp_path / "vllm.log", "float32", "--logprobs-mode", "processed_logprobs") as url:
+        engine = HttpEngine(url, exchange=tmp_path / "exchange", start_wait_s=START_S)
+        engine.start(bundle)
+        sampling = Sampling(24, temperature=0.7, n=2)
+        before = engine.generate(PROMPTS, sampling)
+        assert {one.version for group in before for one in group} == {0}
+        for version in (5, 6):
+            tensors = get_format("fp32").export(Model(QWEN).initialise(version).state_dict(), QWEN)
+            payload = pack(tensors)
+            engine.update(payload, version, digest(payload))
+            found = engine.generate(PROMPTS, sampling)
+            assert distances(get_format("fp32").build(QWEN, tensors), found, 0.7).max() < 2e-3
+            assert {one.version for group in found for one in group} == {version}
+        assert HttpEngine(url).version == 6

