@@ -138,9 +138,10 @@ def test_vllm_is_paused_for_an_update_and_runs_again_after_a_failed_one(bundle, 
     assert not server.paused and engine.version == 2
 
 
-def test_a_vllm_whose_reload_changes_the_served_weights_is_found_out(bundle, tmp_path, stack):
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_a_vllm_whose_reload_changes_the_served_weights_is_found_out(bundle, tmp_path, stack, factor):
     server = stack.enter_context(serving(FakeVllm(bundle)))
-    server.reload_breaks = True
+    server.reload_factor = factor
     engine = HttpEngine(server.url, exchange=tmp_path / "exchange")
     engine.start(bundle)
     payload, _ = payload_of(1)

@@ -84,12 +84,12 @@ class OtherServer:
 
 class FakeVllm(OtherServer):
     """`dev` stands for VLLM_SERVER_DEV_MODE=1. A reload that fails ends the engine, as it does there; with
-    `reload_breaks` it leaves other weights than it read."""
+    `reload_factor` other than 1 it leaves other weights than it read."""
 
     def __init__(self, bundle: Path, *, dev: bool = True, owner: str = "vllm", **options: Any):
         super().__init__(bundle, **options)
         self.dev, self.owner, self.paused, self.dead, self.with_ids = dev, owner, False, False, True
-        self.reload_breaks = False
+        self.reload_factor = 1.0
 
     def handle(self, method: str, path: str, query: dict[str, str], body: dict[str, Any] | None) -> Any:
         if path == "/health":
@@ -112,6 +112,8 @@ class FakeVllm(OtherServer):
         count = self.model.architecture.vocab_size
         if any(token >= count for prompt in ask["prompt"] for token in prompt):
             raise Answer(400, {"error": {"message": "Token id 99999 is out of vocabulary", "code": 400}})
+        if self.model.lm_head.weight.isnan().any():
+            raise Answer(400, {"error": {"message": "Out of range float values are not JSON compliant", "code": 400}})
         n, seed = ask.get("n", 1), ask.get("seed")
         choices = []
         for place, prompt in enumerate(ask["prompt"]):
@@ -166,8 +168,7 @@ class FakeVllm(OtherServer):
             self.dead = True
             message = f"Call to collective_rpc method failed: Worker failed with error '{error}'"
             raise Answer(500, {"error": {"message": message, "code": 500}}) from error
-        if self.reload_breaks:
-            self.model.lm_head.weight *= 1.5
+        self.model.lm_head.weight *= self.reload_factor
         return {"results": [None]}
 
 
