@@ -76,7 +76,7 @@ class Exchange:
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
         self._calls = prepared.calls
-        self._constraint = constraint
+        self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
         rules = self._rules()
@@ -198,7 +198,11 @@ class Exchange:
     def _raise_if_failed(self, end: Finished, writer: Writer) -> None:
         if isinstance(self._constraint, GrammarConstraint) and self._constraint.failures:
             reason = self._constraint.failures[0]
-            raise ApiError(f"the answer's format became too costly to follow: {reason}", code="format_too_complex")
+            raise ApiError(
+                f"the answer's format became too costly to follow: {reason}",
+                param=self._wanted_by,
+                code="format_too_complex",
+            )
         if end.finish_reason == "error" and not writer.stopped:
             raise ApiError("the model's output is not a number: its weights are damaged", status=500)
         if end.finish_reason == "abort":

@@ -79,8 +79,6 @@ class Operation:
             found |= {400, 404, 408, 413, 415}
         if self.query:
             found.add(400)
-        if self.takes_bytes:
-            found.add(408)
         if self.level > Level.PUBLIC:
             found.add(401)
         if self.level == Level.ADMIN:

@@ -71,6 +71,7 @@ from isthmus.errors import IsthmusError
 from isthmus.formats.bundle import Bundle
 
 MAX_BODY_BYTES = 64 << 20
+BODY_S = 120.0
 NO_LIMITS = KeyLimits()
 POLL_S = 0.02
 EXPIRE_EVERY_S = 5.0
@@ -543,11 +544,20 @@ async def _json_body(request: Request) -> bytes:
     if kind != "application/json":
         raise ApiError(f"send Content-Type: application/json (this request has {kind or 'none'!r})", status=415)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
+    _check_size(int(request.headers.get("content-length", 0)))
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                _check_size(len(body))
+    except TimeoutError:
+        raise ApiError(f"the body was not here after {BODY_S:g} s", status=408) from None
     return bytes(body)
+
+
+def _check_size(length: int) -> None:
+    if length > MAX_BODY_BYTES:
+        raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[ResultType]) -> ResultType:
