@@ -10,7 +10,7 @@ import time
 
 import uvicorn
 
-from isthmus.engines.local.host import bind
+from isthmus.engines.local.host import bind, configuration
 
 PATIENCE_S = 60
 
@@ -19,7 +19,7 @@ PATIENCE_S = 60
 def live(server):
     """Serve until the end of the block; yields the port."""
     listener = bind("127.0.0.1", 0, flag="--port")
-    host = uvicorn.Server(uvicorn.Config(server.app(), log_level="error", ws="none"))
+    host = uvicorn.Server(configuration(server, log_level="error"))
     thread = threading.Thread(target=lambda: host.run(sockets=[listener]))
     thread.start()
     wait_until(lambda: host.started)

@@ -77,7 +77,7 @@ class Exchange:
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
         self._calls = prepared.calls
-        self._constraint = constraint
+        self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
         rules = self._rules()
@@ -199,7 +199,11 @@ class Exchange:
     def _raise_if_failed(self, end: Finished, writer: Writer) -> None:
         if isinstance(self._constraint, GrammarConstraint) and self._constraint.failures:
             reason = self._constraint.failures[0]
-            raise ApiError(f"the answer's format became too costly to follow: {reason}", code="format_too_complex")
+            raise ApiError(
+                f"the answer's format became too costly to follow: {reason}",
+                param=self._wanted_by,
+                code="format_too_complex",
+            )
         if end.finish_reason == "error" and not writer.stopped:
             if all(map(math.isfinite, end.logprobs)):
                 raise ApiError("the engine could not follow the answer's format; its log says why", status=500)

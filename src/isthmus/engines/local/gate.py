@@ -245,6 +245,8 @@ def refuse(error: ApiError) -> Response:
     headers = dict(error.headers) if isinstance(error, Refused) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["Connection"] = "close"
     if error.status == 503:
         headers.setdefault("Retry-After", "1")
     return JSONResponse(error.body(), status_code=error.status, headers=headers)

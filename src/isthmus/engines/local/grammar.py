@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from isthmus.errors import IsthmusError
 
 MAX_GRAMMAR_CHARACTERS = 100_000
+MAX_REASON_CHARACTERS = 1000
 # A state of the lexer takes one to two kilobytes.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
@@ -79,7 +80,7 @@ class Compiler:
         constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, self._tokenizer.eos_id, after)
         constraint.start(free=False).mask()
         if matcher.is_error():
-            raise GrammarRefused(f"the grammar is refused: {matcher.get_error()}")
+            raise GrammarRefused(f"the grammar is refused: {matcher.get_error()[:MAX_REASON_CHARACTERS]}")
         if constraint.failures:
             raise GrammarRefused(f"the grammar is refused: {constraint.failures[0]}")
         return constraint

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import time
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from isthmus.engines.local.server import Server
 from isthmus.errors import IsthmusError
 
 DRAIN_S = 30.0
 LAST_WORDS_S = 5
+REQUEST_S = 20.0
 STOPPED = "the server was stopped before this request was done"
+
+
+class _Connection(H11Protocol):
+    """A connection that ends if a request's line and headers, or a body that nobody reads, take over `REQUEST_S`.
+
+    Bodies that are read are the handler's to wait for, and silence between two requests is uvicorn's.
+    """
+
+    _end_of_patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._end_of_patience = self.loop.call_later(REQUEST_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._is_owed_more():
+            self._stop_waiting()
+        elif self._end_of_patience is None:
+            self._end_of_patience = self.loop.call_later(REQUEST_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _is_owed_more(self) -> bool:
+        """Whether the client has begun a request that no handler works on."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        return is_idle and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def _stop_waiting(self) -> None:
+        if self._end_of_patience is not None:
+            self._end_of_patience.cancel()
+            self._end_of_patience = None
 
 
 class _Host(uvicorn.Server):
@@ -71,13 +109,22 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
+def configuration(server: Server, log_level: str = "warning") -> uvicorn.Config:
+    """How uvicorn runs a server."""
+    return uvicorn.Config(
+        server.app(),
+        http=_Connection,
+        log_level=log_level,
+        access_log=False,
+        timeout_graceful_shutdown=LAST_WORDS_S,
+        ws="none",
+    )
+
+
 def run_app(server: Server, listener: socket.socket, *, on_ready: Callable[[], None], drain_s: float = DRAIN_S) -> None:
     """Serve until SIGTERM, Ctrl-C or a failure of the core; what runs then has `drain_s` seconds to end."""
-    config = uvicorn.Config(
-        server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=LAST_WORDS_S, ws="none"
-    )
     try:
-        _Host(config, server, on_ready, drain_s).run(sockets=[listener])
+        _Host(configuration(server), server, on_ready, drain_s).run(sockets=[listener])
     finally:
         server.service.core.stop()
         server.log.close()

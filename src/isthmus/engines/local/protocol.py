@@ -30,6 +30,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_BIASES = 1024
 MAX_TOOLS = 128
 MAX_DEPTH = 100
+LONGEST_PAUSE_S = 86_400
 
 # Values of fields that this server does not have, and with which they ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
@@ -83,11 +84,14 @@ Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64, strict=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
 Alternatives = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS, strict=True)]
 Tokens = Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
+Version = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Part(BaseModel):
@@ -158,9 +162,7 @@ class Ask(Part):
         default={}, max_length=MAX_BIASES
     )
     seed: Seed | None = None
-    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(
-        default=[], max_length=MAX_STOPS
-    )
+    stop: Stops = []
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_BIASES)
     include_stop_str_in_output: Flag = False
     ignore_eos: Flag = False
@@ -173,7 +175,7 @@ class Ask(Part):
     prompt_cache_key: str | None = None
     return_token_ids: Flag = False
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=Stop | Stops)
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -356,6 +358,37 @@ class DetokenizeAsk(Part):
 
     model: str | None = None
     tokens: Tokens
+
+
+class PauseQuery(Part):
+    """POST /pause. `seconds` ends the pause by itself."""
+
+    mode: Literal["keep", "wait"] = "keep"
+    seconds: Annotated[int, Field(ge=1, le=LONGEST_PAUSE_S)] | None = None
+
+
+class StartUpdateQuery(Part):
+    """POST /start_weight_update."""
+
+    version: Version
+    mode: Literal["full", "delta"] = "full"
+    base_version: Version | None = None
+    format: str | None = None
+    abort: Literal["false", "true"] = "false"
+
+
+class UpdateWeightsQuery(Part):
+    """POST /update_weights. Without `version` it is a part of the open update."""
+
+    sha256: Annotated[str, Field(min_length=1)]
+    version: Version | None = None
+
+
+class FinishUpdateQuery(Part):
+    """POST /finish_weight_update."""
+
+    version: Version
+    sha256: str | None = None
 
 
 AskType = TypeVar("AskType", bound=Part)

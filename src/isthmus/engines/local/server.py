@@ -26,6 +26,7 @@ from isthmus.engines.local.gate import Gate, note_error, refuse
 from isthmus.engines.local.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.limits import KeyLimits
 from isthmus.engines.local.metrics import Metrics
+from isthmus.engines.local.openapi import EVENTS, JSON, TEXT, Handler, Operation, document, file_operation
 from isthmus.engines.local.prepare import (
     Prepared,
     chat_prompt,
@@ -37,11 +38,16 @@ from isthmus.engines.local.prepare import (
 from isthmus.engines.local.protocol import (
     ApiError,
     Ask,
+    AskType,
     ChatAsk,
     CompletionAsk,
     DetokenizeAsk,
+    FinishUpdateQuery,
+    PauseQuery,
+    StartUpdateQuery,
     TokenizeAsk,
     TokenizeChatAsk,
+    UpdateWeightsQuery,
     check_options,
     envelope,
     load,
@@ -60,11 +66,12 @@ from isthmus.engines.local.responses import (
 )
 from isthmus.engines.local.service import Service
 from isthmus.engines.local.visit import CURRENT
-from isthmus.engines.local.weights import Mode, WeightUpdates
+from isthmus.engines.local.weights import WeightUpdates
 from isthmus.errors import IsthmusError
 from isthmus.formats.bundle import Bundle
 
 MAX_BODY_BYTES = 64 << 20
+BODY_S = 120.0
 NO_LIMITS = KeyLimits()
 POLL_S = 0.02
 EXPIRE_EVERY_S = 5.0
@@ -77,7 +84,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-Handler = Callable[[Request], Awaitable[Response]]
 ResultType = TypeVar("ResultType")
 
 
@@ -122,59 +128,70 @@ class Server:
         self._canary_every_s = canary.every_s if canary else None
         self._page = page
         self._end_of_pause: asyncio.TimerHandle | None = None
+        self._document: dict[str, Any] = {}
 
     def app(self) -> Starlette:
         """The ASGI application. Its end stops the core."""
-        levels: dict[str, Level] = {}
-        routes: list[Route] = []
-        for level, path, handler, method in self._routes():
-            levels[path] = level
-            routes.append(Route(path, handler, methods=[method]))
+        operations = self._operations()
+        self._document = document(operations, users_need_keys=self.keys.has_users)
+        routes = [Route(one.path, one.handler, methods=[one.method]) for one in operations]
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
             IsthmusError: _refuse_plainly,
             HTTPException: _refuse_route,
             ClientDisconnect: _gone,
         }
-        gate = Middleware(self.gate.middleware, levels)
+        gate = Middleware(self.gate.middleware, {one.path: one.level for one in operations})
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan, middleware=[gate])
 
-    def _routes(self) -> list[tuple[Level, str, Handler, str]]:
-        routes: list[tuple[Level, str, Handler, str]] = [
-            (Level.USER, "/v1/completions", self.completions, "POST"),
-            (Level.USER, "/v1/chat/completions", self.chat, "POST"),
-            (Level.USER, "/v1/models", self.models, "GET"),
-            (Level.USER, "/tokenize", self.tokenize, "POST"),
-            (Level.USER, "/detokenize", self.detokenize, "POST"),
-            (Level.USER, "/metrics", self.prometheus, "GET"),
-            (Level.PUBLIC, "/health", self.health, "GET"),
-            (Level.PUBLIC, "/ready", self.ready, "GET"),
-            (Level.PUBLIC, "/ping", self.ping, "GET"),
-            (Level.PUBLIC, "/version", self.version, "GET"),
+    def _operations(self) -> list[Operation]:
+        user, public = Level.USER, Level.PUBLIC
+        busy, streams, tokenizes = (429, 500, 503), (JSON, EVENTS), (TokenizeAsk, TokenizeChatAsk)
+        operations = [
+            Operation(user, "POST", "/v1/completions", self.completions, (CompletionAsk,), gives=streams, also=busy),
+            Operation(user, "POST", "/v1/chat/completions", self.chat, (ChatAsk,), gives=streams, also=busy),
+            Operation(user, "GET", "/v1/models", self.models),
+            Operation(user, "POST", "/tokenize", self.tokenize, tokenizes),
+            Operation(user, "POST", "/detokenize", self.detokenize, (DetokenizeAsk,)),
+            Operation(user, "GET", "/metrics", self.prometheus, gives=(TEXT,)),
+            Operation(public, "GET", "/health", self.health, also=(503,)),
+            Operation(public, "GET", "/ready", self.ready, also=(503,)),
+            Operation(public, "GET", "/ping", self.ping, gives=(), also=(503,)),
+            Operation(public, "GET", "/version", self.version),
+            Operation(public, "GET", "/openapi.json", self.openapi),
         ]
         if self.keys.has_admin:
-            routes += [
-                (Level.ADMIN, "/pause", self.pause, "POST"),
-                (Level.ADMIN, "/resume", self.resume, "POST"),
-                (Level.ADMIN, "/start_weight_update", self.start_weight_update, "POST"),
-                (Level.ADMIN, "/update_weights", self.update_weights, "POST"),
-                (Level.ADMIN, "/finish_weight_update", self.finish_weight_update, "POST"),
-                (Level.ADMIN, "/abort_weight_update", self.abort_weight_update, "POST"),
-                (Level.ADMIN, "/weight_info", self.weight_info, "GET"),
-                (Level.ADMIN, "/usage", self.usage, "GET"),
-                (Level.ADMIN, "/canary", self.canary_report, "GET"),
-                (Level.ADMIN, "/canary/run", self.run_canary, "POST"),
-            ]
+            operations += self._admin_operations()
         if self._page:
-            routes += [
-                (Level.PUBLIC, "/examples", self.examples, "GET"),
-                (Level.PUBLIC, "/", _file("index.html"), "GET"),
-            ]
+            operations.append(Operation(public, "GET", "/examples", self.examples, form="array"))
+            operations.append(file_operation("/", "index.html", _file("index.html")))
             files = sorted(STATIC.iterdir())
-            routes += [(Level.PUBLIC, f"/{path.name}", _file(path.name), "GET") for path in files]
-        return routes
+            operations += [file_operation(f"/{path.name}", path.name, _file(path.name)) for path in files]
+        return operations
+
+    def _admin_operations(self) -> list[Operation]:
+        def post(path: str, handler: Handler, **more: Any) -> Operation:
+            return Operation(Level.ADMIN, "POST", path, handler, **more)
+
+        def get(path: str, handler: Handler, **more: Any) -> Operation:
+            return Operation(Level.ADMIN, "GET", path, handler, **more)
+
+        update, refused = UpdateWeightsQuery, (400, 409)
+        return [
+            post("/pause", self.pause, query=PauseQuery),
+            post("/resume", self.resume),
+            post("/start_weight_update", self.start_weight_update, query=StartUpdateQuery, also=refused),
+            post("/update_weights", self.update_weights, query=update, takes_bytes=True, also=refused),
+            post("/finish_weight_update", self.finish_weight_update, query=FinishUpdateQuery, also=refused),
+            post("/abort_weight_update", self.abort_weight_update),
+            get("/weight_info", self.weight_info),
+            get("/usage", self.usage),
+            get("/canary", self.canary_report, also=(404,)),
+            post("/canary/run", self.run_canary, also=(404,)),
+        ]
 
     async def completions(self, request: Request) -> Response:
+        """Texts or token ids go on."""
         ask = parse(CompletionAsk, await _json_body(request))
         self._check(ask)
         exchange = await self._exchange(ask, prepare_completion(self.service, ask))
@@ -189,6 +206,7 @@ class Server:
         return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
 
     async def chat(self, request: Request) -> Response:
+        """A turn of a conversation."""
         ask = parse(ChatAsk, await _json_body(request))
         self._check(ask)
         exchange = await self._exchange(ask, prepare_chat(self.service, ask))
@@ -229,6 +247,7 @@ class Server:
         return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
 
     async def models(self, _request: Request) -> Response:
+        """The one model that is served."""
         identity = self.service.identity
         model = {
             "id": identity.model,
@@ -240,6 +259,7 @@ class Server:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, _request: Request) -> Response:
+        """What is served, and whether the engine works."""
         core, identity = self.service.core, self.service.identity
         body = {
             "status": "ok" if core.failure is None else "failed",
@@ -258,55 +278,62 @@ class Server:
         return JSONResponse(body, status_code=200 if core.failure is None else 503)
 
     async def prometheus(self, _request: Request) -> Response:
+        """Metrics in Prometheus' format, under vLLM's names."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def openapi(self, _request: Request) -> Response:
+        """This document."""
+        return JSONResponse(self._document)
+
     async def examples(self, _request: Request) -> Response:
+        """Prompts to try."""
         return JSONResponse(self.service.examples)
 
     async def ready(self, _request: Request) -> Response:
+        """Whether requests should be sent here."""
         state = self.gate.state
         return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
 
     async def ping(self, _request: Request) -> Response:
+        """Whether the engine works."""
         return Response(status_code=200 if self.service.core.failure is None else 503)
 
     async def version(self, _request: Request) -> Response:
+        """The version of this software."""
         return JSONResponse({"version": __version__})
 
     async def pause(self, request: Request) -> Response:
         """Stop between two steps. See docs/serving.md for the modes."""
-        mode = _query_choice(request, "mode", ("keep", "wait"))
-        seconds = _query_integer(request, "seconds") if "seconds" in request.query_params else None
-        if seconds is not None and seconds < 1:
-            raise ApiError("seconds must be 1 or more", param="seconds")
-        if mode == "wait":
+        query = _query(PauseQuery, request)
+        if query.mode == "wait":
             await _unless_disconnected(request, self._let_all_finish())
         await run_in_threadpool(self.service.core.pause)
         self._cancel_end_of_pause()
-        if seconds is not None:
-            self._end_of_pause = asyncio.get_running_loop().call_later(seconds, self._resume)
-        self.log.event("pause", mode=mode, seconds=seconds)
+        if query.seconds is not None:
+            self._end_of_pause = asyncio.get_running_loop().call_later(query.seconds, self._resume)
+        self.log.event("pause", mode=query.mode, seconds=query.seconds)
         return JSONResponse({"paused": True, "running": self.service.core.running})
 
     async def resume(self, _request: Request) -> Response:
+        """End a pause."""
         self._resume()
         return JSONResponse({"paused": False})
 
     async def weight_info(self, _request: Request) -> Response:
+        """The weights in use, the open update, and what became of the last one."""
         info = await run_in_threadpool(self.updates.info)
         return JSONResponse(info | {"paused": self.service.core.paused})
 
     async def start_weight_update(self, request: Request) -> Response:
         """The version and what it changes stand in the query; nothing is sent yet."""
-        query = request.query_params
-        mode: Mode = "delta" if _query_choice(request, "mode", ("full", "delta")) == "delta" else "full"
+        query = _query(StartUpdateQuery, request)
         status = await self._change_weights(
             self.updates.start,
-            _query_integer(request, "version"),
-            mode,
-            base_version=_query_integer(request, "base_version") if "base_version" in query else None,
-            format_name=query.get("format"),
-            abort=_query_choice(request, "abort", ("false", "true")) == "true",
+            query.version,
+            query.mode,
+            base_version=query.base_version,
+            format_name=query.format,
+            abort=query.abort == "true",
         )
         return JSONResponse({"update": status})
 
@@ -315,30 +342,32 @@ class Server:
 
         Within a started update it is one part of the new weights, otherwise all of them, and takes their `version`.
         """
-        sha256 = request.query_params.get("sha256")
-        if not sha256:
-            raise ApiError("sha256 is missing from the query", param="sha256")
-        version = _query_integer(request, "version") if "version" in request.query_params else None
-        payload = await request.body()
+        query = _query(UpdateWeightsQuery, request)
+        payload, version, sha256 = await request.body(), query.version, query.sha256
         if version is None or self.updates.knows(version):
             return JSONResponse({"update": await self._change_weights(self.updates.add, payload, sha256, version)})
         return JSONResponse(await self._take_weights(self.updates.at_once, payload, version, sha256))
 
     async def finish_weight_update(self, request: Request) -> Response:
-        version, sha256 = _query_integer(request, "version"), request.query_params.get("sha256")
-        return JSONResponse(await self._take_weights(self.updates.finish, version, sha256))
+        """Check everything that was sent and take it into use between two steps."""
+        query = _query(FinishUpdateQuery, request)
+        return JSONResponse(await self._take_weights(self.updates.finish, query.version, query.sha256))
 
     async def abort_weight_update(self, _request: Request) -> Response:
+        """Give up the open update."""
         return JSONResponse(await self._change_weights(self.updates.abort))
 
     async def usage(self, _request: Request) -> Response:
+        """Requests, refusals and tokens of each key."""
         return JSONResponse({"keys": self.gate.usage()})
 
     async def canary_report(self, _request: Request) -> Response:
+        """The last canary."""
         last = self._require_canary().last
         return JSONResponse({"last": last.shown() if last else None})
 
     async def run_canary(self, _request: Request) -> Response:
+        """Run a canary now."""
         report = await run_in_threadpool(self._require_canary().run)
         return JSONResponse({"last": report.shown()})
 
@@ -515,11 +544,20 @@ async def _json_body(request: Request) -> bytes:
     if kind != "application/json":
         raise ApiError(f"send Content-Type: application/json (this request has {kind or 'none'!r})", status=415)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
+    _check_size(int(request.headers.get("content-length", 0)))
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                _check_size(len(body))
+    except TimeoutError:
+        raise ApiError(f"the body was not here after {BODY_S:g} s", status=408) from None
     return bytes(body)
+
+
+def _check_size(length: int) -> None:
+    if length > MAX_BODY_BYTES:
+        raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[ResultType]) -> ResultType:
@@ -565,19 +603,13 @@ def _no_usage(ask: Ask) -> dict[str, None]:
     return {"usage": None} if ask.include_usage else {}
 
 
-def _query_integer(request: Request, name: str) -> int:
-    try:
-        return int(request.query_params[name])
-    except (KeyError, ValueError):
-        raise ApiError(f"{name} in the query must be an integer", param=name) from None
-
-
-def _query_choice(request: Request, name: str, choices: tuple[str, ...]) -> str:
-    """One of the choices; the first if the query has none."""
-    value = request.query_params.get(name, choices[0])
-    if value not in choices:
-        raise ApiError(f"{name} in the query must be one of {', '.join(choices)}", param=name)
-    return value
+def _query(kind: type[AskType], request: Request) -> AskType:
+    """The parameters of the query. Raises ApiError (400) that names the first at fault."""
+    given = request.query_params.multi_items()
+    fields = dict(given)
+    if len(fields) < len(given):
+        raise ApiError("a parameter stands twice in the query")
+    return read(kind, fields)
 
 
 async def _refuse(_request: Request, error: ApiError) -> Response:
@@ -589,7 +621,9 @@ async def _refuse_plainly(_request: Request, error: IsthmusError) -> Response:
 
 
 async def _refuse_route(_request: Request, error: HTTPException) -> Response:
-    return refuse(ApiError(error.detail, status=error.status_code))
+    answer = refuse(ApiError(error.detail, status=error.status_code))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _gone(_request: Request, _error: ClientDisconnect) -> Response:

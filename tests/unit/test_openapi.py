@@ -1,0 +1,119 @@
+"""The OpenAPI document says what the server does: every route, every field, and the answers that schemathesis gets."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from engine_bundle import write_small_bundle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from live_server import ask, live
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+from starlette.routing import Route
+
+from isthmus.engines.local.keys import Keyring
+from isthmus.engines.local.protocol import ChatAsk, CompletionAsk
+from isthmus.engines.local.server import Server
+from isthmus.engines.local.service import load_service
+
+ADMIN, USER = "sk-root", "sk-alice"
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+KEYS = {"ISTHMUS_API_KEYS": f"alice {USER}", "ISTHMUS_ADMIN_KEY": ADMIN}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openapi") / "small"
+    write_small_bundle(folder)
+    service = load_service(folder, slots=32)
+    service.default_tokens = 4
+    return Server(service, keys=Keyring.load(environment=KEYS), page=True)
+
+
+@pytest.fixture(scope="module")
+def port(server):
+    with live(server) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def document(port):
+    status, _, content = ask(port, "GET", "/openapi.json")
+    assert status == 200
+    return content
+
+
+@settings(derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
+@st.composite
+def cases(draw, operation):
+    """Requests that fit the document, that break it, and ones with few of their fields, which are more often right."""
+    case = draw(operation.as_strategy(generation_mode=draw(st.sampled_from(GenerationMode))))
+    if isinstance(case.body, dict) and draw(st.booleans()):
+        kept = draw(st.sets(st.sampled_from(["", *case.body]), max_size=3)) | {"prompt", "messages", "tokens"}
+        case.body = {name: value for name, value in case.body.items() if name in kept}
+    return case
+
+
+def statuses_of(operation, port, examples):
+    """The statuses with which requests for an operation are answered. Raises what schemathesis finds wrong."""
+    found = set()
+
+    @settings(derandomize=True, max_examples=examples, suppress_health_check=list(HealthCheck))
+    @given(cases(operation))
+    def holds(case):
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        found.add(case.call_and_validate(headers=headers, checks=CHECKS, timeout=60).status_code)
+        if operation.path == "/pause":
+            assert ask(port, "POST", "/resume", key=ADMIN)[0] == 200
+
+    holds()
+    return found
+
+
+def test_whatever_is_asked_the_answer_is_as_documented(port, document):
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=f"http://127.0.0.1:{port}")
+    schema.config.generation.update(with_security_parameters=False)
+    seen = {}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        takes = operation.body or operation.query
+        seen[operation.label] = statuses_of(operation, port, examples=50 if takes else 2)
+    done = {label for label, statuses in seen.items() if 200 in statuses}
+    assert {"POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize", "POST /detokenize"} <= done
+
+
+def test_every_route_is_in_the_document(server, document):
+    routes = {(r.path, method.lower()) for r in server.app().routes if isinstance(r, Route) for method in r.methods}
+    routes -= {(path, "head") for path, _ in routes}
+    assert routes == {(path, method) for path, methods in document["paths"].items() for method in methods}
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/v1/completions", CompletionAsk), ("/v1/chat/completions", ChatAsk)])
+def test_every_field_is_in_the_document(document, path, kind):
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    shown = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+    assert set(shown["properties"]) == set(kind.model_fields)
+    assert shown["additionalProperties"] is False
+
+
+def test_the_document_tells_who_may_use_a_route(port, document):
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            statuses = operation["responses"]
+            is_public, is_admin = "security" not in operation, "403" in statuses
+            assert (ask(port, method.upper(), path)[0] == 401) == (not is_public), path
+            assert (ask(port, method.upper(), path, key=USER)[0] == 403) == is_admin, path
