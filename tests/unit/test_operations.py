@@ -18,6 +18,7 @@ from live_server import PATIENCE_S, InBackground, ask, greedy, live, metric, wai
 from isthmus import __version__
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.local import LocalEngine
+from isthmus.engines.remote import HttpEngine
 from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.keys import Keyring
 from isthmus.engines.local.limits import KeyLimits, Rate
@@ -514,6 +515,6 @@ def test_a_local_engine_still_works_for_its_trainer_where_users_need_keys(bundle
         engine.update(payload, 3, digest(payload))
         found = engine.generate([[5, 6, 7]], Sampling(4))
         assert found[0][0].version == 3
-        engine.api_key = None
+        stranger = HttpEngine(engine.url)
         with pytest.raises(EngineError, match="401"):
-            engine.generate([[5, 6, 7]], Sampling(4))
+            stranger.generate([[5, 6, 7]], Sampling(4))

@@ -19,10 +19,13 @@ from isthmus.engines.local.cache import blocks_for
 from isthmus.engines.local.runner import Runner
 from isthmus.engines.local.scheduler import Counters, Finished, Request, Sample, Scheduler
 from isthmus.engines.local.steps import Steps
+from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
 
 CACHE_BYTES = 2 << 30
 """The cache takes no more than this unless it is told to, but always enough for one sequence of full length."""
+REFUSALS = (IsthmusError, RuntimeError, MemoryError, AttributeError, TypeError, ValueError)
+"""What a model that cannot be taken into use raises."""
 
 
 class Core:
@@ -222,9 +225,10 @@ class Core:
         def carry_out() -> None:
             try:
                 command()
-            except Exception as error:
+            except REFUSALS as error:
                 errors.append(error)
-            done.set()
+            finally:
+                done.set()
 
         if not self._post(carry_out):
             raise self._why_ended()

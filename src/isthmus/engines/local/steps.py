@@ -30,6 +30,8 @@ from isthmus.engines.local.scheduler import (
 
 DRAFTING_ROWS = 8
 """With more rows than this a pass is bound by arithmetic, and a second token per row costs more than a draft saves."""
+CONSTRAINT_ERRORS = (ValueError, RuntimeError)
+"""What a constraint raises that cannot go on; its sample ends, the others go on."""
 logger = logging.getLogger(__name__)
 
 
@@ -177,7 +179,7 @@ class Steps:
             row = int(rows[index])
             try:
                 change = self._adjustment(row)
-            except Exception:
+            except CONSTRAINT_ERRORS:
                 self._note_failed_constraint(row, step)
                 continue
             adjust(logits[index], change, self._prompt_of(row), table.generated(row))
@@ -222,7 +224,7 @@ class Steps:
                 try:
                     sample.constraint.accept(token)
                     closed[index] = sample.constraint.done
-                except Exception:
+                except CONSTRAINT_ERRORS:
                     self._note_failed_constraint(row, step)
                     broken[index] = True
         for index in np.flatnonzero(broken | closed | (table.drawn[rows] >= table.limit[rows])):
@@ -309,12 +311,13 @@ class Steps:
             self.tell(sample.request, token)
 
     def tell(self, request: Request, event: Token | Finished) -> None:
-        """Call the listener of a request. If it raises, that is logged and the request deaf; the others go on."""
+        """Call the listener of a request. If it raises RuntimeError, as an event loop does that has ended, that is
+        logged and the request deaf; the others go on."""
         if request in self.deaf:
             return
         try:
             request.listener(event)
-        except Exception:
+        except RuntimeError:
             logger.exception("the listener of a request failed; the request is ended")
             self.deaf.add(request)
 
