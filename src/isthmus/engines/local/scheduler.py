@@ -183,7 +183,10 @@ class Sample:
 
 @dataclass(eq=False)
 class Job:
-    """A sequence that is being computed, for one or more samples. `table` holds blocks for all of it."""
+    """A sequence that is being computed, for one or more samples. `table` holds blocks for all of it.
+
+    `version` names the weights with which it was begun, cached blocks included.
+    """
 
     samples: list[Sample]
     sequence: NDArray[np.int64]
@@ -191,6 +194,7 @@ class Job:
     computed: int
     digests: list[bytes]
     reusable: bool = True
+    version: int | None = None
     prompt_tokens: list[PromptToken] = field(default_factory=list)
 
     @property
