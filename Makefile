@@ -5,7 +5,7 @@ RECIPE ?= recipes/tiny.toml
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test check bench serve install install-dev clean
+.PHONY: run test check bench soak serve install install-dev clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
@@ -29,6 +29,9 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/train.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
+
+soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

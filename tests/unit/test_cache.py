@@ -200,3 +200,23 @@ def test_whatever_comes_and_goes_no_block_is_lost(data):
         ends = finished(events)
         assert [end.choice for end in ends] == list(range(len(request.prompts) * request.n))
         assert all(len(end.tokens) <= request.max_new_tokens for end in ends)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_sample_whose_prompt_spans_an_update_says_so(cached):
+    core = Core(small_model(), eos_id=1, slots=4, length=64, block_size=4, chunk_tokens=8)
+    prompt, later = list(range(2, 34)), list(range(40, 72))
+    if cached:
+        run_core(core, ask([prompt[:16] + later], 1)[0])
+    first, second = (ask([tokens], 4, temperature=0.0) for tokens in (prompt, later))
+    with torch.inference_mode():
+        core.submit(first[0])
+        core.step()
+        core.submit(second[0])
+        core.runner.use(small_model(1))
+        core.steps.version = 1
+        core.scheduler.forget_prefixes()
+        while core.running or core.waiting or not finished(second[1]):
+            core.step()
+    assert [(end.version, end.last_version) for end in finished(first[1])] == [(0, 1)]
+    assert [(end.version, end.last_version) for end in finished(second[1])] == [(1, 1)]

@@ -186,7 +186,10 @@ class Sample:
 
 @dataclass(eq=False)
 class Job:
-    """A sequence that is being computed, for one or more samples. `table` holds blocks for all of it."""
+    """A sequence that is being computed, for one or more samples. `table` holds blocks for all of it.
+
+    `version` names the weights with which it was begun, cached blocks included.
+    """
 
     samples: list[Sample]
     sequence: NDArray[np.int64]
@@ -194,6 +197,7 @@ class Job:
     computed: int
     digests: list[bytes]
     reusable: bool = True
+    version: int | None = None
     prompt_tokens: list[PromptToken] = field(default_factory=list)
 
     @property

@@ -85,6 +85,8 @@ class Steps:
     def run(self, work: list[tuple[Job, int]]) -> list[Ending]:
         """Compute what is scheduled beside the rows, draw, guess, and end what is done."""
         self._counters.steps += 1
+        for job in self.scheduler.jobs:
+            job.version = self.version if job.version is None else job.version
         singles, drafting = self._singles()
         chunks = [
             Chunk(
@@ -139,7 +141,8 @@ class Steps:
         for row in new:
             sample = self.scheduler.rows.samples[row]
             if not sample.started:
-                sample.started, sample.first_token_s, sample.version = True, now - sample.arrived, self.version
+                assert job.version is not None
+                sample.started, sample.first_token_s, sample.version = True, now - sample.arrived, job.version
             if sample.request.max_new_tokens == 0:
                 step.ended[row] = "length"
 
