@@ -153,7 +153,6 @@ def test_bodies_that_only_claim_to_be_json(port, body):
     [
         b"\x00\xff\xfe\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
-        b"GET / HTTP/9.9\r\nHost: a\r\n\r\n",
         b"G@T /health HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n",

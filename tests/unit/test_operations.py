@@ -18,7 +18,6 @@ from live_server import PATIENCE_S, InBackground, ask, greedy, live, metric, wai
 from isthmus import __version__
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.local import LocalEngine
-from isthmus.engines.remote import HttpEngine
 from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.keys import Keyring
 from isthmus.engines.local.limits import KeyLimits, Rate
@@ -26,6 +25,7 @@ from isthmus.engines.local.scheduler import Finished, Request
 from isthmus.engines.local.server import Server
 from isthmus.engines.local.service import load_service
 from isthmus.engines.local.visit import Visit
+from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
 from isthmus.formats.wire import digest, pack, set_sha256
 
