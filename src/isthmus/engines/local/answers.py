@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -200,6 +201,8 @@ class Exchange:
             reason = self._constraint.failures[0]
             raise ApiError(f"the answer's format became too costly to follow: {reason}", code="format_too_complex")
         if end.finish_reason == "error" and not writer.stopped:
+            if all(map(math.isfinite, end.logprobs)):
+                raise ApiError("the engine could not follow the answer's format; its log says why", status=500)
             raise ApiError("the model's output is not a number: its weights are damaged", status=500)
         if end.finish_reason == "abort":
             raise ApiError(self.visit.refusal or "the engine stopped before this request was done", status=503)

@@ -70,7 +70,7 @@ class Core:
         self.observers: list[Callable[[Finished], None]] = []
         self.failure: BaseException | None = None
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping, self._paused = False, False
+        self._door, self._stopping, self._ended, self._paused = threading.Lock(), False, False, False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def _blocks(self, model: Model, block_size: int, cache_tokens: int | None, layers: int) -> int:
@@ -133,8 +133,8 @@ class Core:
         """Put a request in the line. Its prompts must not be empty and must leave room for `max_new_tokens`."""
         assert all(len(p) > 0 and len(p) + request.max_new_tokens <= self.length for p in request.prompts)
         assert request.max_new_tokens > 0 or request.prompt_logprobs is not None
-        self._raise_if_dead()
-        self._post(lambda: self.scheduler.submit(request))
+        if not self._post(lambda: self.scheduler.submit(request)):
+            raise self._why_ended()
 
     def end(self, request: Request, choice: int | None = None, reason: str = "abort") -> None:
         """End a request, or one choice of it, and free what it holds. Finished samples stay finished."""
@@ -176,6 +176,8 @@ class Core:
         if work or len(self.scheduler.rows):
             for ending in self.steps.run(work):
                 self._tell_finished(*ending)
+        for request in list(self.steps.deaf):
+            self._end(request, None, "abort")
 
     def _tell_finished(
         self, sample: Sample, tokens: list[int], logprobs: list[float], reason: str, stop_token: int | None = None
@@ -195,8 +197,9 @@ class Core:
             sample.prompt_tokens,
             stop_token,
         )
-        for listener in (*self.observers, sample.request.listener):
-            listener(finished)
+        for observe in self.observers:
+            observe(finished)
+        self.steps.tell(sample.request, finished)
 
     def _end(self, request: Request, choice: int | None, reason: str) -> None:
         for sample in self.scheduler.withdraw(request, choice):
@@ -207,23 +210,36 @@ class Core:
                 self._tell_finished(*self.steps.end(row, reason))
 
     def _between_steps(self, command: Callable[[], None]) -> None:
-        """Have a command done by the loop, and wait for it. Raises EngineError if the loop has ended."""
-        done = threading.Event()
+        """Have a command done by the loop, and wait for it. What it raises is raised here, and the loop goes on.
+
+        Raises EngineError if the loop has ended or was never started.
+        """
+        if self._thread.ident is None:
+            raise EngineError("the engine was not started")
+        done, errors = threading.Event(), []
 
         def carry_out() -> None:
-            command()
+            try:
+                command()
+            except Exception as error:  # noqa: BLE001 - the caller raises it
+                errors.append(error)
             done.set()
 
-        self._post(carry_out)
-        while not done.wait(0.1):
-            self._raise_if_dead()
+        if not self._post(carry_out):
+            raise self._why_ended()
+        done.wait()
+        if errors:
+            raise errors[0]
 
-    def _post(self, command: Callable[[], None]) -> None:
-        self._mail.put(command)
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Leave a command to the loop. False if it has ended; what was left before that is still done."""
+        with self._door:
+            if not self._ended:
+                self._mail.put(command)
+            return not self._ended
 
-    def _raise_if_dead(self) -> None:
-        if self.failure is not None:
-            raise EngineError(f"the engine has stopped: {self.failure!r}")
+    def _why_ended(self) -> EngineError:
+        return EngineError(f"the engine has stopped{f': {self.failure!r}' if self.failure else ''}")
 
     def _halt(self) -> None:
         self._stopping = True
@@ -246,6 +262,10 @@ class Core:
             self.step()
 
     def _end_all(self) -> None:
+        with self._door:
+            self._ended = True
+        while not self._mail.empty():
+            self._mail.get()()
         scheduler = self.scheduler
         samples = [*scheduler.waiting, *scheduler.rows.samples, *(one for job in scheduler.jobs for one in job.samples)]
         for request in {sample.request for sample in samples}:

@@ -40,16 +40,18 @@ class Runner:
         self.use(model)
 
     def use(self, model: Model) -> None:
-        """Compute with this model from the next pass on."""
-        self.model = model
-        self.native: NativeModel | None = None
-        self.kernels = "torch"
-        if self._wants_native:
-            try:
-                self.native = NativeModel(model, self.store.block_size, self._threads)
-                self.kernels = "native"
-            except NativeUnavailable as reason:
-                self.kernels = f"torch: {reason}"
+        """Compute with this model from the next pass on. If this raises, the former one stays in use."""
+        native, kernels = self._compiled(model)
+        self.model, self.native, self.kernels = model, native, kernels
+
+    def _compiled(self, model: Model) -> tuple[NativeModel | None, str]:
+        """The model's compiled layers, and what `kernels` says."""
+        if not self._wants_native:
+            return None, "torch"
+        try:
+            return NativeModel(model, self.store.block_size, self._threads), "native"
+        except NativeUnavailable as reason:
+            return None, f"torch: {reason}"
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """States [N, D] before the final norm."""

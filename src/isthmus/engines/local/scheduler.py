@@ -148,7 +148,10 @@ class Request:
 
 @dataclass(eq=False)
 class Sample:
-    """A choice on its way. `tokens` and `logprobs` are what it had drawn when it last went back to the line."""
+    """A choice on its way. `tokens` and `logprobs` are what it had drawn when it last went back to the line.
+
+    `constraint` is started when the first token is drawn.
+    """
 
     request: Request
     prompt: int
@@ -340,9 +343,7 @@ class Scheduler:
         now = time.perf_counter()
         for prompt in range(len(request.prompts)):
             for number in range(request.n):
-                sample = Sample(request, prompt, number, next(self._orders), now)
-                sample.constraint = request.constraint.start() if request.constraint else None
-                self.waiting.append(sample)
+                self.waiting.append(Sample(request, prompt, number, next(self._orders), now))
 
     def schedule(self) -> list[tuple[Job, int]]:
         """Make room for the next token of every row, and say how many tokens of which jobs run beside them."""

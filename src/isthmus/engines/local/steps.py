@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,10 +16,22 @@ from torch import Tensor
 from isthmus.engines.local.batch import Chunk, Singles, StepBatch
 from isthmus.engines.local.runner import Runner
 from isthmus.engines.local.sampler import Adjustment, Draw, adjust, draw, uniforms
-from isthmus.engines.local.scheduler import Counters, Job, PromptToken, Sample, Scheduler, Token, TopLogprobs
+from isthmus.engines.local.scheduler import (
+    Counters,
+    Finished,
+    Job,
+    PromptToken,
+    Request,
+    Sample,
+    Scheduler,
+    Token,
+    TopLogprobs,
+)
 
 DRAFTING_ROWS = 8
 """With more rows than this a pass is bound by arithmetic, and a second token per row costs more than a draft saves."""
+CONSTRAINT_FAILED = "the constraint of a sample failed; the sample is ended"
+logger = logging.getLogger(__name__)
 
 
 class Ending(NamedTuple):
@@ -58,12 +72,14 @@ class Steps:
     """Carries out what the scheduler decides. `version` names the weights in use.
 
     With `speculate`, multi-token prediction drafts tokens. `observers` are told how many tokens each pass computed.
+    `deaf` requests are those whose listener has raised: it is not called again, and they have to be ended.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, *, eos_id: int, version: int, speculate: bool):
         self.runner, self.scheduler = runner, scheduler
         self.eos_id, self.version, self.speculate = eos_id, version, speculate
         self.observers: list[Callable[[int], None]] = []
+        self.deaf: WeakSet[Request] = WeakSet()
 
     def run(self, work: list[tuple[Job, int]]) -> list[Ending]:
         """Compute what is scheduled beside the rows, draw, guess, and end what is done."""
@@ -160,7 +176,13 @@ class Steps:
             logits = logits[rows]
         for index in np.flatnonzero(table.special[rows]):
             row = int(rows[index])
-            adjust(logits[index], self._adjustment(row), self._prompt_of(row), table.generated(row))
+            try:
+                change = self._adjustment(row)
+            except Exception:
+                logger.exception(CONSTRAINT_FAILED)
+                step.ended[row] = "error"
+                continue
+            adjust(logits[index], change, self._prompt_of(row), table.generated(row))
         drawn = self._drawn(rows, logits)
         tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
         table.record(rows, tokens, logprobs)
@@ -168,9 +190,10 @@ class Steps:
             tops = _likeliest(drawn.distribution, table.top_logprobs[rows])
             for index in np.flatnonzero(table.top_logprobs[rows]):
                 table.samples[rows[index]].top.append(tops[index])
+        broken = ~np.isfinite(logprobs) | np.isin(rows, list(step.ended))
         if table.streamed[rows].any():
-            self._stream(rows, tokens, logprobs)
-        self._note_ends(rows, tokens, logprobs, step)
+            self._stream(rows[~broken], tokens[~broken], logprobs[~broken])
+        self._note_ends(rows, tokens, broken, step)
 
     def _drawn(self, rows: NDArray[np.int64], logits: Tensor) -> Draw:
         """One draw for each of these rows from logits [len(rows), V], with the row's options and random numbers."""
@@ -188,18 +211,22 @@ class Steps:
         )
 
     def _note_ends(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32], step: Step
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], broken: NDArray[np.bool_], step: Step
     ) -> None:
         table = self.scheduler.rows
-        broken, closed = ~np.isfinite(logprobs), tokens == table.eos[rows]
+        closed = tokens == table.eos[rows]
         for index in np.flatnonzero(table.special[rows] & ~broken):
             row, token = int(rows[index]), int(tokens[index])
             sample = table.samples[row]
             if token in sample.request.stop_tokens:
                 closed[index], step.stopped_by[row] = True, token
             elif sample.constraint is not None and not closed[index]:
-                sample.constraint.accept(token)
-                closed[index] = sample.constraint.done
+                try:
+                    sample.constraint.accept(token)
+                    closed[index] = sample.constraint.done
+                except Exception:
+                    logger.exception(CONSTRAINT_FAILED)
+                    broken[index] = True
         for index in np.flatnonzero(broken | closed | (table.drawn[rows] >= table.limit[rows])):
             step.ended[int(rows[index])] = "error" if broken[index] else "stop" if closed[index] else "length"
 
@@ -259,6 +286,8 @@ class Steps:
         table = self.scheduler.rows
         sample = table.samples[row]
         request = sample.request
+        if request.constraint is not None and sample.constraint is None:
+            sample.constraint = request.constraint.start()
         too_early = table.drawn[row] < request.min_tokens
         return Adjustment(
             request.presence_penalty,
@@ -279,7 +308,17 @@ class Steps:
             sample = table.samples[rows[index]]
             top = sample.top[-1] if sample.top else []
             token = Token(sample.choice, int(tokens[index]), float(logprobs[index]), top, self.version)
-            sample.request.listener(token)
+            self.tell(sample.request, token)
+
+    def tell(self, request: Request, event: Token | Finished) -> None:
+        """Call the listener of a request. If it raises, that is logged and the request deaf; the others go on."""
+        if request in self.deaf:
+            return
+        try:
+            request.listener(event)
+        except Exception:
+            logger.exception("the listener of a request failed; the request is ended")
+            self.deaf.add(request)
 
     def end(self, row: int, reason: str, stop_token: int | None = None) -> Ending:
         """Drop a row and give back what it holds."""
