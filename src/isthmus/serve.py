@@ -215,6 +215,8 @@ def _announce(watch: Watch, service: Service, host: str, port: int, *, has_keys:
     )
     if identity.statement:
         watch.say(f"  {identity.statement}")
+    if service.core.kernels != "native":
+        watch.say(f"  kernels {service.core.kernels}")
     watch.say(f"  chat   {url}/")
     watch.say(f"  API    {url}/v1")
     watch.say("  Ctrl-C stops it. For example:")

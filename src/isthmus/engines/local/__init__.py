@@ -10,9 +10,10 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from isthmus.engines import EngineError
 from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
@@ -30,11 +31,17 @@ _KEEP_MEMORY = {
 }
 
 
+def report_kernels(tell: Callable[..., None], kernels: str) -> None:
+    """Tell an event if an engine runs without its compiled layers, and so more slowly than it might."""
+    if kernels != "native":
+        tell("fallback", what="the compiled layers of the engine", why=kernels)
+
+
 class LocalEngine(HttpEngine):
     """Starts the engine's process and speaks to it. As a context manager it serves `bundle_folder` until the end.
 
     `rehearse` names a chip whose rules the engine must keep. `log` receives what the process prints; if the process
-    dies, its last lines are in the error.
+    dies, its last lines are in the error. `kernels` is what its core computes with, once it runs.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class LocalEngine(HttpEngine):
         super().__init__(url="", api_key=secrets.token_hex(16))
         self.bundle_folder, self.log = bundle_folder, log
         self.threads, self.rehearse, self.slots, self.options = threads, rehearse, slots, options
+        self.kernels = ""
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -75,7 +83,8 @@ class LocalEngine(HttpEngine):
                 start_new_session=True,
             )
         try:
-            self.url = self._await_ready(self._process)
+            ready = self._await_ready(self._process)
+            self.url, self.kernels = ready["url"], ready["kernels"]
             super().start(bundle_folder)
         except BaseException:
             self.stop()
@@ -114,7 +123,7 @@ class LocalEngine(HttpEngine):
         own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
         return {**os.environ, **_KEEP_MEMORY, **own, "ISTHMUS_ADMIN_KEY": self.api_key or ""}
 
-    def _await_ready(self, process: subprocess.Popen[bytes]) -> str:
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
         assert process.stdout is not None
         line = _read_line(process.stdout, START_TIMEOUT_S)
         if line is None:
@@ -122,7 +131,7 @@ class LocalEngine(HttpEngine):
         if not line:
             process.wait(STOP_TIMEOUT_S)
             raise EngineError(f"the engine could not start (exit code {process.returncode}).{self._explain()}")
-        return json.loads(line)["url"]
+        return json.loads(line)
 
     def _explain(self) -> str:
         """What the process said last, for the errors of HttpEngine."""

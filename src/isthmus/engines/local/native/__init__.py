@@ -225,7 +225,7 @@ class NativeModel:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The compiled kernels. Raises NativeUnavailable with the compiler's or the loader's words if they cannot be had."""
+    """The compiled kernels. Raises NativeUnavailable with its compiler's or loader's words if they cannot be had."""
     path = _compiled()
     try:
         library = ctypes.CDLL(str(path))
