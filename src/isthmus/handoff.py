@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.table import Table
@@ -23,8 +24,7 @@ from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Sampling
-from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.options import slow_path
+from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.errors import GateRefused
 from isthmus.formats.bundle import Bundle, read_bundle, write_bundle
 from isthmus.formats.golden import make_golden, write_golden
@@ -198,8 +198,7 @@ def _answer(session: Session, bundle: Bundle, pool: Pool) -> Answers:
     log = session.run.path / NAME / f"engine-{bundle.format}.log"
     rehearse = pool.chip if pool.rehearsed else None
     with LocalEngine(bundle.folder, threads=max(1, pool.threads // 2), rehearse=rehearse, log=log) as engine:
-        if slower := slow_path(engine.kernels):
-            session.run.event(NAME, "fallback", **slower)
+        report_kernels(partial(session.run.event, NAME), engine.kernels)
         return engine.generate(session.prompts, sampling, seeds)
 
 

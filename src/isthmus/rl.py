@@ -27,8 +27,7 @@ from isthmus.data.corpus import Document, prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.options import slow_path
+from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
@@ -141,8 +140,7 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
     log = run.path / NAME / "engine.log"
     threads = away.shared_threads if at_once else away.threads
     with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log) as engine:
-        if slower := slow_path(engine.kernels):
-            run.event(NAME, "fallback", **slower)
+        report_kernels(partial(run.event, NAME), engine.kernels)
         session = Session(
             run=run,
             task=task,

@@ -16,12 +16,13 @@ from typing import Any
 
 from isthmus import chips
 from isthmus.data.tasks import load_task
+from isthmus.engines.local import report_kernels
 from isthmus.engines.local.access_log import AccessLog
 from isthmus.engines.local.canary import Report
 from isthmus.engines.local.host import bind, run_app
 from isthmus.engines.local.keys import Keyring, check_exposure
 from isthmus.engines.local.limits import KeyLimits
-from isthmus.engines.local.options import EngineOptions, slow_path
+from isthmus.engines.local.options import EngineOptions
 from isthmus.engines.local.server import CanaryPlan, Server
 from isthmus.engines.local.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
@@ -108,9 +109,7 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
 
         def ready() -> None:
             _announce(watch, service, section.host, port, has_keys=keys.has_users)
-            if slower := slow_path(service.core.kernels):
-                watch.say(f"  {slower['what']} ({slower['why']})")
-                serving.tell("fallback", **slower)
+            report_kernels(serving.tell, service.core.kernels)
             on_ready()
 
         run_app(server, listener, on_ready=ready, drain_s=section.drain_seconds)
@@ -218,6 +217,8 @@ def _announce(watch: Watch, service: Service, host: str, port: int, *, has_keys:
     )
     if identity.statement:
         watch.say(f"  {identity.statement}")
+    if service.core.kernels != "native":
+        watch.say(f"  kernels {service.core.kernels}")
     watch.say(f"  chat   {url}/")
     watch.say(f"  API    {url}/v1")
     watch.say("  Ctrl-C stops it. For example:")

@@ -53,6 +53,8 @@ RECIPE = {
 class SampledHere:
     """An engine without a process: the bundle's own model, one sequence after the other."""
 
+    kernels = "native"
+
     def __init__(self, folder: Path, *, log: Path, threads: int = 1, rehearse: str | None = None):
         self.bundle = read_bundle(folder)
         self.model, self.rehearsed = self.bundle.build(), rehearse is not None
@@ -193,6 +195,13 @@ def test_figures_of_the_rehearsed_pool_say_so(start):
         wanted = "measured" if name.startswith("bf16") or name == "accuracy.reference" else "rehearsed"
         assert kind == wanted, name
     assert {check.limit.kind for check in record.checks if check.limit} == {"declared"}
+
+
+@pytest.mark.parametrize(("kernels", "told"), [("native", 0), ("torch: there is no C compiler here", 2)])
+def test_an_engine_without_its_compiled_layers_is_told_of(start, monkeypatch, kernels, told):
+    monkeypatch.setattr(SampledHere, "kernels", kernels)
+    execute(run := start())
+    assert [event["why"] for event in run.events("handoff", "fallback")] == [kernels] * told
 
 
 def test_every_check_has_an_event_and_a_row(start):

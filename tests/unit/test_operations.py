@@ -508,6 +508,13 @@ def test_an_engine_beyond_this_machine_wants_keys(bundle):
     assert done.returncode == 2 and "ISTHMUS_API_KEYS" in done.stderr and "--allow-open" in done.stderr
 
 
+def test_a_local_engine_says_why_it_has_no_compiled_layers(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/bin/false")
+    with LocalEngine(bundle, log=tmp_path / "log", slots=4) as engine:
+        assert engine.kernels.startswith("torch: /bin/false could not compile the kernels")
+
+
 def test_a_local_engine_still_works_for_its_trainer_where_users_need_keys(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_API_KEYS", f"alice {USER}")
     with LocalEngine(bundle, log=tmp_path / "log", slots=4) as engine:

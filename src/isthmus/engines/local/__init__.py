@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -30,14 +31,18 @@ _KEEP_MEMORY = {
 }
 
 
+def report_kernels(tell: Callable[..., None], kernels: str) -> None:
+    """Tell an event if an engine runs without its compiled layers, and so more slowly than it might."""
+    if kernels != "native":
+        tell("fallback", what="the compiled layers of the engine", why=kernels)
+
+
 class LocalEngine(HttpEngine):
     """Starts the engine's process and speaks to it. As a context manager it serves `bundle_folder` until the end.
 
     `rehearse` names a chip whose rules the engine must keep. `log` receives what the process prints; if the process
-    dies, its last lines are in the error. `kernels` is what the engine computes with: `native`, or `torch` and why.
+    dies, its last lines are in the error. `kernels` is what its core computes with, once it runs.
     """
-
-    kernels = "native"
 
     def __init__(
         self,
@@ -49,9 +54,10 @@ class LocalEngine(HttpEngine):
         slots: int = 256,
         options: EngineOptions = DEFAULT_OPTIONS,
     ):
-        super().__init__(url="", api_key=secrets.token_hex(16), start_wait_s=0.0)
+        super().__init__(url="", api_key=secrets.token_hex(16))
         self.bundle_folder, self.log = bundle_folder, log
         self.threads, self.rehearse, self.slots, self.options = threads, rehearse, slots, options
+        self.kernels = ""
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

@@ -56,8 +56,8 @@ def _serve(options: argparse.Namespace) -> int:
     )
     server = Server(service, keys=keys)
     url = f"http://{options.host}:{listener.getsockname()[1]}"
-    identity, kernels = service.identity, service.core.kernels
-    ready = {"url": url, "model": identity.model, "format": identity.format, "kernels": kernels, "pid": os.getpid()}
+    ready = {"url": url, "model": service.identity.model, "format": service.identity.format, "pid": os.getpid()}
+    ready["kernels"] = service.core.kernels
     run_app(server, listener, on_ready=lambda: print(json.dumps(ready), flush=True), drain_s=options.drain_seconds)
     return 0 if service.core.failure is None else 1
 

@@ -27,13 +27,3 @@ class EngineOptions:
 
 
 DEFAULT_OPTIONS = EngineOptions()
-
-
-def slow_path(kernels: str) -> dict[str, str] | None:
-    """What a run's `fallback` event says of an engine that computes without its compiled layers; None if it has them.
-
-    `kernels` is what the engine says of itself.
-    """
-    if kernels == "native":
-        return None
-    return {"what": "the engine computes with torch's operators, which is slower", "why": kernels}
