@@ -140,6 +140,15 @@ def test_a_token_that_is_drawn_from_no_numbers_is_not_streamed():
     assert [type(event) for event in events] == [Finished] and events[0].finish_reason == "error"
 
 
+def test_a_prompt_whose_scores_are_no_numbers_is_an_error():
+    model = small_model(1)
+    model.model.embed_tokens.weight[7] = float("nan")
+    core = Core(model, eos_id=NO_EOS, block_size=4)
+    (good, good_events), (spoilt, events) = (ask([[token] * 9], 0, prompt_logprobs=1) for token in (5, 7))
+    run_core(core, good, spoilt)
+    assert [finished(seen)[0].finish_reason for seen in (good_events, events)] == ["length", "error"]
+
+
 class Failing:
     """A constraint that raises at one of its calls."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,25 @@ def test_without_a_compiler_the_torch_path_runs_and_says_why(no_library, monkeyp
     assert Runner(model, 4, BLOCK).kernels == (
         "torch: there is no C compiler here; install one (gcc or clang) or name it in $CC"
     )
+
+
+def test_kernels_that_cannot_be_loaded_are_not_used(no_library, monkeypatch, tmp_path):
+    """As in a cache folder on a file system that allows no programs."""
+    library = tmp_path / "kernels.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(native, "_compiled", lambda: library)
+    runner = Runner(Model(architecture()).initialise(0), 4, BLOCK)
+    assert runner.kernels.startswith("torch: the compiled kernels could not be loaded: ")
+
+
+def test_without_a_home_the_torch_path_runs_and_says_why(no_library, monkeypatch):
+    def no_home(_path: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(no_home))
+    runner = Runner(Model(architecture()).initialise(0), 4, BLOCK)
+    assert runner.kernels.startswith("torch: there is no folder for the compiled kernels")
 
 
 def test_a_compiler_that_fails_is_quoted(no_library, monkeypatch, tmp_path):

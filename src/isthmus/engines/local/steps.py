@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -144,7 +145,7 @@ class Steps:
                 assert job.version is not None
                 sample.started, sample.first_token_s, sample.version = True, now - sample.arrived, job.version
             if sample.request.max_new_tokens == 0:
-                step.ended[row] = "length"
+                step.ended[row] = "length" if _are_numbers(job.prompt_tokens) else "error"
 
     def _logits(self, hidden: Tensor, places: NDArray[np.int64]) -> Tensor:
         if not np.array_equal(places, np.arange(len(hidden))):
@@ -336,6 +337,10 @@ class Steps:
         tokens, logprobs = table.generated(row).tolist(), table.logprobs[row, : table.drawn[row]].tolist()
         self.scheduler.remove_row(row, damaged=reason == "error")
         return Ending(sample, tokens, logprobs, reason, stop_token)
+
+
+def _are_numbers(tokens: list[PromptToken]) -> bool:
+    return not any(token.logprob is not None and math.isnan(token.logprob) for token in tokens)
 
 
 def _likeliest(distribution: Tensor, wanted: NDArray[np.int64]) -> list[TopLogprobs]:

@@ -225,8 +225,12 @@ class NativeModel:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The compiled kernels. Raises NativeUnavailable with the compiler's words if they cannot be had."""
-    library = ctypes.CDLL(str(_compiled()))
+    """The compiled kernels. Raises NativeUnavailable with the compiler's or the loader's words if they cannot be had."""
+    path = _compiled()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"the compiled kernels could not be loaded: {error}") from None
     library.isthmus_layer_bytes.restype = ctypes.c_int64
     assert library.isthmus_layer_bytes() == ctypes.sizeof(_Layer), "kernels.c and its Python mirror disagree"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -240,11 +244,17 @@ def _compiled() -> Path:
     if compiler is None:
         raise NativeUnavailable("there is no C compiler here; install one (gcc or clang) or name it in $CC")
     known = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus"
-    target = folder / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    target = _cache_folder() / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         _compile(compiler, target)
     return target
+
+
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus"
+    except RuntimeError as error:
+        raise NativeUnavailable(f"there is no folder for the compiled kernels ({error}); set XDG_CACHE_HOME") from None
 
 
 def _compile(compiler: str, target: Path) -> None:
