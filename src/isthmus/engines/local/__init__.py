@@ -54,7 +54,7 @@ class LocalEngine(HttpEngine):
         slots: int = 256,
         options: EngineOptions = DEFAULT_OPTIONS,
     ):
-        super().__init__(url="", api_key=secrets.token_hex(16))
+        super().__init__(url="", api_key=secrets.token_hex(16), start_wait_s=0.0)
         self.bundle_folder, self.log = bundle_folder, log
         self.threads, self.rehearse, self.slots, self.options = threads, rehearse, slots, options
         self.kernels = ""
