@@ -60,7 +60,7 @@ VOCABULARY = range(8, ARCHITECTURE.vocab_size)
 NEAR_TIE = 0.05
 """Logits this close may change places in another order of summation, whole experts among them."""
 LEAST_AGREEMENT = 0.99
-BRANCH = 0.05
+BRANCH = 0.003
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def agreeing_model() -> Model:
     assert layer is not None
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
                 weight *= BRANCH
         layer.eh_proj.weight[:] = torch.eye(architecture.hidden_size, 2 * architecture.hidden_size)
     return model
