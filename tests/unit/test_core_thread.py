@@ -99,6 +99,19 @@ def test_what_was_submitted_as_the_loop_fails_is_aborted():
         core.submit(ask([[1]], 1)[0])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_command_that_ends_the_loop_is_an_error_for_who_waits():
+    core = started()
+
+    def fail(_model) -> None:
+        raise AssertionError("not a layer")
+
+    core.runner.use = fail
+    with pytest.raises(EngineError, match="not a layer"):
+        within(PATIENCE_S, core.swap, small_model(2), 9)
+    assert core.version == 0
+
+
 def test_weights_that_cannot_be_taken_are_the_callers_error_and_the_old_ones_go_on():
     core = started()
     expected = answered(core, [5, 6], temperature=0.0)

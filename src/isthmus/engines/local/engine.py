@@ -214,9 +214,9 @@ class Core:
                 self._tell_finished(*self.steps.end(row, reason))
 
     def _between_steps(self, command: Callable[[], None]) -> None:
-        """Have a command done by the loop, and wait for it. What it raises is raised here, and the loop goes on.
+        """Have a command done by the loop, and wait for it. Its refusal is raised here, and the loop goes on.
 
-        Raises EngineError if the loop has ended or was never started.
+        Raises EngineError if the loop has ended, ends with this command, or was never started.
         """
         if self._thread.ident is None:
             raise EngineError("the engine was not started")
@@ -227,6 +227,9 @@ class Core:
                 command()
             except REFUSALS as error:
                 errors.append(error)
+            except BaseException as error:
+                errors.append(EngineError(f"the engine has stopped: {error!r}"))
+                raise
             finally:
                 done.set()
 
