@@ -138,6 +138,22 @@ def test_the_first_to_come_is_never_sent_back():
     assert order[0] == 0 and core.counters.preemptions > 0
 
 
+def test_a_job_that_is_dropped_leaves_nothing_that_is_no_number():
+    model = small_model(8)
+    model.model.embed_tokens.weight[13] = float("nan")
+    core = Core(model, eos_id=NO_EOS, block_size=4, chunk_tokens=8, slots=2)
+    doomed, events = ask([[13] * 30], 4)
+    core.submit(doomed)
+    with torch.inference_mode():
+        core.step()
+        assert not core.scheduler.store.holds_numbers(core.scheduler.jobs[0].table)
+        core.end(doomed)
+        core.step()
+    assert finished(events)[0].finish_reason == "abort"
+    assert core.scheduler.store.holds_numbers(list(range(core.scheduler.store.blocks)))
+    assert core.scheduler.pool.find(chained_digest(b"", np.full(4, 13, dtype=np.int32))) is None
+
+
 def test_a_cache_that_cannot_hold_one_sequence_is_refused():
     with pytest.raises(EngineError, match="cannot hold one sequence of 96; give it 96 or more"):
         Core(small_model(1), eos_id=NO_EOS, cache_tokens=64)

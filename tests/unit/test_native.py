@@ -17,7 +17,7 @@ from small_dense import randomised as randomised_dense
 
 from isthmus.engines.local import native
 from isthmus.engines.local.batch import Singles, StepBatch
-from isthmus.engines.local.native import NativeModel, NativeUnavailable, load_library
+from isthmus.engines.local.native import NativeModel, NativeUnavailable, load_library, tried_library
 from isthmus.engines.local.runner import Runner
 from isthmus.formats import get_format
 from isthmus.model.model import Model
@@ -110,9 +110,9 @@ def test_what_the_kernels_do_not_compute_is_said():
 
 @pytest.fixture
 def no_library():
-    load_library.cache_clear()
+    tried_library.cache_clear()
     yield
-    load_library.cache_clear()
+    tried_library.cache_clear()
 
 
 def test_without_a_compiler_the_torch_path_runs_and_says_why(no_library, monkeypatch, tmp_path):

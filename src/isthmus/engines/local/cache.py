@@ -32,6 +32,11 @@ class PagedStore:
         for store in self.layers:
             store[b : b + length] = store[a : a + length]
 
+    def holds_numbers(self, blocks: list[int]) -> bool:
+        """Whether all entries of these blocks are finite."""
+        paged = (store.view(self.blocks, -1)[blocks] for store in self.layers)
+        return all(bool(torch.isfinite(entries).all()) for entries in paged)
+
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks, after a sequence that left entries in them that are no numbers."""
         for block in blocks:

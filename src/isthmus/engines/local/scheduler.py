@@ -399,12 +399,7 @@ class Scheduler:
 
     def remove_row(self, row: int, damaged: bool = False) -> None:
         """Drop a row and give back its blocks; `damaged` ones hold what is no number, and nobody may find it."""
-        blocks = self.rows.table(row)
-        if damaged:
-            uses = self.pool.users()
-            self.pool.forget(blocks)
-            self.store.clear([block for block in blocks if uses[block] == 1])
-        self.pool.release(blocks)
+        self._give_back(self.rows.table(row), damaged)
         self.rows.remove(row)
 
     def withdraw(self, request: Request, choice: int | None) -> list[Sample]:
@@ -555,7 +550,14 @@ class Scheduler:
 
     def _drop(self, job: Job) -> None:
         self.jobs.remove(job)
-        self.pool.release(job.table)
+        self._give_back(job.table, damaged=not self.store.holds_numbers(job.table))
+
+    def _give_back(self, blocks: list[int], damaged: bool) -> None:
+        if damaged:
+            uses = self.pool.users()
+            self.pool.forget(blocks)
+            self.store.clear([block for block in blocks if uses[block] == 1])
+        self.pool.release(blocks)
 
     def _new_block(self) -> int:
         block = self.pool.allocate()

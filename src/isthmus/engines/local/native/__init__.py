@@ -223,10 +223,27 @@ class NativeModel:
         return tensor.data_ptr()
 
 
-@cache
 def load_library() -> ctypes.CDLL:
-    """The compiled kernels. Raises NativeUnavailable with its compiler's or loader's words if they cannot be had."""
-    path = _compiled()
+    """The compiled kernels. Raises NativeUnavailable with its compiler's or loader's words if they cannot be had.
+
+    What came of it the first time holds for the process: a compiler that fails is not asked at every change of weights.
+    """
+    found = tried_library()
+    if isinstance(found, NativeUnavailable):
+        raise found
+    return found
+
+
+@cache
+def tried_library() -> ctypes.CDLL | NativeUnavailable:
+    """The compiled kernels, or why they cannot be had."""
+    try:
+        return _load(_compiled())
+    except NativeUnavailable as reason:
+        return reason
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
