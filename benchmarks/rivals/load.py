@@ -89,6 +89,7 @@ class Client:
             "model": self._model,
             "prompt": [request.prompt],
             "max_tokens": request.new_tokens,
+            "ignore_eos": True,
             "temperature": self._temperature,
             "return_token_ids": True,
             "stream": streamed,
