@@ -456,7 +456,7 @@ class Scheduler:
             return None
         self._note_prefix(first, len(sequence), len(table))
         table += [self._new_block() for _ in range(wanted)]
-        job = Job(self._take_group(free), sequence, table, (len(digests)) * self.block_size, digests)
+        job = Job(self._take_group(free), sequence, table, len(digests) * self.block_size, digests)
         self.jobs.append(job)
         return job
 
