@@ -69,11 +69,6 @@ class Canary:
         self._running, self._stopped = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether the engine still drifted after the sealed weights were brought back."""
-        return self.last is not None and self.last.outcome == "drift" and self.last.rolled_back
-
     def start(self, every_s: float) -> None:
         """Run every so many seconds, in a thread of its own, until `stop`. The first canary runs at once."""
         self._thread = threading.Thread(target=self._repeat, args=(every_s,), name="canary", daemon=True)
