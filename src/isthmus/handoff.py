@@ -34,7 +34,7 @@ from isthmus.parity.seal import write_seal
 from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens, completion_log_probabilities
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
-from isthmus.records import Check, HandoffRecord, Outcome, PlanRecord, RlRecord
+from isthmus.records import Check, HandoffRecord, Layer, Outcome, PlanRecord, RlRecord
 from isthmus.rewards import get_reward
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.checkpoint import load_model_state
@@ -75,8 +75,8 @@ class Findings:
     checks: list[Check]
     figures: dict[str, Figure]
 
-    def add(self, name: str, outcome: Outcome, figure: Figure, limit: Figure, detail: str) -> None:
-        self.checks.append(Check(name=name, outcome=outcome, figure=figure, limit=limit, detail=detail))
+    def add(self, layer: Layer, name: str, outcome: Outcome, figure: Figure, limit: Figure, detail: str) -> None:
+        self.checks.append(Check(layer=layer, name=name, outcome=outcome, figure=figure, limit=limit, detail=detail))
 
 
 Answers = list[list[Completion]]
@@ -227,6 +227,7 @@ def _check_tokens(
         return Figure.measured(value, unit, source, rehearsed=chip is not None, low=low, high=high)
 
     findings.add(
+        "tokens",
         f"{bundle.format}: mean KL",
         _within(found, section.max_mean_kl),
         figure(found.mean_kl, "nats/token", found.kl_low, found.kl_high),
@@ -234,6 +235,7 @@ def _check_tokens(
         f"KL(fp32 || {bundle.format}), interval at {section.confidence:.0%} over sequences; largest {found.max_kl:.3g}",
     )
     findings.add(
+        "tokens",
         f"{bundle.format}: top-1 agreement",
         "pass" if found.top1_agreement >= section.min_top1_agreement else "fail",
         figure(100 * found.top1_agreement, "%"),
@@ -257,6 +259,7 @@ def _check_engine(session: Session, target: Bundle, answers: Answers, findings: 
     gap = (said - expected).abs().mean().item()
     source = f"{len(sequences)} answers of the engine on pool {session.target}, {len(said)} tokens"
     findings.add(
+        "engine",
         f"{target.format}: mean |Δlogp|, engine against emulator",
         "pass" if gap <= ENGINE_LIMIT else "fail",
         Figure.measured(gap, "nats/token", source, rehearsed=session.target.rehearsed),
@@ -277,6 +280,7 @@ def _check_accuracy(session: Session, target: Bundle, expected: Answers, answers
         return Figure.measured(100 * value, unit, source, rehearsed=pool.rehearsed, low=low, high=high)
 
     findings.add(
+        "task",
         f"{target.format}: accuracy, target minus reference",
         found.verdict(section.max_accuracy_drop),
         figure(found.difference, "points", session.target, 100 * found.low, 100 * found.high),

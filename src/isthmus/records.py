@@ -109,14 +109,54 @@ class RlRecord(Record):
     sample_after: str
 
 
-class Check(Part):
-    """One row of the parity table: a figure against its limit."""
+Layer = Literal["files", "coverage", "config", "modules", "tokens", "engine", "task"]
+"""The layers of the parity gate, cheapest first."""
 
+
+class Check(Part):
+    """One finding of the parity gate: a figure against its limit, where it has them.
+
+    A finding about one module names it (its path in the published names), and the operator in it where that is known.
+    """
+
+    layer: Layer
     name: str
     outcome: Outcome
     figure: Figure | None
     limit: Figure | None
     detail: str
+    module: str | None = None
+    operator: str | None = None
+
+
+class LedgerRow(Part):
+    """What a module lost on the way, as relative L2 errors of its output on golden inputs.
+
+    `quantisation` is between the trained weights and the exact emulator of the format, `chip` between the emulator and
+    the target. `floor` is what rounding on a healthy target costs. None: not measured.
+    """
+
+    module: str
+    kind: str
+    quantisation: float | None
+    chip: float | None
+    floor: float | None
+
+
+class ParityVerdict(Part):
+    """`verdict.json` of a bundle: what the gate found on the target, and where the fault is if it refused."""
+
+    verdict: Literal["pass", "refuse"]
+    target: str
+    rehearsed: bool
+    checks: list[Check]
+    ledger: list[LedgerRow]
+    culprit: str | None
+    operator: str | None
+    isthmus: str
+    torch: str
+    started: float
+    ended: float
 
 
 class HandoffRecord(Record):

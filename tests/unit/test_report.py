@@ -181,7 +181,11 @@ class Story:
             target_pool="away",
             format="w8a8",
             verdict=verdict,  # type: ignore[arg-type]
-            checks=[records.Check(name="mean_kl", outcome=outcome, figure=kl, limit=limit, detail="against fp32")],
+            checks=[
+                records.Check(
+                    layer="tokens", name="mean_kl", outcome=outcome, figure=kl, limit=limit, detail="against fp32"
+                )
+            ],
             bundles={"w8a8": "bundle/w8a8"},
             seal_id="5ea1ed00" if verdict == "pass" else None,
             figures={},

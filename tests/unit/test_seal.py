@@ -38,7 +38,7 @@ def record(**changes) -> HandoffRecord:
         "target_pool": "away",
         "format": "w8a8",
         "verdict": "pass",
-        "checks": [Check(name="mean KL", outcome="pass", figure=figure, limit=figure, detail="")],
+        "checks": [Check(layer="tokens", name="mean KL", outcome="pass", figure=figure, limit=figure, detail="")],
         "bundles": {"w8a8": "bundle/w8a8"},
         "seal_id": None,
         "figures": {},

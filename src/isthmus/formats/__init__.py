@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from isthmus.formats.calibration import Calibration
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "golden", "int8", "published", "wire"})
+SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "golden", "int8", "published", "wire"})
 
 
 class Format(Protocol):
@@ -31,8 +32,22 @@ class Format(Protocol):
     dtype: str
     """What `torch_dtype` in config.json says: "float32" or "bfloat16"."""
 
-    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
-        """Stored tensors, contiguous, of a state with published names in fp32."""
+    needs_calibration: bool
+    """Whether `export` must be given what the inputs of the model's modules look like."""
+
+    def export_one(
+        self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        """What one tensor with its published name becomes: stored tensors, contiguous. None if it is not stored.
+
+        The tensor may have any float dtype. Raises IsthmusError if a calibration is needed and absent.
+        """
+        ...
+
+    def export(
+        self, state: dict[str, Tensor], architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        """`export_one` of every tensor of a state."""
         ...
 
     def layout(self, architecture: ModelSection) -> Layout:

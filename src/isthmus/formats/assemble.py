@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
+from isthmus.formats.calibration import Calibration
 from isthmus.model.attention import RotaryTable
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
@@ -32,16 +34,33 @@ def fill(model: Model, tensors: dict[str, Tensor]) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def export_float(state: dict[str, Tensor], architecture: ModelSection, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor in `dtype`, except the routing bias, which published checkpoints keep in fp32.
+class TensorByTensor(ABC):
+    """A format whose tensors are exported one by one."""
+
+    needs_calibration = False
+
+    @abstractmethod
+    def export_one(
+        self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]: ...
+
+    def export(
+        self, state: dict[str, Tensor], architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        stored: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            stored |= self.export_one(name, tensor, architecture, calibration)
+        return stored
+
+
+def export_float(name: str, tensor: Tensor, architecture: ModelSection, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tensor in `dtype`, except the routing bias, which published checkpoints keep in fp32.
 
     A tied output head is left out, as in published checkpoints.
     """
-    return {
-        name: tensor.detach().to(_stored_dtype(name, dtype)).contiguous()
-        for name, tensor in state.items()
-        if not _is_tied_head(name, architecture)
-    }
+    if _is_tied_head(name, architecture):
+        return {}
+    return {name: tensor.detach().to(_stored_dtype(name, dtype)).contiguous()}
 
 
 def float_layout(architecture: ModelSection, dtype: torch.dtype) -> Layout:

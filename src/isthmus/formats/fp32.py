@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import announced_dtype, export_float, fill, float_layout, unfilled
+from isthmus.formats.assemble import TensorByTensor, announced_dtype, export_float, fill, float_layout, unfilled
+from isthmus.formats.calibration import Calibration
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
 
-class Fp32:
+class Fp32(TensorByTensor):
     """Stores the trained weights as they are."""
 
     name = "fp32"
     dtype = "float32"
 
-    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
-        return export_float(state, architecture, torch.float32)
+    def export_one(
+        self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        return export_float(name, tensor, architecture, torch.float32)
 
     def layout(self, architecture: ModelSection) -> Layout:
         return float_layout(architecture, torch.float32)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import export_float, fill, float_layout, unfilled
+from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
+from isthmus.formats.calibration import Calibration
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp
@@ -31,19 +32,19 @@ MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
-class W8A8:
+class W8A8(TensorByTensor):
     """Dynamic W8A8, symmetric on both sides."""
 
     name = "w8a8"
     dtype = "bfloat16"
 
-    def export(self, state: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
-        stored = export_float({k: v for k, v in state.items() if not is_quantised(k)}, architecture, torch.bfloat16)
-        for name in filter(is_quantised, state):
-            values, scale = quantise_rows(state[name].detach().float())
-            stored[name] = values.to(torch.int8)
-            stored[f"{name}_scale"] = scale
-        return stored
+    def export_one(
+        self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        if not is_quantised(name):
+            return export_float(name, tensor, architecture, torch.bfloat16)
+        values, scale = quantise_rows(tensor.detach().float())
+        return {name: values.to(torch.int8), f"{name}_scale": scale}
 
     def layout(self, architecture: ModelSection) -> Layout:
         layout = float_layout(architecture, torch.bfloat16)
