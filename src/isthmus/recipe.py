@@ -119,6 +119,7 @@ class DeepseekSection(ModelSection):
     routed_scaling_factor: float = 1.0
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     first_k_dense_replace: int = Field(default=1, ge=0)
+    swiglu_limit: float | None = Field(default=None, gt=0, description="clamp in front of SwiGLU, as DeepSeek-V4 has")
     num_nextn_predict_layers: Literal[0, 1] = 1
     rope_scaling: YarnScaling | None = None
 
@@ -615,7 +616,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "moe_layer_freq": (1,),
         "rope_interleave": (True,),
     },
-    "dense": {"mlp_bias": (False, None), "use_sliding_window": (False, None)},
+    "dense": {"mlp_bias": (False, None), "use_sliding_window": (False, None), "swiglu_limit": (None,)},
 }
 _ROPE_KINDS: dict[str, tuple[str, type[YarnScaling | Llama3Scaling]]] = {
     "deepseek": ("yarn", YarnScaling),

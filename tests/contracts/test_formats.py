@@ -18,6 +18,7 @@ from isthmus.model.model import Model
 from isthmus.recipe import DeepseekSection
 
 ARCHITECTURE = tiny_architecture(vocab_size=53, initializer_range=0.1)
+CLAMPED = ARCHITECTURE.model_copy(update={"swiglu_limit": 0.5})
 TIED = ARCHITECTURE.model_copy(update={"tie_word_embeddings": True, "num_nextn_predict_layers": 0})
 TOKENS = torch.randint(53, (2, 18), generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +51,7 @@ def test_the_name_is_the_registration(name):
 
 
 @every_format
-@pytest.mark.parametrize("architecture", [ARCHITECTURE, TIED], ids=["mtp", "tied"])
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, TIED, CLAMPED], ids=["mtp", "tied", "clamped"])
 def test_a_bundle_comes_back_and_computes(tmp_path, name, architecture):
     write_bundle(tmp_path / "b", name, state(architecture), architecture, TinyTokenizer())
     bundle = read_bundle(tmp_path / "b")

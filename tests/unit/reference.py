@@ -76,7 +76,7 @@ def decoder_layer(weights: Weights, arch: DeepseekSection, index: int, x: Tensor
     x = x + attention(weights, arch, f"{layer}self_attn.", rms_norm(x, weights[f"{layer}input_layernorm.weight"], arch))
     normed = rms_norm(x, weights[f"{layer}post_attention_layernorm.weight"], arch)
     if index < arch.first_k_dense_replace:
-        return x + gated_mlp(weights, f"{layer}mlp.", normed)
+        return x + gated_mlp(weights, f"{layer}mlp.", normed, arch.swiglu_limit)
     return x + torch.stack([mixture(weights, arch, f"{layer}mlp.", token) for token in normed])
 
 
@@ -84,11 +84,12 @@ def rms_norm(x: Tensor, weight: Tensor, arch: DeepseekSection) -> Tensor:
     return weight * x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + arch.rms_norm_eps).sqrt()
 
 
-def gated_mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
-    gate = x @ weights[f"{prefix}gate_proj.weight"].T
-    return (gate / (1 + (-gate).exp()) * (x @ weights[f"{prefix}up_proj.weight"].T)) @ weights[
-        f"{prefix}down_proj.weight"
-    ].T
+def gated_mlp(weights: Weights, prefix: str, x: Tensor, limit: float | None) -> Tensor:
+    gate, up = x @ weights[f"{prefix}gate_proj.weight"].T, x @ weights[f"{prefix}up_proj.weight"].T
+    if limit is not None:
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
+    return (gate / (1 + (-gate).exp()) * up) @ weights[f"{prefix}down_proj.weight"].T
 
 
 def attention(weights: Weights, arch: DeepseekSection, prefix: str, x: Tensor) -> Tensor:
@@ -146,10 +147,10 @@ def mixture(weights: Weights, arch: DeepseekSection, prefix: str, token: Tensor)
     bias = weights[f"{prefix}gate.e_score_correction_bias"].tolist()
     chosen = choose(arch, affinities.tolist(), bias)
     total = sum(affinities[e] for e in chosen) if arch.norm_topk_prob else 1.0
-    y = gated_mlp(weights, f"{prefix}shared_experts.", token)
+    y = gated_mlp(weights, f"{prefix}shared_experts.", token, arch.swiglu_limit)
     for e in chosen:
         share = arch.routed_scaling_factor * affinities[e] / total
-        y = y + share * gated_mlp(weights, f"{prefix}experts.{e}.", token)
+        y = y + share * gated_mlp(weights, f"{prefix}experts.{e}.", token, arch.swiglu_limit)
     return y
 
 

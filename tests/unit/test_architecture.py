@@ -178,10 +178,17 @@ def test_absorbed_attention_equals_naive_in_float64(arch: DeepseekSection, scori
 
 
 @examples(20)
-@given(architectures(num_nextn_predict_layers=1), st.sampled_from(["sigmoid", "softmax"]), SEEDS)
-def test_multi_token_prediction_equals_its_formulas_in_float64(arch: DeepseekSection, scoring: str, seed: int):
+@given(
+    architectures(num_nextn_predict_layers=1),
+    st.sampled_from(["sigmoid", "softmax"]),
+    st.sampled_from([None, 0.05]),
+    SEEDS,
+)
+def test_multi_token_prediction_equals_its_formulas_in_float64(
+    arch: DeepseekSection, scoring: str, limit: float | None, seed: int
+):
     """Logits of both heads, and the gradient of each tensor under the loss of the second one alone."""
-    arch = arch.model_copy(update={"scoring_func": scoring})
+    arch = arch.model_copy(update={"scoring_func": scoring, "swiglu_limit": limit})
     with float64():
         model, tokens = randomised(arch, seed), random_tokens(seed, rows=1, length=8)
         states = model.hidden(tokens)

@@ -210,6 +210,7 @@ def test_published_configurations_have_their_published_size(config: dict, parame
         (R1_DISTILL_QWEN_7B, {"num_nextn_predict_layers": 1}, "no multi-token prediction"),
         (R1_DISTILL_QWEN_7B, {"num_key_value_heads": 3}, "must be a multiple"),
         (R1_DISTILL_LLAMA_8B, {"mlp_bias": True}, "mlp_bias = True is not supported"),
+        (R1_DISTILL_LLAMA_8B, {"swiglu_limit": 7.0}, r"swiglu_limit = 7\.0 is not supported"),
         (R1_DISTILL_LLAMA_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (R1_DISTILL_LLAMA_8B, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (

@@ -151,8 +151,9 @@ def fake_quantised(arch: DeepseekSection, tensors: dict[str, torch.Tensor]) -> M
     return model
 
 
-def test_the_built_model_equals_fake_quantisation():
-    arch = architecture(first_k_dense_replace=2, q_lora_rank=14)
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_the_built_model_equals_fake_quantisation(limit):
+    arch = architecture(first_k_dense_replace=2, q_lora_rank=14, swiglu_limit=limit)
     tensors = get_format("w8a8").export(trained_state(arch), arch)
     tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
     found = get_format("w8a8").build(arch, tensors)(tokens)

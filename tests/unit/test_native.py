@@ -108,6 +108,14 @@ def test_what_the_kernels_do_not_compute_is_said():
     assert Runner(model, 4, BLOCK).kernels.startswith("torch: the kernels compute fp32 and W8A8")
 
 
+@pytest.mark.parametrize("name", ["fp32", "w8a8"])
+def test_a_clamp_in_front_of_swiglu_takes_the_torch_path(name: str):
+    arch = architecture(swiglu_limit=0.1)
+    model = get_format(name).build(arch, get_format(name).export(Model(arch).initialise(0).state_dict(), arch))
+    with pytest.raises(NativeUnavailable, match="with a clamp"):
+        NativeModel(model, BLOCK, 1)
+
+
 @pytest.fixture
 def no_library():
     tried_library.cache_clear()

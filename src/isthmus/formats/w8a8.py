@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isthmus.formats import Layout
 from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
 from isthmus.formats.calibration import Calibration
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
 from isthmus.model.model import Model
-from isthmus.model.moe import Experts, GatedMlp
+from isthmus.model.moe import Experts, GatedMlp, swiglu
 from isthmus.recipe import DeepseekSection, ModelSection
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -115,13 +114,20 @@ class W8A8Linear(nn.Module):
 class W8A8GatedMlp(nn.Module):
     """SwiGLU with gate and up in one product."""
 
-    def __init__(self, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]):
+    def __init__(
+        self,
+        gate: tuple[Tensor, Tensor],
+        up: tuple[Tensor, Tensor],
+        down: tuple[Tensor, Tensor],
+        limit: float | None = None,
+    ):
         super().__init__()
+        self.limit = limit
         self.gate_up = W8A8Linear(gate, up)
         self.down = W8A8Linear(down)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_swiglu(self.gate_up(x)))
+        return self.down(_swiglu(self.gate_up(x), self.limit))
 
 
 class W8A8Experts(nn.Module):
@@ -132,8 +138,9 @@ class W8A8Experts(nn.Module):
     down: Tensor
     down_scale: Tensor
 
-    def __init__(self, experts: list[dict[str, tuple[Tensor, Tensor]]]):
+    def __init__(self, experts: list[dict[str, tuple[Tensor, Tensor]]], limit: float | None = None):
         super().__init__()
+        self.limit = limit
         stacked = {
             "gate_up": [
                 (torch.cat((e["gate_proj"][0], e["up_proj"][0])), torch.cat((e["gate_proj"][1], e["up_proj"][1])))
@@ -154,7 +161,7 @@ class W8A8Experts(nn.Module):
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
         gate_up = quantised_matmul(x, self.gate_up[index].t(), self.gate_up_scale[index])
-        return quantised_matmul(_swiglu(gate_up), self.down[index].t(), self.down_scale[index])
+        return quantised_matmul(_swiglu(gate_up, self.limit), self.down[index].t(), self.down_scale[index])
 
 
 def is_quantised(name: str) -> bool:
@@ -218,18 +225,20 @@ def _quantised_module(child: nn.Module, path: str, tensors: dict[str, Tensor]) -
         return tensors[f"{part}.weight"], tensors[f"{part}.weight_scale"]
 
     if isinstance(child, GatedMlp):
-        return W8A8GatedMlp(*(stored(f"{path}.{part}") for part in MLP_PARTS))
+        return W8A8GatedMlp(*(stored(f"{path}.{part}") for part in MLP_PARTS), limit=child.limit)
     if isinstance(child, Experts):
         count = child.down.shape[0]
-        return W8A8Experts([{part: stored(f"{path}.{i}.{part}") for part in MLP_PARTS} for i in range(count)])
+        return W8A8Experts(
+            [{part: stored(f"{path}.{i}.{part}") for part in MLP_PARTS} for i in range(count)], child.limit
+        )
     if isinstance(child, nn.Linear) and path.rpartition(".")[2] in ATTENTION_PARTS:
         return W8A8Linear(stored(path), bias=child.bias is not None)
     return None
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return swiglu(gate, up, limit)
 
 
 FORMAT = W8A8()

@@ -15,6 +15,7 @@ def hf_config(architecture: ModelSection, *, dtype: str, eos_token_id: int, bos_
     assert isinstance(architecture, DeepseekSection | DenseSection)
     left_out = {"preset", "from_", "rope_scaling"}
     left_out |= {"num_nextn_predict_layers"} if isinstance(architecture, DenseSection) else set()
+    left_out |= {"swiglu_limit"} if getattr(architecture, "swiglu_limit", None) is None else set()
     fields = architecture.model_dump(mode="json", exclude=left_out)
     rope = architecture.rope_scaling
     rope_parameters: dict[str, Any] = {"rope_theta": architecture.rope_theta, "rope_type": "default"}

@@ -62,5 +62,5 @@ class DecoderLayer(ResidualLayer):
     def __init__(self, architecture: DeepseekSection, index: int):
         a = architecture
         dense = index < a.first_k_dense_replace
-        mlp = GatedMlp(a.hidden_size, a.intermediate_size) if dense else MixtureOfExperts(a)
+        mlp = GatedMlp(a.hidden_size, a.intermediate_size, a.swiglu_limit) if dense else MixtureOfExperts(a)
         super().__init__(a, LatentAttention(a), mlp)

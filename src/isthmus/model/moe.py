@@ -16,17 +16,25 @@ from isthmus.model.documents import Rows
 from isthmus.recipe import DeepseekSection
 
 
+def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
+    """silu(gate) * up. With a limit the gate is clamped from above and `up` on both sides, as vLLM does."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
 class GatedMlp(nn.Module):
     """SwiGLU with the published parameter names."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
 @dataclass
@@ -98,6 +106,7 @@ class Experts(nn.Module):
         super().__init__()
         hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
         self.total, self.first, self.grouped = architecture.n_routed_experts, 0, False
+        self.limit = architecture.swiglu_limit
         self.gate_up = nn.Parameter(torch.empty(architecture.n_routed_experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(architecture.n_routed_experts, hidden, width))
         self.register_state_dict_post_hook(_publish_experts)
@@ -108,7 +117,7 @@ class Experts(nn.Module):
         if self.grouped and len(x):
             return self._grouped(x, counts)
         parts = zip(x.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
-        return torch.cat([_swiglu_mlp(rows, gate_up, down) for rows, gate_up, down in parts])
+        return torch.cat([self._expert(rows, gate_up, down) for rows, gate_up, down in parts])
 
     def published_shapes(self, parameter: str) -> dict[str, torch.Size]:
         """Published names and shapes of what the stack `parameter` holds of all experts, here or elsewhere."""
@@ -119,12 +128,11 @@ class Experts(nn.Module):
     def _grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        return F.grouped_mm(swiglu(gate, up, self.limit), self.down.transpose(1, 2), offs=ends)
 
-
-def _swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(swiglu(gate, up, self.limit), down)
 
 
 def _publish_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
@@ -214,7 +222,7 @@ class MixtureOfExperts(nn.Module):
         a = architecture
         self.gate = Router(a)
         self.experts = Experts(a)
-        self.shared_experts = GatedMlp(a.hidden_size, a.moe_intermediate_size * a.n_shared_experts)
+        self.shared_experts = GatedMlp(a.hidden_size, a.moe_intermediate_size * a.n_shared_experts, a.swiglu_limit)
         self.num_experts = a.n_routed_experts
         self.exchange: Exchange | None = None
 

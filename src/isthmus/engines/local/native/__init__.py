@@ -186,6 +186,7 @@ class NativeModel:
             isinstance(experts, Experts) and experts.total == len(experts.down)
         )
         _require(whole, f"a {type(experts).__name__}")
+        _require(experts.limit is None, "experts with a clamp")
         if isinstance(experts, W8A8Experts):
             native.gate_up_scale = self._address(experts.gate_up_scale)
             native.down_scale = self._address(experts.down_scale)
@@ -194,6 +195,7 @@ class NativeModel:
         native.mlp = self._mlp(mixture.shared_experts)
 
     def _mlp(self, mlp: nn.Module) -> _Mlp:
+        _require(getattr(mlp, "limit", None) is None, "an MLP with a clamp")
         if isinstance(mlp, W8A8GatedMlp):
             joined, down = self._linear(mlp.gate_up), self._linear(mlp.down)
             width = joined.outputs // 2
