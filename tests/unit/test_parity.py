@@ -62,11 +62,41 @@ def test_token_parity_equals_sums_written_out():
     assert 0 < found.kl_low < found.mean_kl < found.kl_high
 
 
+def chosen_experts(model: Model, tokens: list[int]) -> list[list[set[int]]]:
+    """Layer by layer and token by token, read off the routers themselves."""
+    seen = []
+    routers = model.routers()[: ARCHITECTURE.num_hidden_layers - ARCHITECTURE.first_k_dense_replace]
+    hooks = [gate.register_forward_hook(lambda _m, _i, routing: seen.append(routing.experts)) for gate in routers]
+    model.hidden(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return [[set(row) for row in experts.tolist()] for experts in seen]
+
+
+def test_router_flips_are_tokens_and_layers_with_other_experts():
+    reference, candidate = models()
+    golden = sequences(20)
+    pairs = [
+        pair
+        for one in golden
+        for layers in zip(
+            *(chosen_experts(model, one.prompt + one.completion) for model in (reference, candidate)), strict=True
+        )
+        for pair in zip(*layers, strict=True)
+    ]
+    found = compare_tokens(reference, candidate, golden)
+    assert found.router_choices == len(pairs) > 100
+    assert found.router_flips == pytest.approx(sum(a != b for a, b in pairs), abs=2) and found.router_flips > 2
+    favoured = torch.tensor([10.0, 0.0, 0.0, 0.0])
+    reference.routers()[0].e_score_correction_bias = favoured
+    assert compare_tokens(reference, candidate, golden).router_flips > 0.4 * len(pairs)
+
+
 def test_a_model_agrees_with_itself():
     reference, _ = models()
     found = compare_tokens(reference, reference, sequences(5))
     assert found.mean_kl == found.max_kl == found.mean_abs_dlogp == 0 and found.top1_agreement == 1
-    assert found.near_ties == found.flips == 0
+    assert found.near_ties == found.flips == found.router_flips == 0
 
 
 def test_a_wrong_layer_is_seen():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus.model.model import Model
+from isthmus.model.moe import Trace
 
 TIE_NATS = 0.1
 """A changed first choice is a near-tie if the reference preferred its own by less than this many nats (10%)."""
@@ -34,6 +35,7 @@ class TokenParity:
 
     `near_ties` and `flips` are the positions where the first choices differ: between choices that the reference holds
     nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
+    Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts.
     """
 
     sequences: int
@@ -46,17 +48,34 @@ class TokenParity:
     near_ties: int
     flips: int
     mean_abs_dlogp: float
+    router_choices: int
+    router_flips: int
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """Per completion token of a batch, [N] each; `sequence` counts from 0 within the comparison."""
+    """Per completion token of a batch, [N] each; `sequence` counts from 0 within the comparison.
+
+    `router_flips` [R] marks, for each token of the batch and each layer with experts, whether the experts differ.
+    """
 
     kl: Tensor
     agrees: Tensor
     near_tie: Tensor
     abs_dlogp: Tensor
     sequence: Tensor
+    router_flips: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a model over a batch, on the CPU: `logits` [N, V] of the completion tokens of all sequences.
+
+    `experts` [R, K], sorted in each row, are those that each layer chose for each token, padding left out.
+    """
+
+    logits: Tensor
+    experts: Tensor
 
 
 def compare_tokens(
@@ -69,7 +88,8 @@ def compare_tokens(
 ) -> TokenParity:
     """Feed the same sequences to both models and compare the distributions of every completion token.
 
-    The candidate runs inside `candidate_context()`; its logits are compared outside, in float64.
+    The candidate runs inside `candidate_context()`, on whatever device it is on; its logits are compared outside, on
+    the CPU and in float64.
     """
     sequences = sorted(sequences, key=lambda sequence: len(sequence.prompt) + len(sequence.completion))
     batches = [
@@ -78,6 +98,7 @@ def compare_tokens(
     kl = torch.cat([batch.kl for batch in batches])
     agrees = torch.cat([batch.agrees for batch in batches])
     near_tie = torch.cat([batch.near_tie for batch in batches])
+    router_flips = torch.cat([batch.router_flips for batch in batches])
     low, high = _bootstrap(kl, torch.cat([batch.sequence for batch in batches]), len(sequences), confidence)
     return TokenParity(
         sequences=len(sequences),
@@ -90,11 +111,13 @@ def compare_tokens(
         near_ties=int(near_tie.sum()),
         flips=int((~agrees & ~near_tie).sum()),
         mean_abs_dlogp=torch.cat([batch.abs_dlogp for batch in batches]).mean().item(),
+        router_choices=len(router_flips),
+        router_flips=int(router_flips.sum()),
     )
 
 
-def completion_logits(model: Model, sequences: list[GoldenSequence]) -> Tensor:
-    """Logits [N, V] of the completion tokens of all sequences, one sequence after the other, in one batch."""
+def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
+    """All sequences, one after the other, in one batch."""
     lengths = [len(sequence.prompt) + len(sequence.completion) for sequence in sequences]
     width = max(lengths)
     rows = [[*one.prompt, *one.completion, *[0] * (width - size)] for one, size in zip(sequences, lengths, strict=True)]
@@ -102,16 +125,20 @@ def completion_logits(model: Model, sequences: list[GoldenSequence]) -> Tensor:
         torch.arange(row * width + len(one.prompt) - 1, row * width + size - 1)
         for row, (one, size) in enumerate(zip(sequences, lengths, strict=True))
     ]
+    device, trace = model.model.embed_tokens.weight.device, Trace()
+    real = torch.arange(width) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
-        hidden = model.hidden(torch.tensor(rows)).flatten(0, 1)
-        return model.logits(hidden.index_select(0, torch.cat(predicting)))
+        hidden = model.hidden(torch.tensor(rows, device=device), trace=trace).flatten(0, 1)
+        logits = model.logits(hidden.index_select(0, torch.cat(predicting).to(device))).cpu()
+        chosen = [routing.experts.cpu()[real.flatten()].sort(-1).values for routing in trace.routings]
+    return Pass(logits, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
 
 
 def completion_log_probabilities(model: Model, sequences: list[GoldenSequence], temperature: float) -> Tensor:
     """Log-probabilities [N], in float64, that the model gives the completion tokens at a temperature."""
     parts = []
     for _, batch in _batches(sequences):
-        distribution = (completion_logits(model, batch).double() / temperature).log_softmax(-1)
+        distribution = (run_batch(model, batch).logits.double() / temperature).log_softmax(-1)
         parts.append(distribution.gather(-1, _completion_tokens(batch)[:, None]).squeeze(-1))
     return torch.cat(parts)
 
@@ -123,10 +150,10 @@ def _compare_batch(
     start: int,
     candidate_context: Callable[[], AbstractContextManager[object]],
 ) -> _Positions:
-    expected = completion_logits(reference, batch).double().log_softmax(-1)
+    wanted = run_batch(reference, batch)
     with candidate_context():
-        logits = completion_logits(candidate, batch)
-    found = logits.double().log_softmax(-1)
+        given = run_batch(candidate, batch)
+    expected, found = (one.logits.double().log_softmax(-1) for one in (wanted, given))
     first, other = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
     agrees = (first == other).squeeze(-1)
     preference = (expected.gather(-1, first) - expected.gather(-1, other)).squeeze(-1)
@@ -138,6 +165,7 @@ def _compare_batch(
         near_tie=~agrees & (preference < TIE_NATS),
         abs_dlogp=(expected - found).gather(-1, taken).squeeze(-1).abs(),
         sequence=torch.arange(start, start + len(batch)).repeat_interleave(lengths),
+        router_flips=(wanted.experts != given.experts).any(-1),
     )
 
 
