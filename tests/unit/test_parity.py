@@ -198,3 +198,27 @@ def test_answers_that_do_not_hang_together_need_no_correction():
     rows = [[[chance.random() < 0.5 for _ in range(4)] for _ in range(500)] for _ in range(2)]
     assert compare_answers(*rows, 0.95).design_effect < 1.2
     assert compare_answers(rows[0], rows[0], 0.95).design_effect == 4
+
+
+def equally_good(chance: random.Random, problems: int) -> tuple[list[list[bool]], list[list[bool]]]:
+    """Half of the problems right; a fifth of the answers are another draw on the other side."""
+    reference = [[chance.random() < 0.5] for _ in range(problems)]
+    return reference, [
+        [chance.random() < 0.5 if chance.random() < 0.2 else right for right in row] for row in reference
+    ]
+
+
+@pytest.mark.parametrize(("problems", "margin"), [(200, 0.05), (200, 0.1), (60, 0.1)])
+def test_the_stated_power_is_how_often_an_equally_good_model_passes(problems, margin):
+    chance = random.Random(5)
+    found = [compare_answers(*equally_good(chance, problems), 0.95) for _ in range(400)]
+    passed = sum(one.verdict(margin) == "pass" for one in found) / 400
+    assert passed == pytest.approx(sum(one.power(margin) for one in found) / 400, abs=0.1)
+    assert 0.2 < passed < 0.99
+
+
+def test_as_many_problems_as_are_asked_for_give_the_power():
+    found = compare_answers(*simulate(random.Random(6), 120, 4), 0.95)
+    for power in (0.5, 0.8, 0.99):
+        assert found.power(0.05, found.problems_for(power, 0.05)) == pytest.approx(power, abs=0.01)
+    assert found.problems_for(0.8, 0.02) > 5 * found.problems_for(0.8, 0.05)

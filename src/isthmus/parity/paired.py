@@ -37,6 +37,30 @@ class PairedAccuracy:
             return "pass"
         return "fail" if self.high < -margin else "unknown"
 
+    @property
+    def discordance(self) -> float:
+        """Share of answers that only one of the two got right, by Laplace's rule: never 0."""
+        return (self.only_reference + self.only_candidate + 1) / (self.answers + 2)
+
+    def power(self, margin: float, problems: int | None = None) -> float:
+        """How likely a candidate that is exactly as good passes, with this many problems of this kind.
+
+        A normal difference with variance discordance / answers (Liu, Hsueh, Hsieh and Chen, Statistics in Medicine 21,
+        2002, 231-245), the answers divided by the design effect.
+        """
+        answers = self.answers / self.design_effect * (problems or self.problems) / self.problems
+        return NormalDist().cdf(margin / math.sqrt(self.discordance / answers) - self._quantile)
+
+    def problems_for(self, power: float, margin: float) -> int:
+        """How many problems of this kind an equally good candidate needs to pass with this probability."""
+        spread = self._quantile + NormalDist().inv_cdf(power)
+        answers = self.discordance * (spread / margin) ** 2
+        return math.ceil(answers * self.design_effect * self.problems / self.answers)
+
+    @property
+    def _quantile(self) -> float:
+        return NormalDist().inv_cdf((1 + self.confidence) / 2)
+
 
 def compare_answers(reference: list[list[bool]], candidate: list[list[bool]], confidence: float) -> PairedAccuracy:
     """Compare right and wrong answers: a row per problem, as many answers in each, paired by their place."""
