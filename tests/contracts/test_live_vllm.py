@@ -130,6 +130,15 @@ def test_it_samples_what_it_says_and_what_our_model_computes(engine, deepseek):
     assert distances(model, greedy, 1.0).max() < 2e-3
 
 
+def test_it_scores_given_sequences_as_our_model_does(engine, deepseek):
+    model = read_bundle(deepseek).build()
+    for sequence, found in zip(PROMPTS, engine.score(PROMPTS), strict=True):
+        rows = torch.log_softmax(model(torch.tensor([sequence]))[0, :-1], -1)
+        own = rows.gather(-1, torch.tensor(sequence[1:])[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor([one.logprob for one in found]), own, atol=2e-3, rtol=0)
+        torch.testing.assert_close(torch.tensor([one.best_logprob for one in found]), rows.amax(-1), atol=2e-3, rtol=0)
+
+
 def test_the_end_token_is_part_of_the_sample(engine, deepseek):
     eos = small_tokenizer().eos_id
     found = engine.generate(PROMPTS[:1], Sampling(100, temperature=1.0, n=64))

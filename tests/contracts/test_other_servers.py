@@ -81,6 +81,25 @@ def test_samples_come_in_order_with_the_logprobs_of_the_sampled_distribution(pai
             torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_given_sequences_are_scored_token_by_token(pair, bundle):
+    model = read_bundle(bundle).build()
+    for sequence, found in zip(PROMPTS, pair[1].score(PROMPTS), strict=True):
+        rows = torch.log_softmax(model(torch.tensor([sequence]))[0, :-1].double(), -1)
+        assert [one.best for one in found] == rows.argmax(-1).tolist()
+        expected = expected_logprobs(model, sequence[:1], sequence[1:], 1.0).tolist()
+        assert [one.logprob for one in found] == pytest.approx(expected, abs=1e-4)
+        assert [one.best_logprob for one in found] == pytest.approx(rows.amax(-1).tolist(), abs=1e-4)
+    assert pair[1].score([]) == []
+
+
+def test_a_server_that_does_not_score_prompts_is_named(bundle, stack):
+    server = FakeVllm(bundle)
+    server.with_ids = False
+    stack.enter_context(serving(server))
+    with pytest.raises(EngineError, match="does not score prompts"):
+        HttpEngine(server.url).score(PROMPTS)
+
+
 def test_seeds_belong_to_their_prompts_and_no_two_samples_share_draws(pair):
     engine = pair[1]
     alone = engine.generate(PROMPTS[1:2], Sampling(12, n=2), seeds=[77])

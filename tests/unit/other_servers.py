@@ -76,6 +76,16 @@ class OtherServer:
                 break
         return steps
 
+    def scored(self, prompt: list[int]) -> list[tuple[int, float, int, float]]:
+        """Of every token but the first: itself, its log-probability, the likeliest token and its."""
+        with torch.no_grad():
+            rows = torch.log_softmax(self.model(torch.tensor([prompt]))[0].double(), -1)[:-1]
+        best = rows.argmax(-1).tolist()
+        return [
+            (token, row[token].item(), top, row[top].item())
+            for token, row, top in zip(prompt[1:], rows, best, strict=True)
+        ]
+
     def load(self, folder: str) -> None:
         """Raises IsthmusError if there is no whole bundle."""
         with self._lock:
@@ -115,6 +125,8 @@ class FakeVllm(OtherServer):
             raise Answer(400, {"error": {"message": "Token id 99999 is out of vocabulary", "code": 400}})
         if self.model.lm_head.weight.isnan().any():
             raise Answer(400, {"error": {"message": "Out of range float values are not JSON compliant", "code": 400}})
+        if ask.get("prompt_logprobs") is not None:
+            return {"choices": [self.scored_choice(i, prompt) for i, prompt in enumerate(ask["prompt"])][::-1]}
         n, seed = ask.get("n", 1), ask.get("seed")
         choices = []
         for place, prompt in enumerate(ask["prompt"]):
@@ -123,6 +135,14 @@ class FakeVllm(OtherServer):
                 steps = self.sample(prompt, ask["max_tokens"], ask["temperature"], own, ask["logprobs"])
                 choices.append(self.choice(place * n + child, steps, ask))
         return {"object": "text_completion", "choices": choices[::-1]}
+
+    def scored_choice(self, index: int, prompt: list[int]) -> dict[str, Any]:
+        places = [
+            {str(i): {"logprob": value, "rank": 1} for i, value in ((top, highest), (token, own))}
+            for token, own, top, highest in self.scored(prompt)
+        ]
+        shown = {"index": index, "text": "", "finish_reason": "length"}
+        return shown | ({"prompt_logprobs": [None, *places]} if self.with_ids else {})
 
     def choice(self, index: int, steps: list[dict], ask: dict[str, Any]) -> dict[str, Any]:
         named = ask.get("return_tokens_as_token_ids", False)
@@ -200,7 +220,18 @@ class FakeSgLang(OtherServer):
         if any(token >= self.model.architecture.vocab_size for prompt in ask["input_ids"] for token in prompt):
             raise Answer(400, {"error": {"message": "The input_ids contain values out of the vocab range"}})
         pairs = zip(ask["input_ids"], ask["sampling_params"], strict=True)
-        return [self.one(prompt, options, ask.get("top_logprobs_num", 0)) for prompt, options in pairs]
+        answers = [self.one(prompt, options, ask.get("top_logprobs_num", 0)) for prompt, options in pairs]
+        if ask.get("logprob_start_len") == 0 and ask.get("top_logprobs_num") == 1:
+            for prompt, answer in zip(ask["input_ids"], answers, strict=True):
+                answer["meta_info"] |= self.scored_facts(prompt)
+        return answers
+
+    def scored_facts(self, prompt: list[int]) -> dict[str, Any]:
+        found = self.scored(prompt)
+        return {
+            "input_token_logprobs": [[None, prompt[0], None], *([own, token, None] for token, own, _, _ in found)],
+            "input_top_logprobs": [None, *([[highest, top, None]] for _, _, top, highest in found)],
+        }
 
     def one(self, prompt: list[int], options: dict[str, Any], top: int) -> dict[str, Any]:
         seed = options["sampling_seed"] if self.deterministic else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -18,6 +19,14 @@ from isthmus.run import write_atomic
 
 GOLDEN = "golden.json"
 PROMPTS, TOKENS = 8, 16
+
+
+class TokenScore(NamedTuple):
+    """What a model, whatever computes it, says of a given token: its log-probability, and the likeliest token's."""
+
+    logprob: float
+    best: int
+    best_logprob: float
 
 
 class GoldenAnswer(BaseModel):

@@ -11,6 +11,7 @@ from isthmus.engines import Completion, Sampling
 from isthmus.engines.remote.dialect import Dialect
 from isthmus.engines.remote.recognise import recognise
 from isthmus.engines.remote.transport import Transport
+from isthmus.formats.golden import TokenScore
 
 TIMEOUT_S = 600.0
 START_WAIT_S = 60.0
@@ -56,6 +57,10 @@ class HttpEngine:
         if not prompts:
             return []
         return self._server.generate(prompts, sampling, seeds)
+
+    def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
+        """What the model itself, at temperature 1, says of every token but the first of each sequence."""
+        return self._server.score(sequences) if sequences else []
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """Swap the weights: `payload` as formats/wire.py packs it. A message that is damaged or does not fit changes

@@ -11,6 +11,7 @@ from typing import Protocol
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.errors import IsthmusError
 from isthmus.formats.bundle import with_other_weights
+from isthmus.formats.golden import TokenScore
 from isthmus.formats.wire import unpack
 
 _SEED_BITS = 48
@@ -43,6 +44,8 @@ class Dialect(Protocol):
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None
     ) -> list[list[Completion]]: ...
+
+    def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]: ...
 
     def update(self, payload: bytes, version: int, sha256: str) -> None: ...
 

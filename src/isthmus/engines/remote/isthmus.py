@@ -7,8 +7,9 @@ from urllib.parse import urlencode
 
 from isthmus.engines import Completion, Sampling
 from isthmus.engines.remote.dialect import Weights
-from isthmus.engines.remote.openai import completions_of, model_id
+from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Transport
+from isthmus.formats.golden import TokenScore
 
 
 class Isthmus:
@@ -40,6 +41,9 @@ class Isthmus:
         count = len(prompts) * sampling.n
         found = completions_of(self._transport, answer, count, sampling.max_new_tokens, _versions)
         return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
+
+    def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
+        return score_prompts(self._transport, self._model, sequences)
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """The weights travel in the body; they take over between two steps, or are refused and change nothing."""

@@ -11,8 +11,10 @@ from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.engines.remote.dialect import Weights, prompt_seeds
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Transport
+from isthmus.formats.golden import TokenScore
 
 CONNECTIONS = 64
+SCORED_AT_ONCE = 16
 _TOKEN_ID = "token_id:"
 
 
@@ -35,6 +37,9 @@ class OpenAi:
         own = prompt_seeds(prompts, sampling, seeds)
         with ThreadPoolExecutor(min(CONNECTIONS, len(prompts))) as pool:
             return list(pool.map(partial(self._complete, sampling), prompts, own))
+
+    def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
+        return score_prompts(self._transport, self._model, sequences)
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         raise EngineError(
@@ -71,6 +76,33 @@ class OpenAi:
             "return_token_ids": True,
             **more,
         }
+
+
+def score_prompts(transport: Transport, model: str, sequences: list[list[int]]) -> list[list[TokenScore]]:
+    """The sequences as prompts, with vLLM's `prompt_logprobs`, a few at a time."""
+    found: list[list[TokenScore]] = []
+    for start in range(0, len(sequences), SCORED_AT_ONCE):
+        batch = sequences[start : start + SCORED_AT_ONCE]
+        asked = {"model": model, "prompt": batch, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1}
+        answer = transport.post("/v1/completions", asked)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(batch):
+            raise EngineError(f"{transport.url} gave {len(choices)} completions, {len(batch)} were asked for")
+        found += [_scores(transport, choice, tokens) for choice, tokens in zip(choices, batch, strict=True)]
+    return found
+
+
+def _scores(transport: Transport, choice: dict[str, Any], tokens: list[int]) -> list[TokenScore]:
+    """Of each token but the first. Each place lists its own token and the likeliest one, by token id."""
+    places = choice.get("prompt_logprobs")
+    if not isinstance(places, list) or len(places) != len(tokens):
+        raise EngineError(f"{transport.url} does not score prompts: it has no prompt_logprobs, as vLLM and isthmus do")
+    found = []
+    for token, place in zip(tokens[1:], places[1:], strict=True):
+        values = {int(name): float(entry["logprob"]) for name, entry in place.items()}
+        best = max(values, key=lambda name: values[name])
+        found.append(TokenScore(values[token], best, values[best]))
+    return found
 
 
 def completions_of(

@@ -3,7 +3,8 @@
 `/generate` takes token ids and a list of sampling options, one per sample. `meta_info.output_token_logprobs` holds
 `[logprob, token id, text]`, after the temperature unless the server runs with SGLANG_RETURN_ORIGINAL_LOGPROB. Seeds
 are honoured with `--enable-deterministic-inference` alone. `meta_info.weight_version` is the version at the end of a
-sample, `weight_versions` the spans `{version, start, end}` of its tokens.
+sample, `weight_versions` the spans `{version, start, end}` of its tokens. `logprob_start_len` 0 scores the
+prompt too: `input_token_logprobs` and `input_top_logprobs`, with nothing for its first token.
 
 Weights: `/update_weights_from_disk` reads a folder that the server sees. It waits for running requests to end, drops
 the prefix cache and sets the version. Where loading fails, 0.5.23 takes its own way back from the path of the *new*
@@ -19,6 +20,7 @@ from isthmus.engines.remote.dialect import Exchange, Weights, prompt_seeds, spre
 from isthmus.engines.remote.openai import finish_reason
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Refused, Transport
+from isthmus.formats.golden import TokenScore
 
 
 class SgLang:
@@ -56,6 +58,11 @@ class SgLang:
         answers = self._generate(asked, options)
         found = [self._completion(answer, sampling.max_new_tokens, before) for answer in answers]
         return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
+
+    def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
+        options = [self._options(1, 1.0, 0)] * len(sequences)
+        answers = self._generate(sequences, options, logprob_start_len=0, top_logprobs_num=1)
+        return [self._scores(answer["meta_info"], tokens) for answer, tokens in zip(answers, sequences, strict=True)]
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         folder = self._exchange.write(payload, version, sha256)
@@ -97,6 +104,13 @@ class SgLang:
         reason = finish_reason(self._transport, facts["finish_reason"]["type"], len(scored), limit)
         first, last = self._versions(facts, before)
         return Completion([step[1] for step in scored], [step[0] for step in scored], reason, first, last)
+
+    def _scores(self, facts: dict[str, Any], tokens: list[int]) -> list[TokenScore]:
+        own, tops = facts.get("input_token_logprobs") or [], facts.get("input_top_logprobs") or []
+        if [step[1] for step in own] != tokens or len(tops) != len(tokens):
+            raise EngineError(f"{self._transport.url} did not return the log-probabilities of its prompt")
+        pairs = zip(own[1:], tops[1:], strict=True)
+        return [TokenScore(step[0], top[0][1], top[0][0]) for step, top in pairs]
 
     def _versions(self, facts: dict[str, Any], before: int) -> tuple[int, int]:
         spans = facts.get("weight_versions")
