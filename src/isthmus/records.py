@@ -170,3 +170,6 @@ class HandoffRecord(Record):
     bundles: dict[str, str]
     seal_id: str | None
     figures: dict[str, Figure]
+    ledger: list[LedgerRow] = []
+    culprit: str | None = None
+    operator: str | None = None

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from isthmus.progress import Watch
 from isthmus.recipe import DeepseekSection
-from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord
+from isthmus.records import HandoffRecord, LedgerRow, PlanRecord, QualifyRecord, RlRecord, TrainRecord
 from isthmus.report_page import charts, numbers, timing
 from isthmus.report_page.charts import Mark, Series
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
@@ -29,6 +29,7 @@ from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
 PAGE = "isthmus.report_page"
 SMOOTHED_STEPS = 9
 MOST_HEAT_LAYERS = 6
+LEDGER_ROWS = 8
 STAGE_ALIASES = {"sft": "train"}
 TOTAL = "total"
 TRAINING_PHASES = {"pretrain": "pretrain-step", "sft": "step"}
@@ -192,6 +193,8 @@ def compose(dossier: Dossier) -> str:
         expert_loads=expert_loads(dossier),
         before=split_thought(dossier.rl.sample_before) if dossier.rl else None,
         after=split_thought(dossier.rl.sample_after) if dossier.rl else None,
+        ledger=costliest(dossier),
+        serve_kind=dossier.kind_on(dossier.serve_pool, dossier.run.recipe.place.serve),
         **draw(dossier),
     )
 
@@ -214,6 +217,7 @@ def draw(dossier: Dossier) -> dict[str, Markup]:
         "clipped_chart": charts.line_chart(_smoothed(rl, "importance_clipped", "clipped", 100, "away"), suffix="%"),
         "slope_chart": charts.line_chart([Series("slope", charts.points_of(rl, "mismatch_slope"), "away")]),
         "gain_bar": _gain_bar(gain) if gain else Markup(""),
+        "ledger_chart": charts.line_chart(_ledger_lines(dossier), suffix="%"),
     }
 
 
@@ -226,6 +230,12 @@ def heldout(dossier: Dossier) -> list[Mark]:
         return [_mark(ends[which], figure) for which, figure in known.items() if figure.value is not None]
     evaluations = dossier.of("rl", "evaluate")
     return [Mark("held-out problems", ends[entry["which"]], 100 * entry["accuracy"]) for entry in evaluations]
+
+
+def costliest(dossier: Dossier) -> list[LedgerRow]:
+    """The modules that lost most on the way, of both costs together."""
+    rows = dossier.handoff.ledger if dossier.handoff else []
+    return sorted(rows, key=lambda row: (row.quantisation or 0.0) + (row.chip or 0.0), reverse=True)[:LEDGER_ROWS]
 
 
 def computed_figures(dossier: Dossier) -> dict[str, Figure]:
@@ -395,6 +405,21 @@ def _smoothed(events: Sequence[dict[str, Any]], key: str, name: str, factor: flo
         return [Series(f"{name}, each step", raw, tone)]
     mean = charts.moving_average(raw, SMOOTHED_STEPS)
     return [Series(f"{name}, each step", raw, tone, faint=True), Series(f"mean of {SMOOTHED_STEPS} steps", mean, tone)]
+
+
+def _ledger_lines(dossier: Dossier) -> list[Series]:
+    """Both costs of each module and the floor of the second, in percent, in the order of the model."""
+    rows = dossier.handoff.ledger if dossier.handoff else []
+
+    def line(name: str, key: str, tone: str, **style: bool) -> Series:
+        values = [(float(place), getattr(row, key)) for place, row in enumerate(rows)]
+        return Series(name, [(x, 100 * y) for x, y in values if y is not None], tone, **style)
+
+    return [
+        line("quantisation: trained weights to emulator", "quantisation", "home"),
+        line("chip: emulator to target", "chip", "away"),
+        line("what rounding on a healthy target costs", "floor", "ink", dashed=True),
+    ]
 
 
 def _mark(step: int, figure: Figure) -> Mark:

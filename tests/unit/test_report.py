@@ -189,6 +189,14 @@ class Story:
             bundles={"w8a8": "bundle/w8a8"},
             seal_id="5ea1ed00" if verdict == "pass" else None,
             figures={},
+            ledger=[
+                records.LedgerRow(
+                    module=f"model.layers.{index}.mlp", kind="mlp", quantisation=0.01 * index, chip=None, floor=0.003
+                )
+                for index in range(1, 12)
+            ],
+            culprit=None if verdict == "pass" else "model.layers.3.mlp",
+            operator=None if verdict == "pass" else "down_proj",
         )
         self.run.write_record("parity", record)
 
@@ -244,6 +252,20 @@ def page_of(story: Story) -> Page:
 @pytest.fixture
 def story(tmp_path: Path) -> Story:
     return Story(tmp_path / "run")
+
+
+def test_the_ledger_shows_the_costliest_modules_and_what_is_not_known(story: Story):
+    text = page_of(story.whole()).text("parity")
+    assert "Error ledger" in text and "The fault is in" not in text
+    assert "model.layers.11.mlp 11 % none 0.3 %" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "model.layers.4.mlp" in text and "model.layers.3.mlp" not in text, "eight rows, the costliest first"
+    assert text.index("model.layers.11.mlp") < text.index("model.layers.10.mlp")
+
+
+def test_a_refusal_says_where_the_fault_is(story: Story):
+    story.whole()
+    story.handoff("refuse")
+    assert "The fault is in model.layers.3.mlp , operator down_proj ." in page_of(story).text("parity")
 
 
 def test_a_finished_run_tells_its_outcome_first(story: Story):
