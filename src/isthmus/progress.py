@@ -38,6 +38,10 @@ class Counter:
             self._last_line = time.monotonic()
             self._console.print(f"  {self.title} {done}/{self.total}  {status}", highlight=False, soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Print one line above the bar; rich markup is honoured."""
+        self._console.print(f"  {text}", highlight=False)
+
 
 class StatusColumn(TextColumn):
     """The text beside the bar. Where the terminal is too narrow for all, it is cut, and everything else is shown."""

@@ -318,6 +318,7 @@ class RlSection(Section):
     max_new_tokens: Positive = 128
     optimizer: OptimizerSection
     importance_cap: float = Field(default=2.0, gt=0, description="truncation of the trainer/engine probability ratio")
+    drift_budget: float = Field(default=0.05, gt=0, description="mismatch, nats per token, that a run may drift to")
     format_reward: float = Field(default=0.1, ge=0)
     rollout_format: str = "w8a8"
     staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")

@@ -35,6 +35,7 @@ from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
 from isthmus.model.model import Model
 from isthmus.parity.paired import paired_difference, wilson_interval
+from isthmus.parity.trend import trend
 from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
@@ -97,6 +98,7 @@ class Session:
     step: int
     weights_sha256: str = ""
     mismatches: list[float] = field(default_factory=list)
+    drifts: bool = False
 
 
 def execute(run: RunFolder, watch: Watch) -> RlRecord:
@@ -250,7 +252,23 @@ def _learn(session: Session, rollout: Rollout, pending: Future[Rollout] | None, 
         "wait_s": round(waited - trained, 4),
         "sync_s": round(time.perf_counter() - waited, 4),
     }
+    _watch_drift(session, counter)
     _report(session, rollout, rewards, measures, timing, counter)
+
+
+def _watch_drift(session: Session, counter: Counter) -> None:
+    """Say so, once per rise, when the mismatch climbs and will pass the budget before the run ends."""
+    section = session.run.recipe.rl
+    drift = trend(session.mismatches)
+    alarmed = drift is not None and drift.alarms(section.drift_budget, section.steps - session.step)
+    if drift is not None and alarmed and not session.drifts:
+        why = (
+            f"it is {drift.level:.3g} nats per token and rises by {drift.slope:.2g} a step: it passes the budget of "
+            f"{section.drift_budget:g} in {drift.crossings_until(section.drift_budget):.0f} steps"
+        )
+        session.run.event(NAME, "alarm", step=session.step, what="the mismatch climbs", why=why)
+        counter.say(f"[bold red]drift[/] the mismatch climbs: {why}")
+    session.drifts = alarmed
 
 
 def _update(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str, float | None]:

@@ -584,6 +584,14 @@ def test_resumes_reverts_and_skipped_updates_are_told(story: Story):
     assert "1 RL step without an update: every group has equal rewards" in incidents
 
 
+def test_alarms_are_told(story: Story):
+    story.qualify()
+    assert "no gap climbed" in page_of(story).text("incidents")
+    story.event("rl", "alarm", step=31, what="the mismatch climbs", why="it passes the budget in 9 steps")
+    told = page_of(story).text("incidents")
+    assert "RL, step 31: the mismatch climbs. It passes the budget in 9 steps" in told and "no gap climbed" not in told
+
+
 def event(stage: str, name: str, time: float, **fields: Any) -> dict[str, Any]:
     return {"stage": stage, "event": name, "time": time, **fields}
 
