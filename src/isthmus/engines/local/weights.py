@@ -18,7 +18,8 @@ from torch import Tensor
 from isthmus.engines.local.protocol import ApiError
 from isthmus.engines.local.service import Service, check_finite, compare_layouts, layout_of
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.wire import digest, set_sha256, unpack
+from isthmus.formats.delta import apply, describe, is_delta
+from isthmus.formats.wire import check_digest, digest, set_sha256, unpack
 
 Mode = Literal["full", "delta"]
 IDLE_S = 600.0
@@ -139,15 +140,24 @@ class WeightUpdates:
             return {"version": self.service.core.version, "last_update": self.last}
 
     def at_once(self, payload: bytes, version: int, sha256: str) -> dict[str, Any]:
-        """A whole update in one message, outside a started one."""
+        """A whole update in one message, outside a started one: all tensors, or a delta to those in use."""
         with self._lock:
             self._expire()
             if self._staging is not None:
                 raise _conflict(
                     f"an update to version {self._staging.version} is open; finish or abort it first", "update_open"
                 )
-            self._take(unpack(payload, sha256), version, sha256)
-            return {"version": version, "sha256": sha256}
+            if not is_delta(payload):
+                self._take(unpack(payload, sha256), version, sha256)
+                return {"version": version, "sha256": sha256}
+            check_digest(payload, sha256)
+            told = describe(payload)
+            self._require_base(told.base_version)
+            if told.version != version:
+                raise ApiError(f"the delta is to version {told.version}, not {version}", param="version")
+            tensors, _ = apply(payload, self.service.tensors)
+            self._take(tensors, version, told.sha256)
+            return {"version": version, "sha256": told.sha256}
 
     def replace(self, restore: Callable[[], None], reason: str) -> None:
         """Run `restore`, which puts other weights into the service, while no update does."""
