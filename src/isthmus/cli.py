@@ -121,6 +121,18 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
         stage.execute(RunFolder.open(folder), _watch(), overrides, **changes)
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER")
+@click.option("--engine", "url", required=True, help="URL of the engine that is brought to each version.")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle that the engine serves.")
+@click.option("--api-key", envvar="ISTHMUS_ADMIN_KEY", help="Administrator's key; or $ISTHMUS_ADMIN_KEY.")
+@click.option("--exchange", type=click.Path(path_type=Path), help="For vLLM and SGLang: a folder that both see.")
+@click.option("--once", is_flag=True, help="Stop when nothing newer is there.")
+def follow(folder: Path, **options: Any) -> None:
+    """Bring an engine to the versions that a run publishes to a shared FOLDER ([rl] publish)."""
+    importlib.import_module("isthmus.follow").execute(folder, _watch(), **options)
+
+
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")
 
 

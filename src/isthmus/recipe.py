@@ -321,6 +321,10 @@ class RlSection(Section):
     drift_budget: float = Field(default=0.05, gt=0, description="mismatch, nats per token, that a run may drift to")
     format_reward: float = Field(default=0.1, ge=0)
     rollout_format: str = "w8a8"
+    update: Literal["delta", "full"] = Field(default="delta", description="what crosses to the engine at a step")
+    snapshot_every: Positive = Field(default=50, description="deltas between two full snapshots")
+    publish: Path | None = Field(default=None, description="a shared folder for engines that the run cannot reach")
+    parity_every: int = Field(default=1, ge=0, description="versions between two checks of the engine; 0: none")
     staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")
     checkpoint_every: Positive = 10
     keep_checkpoints: Positive = 2

@@ -8,6 +8,7 @@ at once, and samples are one version old. Truncated importance sampling corrects
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,15 +27,18 @@ from isthmus.chips import device_of
 from isthmus.data.corpus import Document, prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines import Completion, Engine, Sampling
+from isthmus.engines import Completion, Sampling
+from isthmus.engines.channel import Channel
 from isthmus.engines.local import LocalEngine, report_kernels
-from isthmus.errors import DamagedFile
+from isthmus.engines.remote import HttpEngine
+from isthmus.engines.shared_folder import Publisher
+from isthmus.errors import DamagedFile, GateRefused
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
-from isthmus.formats.wire import digest
-from isthmus.formats.wire import pack as pack_wire
 from isthmus.model.model import Model
+from isthmus.parity.engine import MEAN_LIMIT, compare_engine
 from isthmus.parity.paired import paired_difference, wilson_interval
+from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.trend import trend
 from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
@@ -56,6 +60,7 @@ from isthmus.trainer.resume import resume
 from isthmus.trainer.step import target_logprobs
 
 NAME = "rl"
+PARITY_TOKENS, STRIKES = 32, 3
 
 
 @dataclass
@@ -93,10 +98,13 @@ class Session:
     options: Any
     model: Model
     optimizer: Optimizer
-    engine: Engine
+    engine: HttpEngine
+    channel: Channel
+    publisher: Publisher | None
     checkpoints: CheckpointWriter
     step: int
-    weights_sha256: str = ""
+    crossing: dict[str, Any] = field(default_factory=dict)
+    strikes: int = 0
     mismatches: list[float] = field(default_factory=list)
     drifts: bool = False
 
@@ -153,6 +161,10 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
             model=model,
             optimizer=optimizer,
             engine=engine,
+            channel=Channel(engine, deltas=recipe.rl.update == "delta", snapshot_every=recipe.rl.snapshot_every),
+            publisher=Publisher(recipe.rl.publish, snapshot_every=recipe.rl.snapshot_every)
+            if recipe.rl.publish
+            else None,
             checkpoints=checkpoints,
             step=step,
             mismatches=_earlier_mismatches(run, step),
@@ -245,7 +257,7 @@ def _learn(session: Session, rollout: Rollout, pending: Future[Rollout] | None, 
     if pending is not None:
         pending.result()
     waited = time.perf_counter()
-    _cross(session)
+    _cross(session, rollout)
     timing = {
         "rollout_s": round(rollout.seconds, 4),
         "train_s": round(trained - began, 4),
@@ -342,12 +354,50 @@ def _one_update(session: Session, part: Minibatch, old: Tensor | None, progress:
     }
 
 
-def _cross(session: Session) -> None:
-    """Send the trainer's weights to the engine in its format; the version is the number of finished steps."""
+def _cross(session: Session, rollout: Rollout | None = None) -> None:
+    """Bring the engine to the trainer's weights in its format; the version is the number of finished steps."""
     recipe = session.run.recipe
-    payload = pack_wire(get_format(recipe.rl.rollout_format).export(_host_state(session.model), recipe.model))
-    session.weights_sha256 = digest(payload)
-    session.engine.update(payload, session.step, session.weights_sha256)
+    tensors = get_format(recipe.rl.rollout_format).export(_host_state(session.model), recipe.model)
+    sent = session.channel.send(tensors, session.step)
+    if sent.fallback:
+        session.run.event(NAME, "fallback", what=f"the delta to version {sent.version}", why=sent.fallback)
+    if session.publisher is not None:
+        session.publisher.publish(tensors, session.step)
+    session.crossing = {
+        "weight_sha256": sent.sha256,
+        "update": sent.kind,
+        "update_bytes": sent.bytes,
+        "full_bytes": sent.full_bytes,
+        "encode_s": round(sent.encode_s, 4),
+        "send_s": round(sent.send_s, 4),
+    }
+    if rollout is not None and recipe.rl.parity_every and session.step % recipe.rl.parity_every == 0:
+        session.crossing["chip_gap"] = _check_engine(session, tensors, rollout)
+
+
+def _check_engine(session: Session, tensors: dict[str, Tensor], rollout: Rollout) -> float | None:
+    """What the engine says of a few samples, against the exact emulator of what was sent: mean |Δlogp| in nats.
+
+    Raises GateRefused when it is above the limit at STRIKES checks in a row: the engine computes another model.
+    """
+    recipe = session.run.recipe
+    emulator = get_format(recipe.rl.rollout_format).build(recipe.model, tensors)
+    pairs = [
+        (rollout.prompts[index], one.tokens[:PARITY_TOKENS]) for index, one in rollout.flat[:: len(rollout.flat) - 1]
+    ]
+    found = compare_engine(session.engine.score, emulator, [GoldenSequence(*pair) for pair in pairs if pair[1]])
+    if found.mean_abs_dlogp <= MEAN_LIMIT:
+        session.strikes = 0
+        return found.mean_abs_dlogp
+    session.strikes += 1
+    why = (
+        f"its log-probabilities are {found.mean_abs_dlogp:.3g} nats per token from those of the exact emulator of "
+        f"version {session.step}; the limit is {MEAN_LIMIT:g}"
+    )
+    session.run.event(NAME, "alarm", step=session.step, what="the engine computes another model", why=why)
+    if session.strikes >= STRIKES:
+        raise GateRefused(f"the engine on the rollout pool is refused, {STRIKES} versions in a row: {why}")
+    return found.mean_abs_dlogp if math.isfinite(found.mean_abs_dlogp) else None
 
 
 def _host_state(model: Model) -> dict[str, Tensor]:
@@ -390,7 +440,7 @@ def _report(
         completion_tokens=round(length, 3),
         truncated=sum(completion.finish_reason == "length" for _, completion in rollout.flat) / len(lengths),
         weight_version=session.step,
-        weight_sha256=session.weights_sha256,
+        **session.crossing,
         staleness=session.step - 1 - rollout.version,
         tokens=sum(lengths),
         tokens_per_s=round(sum(lengths) / rollout.seconds, 1),

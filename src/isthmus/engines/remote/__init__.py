@@ -76,6 +76,11 @@ class HttpEngine:
         return f"{self._server.name} {self._server.release or 'of unknown version'}"
 
     @property
+    def takes_deltas(self) -> bool:
+        """Whether `update` also takes what formats/delta.py encodes."""
+        return self._server.takes_deltas
+
+    @property
     def version(self) -> int:
         """Version of the weights in use, as far as is known here."""
         return self._server.weights.version

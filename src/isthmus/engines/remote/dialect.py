@@ -31,11 +31,13 @@ class Weights:
 
 
 class Dialect(Protocol):
-    """How one kind of server is spoken to. `release` is its own version, where it tells it."""
+    """How one kind of server is spoken to. `release` is its own version, where it tells it; `takes_deltas` says whether
+    an update may be a message of formats/delta.py."""
 
     name: str
     release: str | None
     weights: Weights
+    takes_deltas: bool
 
     def check(self) -> None:
         """Raise EngineError if the server cannot do what training needs, saying how to start it instead."""

@@ -16,6 +16,7 @@ class Isthmus:
     """Reports by construction the log-probabilities of the distribution that it samples."""
 
     name = "isthmus"
+    takes_deltas = True
     release: str | None = None
 
     def __init__(self, transport: Transport, health: dict[str, Any]):

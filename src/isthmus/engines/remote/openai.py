@@ -21,6 +21,7 @@ _TOKEN_ID = "token_id:"
 class OpenAi:
     """A server that is not known by name. Its weights cannot be exchanged."""
 
+    takes_deltas = False
     name = "a server with OpenAI's API"
     processed = "report log-probabilities after the temperature"
 

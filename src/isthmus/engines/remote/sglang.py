@@ -27,6 +27,7 @@ class SgLang:
     """`facts` is what `/server_info` said."""
 
     name = "SGLang"
+    takes_deltas = False
 
     def __init__(self, transport: Transport, facts: dict[str, Any], exchange: Exchange):
         self._transport, self._facts, self._exchange = transport, facts, exchange
