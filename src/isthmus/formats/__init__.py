@@ -22,7 +22,22 @@ if TYPE_CHECKING:
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "delta", "golden", "int8", "published", "wire"})
+SHARED_PARTS = frozenset(
+    {
+        "assemble",
+        "balance",
+        "bundle",
+        "calibrate",
+        "calibration",
+        "delta",
+        "rounding",
+        "stream",
+        "golden",
+        "int8",
+        "published",
+        "wire",
+    }
+)
 
 
 class Format(Protocol):

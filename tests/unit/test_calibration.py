@@ -1,0 +1,170 @@
+"""Calibration, balancing, rounding: against what hooks see, the unbalanced function, and by their purpose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drawn import architectures, dense_architectures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import architecture, tiny_architecture
+from torch import Tensor
+
+from isthmus.errors import IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.balance import balance
+from isthmus.formats.calibrate import calibrate
+from isthmus.formats.int8 import quantise_rows
+from isthmus.formats.rounding import gptq_round, round_with_calibration
+from isthmus.model.model import Model, causal_mask
+from isthmus.recipe import ModelSection
+
+EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None, database=None)
+
+
+def outlier_state(arch: ModelSection, seed: int) -> dict[str, Tensor]:
+    """Norm gains and rows with a few channels that are much larger than the others, as in trained models."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: tensor.clone() for name, tensor in Model(arch).initialise(seed).state_dict().items()}
+    for name, tensor in state.items():
+        if "norm" in name:
+            tensor *= torch.where(torch.rand(tensor.shape, generator=generator) < 0.1, 20.0, 1.0)
+        elif name.endswith("bias"):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    return state
+
+
+def build(state: dict[str, Tensor], arch: ModelSection) -> Model:
+    return get_format("fp32").build(arch, get_format("fp32").export(state, arch))
+
+
+def sequences(arch: ModelSection, count: int = 6, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(arch.vocab_size, (count, 14), generator=generator).tolist()
+
+
+@torch.no_grad()
+def outputs(model: Model, tokens: Tensor) -> Tensor:
+    hidden = model.hidden(tokens)
+    parts = [model.logits(hidden).flatten()]
+    if model.mtp_layer is not None:
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        parts.append(model.mtp_logits(hidden, tokens, positions, causal_mask(tokens.shape[1])).flatten())
+    return torch.cat(parts)
+
+
+ANY = st.one_of(architectures(), dense_architectures("qwen2"), dense_architectures("llama"))
+
+
+@EXAMPLES
+@given(arch=ANY, limit=st.sampled_from([None, 0.3]), seed=st.integers(0, 99))
+def test_a_balanced_model_computes_the_same_function(arch: ModelSection, limit: float | None, seed: int):
+    if "swiglu_limit" in type(arch).model_fields:
+        arch = arch.model_copy(update={"swiglu_limit": limit})
+    state = outlier_state(arch, seed)
+    calibration = calibrate(build(state, arch), sequences(arch))
+    balanced = balance(state, arch, calibration)
+    changed = [name for name in state if not torch.equal(state[name], balanced[name])]
+    assert any(name.endswith("input_layernorm.weight") for name in changed)
+    assert not any("embed" in name or "lm_head" in name for name in changed)
+    tokens = torch.tensor(sequences(arch, seed=seed + 1))
+    wanted, found = outputs(build(state, arch).double(), tokens), outputs(build(balanced, arch).double(), tokens)
+    assert (found - wanted).norm() < 2e-4 * wanted.norm()
+
+
+def mean_kl(state: dict[str, Tensor], stored: dict[str, Tensor], arch: ModelSection) -> float:
+    tokens = torch.tensor(sequences(arch, 8, seed=9))
+    with torch.no_grad():
+        p = build(state, arch)(tokens).double().log_softmax(-1)
+        q = get_format("w8a8").build(arch, stored)(tokens).double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def test_balancing_lowers_what_int8_costs():
+    arch = architecture(vocab_size=97, q_lora_rank=20, initializer_range=0.12)
+    plain = balanced_kl = 0.0
+    for seed in range(3):
+        state = outlier_state(arch, seed)
+        calibration = calibrate(build(state, arch), sequences(arch, 32))
+        plain += mean_kl(state, get_format("w8a8").export(state, arch), arch)
+        balanced_kl += mean_kl(state, get_format("w8a8").export(balance(state, arch, calibration), arch), arch)
+    assert balanced_kl < 0.6 * plain
+
+
+def test_rounding_keeps_format_and_scales_and_lowers_the_error_of_the_products():
+    arch = architecture(vocab_size=97, q_lora_rank=20, initializer_range=0.12)
+    state = outlier_state(arch, 0)
+    calibration = calibrate(build(state, arch), sequences(arch, 32), gram=True)
+    plain = get_format("w8a8").export(state, arch)
+    stored = dict(plain)
+    names = round_with_calibration(stored, state, calibration)
+    assert names == [name for name in plain if plain[name].dtype == torch.int8] and stored.keys() == plain.keys()
+    before = after = 0.0
+    for name in names:
+        gram, scale = calibration.gram[name.removesuffix(".weight")].double(), plain[f"{name}_scale"].double()
+        for values, one in ((plain[name], 0), (stored[name], 1)):
+            error = values.double() * scale - state[name].double()
+            lost = (error @ gram * error).sum().item()
+            before, after = (before + lost, after) if one == 0 else (before, after + lost)
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_to_the_inputs_loses_less_of_the_output(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(40, 40, generator=generator)
+    x = torch.randn(500, 40, generator=generator) @ mixed
+    weight = torch.randn(16, 40, generator=generator)
+    nearest, scale = quantise_rows(weight)
+    values = gptq_round(weight, scale, x.T @ x / len(x))
+    assert values.dtype == torch.int8 and values.abs().max() <= 127
+
+    def lost(q: Tensor) -> float:
+        return (x @ (q * scale - weight).T).norm().item()
+
+    assert lost(values.float()) < 0.8 * lost(nearest)
+
+
+def test_inputs_that_do_not_hang_together_are_rounded_to_the_nearest():
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    nearest, scale = quantise_rows(weight)
+    assert torch.equal(gptq_round(weight, scale, torch.eye(12)).float(), nearest)
+
+
+def test_ranges_and_moments_are_those_of_the_inputs():
+    arch = tiny_architecture(vocab_size=61)
+    model = build(outlier_state(arch, 1), arch)
+    text, seen = sequences(arch, 5), {}
+    calibration = calibrate(model, text, gram=True)
+    path = "model.layers.0.self_attn.o_proj"
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, inputs: seen.setdefault("x", inputs[0]))
+    model(torch.tensor(text))
+    handle.remove()
+    x = seen["x"].flatten(0, 1)
+    torch.testing.assert_close(calibration.low[path], x.amin(0))
+    torch.testing.assert_close(calibration.high[path], x.amax(0))
+    torch.testing.assert_close(calibration.gram[path], x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+    assert calibration.tokens == 5 * 14
+    linears = {name.removesuffix(".weight") for name in get_format("w8a8").export(model.state_dict(), arch)}
+    quantised = {name.removesuffix("_scale").removesuffix(".weight") for name in linears if name.endswith("_scale")}
+    assert quantised <= calibration.high.keys(), "every module that int8 replaces has a range"
+
+
+def test_an_expert_that_no_token_reached_takes_the_range_of_its_layer_and_is_named():
+    arch = tiny_architecture(vocab_size=61, n_routed_experts=4, num_experts_per_tok=1)
+    state = outlier_state(arch, 1)
+    state["model.layers.1.mlp.gate.e_score_correction_bias"] = torch.tensor([0.0, 0.0, 0.0, -9.0])
+    calibration = calibrate(build(state, arch), sequences(arch))
+    path = "model.layers.1.mlp.experts.3.down_proj"
+    assert path in calibration.unseen
+    others = [calibration.high[f"model.layers.1.mlp.experts.{i}.down_proj"] for i in range(3)]
+    assert torch.equal(calibration.high[path], torch.stack(others).amax(0))
+
+
+def test_no_text_is_no_calibration():
+    arch = tiny_architecture()
+    with pytest.raises(IsthmusError, match="needs text"):
+        calibrate(build(outlier_state(arch, 0), arch), [])
+    state = outlier_state(arch, 0)
+    with pytest.raises(IsthmusError, match="gram=True"):
+        round_with_calibration({}, state, calibrate(build(state, arch), sequences(arch)))
