@@ -23,6 +23,7 @@ from isthmus.formats import Layout
 from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
 from isthmus.formats.calibration import Calibration
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
+from isthmus.formats.quantised import QuantisedModule
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
 from isthmus.recipe import DeepseekSection, ModelSection
@@ -88,7 +89,7 @@ class W8A8(TensorByTensor):
         return fill(model, {name: tensor.float() for name, tensor in tensors.items() if name not in quantised})
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(QuantisedModule):
     """One or more linear layers with a common input, side by side: `weight` [out, in] and `scale` [out], both fp32.
 
     With `bias` the float bias of a single layer is part of the state, under its published name.
@@ -107,8 +108,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(len(weight)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantised_matmul(x, self.weight.t(), self.scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return quantised_matmul(x, self.weight.t(), self.scale, self.bias)
 
 
 class W8A8GatedMlp(nn.Module):
@@ -130,7 +130,7 @@ class W8A8GatedMlp(nn.Module):
         return self.down(_swiglu(self.gate_up(x), self.limit))
 
 
-class W8A8Experts(nn.Module):
+class W8A8Experts(QuantisedModule):
     """All routed experts of a layer. `gate_up` [E, 2M, D], `down` [E, D, M], with scales [E, 2M] and [E, D]."""
 
     gate_up: Tensor
