@@ -42,7 +42,7 @@ def test_each_file_is_a_format_or_a_named_part():
     files = {module.name for module in pkgutil.iter_modules(isthmus.formats.__path__)}
     plugs = {name for name in files if hasattr(importlib.import_module(f"isthmus.formats.{name}"), "FORMAT")}
     assert plugs == set(format_names()) == files - SHARED_PARTS
-    assert {"fp32", "bf16", "w8a8"} <= plugs
+    assert {"fp32", "bf16", "w8a8", "fp8"} <= plugs
 
 
 @every_format
@@ -100,7 +100,7 @@ def test_a_built_model_runs_with_caches_and_takes_no_gradient(name):
         positions = torch.arange(start, end).expand(2, -1)
         parts.append(model.hidden(TOKENS[:, start:end], positions, caches=caches))
     stepped = torch.cat(parts, dim=1)
-    assert (stepped - whole).norm() / whole.norm() < (1e-5 if name != "w8a8" else 0.05)
+    assert (stepped - whole).norm() / whole.norm() < (1e-5 if name in ("fp32", "bf16") else 0.1)
 
 
 @every_format

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "golden", "float8", "int8", "published", "quantised", "wire"})
+SHARED_PARTS = frozenset(
+    {"assemble", "bundle", "calibration", "float8", "golden", "int8", "published", "quantised", "wire"}
+)
 
 
 class Format(Protocol):

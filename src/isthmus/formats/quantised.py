@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from isthmus.formats.assemble import fill, unfilled
+from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp
+from isthmus.recipe import ModelSection
 
 MakeLinear = Callable[[str, int, bool], "nn.Module | None"]
 """(path of a linear module, its inputs, whether it has a bias) to the quantised module, or None if it stays in float."""
@@ -17,12 +20,14 @@ MakeLinear = Callable[[str, int, bool], "nn.Module | None"]
 class QuantisedModule(nn.Module):
     """A module whose quantised values and scales keep their dtype when the model around it is converted to another.
 
-    A model that computes in bf16 still has scales in fp32. Only the bias, which is no part of the quantisation, follows
-    the model.
+    A model that computes in bf16 still has scales in fp32. What follows the model are the bias, which is no part of the
+    quantisation, and the buffers that `FOLLOWING` names.
     """
 
+    FOLLOWING: frozenset[str] = frozenset()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: self._buffers[name] for name in self._non_persistent_buffers_set if "." not in name}
+        kept = {name: self._buffers[name] for name in self._non_persistent_buffers_set - self.FOLLOWING}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
@@ -67,6 +72,8 @@ def _expert_list(experts: Experts, make: MakeLinear, path: str) -> ExpertList:
     return listed
 
 
-def announced_quantisation(config: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json; empty if there is none."""
-    return config.get("quantization_config") or {}
+def build_with(architecture: ModelSection, tensors: dict[str, Tensor], make: MakeLinear) -> Model:
+    """A model with the quantised modules of `make`, and what it holds beside them from `tensors` in fp32."""
+    model = unfilled(architecture)
+    replace_linears(model, make)
+    return fill(model, {name: tensors[name].float() for name in model.state_dict() if name in tensors})
