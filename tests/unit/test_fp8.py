@@ -1,4 +1,4 @@
-"""fp8 against exact fractions, the published rule of dequantisation in numpy, and the reader of published checkpoints."""
+"""fp8 against exact fractions, the published rule of dequantisation, and the reader of published checkpoints."""
 
 from __future__ import annotations
 

@@ -32,6 +32,14 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.div(x, scale).round_(), scale
 
 
+def quantise_static(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """Integers in [-128, 127], in fp32: round-half-even(x / scale + offset), clamped. Scale and offset are fp32 scalars.
+
+    With an offset of 0 this is compressed-tensors' static scheme, with another ModelSlim's.
+    """
+    return x.float().div(scale).add_(offset).round_().clamp_(-LARGEST - 1, LARGEST)
+
+
 def exact_matmul(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
     """a [..., M, K] @ b [..., K, N], integers in fp32, a in [-128, 127] and b in [-127, 127], plus int32 `addend` [N].
 

@@ -14,7 +14,7 @@ from isthmus.model.moe import Experts, GatedMlp
 from isthmus.recipe import ModelSection
 
 MakeLinear = Callable[[str, int, bool], "nn.Module | None"]
-"""(path of a linear module, its inputs, whether it has a bias) to the quantised module, or None if it stays in float."""
+"""Path of a linear module, its inputs, and whether it has a bias, to the quantised module; None if it stays in float."""
 
 
 class QuantisedModule(nn.Module):
