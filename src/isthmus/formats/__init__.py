@@ -104,7 +104,11 @@ def recognise_format(config: dict[str, Any]) -> Format:
     for name in format_names():
         if get_format(name).recognises(config):
             return get_format(name).as_announced(config)
-    quantization = (config.get("quantization_config") or {}).get("quant_method", "none")
+    found = config.get("quantization_config") or {}
+    quantization = found.get("quant_method", "none")
+    if quantization == MODELSLIM:
+        kinds = {str(kind) for name, kind in found.items() if name.endswith(".weight")}
+        quantization = f"{quantization} ({', '.join(sorted(kinds))})"
     raise IsthmusError(
         f"config.json announces dtype {config.get('torch_dtype', config.get('dtype'))!r} with quantisation "
         f"{quantization!r}; the formats read here are {', '.join(format_names())}"
