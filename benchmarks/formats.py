@@ -50,20 +50,21 @@ LENGTH = 128
 def heavy_tailed(seed: int) -> dict[str, Tensor]:
     """The state of a model whose matrices have t-distributed entries of variance 1 / inputs.
 
-    What adds to the residual stream is scaled by 1 / sqrt(2 layers), as GPT-2 does, and the head by 3: first choices.
+    Embeddings are of size one, and what adds to them is scaled by 1 / sqrt(2 layers), as GPT-2 does.
     """
     generator = torch.Generator().manual_seed(seed)
     state = Model(ARCHITECTURE).initialise(seed).state_dict()
     for name, tensor in state.items():
         if "norm" in name:
             tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(0.5).exp_())
-        elif tensor.dim() == 2 and "embed" not in name:
+        elif "embed" in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        elif tensor.dim() == 2:
             normal, chi = torch.randn(tensor.shape, generator=generator), torch.zeros(tensor.shape)
             for _ in range(3):
                 chi += torch.randn(tensor.shape, generator=generator).square()
-            gain = 3.0 if "lm_head" in name else 1.0
-            if "o_proj" in name or "down_proj" in name:
-                gain = 1 / math.sqrt(2 * ARCHITECTURE.num_hidden_layers)
+            adds = "o_proj" in name or "down_proj" in name
+            gain = 1 / math.sqrt(2 * ARCHITECTURE.num_hidden_layers) if adds else 1.0
             tensor.copy_((normal / (chi / 3).sqrt()).clamp_(-50, 50) * (gain / math.sqrt(3 * tensor.shape[1])))
     return state
 
