@@ -163,7 +163,7 @@ def module_of(name: str) -> str:
 
 
 def identity(hashes: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 of a set of tensors: over a line `NAME HASH` for each in the order of names, as formats/wire.set_sha256."""
+    """SHA-256 of a set of tensors: over a line `NAME HASH` for each in the order of names, as in formats/wire.py."""
     lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
