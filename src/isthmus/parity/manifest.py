@@ -134,7 +134,7 @@ def add_file(bundle_folder: Path, name: str, content: bytes) -> None:
     """
     write_atomic(bundle_folder / name, content)
     path = bundle_folder / CHECKSUMS
-    recorded = _read_checksums(bundle_folder) if path.is_file() else file_hashes(bundle_folder)
+    recorded = read_checksums(bundle_folder) if path.is_file() else file_hashes(bundle_folder)
     recorded[name] = hashlib.sha256(content).hexdigest()
     write_atomic(path, json.dumps(recorded, sort_keys=True, indent=2).encode() + b"\n")
 
@@ -199,7 +199,7 @@ def _wrong_tensor(bundle_folder: Path, manifest: Manifest) -> tuple[str, str] | 
 
 
 def _wrong_file(bundle_folder: Path) -> tuple[str, None] | None:
-    recorded = _read_checksums(bundle_folder)
+    recorded = read_checksums(bundle_folder)
     there = {str(path.relative_to(bundle_folder)) for path in bundle_folder.rglob("*") if path.is_file()}
     for name, sha256 in recorded.items():
         if name not in there:
@@ -210,7 +210,8 @@ def _wrong_file(bundle_folder: Path) -> tuple[str, None] | None:
     return (f"{added[0]} does not belong to this bundle", None) if added else None
 
 
-def _read_checksums(bundle_folder: Path) -> dict[str, str]:
+def read_checksums(bundle_folder: Path) -> dict[str, str]:
+    """The hash of each file by its path, as recorded. Raises DamagedFile if the bundle has no checksums.json."""
     if not (bundle_folder / CHECKSUMS).is_file():
         raise DamagedFile(f"{bundle_folder} has no {CHECKSUMS}: it was not copied whole")
     return _read_object(bundle_folder / CHECKSUMS)
