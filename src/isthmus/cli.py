@@ -106,13 +106,15 @@ _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the ga
 @click.option("--on-drift", type=click.Choice(["alarm", "rollback"]), help="What a canary that drifts leads to.")
 @click.option("--drain-seconds", type=float, help="What running requests get after SIGTERM or Ctrl-C.")
 @click.option("--allow-open", is_flag=True, default=None, help="Listen beyond this machine without API keys.")
-@click.option("--allow-unsealed", is_flag=True, default=None, help="Serve a bundle that no parity gate has passed.")
+@click.option("--allow-unsealed", is_flag=True, default=None, help="Serve what no seal vouches for, loudly.")
+@click.option("--trust", "trusted_keys", type=click.Path(path_type=Path), help="Public keys that may sign the seal.")
 @click.option("--set", "overrides", multiple=True, metavar="serve.B=C", help="Override a key of the recipe's [serve].")
 def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
     """Serve the sealed bundle of RUN: an API and a chat page.
 
-    The API is OpenAI-compatible. A bundle that is not sealed, or was touched, is refused. RUN is a run folder, or the
-    folder of a sealed bundle. Keys may also stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
+    The API is OpenAI-compatible. A bundle that is not sealed, was touched, or failed its gate is refused; with --trust
+    so is one that no key of that file has signed. RUN is a run folder, or the folder of a sealed bundle. Keys may also
+    stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
     """
     stage = importlib.import_module("isthmus.serve")
     if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
@@ -131,6 +133,35 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 def follow(folder: Path, **options: Any) -> None:
     """Bring an engine to the versions that a run publishes to a shared FOLDER ([rl] publish)."""
     importlib.import_module("isthmus.follow").execute(folder, _watch(), **options)
+
+
+@cli.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUNDLE")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--diff", type=click.Path(path_type=Path), metavar="OTHER", help="List the tensors that differ.")
+@click.option("--trust", type=click.Path(path_type=Path), help="Public keys, one of which must have signed the seal.")
+def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path | None) -> None:
+    """Show what a bundle is, what its gate found, and who vouches for it.
+
+    Exit code 1 if it is tampered, untrusted, or was refused by its gate.
+    """
+    found = importlib.import_module("isthmus.inspect_bundle").execute(
+        folder, _watch(), as_json=as_json, diff=diff, trust=trust
+    )
+    if found.state not in ("sealed", "unsealed"):
+        raise click.exceptions.Exit(1)
+
+
+@cli.group()
+def key() -> None:
+    """Keys that sign seals."""
+
+
+@key.command("new")
+@click.argument("file", type=click.Path(path_type=Path))
+def new_key(file: Path) -> None:
+    """Write a new private key to FILE, for its owner alone, and print the public key."""
+    click.echo(importlib.import_module("isthmus.parity.keys").new_key(file))
 
 
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")

@@ -359,7 +359,8 @@ class ServeSection(Section):
     batch_invariant: bool = False
     key_file: Path | None = None
     allow_open: bool = Field(default=False, description="listen beyond this machine without user keys")
-    allow_unsealed: bool = False
+    allow_unsealed: bool = Field(default=False, description="serve what no seal vouches for, and say so everywhere")
+    trusted_keys: Path | None = Field(default=None, description="public keys, one of which must have signed the seal")
     max_waiting: Positive = Field(default=4096, description="samples in the line")
     max_waiting_tokens: Positive | None = Field(default=None, description="prompt tokens in the line")
     requests_per_minute: Positive | None = Field(default=None, description="of each key")

@@ -1,6 +1,7 @@
 """Serve: check the seal of a bundle, then put it to work behind an OpenAI-compatible API and a chat page.
 
-A bundle that no parity gate has passed, or that changed since, is refused.
+A bundle that no parity gate has passed, that one has refused, that changed since or that nobody trusted has signed is
+refused, unless it is asked for; then every answer, metric and log says what it is.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from isthmus.engines.local.options import EngineOptions
 from isthmus.engines.local.server import CanaryPlan, Server
 from isthmus.engines.local.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.bundle import SEAL, Bundle, read_bundle
-from isthmus.parity.seal import verify_seal
+from isthmus.formats.bundle import Bundle, read_bundle
+from isthmus.parity.keys import read_trusted
+from isthmus.parity.seal import Standing, standing, verify_seal
 from isthmus.pools import Pool, default_threads, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe import ServeSection, override_serve
@@ -36,11 +38,17 @@ from isthmus.run import RunFolder
 
 NAME = "serve"
 EXAMPLES = 6
+WARNINGS: dict[str, str] = {
+    "unsealed": "no parity gate has passed {}",
+    "untrusted": "nobody who is trusted has signed the seal of {}",
+    "tampered": "{} is not what was sealed",
+    "refused": "a parity gate has refused {}",
+}
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served. `seal_id`, if given, is the only seal that is accepted.
+    """How a bundle is served. `seal_id`, if given, is the only seal that is accepted. `refused`: its hand-off was.
 
     `access_log` is where the log goes if the section does not say. `tell` records events, as RunFolder.event does.
     """
@@ -48,6 +56,7 @@ class Serving:
     section: ServeSection = field(default_factory=ServeSection)
     model_name: str | None = None
     seal_id: str | None = None
+    refused: bool = False
     pool: str | None = None
     rehearse: str | None = None
     threads: int = field(default_factory=default_threads)
@@ -72,6 +81,7 @@ def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **cha
         section=section,
         model_name=run.recipe.name,
         seal_id=record.seal_id,
+        refused=record.verdict != "pass",
         pool=pool.name,
         rehearse=pool.chip if pool.rehearsed else None,
         threads=pool.threads,
@@ -120,13 +130,15 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
 
 
 def open_service(folder: Path, serving: Serving) -> Service:
-    """The engine of a sealed bundle, ready to be served. Raises GateRefused if the seal does not hold.
+    """The engine of a sealed bundle, ready to be served. Raises GateRefused if no seal that is trusted vouches for it.
 
-    With `allow_unsealed` a bundle may have no seal; one with a broken seal is refused all the same.
+    With `allow_unsealed` any bundle is taken that can be read; its state is in the service's identity.
     """
     section = serving.section
-    unsealed = section.allow_unsealed and serving.seal_id is None and not (folder / SEAL).exists()
-    seal = None if unsealed else verify_seal(folder, serving.seal_id)
+    found = _standing(folder, serving)
+    if found.state != "sealed" and not section.allow_unsealed:
+        raise GateRefused(found.reason)
+    seal = found.seal if found.state == "sealed" else None
     service = load_service(
         folder,
         model_name=serving.model_name,
@@ -136,6 +148,8 @@ def open_service(folder: Path, serving: Serving) -> Service:
         slots=section.max_batch,
         threads=serving.threads,
         options=EngineOptions(**section.model_dump(include={option.name for option in fields(EngineOptions)})),
+        state=found.state,
+        signer=found.seal.signer if found.seal else None,
     )
     service.default_tokens = section.max_new_tokens
     service.default_temperature = section.temperature
@@ -143,6 +157,11 @@ def open_service(folder: Path, serving: Serving) -> Service:
     service.max_waiting_tokens = section.max_waiting_tokens
     service.examples = service.examples or serving.examples
     return service
+
+
+def _standing(folder: Path, serving: Serving) -> Standing:
+    trusted = serving.section.trusted_keys
+    return standing(folder, serving.seal_id, read_trusted(trusted) if trusted else None, refused=serving.refused)
 
 
 def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring, watch: Watch) -> Server:
@@ -157,10 +176,11 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
     limits = KeyLimits(section.requests_per_minute, section.tokens_per_minute, section.concurrent_requests)
     canary = _canary(folder, service, serving, watch)
     if service.identity.seal is None:
-        warning = f"no parity gate has passed {folder}: what it answers is nobody's promise"
-        watch.say(f"  [bold red]UNSEALED[/] {warning}")
-        log.event("unsealed", reason=warning)
-        serving.tell("unsealed", reason=warning)
+        state = service.identity.state
+        warning = f"{WARNINGS[state].format(folder)}: what it answers is nobody's promise"
+        watch.say(f"  [bold red]{state.upper()}[/] {warning}")
+        log.event(state, reason=warning)
+        serving.tell(state, reason=warning)
     return Server(service, keys=keys, limits=limits, log=log, canary=canary, page=True)
 
 
@@ -212,9 +232,8 @@ def _announce(watch: Watch, service: Service, host: str, port: int, *, has_keys:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     identity = service.identity
-    watch.say(
-        f"  [bold]{identity.model}[/] in {identity.format}, {f'seal {identity.seal}' if identity.seal else 'unsealed'}"
-    )
+    seal = f"seal {identity.seal}" if identity.seal else identity.state
+    watch.say(f"  [bold]{identity.model}[/] in {identity.format}, {seal}")
     if identity.statement:
         watch.say(f"  {identity.statement}")
     if service.core.kernels != "native":

@@ -5,30 +5,36 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from engine_bundle import write_small_bundle
 from flow_recipe import RECIPE
-from live_server import ask
+from live_server import ask, live
 
 from isthmus import serve
 from isthmus.chips.rehearse import RehearsalRefused
+from isthmus.engines.local.keys import Keyring
+from isthmus.engines.local.metrics import Metrics
 from isthmus.engines.local.service import rehearse_steps
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import read_bundle
 from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
-from isthmus.parity.seal import write_seal
+from isthmus.parity.keys import new_key
+from isthmus.parity.manifest import add_file
+from isthmus.parity.seal import Lineage, write_seal
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.recipe import ServeSection, load_recipe
-from isthmus.records import HandoffRecord, Placement, PlanRecord
+from isthmus.records import HandoffRecord, ParityVerdict, Placement, PlanRecord
 from isthmus.run import RunFolder
 
 GOLDEN_PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
@@ -56,7 +62,7 @@ def run(tmp_path):
     _, tokenizer = write_small_bundle(folder, "w8a8")
     write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
-    seal = write_seal(folder, record, checkpoint_sha256="c" * 64)
+    seal = write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="c" * 64))
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))
     placement = Placement(stage="serve", pool="away", reason="first choice")
     plan = PlanRecord(recipe_sha256=digest, started=0.0, ended=1.0, placements=[placement], rejected=[], estimate={})
@@ -125,22 +131,80 @@ def test_a_bundle_is_served_without_its_run_and_with_keys(run, tmp_path):
     assert not (run.path / "bundle" / "w8a8" / "serve").exists(), "a bundle keeps only what is sealed"
 
 
-def test_an_unsealed_bundle_is_served_only_loudly_and_never_a_damaged_one(run, tmp_path):
-    write_small_bundle(tmp_path / "plain")
-    with pytest.raises(GateRefused, match="not sealed"):
-        serve.execute_bundle(tmp_path / "plain", Watch(), port=0)
-    loud = serve.Serving(section=ServeSection(allow_unsealed=True), threads=1)
-    service = serve.open_service(tmp_path / "plain", loud)
-    service.core.stop()
-    assert service.fingerprint == "unsealed-v0"
+def served(folder: Path, **changes) -> tuple[dict, str, str]:
+    """/health, /metrics and the fingerprint of a bundle that is served although no seal vouches for it."""
+    loud = serve.Serving(section=ServeSection(allow_unsealed=True, access_log="none"), threads=1, **changes)
+    service = serve.open_service(folder, loud)
+    with live(serve.open_server(folder, service, loud, Keyring([]), Watch())) as port:
+        health = ask(port, "GET", "/health")[2]
+        page = ask(port, "GET", "/metrics")[2]
+    return health, page, service.fingerprint
+
+
+def refuse(folder: Path) -> None:
+    verdict = ParityVerdict(
+        verdict="refuse", target="npu0", rehearsed=False, checks=[], ledger=[], culprit="model.layers.1.mlp",
+        operator=None, isthmus="0", torch="0", started=0.0, ended=1.0,
+    )  # fmt: skip
+    add_file(folder, "verdict.json", verdict.model_dump_json().encode())
+
+
+def tamper(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(path.read_text() + " ")
+
+
+STATES = {
+    "unsealed": (lambda folder: (folder / "seal.json").unlink(), "not sealed"),
+    "tampered": (tamper, r"generation_config\.json does not match"),
+    "refused": (refuse, r"refused .*: model\.layers\.1\.mlp"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_no_seal_vouches_for_is_refused_or_served_loudly(run, state, capsys):
     folder = run.path / "bundle" / "w8a8"
-    content = json.loads((folder / "seal.json").read_text())
-    (folder / "seal.json").write_text(json.dumps({**content, "torch": "0"}))
-    with pytest.raises(GateRefused, match="does not match its own hash"):
-        serve.open_service(folder, loud)
-    (folder / "seal.json").unlink()
-    with pytest.raises(GateRefused, match="not sealed"):
-        serve.execute(run, Watch(), allow_unsealed=True, port=0)
+    change, message = STATES[state]
+    change(folder)
+    with pytest.raises(GateRefused, match=message):
+        serve.execute_bundle(folder, Watch(), port=0)
+    health, page, fingerprint = served(folder)
+    assert (health["state"], health["seal"], health["signer"]) == (state, None, None)
+    assert fingerprint == f"{state}-v0"
+    assert re.search(rf'isthmus:bundle_state{{[^}}]*signer="",state="{state}"}} 1.0', page)
+    assert page.count("isthmus:bundle_state{") == 5 and len(re.findall(r"isthmus:bundle_state{[^}]*} 1.0", page)) == 1
+    assert re.search(r"isthmus:unsealed{[^}]*} 1.0", page) and re.search(r"isthmus:sealed_weights{[^}]*} 0.0", page)
+    assert state.upper() in capsys.readouterr().out
+
+
+def test_a_run_whose_gate_refused_is_served_as_refused(run):
+    folder = run.path / "bundle" / "w8a8"
+    assert served(folder, refused=True)[0]["state"] == "refused"
+    record = run.read_record("parity", HandoffRecord)
+    run.write_record("parity", record.model_copy(update={"verdict": "refuse"}))
+    with pytest.raises(GateRefused, match="parity gate refused"):
+        serve.execute(run, Watch(), port=0)
+
+
+def test_a_server_that_trusts_someone_serves_what_they_signed(run, tmp_path):
+    folder, listed = run.path / "bundle" / "w8a8", tmp_path / "trusted"
+    public, other = new_key(tmp_path / "gate.pem"), new_key(tmp_path / "other.pem")
+    listed.write_text(f"{public} the gate\n")
+    with pytest.raises(GateRefused, match="is not signed"):
+        serve.execute_bundle(folder, Watch(), trusted_keys=listed, port=0)
+    seal = write_seal(folder, verdict="pass", sign_key=tmp_path / "gate.pem")
+    serving = serve.Serving(section=ServeSection(trusted_keys=listed), threads=1)
+    service = serve.open_service(folder, serving)
+    service.core.stop()
+    assert (service.identity.state, service.identity.signer, service.identity.seal) == ("sealed", public, seal.id)
+    assert f'signer="{public}",state="sealed"}} 1.0' in Metrics(service).page().decode()
+    listed.write_text(other)
+    with pytest.raises(GateRefused, match="not trusted"):
+        serve.open_service(folder, serving)
+    loud = ServeSection(trusted_keys=listed, allow_unsealed=True)
+    service = serve.open_service(folder, serve.Serving(section=loud, threads=1))
+    service.core.stop()
+    assert (service.identity.state, service.identity.seal, service.is_sealed) == ("untrusted", None, False)
 
 
 def test_options_of_the_section_reach_the_service(run):
@@ -182,8 +246,7 @@ def test_a_tampered_bundle_is_refused(run):
 
 def test_a_bundle_with_another_seal_is_refused(run):
     folder = run.path / "bundle" / "w8a8"
-    record = HandoffRecord(recipe_sha256=run.recipe.digest(), **PARITY)
-    write_seal(folder, record, checkpoint_sha256="d" * 64)
+    write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="d" * 64))
     with pytest.raises(GateRefused, match="another bundle"):
         serve.execute(run, Watch(), port=0)
 

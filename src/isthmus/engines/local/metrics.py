@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from isthmus.engines.local.engine import Core
 from isthmus.engines.local.scheduler import Finished, Token
-from isthmus.engines.local.service import Service
+from isthmus.engines.local.service import STATES, Service
 from isthmus.engines.local.visit import Visit
 
 # The buckets of vllm/v1/metrics/loggers.py.
@@ -76,7 +76,16 @@ class Metrics:
         self._gauge("isthmus:weight_version", "Version of the weights in use", lambda: core.version)
         self.weight_updates = self._counter("isthmus:weight_updates", "Weight updates that were taken")
         self.refused_updates = self._counter("isthmus:refused_weight_updates", "Messages of updates that were refused")
-        self._gauge("isthmus:unsealed", "1 if no parity gate has passed the bundle", lambda: identity.seal is None)
+        self._gauge("isthmus:unsealed", "1 if no seal vouches for the bundle", lambda: identity.seal is None)
+        state = Gauge(
+            "isthmus:bundle_state",
+            "1 for what the bundle was when it was loaded, and who signed its seal",
+            ["model_name", "engine", "state", "signer"],
+            registry=self.registry,
+        )
+        for name in STATES:
+            signer = identity.signer or "" if name == identity.state else ""
+            state.labels(self._model_name, _ENGINE, name, signer).set(name == identity.state)
         self._gauge(
             "isthmus:sealed_weights", "1 while the weights in use are the sealed ones", lambda: service.is_sealed
         )

@@ -267,6 +267,8 @@ class Server:
             "model": identity.model,
             "format": identity.format,
             "seal": identity.seal,
+            "state": identity.state,
+            "signer": identity.signer,
             "pool": identity.pool,
             "rehearsal": self._rehearsal(),
             "kernels": core.kernels,

@@ -26,17 +26,24 @@ from isthmus.recipe import ModelSection
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LONGEST_SEQUENCE = 8192
+STATES = ("sealed", "unsealed", "untrusted", "tampered", "refused")
+"""What a bundle is, by its seal: see parity/seal.py."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server says it is. `rehearsed` names the chip whose rules were enforced, if any."""
+    """What a server says it is. `rehearsed` names the chip whose rules were enforced, if any.
+
+    `seal` is the id of a seal that holds, `signer` the public key that signed it. `state` is one of STATES.
+    """
 
     model: str
     format: str
     seal: str | None = None
     pool: str | None = None
     rehearsed: str | None = None
+    state: str = "unsealed"
+    signer: str | None = None
 
     @property
     def statement(self) -> str | None:
@@ -77,8 +84,8 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Seal and weight version: what `system_fingerprint` carries."""
-        return f"{self.identity.seal or 'unsealed'}-v{self.core.version}"
+        """Seal, or the state of a bundle without one, and weight version: what `system_fingerprint` carries."""
+        return f"{self.identity.seal or self.identity.state}-v{self.core.version}"
 
     @property
     def is_sealed(self) -> bool:
@@ -116,17 +123,24 @@ def load_service(
     slots: int = 256,
     threads: int = 1,
     options: EngineOptions = DEFAULT_OPTIONS,
+    state: str | None = None,
+    signer: str | None = None,
 ) -> Service:
-    """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served."""
+    """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served.
+
+    `state` is one of STATES; if absent, what follows from whether there is a `seal`. The files of a bundle whose state
+    is "tampered" are not held against their hashes again: whoever serves it knows that they differ.
+    """
     torch.set_num_threads(threads)
-    bundle = read_bundle(folder)
+    state = state or ("sealed" if seal else "unsealed")
+    bundle = read_bundle(folder, check_files=state != "tampered")
     tokenizer = Tokenizer.load(folder)
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
     core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **asdict(options))
     core.start()
-    identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse)
+    identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse, state, signer)
     return Service(
         identity,
         bundle.architecture,
