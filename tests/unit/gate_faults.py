@@ -290,7 +290,8 @@ def wrong_position(subject: Subject, draw: random.Random) -> Plant | None:
 
 def router_bias_lost(subject: Subject, draw: random.Random) -> Plant | None:
     def lost(router: Any) -> None:
-        router.e_score_correction_bias = torch.zeros_like(router.e_score_correction_bias)
+        inner = router._choose
+        router._choose = lambda biased: inner(biased - router.e_score_correction_bias)
 
     return _patched(subject, draw, _is(Router), lost, "router bias lost")
 
