@@ -45,5 +45,5 @@ def quantised_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
     Returns (int32 sum * weight scale) * row scale, [..., M, N] in fp32.
     """
-    values, scale = quantise_rows(x)
-    return exact_matmul(values, weight).mul_(weight_scale).mul_(scale)
+    values, scale = quantise_rows(x.float())
+    return exact_matmul(values, weight).mul_(weight_scale).mul_(scale).to(x.dtype)

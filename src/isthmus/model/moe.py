@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden, E experts, K experts per token, M expert width, N = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -118,6 +119,13 @@ class Experts(nn.Module):
             return self._grouped(x, counts)
         parts = zip(x.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
         return torch.cat([self._expert(rows, gate_up, down) for rows, gate_up, down in parts])
+
+    def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The two products of one expert, by name: of rows [N, D] or [N, M]."""
+        return {
+            "gate_up_proj": lambda x: F.linear(x, self.gate_up[index]),
+            "down_proj": lambda x: F.linear(x, self.down[index]),
+        }
 
     def published_shapes(self, parameter: str) -> dict[str, torch.Size]:
         """Published names and shapes of what the stack `parameter` holds of all experts, here or elsewhere."""
