@@ -6,7 +6,7 @@
 
 Each model is converted, captured and listed as the source's machine does it. Then every fault that the model can have
 is planted once, where it happens in the field, and the gate is asked on an imitated bf16 device, whose noise has a seed
-of its own in each trial. Healthy twins are the same without the fault. A fault that changes nothing is drawn again.
+of its own in each trial. Healthy twins are the same without the fault, and one more in fp32. A fault that changes nothing is drawn again.
 
 The rivals judge the same faulty targets: thresholds on tensors propagated from end to end (msprobe's norm ratio,
 SGLang's comparator, a relative error of one thousandth), and end accuracy, whose limits are set on the healthy twins
@@ -42,12 +42,13 @@ from gate_rivals import (
     relative_error_rule,
     top1_agreement,
 )
-from gate_run import KINDS, Case, Said, ask, draw_plant, prepare, right_module, right_operator, target
+from gate_run import KINDS, Case, Said, TargetDevice, ask, draw_plant, prepare, right_module, right_operator, target
 from isthmus.formats import format_names, get_format
 from isthmus.parity.paired import wilson_interval
 
 CONFIDENCE = 0.95
 CALIBRATED = 0.99
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 RULES: dict[str, Callable[[Propagated, Propagated], Rival]] = {
     "norm ratio > 0.5": norm_ratio_rule,
     "1 - 2xy/(x2+y2) > 1e-3": first_difference_rule,
@@ -64,7 +65,8 @@ class Trial:
     format: str
     kind: str
     fault: str | None
-    device: int | None
+    dtype: str
+    device: int
     where: str | None = None
     detail: str = ""
     single: bool = False
@@ -105,7 +107,7 @@ def parse() -> argparse.Namespace:
     usable = [name for name in format_names() if not get_format(name).needs_calibration]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=60)
-    parser.add_argument("--healthy", type=int, default=4, help="healthy twins on a bf16 device per model and format")
+    parser.add_argument("--healthy", type=int, default=4, help="healthy twins on a bf16 device per model and format, one fp32 twin beside them")
     parser.add_argument("--formats", nargs="+", choices=usable, default=[name for name in usable if name != "fp32"])
     parser.add_argument("--first", type=int, default=0, help="number of the first random model")
     parser.add_argument("--quick", action="store_true", help="6 models")
@@ -121,28 +123,30 @@ def examine(seed: int, format_name: str, healthy: int, scratch: Path) -> Iterato
     prompts = case.subject.model.prompts()
     reference = propagate(case.subject.build(), prompts)
     kind = case.subject.model.architecture.model_type
-    for device in [None, *(1000 * seed + twin for twin in range(1, healthy + 1))]:
-        trial = Trial(seed, kind, format_name, "healthy", None, device)
-        yield judged(case, trial, None, reference)
+    for twin in range(healthy):
+        for dtype in (torch.bfloat16, torch.float32) if twin == 0 else (torch.bfloat16,):
+            trial = Trial(seed, kind, format_name, "healthy", None, DTYPES[dtype], 1000 * seed + twin)
+            yield judged(case, trial, None, reference)
     number = 0
     for where, faults in KINDS.items():
         for fault in faults:
             plant = draw_plant(case, where, fault, seed)
             number += 1
             if plant is not None:
-                trial = Trial(seed, kind, format_name, where, fault, 1000 * seed + 500 + number)
+                trial = Trial(seed, kind, format_name, where, fault, "bf16", 1000 * seed + 500 + number)
                 trial.where, trial.detail, trial.single = plant.where, plant.detail, not plant.several
                 yield judged(case, trial, plant, reference)
 
 
 def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated) -> Trial:
     """The trial with what the gate and, where the fault is in the target, the rivals say."""
-    said = ask(case, trial.kind, plant, trial.device)
+    device = TargetDevice(trial.device, next(dtype for dtype, name in DTYPES.items() if name == trial.dtype))
+    said = ask(case, trial.kind, plant, device)
     trial.said = asdict(said)
     if plant is not None:
         trial.right_module, trial.right_operator = right_module(plant, said), right_operator(plant, said)
     if trial.kind in ("healthy", "loader", "runtime"):
-        found = propagate(target(case.subject, plant, trial.device), case.subject.model.prompts())
+        found = propagate(target(case.subject, plant, device), case.subject.model.prompts())
         trial.kl, trial.top1 = mean_kl(reference, found), top1_agreement(reference, found)
         for name, rule in RULES.items():
             rival = rule(reference, found)
@@ -211,7 +215,7 @@ def accuracy_limits(healthy: list[Trial]) -> dict[str, float]:
     """For each format the KL and the top-1 agreement that one noisy twin in a hundred passes."""
     limits = {}
     for name in sorted({trial.format for trial in healthy}):
-        noisy = [trial for trial in healthy if trial.format == name and trial.device is not None]
+        noisy = [trial for trial in healthy if trial.format == name and trial.dtype == "bf16"]
         kl = torch.tensor([trial.kl or 0.0 for trial in noisy], dtype=torch.float64)
         top1 = torch.tensor([trial.top1 or 0.0 for trial in noisy], dtype=torch.float64)
         limits[f"{name} KL"] = kl.quantile(CALIBRATED).item()
@@ -258,7 +262,7 @@ def print_misses(trials: list[Trial]) -> None:
         said = trial.said
         print(
             f"miss: model {trial.model} {trial.architecture} {trial.format}, {trial.kind}: {trial.fault or 'healthy'} "
-            f"({trial.detail or trial.device}); gate: layer {said['layer']}, module {said['module']}, "
+            f"({trial.detail or trial.dtype}, device {trial.device}); gate: layer {said['layer']}, module {said['module']}, "
             f"operator {said['operator']}, {said['detail']!r}"
         )
 

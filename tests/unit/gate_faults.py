@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from gate_models import RandomModel
 from torch import Tensor, nn
 
 from isthmus.formats import get_format
+from isthmus.formats.bundle import Bundle
 from isthmus.model.attention import LatentAttention, RMSNorm, Rotation
 from isthmus.model.dense import GroupedQueryAttention, rotate_halves
 from isthmus.model.model import Model
 from isthmus.model.moe import MixtureOfExperts, Router
 from isthmus.model.mtp import MtpLayer
+from isthmus.parity.target import build_target
 from isthmus.recipe import DeepseekSection
 
 Stored = dict[str, Tensor]
@@ -49,9 +52,18 @@ class Subject:
         """A source tensor as the format stores it."""
         return get_format(self.format).export_one(name, tensor, self.model.architecture)
 
-    def build(self, stored: Stored | None = None) -> Model:
-        """The emulator's model."""
-        return get_format(self.format).build(self.model.architecture, dict(stored or self.stored))
+    def build(self, stored: Stored | None = None, dtype: torch.dtype = torch.float32) -> Model:
+        """The model of a target; in fp32 it is the emulator."""
+        return build_target(self.bundle(stored), dtype=dtype)
+
+    def bundle(self, stored: Stored | None = None) -> Bundle:
+        """A bundle of these tensors in memory."""
+        return Bundle(Path(), self.format, self.model.architecture, dict(stored or self.stored))
+
+    def plain(self, dtype: torch.dtype) -> Model:
+        """The target's model from weights in bf16."""
+        stored = get_format("bf16").export(self.model.state, self.model.architecture)
+        return build_target(Bundle(Path(), "bf16", self.model.architecture, stored), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,9 @@ class Plant:
     operators: frozenset[str] = frozenset()
     several: bool = False
 
-    def build(self, subject: Subject) -> Model:
+    def build(self, subject: Subject, dtype: torch.dtype = torch.float32) -> Model:
         """The target's model with the fault in it."""
-        model = subject.build(self.stored)
+        model = subject.build(self.stored, dtype)
         if self.patch is not None:
             self.patch(model)
         return model
@@ -371,7 +383,7 @@ def mtp_order_swapped(subject: Subject, draw: random.Random) -> Plant | None:
 
 def computed_in_bf16(subject: Subject, draw: random.Random) -> Plant | None:
     """The target computes one module with bf16 weights where the bundle has quantised ones."""
-    quantised, plain = dict(subject.build().named_modules()), dict(_plain(subject).named_modules())
+    quantised, plain = dict(subject.build().named_modules()), dict(subject.plain(torch.float32).named_modules())
     paths = [path for path in plain if path in quantised and type(plain[path]) is not type(quantised[path])]
     if not paths:
         return None
@@ -379,7 +391,8 @@ def computed_in_bf16(subject: Subject, draw: random.Random) -> Plant | None:
 
     def put(model: Model) -> None:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, plain[path])
+        dtype = model.model.embed_tokens.weight.dtype
+        setattr(model.get_submodule(parent), name, subject.plain(dtype).get_submodule(path))
 
     return Plant(path, f"{path} computes in bf16", patch=put)
 
@@ -424,11 +437,6 @@ def _is(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 def _grouped(module: nn.Module) -> bool:
     return isinstance(module, Router) and module.topk_group < module.n_group
-
-
-def _plain(subject: Subject) -> Model:
-    plain = get_format("bf16")
-    return plain.build(subject.model.architecture, plain.export(subject.model.state, subject.model.architecture))
 
 
 def _halve_latents(attention: Any) -> None:

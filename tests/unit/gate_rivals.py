@@ -51,7 +51,7 @@ def propagate(model: Model, prompts: list[list[int]]) -> Propagated:
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in _block_paths(model)]
-    logits = outputs(model, torch.tensor(prompts))
+    logits = outputs(model, torch.tensor(prompts)).float()
     for handle in handles:
         handle.remove()
     size = len(prompts) * len(prompts[0]) * model.architecture.vocab_size

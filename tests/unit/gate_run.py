@@ -21,14 +21,13 @@ from gate_device import on_device
 from gate_faults import CONFIG_FAULTS, RUNTIME_FAULTS, TENSOR_FAULTS, Plant, Subject, effective
 from gate_models import RandomModel
 
-from isthmus.errors import DamagedFile
+from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.bundle import CHECKSUMS, file_hashes, write_bundle
 from isthmus.formats.published import CONFIG, mtp_copies, weight_files, write_tensors
 from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
-from isthmus.parity.manifest import write_manifest
 from isthmus.parity.verify import verify_bundle
 from isthmus.records import Check
 from isthmus.run import write_atomic
@@ -69,6 +68,14 @@ class NoTokenizer:
 
     def save(self, folder: Path) -> None:
         write_atomic(folder / "tokenizer.json", b"{}\n")
+
+
+@dataclass(frozen=True)
+class TargetDevice:
+    """An imitated chip: what it computes in, and what decides its noise."""
+
+    seed: int
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -123,20 +130,19 @@ def draw_plant(case: Case, kind: str, fault: str, seed: int) -> Plant | None:
     return None
 
 
-def ask(case: Case, kind: str, plant: Plant | None, device_seed: int | None) -> Said:
-    """What the gate says of a fault, or of no fault, on a device with noise (on an exact one without a seed)."""
+def ask(case: Case, kind: str, plant: Plant | None, device: TargetDevice) -> Said:
+    """What the gate says of a fault, or of no fault."""
     if kind == "conversion" and plant is not None:
         return _refusal(lambda: check_coverage(case.subject.model.state, _converted(case, plant))[1])
     folder = case.folder if plant is None or kind in ("loader", "runtime") else _damaged(case, plant)
-    build = functools.partial(target, case.subject, plant, device_seed)
-    return _refusal(lambda: verify_bundle(folder, build=lambda bundle: build()).checks)
+    build = functools.partial(target, case.subject, plant if kind in ("loader", "runtime") else None, device)
+    return _refusal(lambda: verify_bundle(folder, build=lambda bundle: build(), dtype=device.dtype).checks)
 
 
-def target(subject: Subject, plant: Plant | None, device_seed: int | None) -> Model:
-    """The target's model, with the fault if it is the target's."""
-    at_target = plant is not None and plant.config is None
-    model = plant.build(subject) if plant is not None and at_target else subject.build()
-    return model if device_seed is None else on_device(model, device_seed)
+def target(subject: Subject, plant: Plant | None, device: TargetDevice) -> Model:
+    """The target's model, with the fault if there is one."""
+    model = subject.build(dtype=device.dtype) if plant is None else plant.build(subject, device.dtype)
+    return on_device(model, device.seed)
 
 
 def right_module(plant: Plant, said: Said) -> bool:
@@ -162,10 +168,10 @@ def _within(path: str, whole: str) -> bool:
 def _refusal(look: Callable[[], Sequence[Check]]) -> Said:
     try:
         checks = look()
-    except DamagedFile as error:
+    except IsthmusError as error:
         found = TENSOR_NAME.search(str(error))
         module = found.group().rpartition(".")[0] if found else None
-        return Said(True, "files", module, None, str(error))
+        return Said(True, "files" if isinstance(error, DamagedFile) else "config", module, None, str(error))
     failed = [check for check in checks if check.outcome != "pass"]
     if not failed:
         return Said(False)
