@@ -107,7 +107,7 @@ def capture(
     options: CaptureOptions | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> GoldenList:
-    """Write the golden inputs of an unsealed bundle. `source` are the trained weights, published names, any float dtype.
+    """Write the golden inputs of an unsealed bundle. `source` are the trained weights with their published names.
 
     `prompts` are token ids: of each, the first half is a prompt and the rest what follows it. `tell` hears of progress.
     Raises GateRefused if the bundle is sealed, IsthmusError if there is no usable prompt.
