@@ -34,7 +34,7 @@ from isthmus.run import Figure, write_atomic
 
 VERDICT = "verdict.json"
 SAME_EMULATOR = 5e-3
-"""Relative error of a block between two hosts' emulators: fp32 sums in another order, and an int8 step here and there."""
+"""Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
 
 Tell = Callable[[str, int, int], None]
