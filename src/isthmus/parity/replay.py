@@ -32,7 +32,7 @@ from isthmus.model.attention import LatentAttention, RMSNorm, Rotation
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import MixtureOfExperts, Router, Routing, Trace, swiglu
-from isthmus.parity.blocks import Block, WholeRows, blocks_of, rotation_of, run_block
+from isthmus.parity.blocks import Block, WholeRows, blocks_of, rotation_of, run_block, same_experts
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.target import ACCUMULATION, ROUNDING
 from isthmus.records import LedgerRow
@@ -176,10 +176,10 @@ class Replayer:
 
     def _ask(self, probe: Probe, model: Model, inputs: tuple[Any, ...], found: Replay | None) -> list[Measure]:
         given = tuple(rounded(value, self.dtype) for value in inputs)
-        expected = probe.run(self.emulator, *given)
+        expected = probe.run(self.emulator, *(placed(value, self.emulator) for value in given))
         try:
             with self._context():
-                answer = probe.run(model, *(placed(value, model, self.dtype) for value in given))
+                answer = probe.run(model, *(placed(value, model) for value in given))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
             note = f"cannot be asked: {error}"
             return [Measure(probe.path, probe.operator, probe.kind, math.inf, probe.level, note)]
@@ -219,10 +219,12 @@ class Replayer:
         x = rounded(golden.input, self.dtype)
         expected, routing = run_block(self.emulator, block, x)
         with self._context():
-            answer, answered = run_block(target, block, placed(x, target, self.dtype), placed_rotation(self, target, x))
+            answer, answered = run_block(target, block, placed(x, target), placed_rotation(self, target, x))
         y, e, f = (part.flatten(0, -2) for part in (as_host(answer), expected, golden.float_output))
+        known = torch.isfinite(f).all(-1)
+        y, e, f = y[known], e[known], f[known]
         if routing is not None and answered is not None:
-            same = same_experts(routing, answered)
+            same = same_experts(routing, answered)[known]
             y, e, f = y[same], e[same], f[same]
         chip, quantisation = relative_error(y, e), relative_error(f, e)
         floor = self.floors.of_kind[block.kind]
@@ -432,19 +434,19 @@ class Wide:
 
 def rounded(value: Any, dtype: torch.dtype) -> Any:
     """Float tensors as the target can hold them, in fp32 on the host. A dtype that is wide enough changes nothing."""
-    if isinstance(value, Wide):
-        return value.tensor
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype).float()
     return value
 
 
-def placed(value: Any, model: Model, dtype: torch.dtype) -> Any:
-    """A host value on the target's device."""
+def placed(value: Any, model: Model) -> Any:
+    """A host value on the target's device, in the dtype of its activations; cos and sin stay as they are."""
+    if isinstance(value, Wide):
+        return value.tensor.to(model.model.norm.weight.device)
     if not isinstance(value, Tensor):
         return value
-    device = model.model.embed_tokens.weight.device
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    weight = model.model.norm.weight
+    return value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
 
 
 def as_host(value: Tensor) -> Tensor:
@@ -453,7 +455,7 @@ def as_host(value: Tensor) -> Tensor:
 
 def placed_rotation(replayer: Replayer, target: Model, x: Tensor) -> Rotation:
     """The emulator's cos and sin, on the target's device."""
-    device = target.model.embed_tokens.weight.device
+    device = target.model.norm.weight.device
     return Rotation(*(part.to(device) for part in rotation_of(replayer.emulator, x.shape[:2])))
 
 
@@ -506,12 +508,6 @@ def worst_channel(y: Tensor, e: Tensor) -> float:
     size = (e.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
     error = ((y - e).square().sum(0).sqrt() / size).max().item()
     return error if math.isfinite(error) else math.inf
-
-
-def same_experts(expected: Routing, answer: Routing) -> Tensor:
-    """Which tokens [N] get the same set of experts."""
-    a, b = expected.experts.cpu().sort(-1).values, answer.experts.cpu().sort(-1).values
-    return (a == b).all(-1) if a.shape == b.shape else torch.zeros(len(a), dtype=torch.bool)
 
 
 def by_expert(routing: Routing) -> Tensor:

@@ -232,11 +232,10 @@ def _check_tokens(
     golden: GoldenSet, bundle: Bundle, emulator: Model, model: Model, target: Target, limits: Limits
 ) -> list[Check]:
     """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
-    sequences = golden.listed.golden_sequences()
+    sequences, context = golden.listed.golden_sequences(), target.context()
     twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
     floor = compare_tokens(emulator, twin, sequences, confidence=limits.confidence).mean_kl
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
-    context = target.context()
     allowed = max(limits.max_chip_kl, LIMIT * floor)
     source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
     rehearsed = target.rehearse is not None
