@@ -78,6 +78,12 @@ def block_inputs(model: Model, tokens: Tensor, keep: Callable[[str, Tensor], Non
             handle.remove()
 
 
+def same_experts(expected: Routing, answer: Routing) -> Tensor:
+    """Which tokens [N] get the same set of experts."""
+    a, b = expected.experts.cpu().sort(-1).values, answer.experts.cpu().sort(-1).values
+    return (a == b).all(-1) if a.shape == b.shape else torch.zeros(len(a), dtype=torch.bool)
+
+
 class WholeRows:
     """A cache that is filled at once: every token looks at all up to itself."""
 

@@ -25,7 +25,7 @@ from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes, read_bundle
 from isthmus.model.model import Model
-from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block
+from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.run import write_atomic
 
@@ -66,7 +66,10 @@ class GoldenList(BaseModel):
 
 @dataclass(frozen=True)
 class GoldenBlock:
-    """Of one block, in fp32: `input` and `output` (the emulator's) [B, T, D], and `float_output`, the trained one's."""
+    """Of one block, in fp32: `input` and `output` (the emulator's) [B, T, D], and `float_output`, the trained one's.
+
+    The last is NaN for tokens that the trained weights send to other experts: quantisation did not cause that.
+    """
 
     input: Tensor
     output: Tensor
@@ -107,7 +110,7 @@ def capture(
     options: CaptureOptions | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> GoldenList:
-    """Write the golden inputs of an unsealed bundle. `source` are the trained weights, published names, any float dtype.
+    """Write the golden inputs of an unsealed bundle. `source` are the trained weights with their published names.
 
     `prompts` are token ids: of each, the first half is a prompt and the rest what follows it. `tell` hears of progress.
     Raises GateRefused if the bundle is sealed, IsthmusError if there is no usable prompt.
@@ -169,8 +172,10 @@ def _run(
     for done, block in enumerate(blocks):
         tell(done, len(blocks))
         given = inputs.pop(block.path)
-        output, _ = run_block(emulator, block, given.float())
-        wanted, _ = run_block(trained, block, given.float())
+        output, routing = run_block(emulator, block, given.float())
+        wanted, choice = run_block(trained, block, given.float())
+        if routing is not None and choice is not None:
+            wanted[~same_experts(routing, choice).view(given.shape[:-1])] = float("nan")
         tensors[f"{block.path}.input"] = given.contiguous()
         tensors[f"{block.path}.output"] = output.float().contiguous()
         tensors[f"{block.path}.quantisation"] = (wanted - output).bfloat16().contiguous()

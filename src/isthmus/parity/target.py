@@ -1,7 +1,7 @@
 """The model as it runs on a chip that is here: the bundle's modules on its device, with activations of its dtype.
 
-Weights that are multiplied in float get the dtype of the activations. Integer values, scales, rotary tables, routers and
-their biases stay in fp32: rounding them would make another model.
+Weights that are multiplied in float get the dtype of the activations. Integer values, scales, rotary tables, routers
+and their biases stay in fp32: rounding them would make another model.
 """
 
 from __future__ import annotations
