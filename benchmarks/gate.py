@@ -48,7 +48,6 @@ from isthmus.parity.paired import wilson_interval
 
 CONFIDENCE = 0.95
 CALIBRATED = 0.99
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 RULES: dict[str, Callable[[Propagated, Propagated], Rival]] = {
     "norm ratio > 0.5": norm_ratio_rule,
     "1 - 2xy/(x2+y2) > 1e-3": first_difference_rule,
@@ -124,8 +123,8 @@ def examine(seed: int, format_name: str, healthy: int, scratch: Path) -> Iterato
     reference = propagate(case.subject.build(), prompts)
     kind = case.subject.model.architecture.model_type
     for twin in range(healthy):
-        for dtype in (torch.bfloat16, torch.float32) if twin == 0 else (torch.bfloat16,):
-            trial = Trial(seed, kind, format_name, "healthy", None, DTYPES[dtype], 1000 * seed + twin)
+        for dtype in ("bf16", "fp32") if twin == 0 else ("bf16",):
+            trial = Trial(seed, kind, format_name, "healthy", None, dtype, 1000 * seed + twin)
             yield judged(case, trial, None, reference)
     number = 0
     for where, faults in KINDS.items():
@@ -140,7 +139,7 @@ def examine(seed: int, format_name: str, healthy: int, scratch: Path) -> Iterato
 
 def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated) -> Trial:
     """The trial with what the gate and, where the fault is in the target, the rivals say."""
-    device = TargetDevice(trial.device, next(dtype for dtype, name in DTYPES.items() if name == trial.dtype))
+    device = TargetDevice(trial.device, trial.dtype)
     said = ask(case, trial.kind, plant, device)
     trial.said = asdict(said)
     if plant is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from gate_models import random_model
 from gate_run import KINDS, Case, TargetDevice, ask, draw_plant, prepare, right_module
 
@@ -28,7 +27,7 @@ def test_a_planted_fault_is_refused_and_its_module_named(case, kind, fault):
         assert right_module(plant, said), f"{plant.detail}: {said}"
 
 
-@pytest.mark.parametrize("device", [TargetDevice(1), TargetDevice(2), TargetDevice(3, torch.float32)])
+@pytest.mark.parametrize("device", [TargetDevice(1), TargetDevice(2), TargetDevice(3, "fp32")])
 def test_a_healthy_twin_passes(case, device):
     said = ask(case, "healthy", None, device)
     assert not said.refused, said

@@ -28,7 +28,9 @@ from isthmus.formats.published import CONFIG, mtp_copies, weight_files, write_te
 from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
-from isthmus.parity.verify import verify_bundle
+from isthmus.parity.manifest import write_manifest
+from isthmus.parity.target import DTYPES
+from isthmus.parity.verify import Target, verify_bundle
 from isthmus.records import Check
 from isthmus.run import write_atomic
 
@@ -75,7 +77,7 @@ class TargetDevice:
     """An imitated chip: what it computes in, and what decides its noise."""
 
     seed: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ class Case:
 def prepare(model: RandomModel, format_name: str, folder: Path) -> Case:
     """Convert, capture and list, as the source's machine does."""
     write_bundle(folder, format_name, model.state, model.architecture, NoTokenizer())
-    capture(folder, model.state, model.prompts(), CaptureOptions())
-    _, checks = check_coverage(model.state, folder)
+    entries, checks = check_coverage(model.state, folder)
     assert all(check.outcome == "pass" for check in checks), checks
+    capture(folder, model.state, model.prompts(), CaptureOptions(origin="random tokens", synthetic=True))
+    write_manifest(folder, model.state, entries)
     stored = get_format(format_name).export(model.state, model.architecture)
     return Case(Subject(model, format_name, stored), folder)
 
@@ -136,13 +139,13 @@ def ask(case: Case, kind: str, plant: Plant | None, device: TargetDevice) -> Sai
         return _refusal(lambda: check_coverage(case.subject.model.state, _converted(case, plant))[1])
     folder = case.folder if plant is None or kind in ("loader", "runtime") else _damaged(case, plant)
     build = functools.partial(target, case.subject, plant if kind in ("loader", "runtime") else None, device)
-    return _refusal(lambda: verify_bundle(folder, build=lambda bundle: build(), dtype=device.dtype).checks)
+    return _refusal(lambda: verify_bundle(folder, build=lambda _: build(), target=Target(dtype=device.dtype)).checks)
 
 
 def target(subject: Subject, plant: Plant | None, device: TargetDevice) -> Model:
     """The target's model, with the fault if there is one."""
-    model = subject.build(dtype=device.dtype) if plant is None else plant.build(subject, device.dtype)
-    return on_device(model, device.seed)
+    dtype = DTYPES[device.dtype]
+    return on_device(subject.build(dtype=dtype) if plant is None else plant.build(subject, dtype), device.seed)
 
 
 def right_module(plant: Plant, said: Said) -> bool:
@@ -154,11 +157,22 @@ def right_module(plant: Plant, said: Said) -> bool:
 
 
 def right_operator(plant: Plant, said: Said) -> bool:
-    """Whether the named operator is the one at fault, or the one that holds it."""
-    if said.operator is None or not right_module(plant, said):
+    """Whether the named operator is the one at fault, or holds it. A module without parts is its own operator."""
+    if not right_module(plant, said):
         return False
-    path = said.operator if said.operator.startswith("model") else f"{said.module}.{said.operator}"
-    return _within(plant.where, path) or _within(path, plant.where) or any(part in path for part in plant.operators)
+    if said.operator is None:
+        return said.module == plant.where
+    named, where = _operator(f"{said.module}.{said.operator}"), _operator(plant.where)
+    aliased = any(word in said.operator for word in plant.operators)
+    return aliased or any(_within(a, b) or _within(b, a) for a in named for b in where)
+
+
+def _operator(path: str) -> list[str]:
+    """A path without the numbers of experts and the names of tensors; gate and up are one product, or two."""
+    parts = [part for part in path.split(".") if part not in ("weight", "scale", "bias")]
+    name = ".".join(part for i, part in enumerate(parts) if not (part.isdigit() and parts[i - 1] == "experts"))
+    name = name.replace("down_scale", "down").replace("gate_up_scale", "gate_up").replace("_proj", "")
+    return [name.replace("gate_up", "gate"), name.replace("gate_up", "up")]
 
 
 def _within(path: str, whole: str) -> bool:
