@@ -244,8 +244,10 @@ def print_tables(result: dict[str, Any]) -> None:
     print("\nshares in % [95% interval]; a rival's is `refused / right module named`")
     print(f"{'where':<11}{'fault':<34}{'n':>5} {'refused':>18} {'module right':>18} {'operator':>9}  ", end="")
     print(" ".join(f"{name:>22}" for name in rivals) + "  first layer")
-    overall = [{"kind": kind, "fault": "all", **found} for kind, found in result["kinds"].items()]
+    overall: list[dict[str, Any]] = [{"kind": kind, "fault": "all", **found} for kind, found in result["kinds"].items()]
     for row in [*result["faults"], *overall, {"kind": "all", "fault": "all", **result["overall"]}]:
+        if row["detected"] is None:
+            continue
         print(f"{row['kind']:<11}{row['fault']:<34}{row['detected']['of']:>5} {shown(row['detected']):>18} ", end="")
         print(f"{shown(row['module']):>18} {plain(row['operator']):>9}  ", end="")
         print(" ".join(f"{both(row['rivals'][name]):>22}" for name in rivals), end="  ")

@@ -6,6 +6,8 @@ and their biases stay in fp32: rounding them would make another model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from isthmus.errors import IsthmusError
 from isthmus.formats.bundle import Bundle
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
-from isthmus.model.moe import Experts
+from isthmus.model.moe import Experts, Router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -40,16 +42,28 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
     model = build_target(bundle, "cpu", dtype)
     generator = torch.Generator().manual_seed(seed)
 
+    def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
+        size = output.float().square().mean(-1, keepdim=True).sqrt()
+        return output.float() + torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
+
     def add_noise(_module: nn.Module, _inputs: object, output: object) -> object:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        size = output.float().square().mean(-1, keepdim=True).sqrt()
-        noise = torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
-        return (output.float() + noise).to(output.dtype)
+        return noisy(output, dtype).to(output.dtype)
+
+    def add_noise_to_router(_router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (noisy(inputs[0], torch.float32),)
+
+    def with_noise(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: noisy(product(x), dtype).to(x.dtype)
 
     for module in model.modules():
-        if not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
+        if isinstance(module, Router):
+            module.register_forward_pre_hook(add_noise_to_router)
+        elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
             module.register_forward_hook(add_noise)
+        if (parts := getattr(module, "parts", None)) is not None:
+            module.parts = lambda index, parts=parts: {k: with_noise(part) for k, part in parts(index).items()}
     return model
 
 
