@@ -30,7 +30,7 @@ from isthmus.formats.bundle import Bundle, read_bundle, write_bundle
 from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers
-from isthmus.parity.seal import write_seal
+from isthmus.parity.seal import Lineage, write_seal
 from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens, completion_log_probabilities
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
@@ -176,10 +176,16 @@ def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, 
     )
     if record.verdict == "refuse":
         return record
+    lineage = Lineage(
+        checkpoint_sha256=session.rl.checkpoint_sha256,
+        recipe_sha256=record.recipe_sha256,
+        source_pool=record.source_pool,
+        target_pool=record.target_pool,
+    )
     seals = {}
     for name, bundle in bundles.items():
         write_golden(bundle.folder, make_golden(bundle, session.prompts, session.tokenizer.eos_id))
-        seals[name] = write_seal(bundle.folder, record, checkpoint_sha256=session.rl.checkpoint_sha256)
+        seals[name] = write_seal(bundle.folder, verdict=record.verdict, checks=record.checks, lineage=lineage)
     return record.model_copy(update={"seal_id": seals[record.format].id})
 
 

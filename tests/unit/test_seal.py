@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from small import tiny_architecture
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import file_hashes, write_bundle
 from isthmus.model.model import Model
-from isthmus.parity.seal import verify_seal, write_seal
-from isthmus.records import Check, HandoffRecord
+from isthmus.parity.keys import new_key, public_key, read_trusted
+from isthmus.parity.manifest import add_file, canonical_sha256, write_manifest
+from isthmus.parity.seal import Lineage, Seal, standing, verify_seal, write_seal
+from isthmus.records import Check, ParityVerdict
 from isthmus.run import Figure
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, hidden_size=16)
@@ -28,22 +31,30 @@ class TinyTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def record(**changes) -> HandoffRecord:
+def passed(checkpoint: str = "c", **changes) -> dict[str, Any]:
+    """What `write_seal` is told of a hand-off that passed."""
     figure = Figure.measured(0.001, "nats/token", "a test", rehearsed=False)
-    content = {
-        "recipe_sha256": "r" * 64,
-        "started": 0.0,
-        "ended": 1.0,
-        "source_pool": "home",
-        "target_pool": "away",
-        "format": "w8a8",
-        "verdict": "pass",
-        "checks": [Check(layer="tokens", name="mean KL", outcome="pass", figure=figure, limit=figure, detail="")],
-        "bundles": {"w8a8": "bundle/w8a8"},
-        "seal_id": None,
-        "figures": {},
-    }
-    return HandoffRecord(**{**content, **changes})
+    checks = [Check(layer="tokens", name="mean KL", outcome="pass", figure=figure, limit=figure, detail="")]
+    lineage = Lineage(checkpoint_sha256=checkpoint * 64, recipe_sha256="r" * 64, source_pool="home", target_pool="away")
+    return {"verdict": "pass", "checks": checks, "lineage": lineage, **changes}
+
+
+def verdict(outcome: str = "pass") -> bytes:
+    """The content of a verdict.json."""
+    found = ParityVerdict(
+        verdict=outcome,  # pyright: ignore[reportArgumentType]
+        target="npu0",
+        rehearsed=False,
+        checks=[],
+        ledger=[],
+        culprit="model.layers.1.mlp" if outcome == "refuse" else None,
+        operator=None,
+        isthmus="0",
+        torch="0",
+        started=0.0,
+        ended=1.0,
+    )
+    return found.model_dump_json().encode()
 
 
 @pytest.fixture
@@ -54,7 +65,7 @@ def bundle(tmp_path) -> Path:
 
 @pytest.fixture
 def sealed(bundle) -> Path:
-    write_seal(bundle, record(), checkpoint_sha256="c" * 64)
+    write_seal(bundle, **passed())
     return bundle
 
 
@@ -70,8 +81,8 @@ def test_a_sealed_bundle_verifies_and_says_where_it_comes_from(sealed):
 
 def test_the_same_bundle_gets_the_same_seal_and_another_one_another(sealed):
     first = verify_seal(sealed)
-    assert write_seal(sealed, record(), checkpoint_sha256="c" * 64).sha256 == first.sha256
-    other = write_seal(sealed, record(), checkpoint_sha256="d" * 64)
+    assert write_seal(sealed, **passed()).sha256 == first.sha256
+    other = write_seal(sealed, **passed("d"))
     assert other.sha256 != first.sha256
     with pytest.raises(GateRefused, match=f"recorded {first.id}"):
         verify_seal(sealed, expected_id=first.id)
@@ -83,12 +94,12 @@ def test_tensor_hashes_do_not_depend_on_the_order_in_the_file(sealed):
     (sealed / "model.safetensors").unlink()
     save_file(dict(reversed(tensors.items())), sealed / "model.safetensors", metadata={"order": "another"})
     (sealed / "checksums.json").write_text(json.dumps(file_hashes(sealed)))
-    assert write_seal(sealed, record(), checkpoint_sha256="c" * 64).tensors == before
+    assert write_seal(sealed, **passed()).tensors == before
 
 
 def test_no_seal_without_a_pass(bundle):
     with pytest.raises(GateRefused, match="refuse"):
-        write_seal(bundle, record(verdict="refuse"), checkpoint_sha256="c" * 64)
+        write_seal(bundle, **passed(verdict="refuse"))
     with pytest.raises(GateRefused, match="is not sealed"):
         verify_seal(bundle)
     with pytest.raises(GateRefused, match="no bundle"):
@@ -169,11 +180,26 @@ def test_files_that_are_gone_new_or_cut_are_named(sealed):
         verify_seal(sealed)
 
 
-@pytest.mark.parametrize("key", ["verdict", "format", "tensors", "files", "lineage", "checks", "sha256", "torch"])
+EDITABLE = [
+    "verdict",
+    "format",
+    "content",
+    "tensors",
+    "files",
+    "lineage",
+    "checks",
+    "sha256",
+    "torch",
+    "parent",
+    "manifest",
+]
+
+
+@pytest.mark.parametrize("key", EDITABLE)
 def test_an_edited_seal_is_refused(sealed, key):
     content = json.loads((sealed / "seal.json").read_text())
     if isinstance(content[key], dict):
-        content[key].pop(next(iter(content[key])))
+        content[key].popitem()
     else:
         content[key] = "refuse" if key == "verdict" else "0" * 64
     (sealed / "seal.json").write_text(json.dumps(content))
@@ -185,3 +211,162 @@ def test_a_refusal_says_what_to_do(bundle):
     with pytest.raises(IsthmusError, match="isthmus handoff RUN") as caught:
         verify_seal(bundle)
     assert caught.value.exit_code == 1
+
+
+def resealed(folder: Path, **changes) -> Seal:
+    """The seal with some of its fields changed and its own hash made right, as a forger would write it."""
+    seal = Seal.model_validate_json((folder / "seal.json").read_bytes()).model_copy(update=changes)
+    seal = seal.model_copy(update={"sha256": seal.canonical_sha256()})
+    (folder / "seal.json").write_text(seal.model_dump_json())
+    return seal
+
+
+def test_the_content_id_names_format_and_tensors_whatever_the_files(tmp_path):
+    state, seals = Model(ARCHITECTURE).initialise(0).state_dict(), []
+    for shard_bytes in (1 << 30, 3000):
+        folder = tmp_path / str(shard_bytes)
+        write_bundle(folder, "w8a8", state, ARCHITECTURE, TinyTokenizer(), shard_bytes=shard_bytes)
+        write_manifest(folder, parent="f" * 16)
+        seals.append(write_seal(folder, **passed()))
+    one, other = seals
+    assert one.content == other.content and one.manifest == other.manifest and one.files != other.files
+    assert one.parent == other.parent == "f" * 16 and one.sha256 != other.sha256
+    assert one.content == canonical_sha256({"format": "w8a8", "tensors": one.tensors})
+
+
+def test_a_signed_seal_is_trusted_by_who_knows_the_key(bundle, tmp_path):
+    key, stranger = tmp_path / "keys" / "gate.pem", tmp_path / "other.pem"
+    public, other = new_key(key), new_key(stranger)
+    assert key.stat().st_mode & 0o777 == 0o600 and public == public_key(key) != other
+    with pytest.raises(IsthmusError, match="never written over"):
+        new_key(key)
+    seal = write_seal(bundle, **passed(), sign_key=key)
+    assert verify_seal(bundle, seal.id, trusted=[other, public]).signer == public
+    assert verify_seal(bundle).signer == public
+    with pytest.raises(GateRefused, match="not trusted"):
+        verify_seal(bundle, trusted=[other])
+    with pytest.raises(GateRefused, match="not trusted"):
+        verify_seal(bundle, trusted=[])
+
+
+def test_an_unsigned_seal_is_refused_by_who_trusts_someone(sealed, tmp_path):
+    public = new_key(tmp_path / "gate.pem")
+    with pytest.raises(GateRefused, match="is not signed"):
+        verify_seal(sealed, trusted=[public])
+    assert standing(sealed, trusted=[public]).state == "untrusted" and standing(sealed).state == "sealed"
+
+
+def test_a_signature_cannot_be_stripped_swapped_or_moved(bundle, tmp_path):
+    keys = tmp_path / "gate.pem", tmp_path / "other.pem"
+    public, other = (new_key(key) for key in keys)
+    signed = write_seal(bundle, **passed(), sign_key=keys[0])
+    written = (bundle / "seal.json").read_text()
+    stripped = json.loads(written)
+    del stripped["signature"]
+    (bundle / "seal.json").write_text(json.dumps(stripped))
+    with pytest.raises(GateRefused, match="no signature"):
+        verify_seal(bundle)
+    resealed(bundle, signer=None, signature=None)
+    with pytest.raises(GateRefused, match="is not signed"):
+        verify_seal(bundle, trusted=[public])
+    with pytest.raises(GateRefused, match="another bundle"):
+        verify_seal(bundle, expected_id=signed.id)
+    (bundle / "seal.json").write_text(written)
+    resealed(bundle, signer=other)
+    with pytest.raises(GateRefused, match="is not that of"):
+        verify_seal(bundle, trusted=[public, other])
+    (bundle / "seal.json").write_text(written)
+    resealed(bundle, checks={"mean KL": "pass: 0"})
+    with pytest.raises(GateRefused, match="is not that of"):
+        verify_seal(bundle)
+    resealed(bundle, signature="zz")
+    with pytest.raises(GateRefused, match="is not that of"):
+        verify_seal(bundle)
+
+
+def test_changed_content_under_an_old_signature_is_refused(bundle, tmp_path):
+    public = new_key(tmp_path / "gate.pem")
+    write_seal(bundle, **passed(), sign_key=tmp_path / "gate.pem")
+    rewritten(bundle, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    (bundle / "checksums.json").write_text(json.dumps(file_hashes(bundle)))
+    with pytest.raises(GateRefused, match="does not match"):
+        verify_seal(bundle, trusted=[public])
+    resealed(bundle, files=file_hashes(bundle, without=("seal.json",)))
+    with pytest.raises(GateRefused, match="is not that of"):
+        verify_seal(bundle, trusted=[public])
+
+
+def test_a_chain_of_parents(tmp_path):
+    parent = None
+    for step in range(3):
+        folder = tmp_path / str(step)
+        write_bundle(folder, "bf16", Model(ARCHITECTURE).initialise(step).state_dict(), ARCHITECTURE, TinyTokenizer())
+        seal = write_seal(folder, **passed(), parent=parent)
+        assert seal.parent == parent == verify_seal(folder).parent
+        parent = seal.id
+    forged = resealed(tmp_path / "2", parent="0" * 16)
+    assert forged.id != parent
+    with pytest.raises(GateRefused, match="another bundle"):
+        verify_seal(tmp_path / "2", expected_id=parent)
+
+
+def test_the_seal_covers_the_verdict_and_never_seals_a_refusal(bundle):
+    add_file(bundle, "verdict.json", verdict("refuse"))
+    with pytest.raises(GateRefused, match="refuse"):
+        write_seal(bundle, **passed())
+    assert standing(bundle).state == "refused" and "model.layers.1.mlp" in standing(bundle).reason
+    add_file(bundle, "verdict.json", verdict())
+    seal = write_seal(bundle, **passed())
+    assert seal.verdict_sha256 == seal.files["verdict.json"] and standing(bundle).state == "sealed"
+    (bundle / "verdict.json").write_bytes(verdict() + b" ")
+    assert standing(bundle).state == "tampered"
+    (bundle / "verdict.json").write_bytes(verdict("refuse"))
+    assert standing(bundle).state == "refused"
+    (bundle / "verdict.json").write_bytes(b"{")
+    assert standing(bundle).state == "tampered"
+
+
+def test_nothing_that_was_damaged_before_is_sealed(bundle):
+    write_manifest(bundle)
+    whole = (bundle / "model.safetensors").read_bytes()
+    rewritten(bundle, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    with pytest.raises(GateRefused, match="nothing is sealed"):
+        write_seal(bundle, **passed())
+    (bundle / "checksums.json").write_text(json.dumps(file_hashes(bundle)))
+    with pytest.raises(GateRefused, match=r"model\.norm\.weight does not match its hash of manifest"):
+        write_seal(bundle, **passed())
+    (bundle / "model.safetensors").write_bytes(whole)
+    (bundle / "checksums.json").write_text(json.dumps(file_hashes(bundle)))
+    write_seal(bundle, **passed())
+
+
+def test_standing_says_what_a_bundle_is(bundle):
+    assert standing(bundle).state == "unsealed"
+    seal = write_seal(bundle, **passed())
+    assert standing(bundle).seal == seal and standing(bundle, refused=True).state == "refused"
+    assert standing(bundle, expected_id="0" * 16).state == "tampered"
+    (bundle / "tokenizer.json").write_text("[]")
+    found = standing(bundle)
+    assert found.state == "tampered" and found.seal is None and "tokenizer.json" in found.reason
+    with pytest.raises(GateRefused, match="no bundle"):
+        standing(bundle / "nowhere")
+
+
+def test_keys_that_others_read_or_that_are_none_are_refused(tmp_path):
+    key, listed = tmp_path / "gate.pem", tmp_path / "trusted"
+    public = new_key(key)
+    key.chmod(0o640)
+    with pytest.raises(IsthmusError, match="chmod 600"):
+        public_key(key)
+    key.chmod(0o600)
+    key.write_text("no key")
+    with pytest.raises(IsthmusError, match="is no private key"):
+        public_key(key)
+    with pytest.raises(IsthmusError, match="isthmus key new"):
+        public_key(tmp_path / "nowhere")
+    listed.write_text(f"# who may seal\n\n{public} the gate in Shenzhen\n")
+    assert read_trusted(listed) == [public]
+    for wrong, message in (("ed25519:00\n", "is no public key"), ("# none\n", "nothing could be trusted")):
+        listed.write_text(wrong)
+        with pytest.raises(IsthmusError, match=message):
+            read_trusted(listed)

@@ -24,7 +24,7 @@ from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import read_bundle
 from isthmus.formats.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
-from isthmus.parity.seal import write_seal
+from isthmus.parity.seal import Lineage, write_seal
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.recipe import ServeSection, load_recipe
@@ -56,7 +56,7 @@ def run(tmp_path):
     _, tokenizer = write_small_bundle(folder, "w8a8")
     write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
-    seal = write_seal(folder, record, checkpoint_sha256="c" * 64)
+    seal = write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="c" * 64))
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))
     placement = Placement(stage="serve", pool="away", reason="first choice")
     plan = PlanRecord(recipe_sha256=digest, started=0.0, ended=1.0, placements=[placement], rejected=[], estimate={})
@@ -182,8 +182,7 @@ def test_a_tampered_bundle_is_refused(run):
 
 def test_a_bundle_with_another_seal_is_refused(run):
     folder = run.path / "bundle" / "w8a8"
-    record = HandoffRecord(recipe_sha256=run.recipe.digest(), **PARITY)
-    write_seal(folder, record, checkpoint_sha256="d" * 64)
+    write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="d" * 64))
     with pytest.raises(GateRefused, match="another bundle"):
         serve.execute(run, Watch(), port=0)
 
