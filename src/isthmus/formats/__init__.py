@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "golden", "int8", "published", "wire"})
+DESCRIPTION, MODELSLIM = "quant_model_description.json", "modelslim"
+"""ModelSlim's file beside config.json, and the quant_method under which its content is passed on."""
+SHARED_PARTS = frozenset(
+    {"assemble", "bundle", "calibration", "float8", "golden", "int8", "published", "quantised", "wire"}
+)
 
 
 class Format(Protocol):
@@ -58,8 +62,16 @@ class Format(Protocol):
         """The block of that name in config.json, or None."""
         ...
 
+    def extra_files(self, architecture: ModelSection) -> dict[str, bytes]:
+        """Files that this format has beside config.json and the weights, by name."""
+        ...
+
     def recognises(self, config: dict[str, Any]) -> bool:
-        """Whether a config.json announces this format."""
+        """Whether a config.json, as `bundle.read_config` gives it, announces this format."""
+        ...
+
+    def as_announced(self, config: dict[str, Any]) -> Format:
+        """This format with the choices that a config which it recognises leaves to each model."""
         ...
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
@@ -88,11 +100,15 @@ def check_format_name(name: str) -> None:
 
 
 def recognise_format(config: dict[str, Any]) -> Format:
-    """The format that a config.json announces; raises IsthmusError if none of ours does."""
+    """The format that a config.json, as `bundle.read_config` gives it, announces. Raises IsthmusError if none does."""
     for name in format_names():
         if get_format(name).recognises(config):
-            return get_format(name)
-    quantization = (config.get("quantization_config") or {}).get("quant_method", "none")
+            return get_format(name).as_announced(config)
+    found = config.get("quantization_config") or {}
+    quantization = found.get("quant_method", "none")
+    if quantization == MODELSLIM:
+        kinds = {str(kind) for name, kind in found.items() if name.endswith(".weight")}
+        quantization = f"{quantization} ({', '.join(sorted(kinds))})"
     raise IsthmusError(
         f"config.json announces dtype {config.get('torch_dtype', config.get('dtype'))!r} with quantisation "
         f"{quantization!r}; the formats read here are {', '.join(format_names())}"

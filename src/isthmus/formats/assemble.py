@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class TensorByTensor(ABC):
     def export_one(
         self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
     ) -> dict[str, Tensor]: ...
+
+    def extra_files(self, architecture: ModelSection) -> dict[str, bytes]:
+        return {}
+
+    def as_announced(self, config: dict[str, Any]) -> Self:
+        return self
 
     def export(
         self, state: dict[str, Tensor], architecture: ModelSection, calibration: Calibration | None = None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import Format, get_format, recognise_format
+from isthmus.formats import DESCRIPTION, MODELSLIM, Format, get_format, recognise_format
+from isthmus.formats.calibration import Calibration
 from isthmus.formats.published import (
     CONFIG,
     INDEX,
@@ -70,6 +71,7 @@ def write_bundle(
     architecture: ModelSection,
     tokenizer: TokenizerFiles,
     shard_bytes: int = SHARD_BYTES,
+    calibration: Calibration | None = None,
 ) -> None:
     """Write `state` (fp32, published names) as a bundle. A reader sees the whole folder or none of it.
 
@@ -78,7 +80,7 @@ def write_bundle(
     another distribution than the one it is asked for.
     """
     chosen = get_format(format_name)
-    tensors = chosen.export(state, architecture)
+    tensors = chosen.export(state, architecture, calibration)
     _compare_with_layout(folder, chosen, architecture, tensors)
     config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     quantization = chosen.quantization_config(architecture)
@@ -89,6 +91,8 @@ def write_bundle(
         _write_weights(new, tensors, architecture, shard_bytes)
         write_atomic(new / CONFIG, _json(config))
         write_atomic(new / "generation_config.json", _json(token_ids))
+        for name, content in chosen.extra_files(architecture).items():
+            write_atomic(new / name, content)
         tokenizer.save(new)
         write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
 
@@ -100,7 +104,7 @@ def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -
     """
     if not (source / CONFIG).is_file():
         raise IsthmusError(f"{source} is not a bundle: it has no {CONFIG}")
-    config = _read_json(source / CONFIG)
+    config = read_config(source)
     architecture = _architecture(source, config)
     _compare_with_layout(folder, recognise_format(config), architecture, tensors)
     replaced = {CHECKSUMS, SEAL, INDEX, *(path.name for path in weight_files(source))}
@@ -120,12 +124,26 @@ def read_bundle(folder: Path) -> Bundle:
     if not (folder / CONFIG).is_file():
         raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
     _check_files(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_config(folder)
     chosen = recognise_format(config)
     architecture = _architecture(folder, config)
     tensors = _without_copies(folder, _load_tensors(folder), architecture)
     _compare_with_layout(folder, chosen, architecture, tensors)
     return Bundle(folder, chosen.name, architecture, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the quantisation that the folder announces elsewhere, for `recognise_format`.
+
+    ModelSlim describes it in quant_model_description.json and leaves config.json without a `quantization_config`: the
+    description, with the quant_method "modelslim", stands in its place. Raises DamagedFile if there are both.
+    """
+    config = _read_json(folder / CONFIG)
+    if (folder / DESCRIPTION).is_file():
+        if config.get("quantization_config"):
+            raise DamagedFile(f"{folder} announces its quantisation twice, in {CONFIG} and in {DESCRIPTION}")
+        config["quantization_config"] = {"quant_method": MODELSLIM, **_read_json(folder / DESCRIPTION)}
+    return config
 
 
 def file_hashes(folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL)) -> dict[str, str]:

@@ -24,6 +24,7 @@ from isthmus.formats import Layout
 from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
 from isthmus.formats.calibration import Calibration
 from isthmus.formats.int8 import quantise_rows, quantised_matmul
+from isthmus.formats.quantised import QuantisedModule
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
 from isthmus.recipe import DeepseekSection, ModelSection
@@ -55,32 +56,10 @@ class W8A8(TensorByTensor):
         return layout
 
     def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "global_compression_ratio": None,
-            "kv_cache_scheme": None,
-            "ignore": float_modules(architecture),
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": _int8_scheme("channel", dynamic=False),
-                    "input_activations": _int8_scheme("token", dynamic=True),
-                    "output_activations": None,
-                }
-            },
-        }
+        return int8_config(architecture, ACTIVATIONS)
 
     def recognises(self, config: dict[str, Any]) -> bool:
-        found = config.get("quantization_config") or {}
-        groups = found.get("config_groups") or {}
-        return (
-            found.get("quant_method") == "compressed-tensors"
-            and found.get("format") == "int-quantized"
-            and len(groups) == 1
-            and all(_is_dynamic_w8a8(group) for group in groups.values())
-        )
+        return announces_int8(config, ACTIVATIONS)
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
         model = unfilled(architecture)
@@ -89,7 +68,7 @@ class W8A8(TensorByTensor):
         return fill(model, {name: tensor.float() for name, tensor in tensors.items() if name not in quantised})
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(QuantisedModule):
     """One or more linear layers with a common input, side by side: `weight` [out, in] and `scale` [out], both fp32.
 
     With `bias` the float bias of a single layer is part of the state, under its published name.
@@ -108,8 +87,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(len(weight)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantised_matmul(x, self.weight.t(), self.scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return quantised_matmul(x, self.weight.t(), self.scale, self.bias)
 
 
 class W8A8GatedMlp(nn.Module):
@@ -131,7 +109,7 @@ class W8A8GatedMlp(nn.Module):
         return self.down(_swiglu(self.gate_up(x), self.limit))
 
 
-class W8A8Experts(nn.Module):
+class W8A8Experts(QuantisedModule):
     """All routed experts of a layer. `gate_up` [E, 2M, D], `down` [E, D, M], with scales [E, 2M] and [E, D]."""
 
     gate_up: Tensor
@@ -193,7 +171,28 @@ def float_modules(architecture: ModelSection) -> list[str]:
     return names
 
 
-def _int8_scheme(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+def int8_config(architecture: ModelSection, activations: dict[str, Any]) -> dict[str, Any]:
+    """compressed-tensors' block of config.json for int8 weights per channel, with that scheme of activations."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": float_modules(architecture),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": int8_scheme("channel", dynamic=False),
+                "input_activations": activations,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def int8_scheme(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    """A symmetric int8 scheme of compressed-tensors."""
     return {
         "num_bits": 8,
         "type": "int",
@@ -204,17 +203,27 @@ def _int8_scheme(strategy: str, *, dynamic: bool) -> dict[str, Any]:
     }
 
 
-def _is_dynamic_w8a8(group: dict[str, Any]) -> bool:
-    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
+ACTIVATIONS = int8_scheme("token", dynamic=True)
+
+
+def announces_int8(config: dict[str, Any], activations: dict[str, Any]) -> bool:
+    """Whether a config.json announces what `int8_config` writes for that scheme of activations."""
+    found = config.get("quantization_config") or {}
+    groups = found.get("config_groups") or {}
     return (
-        _is_symmetric_int8(weights, "channel", dynamic=False)
-        and _is_symmetric_int8(activations, "token", dynamic=True)
-        and not group.get("output_activations")
+        found.get("quant_method") == "compressed-tensors"
+        and found.get("format") == "int-quantized"
+        and len(groups) == 1
+        and all(
+            _fits(group.get("weights") or {}, int8_scheme("channel", dynamic=False))
+            and _fits(group.get("input_activations") or {}, activations)
+            and not group.get("output_activations")
+            for group in groups.values()
+        )
     )
 
 
-def _is_symmetric_int8(scheme: dict[str, Any], strategy: str, *, dynamic: bool) -> bool:
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+def _fits(scheme: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return all(scheme.get(key) == value for key, value in wanted.items())
 
 
