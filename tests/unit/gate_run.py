@@ -112,7 +112,7 @@ def prepare(model: RandomModel, format_name: str, folder: Path) -> Case:
     entries, checks = check_coverage(model.state, folder)
     assert all(check.outcome == "pass" for check in checks), checks
     capture(folder, model.state, model.prompts(), CaptureOptions(origin="random tokens", synthetic=True))
-    write_manifest(folder, model.state, entries)
+    write_manifest(folder, coverage=entries, architecture=model.architecture)
     stored = get_format(format_name).export(model.state, model.architecture)
     return Case(Subject(model, format_name, stored), folder)
 
