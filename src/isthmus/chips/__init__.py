@@ -10,6 +10,7 @@ from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
+from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
 from isthmus.chips.rehearse import can_rehearse
 from isthmus.errors import IsthmusError
@@ -23,6 +24,7 @@ __all__ = [
     "Chip",
     "Found",
     "Presence",
+    "Rule",
     "Vendor",
     "can_rehearse",
     "check_available",
@@ -35,6 +37,7 @@ __all__ = [
     "is_here",
     "load_chips",
     "present",
+    "rules_for",
     "vendor_of",
     "vendors",
 ]
