@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrate
+from engine_bundle import ask, finished, run_core
 from small import GrowingCache, tiny_architecture
 
 import isthmus.formats
+from isthmus.engines.local.engine import Core
 from isthmus.errors import IsthmusError
 from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
 from isthmus.formats.bundle import read_bundle, read_config, write_bundle
@@ -146,3 +148,23 @@ def test_building_twice_from_the_same_tensors_gives_the_same_logits(name):
     tensors = exported(name)
     first, second = (get_format(name).build(ARCHITECTURE, tensors)(TOKENS) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@every_format
+def test_the_local_engine_serves_it(name):
+    """Greedy answers are those of the built model, token by token. Kernels in C exist for three formats."""
+    model = get_format(name).build(ARCHITECTURE, exported(name))
+    core, prompt = Core(model, eos_id=-1, length=32), [3, 1, 4, 1, 5]
+    assert core.runner.kernels.startswith("native" if name in ("fp32", "bf16", "w8a8") else "torch: ")
+    request, events = ask([prompt], 8, temperature=0.0)
+    run_core(core, request)
+    (answer,) = finished(events)
+    tokens, caches = list(prompt), [GrowingCache() for _ in range(ARCHITECTURE.num_hidden_layers)]
+    new = torch.tensor([prompt])
+    for _ in range(8):
+        positions = torch.arange(len(tokens) - new.shape[1], len(tokens))[None]
+        with torch.no_grad():
+            best = model.logits(model.hidden(new, positions, caches=caches))[0, -1].argmax()
+        tokens.append(int(best))
+        new = best.view(1, 1)
+    assert answer.tokens == tokens[len(prompt) :]

@@ -15,6 +15,7 @@ import subprocess
 
 import pytest
 import torch
+from calibrated import calibrate
 from engine_bundle import small_tokenizer
 
 from isthmus.engines import EngineError, Sampling
@@ -164,16 +165,22 @@ def test_experts_that_a_reload_breaks_are_found_out_before_an_update(engine):
         engine.update(payload, 5, digest(payload))
 
 
-def test_w8a8_is_served_and_raw_logprobs_are_refused(tmp_path):
-    """Its CPU backend has no int8 experts, so the model is dense. It computes in bf16, our emulation in fp32."""
-    bundle = tmp_path / "w8a8"
-    write_bundle(bundle, "w8a8", Model(QWEN).initialise(0).state_dict(), QWEN, small_tokenizer())
+@pytest.mark.parametrize(("name", "limit"), [("w8a8", 0.04), ("w8a8_static", 0.08)])
+def test_int8_is_served_and_raw_logprobs_are_refused(tmp_path, name, limit):
+    """Its CPU backend has no int8 experts, so the model is dense. It computes in bf16, our emulation in fp32.
+
+    Activations in bf16 move our emulation as far: 0.034 and 0.062.
+    """
+    bundle, state = tmp_path / name, Model(QWEN).initialise(0).state_dict()
+    seen = torch.randint(QWEN.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+    known = calibrate(state, QWEN, seen)
+    write_bundle(bundle, name, state, QWEN, small_tokenizer(), calibration=known)
     with vllm(bundle, tmp_path / "vllm.log", "bfloat16") as url:
         engine = HttpEngine(url, exchange=tmp_path / "exchange", start_wait_s=START_S)
         with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
             engine.start(bundle)
         found = engine.generate(PROMPTS, Sampling(24, temperature=1.0, n=4))
-        assert distances(read_bundle(bundle).build(), found, 1.0).mean() < 0.04
+        assert distances(read_bundle(bundle).build(), found, 1.0).mean() < limit
 
 
 def test_a_dense_model_takes_new_weights(tmp_path):

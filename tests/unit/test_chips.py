@@ -22,6 +22,7 @@ from isthmus.chips import amd, ascend, cambricon, metax, nvidia
 from isthmus.chips._detect import match_name
 from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, enforce, profile_of
 from isthmus.errors import IsthmusError
+from isthmus.formats import format_names
 from isthmus.recipe import Recipe, load_recipe
 
 AWAY = "ascend-910b-313t"
@@ -68,7 +69,9 @@ def test_unknown_stays_unknown():
 
 
 def test_capabilities_follow_from_what_was_published():
-    assert chips.get_chip(AWAY).formats == ("fp32", "bf16", "w8a8")
+    away = chips.get_chip(AWAY).formats
+    assert away == ("fp32", "bf16", "w8a8", "w8a8_static", "modelslim", "modelslim_dynamic", "modelslim_fp16")
+    assert set(chips.get_chip("cpu").formats) == set(format_names())
     assert "fp8" in chips.get_chip("h20").formats and "fp8" not in chips.get_chip("a100-80gb-sxm").formats
     assert chips.get_chip(AWAY).collectives[0] == "hccl" and chips.get_chip("cpu").collectives == ("gloo",)
 

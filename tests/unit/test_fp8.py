@@ -12,6 +12,8 @@ from engine_bundle import small_tokenizer
 from safetensors.torch import load_file
 from small import GrowingCache
 from small import tiny_architecture as architecture
+from small_dense import dense_architecture, randomised
+from transformers import AutoModelForCausalLM
 
 from isthmus.formats import get_format
 from isthmus.formats.bundle import read_bundle, write_bundle
@@ -164,3 +166,18 @@ def test_a_bundle_says_what_it_is(tmp_path):
     arch = architecture()
     write_bundle(tmp_path / "b", "fp8", Model(arch).initialise(0).state_dict(), arch, small_tokenizer())
     assert read_bundle(tmp_path / "b").format == "fp8"
+
+
+def test_transformers_dequantises_the_same_weights(tmp_path):
+    """Without a GPU it turns fp8 into bf16. Whole blocks only: it splits 160 rows with two scales into twice 80."""
+    arch = dense_architecture(hidden_size=256, intermediate_size=384)
+    write_bundle(tmp_path / "b", "fp8", randomised(arch, 0).state_dict(), arch, small_tokenizer())
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values())
+    loaded, model = theirs.state_dict(), read_bundle(tmp_path / "b").build()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        torch.testing.assert_close(loaded[f"{name}.weight"].float(), layer.weight, rtol=2**-7, atol=0)

@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     "floor_fp8_tflops": ("fp8 matmul, vendor's acceptance floor", "TFLOPS"),
     "floor_int8_tops": ("int8 matmul, vendor's acceptance floor", "TOPS"),
 }
-_FORMAT_OF = {"fp32": "fp32", "bf16": "bf16", "int8": "w8a8", "fp8": "fp8"}
+_FORMATS_OF = {"fp32": ("fp32",), "bf16": ("bf16",), "int8": ("w8a8", "w8a8_static"), "fp8": ("fp8",)}
 TEXTS: dict[str, str] = {
     "mem_type": "memory type",
     "scaleup_name": "link inside a node",
@@ -149,10 +149,19 @@ class Vendor:
 
 
 def chips_from_table(
-    vendor: str, *, source: str, collectives: tuple[str, ...] | None = None, engines: tuple[str, ...] | None = None
+    vendor: str,
+    *,
+    source: str,
+    collectives: tuple[str, ...] | None = None,
+    engines: tuple[str, ...] | None = None,
+    own_formats: dict[str, tuple[str, ...]] | None = None,
 ) -> list[Chip]:
-    """The rows of chips.csv of one vendor. A chip runs a narrow dtype if some rate in that dtype was published."""
-    return [_chip(row, source, collectives, engines) for row in _table() if row["vendor"] == vendor]
+    """The rows of chips.csv of one vendor. A chip runs a narrow dtype if some rate in that dtype was published.
+
+    `own_formats` are the formats that the vendor's software has for a dtype beside those that all have.
+    """
+    own = own_formats or {}
+    return [_chip(row, source, collectives, engines, own) for row in _table() if row["vendor"] == vendor]
 
 
 @functools.cache
@@ -162,11 +171,16 @@ def _table() -> tuple[dict[str, str], ...]:
 
 
 def _chip(
-    row: dict[str, str], source: str, collectives: tuple[str, ...] | None, engines: tuple[str, ...] | None
+    row: dict[str, str],
+    source: str,
+    collectives: tuple[str, ...] | None,
+    engines: tuple[str, ...] | None,
+    own_formats: dict[str, tuple[str, ...]],
 ) -> Chip:
     figures = {name: figure for name in FIGURES if (figure := _figure(row, name)) is not None}
     dtypes = _dtypes_with_a_rate(figures)
-    formats = tuple(_FORMAT_OF[dtype] for dtype in dtypes) if dtypes else None
+    computed = [form for dtype in dtypes or () for form in (*_FORMATS_OF[dtype], *own_formats.get(dtype, ()))]
+    formats = tuple(computed) if dtypes else None
     return Chip(
         slug=row["slug"],
         name=row["chip"],

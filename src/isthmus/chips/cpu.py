@@ -7,6 +7,7 @@ from pathlib import Path
 
 from isthmus.chips._facts import Capabilities, Chip, Found, Presence, Vendor
 
+_EMULATED = ("w8a8", "w8a8_static", "modelslim", "modelslim_dynamic", "modelslim_fp16", "fp8", "mxfp8")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -14,7 +15,7 @@ def chips() -> list[Chip]:
     capabilities = Capabilities(
         source="torch on a CPU; the exact emulations in isthmus/formats",
         dtypes=("fp64", "fp32", "bf16", "int8"),
-        formats=("fp32", "bf16", "w8a8"),
+        formats=("fp32", "bf16", *_EMULATED),
         collectives=("gloo",),
         engines=("local",),
     )
