@@ -96,6 +96,37 @@ _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
 _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
 
 
+_BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--source", type=click.Path(path_type=Path), required=True, help="The trained weights: a checkpoint.")
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="JSONL: `tokens`, or `prompt` texts.")
+@click.option("--synthetic", is_flag=True, help="Random tokens instead of prompts.")
+@click.option("--max-mb", type=click.IntRange(1), default=256, show_default=True, help="Size of what is kept.")
+def capture(folder: Path, **options: Any) -> None:
+    """Put golden inputs and outputs into a bundle, where its trained weights are."""
+    importlib.import_module("isthmus.capture").execute(folder, watch=_watch(), **options)
+
+
+@cli.command()
+@_BUNDLE
+@click.option("--device", help="A torch device; the accelerator that is here if absent, else the CPU.")
+@click.option("--dtype", default="fp32", show_default=True, help="Of the activations: fp32, bf16 or fp16.")
+@click.option("--rehearse", metavar="CHIP", help="Enforce the rules of a chip that is not here, on the CPU.")
+@click.option("--url", help="Verify an engine that serves this bundle there: tokens and log-probabilities alone.")
+@click.option("--api-key", envvar="ISTHMUS_API_KEY", help="Of the engine at --url; or $ISTHMUS_API_KEY.")
+@click.option("--max-chip-kl", type=float, default=0.01, show_default=True, help="Budget, nats per token.")
+@click.option("--sign-key", type=click.Path(path_type=Path), help="Private Ed25519 key that signs the seal.")
+def verify(folder: Path, **options: Any) -> None:
+    """Verify a captured bundle on this machine, and seal it; exit code 1 if the gate refuses.
+
+    Nothing but the folder is needed. A refusal names the module and the operator.
+    """
+    importlib.import_module("isthmus.verify").execute(folder, _watch(), **options)
+
+
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--host", help="Address to listen on; the recipe's if absent.")

@@ -41,7 +41,7 @@ class ExpertList(nn.Module):
 
     def __init__(self, experts: list[GatedMlp]):
         super().__init__()
-        self.total = len(experts)
+        self.total, self.limit = len(experts), experts[0].limit
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
 
@@ -49,6 +49,15 @@ class ExpertList(nn.Module):
         """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
         parts = zip(self.children(), x.split(counts.tolist()), strict=True)
         return torch.cat([expert(rows) for expert, rows in parts])
+
+    def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The products of one expert, by name: of rows [N, D] or [N, M]."""
+        expert = self.get_submodule(str(index))
+        assert isinstance(expert, GatedMlp)
+        return {
+            "gate_up_proj": lambda x: torch.cat((expert.gate_proj(x), expert.up_proj(x)), dim=-1),
+            "down_proj": expert.down_proj,
+        }
 
 
 def replace_linears(module: nn.Module, make: MakeLinear, prefix: str = "") -> None:

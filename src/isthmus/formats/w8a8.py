@@ -14,6 +14,7 @@ The model built here holds int8 values as fp32 and multiplies them exactly (see 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,6 +137,13 @@ class W8A8Experts(QuantisedModule):
         """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
         parts = x.split(counts.tolist())
         return torch.cat([self._expert(index, rows) for index, rows in enumerate(parts)])
+
+    def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The two products of one expert, by name: of rows [N, D] or [N, M]."""
+        return {
+            "gate_up_proj": lambda x: quantised_matmul(x, self.gate_up[index].t(), self.gate_up_scale[index]),
+            "down_proj": lambda x: quantised_matmul(x, self.down[index].t(), self.down_scale[index]),
+        }
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
         gate_up = quantised_matmul(x, self.gate_up[index].t(), self.gate_up_scale[index])

@@ -165,8 +165,15 @@ def _compare_batch(
         near_tie=~agrees & (preference < TIE_NATS),
         abs_dlogp=(expected - found).gather(-1, taken).squeeze(-1).abs(),
         sequence=torch.arange(start, start + len(batch)).repeat_interleave(lengths),
-        router_flips=(wanted.experts != given.experts).any(-1),
+        router_flips=_router_flips(wanted.experts, given.experts),
     )
+
+
+def _router_flips(wanted: Tensor, given: Tensor) -> Tensor:
+    """Which choices differ; all of them if the candidate's routers choose another number of experts."""
+    if wanted.shape != given.shape:
+        return torch.ones(wanted.shape[:-1], dtype=torch.bool)
+    return (wanted != given).any(-1)
 
 
 def _completion_tokens(batch: list[GoldenSequence]) -> Tensor:

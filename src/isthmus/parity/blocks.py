@@ -1,0 +1,92 @@
+"""The blocks of a model that are replayed one by one: the attention and the MLP of every layer.
+
+Shapes: B rows of T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.model.attention import EntryLayout, Rotation, attend_entries
+from isthmus.model.layer import ResidualLayer
+from isthmus.model.model import Model, causal_mask
+from isthmus.model.moe import MixtureOfExperts, Routing
+
+BlockKind = Literal["attention", "mlp", "moe"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """`path` in the published names, and what it is."""
+
+    path: str
+    kind: BlockKind
+
+
+def blocks_of(model: Model) -> list[Block]:
+    """All blocks, in the order of the computation."""
+    found = []
+    for index, layer in enumerate(model.model.layers):
+        assert isinstance(layer, ResidualLayer)
+        kind: BlockKind = "moe" if isinstance(layer.mlp, MixtureOfExperts) else "mlp"
+        found += [Block(f"model.layers.{index}.self_attn", "attention"), Block(f"model.layers.{index}.mlp", kind)]
+    return found
+
+
+def run_block(model: Model, block: Block, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Routing | None]:
+    """Output [B, T, D] of a block on x [B, T, D], and what its router decided, if it has one.
+
+    Attention is causal, from position 0; `rotation` is the model's own unless given.
+    """
+    module = model.get_submodule(block.path)
+    if block.kind == "attention":
+        if rotation is None:
+            rotation = rotation_of(model, x.shape[:2])
+        return module(x, rotation, causal_mask(x.shape[1], x.device)), None
+    output = module(x)
+    return output if isinstance(output, tuple) else (output, None)
+
+
+def rotation_of(model: Model, shape: tuple[int, ...] | torch.Size) -> Rotation:
+    """The model's rotation of positions 0 to T - 1 in each of B rows."""
+    device = model.model.rotary.cos.device
+    return model.model.rotary(torch.arange(shape[1], device=device).expand(*shape))
+
+
+def block_inputs(model: Model, tokens: Tensor, keep: Callable[[str, Tensor], None]) -> None:
+    """Run the model, its MTP layer too, on tokens [B, T], and hand the input [B, T, D] of each block to `keep`."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: keep(path, inputs[0].detach())
+
+    handles = [
+        model.get_submodule(block.path).register_forward_pre_hook(hook(block.path)) for block in blocks_of(model)
+    ]
+    try:
+        with torch.inference_mode():
+            hidden = model.hidden(tokens)
+            if model.mtp_layer is not None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+                model.mtp_next(hidden, tokens.roll(-1, dims=1), positions, causal_mask(tokens.shape[1], tokens.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def same_experts(expected: Routing, answer: Routing) -> Tensor:
+    """Which tokens [N] get the same set of experts."""
+    a, b = expected.experts.cpu().sort(-1).values, answer.experts.cpu().sort(-1).values
+    return (a == b).all(-1) if a.shape == b.shape else torch.zeros(len(a), dtype=torch.bool)
+
+
+class WholeRows:
+    """A cache that is filled at once: every token looks at all up to itself."""
+
+    def attend(self, query: Tensor, entries: Tensor, layout: EntryLayout, scale: float) -> Tensor:
+        mask = causal_mask(entries.shape[1], entries.device)[0].transpose(0, 1)[None]
+        return attend_entries(query, entries, mask.to(query.dtype), layout, scale)

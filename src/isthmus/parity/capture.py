@@ -1,0 +1,183 @@
+"""Golden inputs and outputs: what the source's machine writes into a bundle for the target's machine to replay.
+
+For the attention and the MLP of every layer, `golden/replay.safetensors` holds the input on golden prompts, rounded to
+bf16 so that every target gets the same numbers; what the exact emulator of the format makes of it; and by how much the
+trained weights would have made something else of it. `golden/replay.json` lists the prompts. Who has the bundle can
+read them: prompts that are private must not be captured, and synthetic ones (random tokens) can take their place.
+
+Shapes: B rows of T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes, read_bundle
+from isthmus.model.model import Model
+from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
+from isthmus.parity.tokens import GoldenSequence
+from isthmus.run import write_atomic
+
+FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
+BYTES_PER_VALUE = 2 + 4 + 2
+FEWEST_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """`max_bytes` bounds the tensors; `max_tokens` the length of a row. `origin` says where the prompts come from."""
+
+    max_bytes: int = 256 << 20
+    max_tokens: int = 64
+    origin: str = "not said"
+    synthetic: bool = False
+
+
+class GoldenList(BaseModel):
+    """The content of golden/replay.json. `sequences` are pairs of a prompt and what follows it, for whole-model checks.
+
+    `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str
+    origin: str
+    synthetic: bool
+    bounded: bool
+    rows: list[list[int]]
+    sequences: list[tuple[list[int], list[int]]]
+    blocks: list[str]
+
+    def golden_sequences(self) -> list[GoldenSequence]:
+        return [GoldenSequence(prompt, completion) for prompt, completion in self.sequences]
+
+
+@dataclass(frozen=True)
+class GoldenBlock:
+    """Of one block, in fp32: `input` and `output` (the emulator's) [B, T, D], and `float_output`, the trained one's.
+
+    The last is NaN for tokens that the trained weights send to other experts: quantisation did not cause that.
+    """
+
+    input: Tensor
+    output: Tensor
+    float_output: Tensor
+
+
+class GoldenSet:
+    """The golden inputs and outputs of a bundle, read block by block. Raises DamagedFile if they cannot be read."""
+
+    def __init__(self, folder: Path):
+        path = folder / LIST
+        if not path.is_file():
+            raise IsthmusError(
+                f"{folder} has no golden inputs. Run `isthmus capture {folder} --source WEIGHTS` where the trained "
+                "weights are, before the bundle is copied"
+            )
+        try:
+            self.listed = GoldenList.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise DamagedFile(f"{path} cannot be read: {error}") from None
+        self._path = folder / TENSORS
+
+    def block(self, path: str) -> GoldenBlock:
+        """Everything of the block at this path."""
+        try:
+            with safe_open(self._path, framework="pt") as stored:
+                names = (f"{path}.input", f"{path}.output", f"{path}.quantisation")
+                given, output, lost = (stored.get_tensor(name).float() for name in names)
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"{self._path} does not hold the golden inputs of {path}: {error}") from None
+        return GoldenBlock(given, output, output + lost)
+
+
+def capture(
+    bundle_folder: Path,
+    source: Mapping[str, Tensor],
+    prompts: list[list[int]],
+    options: CaptureOptions | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> GoldenList:
+    """Write the golden inputs of an unsealed bundle. `source` are the trained weights with their published names.
+
+    `prompts` are token ids: of each, the first half is a prompt and the rest what follows it. `tell` hears of progress.
+    Raises GateRefused if the bundle is sealed, IsthmusError if there is no usable prompt.
+    """
+    options = options or CaptureOptions()
+    if (bundle_folder / SEAL).exists():
+        raise GateRefused(f"{bundle_folder} is sealed: what it holds cannot be changed. Capture before it is verified")
+    bundle = read_bundle(bundle_folder)
+    emulator = bundle.build()
+    plain = {name: tensor.detach().float() for name, tensor in source.items()}
+    trained = get_format("fp32").build(bundle.architecture, get_format("fp32").export(plain, bundle.architecture))
+    room = bundle.architecture.max_position_embeddings
+    usable = [prompt[:room] for prompt in prompts if len(prompt) > 1]
+    if not usable:
+        raise IsthmusError("golden prompts need two tokens at least; give others")
+    blocks = blocks_of(emulator)
+    rows, bounded = _bounded_rows(usable, emulator, options)
+    tensors = _run(emulator, trained, blocks, rows, tell)
+    (bundle_folder / FOLDER).mkdir(exist_ok=True)
+    write_atomic(bundle_folder / TENSORS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    listed = GoldenList(
+        format=bundle.format,
+        origin=options.origin,
+        synthetic=options.synthetic,
+        bounded=bounded,
+        rows=rows.tolist(),
+        sequences=[(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable],
+        blocks=[block.path for block in blocks],
+    )
+    write_atomic(bundle_folder / LIST, listed.model_dump_json().encode() + b"\n")
+    hashes = json.dumps(file_hashes(bundle_folder), sort_keys=True, indent=2)
+    write_atomic(bundle_folder / CHECKSUMS, hashes.encode() + b"\n")
+    return listed
+
+
+def synthetic_prompts(vocab_size: int, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (count, tokens), generator=generator).tolist()
+
+
+def _bounded_rows(prompts: list[list[int]], model: Model, options: CaptureOptions) -> tuple[Tensor, bool]:
+    """The first prompts that fit into the size, as rows [B, T] with zeros behind the shorter ones."""
+    per_token = BYTES_PER_VALUE * model.architecture.hidden_size * len(blocks_of(model))
+    most = max(options.max_bytes // per_token, FEWEST_TOKENS)
+    width = min(max(map(len, prompts)), options.max_tokens, most)
+    kept = prompts[: max(1, most // width)]
+    rows = [prompt[:width] + [0] * (width - len(prompt)) for prompt in kept]
+    return torch.tensor(rows), len(kept) < len(prompts) or width < max(map(len, prompts))
+
+
+@torch.inference_mode()
+def _run(
+    emulator: Model, trained: Model, blocks: list[Block], rows: Tensor, tell: Callable[[int, int], None]
+) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+    block_inputs(emulator, rows, lambda path, x: inputs.__setitem__(path, x.bfloat16()))
+    tensors: dict[str, Tensor] = {}
+    for done, block in enumerate(blocks):
+        tell(done, len(blocks))
+        given = inputs.pop(block.path)
+        output, routing = run_block(emulator, block, given.float())
+        wanted, choice = run_block(trained, block, given.float())
+        if routing is not None and choice is not None:
+            wanted[~same_experts(routing, choice).view(given.shape[:-1])] = float("nan")
+        tensors[f"{block.path}.input"] = given.contiguous()
+        tensors[f"{block.path}.output"] = output.float().contiguous()
+        tensors[f"{block.path}.quantisation"] = (wanted - output).bfloat16().contiguous()
+    tell(len(blocks), len(blocks))
+    return tensors

@@ -1,0 +1,569 @@
+"""Module replay: each block of a target is fed with its golden input, and so is each operator in it.
+
+An error of one module reaches all that follow it, so thresholds on propagated tensors blame the wrong one. Here every
+module gets the exact input, and only what it does itself can differ. One level down, every operator of the emulator (a
+module with weights, or a step such as the rotation) is recorded while the emulator runs the block, and the target's
+operator gets the recorded input, rounded to the target's dtype on both sides.
+
+Two measures. Of an operator, the output channel that differs most: a flipped bit or a lost scale touches one row of a
+weight, which is nothing in the norm of a block and much in its channel. Of a block, the relative L2 error, and along
+the way from the emulator to the trained weights, how far the target went: near 1 it has not quantised at all.
+
+Floors. Each measure is also taken of a healthy twin (parity/target.py) on other inputs, and the largest of its kind is
+the floor; a measure above LIMIT times its floor is a fault. Where a router of the target chooses other experts than the
+emulator's, and the scores tie within rounding, the token is left out and counted.
+
+Shapes: N rows, C channels, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import IsthmusError
+from isthmus.model.attention import LatentAttention, RMSNorm, Rotation
+from isthmus.model.layer import ResidualLayer
+from isthmus.model.model import Model, causal_mask
+from isthmus.model.moe import MixtureOfExperts, Router, Routing, Trace, swiglu
+from isthmus.parity.blocks import Block, WholeRows, blocks_of, rotation_of, run_block, same_experts
+from isthmus.parity.capture import GoldenSet
+from isthmus.parity.target import ACCUMULATION, ROUNDING
+from isthmus.records import LedgerRow
+
+LIMIT = 3.0
+"""A fault is above three floors. How many healthy targets are, `benchmarks/gate.py` counts."""
+UNQUANTISED = 0.5
+"""Half way from the emulator to the trained weights."""
+SMALL_CHANNEL = 2.0**-4
+"""A channel is measured against itself, or against this share of its row's size if it is smaller."""
+SMALLEST_BLOCK_FLOOR = 2e-3
+"""In fp32 a twin differs by nothing, or by one int8 step here and there."""
+NOTHING = 1 / (LIMIT + 1)
+"""The floor of a count: one is a fault."""
+EXPERT_ROWS = 4
+MOST_EMBEDDINGS = 4096
+SCALES = (1.0, 8.0, 64.0)
+"""Inputs as they are, and large enough that a clamp bites."""
+ROUTER_SCALES = (1.0, 4.0, 16.0)
+"""Inputs at which scores come near 0 and 1, so that biases, groups and masks decide."""
+FAR = 8
+
+
+Level = Literal[0, 1, 2, 3, 4]
+STRUCTURE, OPERATOR, STEP, BLOCK, LAYER = get_args(Level)
+"""What a measure is about, the most telling first: what the target is built of, one operator, a step of several
+operators, a block, a layer."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question to a model: `run(model, *inputs)` gives [..., C] or a router's decision.
+
+    `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin.
+    """
+
+    path: str
+    operator: str | None
+    kind: str
+    run: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    floor_inputs: tuple[Any, ...]
+    level: Level = OPERATOR
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What came of a probe: `value` against the `floor` of its kind; infinite where the output is not a number."""
+
+    path: str
+    operator: str | None
+    kind: str
+    value: float
+    level: Level = OPERATOR
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The largest measure of a healthy twin, by kind."""
+
+    of_kind: dict[str, float]
+
+    def ratio(self, measure: Measure) -> float:
+        return measure.value / self.of_kind[measure.kind] if measure.value else 0.0
+
+
+@dataclass
+class Replay:
+    """What the replay of a target found."""
+
+    measures: list[Measure]
+    floors: Floors
+    ledger: list[LedgerRow] = field(default_factory=list)
+    router_flips: int = 0
+    near_ties: int = 0
+
+    @property
+    def faults(self) -> list[tuple[float, Measure]]:
+        """Ratio and measure of what is above the limit, the most telling first, and of these the largest."""
+        found = [(self.floors.ratio(measure), measure) for measure in self.measures]
+        wrong = [(ratio, measure) for ratio, measure in found if not ratio <= LIMIT]
+        return sorted(wrong, key=lambda pair: (pair[1].level, -pair[0]))
+
+    @property
+    def worst(self) -> tuple[float, Measure]:
+        """The measure that is highest above its floor."""
+        return max(((self.floors.ratio(measure), measure) for measure in self.measures), key=lambda pair: pair[0])
+
+
+class Replayer:
+    """Compares targets with an emulator on the golden inputs of a bundle.
+
+    `dtype` is that of the target's activations. The floors are computed once, from `twin`, and serve every target.
+    """
+
+    def __init__(self, golden: GoldenSet, emulator: Model, twin: Model, dtype: torch.dtype):
+        self.golden, self.emulator, self.dtype = golden, emulator, dtype
+        self._blocks = {block.path: block for block in blocks_of(emulator)}
+        self._context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.floors = self._calibrate(twin)
+
+    @torch.inference_mode()
+    def compare(
+        self,
+        target: Model,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Replay:
+        """Replay every block and operator on the target, which runs inside `context()`; `tell` hears of progress."""
+        found = Replay(differences_of_structure(self.emulator, target), self.floors)
+        self._context = context
+        total = len(self._blocks) + 1
+        for done, (block, probes) in enumerate(self._probes()):
+            tell(done, total)
+            for probe in probes:
+                found.measures += self._ask(probe, target, probe.inputs, found)
+            if block is not None:
+                found.measures += self._ledger_row(block, target, found)
+        tell(total, total)
+        return found
+
+    @torch.inference_mode()
+    def _calibrate(self, twin: Model) -> Floors:
+        floors: dict[str, float] = {"structure": NOTHING}
+        for _, probes in self._probes():
+            for probe in probes:
+                for measure in self._ask(probe, twin, probe.floor_inputs, None):
+                    least = SMALLEST_BLOCK_FLOOR if probe.level > OPERATOR else self._least(measure.kind)
+                    floors[measure.kind] = max(floors.get(measure.kind, least), measure.value)
+        for block in self._blocks.values():
+            kind = f"{block.kind} unquantised"
+            floors[kind] = UNQUANTISED / LIMIT
+        return Floors(floors)
+
+    def _least(self, kind: str) -> float:
+        """Of an operator: rounding of its output, and of sums in another order."""
+        if kind.endswith(" choice"):
+            return NOTHING
+        return ROUNDING[self.dtype] + 2 * ACCUMULATION[self.dtype]
+
+    def _ask(self, probe: Probe, model: Model, inputs: tuple[Any, ...], found: Replay | None) -> list[Measure]:
+        given = tuple(rounded(value, self.dtype) for value in inputs)
+        expected = probe.run(self.emulator, *(placed(value, self.emulator) for value in given))
+        try:
+            with self._context():
+                answer = probe.run(model, *(placed(value, model) for value in given))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
+            note = f"cannot be asked: {error}"
+            return [Measure(probe.path, probe.operator, probe.kind, math.inf, probe.level, note)]
+        if isinstance(expected, Routing):
+            return self._compare_routing(probe, expected, answer, found)
+        if isinstance(expected, tuple):
+            return self._compare_mixture(probe, expected, answer)
+        measure = worst_channel if probe.level == OPERATOR else relative_error
+        return [Measure(probe.path, probe.operator, probe.kind, measure(as_host(answer), expected), probe.level)]
+
+    def _compare_mixture(self, probe: Probe, expected: tuple[Any, ...], answer: tuple[Any, ...]) -> list[Measure]:
+        same = same_experts(expected[1], answer[1])
+        y, e = as_host(answer[0]).flatten(0, -2)[same], expected[0].flatten(0, -2)[same]
+        return [Measure(probe.path, probe.operator, probe.kind, relative_error(y, e), probe.level)]
+
+    def _compare_routing(self, probe: Probe, expected: Routing, answer: Routing, found: Replay | None) -> list[Measure]:
+        router = self.emulator.get_submodule(f"{probe.path}.gate")
+        assert isinstance(router, Router)
+        same = same_experts(expected, answer)
+        ties = near_ties(router, expected, self.dtype)
+        real = int((~same & ~ties).sum())
+        if found is not None:
+            found.router_flips += real
+            found.near_ties += int((~same & ties).sum())
+        scores = worst_channel(as_host(answer.scores), expected.scores)
+        weights = worst_channel(by_expert(answer)[same], by_expert(expected)[same])
+        share = "" if not real else f"{real} of {len(same)} tokens get other experts, and no tie explains it"
+        return [
+            Measure(probe.path, "gate.scores", f"{probe.kind} scores", scores),
+            Measure(probe.path, "gate.choice", f"{probe.kind} choice", float(real), OPERATOR, share),
+            Measure(probe.path, "gate.weights", f"{probe.kind} weights", weights),
+        ]
+
+    def _ledger_row(self, block: Block, target: Model, found: Replay) -> list[Measure]:
+        """What the block lost on its golden input, and whether the target quantises it."""
+        golden = self.golden.block(block.path)
+        x = rounded(golden.input, self.dtype)
+        expected, routing = run_block(self.emulator, block, x)
+        with self._context():
+            answer, answered = run_block(target, block, placed(x, target), placed_rotation(self, target, x))
+        y, e, f = (part.flatten(0, -2) for part in (as_host(answer), expected, golden.float_output))
+        known = torch.isfinite(f).all(-1)
+        y, e, f = y[known], e[known], f[known]
+        if routing is not None and answered is not None:
+            same = same_experts(routing, answered)[known]
+            y, e, f = y[same], e[same], f[same]
+        chip, quantisation = relative_error(y, e), relative_error(f, e)
+        floor = self.floors.of_kind[block.kind]
+        found.ledger.append(
+            LedgerRow(
+                module=block.path,
+                kind=block.kind,
+                quantisation=quantisation if math.isfinite(quantisation) else None,
+                chip=chip if math.isfinite(chip) else None,
+                floor=floor,
+            )
+        )
+        way = f - e
+        if not math.isfinite(chip) or quantisation < LIMIT * ROUNDING[torch.bfloat16]:
+            return []
+        share = ((y - e).flatten().double() @ way.flatten().double() / way.double().square().sum()).item()
+        note = f"its output is {share:.0%} of the way from the emulator to the trained weights"
+        return [Measure(block.path, None, f"{block.kind} unquantised", max(share, 0.0), BLOCK, note)]
+
+    def _probes(self) -> Iterator[tuple[Block | None, Iterator[Probe]]]:
+        """The probes block by block; at the end, those of what is no block."""
+        for block in self._blocks.values():
+            golden = self.golden.block(block.path)
+            yield block, self._block_probes(block, rounded(golden.input, self.dtype))
+        last = rounded(self.golden.block(next(reversed(self._blocks))).input, self.dtype)
+        yield None, self._model_probes(last)
+
+    def _block_probes(self, block: Block, x: Tensor) -> Iterator[Probe]:
+        """The operators of a block in the order in which it runs them, then its steps, then the block itself."""
+        other = other_inputs(x)
+        yield from self._norm_probes(block, x, other)
+        first, second = (self._record(block, given) for given in (x, other))
+        for path in first:
+            if path in second:
+                yield from self._operator_probes(block, path, first[path], second[path])
+        if block.kind == "moe":
+            yield from self._expert_probes(block, x, other)
+        if block.kind == "attention":
+            yield from self._attention_probes(block, x, other)
+        for scale in SCALES if block.kind != "attention" else (1.0,):
+            yield self._whole_block_probe(block, scale, x, other)
+        yield from self._layer_probe(block, x, other)
+
+    def _whole_block_probe(self, block: Block, scale: float, x: Tensor, other: Tensor) -> Probe:
+        def run(model: Model, given: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Any:
+            rotation = None if cos is None or sin is None else Rotation(cos, sin)
+            output, routing = run_block(model, block, given, rotation)
+            return output if routing is None else (output, routing)
+
+        rotation = tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
+        extra = rotation if block.kind == "attention" else ()
+        kind = block.kind if scale == 1.0 else f"{block.kind} at {scale:g} times its input"
+        return Probe(block.path, None, kind, run, (x * scale, *extra), (other * scale, *extra), BLOCK)
+
+    def _layer_probe(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        """The whole layer once, after its MLP: norms, residuals and their order."""
+        if block.kind == "attention":
+            return
+        path = block.path.rpartition(".")[0]
+
+        def run(model: Model, given: Tensor, cos: Tensor, sin: Tensor) -> Any:
+            layer, trace = model.get_submodule(path), Trace()
+            assert isinstance(layer, ResidualLayer)
+            mask = causal_mask(given.shape[1], given.device)
+            output = ResidualLayer.forward(layer, given, Rotation(cos, sin), mask, None, trace)
+            return (output, trace.routings[0]) if trace.routings else output
+
+        rotation = tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
+        yield Probe(path, None, f"layer with {block.kind}", run, (x, *rotation), (other, *rotation), LAYER)
+
+    def _norm_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        """The norm in front of the block, which is part of its layer, also on inputs so small that eps shows."""
+        layer, _, name = block.path.rpartition(".")
+        norm = "input_layernorm" if name == "self_attn" else "post_attention_layernorm"
+        yield from self._norm(f"{layer}.{norm}", f"{layer}.{norm}", None, x, other)
+
+    def _norm(self, path: str, named: str, operator: str | None, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        module = self.emulator.get_submodule(path)
+        assert isinstance(module, RMSNorm)
+        size = module.weight.shape[0]
+        x, other = (fitted(given, size) for given in (x, other))
+
+        def run(model: Model, given: Tensor) -> Tensor:
+            return model.get_submodule(path)(given)
+
+        yield Probe(named, operator, "norm", run, (x,), (other,))
+        small = module.eps**0.5 / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
+        yield Probe(named, operator, "norm", run, (x * small,), (other * small,))
+
+    def _record(self, block: Block, x: Tensor) -> dict[str, tuple[Any, ...]]:
+        """The first arguments of every module below the block, by its path, in the order of the calls."""
+        module, calls, handles = self.emulator.get_submodule(block.path), {}, []
+        for name, child in module.named_modules():
+            if name:
+                path = f"{block.path}.{name}"
+                keep = lambda _module, inputs, path=path: calls.setdefault(path, inputs)  # noqa: E731
+                handles.append(child.register_forward_pre_hook(keep))
+        try:
+            run_block(self.emulator, block, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def _operator_probes(
+        self, block: Block, path: str, inputs: tuple[Any, ...], other: tuple[Any, ...]
+    ) -> Iterator[Probe]:
+        module, operator = self.emulator.get_submodule(path), path.removeprefix(f"{block.path}.")
+
+        def run(model: Model, *given: Any) -> Any:
+            return model.get_submodule(path)(*given)
+
+        if isinstance(module, Router):
+            for scale in ROUTER_SCALES:
+                both = (shifted(inputs[0], module, scale),), (shifted(other[0], module, scale),)
+                yield Probe(block.path, "gate", "router", run, *both)
+        elif isinstance(module, RMSNorm):
+            yield from self._norm(path, block.path, operator, inputs[0], other[0])
+        elif any(True for _ in module.children()) or hasattr(module, "parts"):
+            kind = f"{block.kind} {operator}"
+            yield Probe(block.path, operator, kind, run, inputs, other, STEP)
+        else:
+            yield Probe(block.path, operator, "linear", run, inputs, other)
+
+    def _expert_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        """Each matrix of each expert, on rows that it gets whether the router sends them or not."""
+        experts = self.emulator.get_submodule(f"{block.path}.experts")
+        mixture = self.emulator.get_submodule(block.path)
+        assert isinstance(mixture, MixtureOfExperts)
+        rows, others = (given.flatten(0, -2)[:EXPERT_ROWS] for given in (x, other))
+        for index in range(mixture.num_experts):
+            for part in experts.parts(index):  # pyright: ignore[reportCallIssue]
+
+                def run(model: Model, given: Tensor, index: int = index, part: str = part) -> Tensor:
+                    return model.get_submodule(f"{block.path}.experts").parts(index)[part](given)  # pyright: ignore
+
+                inputs = tuple(self._part_input(experts, index, part, given) for given in (rows, others))
+                yield Probe(block.path, f"experts.{index}.{part}", "linear", run, inputs[:1], inputs[1:])
+
+    def _part_input(self, experts: nn.Module, index: int, part: str, rows: Tensor) -> Tensor:
+        if part != "down_proj":
+            return rows
+        parts = experts.parts(index)  # pyright: ignore[reportCallIssue]
+        gate, up = parts["gate_up_proj"](rows).chunk(2, dim=-1)
+        return swiglu(gate, up, experts.limit)  # pyright: ignore[reportArgumentType]
+
+    def _attention_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        """The steps between the products: rotations, the scores, and both forms of the attention."""
+        module = self.emulator.get_submodule(block.path)
+        rotation = rotation_of(self.emulator, x.shape[:2])
+        turned = tuple(Wide(part) for part in rotation)
+
+        def ask(operator: str, call: Callable[..., Any], *inputs: Any, level: Level = OPERATOR) -> Probe:
+            own, others = (
+                tuple(value[which] if isinstance(value, tuple) else value for value in inputs) for which in (0, 1)
+            )
+
+            def run(model: Model, *given: Any) -> Any:
+                return call(model.get_submodule(block.path), *given)
+
+            return Probe(block.path, operator, f"attention {operator}", run, own, others, level)
+
+        def cached(attention: Any, given: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return attention(given, Rotation(cos, sin), None, WholeRows())
+
+        if isinstance(module, LatentAttention):
+            pairs = [module.project(given, rotation) for given in (x, other)]
+            q_nope, q_rope, latents = zip(*pairs, strict=True)
+            yield ask("rope of keys", _rotated_keys, (x, other), *turned)
+            yield ask("rope of queries", _rotated_queries, (x, other), *turned, level=STEP)
+            yield ask("attention scores and context", _naive_context, q_nope, q_rope, latents)
+        yield ask("attention with a cache", cached, (x, other), *turned, level=BLOCK)
+
+    def _model_probes(self, x: Tensor) -> Iterator[Probe]:
+        """Embedding, rotary table, final norm, output head, and how the MTP layer joins its inputs."""
+        other, model = other_inputs(x), self.emulator
+        tokens = torch.arange(min(model.architecture.vocab_size, MOST_EMBEDDINGS))
+        yield Probe(
+            "model.embed_tokens", None, "embedding", lambda m, ids: m.model.embed_tokens(ids), (tokens,), (tokens,)
+        )
+        places = positions_to_ask(model.architecture.max_position_embeddings)
+
+        def table(m: Model, positions: Tensor) -> Tensor:
+            return torch.cat(tuple(m.model.rotary(positions)), dim=-1)
+
+        yield Probe("model.rotary", None, "rotary", table, (places,), (places,))
+        yield from self._norm("model.norm", "model.norm", None, x, other)
+        yield Probe("lm_head", None, "linear", lambda m, given: m.lm_head(given), (x,), (other,))
+        if (layer := model.mtp_layer) is None:
+            return
+        path = f"model.layers.{len(model.model.layers) - 1}"
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield from self._norm(f"{path}.{norm}", f"{path}.{norm}", None, x, other)
+        joined = torch.cat((layer.enorm(x), layer.hnorm(other)), dim=-1)
+        yield Probe(
+            f"{path}.eh_proj", None, "linear", lambda m, given: m.mtp_layer.eh_proj(given), (joined,), (joined.flip(0),)
+        )
+        yield Probe(f"{path}.eh_proj", "join", "join", lambda m, a, b: m.mtp_layer.join(a, b), (x, other), (other, x))
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A tensor that stays in fp32 on every target: cos and sin."""
+
+    tensor: Tensor
+
+
+def rounded(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors as the target can hold them, in fp32 on the host. A dtype that is wide enough changes nothing."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype).float()
+    return value
+
+
+def placed(value: Any, model: Model) -> Any:
+    """A host value on the target's device, in the dtype of its activations; cos and sin stay as they are."""
+    if isinstance(value, Wide):
+        return value.tensor.to(model.model.norm.weight.device)
+    if not isinstance(value, Tensor):
+        return value
+    weight = model.model.norm.weight
+    return value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
+
+
+def as_host(value: Tensor) -> Tensor:
+    return value.detach().float().cpu()
+
+
+def placed_rotation(replayer: Replayer, target: Model, x: Tensor) -> Rotation:
+    """The emulator's cos and sin, on the target's device."""
+    device = target.model.norm.weight.device
+    return Rotation(*(part.to(device) for part in rotation_of(replayer.emulator, x.shape[:2])))
+
+
+def other_inputs(x: Tensor) -> Tensor:
+    """Inputs of the same kind that are not the golden ones: tokens in another order, each a little larger."""
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    order = torch.randperm(x.shape[1], generator=generator)
+    size = 1 + 0.2 * torch.rand(*x.shape[:2], 1, generator=generator)
+    return x.flip(0)[:, order] * size
+
+
+def shifted(x: Tensor, router: Router, scale: float) -> Tensor:
+    """Inputs of a router, larger and moved against its experts' mean direction: scores near 0 as well as near 1."""
+    mean = router.weight.float().mean(0)
+    push = mean / mean.norm().clamp_min(1e-20) * x.flatten(0, -2).norm(dim=-1).mean()
+    return x * scale - (push * (scale - 1.0) / 2)
+
+
+def positions_to_ask(most: int) -> Tensor:
+    """The first positions, and some up to the last one."""
+    near = torch.arange(min(most, FAR))
+    far = torch.linspace(0, most - 1, FAR).long()
+    return torch.cat((near, far))[None]
+
+
+def fitted(x: Tensor, size: int) -> Tensor:
+    """Rows of that many channels, from rows of whatever number."""
+    if x.shape[-1] >= size:
+        return x[..., :size]
+    return x.repeat(*(1,) * (x.dim() - 1), -(-size // x.shape[-1]))[..., :size]
+
+
+def relative_error(y: Tensor, e: Tensor) -> float:
+    """|y - e| / |e| in L2; infinite if y is no number anywhere, 0 for nothing to compare."""
+    if not e.numel():
+        return 0.0
+    error = ((y - e).norm() / e.norm().clamp_min(1e-30)).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def worst_channel(y: Tensor, e: Tensor) -> float:
+    """The largest relative error of an output channel over the rows: L2 of the difference over that of the channel,
+    where a channel that is small beside its rows counts as SMALL_CHANNEL of them."""
+    if not e.numel():
+        return 0.0
+    if y.shape != e.shape:
+        return math.inf
+    y, e = y.reshape(-1, y.shape[-1]).double(), e.reshape(-1, e.shape[-1]).double()
+    rows = e.square().mean(-1, keepdim=True)
+    size = (e.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
+    error = ((y - e).square().sum(0).sqrt() / size).max().item()
+    return error if math.isfinite(error) else math.inf
+
+
+def by_expert(routing: Routing) -> Tensor:
+    """The weights [N, E] of the experts, 0 where one is not chosen."""
+    scores = as_host(routing.scores)
+    return torch.zeros_like(scores).scatter(-1, routing.experts.cpu(), as_host(routing.weights))
+
+
+def near_ties(router: Router, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """Which tokens [N] are chosen so narrowly, among experts or among groups, that rounding of scores decides."""
+    biased = routing.scores + router.e_score_correction_bias
+    slack = 8 * (ROUNDING[dtype] + ACCUMULATION[dtype])
+    narrow = torch.zeros(len(biased), dtype=torch.bool)
+    if router.topk_group < router.n_group:
+        grouped = biased.unflatten(-1, (router.n_group, -1))
+        score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1).sort(-1, descending=True).values
+        narrow |= score[:, router.topk_group - 1] - score[:, router.topk_group] < slack
+        kept = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1).topk(router.topk_group, dim=-1).indices
+        closed = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter(-1, kept, False)
+        biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    ordered = biased.sort(-1, descending=True).values
+    if router.top_k < ordered.shape[-1]:
+        narrow |= ordered[:, router.top_k - 1] - ordered[:, router.top_k] < slack
+    return narrow
+
+
+def differences_of_structure(emulator: Model, target: Model) -> list[Measure]:
+    """Modules of the target that are of another class than the emulator's, or missing: a layer left unquantised."""
+    theirs, found = dict(target.named_modules()), []
+    for path, module in emulator.named_modules():
+        other = theirs.get(path)
+        if other is None and path.rpartition(".")[0] not in theirs:
+            continue
+        if type(other) is not type(module):
+            built = "missing" if other is None else f"a {type(other).__name__}"
+            note = f"it is {built}, and the format has a {type(module).__name__}"
+            found.append(Measure(*place_of(path), "structure", 1.0, STRUCTURE, note))
+    return found
+
+
+def place_of(path: str) -> tuple[str, str | None]:
+    """The block that a module lies in, and what in it; the path itself where there is no block."""
+    parts = path.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) > 4 and parts[3] in ("self_attn", "mlp"):
+        return ".".join(parts[:4]), ".".join(parts[4:])
+    return path, None
+
+
+def _rotated_keys(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return attention.latents(x, Rotation(cos, sin))[..., attention.rank :]
+
+
+def _rotated_queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return attention.queries(x, Rotation(cos, sin))[1]
+
+
+def _naive_context(attention: Any, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
+    context = attention._naive(q_nope, q_rope, latents, causal_mask(latents.shape[1], latents.device))
+    return context.flatten(-2)

@@ -1,0 +1,74 @@
+"""The model as it runs on a chip that is here: the bundle's modules on its device, with activations of its dtype.
+
+Weights that are multiplied in float get the dtype of the activations. Integer values, scales, rotary tables, routers
+and their biases stay in fp32: rounding them would make another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import IsthmusError
+from isthmus.formats.bundle import Bundle
+from isthmus.model.attention import RMSNorm
+from isthmus.model.model import Model
+from isthmus.model.moe import Experts, Router
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+"""Unit roundoff: half the distance from 1 to the next number, relative."""
+ACCUMULATION = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-12, torch.float16: 2.0**-12}
+"""Noise of a long sum, relative to the root mean square of its row. Tensor units that keep about 14 bits of a sum were
+measured at 2^-13 (arXiv 2412.19437, 3.3.2), and twice that is granted; fp32 sums in another order stay below 2^-21."""
+
+
+def build_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """The bundle's model on a torch device. Raises IsthmusError if there is no such device here."""
+    try:
+        model = bundle.build().to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise IsthmusError(f"the device {device!r} cannot be used here: {error}") from None
+    if dtype != torch.float32:
+        _cast(model, dtype)
+    torch.set_float32_matmul_precision("highest")
+    return model
+
+
+def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
+    """A build on the host's CPU that is right, and as inexact as a chip may be: its dtype, and sums with noise."""
+    model = build_target(bundle, "cpu", dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
+        size = output.float().square().mean(-1, keepdim=True).sqrt()
+        return output.float() + torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
+
+    def add_noise(_module: nn.Module, _inputs: object, output: object) -> object:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        return noisy(output, dtype).to(output.dtype)
+
+    def add_noise_to_router(_router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (noisy(inputs[0], torch.float32),)
+
+    def with_noise(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: noisy(product(x), dtype).to(x.dtype)
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_pre_hook(add_noise_to_router)
+        elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
+            module.register_forward_hook(add_noise)
+        if (parts := getattr(module, "parts", None)) is not None:
+            module.parts = lambda index, parts=parts: {k: with_noise(part) for k, part in parts(index).items()}
+    return model
+
+
+def _cast(model: Model, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Experts):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
