@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import IsthmusError
+from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.bundle import CONFIG, read_bundle
 from isthmus.formats.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
@@ -16,6 +16,7 @@ from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import write_manifest
 from isthmus.progress import Watch
 from isthmus.recipe import ModelSection
+from isthmus.records import Check
 
 SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
 
@@ -45,7 +46,7 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
         listed = capture(
             folder, weights, chosen, options, lambda done, total: counter.advance_to(done * counter.total // total)
         )
-    write_manifest(folder, weights, entries)
+    write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
     watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}{', bounded' if listed.bounded else ''}")
     if not synthetic:
@@ -81,10 +82,8 @@ def read_prompts(path: Path, bundle: Path) -> list[list[int]]:
     return found
 
 
-def require(checks: list, folder: Path) -> None:
+def require(checks: list[Check], folder: Path) -> None:
     """Raise GateRefused with what failed."""
-    from isthmus.errors import GateRefused
-
     failed = [check for check in checks if check.outcome == "fail"]
     if failed:
         lines = "\n".join(f"  {check.name}: {check.detail}" for check in failed[:8])

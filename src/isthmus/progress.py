@@ -38,6 +38,13 @@ class Counter:
             self._last_line = time.monotonic()
             self._console.print(f"  {self.title} {done}/{self.total}  {status}", highlight=False, soft_wrap=True)
 
+    def tell(self, status: str, done: int, total: int) -> None:
+        """Progress of work whose size is known only when it runs."""
+        if total != self.total and self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+        self.total = total
+        self.advance_to(done, status)
+
     def say(self, text: str) -> None:
         """Print one line above the bar; rich markup is honoured."""
         self._console.print(f"  {text}", highlight=False)

@@ -332,15 +332,22 @@ class RlSection(Section):
 
 
 class HandoffSection(Section):
-    """The gate between the trained weights and the bundle that is served."""
+    """The gate between the trained weights and the bundle that is served; docs/crossing.md says more about each key."""
 
     format: str = "w8a8"
+    balance: bool = Field(default=False, description="move the range of outlier channels into the weights before int8")
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    calibration_prompts: Positive = Field(default=64, description="training prompts whose answers calibrate a format")
+    capture_mb: Positive = Field(default=256, description="size of the golden inputs and outputs in a bundle")
     golden_prompts: Positive = 64
     heldout_problems: Positive = 500
     max_mean_kl: float = Field(default=0.02, gt=0, description="nats per token, bundle against the fp32 reference")
+    max_chip_kl: float = Field(default=0.01, gt=0, description="nats per token, target against the exact emulator")
+    max_module_error: float = Field(default=0.1, gt=0, description="of a block's output by quantisation, relative")
     min_top1_agreement: Share = 0.95
     max_accuracy_drop: Share = Field(default=0.05, description="non-inferiority margin on the held-out task")
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    sign_key: Path | None = Field(default=None, description="private Ed25519 key that signs the seal")
 
 
 class ServeSection(Section):

@@ -21,7 +21,7 @@ from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.parity.target import DTYPES
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
-from isthmus.progress import Counter, Watch
+from isthmus.progress import Watch
 from isthmus.records import ParityVerdict
 
 STYLES = {"pass": "green", "fail": "bold red", "unknown": "yellow"}
@@ -52,7 +52,7 @@ def execute(
         watch.say(f"  {folder} on {target}")
         with watch.count("blocks", 1) as counter:
             limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
-            verdict = verify_bundle(folder, target=target, limits=limits, tell=teller(counter))
+            verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
     show(verdict, watch)
     write_verdict(folder, verdict)
     if verdict.verdict == "refuse":
@@ -92,16 +92,6 @@ def default_device() -> str:
     """The accelerator of this machine as torch knows it, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
-
-
-def teller(counter: Counter):
-    """Progress of the replay on a bar."""
-
-    def tell(what: str, done: int, total: int) -> None:
-        counter.total = total
-        counter.advance_to(done, what)
-
-    return tell
 
 
 def show(verdict: ParityVerdict, watch: Watch) -> None:

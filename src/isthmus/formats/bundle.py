@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,15 +73,17 @@ def write_bundle(
     tokenizer: TokenizerFiles,
     shard_bytes: int = SHARD_BYTES,
     calibration: Calibration | None = None,
+    refine: Callable[[dict[str, Tensor]], None] = lambda _stored: None,
 ) -> None:
     """Write `state` (fp32, published names) as a bundle. A reader sees the whole folder or none of it.
 
     Weights of more than `shard_bytes` are written as several files and an index. An existing bundle at `folder` is
     replaced. generation_config.json holds no sampling defaults: an engine that read them (vLLM does) would sample from
-    another distribution than the one it is asked for.
+    another distribution than the one it is asked for. `refine` may change the values of the stored tensors.
     """
     chosen = get_format(format_name)
     tensors = chosen.export(state, architecture, calibration)
+    refine(tensors)
     _compare_with_layout(folder, chosen, architecture, tensors)
     config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     quantization = chosen.quantization_config(architecture)

@@ -81,9 +81,9 @@ class ModelSlim(TensorByTensor):
         return layout
 
     def _parts(self, path: str, kind: str, outputs: int) -> Layout:
-        parts: Layout = {part: (torch.float32, (outputs, 1)) for part in DYNAMIC_PARTS}
+        parts: Layout = dict.fromkeys(DYNAMIC_PARTS, (torch.float32, (outputs, 1)))
         if kind == STATIC:
-            parts |= {part: (torch.float32, (1,)) for part in ("input_scale", "input_offset")}
+            parts |= dict.fromkeys(("input_scale", "input_offset"), (torch.float32, (1,)))
             parts["quant_bias"] = (torch.int32, (outputs,))
             parts["deq_scale"] = (torch.int64 if self._dtype == torch.float16 else torch.float32, (outputs,))
         return {f"{path}.{part}": what for part, what in parts.items()}
@@ -93,7 +93,7 @@ class ModelSlim(TensorByTensor):
 
     def extra_files(self, architecture: ModelSection) -> dict[str, bytes]:
         """The description: the type of every stored tensor, the copies in the MTP layer included."""
-        described = {name: FLOAT for name in mtp_copies(architecture)}
+        described = dict.fromkeys(mtp_copies(architecture), FLOAT)
         for name in self.layout(architecture):
             path, _, part = name.rpartition(".")
             weight = f"{path}.weight" if part in ("weight", *STATIC_PARTS) else name

@@ -63,7 +63,8 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
         elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
             module.register_forward_hook(add_noise)
         if (parts := getattr(module, "parts", None)) is not None:
-            module.parts = lambda index, parts=parts: {k: with_noise(part) for k, part in parts(index).items()}
+            replaced = lambda index, parts=parts: {k: with_noise(part) for k, part in parts(index).items()}  # noqa: E731
+            module.parts = replaced  # pyright: ignore[reportArgumentType]
     return model
 
 
