@@ -5,9 +5,8 @@ ModelSlim's published recipe for DeepSeek-V3 the projections of attention are "W
 for the inputs, and gate, up and down of every MLP and expert are "W8A8_DYNAMIC", with a scale per token. The rest is
 "FLOAT": embeddings, output head, norms, router, kv_b_proj and eh_proj. A projection with a bias is dynamic.
 
-W8A8 stores          weight int8 [out, in], input_scale and input_offset fp32 [1], deq_scale [out], quant_bias int32 [out]
-W8A8_DYNAMIC stores  weight int8 [out, in]
-and both             weight_scale and weight_offset (zeros), fp32 [out, 1]
+Both store weight (int8 [out, in]), weight_scale and weight_offset (fp32 [out, 1], the offsets zeros). W8A8 stores also
+input_scale and input_offset (fp32 [1]), deq_scale [out] and quant_bias (int32 [out]):
 
     deq_scale = input_scale * weight_scale                      fp32; in a model of fp16 its bit pattern, as int64
     quant_bias = round(bias / deq_scale - input_offset * sum over inputs of weight)
@@ -81,9 +80,9 @@ class ModelSlim(TensorByTensor):
         return layout
 
     def _parts(self, path: str, kind: str, outputs: int) -> Layout:
-        parts: Layout = {part: (torch.float32, (outputs, 1)) for part in DYNAMIC_PARTS}
+        parts: Layout = dict.fromkeys(DYNAMIC_PARTS, (torch.float32, (outputs, 1)))
         if kind == STATIC:
-            parts |= {part: (torch.float32, (1,)) for part in ("input_scale", "input_offset")}
+            parts |= dict.fromkeys(("input_scale", "input_offset"), (torch.float32, (1,)))
             parts["quant_bias"] = (torch.int32, (outputs,))
             parts["deq_scale"] = (torch.int64 if self._dtype == torch.float16 else torch.float32, (outputs,))
         return {f"{path}.{part}": what for part, what in parts.items()}
@@ -93,7 +92,7 @@ class ModelSlim(TensorByTensor):
 
     def extra_files(self, architecture: ModelSection) -> dict[str, bytes]:
         """The description: the type of every stored tensor, the copies in the MTP layer included."""
-        described = {name: FLOAT for name in mtp_copies(architecture)}
+        described = dict.fromkeys(mtp_copies(architecture), FLOAT)
         for name in self.layout(architecture):
             path, _, part = name.rpartition(".")
             weight = f"{path}.weight" if part in ("weight", *STATIC_PARTS) else name
@@ -193,7 +192,8 @@ def _quantised_linear(path: str, parts: dict[str, Tensor | None], bias: bool) ->
         needs = [parts[part] for part in ("input_scale", "input_offset", "quant_bias")]
         input_scale, input_offset, addend = (tensor for tensor in needs if tensor is not None)
         return StaticLinear(weight, from_bit_pattern(deq_scale), input_scale, input_offset, addend)
-    assert (scale := parts["weight_scale"]) is not None, "the layout has a weight_scale"
+    scale = parts["weight_scale"]
+    assert scale is not None, "the layout has a weight_scale"
     return W8A8Linear((weight, scale), bias=bias)
 
 
