@@ -136,7 +136,7 @@ def from_fp8_blocks(name: str, weight: Tensor, scale: Tensor, *, requantise: boo
         others = int((~_is_power_of_two(scale)).sum())
         raise IsthmusError(
             f"{name}: {others} of its {scale.numel()} block scales are no powers of two, so MXFP8 cannot hold its "
-            "numbers. Requantise it, which rounds its weights a second time, or quantise from the unquantised checkpoint"
+            "numbers. Requantise it, which rounds its weights a second time, or start from the unquantised checkpoint"
         )
     plain = dequantise_blocks(weight, scale, (FP8_BLOCK, FP8_BLOCK))
     values, factors = quantise_blocks(plain, BLOCK, power_of_two_scale)
