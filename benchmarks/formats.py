@@ -108,9 +108,8 @@ def main() -> None:
         table[name] = {key: sum(values) / len(values) for key, values in columns.items()} | {
             "kl_by_seed": columns["kl"]
         }
-        print(
-            f"{name:18} KL {table[name]['kl']:.2e}  top-1 {table[name]['top1']:.2%}  {table[name]['bits_per_weight']:.2f} bits"
-        )
+        mean = table[name]
+        print(f"{name:18} KL {mean['kl']:.2e}  top-1 {mean['top1']:.2%}  {mean['bits_per_weight']:.2f} bits")
     store("formats", {"seeds": options.seeds, "tokens": options.tokens, "formats": table})
 
 

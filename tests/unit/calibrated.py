@@ -14,6 +14,9 @@ from isthmus.recipe import ModelSection
 class Watched(nn.Module):
     """A linear layer that notes what comes in."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)

@@ -48,14 +48,14 @@ def test_rounding_is_to_the_nearest_even_and_saturates():
     finite = np.sort(np.unique(TABLE[np.isfinite(TABLE)]))
     middles = (finite[1:] + finite[:-1]) / 2
     points = torch.tensor(np.concatenate((finite, middles, middles * (1 + 1e-6), [449.0, 464.1, 1e9, -500.0])))
-    for point, found in zip(points.tolist(), decoded(to_e4m3(points.float())), strict=True):
-        clamped = Fraction(max(-448.0, min(448.0, float(np.float32(point)))))
-        gaps = [abs(Fraction(value) - clamped) for value in finite.tolist()]
-        nearest = [value for value, gap in zip(finite.tolist(), gaps, strict=True) if gap == min(gaps)]
-        assert found in nearest
-        if len(nearest) == 2:
-            even = [code for code in range(256) if TABLE[code] in nearest and code % 2 == 0]
-            assert found == TABLE[even[0]]
+    clamped = np.clip(points.float().numpy().astype(np.float64), -448, 448)
+    gaps = np.abs(finite[None] - clamped[:, None])
+    nearest = gaps == gaps.min(1, keepdims=True)
+    even = {float(TABLE[code]) for code in range(0, 256, 2)}
+    found = decoded(to_e4m3(points.float()))
+    for value, choices in zip(found.tolist(), (finite[row].tolist() for row in nearest), strict=True):
+        assert value in choices and (len(choices) == 1 or value in even)
+    assert (nearest.sum(1) == 2).sum() >= len(finite) - 1
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 300])

@@ -180,7 +180,7 @@ def test_the_reader_obeys_the_description(folder):
 
 def test_a_description_that_cannot_be_followed_is_refused(folder):
     change(folder, **{f"{Q_A}.weight": "W4A8_DYNAMIC"})
-    with pytest.raises(IsthmusError, match="modelslim.*W4A8_DYNAMIC"):
+    with pytest.raises(IsthmusError, match=r"modelslim.*W4A8_DYNAMIC"):
         read_bundle(folder)
     change(folder, **{f"{Q_A}.weight": None})
     with pytest.raises(DamagedFile, match=f"says nothing of {Q_A}.weight"):

@@ -68,7 +68,7 @@ def test_the_scale_covers_what_the_calibration_saw_and_experts_share_it():
     names = [f"model.layers.1.mlp.experts.{index}.up_proj" for index in range(3)]
     unseen = torch.full((2,), float("inf"))
     known = Calibration(
-        {names[0]: low, names[1]: low * 2, names[2]: unseen}, {n: high for n in names[:2]} | {names[2]: -unseen}
+        {names[0]: low, names[1]: low * 2, names[2]: unseen}, dict.fromkeys(names[:2], high) | {names[2]: -unseen}
     )
     stored = [
         get_format("w8a8_static").export_one(f"{n}.weight", torch.ones(4, 2), architecture(), known) for n in names

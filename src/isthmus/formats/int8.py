@@ -33,7 +33,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_static(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-    """Integers in [-128, 127], in fp32: round-half-even(x / scale + offset), clamped. Scale and offset are fp32 scalars.
+    """Integers in [-128, 127], in fp32: round-half-even(x / scale + offset), clamped. Scale and offset are scalars.
 
     With an offset of 0 this is compressed-tensors' static scheme, with another ModelSlim's.
     """

@@ -5,9 +5,8 @@ ModelSlim's published recipe for DeepSeek-V3 the projections of attention are "W
 for the inputs, and gate, up and down of every MLP and expert are "W8A8_DYNAMIC", with a scale per token. The rest is
 "FLOAT": embeddings, output head, norms, router, kv_b_proj and eh_proj. A projection with a bias is dynamic.
 
-W8A8 stores          weight int8 [out, in], input_scale and input_offset fp32 [1], deq_scale [out], quant_bias int32 [out]
-W8A8_DYNAMIC stores  weight int8 [out, in]
-and both             weight_scale and weight_offset (zeros), fp32 [out, 1]
+Both store weight (int8 [out, in]), weight_scale and weight_offset (fp32 [out, 1], the offsets zeros). W8A8 stores also
+input_scale and input_offset (fp32 [1]), deq_scale [out] and quant_bias (int32 [out]):
 
     deq_scale = input_scale * weight_scale                      fp32; in a model of fp16 its bit pattern, as int64
     quant_bias = round(bias / deq_scale - input_offset * sum over inputs of weight)
@@ -193,7 +192,8 @@ def _quantised_linear(path: str, parts: dict[str, Tensor | None], bias: bool) ->
         needs = [parts[part] for part in ("input_scale", "input_offset", "quant_bias")]
         input_scale, input_offset, addend = (tensor for tensor in needs if tensor is not None)
         return StaticLinear(weight, from_bit_pattern(deq_scale), input_scale, input_offset, addend)
-    assert (scale := parts["weight_scale"]) is not None, "the layout has a weight_scale"
+    scale = parts["weight_scale"]
+    assert scale is not None, "the layout has a weight_scale"
     return W8A8Linear((weight, scale), bias=bias)
 
 

@@ -1,4 +1,4 @@
-"""mxfp8: e4m3 values with one power-of-two scale per 32 inputs, the OCP Microscaling format, as compressed-tensors has it.
+"""mxfp8: e4m3 values with one power-of-two scale per 32 inputs (OCP Microscaling), in compressed-tensors' layout.
 
 Quantised: the modules that fp8 quantises, where their inputs are a multiple of 32; the others are listed in `ignore`. A
 quantised module stores `weight` (float8_e4m3fn [out, in]) and `weight_scale` (uint8 [out, in / 32], E8M0: the scale is
@@ -135,8 +135,8 @@ def from_fp8_blocks(name: str, weight: Tensor, scale: Tensor, *, requantise: boo
     if not requantise:
         others = int((~_is_power_of_two(scale)).sum())
         raise IsthmusError(
-            f"{name}: {others} of its {scale.numel()} block scales are no powers of two, so MXFP8 cannot hold its numbers. "
-            "Requantise it, which rounds its weights a second time, or quantise from the unquantised checkpoint"
+            f"{name}: {others} of its {scale.numel()} block scales are no powers of two, so MXFP8 cannot hold its "
+            "numbers. Requantise it, which rounds its weights a second time, or start from the unquantised checkpoint"
         )
     plain = dequantise_blocks(weight, scale, (FP8_BLOCK, FP8_BLOCK))
     values, factors = quantise_blocks(plain, BLOCK, power_of_two_scale)
@@ -154,7 +154,7 @@ def _is_power_of_two(scale: Tensor) -> Tensor:
 
 
 def _float_modules(architecture: ModelSection) -> list[str]:
-    """The linear modules that are not quantised. The router and the MTP layer's copy of the head are linear elsewhere."""
+    """The modules that are not quantised. The router and the MTP layer's copy of the head are linear elsewhere."""
     names = []
     for name, (dtype, shape) in FORMAT.layout(architecture).items():
         if dtype != E4M3 and len(shape) == 2 and name.endswith(".weight") and "embed_tokens" not in name:

@@ -1,4 +1,4 @@
-"""What models with quantised layers share: modules that keep their numbers, and putting them where linear layers were."""
+"""What models with quantised layers share: modules that keep their numbers, and their places among the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isthmus.model.moe import Experts, GatedMlp
 from isthmus.recipe import ModelSection
 
 MakeLinear = Callable[[str, int, bool], "nn.Module | None"]
-"""Path of a linear module, its inputs, and whether it has a bias, to the quantised module; None if it stays in float."""
+"""Path of a linear module, its inputs and whether it has a bias, to the quantised one; None if it stays in float."""
 
 
 class QuantisedModule(nn.Module):
