@@ -24,7 +24,7 @@ from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequen
 from isthmus.model.dense import GroupedQueryAttention
 from isthmus.model.model import Model
 from isthmus.model.moe import Router
-from isthmus.parity.announced import FLOATS, Announced, odd_ones_out, read_announced
+from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
 from isthmus.parity.manifest import (
     MANIFEST,
     architecture_fields,
@@ -63,7 +63,7 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     except IsthmusError as error:
         return [_check(CONFIGURED, "fail", str(error))]
     checks = _configured(config, found, expected)
-    announced = read_announced(bundle_folder, config)
+    announced = Announced(config)
     with StoredTensors(bundle_folder) as stored:
         problems = [*_stored(config, found, announced, stored)]
     checks += _listed(STORED, problems, "dtypes, shapes and what is quantised are as announced")
@@ -93,6 +93,8 @@ def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSect
     if expected is None:
         return [_check(CONFIGURED, "unknown", f"there is no {MANIFEST} and no source to compare with")]
     wanted, given = architecture_fields(expected), architecture_fields(found)
+    if isinstance(expected, DenseSection):
+        wanted["head_dim"] = expected.head_size
     problems = {key: (given.get(key), value) for key, value in wanted.items() if given.get(key) != value}
     written = hf_config(expected, dtype="", bos_token_id=None, eos_token_id=0)
     for key, value in written.items():
@@ -136,7 +138,7 @@ def _quantisation(announced: Announced, stored: StoredTensors) -> Iterator[Probl
         if name.endswith(".weight") and len(stored.shape(name)) == 2:
             quantised[module_of(name)] = stored.kind(name) in _QUANTISED_KINDS
     if announced.any and not any(quantised.values()):
-        what = "quantization_config" if announced.block else "ModelSlim's description"
+        what = "ModelSlim's description" if announced.by_description else "quantization_config"
         why = "engines then look for scales that are not there (KeyError: weight_scale_inv)"
         yield None, f"{what} stands beside float weights: {why}; remove it"
         return
