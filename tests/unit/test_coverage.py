@@ -344,6 +344,24 @@ def test_modelslim_static_with_its_corrections():
     assert isinstance(compare_quantised(weight, values, {}, NOTHING), Misfit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modelslim_rounds_its_scales_up_to_the_models_dtype(dtype):
+    weight = drawn(24, 40) / 100
+    exact = weight.abs().amax(1, keepdim=True) / 127
+    nearest = exact.to(dtype).float()
+    step = torch.finfo(dtype).eps * torch.exp2(exact.log2().floor()).clamp_min(torch.finfo(dtype).smallest_normal)
+    scale = torch.where(nearest >= exact, nearest, (nearest + step).to(dtype).float())
+    said = Announced({"torch_dtype": str(dtype), "quantization_config": {"quant_method": "modelslim"}})
+
+    def compare(scale: Tensor, announced: Announced) -> float | Misfit:
+        values = (weight / scale).round().to(torch.int8)
+        return compare_quantised(weight, values, {"weight_scale": scale}, announced)
+
+    assert not isinstance(compare(scale, said), Misfit) and isinstance(compare(scale, NOTHING), Misfit)
+    assert isinstance(compare((scale * 1.02).to(dtype).float(), said), Misfit), "wider than the next number"
+    assert isinstance(compare(scale * (1 + 2**-14), said), Misfit), "no number of that dtype"
+
+
 def test_compensated_rounding_has_a_looser_bound_and_a_bound_all_the_same():
     weight = drawn(16, 64)
     scale = weight.abs().amax(1, keepdim=True) / 127
@@ -358,11 +376,14 @@ def test_compensated_rounding_has_a_looser_bound_and_a_bound_all_the_same():
 
 def test_what_no_list_names_must_be_stored_as_its_kind():
     kinds = {f"model.layers.{i}.mlp.up_proj": i != 2 for i in range(4)} | {"model.layers.0.mlp.gate": False}
+    said = Announced({"quantization_config": {"quant_method": "fp8"}})
+    found = {name: said.quantised(f"model.layers.3.{name}") for name in ("mlp.up_proj", "eh_proj", "mlp.gate")}
+    assert found == {"mlp.up_proj": True, "eh_proj": None, "mlp.gate": None}
     assert odd_ones_out(kinds) == {"model.layers.2.mlp.up_proj": False}
 
 
 def test_modelslims_description_says_what_is_quantised():
-    said = Announced({}, {"a.weight": "W8A8", "b.weight": "FLOAT"})
+    said = Announced({"quantization_config": {"quant_method": "modelslim", "a.weight": "W8A8", "b.weight": "FLOAT"}})
     assert (said.quantised("a"), said.quantised("b"), said.quantised("c")) == (True, False, None)
 
 

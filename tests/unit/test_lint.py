@@ -96,6 +96,23 @@ def test_a_healthy_bundle_passes_every_check(bundle):
     assert {check.layer for check in checks} == {"config"}
 
 
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "rope_scaling": None}, {"tie_word_embeddings": True}])
+def test_a_healthy_dense_bundle_passes(changes, tmp_path):
+    dense = DENSE.model_copy(update=changes)
+    write_bundle(tmp_path / "b", "w8a8", Model(dense).initialise(0).state_dict(), dense, TinyTokenizer())
+    write_manifest(tmp_path / "b", architecture=dense)
+    assert {check.outcome for check in lint_config(tmp_path / "b")} == {"pass"}
+    configure(tmp_path / "b", head_dim=16)
+    assert failed(lint_config(tmp_path / "b"))
+
+
+def test_a_list_that_leaves_every_module_in_float_is_not_left_over(written, tmp_path):
+    folder = copied(written["bf16"], tmp_path)
+    modules = [name.removesuffix(".weight") for name in load_file(folder / "model.safetensors")]
+    configure(folder, quantization_config={"quant_method": "compressed-tensors", "ignore": modules})
+    assert not failed(lint_config(folder))
+
+
 CHANGES = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from isthmus.errors import DamagedFile
-
-DESCRIPTION = "quant_model_description.json"
+DESCRIPTION, MODELSLIM = "quant_model_description.json", "modelslim"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NEVER_LINEAR = frozenset({"embed_tokens"})
 _NOT_LINEAR_EVERYWHERE = frozenset({"gate"})
 """A router is a linear module in some engines and none in others: an `ignore` list may leave it out."""
 _IGNORED = ("ignore", "ignored_layers", "modules_to_not_convert")
+_FP8_PART = re.compile(r"(?!eh_proj$).*_proj(_with_mqa)?$")
+"""What DeepSeek's fp8 checkpoints, which have no list, quantise: every projection of attention, MLPs and experts
+(github.com/deepseek-ai/DeepSeek-V3, README_WEIGHTS.md); eh_proj of the MTP layer is in bf16."""
 
 
 class Announced:
-    """What the files around the weights say about them.
+    """What config.json says of the weights; ModelSlim's description stands in it as its `quantization_config`.
 
     `quantised` answers for a module: True, False, or None where nothing is said.
     """
 
-    def __init__(self, config: dict[str, Any], description: dict[str, Any] | None = None):
+    def __init__(self, config: dict[str, Any]):
         self.block: dict[str, Any] = config.get("quantization_config") or {}
-        self.description = description
+        self.by_description = self.block.get("quant_method") == MODELSLIM
+        self.dtype = str(config.get("torch_dtype", config.get("dtype"))).removeprefix("torch.")
         found = [self.block[key] for key in _IGNORED if self.block.get(key)]
         self.ignored: list[str] | None = list(found[0]) if found else None
 
     @property
     def any(self) -> bool:
         """Whether quantised weights are announced at all."""
-        return bool(self.block) or self.description is not None
+        return bool(self.block)
 
     @property
     def powers_of_two(self) -> bool:
         """Whether the scales are announced as powers of two."""
         return self.block.get("scale_fmt") == "ue8m0"
+
+    @property
+    def scale_dtype(self) -> str | None:
+        """The dtype to whose numbers scales are rounded: in ModelSlim's layout that of the model."""
+        return self.dtype if self.by_description else None
 
     @property
     def weight_block(self) -> tuple[int, int] | None:
@@ -50,40 +55,26 @@ class Announced:
     def quantised(self, module: str) -> bool | None:
         """Whether the weight of a linear module is announced as quantised."""
         last = module.rpartition(".")[2]
-        if self.description is not None:
-            said = self.description.get(f"{module}.weight")
+        if self.by_description:
+            said = self.block.get(f"{module}.weight")
             return None if said is None else said != "FLOAT"
         if not self.block or last in _NEVER_LINEAR:
             return False
         if self.ignored is None:
-            return None
+            return True if self.block.get("quant_method") == "fp8" and _FP8_PART.match(last) else None
         if any(_matches(pattern, module) for pattern in self.ignored):
             return False
         return None if last in _NOT_LINEAR_EVERYWHERE else True
 
 
-def read_announced(bundle_folder: Path, config: dict[str, Any]) -> Announced:
-    """What a bundle says of its weights. Raises DamagedFile if ModelSlim's description cannot be read."""
-    path = bundle_folder / DESCRIPTION
-    if not path.is_file():
-        return Announced(config)
-    try:
-        description = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(description, dict):
-        raise DamagedFile(f"{path} is not a JSON object")
-    return Announced(config, description)
-
-
 def odd_ones_out(quantised: Mapping[str, bool]) -> dict[str, bool]:
     """Of weights by module, those that are not stored as most of their kind are: quantised among float or the reverse.
 
-    A kind is a path with its numbers left out, such as `model.layers.*.mlp.down_proj`. Half against half names none.
+    A kind is the last part of a path, such as `down_proj`. Half against half names none.
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for module in quantised:
-        kinds[re.sub(r"\.\d+(?=\.|$)", ".*", module)].append(module)
+        kinds[module.rpartition(".")[2]].append(module)
     odd = {}
     for modules in kinds.values():
         share = sum(quantised[module] for module in modules) / len(modules)

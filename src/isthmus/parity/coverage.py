@@ -23,7 +23,7 @@ from isthmus.formats.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dty
 from isthmus.formats.bundle import Bundle
 from isthmus.formats.published import COMPUTED, CONFIG, StoredTensors, mtp_copies
 from isthmus.model.digest import tensor_sha256
-from isthmus.parity.announced import Announced, odd_ones_out, read_announced
+from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.manifest import Entry, Fate, config_architecture, module_of, read_config
 from isthmus.parity.steps import COMPENSATED_STEPS, QUANTISED, Misfit, compare_quantised, within
 from isthmus.recipe import ModelSection
@@ -295,8 +295,12 @@ class _OpenedFolder(AbstractContextManager[_Opened]):
 
     def __enter__(self) -> _Opened:
         config = read_config(self.folder)
-        announced = read_announced(self.folder, config)
-        return _Lazy(self.tensors), announced, _dtype(announced_dtype(config)), config_architecture(self.folder, config)
+        return (
+            _Lazy(self.tensors),
+            Announced(config),
+            _dtype(announced_dtype(config)),
+            config_architecture(self.folder, config),
+        )
 
     def __exit__(self, *_: object) -> None:
         self.tensors.__exit__(None, None, None)
@@ -306,7 +310,7 @@ def _opened(bundle: Bundle | Path) -> AbstractContextManager[_Opened]:
     if isinstance(bundle, Path):
         return _OpenedFolder(bundle)
     if (bundle.folder / CONFIG).is_file():
-        announced = read_announced(bundle.folder, read_config(bundle.folder))
+        announced = Announced(read_config(bundle.folder))
     else:
         announced = Announced(
             {"quantization_config": get_format(bundle.format).quantization_config(bundle.architecture)}

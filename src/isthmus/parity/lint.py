@@ -24,7 +24,7 @@ from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequen
 from isthmus.model.dense import GroupedQueryAttention
 from isthmus.model.model import Model
 from isthmus.model.moe import Router
-from isthmus.parity.announced import FLOATS, Announced, odd_ones_out, read_announced
+from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
 from isthmus.parity.manifest import (
     MANIFEST,
     architecture_fields,
@@ -33,7 +33,13 @@ from isthmus.parity.manifest import (
     read_config,
     read_manifest,
 )
-from isthmus.recipe import DeepseekSection, DenseSection, ModelSection, parse_architecture
+from isthmus.recipe import (
+    DeepseekSection,
+    DenseSection,
+    ModelSection,
+    architecture_from_config,
+    parse_architecture,
+)
 from isthmus.records import Check, Outcome
 
 CONFIGURED = "config.json says what the source's does"
@@ -63,7 +69,7 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     except IsthmusError as error:
         return [_check(CONFIGURED, "fail", str(error))]
     checks = _configured(config, found, expected)
-    announced = read_announced(bundle_folder, config)
+    announced = Announced(config)
     with StoredTensors(bundle_folder) as stored:
         problems = [*_stored(config, found, announced, stored)]
     checks += _listed(STORED, problems, "dtypes, shapes and what is quantised are as announced")
@@ -92,9 +98,10 @@ def _of_manifest(bundle_folder: Path) -> ModelSection | None:
 def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSection | None) -> list[Check]:
     if expected is None:
         return [_check(CONFIGURED, "unknown", f"there is no {MANIFEST} and no source to compare with")]
-    wanted, given = architecture_fields(expected), architecture_fields(found)
-    problems = {key: (given.get(key), value) for key, value in wanted.items() if given.get(key) != value}
     written = hf_config(expected, dtype="", bos_token_id=None, eos_token_id=0)
+    wanted = architecture_fields(parse_architecture(architecture_from_config(written)))
+    given = architecture_fields(found)
+    problems = {key: (given.get(key), value) for key, value in wanted.items() if given.get(key) != value}
     for key, value in written.items():
         if key not in _OTHERS_MAY_DIFFER and key in config and config[key] != value and not _same_rope(key, config):
             problems.setdefault(key, (config[key], value))
@@ -106,7 +113,8 @@ def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSect
     absent = sorted(
         key
         for key, value in wanted.items()
-        if value is not None and key not in config and not key.startswith("rope_") and key not in _OTHERS_MAY_DIFFER
+        if value is not None and key in written and key not in config
+        if key not in _OTHERS_MAY_DIFFER and not key.startswith("rope_")
     )
     if absent:
         what = f"config.json leaves {', '.join(absent)} to the defaults of whoever reads it"
@@ -135,8 +143,8 @@ def _quantisation(announced: Announced, stored: StoredTensors) -> Iterator[Probl
     for name in stored.names:
         if name.endswith(".weight") and len(stored.shape(name)) == 2:
             quantised[module_of(name)] = stored.kind(name) in _QUANTISED_KINDS
-    if announced.any and not any(quantised.values()):
-        what = "quantization_config" if announced.block else "ModelSlim's description"
+    if announced.any and not any(quantised.values()) and any(announced.quantised(m) is not False for m in quantised):
+        what = "ModelSlim's description" if announced.by_description else "quantization_config"
         why = "engines then look for scales that are not there (KeyError: weight_scale_inv)"
         yield None, f"{what} stands beside float weights: {why}; remove it"
         return

@@ -22,6 +22,7 @@ from isthmus.formats import recognise_format
 from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes
 from isthmus.formats.published import CONFIG, StoredTensors
 from isthmus.model.digest import tensor_sha256
+from isthmus.parity.announced import DESCRIPTION, MODELSLIM
 from isthmus.recipe import ModelSection, RecipeError, architecture_from_config, parse_architecture
 from isthmus.records import Check, Part
 from isthmus.run import sha256_file, write_atomic
@@ -179,11 +180,19 @@ def architecture_fields(architecture: ModelSection) -> dict[str, Any]:
 
 
 def read_config(bundle_folder: Path) -> dict[str, Any]:
-    """config.json of a bundle. Raises IsthmusError if it has none, DamagedFile if it is no JSON object."""
+    """config.json of a bundle, with ModelSlim's description, if there is one, as its `quantization_config`.
+
+    Raises IsthmusError if there is none, DamagedFile if it is no JSON object or announces the quantisation twice.
+    """
     path = bundle_folder / CONFIG
     if not path.is_file():
         raise IsthmusError(f"{bundle_folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
-    return _read_object(path)
+    config = _read_object(path)
+    if (bundle_folder / DESCRIPTION).is_file():
+        if config.get("quantization_config"):
+            raise DamagedFile(f"{bundle_folder} announces its quantisation twice, in {CONFIG} and in {DESCRIPTION}")
+        config["quantization_config"] = {"quant_method": MODELSLIM, **_read_object(bundle_folder / DESCRIPTION)}
+    return config
 
 
 def config_architecture(bundle_folder: Path, config: dict[str, Any]) -> ModelSection:

@@ -30,6 +30,7 @@ COMPENSATED_STEPS = 16.0
 COMPENSATED_MEAN = 1.0
 """Root mean square, in steps, of a row that GPTQ rounded; nearest rounding has 12^-0.5 = 0.29."""
 FP8_BLOCK, MX_BLOCK = 128, 32
+_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLEST_EXPONENT, _MANTISSA = -6, 3
 _OCP_EXPONENT = 8
 """The exponent of the greatest e4m3 value, 448 = 1.75 * 2^8, which OCP MX 1.0 subtracts from that of the amax."""
@@ -40,6 +41,14 @@ class Misfit:
     """Why a tensor is not what it should be."""
 
     why: str
+
+
+class ScaleRule(NamedTuple):
+    """Whether scales are E8M0 of OCP MX, whether they are powers of two, and the dtype they are rounded to, up."""
+
+    mx: bool
+    powers: bool
+    dtype: torch.dtype | None
 
 
 class Worst(NamedTuple):
@@ -84,7 +93,8 @@ def compare_quantised(
         return block
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
         return Misfit("has a scale that is negative or not finite")
-    found = _compare_grid(source, values, scale, block, exact_powers, announced.powers_of_two, compensated)
+    rule = ScaleRule(exact_powers, exact_powers or announced.powers_of_two, _ROUNDED.get(announced.scale_dtype or ""))
+    found = _compare_grid(source, values, scale, block, rule, compensated)
     if isinstance(found, Misfit):
         return found
     problem = _inputs(values, scale, beside, bias)
@@ -140,8 +150,7 @@ def _compare_grid(
     values: Tensor,
     scale: Tensor,
     block: tuple[int, int],
-    mx: bool,
-    powers: bool,
+    rule: ScaleRule,
     compensated: float | None,
 ) -> float | Misfit:
     """All rows, some at a time. A block of scales never lies across two parts unless it is as high as the tensor."""
@@ -153,8 +162,8 @@ def _compare_grid(
         s = scale.reshape(1, 1) if tall else scale.reshape(-(-len(values) // block[0]), -1)
         s = s if tall else s[start // block[0] : -(-(start + len(w)) // block[0])]
         wide = _spread(s, block, w.shape)
-        worst = _add(worst, w, q, wide, values.dtype, mx, compensated, start)
-        wrong = _wrong_scales(w, q, s, wide, block, values.dtype, mx or powers, mx, whole)
+        worst = _add(worst, w, q, wide, values.dtype, rule.mx, compensated, start)
+        wrong = _wrong_scales(w, q, s, wide, block, values.dtype, rule, whole)
         if not wrong_scales and bool(wrong.any()):
             first_scale = _shown_scale(wrong, s, start // block[0])
         wrong_scales += int(wrong.sum())
@@ -230,24 +239,33 @@ def _wrong_scales(
     wide: Tensor,
     block: tuple[int, int],
     dtype: torch.dtype,
-    powers: bool,
-    mx: bool,
+    rule: ScaleRule,
     whole: Tensor | None,
 ) -> Tensor:
     """Which scales are not what the greatest weight of their block calls for, unless the block is stored exactly."""
     amax = whole.reshape(1, 1) if whole is not None else _by_block(w.abs(), block)
     wanted = amax.double() / LARGEST[dtype]
-    if powers:
+    if rule.powers:
         mantissa, exponent = torch.frexp(wanted)
         ceiled = torch.ldexp(torch.ones_like(wanted), exponent - (mantissa == 0.5).int())
         right = s.double() == ceiled
-        if mx:
+        if rule.mx:
             right |= s.double() == torch.ldexp(torch.ones_like(wanted), torch.frexp(amax).exponent - 1 - _OCP_EXPONENT)
     else:
         right = (s.double() - wanted).abs() <= SCALE_SLACK * wanted
+        if rule.dtype is not None:
+            right |= _rounded_up(s, wanted, rule.dtype)
     inexact = (q * wide != w).float()
     exact = ~inexact.any() if whole is not None else _by_block(inexact, block) == 0
     return ~(right | exact)
+
+
+def _rounded_up(scale: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a scale is a number of `dtype`, and the next one that is not below the wanted."""
+    found, limits = scale.double(), torch.finfo(dtype)
+    step = (limits.eps * wanted).clamp_min(limits.smallest_normal * limits.eps)
+    above = (found >= wanted * (1 - SCALE_SLACK)) & (found - wanted <= step)
+    return above & (scale.to(dtype).double() == found)
 
 
 def _by_block(x: Tensor, block: tuple[int, int]) -> Tensor:
