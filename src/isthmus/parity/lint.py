@@ -33,7 +33,7 @@ from isthmus.parity.manifest import (
     read_config,
     read_manifest,
 )
-from isthmus.recipe import DeepseekSection, DenseSection, ModelSection, parse_architecture
+from isthmus.recipe import DeepseekSection, DenseSection, ModelSection, architecture_from_config, parse_architecture
 from isthmus.records import Check, Outcome
 
 CONFIGURED = "config.json says what the source's does"
@@ -92,9 +92,10 @@ def _of_manifest(bundle_folder: Path) -> ModelSection | None:
 def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSection | None) -> list[Check]:
     if expected is None:
         return [_check(CONFIGURED, "unknown", f"there is no {MANIFEST} and no source to compare with")]
-    wanted, given = architecture_fields(expected), architecture_fields(found)
-    problems = {key: (given.get(key), value) for key, value in wanted.items() if given.get(key) != value}
     written = hf_config(expected, dtype="", bos_token_id=None, eos_token_id=0)
+    as_read = parse_architecture(architecture_from_config(written))
+    wanted, given = architecture_fields(as_read), architecture_fields(found)
+    problems = {key: (given.get(key), value) for key, value in wanted.items() if given.get(key) != value}
     for key, value in written.items():
         if key not in _OTHERS_MAY_DIFFER and key in config and config[key] != value and not _same_rope(key, config):
             problems.setdefault(key, (config[key], value))
@@ -106,7 +107,11 @@ def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSect
     absent = sorted(
         key
         for key, value in wanted.items()
-        if value is not None and key not in config and not key.startswith("rope_") and key not in _OTHERS_MAY_DIFFER
+        if value is not None
+        and key in written
+        and key not in config
+        and not key.startswith("rope_")
+        and key not in _OTHERS_MAY_DIFFER
     )
     if absent:
         what = f"config.json leaves {', '.join(absent)} to the defaults of whoever reads it"
