@@ -244,10 +244,19 @@ def _wrong_scales(
         if mx:
             right |= s.double() == torch.ldexp(torch.ones_like(wanted), torch.frexp(amax).exponent - 1 - _OCP_EXPONENT)
     else:
-        right = (s.double() - wanted).abs() <= SCALE_SLACK * wanted
+        right = ((s.double() - wanted).abs() <= SCALE_SLACK * wanted) | _next_above(s, wanted)
     inexact = (q * wide != w).float()
     exact = ~inexact.any() if whole is not None else _by_block(inexact, block) == 0
     return ~(right | exact)
+
+
+def _next_above(scale: Tensor, wanted: Tensor) -> Tensor:
+    """Whether a scale is the least number of bf16 or fp16 that is not below the wanted one, as ModelSlim's are."""
+    found = torch.zeros_like(wanted, dtype=torch.bool)
+    for dtype in (torch.bfloat16, torch.float16):
+        below = torch.nextafter(scale.to(dtype), torch.zeros_like(scale, dtype=dtype)).double()
+        found |= (scale.to(dtype).float() == scale) & (scale.double() >= wanted) & (below < wanted)
+    return found
 
 
 def _by_block(x: Tensor, block: tuple[int, int]) -> Tensor:
