@@ -106,7 +106,12 @@ def parse() -> argparse.Namespace:
     usable = [name for name in format_names() if not get_format(name).needs_calibration]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=60)
-    parser.add_argument("--healthy", type=int, default=4, help="healthy twins on a bf16 device per model and format, one fp32 twin beside them")
+    parser.add_argument(
+        "--healthy",
+        type=int,
+        default=4,
+        help="healthy twins on a bf16 device per model and format, one fp32 twin beside them",
+    )
     parser.add_argument("--formats", nargs="+", choices=usable, default=[name for name in usable if name != "fp32"])
     parser.add_argument("--first", type=int, default=0, help="number of the first random model")
     parser.add_argument("--quick", action="store_true", help="6 models")
