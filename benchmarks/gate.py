@@ -29,7 +29,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 
-from conditions import store
 from gate_faults import Plant
 from gate_models import random_model
 from gate_rivals import (
@@ -43,6 +42,8 @@ from gate_rivals import (
     top1_agreement,
 )
 from gate_run import KINDS, Case, Said, TargetDevice, ask, draw_plant, prepare, right_module, right_operator, target
+
+from conditions import store
 from isthmus.formats import format_names, get_format
 from isthmus.parity.paired import wilson_interval
 
@@ -106,7 +107,12 @@ def parse() -> argparse.Namespace:
     usable = [name for name in format_names() if not get_format(name).needs_calibration]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=60)
-    parser.add_argument("--healthy", type=int, default=4, help="healthy twins on a bf16 device per model and format, one fp32 twin beside them")
+    parser.add_argument(
+        "--healthy",
+        type=int,
+        default=4,
+        help="healthy twins on a bf16 device per model and format, one fp32 twin beside them",
+    )
     parser.add_argument("--formats", nargs="+", choices=usable, default=[name for name in usable if name != "fp32"])
     parser.add_argument("--first", type=int, default=0, help="number of the first random model")
     parser.add_argument("--quick", action="store_true", help="6 models")

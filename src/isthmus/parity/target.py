@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.bundle import Bundle
+from isthmus.formats.quantised import QuantisedModule
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, Router
@@ -73,3 +74,5 @@ def _cast(model: Model, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Experts):
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        elif isinstance(module, QuantisedModule) and module.FOLLOWING:
+            module.to(dtype)
