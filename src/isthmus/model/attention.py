@@ -172,7 +172,7 @@ class LatentAttention(nn.Module):
         return attend(query, key, value, mask, self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, cache: LayerCache) -> Tensor:
-        up_key, up_value = self.up_projections()
+        up_key, up_value = (part.to(q_nope.dtype) for part in self.up_projections())
         in_latent_space = by_head(q_nope, up_key)
         context = cache.attend(torch.cat((in_latent_space, q_rope), dim=-1), latents, self.layout, self.scale)
         return by_head(context, up_value)

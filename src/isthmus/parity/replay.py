@@ -54,6 +54,8 @@ SCALES = (1.0, 8.0, 64.0)
 ROUTER_SCALES = (1.0, 4.0, 16.0)
 """Inputs at which scores come near 0 and 1, so that biases, groups and masks decide."""
 FAR = 8
+HEADROOM = 2.0
+"""Inputs that a dtype can hold are held twice as large."""
 
 
 Level = Literal[0, 1, 2, 3, 4]
@@ -97,6 +99,8 @@ class Floors:
     of_kind: dict[str, float]
 
     def ratio(self, measure: Measure) -> float:
+        if not math.isfinite(measure.value):
+            return math.inf
         return measure.value / self.of_kind[measure.kind] if measure.value else 0.0
 
 
@@ -133,6 +137,7 @@ class Replayer:
         self.golden, self.emulator, self.dtype = golden, emulator, dtype
         self._blocks = {block.path: block for block in blocks_of(emulator)}
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._narrow_twin = twin if torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max else None
         self.floors = self._calibrate(twin)
 
     @torch.inference_mode()
@@ -180,9 +185,12 @@ class Replayer:
         try:
             with self._context():
                 answer = probe.run(model, *(placed(value, model) for value in given))
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
+            return self._measures(probe, expected, answer, found)
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
             note = f"cannot be asked: {error}"
             return [Measure(probe.path, probe.operator, probe.kind, math.inf, probe.level, note)]
+
+    def _measures(self, probe: Probe, expected: Any, answer: Any, found: Replay | None) -> list[Measure]:
         if isinstance(expected, Routing):
             return self._compare_routing(probe, expected, answer, found)
         if isinstance(expected, tuple):
@@ -218,8 +226,11 @@ class Replayer:
         golden = self.golden.block(block.path)
         x = rounded(golden.input, self.dtype)
         expected, routing = run_block(self.emulator, block, x)
-        with self._context():
-            answer, answered = run_block(target, block, placed(x, target), placed_rotation(self, target, x))
+        try:
+            with self._context():
+                answer, answered = run_block(target, block, placed(x, target), placed_rotation(self, target, x))
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
+            return [Measure(block.path, None, block.kind, math.inf, BLOCK, f"cannot be asked: {error}")]
         y, e, f = (part.flatten(0, -2) for part in (as_host(answer), expected, golden.float_output))
         known = torch.isfinite(f).all(-1)
         y, e, f = y[known], e[known], f[known]
@@ -265,8 +276,17 @@ class Replayer:
         if block.kind == "attention":
             yield from self._attention_probes(block, x, other)
         for scale in SCALES if block.kind != "attention" else (1.0,):
-            yield self._whole_block_probe(block, scale, x, other)
+            if scale == 1.0 or self._holds(block, x * scale, other * scale):
+                yield self._whole_block_probe(block, scale, x, other)
         yield from self._layer_probe(block, x, other)
+
+    def _holds(self, block: Block, *inputs: Tensor) -> bool:
+        """Whether the target's dtype can hold what the block makes of these inputs: fp16 ends at 65504."""
+        if self._narrow_twin is None:
+            return True
+        given = (rounded(x * HEADROOM, self.dtype) for x in inputs)
+        outputs = (run_block(self._narrow_twin, block, placed(x, self._narrow_twin))[0] for x in given)
+        return all(bool(torch.isfinite(output).all()) for output in outputs)
 
     def _whole_block_probe(self, block: Block, scale: float, x: Tensor, other: Tensor) -> Probe:
         def run(model: Model, given: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Any:
@@ -396,6 +416,7 @@ class Replayer:
             yield ask("rope of keys", _rotated_keys, (x, other), *turned)
             yield ask("rope of queries", _rotated_queries, (x, other), *turned, level=STEP)
             yield ask("attention scores and context", _naive_context, q_nope, q_rope, latents)
+            yield ask("attention in latent space", _absorbed_context, q_nope, q_rope, latents)
         yield ask("attention with a cache", cached, (x, other), *turned, level=BLOCK)
 
     def _model_probes(self, x: Tensor) -> Iterator[Probe]:
@@ -422,6 +443,8 @@ class Replayer:
         yield Probe(
             f"{path}.eh_proj", None, "linear", lambda m, given: m.mtp_layer.eh_proj(given), (joined,), (joined.flip(0),)
         )
+        rows = torch.tensor(self.golden.listed.rows)
+        yield Probe(path, "next token", "mtp", _mtp_states, (x, rows), (other, rows.flip(0)), LAYER)
         yield Probe(f"{path}.eh_proj", "join", "join", lambda m, a, b: m.mtp_layer.join(a, b), (x, other), (other, x))
 
 
@@ -567,3 +590,15 @@ def _rotated_queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Ten
 def _naive_context(attention: Any, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
     context = attention._naive(q_nope, q_rope, latents, causal_mask(latents.shape[1], latents.device))
     return context.flatten(-2)
+
+
+def _absorbed_context(attention: Any, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
+    return attention._absorbed(q_nope, q_rope, latents, WholeRows()).flatten(-2)
+
+
+def _mtp_states(model: Model, hidden: Tensor, tokens: Tensor) -> Any:
+    """What the MTP layer makes of a hidden state and the next tokens, from the embedding to its norm."""
+    trace, (rows, length) = Trace(), tokens.shape
+    positions = torch.arange(length, device=tokens.device).expand(rows, length)
+    states = model.mtp_next(hidden, tokens, positions, causal_mask(length, tokens.device), trace)
+    return (states, trace.routings[0]) if trace.routings else states

@@ -36,6 +36,8 @@ VERDICT = "verdict.json"
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
+TWIN_PASSES = 4
+"""Passes of the healthy twin, each with other noise: where experts flip, one pass says little."""
 
 Tell = Callable[[str, int, int], None]
 """Hears of progress: what is done, how much of it, of how much."""
@@ -47,7 +49,7 @@ class Limits:
     cost a block, relative. `source` says where the limits come from."""
 
     max_chip_kl: float = 0.01
-    max_module_error: float = 0.1
+    max_module_error: float = 0.25
     confidence: float = 0.95
     source: str = "isthmus.parity.verify.Limits"
 
@@ -234,7 +236,7 @@ def _check_tokens(
     """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
     sequences, context = golden.listed.golden_sequences(), target.context()
     twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
-    floor = compare_tokens(emulator, twin, sequences, confidence=limits.confidence).mean_kl
+    floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
     allowed = max(limits.max_chip_kl, LIMIT * floor)
     source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
