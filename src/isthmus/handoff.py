@@ -39,6 +39,7 @@ from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.engine import MEAN_LIMIT, MEAN_LIMIT_SOURCE
+from isthmus.parity.lint import lint_config
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.paired import compare_answers
 from isthmus.parity.seal import Lineage, write_seal
@@ -154,11 +155,12 @@ def _prove(session: Session, reference: Bundle, watch: Watch) -> tuple[Findings,
     run, section = session.run, session.run.recipe.handoff
     prepared = {PLAIN: Prepared(session.state)} | {section.format: _prepare(session, reference, watch)}
     bundles = {name: _write(session, name, one, watch) for name, one in prepared.items()}
-    target = bundles[section.format]
+    target, findings = bundles[section.format], Findings([], {})
+    if not _can_run(session, target, findings):
+        return findings, bundles
     watch.say(f"  {len(session.problems)} held-out problems, answered by the reference and by the target")
     expected, found = _both_answer(session, reference, target)
     golden = _sequences(session, expected)
-    findings = Findings([], {})
     for name, bundle in bundles.items():
         _verify(session, bundle, prepared[name], golden, findings, watch)
     model = reference.build()
@@ -169,6 +171,22 @@ def _prove(session: Session, reference: Bundle, watch: Watch) -> tuple[Findings,
     for check in findings.checks:
         run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
     return findings, bundles
+
+
+def _can_run(session: Session, target: Bundle, findings: Findings) -> bool:
+    """Whether nothing that is known of the target's chip forbids this bundle; if something does, it is a finding."""
+    checks = lint_config(target.folder, session.run.recipe.model, _chip(session, target))
+    failed = [check for check in checks if check.outcome == "fail"]
+    findings.checks += [check.model_copy(update={"name": f"{target.format}: {check.name}"}) for check in failed]
+    for check in failed:
+        session.run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
+    return not failed
+
+
+def _chip(session: Session, bundle: Bundle) -> str | None:
+    """The chip whose rules the bundle has to keep here."""
+    of_target = bundle.format == session.run.recipe.handoff.format
+    return session.target.chip if of_target and session.target.rehearsed else None
 
 
 def _prepare(session: Session, reference: Bundle, watch: Watch) -> Prepared:
@@ -240,10 +258,11 @@ def _verify(
     options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
     capture(folder, prepared.balanced, texts, options)
     write_manifest(folder, coverage=entries, architecture=session.run.recipe.model)
-    chip = session.target.chip if bundle.format == section.format and session.target.rehearsed else None
     limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, "recipe, [handoff]")
     with watch.count(f"verify {bundle.format}", 1) as counter:
-        verdict = verify_bundle(folder, target=Target(rehearse=chip), limits=limits, tell=counter.tell)
+        verdict = verify_bundle(
+            folder, target=Target(rehearse=_chip(session, bundle)), limits=limits, tell=counter.tell
+        )
     verdict = verdict.model_copy(update={"checks": [*checks, *verdict.checks]})
     if any(check.outcome == "fail" for check in checks):
         culprit = next((check.module for check in checks if check.module), None)
@@ -270,7 +289,7 @@ def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, 
         bundles={name: str(bundle.folder.relative_to(run.path)) for name, bundle in bundles.items()},
         seal_id=None,
         figures=findings.figures,
-        ledger=findings.verdicts[run.recipe.handoff.format].ledger,
+        ledger=verdict.ledger if (verdict := findings.verdicts.get(run.recipe.handoff.format)) else [],
         culprit=culprit.culprit if culprit else None,
         operator=culprit.operator if culprit else None,
     )
@@ -324,7 +343,7 @@ def _check_tokens(
     session: Session, reference: Model, bundle: Bundle, golden: list[GoldenSequence], findings: Findings
 ) -> None:
     section = session.run.recipe.handoff
-    chip = session.target.chip if bundle.format == section.format and session.target.rehearsed else None
+    chip = _chip(session, bundle)
     rehearsal = enforce(chip) if chip else nullcontext()
     found = compare_tokens(
         reference, bundle.build(), golden, confidence=section.confidence, candidate_context=lambda: rehearsal
