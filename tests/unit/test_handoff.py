@@ -251,8 +251,8 @@ def test_a_format_that_loses_scales_is_refused(start, monkeypatch):
     """A real fault of a real engine: the last rows of kv_a's scales were dropped, and the model spoke noise."""
     healthy = type(get_format("w8a8")).export
 
-    def loses_scales(self, state, architecture):
-        stored = healthy(self, state, architecture)
+    def loses_scales(self, state, architecture, calibration=None):
+        stored = healthy(self, state, architecture, calibration)
         for name, tensor in stored.items():
             if name.endswith(("kv_a_proj_with_mqa.weight_scale", "o_proj.weight_scale")):
                 tensor[: len(tensor) // 2] = 0

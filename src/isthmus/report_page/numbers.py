@@ -18,6 +18,7 @@ BINARY_PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 DECIMAL_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 SPELLING = {
     "cpu": "CPU",
+    "fp8": "FP8",
     "grpo": "GRPO",
     "handoff": "hand-off",
     "hbm": "HBM",
@@ -25,7 +26,9 @@ SPELLING = {
     "kl": "KL",
     "logprob": "log-probability",
     "mfu": "MFU",
+    "modelslim": "ModelSlim",
     "mtp": "MTP",
+    "mxfp8": "MXFP8",
     "p50": "P50",
     "p90": "P90",
     "pretrain": "pretraining",
