@@ -23,8 +23,8 @@ ROWS = 128
 """Rows that are compared at a time, at least a block: few enough for the caches of a core."""
 SLACK = 1e-4
 """Relative: the fp32 arithmetic of exporter and comparison moves a half step by less than 127 * 2^-22 of it."""
-SCALE_SLACK = 2.0**-20
-"""Relative: a scale in fp32 is one division from the amax."""
+SCALE_SLACK = 2.0**-22
+"""Relative, two units in the last place of fp32: a scale is one division from the amax, or a product with 1 / 127."""
 COMPENSATED_STEPS = 16.0
 """Steps by which an element may be off that GPTQ rounded: its rule moves later columns to make up for earlier ones."""
 COMPENSATED_MEAN = 1.0
