@@ -344,7 +344,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two float tensors hold the same finite numbers, whatever their dtypes; rows at a time."""
     if one.shape != other.shape:
         return False
-    return all(torch.equal(a.double(), b.double()) for a, b in within(one, other))
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return all(torch.equal(a.to(wide), b.to(wide)) for a, b in within(one, other))
 
 
 def _difference(stored: Tensor, wanted: Tensor) -> str:

@@ -19,12 +19,12 @@ from isthmus.parity.announced import Announced
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 QUANTISED = (INT8, E4M3)
 LARGEST = {INT8: 127.0, E4M3: 448.0}
-ROWS = 1024
-"""Rows that are compared at a time; a multiple of every block."""
+ROWS = 128
+"""Rows that are compared at a time, at least a block: few enough for the caches of a core."""
 SLACK = 1e-4
 """Relative: the fp32 arithmetic of exporter and comparison moves a half step by less than 127 * 2^-22 of it."""
-SCALE_SLACK = 2.0**-20
-"""Relative: a scale in fp32 is one division from the amax."""
+SCALE_SLACK = 2.0**-22
+"""Relative, two units in the last place of fp32: a scale is one division from the amax, or a product with 1 / 127."""
 COMPENSATED_STEPS = 16.0
 """Steps by which an element may be off that GPTQ rounded: its rule moves later columns to make up for earlier ones."""
 COMPENSATED_MEAN = 1.0
@@ -32,6 +32,7 @@ COMPENSATED_MEAN = 1.0
 FP8_BLOCK, MX_BLOCK = 128, 32
 _ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLEST_EXPONENT, _MANTISSA = -6, 3
+_FP32_BIAS, _FP32_MANTISSA = 127, 23
 _OCP_EXPONENT = 8
 """The exponent of the greatest e4m3 value, 448 = 1.75 * 2^8, which OCP MX 1.0 subtracts from that of the amax."""
 
@@ -157,8 +158,9 @@ def _compare_grid(
     tall = scale.numel() == 1
     whole = source.abs().amax().float() if tall else None
     worst, wrong_scales, first_scale = Worst(), 0, ""
-    for start in range(0, len(values), ROWS):
-        w, q = source[start : start + ROWS].float(), values[start : start + ROWS].float()
+    step = ROWS if tall else block[0] * max(1, ROWS // block[0])
+    for start in range(0, len(values), step):
+        w, q = source[start : start + step].float(), values[start : start + step].float()
         s = scale.reshape(1, 1) if tall else scale.reshape(-(-len(values) // block[0]), -1)
         s = s if tall else s[start // block[0] : -(-(start + len(w)) // block[0])]
         wide = _spread(s, block, w.shape)
@@ -197,19 +199,21 @@ def _add(
     start: int,
 ) -> Worst:
     """`worst` with the errors of some more rows."""
-    error = (w - q * wide).abs()
+    error = torch.sub(w, q * wide).abs_()
+    half = wide / 2 if dtype == INT8 else _half_step(w, wide).mul_(wide)
+    share = torch.div(error, half)
+    top = float(share.amax())
+    if compensated is None and top <= 1 + SLACK:
+        return worst._replace(share=max(worst.share, top))
     if compensated is not None:
-        off = error > compensated * wide * (1 + SLACK)
-        mean = (error / wide.clamp_min(torch.finfo(torch.float32).tiny)).square().mean(1, keepdim=True).sqrt()
-        off |= mean > COMPENSATED_MEAN
-        allowed = wide / 2
+        off = (error > compensated * wide * (1 + SLACK)) | (
+            share.square().mean(1, keepdim=True).sqrt() / 2 > COMPENSATED_MEAN
+        )
     else:
-        allowed = wide / 2 if dtype == INT8 else _half_step(w, wide) * wide
-        off = ~(error <= allowed * (1 + SLACK))
-        off &= error != 0
-        if mx:
-            off &= ~_saturated(w, q, wide)
-    share = torch.where(error > 0, error / allowed, 0.0)
+        off = ~(share <= 1 + SLACK)
+    off &= error != 0
+    if mx:
+        off &= ~_saturated(w, q, wide)
     share = share[torch.isfinite(share)]
     top = max(worst.share, float(share.max())) if share.numel() else worst.share
     first = worst.first
@@ -221,9 +225,10 @@ def _add(
 
 def _half_step(w: Tensor, wide: Tensor) -> Tensor:
     """Half a step of e4m3 at w / s, in units of s."""
-    exponent = torch.frexp((w / wide).abs()).exponent - 1
-    exponent = exponent.clamp_min(_SMALLEST_EXPONENT) - _MANTISSA - 1
-    return torch.ldexp(torch.ones_like(w), exponent)
+    bits = torch.div(w, wide).abs_().view(torch.int32)
+    exponent = bits.bitwise_right_shift_(_FP32_MANTISSA).clamp_min_(_FP32_BIAS + _SMALLEST_EXPONENT)
+    half = exponent.sub_(_MANTISSA + 1).bitwise_left_shift_(_FP32_MANTISSA)
+    return half.view(torch.float32)
 
 
 def _saturated(w: Tensor, q: Tensor, wide: Tensor) -> Tensor:
@@ -243,7 +248,7 @@ def _wrong_scales(
     whole: Tensor | None,
 ) -> Tensor:
     """Which scales are not what the greatest weight of their block calls for, unless the block is stored exactly."""
-    amax = whole.reshape(1, 1) if whole is not None else _by_block(w.abs(), block)
+    amax = whole.reshape(1, 1) if whole is not None else _by_block(w, block)
     wanted = amax.double() / LARGEST[dtype]
     if rule.powers:
         mantissa, exponent = torch.frexp(wanted)
@@ -255,6 +260,8 @@ def _wrong_scales(
         right = (s.double() - wanted).abs() <= SCALE_SLACK * wanted
         if rule.dtype is not None:
             right |= _rounded_up(s, wanted, rule.dtype)
+    if bool(right.all()):
+        return ~right
     inexact = (q * wide != w).float()
     exact = ~inexact.any() if whole is not None else _by_block(inexact, block) == 0
     return ~(right | exact)
@@ -269,9 +276,12 @@ def _rounded_up(scale: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_block(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """The greatest value of each block of x [M, K], which is not negative; the last blocks may be partial."""
+    """The greatest absolute value of each block of x [M, K]; the last blocks may be partial."""
     rows, columns = block
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+    if block == (1, x.shape[1]):
+        low, high = x.aminmax(dim=1, keepdim=True)
+        return torch.maximum(-low, high)
+    padded = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
     return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
 
 
