@@ -290,8 +290,8 @@ def print_misses(trials: list[Trial]) -> None:
         said = trial.said
         print(
             f"miss: model {trial.model} {trial.architecture} {trial.format}, {trial.kind}: {trial.fault or ''} "
-            f"({trial.detail or trial.dtype}, device {trial.device}); gate: layer {said['layer']}, module {said['module']}, "
-            f"operator {said['operator']}, {said['detail']!r}"
+            f"({trial.detail or trial.dtype}, device {trial.device}); gate: layer {said['layer']}, "
+            f"module {said['module']}, operator {said['operator']}, {said['detail']!r}"
         )
 
 
