@@ -1,12 +1,13 @@
 """How good the gate is: faults planted in random modules of random models, beside healthy twins, and the field's rules.
 
-    python benchmarks/gate.py                     # 60 models, every format; some minutes of CPU time
-    python benchmarks/gate.py --quick             # 6 models
+    python benchmarks/gate.py                     # 60 models: 50 minutes of CPU time
+    python benchmarks/gate.py --quick             # 5 models, and no result is stored
     python benchmarks/gate.py --models 20 --healthy 8 --formats w8a8 bf16
 
-Each model is converted, captured and listed as the source's machine does it. Then every fault that the model can have
-is planted once, where it happens in the field, and the gate is asked on an imitated bf16 device, whose noise has a seed
-of its own in each trial. Healthy twins are the same without the fault, and one more in fp32. A fault that changes nothing is drawn again.
+Each model crosses in one format, in turn. It is converted, captured and listed as the source's machine does it. Then
+every fault that it can have is planted once, where it happens in the field, and the gate is asked on an imitated bf16
+device, whose noise has a seed of its own in each trial. Healthy twins are the same without the fault, and one more is
+in fp32. A fault that changes nothing is drawn again.
 
 The rivals judge the same faulty targets: thresholds on tensors propagated from end to end (msprobe's norm ratio,
 SGLang's comparator, a relative error of one thousandth), and end accuracy, whose limits are set on the healthy twins
@@ -16,11 +17,13 @@ of this very run so that one twin in a hundred alarms.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,20 +87,24 @@ class Trial:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(1)
-    began = time.process_time()
+    began = time.perf_counter()
+    jobs = [
+        (options.first + index, options.formats[index % len(options.formats)], options.healthy)
+        for index in range(options.models)
+    ]
     trials: list[Trial] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for index in range(options.models):
-            for name in options.formats:
-                trials += list(examine(options.first + index, name, options.healthy, Path(scratch)))
-            print_progress(index + 1, options.models, trials, time.process_time() - began)
+    seconds = 0.0
+    with ProcessPoolExecutor(options.workers) as workers:
+        for done, (found, spent) in enumerate(workers.map(examine, *zip(*jobs, strict=True)), 1):
+            trials += found
+            seconds += spent
+            print_progress(done, options.models, trials, seconds)
     result = summary(trials)
     print_tables(result)
     print_misses(trials)
-    seconds = time.process_time() - began
-    print(f"{len(trials)} verifications in {seconds:.0f} s of CPU time, preparation and rivals included")
-    if not options.dry:
+    wall = time.perf_counter() - began
+    print(f"{len(trials)} verifications, {seconds:.0f} s of CPU time and {wall:.0f} s, preparation and rivals included")
+    if not options.quick:
         described = {"models": options.models, "first_model": options.first, "formats": options.formats}
         misses = [asdict(trial) for trial in trials if is_miss(trial)]
         store("gate", {**described, "cpu_s": seconds, **result, "misses": misses})
@@ -115,32 +122,46 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--formats", nargs="+", choices=usable, default=[name for name in usable if name != "fp32"])
     parser.add_argument("--first", type=int, default=0, help="number of the first random model")
-    parser.add_argument("--quick", action="store_true", help="6 models")
-    parser.add_argument("--dry", action="store_true", help="store no result")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="5 models, and no result is stored")
     options = parser.parse_args()
-    options.models = 6 if options.quick else options.models
+    options.models = 5 if options.quick else options.models
     return options
 
 
-def examine(seed: int, format_name: str, healthy: int, scratch: Path) -> Iterator[Trial]:
-    """All trials of one model in one format."""
-    case = prepare(random_model(seed), format_name, scratch / "bundle")
-    prompts = case.subject.model.prompts()
-    reference = propagate(case.subject.build(), prompts)
-    kind = case.subject.model.architecture.model_type
-    for twin in range(healthy):
-        for dtype in ("bf16", "fp32") if twin == 0 else ("bf16",):
-            trial = Trial(seed, kind, format_name, "healthy", None, dtype, 1000 * seed + twin)
-            yield judged(case, trial, None, reference)
-    number = 0
-    for where, faults in KINDS.items():
-        for fault in faults:
-            plant = draw_plant(case, where, fault, seed)
-            number += 1
-            if plant is not None:
-                trial = Trial(seed, kind, format_name, where, fault, "bf16", 1000 * seed + 500 + number)
-                trial.where, trial.detail, trial.single = plant.where, plant.detail, not plant.several
-                yield judged(case, trial, plant, reference)
+def examine(seed: int, format_name: str, healthy: int) -> tuple[list[Trial], float]:
+    """All trials of one model in one format, and the CPU seconds that they took."""
+    torch.set_num_threads(1)
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        case = prepare(random_model(seed), format_name, Path(scratch) / "bundle")
+        trials = [*healthy_trials(case, healthy), *faulty_trials(case)]
+    return trials, time.process_time() - began
+
+
+def healthy_trials(case: Case, count: int) -> Iterator[Trial]:
+    reference = propagate(case.subject.build(), case.subject.model.prompts())
+    for twin in range(count + 1):
+        dtype = "fp32" if twin == count else "bf16"
+        yield judged(case, new_trial(case, "healthy", dtype, twin), None, reference)
+
+
+def faulty_trials(case: Case) -> Iterator[Trial]:
+    reference = propagate(case.subject.build(), case.subject.model.prompts())
+    pairs = [(kind, fault) for kind, faults in KINDS.items() for fault in faults]
+    for number, (kind, fault) in enumerate(pairs, 500):
+        plant = draw_plant(case, kind, fault, case.subject.model.seed)
+        if plant is not None:
+            trial = new_trial(case, kind, "bf16", number)
+            trial.fault, trial.where, trial.detail, trial.single = fault, plant.where, plant.detail, not plant.several
+            yield judged(case, trial, plant, reference)
+
+
+def new_trial(case: Case, kind: str, dtype: str, number: int) -> Trial:
+    model = case.subject.model
+    return Trial(
+        model.seed, model.architecture.model_type, case.subject.format, kind, None, dtype, 1000 * model.seed + number
+    )
 
 
 def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated) -> Trial:
@@ -268,9 +289,9 @@ def print_misses(trials: list[Trial]) -> None:
     for trial in filter(is_miss, trials):
         said = trial.said
         print(
-            f"miss: model {trial.model} {trial.architecture} {trial.format}, {trial.kind}: {trial.fault or 'healthy'} "
-            f"({trial.detail or trial.dtype}, device {trial.device}); gate: layer {said['layer']}, module {said['module']}, "
-            f"operator {said['operator']}, {said['detail']!r}"
+            f"miss: model {trial.model} {trial.architecture} {trial.format}, {trial.kind}: {trial.fault or ''} "
+            f"({trial.detail or trial.dtype}, device {trial.device}); gate: layer {said['layer']}, "
+            f"module {said['module']}, operator {said['operator']}, {said['detail']!r}"
         )
 
 

@@ -49,9 +49,9 @@ def random_deepseek(draw: random.Random, **fixed: object) -> DeepseekSection:
     """Attention's output projection, or the shared expert, is square in most; kv_a has no multiple of 128 rows."""
     heads, hidden = draw.choice([2, 4]), draw.choice([96, 128])
     n_group = draw.choice([1, 2, 4, 4])
-    experts = draw.choice([8, 16])
+    experts = draw.choice([8, 8, 16])
     topk_group = draw.randint(1, n_group)
-    layers = draw.randint(2, 4)
+    layers = draw.choice([2, 2, 3, 4])
     drawn = {
         "vocab_size": 199,
         "hidden_size": hidden,
