@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "golden", "int8", "published", "wire"})
+SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "delta", "golden", "int8", "published", "versions", "wire"})
 
 
 class Format(Protocol):

@@ -27,8 +27,12 @@ def set_sha256(tensors: dict[str, Tensor]) -> str:
 
     It covers one line `NAME HASH` per tensor in the order of names, with the hashes of model/digest.py.
     """
-    lines = [f"{name} {tensor_sha256(tensors[name])}\n" for name in sorted(tensors)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return set_sha256_of({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
+
+
+def set_sha256_of(hashes: dict[str, str]) -> str:
+    """`set_sha256` of tensors whose hashes are known, by name."""
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:
