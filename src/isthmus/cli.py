@@ -121,6 +121,18 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
         stage.execute(RunFolder.open(folder), _watch(), overrides, **changes)
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", required=True, metavar="URL", help="The engine that gets the weights.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its admin key.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="What the engine serves, if it is not Isthmus'.")
+@click.option("--exchange", type=click.Path(path_type=Path), help="A folder that it reads, if it is not Isthmus'.")
+@click.option("--once", is_flag=True, help="End when the engine has what is there now.")
+def follow(folder: Path, **options: Any) -> None:
+    """Bring the weights that `[rl] publish = FOLDER` writes to an engine, version by version."""
+    importlib.import_module("isthmus.follow").execute(folder, _watch(), **options)
+
+
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")
 
 

@@ -320,6 +320,15 @@ class RlSection(Section):
     format_reward: float = Field(default=0.1, ge=0)
     rollout_format: str = "w8a8"
     staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")
+    update: Literal["delta", "full"] = Field(default="delta", description="what crosses at a step: changes, or all")
+    update_codec: Literal["zstd", "zlib"] = Field(default="zstd", description="compression of deltas")
+    snapshot_every: Positive = Field(default=32, description="versions after which all weights are sent again")
+    publish: Path | None = Field(default=None, description="a folder for `isthmus follow` that receives every version")
+    parity_tokens: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="tokens of each of two prompts that check an engine's new weights; 0: no check"
+    )
+    parity_every: Positive = Field(default=1, description="versions between two such checks")
+    parity_strikes: Positive = Field(default=2, description="failed checks in a row after which the stage is refused")
     checkpoint_every: Positive = 10
     keep_checkpoints: Positive = 2
     heldout_problems: Positive = 500

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
-SHARED_PARTS = frozenset({"assemble", "bundle", "calibration", "delta", "golden", "int8", "published", "versions", "wire"})
+SHARED_PARTS = frozenset(
+    {
+        "assemble",
+        "bundle",
+        "calibration",
+        "delta",
+        "golden",
+        "int8",
+        "published",
+        "version_folder",
+        "versions",
+        "wire",
+    }
+)
 
 
 class Format(Protocol):

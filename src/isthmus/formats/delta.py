@@ -297,7 +297,7 @@ def _decode_tensor(entry: Entry, streams: memoryview, old: Tensor | None, base_v
     total = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
     kind = _unsigned(dtype.itemsize)
     size = total // kind.itemsize
-    if entry.method != "sparse" and entry.count != size or not 0 <= entry.count <= size:
+    if (entry.method != "sparse" and entry.count != size) or not 0 <= entry.count <= size:
         raise ValueError(f"{entry.count} elements for {size}")
     parts = _expand(entry, streams, kind.itemsize)
     gap_planes = entry.gap if entry.method == "sparse" else 0

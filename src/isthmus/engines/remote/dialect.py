@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,9 @@ class Dialect(Protocol):
     release: str | None
     weights: Weights
 
+    @property
+    def takes_deltas(self) -> bool: ...
+
     def check(self) -> None:
         """Raise EngineError if the server cannot do what training needs, saying how to start it instead."""
         ...
@@ -45,6 +49,22 @@ class Dialect(Protocol):
     ) -> list[list[Completion]]: ...
 
     def update(self, payload: bytes, version: int, sha256: str) -> None: ...
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float: ...
+
+
+class WholeWeights:
+    """What a dialect inherits whose server takes weights only as a whole."""
+
+    name: str
+    takes_deltas = False
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+        """Raises EngineError."""
+        raise EngineError(
+            f"{self.name} takes new weights as a whole: put the delta to version {version} together first "
+            "(`isthmus follow` does), or send a full update"
+        )
 
 
 def spread_seed(seed: int, *place: int) -> int:

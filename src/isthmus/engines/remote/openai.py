@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from isthmus.engines import Completion, EngineError, Sampling
-from isthmus.engines.remote.dialect import Weights, prompt_seeds
+from isthmus.engines.remote.dialect import Weights, WholeWeights, prompt_seeds
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Transport
 
@@ -16,7 +16,7 @@ CONNECTIONS = 64
 _TOKEN_ID = "token_id:"
 
 
-class OpenAi:
+class OpenAi(WholeWeights):
     """A server that is not known by name. Its weights cannot be exchanged."""
 
     name = "a server with OpenAI's API"
