@@ -1,7 +1,7 @@
 """Follow: bring the versions that a trainer writes into a shared folder to an engine, in order and checked by hash.
 
-For pools that cannot reach each other: `[rl] publish = FOLDER` writes the folder, this reads it beside the engine. It
-keeps nothing on the disk. After a crash, or where a file was lost, it goes on from the newest snapshot that can be read.
+For pools that cannot reach each other: `[rl] publish = FOLDER` writes the folder, this reads it beside the engine and
+keeps nothing on the disk. After a crash, or where a file was lost, it goes on from the newest snapshot that is whole.
 """
 
 from __future__ import annotations

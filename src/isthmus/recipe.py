@@ -496,7 +496,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain", "serve"):
+    for section in ("data", "pretrain", "rl", "serve"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
@@ -559,7 +559,7 @@ def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, An
 
 
 def _is_path(key: str) -> bool:
-    return key == "folder" or key.endswith("_file")
+    return key in ("folder", "publish") or key.endswith("_file")
 
 
 def _read_preset(name: Any) -> dict[str, Any]:

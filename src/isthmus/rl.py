@@ -8,6 +8,7 @@ at once, and samples are one version old. Truncated importance sampling corrects
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -378,17 +379,18 @@ def _check_version(session: Session, tensors: dict[str, Tensor]) -> dict[str, An
             "again. It must not generate: qualify the pool again, or use another engine"
         )
     return {
-        "parity_gap": round(gap.mean, 7),
-        "parity_gap_max": round(gap.largest, 7),
+        "parity_gap": round(gap.mean, 7) if math.isfinite(gap.mean) else None,
+        "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,
         "parity_tokens": gap.tokens,
         "parity_s": round(time.perf_counter() - began, 4),
     }
 
 
 def _alarm(session: Session, first: Gap, again: Gap) -> None:
-    facts = {"gap": first.mean, "gap_after_snapshot": again.mean, "limit": LIMIT, "source": LIMIT_SOURCE}
+    gaps = {"gap": first.mean, "gap_after_snapshot": again.mean}
+    facts = {key: value if math.isfinite(value) else None for key, value in gaps.items()}
     what = "the engine does not compute what was sent to it"
-    session.run.event(NAME, "alarm", what=what, weight_version=session.step, **facts)
+    session.run.event(NAME, "alarm", what=what, weight_version=session.step, limit=LIMIT, **facts)
     outcome = "still" if again.is_over else "helped:"
     session.watch.say(
         f"  [bold red]alarm[/] version {session.step}: {what}, {first.mean:.3g} nats/token from the exact model "

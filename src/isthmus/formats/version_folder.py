@@ -35,7 +35,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredVersion:
-    """A version in the folder. `sha256` is `set_sha256` of its tensors, `base_sha256` of those that its delta changes."""
+    """A version in the folder. `sha256` is `set_sha256` of its tensors, `base_sha256` of what its delta changes."""
 
     version: int
     sha256: str
