@@ -45,18 +45,21 @@ class Follower:
             try:
                 self.held, parts = advance(self.folder, self.held, versions)
             except Lost as error:
+                self._push_held(versions)
                 return self._wait(error, versions)
             if parts and before is not None and self.has == (before.version, before.sha256):
                 self._push_delta(before, self.held, parts, versions)
-            elif not next_versions(versions, self.held):
-                self._push_whole(self.held, versions, "snapshot")
-        if self.held is not None and self.has != (self.held.version, self.held.sha256):
-            self._push_whole(self.held, versions, "snapshot")
+        self._push_held(versions)
         return 0
 
     def forget_engine(self) -> None:
         """The engine was away and may have come back with other weights: it gets all of them next."""
         self.has = None
+
+    def _push_held(self, versions: list[StoredVersion]) -> None:
+        """Bring the engine level with what is held here, if it is not."""
+        if self.held is not None and self.has != (self.held.version, self.held.sha256):
+            self._push_whole(self.held, versions, "snapshot")
 
     def _push_delta(
         self, before: WeightSet, weights: WeightSet, parts: list[bytes], versions: list[StoredVersion]
