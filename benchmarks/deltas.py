@@ -17,12 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from conditions import store
 from isthmus import plan, qualify, rl, train
-from isthmus.formats import get_format
+from isthmus.formats import delta, get_format
 from isthmus.formats.delta import Codec, WeightSet, apply, encode, read_message
 from isthmus.formats.version_folder import advance, next_versions, read_versions
 from isthmus.formats.wire import digest, pack, unpack
@@ -31,7 +32,7 @@ from isthmus.recipe import load_recipe
 from isthmus.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
+STEPS, FORM_ELEMENTS = 12, 8_000_000
 FORMATS = ("w8a8", "bf16", "fp32")
 CODECS: tuple[Codec, ...] = ("zstd", "zlib")
 SETTINGS = {
@@ -57,15 +58,16 @@ def main() -> None:
         root = Path(scratch)
         prepare(root / "base")
         full = rl_run(root, "full", {"rl.update": "full"})
-        delta = rl_run(root, "delta", {"rl.update": "delta"})
+        changes = rl_run(root, "delta", {"rl.update": "delta"})
         published = root / "published"
         rl_run(root, "fp32", {"rl.rollout_format": "fp32", "rl.publish": published})
-        check_same_learning(full, delta)
-        in_run = {"full": means(full), "delta": means(delta)}
+        check_same_learning(full, changes)
+        in_run = {"full": means(full), "delta": means(changes)}
         rows = [row(name, codec, published) for name in FORMATS for codec in CODECS]
-    show(rows, in_run)
+    shapes = forms()
+    show(rows, in_run, shapes)
     conditions = {"model": "r-nano", "steps": STEPS, "settings": SETTINGS}
-    store("deltas", {**conditions, "run": in_run, "formats": rows})
+    store("deltas", {**conditions, "run": in_run, "formats": rows, "forms": shapes})
 
 
 def prepare(folder: Path) -> None:
@@ -90,8 +92,8 @@ def rl_run(root: Path, name: str, changes: dict[str, Any]) -> list[dict[str, Any
     return run.events("rl", "step")
 
 
-def check_same_learning(full: list[dict[str, Any]], delta: list[dict[str, Any]]) -> None:
-    for one, other in zip(full, delta, strict=True):
+def check_same_learning(full: list[dict[str, Any]], changes: list[dict[str, Any]]) -> None:
+    for one, other in zip(full, changes, strict=True):
         for key in ("weight_sha256", "reward", "loss"):
             assert one.get(key) == other.get(key), f"{key} of step {one['step']} depends on how weights cross"
 
@@ -164,7 +166,38 @@ def full_update(tensors: dict[str, torch.Tensor]) -> tuple[int, float]:
     return len(payload), time.process_time() - began
 
 
-def show(rows: list[dict[str, Any]], in_run: dict[str, dict[str, float | None]]) -> None:
+def forms() -> list[dict[str, float]]:
+    """Bytes per element of the sparse and the dense form, where a share of the elements moved up or down by one, and
+    the rate of encoding and applying (bytes of weights per CPU second) with the form that delta.py chooses."""
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.005, 0.02, 0.08, 0.25, 0.4, 0.6):
+        old = torch.randint(-120, 120, (FORM_ELEMENTS,), dtype=torch.int8, generator=generator)
+        moved = torch.rand(FORM_ELEMENTS, generator=generator) < share
+        step = 1 - 2 * torch.randint(0, 2, (FORM_ELEMENTS,), generator=generator)
+        base, new = WeightSet.of(0, {"t": old}), WeightSet.of(1, {"t": old + (moved * step).to(torch.int8)})
+        row: dict[str, float] = {"share": share}
+        for name, bounds in (("sparse", (2.0, 2.0)), ("dense", (-1.0, -1.0))):
+            with mock.patch.multiple(delta, NEVER_SPARSE=bounds[0], ONLY_SPARSE=bounds[1]):
+                row[name] = sum(map(len, encode(base, new))) / FORM_ELEMENTS
+        began = time.process_time()
+        parts = encode(base, new)
+        encoded = time.process_time()
+        assert apply(base, parts).sha256 == new.sha256
+        row["encode_mb_per_s"] = FORM_ELEMENTS / (encoded - began) / 1e6
+        row["apply_mb_per_s"] = FORM_ELEMENTS / (time.process_time() - encoded) / 1e6
+        found.append(row)
+    return found
+
+
+def show(
+    rows: list[dict[str, Any]], in_run: dict[str, dict[str, float | None]], shapes: list[dict[str, float]]
+) -> None:
+    print(f"{'moved':>6} {'sparse':>8} {'dense':>8}  bytes per int8 element")
+    for one in shapes:
+        print(
+            f"{one['share']:>6} {one['sparse']:>8.4f} {one['dense']:>8.4f}  encode {one['encode_mb_per_s']:,.0f} MB/s"
+        )
     print(
         f"{'format':>6} {'codec':>5} {'full':>11} {'delta':>11} {'ratio':>7} {'encode':>9} {'apply':>9} {'full cpu':>9}"
     )

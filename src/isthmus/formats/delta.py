@@ -46,9 +46,9 @@ _PREFIX, _HASH_BYTES = struct.Struct("<8sQI"), 32
 _PLAIN = "raw"
 _LEVELS = {"zstd": 1, "zlib": 1}
 _LARGEST_HEADER = 256 << 20
-_NEVER_SPARSE, _ONLY_SPARSE = 0.25, 0.01
-"""Shares of changed elements: above the first a gap costs about as many bits as the zeros between, below the second the
-dense form is never the smaller one. In between both are tried."""
+NEVER_SPARSE, ONLY_SPARSE = 0.6, 0.25
+"""Shares of changed elements: up to the second the sparse form is the smaller one (`forms` in benchmarks/deltas.py), and
+above the first it is not tried. In between both are."""
 _FULL_FROM = 0.75
 """Share of the tensor's size from which on the new elements themselves are tried too."""
 _WIDTHS = (1, 2, 4, 8)
@@ -272,13 +272,13 @@ def _encode_tensor(
     forms: list[tuple[Method, int, int, list[tuple[str, bytes]]]] = []
     if old is not None:
         folded = _fold(elements - _elements(old))
-        changed = np.flatnonzero(folded)
+        changed = np.flatnonzero(folded != 0)
         share = len(changed) / max(len(elements), 1)
-        if share <= _NEVER_SPARSE:
+        if share <= NEVER_SPARSE:
             gaps = _gaps(changed)
             planes = [*_planes(gaps), *_planes(folded[changed])]
             forms.append(("sparse", len(changed), gaps.itemsize, compressed(planes)))
-        if share > _ONLY_SPARSE:
+        if share > ONLY_SPARSE:
             forms.append(("dense", len(elements), 0, compressed(_planes(folded))))
     if old is None or _size(min(forms, key=lambda form: _size(form[3]))[3]) > _FULL_FROM * elements.nbytes:
         forms.append(("full", len(elements), 0, compressed(_planes(elements))))
