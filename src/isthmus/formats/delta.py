@@ -47,7 +47,7 @@ _PLAIN = "raw"
 _LEVELS = {"zstd": 1, "zlib": 1}
 _LARGEST_HEADER = 256 << 20
 NEVER_SPARSE, ONLY_SPARSE = 0.6, 0.25
-"""Shares of changed elements: up to the second the sparse form is the smaller one (`forms` in benchmarks/deltas.py), and
+"""Shares of changed elements: up to the second the sparse form is the smaller one (`forms` in benchmarks/deltas.py);
 above the first it is not tried. In between both are."""
 _FULL_FROM = 0.75
 """Share of the tensor's size from which on the new elements themselves are tried too."""
