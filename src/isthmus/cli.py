@@ -155,14 +155,14 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER")
-@click.option("--engine", "url", required=True, help="URL of the engine that is brought to each version.")
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle that the engine serves.")
-@click.option("--api-key", envvar="ISTHMUS_ADMIN_KEY", help="Administrator's key; or $ISTHMUS_ADMIN_KEY.")
-@click.option("--exchange", type=click.Path(path_type=Path), help="For vLLM and SGLang: a folder that both see.")
-@click.option("--once", is_flag=True, help="Stop when nothing newer is there.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", required=True, metavar="URL", help="The engine that gets the weights.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its admin key.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="What the engine serves, if it is not Isthmus'.")
+@click.option("--exchange", type=click.Path(path_type=Path), help="A folder that it reads, if it is not Isthmus'.")
+@click.option("--once", is_flag=True, help="End when the engine has what is there now.")
 def follow(folder: Path, **options: Any) -> None:
-    """Bring an engine to the versions that a run publishes to a shared FOLDER ([rl] publish)."""
+    """Bring the weights that `[rl] publish = FOLDER` writes to an engine, version by version."""
     importlib.import_module("isthmus.follow").execute(folder, _watch(), **options)
 
 

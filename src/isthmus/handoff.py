@@ -38,11 +38,11 @@ from isthmus.formats.rounding import round_with_calibration
 from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
-from isthmus.parity.engine import MEAN_LIMIT, MEAN_LIMIT_SOURCE
 from isthmus.parity.lint import lint_config
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.paired import compare_answers
 from isthmus.parity.seal import Lineage, write_seal
+from isthmus.parity.spot import LIMIT, LIMIT_SOURCE
 from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens, completion_log_probabilities
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.pools import Pool, get_pool
@@ -392,9 +392,9 @@ def _check_engine(session: Session, target: Bundle, answers: Answers, findings: 
     findings.add(
         "engine",
         f"{target.format}: mean |Δlogp|, engine against emulator",
-        "pass" if gap <= MEAN_LIMIT else "fail",
+        "pass" if gap <= LIMIT else "fail",
         Figure.measured(gap, "nats/token", source, rehearsed=session.target.rehearsed),
-        Figure(value=MEAN_LIMIT, unit="nats/token", kind="declared", source=MEAN_LIMIT_SOURCE),
+        Figure(value=LIMIT, unit="nats/token", kind="declared", source=LIMIT_SOURCE),
         "log-probabilities of the engine's own tokens, against the same bundle on the CPU, without caches",
     )
 

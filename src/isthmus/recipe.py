@@ -321,11 +321,16 @@ class RlSection(Section):
     drift_budget: float = Field(default=0.05, gt=0, description="mismatch, nats per token, that a run may drift to")
     format_reward: float = Field(default=0.1, ge=0)
     rollout_format: str = "w8a8"
-    update: Literal["delta", "full"] = Field(default="delta", description="what crosses to the engine at a step")
-    snapshot_every: Positive = Field(default=50, description="deltas between two full snapshots")
-    publish: Path | None = Field(default=None, description="a shared folder for engines that the run cannot reach")
-    parity_every: int = Field(default=1, ge=0, description="versions between two checks of the engine; 0: none")
     staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")
+    update: Literal["delta", "full"] = Field(default="delta", description="what crosses at a step: changes, or all")
+    update_codec: Literal["zstd", "zlib"] = Field(default="zstd", description="compression of deltas")
+    snapshot_every: Positive = Field(default=32, description="versions after which all weights are sent again")
+    publish: Path | None = Field(default=None, description="a folder for `isthmus follow` that receives every version")
+    parity_tokens: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="tokens of each of two prompts that check an engine's new weights; 0: no check"
+    )
+    parity_every: Positive = Field(default=1, description="versions between two such checks")
+    parity_strikes: Positive = Field(default=2, description="failed checks in a row after which the stage is refused")
     checkpoint_every: Positive = 10
     keep_checkpoints: Positive = 2
     heldout_problems: Positive = 500
@@ -501,7 +506,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain", "serve"):
+    for section in ("data", "pretrain", "rl", "serve"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
@@ -564,7 +569,7 @@ def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, An
 
 
 def _is_path(key: str) -> bool:
-    return key == "folder" or key.endswith("_file")
+    return key in ("folder", "publish") or key.endswith("_file")
 
 
 def _read_preset(name: Any) -> dict[str, Any]:

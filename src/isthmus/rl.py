@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,18 +27,15 @@ from isthmus.chips import device_of
 from isthmus.data.corpus import Document, prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines import Completion, Sampling
-from isthmus.engines.channel import Channel
+from isthmus.engines import Completion, Engine, Sampling
+from isthmus.engines.channel import Channel, writer
 from isthmus.engines.local import LocalEngine, report_kernels
-from isthmus.engines.remote import HttpEngine
-from isthmus.engines.shared_folder import Publisher
 from isthmus.errors import DamagedFile, GateRefused
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.model.model import Model
-from isthmus.parity.engine import MEAN_LIMIT, compare_engine
 from isthmus.parity.paired import paired_difference, wilson_interval
-from isthmus.parity.tokens import GoldenSequence
+from isthmus.parity.spot import LIMIT, LIMIT_SOURCE, Gap, spot_gap
 from isthmus.parity.trend import trend
 from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch
@@ -60,7 +57,7 @@ from isthmus.trainer.resume import resume
 from isthmus.trainer.step import target_logprobs
 
 NAME = "rl"
-PARITY_TOKENS, STRIKES = 32, 3
+SPOT_PROMPTS = 2
 
 
 @dataclass
@@ -98,12 +95,12 @@ class Session:
     options: Any
     model: Model
     optimizer: Optimizer
-    engine: HttpEngine
+    engine: Engine
     channel: Channel
-    publisher: Publisher | None
+    watch: Watch
     checkpoints: CheckpointWriter
     step: int
-    crossing: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
     strikes: int = 0
     mismatches: list[float] = field(default_factory=list)
     drifts: bool = False
@@ -161,16 +158,26 @@ def _open_session(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: W
             model=model,
             optimizer=optimizer,
             engine=engine,
-            channel=Channel(engine, deltas=recipe.rl.update == "delta", snapshot_every=recipe.rl.snapshot_every),
-            publisher=Publisher(recipe.rl.publish, snapshot_every=recipe.rl.snapshot_every)
-            if recipe.rl.publish
-            else None,
+            channel=_channel(run, engine),
+            watch=watch,
             checkpoints=checkpoints,
             step=step,
             mismatches=_earlier_mismatches(run, step),
         )
-        _cross(session)
+        run.event(NAME, "crossing", weight_version=step, **_cross(session))
         yield session
+
+
+def _channel(run: RunFolder, engine: Engine) -> Channel:
+    section = run.recipe.rl
+    return Channel(
+        engine,
+        deltas=section.update == "delta",
+        snapshot_every=section.snapshot_every,
+        codec=section.update_codec,
+        folder=writer(section.publish, section.rollout_format),
+        tell=partial(run.event, NAME),
+    )
 
 
 def _resume(run: RunFolder, root: Path, model: Model, optimizer: Optimizer, watch: Watch) -> LoadedCheckpoint | None:
@@ -257,7 +264,7 @@ def _learn(session: Session, rollout: Rollout, pending: Future[Rollout] | None, 
     if pending is not None:
         pending.result()
     waited = time.perf_counter()
-    _cross(session, rollout)
+    crossing = _cross(session)
     timing = {
         "rollout_s": round(rollout.seconds, 4),
         "train_s": round(trained - began, 4),
@@ -265,7 +272,7 @@ def _learn(session: Session, rollout: Rollout, pending: Future[Rollout] | None, 
         "sync_s": round(time.perf_counter() - waited, 4),
     }
     _watch_drift(session, counter)
-    _report(session, rollout, rewards, measures, timing, counter)
+    _report(session, rollout, rewards, measures, timing | crossing, counter)
 
 
 def _watch_drift(session: Session, counter: Counter) -> None:
@@ -354,50 +361,68 @@ def _one_update(session: Session, part: Minibatch, old: Tensor | None, progress:
     }
 
 
-def _cross(session: Session, rollout: Rollout | None = None) -> None:
-    """Bring the engine to the trainer's weights in its format; the version is the number of finished steps."""
-    recipe = session.run.recipe
-    tensors = get_format(recipe.rl.rollout_format).export(_host_state(session.model), recipe.model)
-    sent = session.channel.send(tensors, session.step)
-    if sent.fallback:
-        session.run.event(NAME, "fallback", what=f"the delta to version {sent.version}", why=sent.fallback)
-    if session.publisher is not None:
-        session.publisher.publish(tensors, session.step)
-    session.crossing = {
-        "weight_sha256": sent.sha256,
-        "update": sent.kind,
-        "update_bytes": sent.bytes,
-        "full_bytes": sent.full_bytes,
-        "encode_s": round(sent.encode_s, 4),
-        "send_s": round(sent.send_s, 4),
-    }
-    if rollout is not None and recipe.rl.parity_every and session.step % recipe.rl.parity_every == 0:
-        session.crossing["chip_gap"] = _check_engine(session, tensors, rollout)
+def _cross(session: Session) -> dict[str, Any]:
+    """Bring the trainer's weights to the engine in its format, and check what it then computes; both for the event.
 
-
-def _check_engine(session: Session, tensors: dict[str, Tensor], rollout: Rollout) -> float | None:
-    """What the engine says of a few samples, against the exact emulator of what was sent: mean |Δlogp| in nats.
-
-    Raises GateRefused when it is above the limit at STRIKES checks in a row: the engine computes another model.
+    The version is the number of finished steps.
     """
     recipe = session.run.recipe
-    emulator = get_format(recipe.rl.rollout_format).build(recipe.model, tensors)
-    pairs = [
-        (rollout.prompts[index], one.tokens[:PARITY_TOKENS]) for index, one in rollout.flat[:: len(rollout.flat) - 1]
-    ]
-    found = compare_engine(session.engine.score, emulator, [GoldenSequence(*pair) for pair in pairs if pair[1]])
-    if found.mean_abs_dlogp <= MEAN_LIMIT:
-        session.strikes = 0
-        return found.mean_abs_dlogp
-    session.strikes += 1
-    why = (
-        f"its log-probabilities are {found.mean_abs_dlogp:.3g} nats per token from those of the exact emulator of "
-        f"version {session.step}; the limit is {MEAN_LIMIT:g}"
+    tensors = get_format(recipe.rl.rollout_format).export(_host_state(session.model), recipe.model)
+    sent = session.channel.send(session.step, tensors)
+    session.weights_sha256 = sent.sha256
+    return sent.shown() | _check_version(session, tensors)
+
+
+def _check_version(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A few greedy tokens of the engine against the format's model on the CPU.
+
+    Beyond the limit all weights are sent once more. If that does not help it is a strike, and an engine with too many
+    in a row generates no more: raises GateRefused.
+    """
+    section = session.run.recipe.rl
+    if not section.parity_tokens or session.step % section.parity_every:
+        return {}
+    began = time.perf_counter()
+    gap = _spot_gap(session, tensors)
+    if gap.is_over:
+        session.channel.send_whole()
+        first, gap = gap, _spot_gap(session, tensors)
+        _alarm(session, first, gap)
+    session.strikes = session.strikes + 1 if gap.is_over else 0
+    if session.strikes >= section.parity_strikes:
+        raise GateRefused(
+            f"the engine on the rollout pool does not compute what was sent to it: at version {session.step} its "
+            f"log-probabilities are {gap.mean:.3g} nats/token from the exact model of {section.rollout_format} "
+            f"(limit {LIMIT}: {LIMIT_SOURCE}), in {session.strikes} checks in a row and after all weights were sent "
+            "again. It must not generate: qualify the pool again, or use another engine"
+        )
+    return {
+        "parity_gap": round(gap.mean, 7) if math.isfinite(gap.mean) else None,
+        "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,
+        "parity_tokens": gap.tokens,
+        "parity_s": round(time.perf_counter() - began, 4),
+    }
+
+
+def _alarm(session: Session, first: Gap, again: Gap) -> None:
+    gaps = {"gap": first.mean, "gap_after_snapshot": again.mean}
+    facts = {key: value if math.isfinite(value) else None for key, value in gaps.items()}
+    what = "the engine does not compute what was sent to it"
+    session.run.event(NAME, "alarm", what=what, weight_version=session.step, limit=LIMIT, **facts)
+    outcome = "still" if again.is_over else "helped:"
+    session.watch.say(
+        f"  [bold red]alarm[/] version {session.step}: {what}, {first.mean:.3g} nats/token from the exact model "
+        f"(limit {LIMIT}); all weights sent again, {outcome} {again.mean:.3g}"
     )
-    session.run.event(NAME, "alarm", step=session.step, what="the engine computes another model", why=why)
-    if session.strikes >= STRIKES:
-        raise GateRefused(f"the engine on the rollout pool is refused, {STRIKES} versions in a row: {why}")
-    return found.mean_abs_dlogp if math.isfinite(found.mean_abs_dlogp) else None
+
+
+def _spot_gap(session: Session, tensors: dict[str, Tensor]) -> Gap:
+    recipe = session.run.recipe
+    prompts = [prompt_ids(session.tokenizer, problem) for problem in session.task.heldout[:SPOT_PROMPTS]]
+    sampling = Sampling(recipe.rl.parity_tokens, temperature=0.0)
+    answers = [group[0] for group in session.engine.generate(prompts, sampling)]
+    model = get_format(recipe.rl.rollout_format).build(recipe.model, tensors)
+    return spot_gap(model, prompts, [(answer.tokens, answer.logprobs) for answer in answers])
 
 
 def _host_state(model: Model) -> dict[str, Tensor]:
@@ -423,7 +448,7 @@ def _report(
     rollout: Rollout,
     rewards: Tensor,
     measures: dict[str, float | None],
-    timing: dict[str, float],
+    timing: dict[str, Any],
     counter: Counter,
 ) -> None:
     scored = [one for group in rollout.rewards for one in group]
@@ -440,7 +465,7 @@ def _report(
         completion_tokens=round(length, 3),
         truncated=sum(completion.finish_reason == "length" for _, completion in rollout.flat) / len(lengths),
         weight_version=session.step,
-        **session.crossing,
+        weight_sha256=session.weights_sha256,
         staleness=session.step - 1 - rollout.version,
         tokens=sum(lengths),
         tokens_per_s=round(sum(lengths) / rollout.seconds, 1),
@@ -574,6 +599,9 @@ def _record(
                 100 * sum(after.greedy_correct) / count, "%", f"{count} held-out problems, greedy"
             ),
             "mismatch_abs": figure(mean_of("mismatch_abs"), "nats/token", per_step),
+            "update_bytes": figure(mean_of("update_bytes"), "B/step", per_step),
+            "update_ratio": figure(100 * mean_of("update_ratio"), "% of a full update", per_step),
+            **_parity_figures(steps, figure),
             "mismatch_k3": figure(mean_of("mismatch_k3"), "nats/token", per_step),
             "importance_clipped": figure(100 * mean_of("importance_clipped"), "%", per_step),
             "rollout_tokens_per_s": figure(mean_of("tokens_per_s"), "tokens/s", per_step),
@@ -581,6 +609,15 @@ def _record(
         sample_before=example[0],
         sample_after=example[1],
     )
+
+
+def _parity_figures(steps: list[dict[str, Any]], figure: Callable[..., Figure]) -> dict[str, Figure]:
+    """The chip's side of the gap, as the check of every version saw it; nothing if there was none."""
+    gaps = [event["parity_gap"] for event in steps if event.get("parity_gap") is not None]
+    if not gaps:
+        return {}
+    source = f"mean over {len(gaps)} versions, engine against the exact model of the format, events.jsonl"
+    return {"parity_gap": figure(sum(gaps) / len(gaps), "nats/token", source)}
 
 
 def _telling_example(before: Evaluation, after: Evaluation) -> tuple[str, str]:

@@ -15,10 +15,14 @@ from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 from other_servers import FakeSgLang, FakeVllm, serving
 
 from isthmus.engines import EngineError, Sampling
+from isthmus.engines.channel import Channel
 from isthmus.engines.remote import HttpEngine
+from isthmus.follow import Follower
 from isthmus.formats import get_format
 from isthmus.formats.bundle import read_bundle
-from isthmus.formats.wire import digest, pack
+from isthmus.formats.version_folder import VersionWriter
+from isthmus.formats.versions import Publisher
+from isthmus.formats.wire import digest, pack, unpack
 
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 MAKES = {"vllm": FakeVllm, "sglang": FakeSgLang}
@@ -139,6 +143,28 @@ def test_an_update_goes_through_the_folder_and_a_damaged_one_changes_nothing(pai
     engine.update(second, 13, digest(second))
     assert [path.name for path in (tmp_path / "exchange").iterdir()] == ["weights-13"]
     assert HttpEngine(server.url).version == 13
+
+
+def test_a_follower_puts_versions_together_for_servers_that_read_whole_weights(pair, make, tmp_path):
+    """What is published as a delta reaches these servers as a whole bundle, by their own way of reloading."""
+    engine = pair[1]
+    said, publisher, writer = [], Publisher(snapshot_every=100), VersionWriter(tmp_path / "versions", "bf16")
+    follower = Follower(tmp_path / "versions", engine, said.append)
+    for version, seed in ((11, 1), (12, 2)):
+        payload, model = payload_of(seed)
+        writer.write(publisher.publish(version, unpack(payload, digest(payload))))
+        assert follower.catch_up() == 0
+        for prompt, (one,) in zip(PROMPTS, engine.generate(PROMPTS, Sampling(12, temperature=0.0)), strict=True):
+            expected = expected_logprobs(model, prompt, one.tokens, 1.0)
+            torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-4, rtol=1e-4)
+            assert one.version == version
+    assert "put together from a delta" in said[-1]
+    with pytest.raises(EngineError, match="takes new weights as a whole"):
+        engine.update_delta([], 12, 13, "")
+    told = []
+    channel = Channel(engine, deltas=True, snapshot_every=100, tell=lambda name, **facts: told.append((name, facts)))
+    assert channel.send(14, unpack(payload, digest(payload))).kind == "full"
+    assert told == [("fallback", {"what": "full weights at every update", "why": "this engine takes no deltas"})]
 
 
 def test_vllm_is_paused_for_an_update_and_runs_again_after_a_failed_one(bundle, tmp_path, stack):

@@ -380,7 +380,7 @@ def test_a_refusal_after_a_pass_takes_the_seal_away(start, monkeypatch):
     run = start()
     execute(run)
     assert len(seals(run)) == 2
-    monkeypatch.setattr(handoff, "MEAN_LIMIT", -1.0)
+    monkeypatch.setattr(handoff, "LIMIT", -1.0)
     with pytest.raises(GateRefused):
         execute(run)
     assert seals(run) == []

@@ -15,6 +15,7 @@ from isthmus.engines.local.service import load_service
 from isthmus.engines.local.weights import WeightUpdates
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
+from isthmus.formats.delta import WeightSet, encode
 from isthmus.formats.wire import digest, pack, set_sha256, unpack
 
 PROMPT = [0, 2, 60, 61, 4]
@@ -277,3 +278,50 @@ def test_an_update_whose_base_was_exchanged_under_it_is_not_mixed(service, updat
     service.exchange(tensors_of(2), 0, "another hand")
     refuse(409, "wrong_base", updates.finish, 2)
     assert answer(service)[0] == expected(service, tensors_of(2))
+
+
+def elements(new, base, version=2, base_version=0, **options):
+    """What changed between two sets of tensors, each part with its hash."""
+    parts = encode(WeightSet.of(base_version, base), WeightSet.of(version, new), **options)
+    return [(part, digest(part)) for part in parts]
+
+
+def test_a_delta_of_elements_gives_the_whole_and_can_be_sent_again(service, updates):
+    base, new = dict(service.tensors), tensors_of(1)
+    updates.start(2, "delta", base_version=0)
+    parts = elements(new, base, part_bytes=4000)
+    assert len(parts) > 3
+    for payload, sha256 in [*parts, *parts[:2]]:
+        before = answer(service)
+        updates.add(payload, sha256)
+        assert answer(service) == before
+    assert updates.finish(2, set_sha256(new)) == {"version": 2, "sha256": set_sha256(new)}
+    assert answer(service) == (expected(service, new), (2, 2))
+    back = elements(base, new, 3, 2)
+    updates.start(3, "delta", base_version=2)
+    updates.add(*back[0])
+    updates.finish(3, set_sha256(base))
+    assert answer(service) == (expected(service, base), (3, 3))
+
+
+def test_a_delta_of_elements_is_taken_only_where_it_fits(service, updates):
+    base, new = dict(service.tensors), tensors_of(1)
+    before = answer(service)
+    [(payload, sha256)] = elements(new, base)
+    updates.start(2)
+    refuse(400, None, updates.add, payload, sha256)
+    updates.start(3, "delta", base_version=0, abort=True)
+    refuse(409, "wrong_version", updates.add, payload, sha256)
+    updates.start(2, "delta", base_version=0, abort=True)
+    for wrong in elements(new, tensors_of(2)):
+        refuse(409, "wrong_base", updates.add, *wrong)
+    with pytest.raises(DamagedFile, match="send it again"):
+        updates.add(payload[:-1] + bytes([payload[-1] ^ 1]), sha256)
+    broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in new.items() if name.endswith("scale")}
+    with pytest.raises(DamagedFile, match="not a number"):
+        updates.add(*elements({**new, **broken}, base)[0])
+    assert answer(service) == before
+    updates.add(payload, sha256)
+    with pytest.raises(DamagedFile, match="was announced"):
+        updates.finish(2, "0" * 64)
+    assert answer(service) == before and updates.info()["last_update"]["outcome"] == "abandoned"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,10 @@ from isthmus.errors import IsthmusError
 
 class EngineError(IsthmusError):
     """An engine refused a request, cannot be reached, or died; the message says which, with the engine's own words."""
+
+
+class OtherBase(EngineError):
+    """An engine has other weights than those that a delta changes: it needs all of them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,19 @@ class Engine(Protocol):
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """Swap the weights: `payload` as formats/wire.py packs it. If this fails, the old weights go on serving."""
+        ...
+
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether `update_delta` works with this engine."""
+        ...
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+        """Change the weights by a message of formats/delta.py; `sha256` is `set_sha256` of the result.
+
+        Returns the seconds that checking and taking into use took. Raises OtherBase if the engine has other weights
+        than those it changes. If this fails, the old weights go on serving.
+        """
         ...
 
     def stop(self) -> None:

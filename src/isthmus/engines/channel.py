@@ -1,95 +1,129 @@
-"""How versions of the weights reach an engine: deltas where the engine takes them, and full snapshots every so often.
+"""What brings each version of the weights to one engine: a delta where it has the version before, else all of them.
 
-The sender keeps the last version that the engine confirmed. A delta that the engine refuses, because it has another
-version than the sender thinks or because a message was lost, is followed at once by a full snapshot, and counted.
+Which of the two it was is never left open: `Sent.kind` says it, and a delta that had to be replaced is told.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor
 
-from isthmus.engines.remote import HttpEngine
-from isthmus.engines.remote.transport import Refused
-from isthmus.formats.delta import encode, hashes_of
-from isthmus.formats.wire import digest, hash_of_hashes, pack
+from isthmus.engines import Engine, OtherBase
+from isthmus.formats.delta import Codec, WeightSet
+from isthmus.formats.version_folder import VersionWriter
+from isthmus.formats.versions import Published, Publisher
+from isthmus.formats.wire import digest, pack
 
-Kind = Literal["delta", "full"]
+Kind = Literal["full", "snapshot", "delta", "fallback"]
+"""`full`: deltas are off, or the engine takes none. `snapshot`: one was due. `fallback`: the engine refused a delta."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One version on its way. `sha256` is `set_sha256` of its tensors; `fallback` says why a delta was not enough."""
+    """One version on its way. `sha256` is `set_sha256` of its tensors. Bytes, and seconds.
+
+    `apply_s` is what the engine took for a delta from its last part to its use; in other kinds it is part of `send_s`.
+    """
 
     version: int
-    kind: Kind
-    bytes: int
-    full_bytes: int
     sha256: str
+    kind: Kind
+    sent_bytes: int
+    full_bytes: int
     encode_s: float
     send_s: float
-    fallback: str | None = None
+    apply_s: float | None
+
+    def shown(self) -> dict[str, Any]:
+        """For an event."""
+        return {
+            "update_kind": self.kind,
+            "update_bytes": self.sent_bytes,
+            "update_full_bytes": self.full_bytes,
+            "update_ratio": round(self.sent_bytes / self.full_bytes, 5),
+            "update_encode_s": round(self.encode_s, 4),
+            "update_send_s": round(self.send_s, 4),
+            "update_apply_s": None if self.apply_s is None else round(self.apply_s, 4),
+        }
 
 
 class Channel:
-    """Sends versions to one engine, in order. With `deltas` False, or an engine that takes none, all are full."""
+    """To one engine. With `deltas` off every version is sent whole. `folder` receives the same versions."""
 
-    def __init__(self, engine: HttpEngine, *, deltas: bool = True, snapshot_every: int = 50):
-        self.engine, self.snapshot_every = engine, snapshot_every
-        self._deltas = deltas
-        self._last: dict[str, Tensor] = {}
-        self._hashes: dict[str, str] = {}
-        self._version, self._since_snapshot = -1, 0
-
-    def send(self, tensors: dict[str, Tensor], version: int) -> Sent:
-        """Bring the engine to this version. Raises EngineError if it does not take even a full snapshot.
-
-        The tensors are kept until the next call; the caller must not change them.
-        """
-        fallback = None
-        if self._deltas and self._last and self._since_snapshot < self.snapshot_every and self.engine.takes_deltas:
-            try:
-                return self._send_delta(tensors, version)
-            except Refused as error:
-                fallback = str(error)
-        return self._send_full(tensors, version, fallback)
-
-    def _send_delta(self, tensors: dict[str, Tensor], version: int) -> Sent:
-        began = time.perf_counter()
-        payload, hashes = encode(
-            self._last, tensors, base_version=self._version, version=version, old_hashes=self._hashes
-        )
-        return self._push("delta", payload, hashes, tensors, version, began, None)
-
-    def _send_full(self, tensors: dict[str, Tensor], version: int, fallback: str | None) -> Sent:
-        began = time.perf_counter()
-        return self._push("full", pack(tensors), hashes_of(tensors), tensors, version, began, fallback)
-
-    def _push(
+    def __init__(
         self,
-        kind: Kind,
-        payload: bytes,
-        hashes: dict[str, str],
-        tensors: dict[str, Tensor],
-        version: int,
-        began: float,
-        fallback: str | None,
-    ) -> Sent:
-        encoded = time.perf_counter()
-        self.engine.update(payload, version, digest(payload))
-        sent = time.perf_counter()
-        self._since_snapshot = self._since_snapshot + 1 if kind == "delta" else 0
-        self._last, self._hashes, self._version = tensors, hashes, version
+        engine: Engine,
+        *,
+        deltas: bool,
+        snapshot_every: int,
+        codec: Codec = "zstd",
+        folder: VersionWriter | None = None,
+        tell: Callable[..., None],
+    ):
+        self.engine, self.deltas, self.folder, self.tell = engine, deltas, folder, tell
+        self.fallbacks = 0
+        self._publisher = Publisher(snapshot_every=snapshot_every, keep=1, codec=codec)
+        self._has: tuple[int, str] | None = None
+        self._uses_deltas = deltas and engine.takes_deltas
+        if deltas and not engine.takes_deltas:
+            tell("fallback", what="full weights at every update", why="this engine takes no deltas")
+
+    def send(self, version: int, tensors: dict[str, Tensor]) -> Sent:
+        """Bring a version to the engine, and into the folder. Raises EngineError if the engine takes neither form."""
+        began = time.perf_counter()
+        published = self._publish(version, tensors)
+        encoded = time.perf_counter() - began
+        sent = self._send(published, encoded)
+        self._has = (version, published.weights.sha256)
+        if self.folder is not None:
+            self.folder.write(published)
+        return sent
+
+    def send_whole(self, kind: Kind = "snapshot") -> Sent:
+        """Send the last version again, all of it."""
+        assert self._publisher.last is not None, "send a version first"
+        return self._whole(self._publisher.last, kind, 0.0)
+
+    def _publish(self, version: int, tensors: dict[str, Tensor]) -> Published:
+        if self._uses_deltas or (self.deltas and self.folder is not None):
+            return self._publisher.publish(version, tensors)
+        self._publisher.last = WeightSet.of(version, dict(tensors))
+        return Published(self._publisher.last, None, None, True)
+
+    def _send(self, published: Published, encode_s: float) -> Sent:
+        delta, base, weights = published.delta, published.base, published.weights
+        if not self._uses_deltas:
+            return self._whole(weights, "full", encode_s)
+        if delta is None or base is None or published.snapshot_due or base != self._has:
+            return self._whole(weights, "snapshot", encode_s)
+        began = time.perf_counter()
+        try:
+            applied = self.engine.update_delta(delta, base[0], weights.version, weights.sha256)
+        except OtherBase as error:
+            self.fallbacks += 1
+            self.tell("fallback", what=f"all weights of version {weights.version} instead of a delta", why=str(error))
+            return self._whole(weights, "fallback", encode_s)
+        size, seconds = sum(map(len, delta)), time.perf_counter() - began
         return Sent(
-            version=version,
-            kind=kind,
-            bytes=len(payload),
-            full_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            sha256=hash_of_hashes(hashes),
-            encode_s=encoded - began,
-            send_s=sent - encoded,
-            fallback=fallback,
+            weights.version, weights.sha256, "delta", size, weights.nbytes, encode_s, seconds - applied, applied
         )
+
+    def _whole(self, weights: WeightSet, kind: Kind, encode_s: float) -> Sent:
+        began = time.perf_counter()
+        payload = pack(weights.tensors)
+        sha256 = digest(payload)
+        packed = time.perf_counter()
+        self.engine.update(payload, weights.version, sha256)
+        seconds = time.perf_counter() - packed
+        encode_s += packed - began
+        return Sent(weights.version, weights.sha256, kind, len(payload), weights.nbytes, encode_s, seconds, None)
+
+
+def writer(folder: Path | None, format_name: str) -> VersionWriter | None:
+    """The folder that a recipe names, if it does."""
+    return VersionWriter(folder, format_name) if folder is not None else None

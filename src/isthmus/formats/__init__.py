@@ -26,7 +26,7 @@ DESCRIPTION, MODELSLIM = "quant_model_description.json", "modelslim"
 """ModelSlim's file beside config.json, and the quant_method under which its content is passed on."""
 SHARED_PARTS = frozenset(
     {"assemble", "balance", "bundle", "calibrate", "calibration", "delta", "float8", "golden", "int8", "published"}
-    | {"quantised", "rounding", "stream", "wire"}
+    | {"quantised", "rounding", "stream", "version_folder", "versions", "wire"}
 )
 
 

@@ -22,33 +22,27 @@ def digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def check_digest(payload: bytes, sha256: str) -> None:
-    """Raise DamagedFile if the hash of a message is not `sha256`."""
+def set_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a whole set of tensors, hexadecimal, however it was split into messages.
+
+    It covers one line `NAME HASH` per tensor in the order of names, with the hashes of model/digest.py.
+    """
+    return set_sha256_of({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
+
+
+def set_sha256_of(hashes: dict[str, str]) -> str:
+    """`set_sha256` of tensors whose hashes are known, by name."""
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a message. Raises DamagedFile if its hash is not `sha256`, or if it is no safetensors message."""
     found = digest(payload)
     if found != sha256:
         raise DamagedFile(
             f"the weights that arrived ({len(payload):,} bytes) have the SHA-256 {found[:16]}..., "
             f"the sender announced {sha256[:16]}...; send them again"
         )
-
-
-def set_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a whole set of tensors, hexadecimal, however it was split into messages.
-
-    It covers one line `NAME HASH` per tensor in the order of names, with the hashes of model/digest.py.
-    """
-    return hash_of_hashes({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
-
-
-def hash_of_hashes(hashes: dict[str, str]) -> str:
-    """`set_sha256` of the tensors that have these hashes."""
-    lines = [f"{name} {hashes[name]}\n" for name in sorted(hashes)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a message. Raises DamagedFile if its hash is not `sha256`, or if it is no safetensors message."""
-    check_digest(payload, sha256)
     try:
         return safetensors.torch.load(payload)
     except SafetensorError as error:

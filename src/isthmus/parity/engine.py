@@ -11,15 +11,12 @@ from dataclasses import dataclass
 
 from isthmus.formats.golden import TokenScore
 from isthmus.model.model import Model
+from isthmus.parity.spot import LIMIT as MEAN_LIMIT
+from isthmus.parity.spot import LIMIT_SOURCE as MEAN_LIMIT_SOURCE
 from isthmus.parity.tokens import TIE_NATS, GoldenSequence, run_batch
 from isthmus.records import Check, Outcome
 from isthmus.run import Figure
 
-MEAN_LIMIT = 0.05
-MEAN_LIMIT_SOURCE = (
-    "between what rollouts showed with a healthy engine (0.011 to 0.025) and with wrongly mapped weights "
-    "(0.075 to 0.178): github.com/vllm-project/vime/pull/275"
-)
 TOP1_LIMIT = 0.95
 
 Score = Callable[[list[list[int]]], list[list[TokenScore]]]

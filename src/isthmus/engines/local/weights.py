@@ -18,8 +18,9 @@ from torch import Tensor
 from isthmus.engines.local.protocol import ApiError
 from isthmus.engines.local.service import Service, check_finite, compare_layouts, layout_of
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.delta import apply, describe, is_delta
-from isthmus.formats.wire import check_digest, digest, set_sha256, unpack
+from isthmus.formats.delta import WrongBase, check_base, decode, is_message, read_message
+from isthmus.formats.wire import digest, set_sha256_of, unpack
+from isthmus.model.digest import tensor_sha256
 
 Mode = Literal["full", "delta"]
 IDLE_S = 600.0
@@ -35,7 +36,10 @@ class Staging:
     base_revision: int
     touched: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     chunks: list[str] = field(default_factory=list)
+    is_seen: bool = False
+    """Whether a message of elements has arrived; one may say that no tensor changed."""
 
 
 class WeightUpdates:
@@ -49,6 +53,7 @@ class WeightUpdates:
         self.last: dict[str, Any] | None = None
         self._clock, self._lock = clock, threading.Lock()
         self._staging: Staging | None = None
+        self._hashes: tuple[int, dict[str, str]] | None = None
 
     def start(
         self,
@@ -85,7 +90,8 @@ class WeightUpdates:
             return self._status(self._staging)
 
     def add(self, payload: bytes, sha256: str, version: int | None = None) -> dict[str, Any]:
-        """Take one message of the open update. The same message again changes nothing.
+        """Take one message of the open update: whole tensors (formats/wire.py), or in a delta update what changed in
+        them (formats/delta.py). The same message again changes nothing.
 
         A message that is damaged, or a tensor that does not fit, is refused; the update stays open for a better one.
         """
@@ -93,7 +99,10 @@ class WeightUpdates:
             staging = self._open(version)
             if sha256 in staging.chunks and digest(payload) == sha256:
                 return self._status(staging)
-            tensors = unpack(payload, sha256)
+            if is_message(payload):
+                tensors, hashes = self._changed(staging, payload, sha256)
+            else:
+                tensors, hashes = unpack(payload, sha256), {}
             layout = self.service.layout
             known = {name: layout[name] for name in tensors if name in layout}
             compare_layouts(known, layout_of(tensors))
@@ -104,6 +113,7 @@ class WeightUpdates:
                         f"{name} arrived before with other values; abort this update and start again", "tensor_conflict"
                     )
             staging.tensors |= tensors
+            staging.hashes |= hashes
             staging.chunks.append(sha256)
             return self._status(staging)
 
@@ -123,7 +133,10 @@ class WeightUpdates:
                 raise _conflict("the weights in use changed since this update was started", "wrong_base")
             self._require_coverage(staging)
             tensors = {**self.service.tensors, **staging.tensors}
-            found = set_sha256(tensors)
+            kept = self._hashes_in_use() if staging.mode == "delta" else {}
+            arrived = {name: staging.hashes.get(name) or tensor_sha256(one) for name, one in staging.tensors.items()}
+            hashes = {**kept, **arrived}
+            found = set_sha256_of(hashes)
             if sha256 is not None and found != sha256:
                 self._give_up(f"its SHA-256 was {found[:16]}..., {sha256[:16]}... was announced")
                 raise DamagedFile(
@@ -131,6 +144,7 @@ class WeightUpdates:
                     "the update is given up and the old weights go on"
                 )
             self._take(tensors, version, found)
+            self._hashes = (self.service.revision, hashes)
             return self._taken()
 
     def abort(self) -> dict[str, Any]:
@@ -140,24 +154,15 @@ class WeightUpdates:
             return {"version": self.service.core.version, "last_update": self.last}
 
     def at_once(self, payload: bytes, version: int, sha256: str) -> dict[str, Any]:
-        """A whole update in one message, outside a started one: all tensors, or a delta to those in use."""
+        """A whole update in one message, outside a started one."""
         with self._lock:
             self._expire()
             if self._staging is not None:
                 raise _conflict(
                     f"an update to version {self._staging.version} is open; finish or abort it first", "update_open"
                 )
-            if not is_delta(payload):
-                self._take(unpack(payload, sha256), version, sha256)
-                return {"version": version, "sha256": sha256}
-            check_digest(payload, sha256)
-            told = describe(payload)
-            self._require_base(told.base_version)
-            if told.version != version:
-                raise ApiError(f"the delta is to version {told.version}, not {version}", param="version")
-            tensors, _ = apply(payload, self.service.tensors)
-            self._take(tensors, version, told.sha256)
-            return {"version": version, "sha256": told.sha256}
+            self._take(unpack(payload, sha256), version, sha256)
+            return {"version": version, "sha256": sha256}
 
     def replace(self, restore: Callable[[], None], reason: str) -> None:
         """Run `restore`, which puts other weights into the service, while no update does."""
@@ -196,6 +201,35 @@ class WeightUpdates:
         with self._lock:
             self._expire()
 
+    def _changed(self, staging: Staging, payload: bytes, sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of a message of elements, and their hashes. What it changes must be the weights in use."""
+        if digest(payload) != sha256:
+            raise DamagedFile(f"the delta that arrived does not have the SHA-256 {sha256[:16]}...; send it again")
+        message = read_message(payload)
+        header = message.header
+        if staging.mode != "delta" or header.base_version is None:
+            raise ApiError("what changed in the tensors is taken in an update with mode=delta and a base_version")
+        if (header.version, header.base_version) != (staging.version, staging.base_version):
+            raise _conflict(
+                f"the delta leads from version {header.base_version} to {header.version}, the open update from "
+                f"{staging.base_version} to {staging.version}",
+                "wrong_version",
+            )
+        try:
+            check_base(header, self.service.core.version, set_sha256_of(self._hashes_in_use()))
+        except WrongBase as error:
+            raise _conflict(str(error), "wrong_base") from None
+        tensors = decode(message, self.service.tensors)
+        staging.is_seen = True
+        return tensors, {entry.name: entry.sha256 for entry in header.entries}
+
+    def _hashes_in_use(self) -> dict[str, str]:
+        """The hash of every tensor in use, computed once for each exchange of weights."""
+        revision = self.service.revision
+        if self._hashes is None or self._hashes[0] != revision:
+            self._hashes = (revision, {name: tensor_sha256(one) for name, one in self.service.tensors.items()})
+        return self._hashes[1]
+
     def _take(self, tensors: dict[str, Tensor], version: int, sha256: str) -> None:
         try:
             self.service.exchange(tensors, version, sha256)
@@ -230,7 +264,7 @@ class WeightUpdates:
         if staging.mode == "full" and missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise _conflict(f"these tensors have not arrived: {', '.join(missing[:4])}{more}", "incomplete")
-        if not staging.tensors:
+        if not staging.tensors and not staging.is_seen:
             raise _conflict("no tensor has arrived", "incomplete")
 
     def _was_finished(self, version: int, sha256: str | None) -> bool:

@@ -5,6 +5,7 @@ Which server answers is found out at the start; what it speaks is in the file of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.engines import Completion, Sampling
@@ -67,6 +68,18 @@ class HttpEngine:
         nothing."""
         self._server.update(payload, version, sha256)
 
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether the server takes what changed; others get all weights at every update."""
+        return self._server.takes_deltas
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+        """Change the weights by the parts of a message of formats/delta.py; seconds from the last part to the end.
+
+        Raises OtherBase if the server has other weights than those that it changes.
+        """
+        return self._server.update_delta(parts, base_version, version, sha256)
+
     def stop(self) -> None:
         """Nothing to free: a remote server goes on without us."""
 
@@ -74,11 +87,6 @@ class HttpEngine:
     def server(self) -> str:
         """Which server answers, with its version."""
         return f"{self._server.name} {self._server.release or 'of unknown version'}"
-
-    @property
-    def takes_deltas(self) -> bool:
-        """Whether `update` also takes what formats/delta.py encodes."""
-        return self._server.takes_deltas
 
     @property
     def version(self) -> int:

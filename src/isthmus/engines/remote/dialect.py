@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,13 +32,14 @@ class Weights:
 
 
 class Dialect(Protocol):
-    """How one kind of server is spoken to. `release` is its own version, where it tells it; `takes_deltas` says whether
-    an update may be a message of formats/delta.py."""
+    """How one kind of server is spoken to. `release` is its own version, where it tells it."""
 
     name: str
     release: str | None
     weights: Weights
-    takes_deltas: bool
+
+    @property
+    def takes_deltas(self) -> bool: ...
 
     def check(self) -> None:
         """Raise EngineError if the server cannot do what training needs, saying how to start it instead."""
@@ -50,6 +52,22 @@ class Dialect(Protocol):
     def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]: ...
 
     def update(self, payload: bytes, version: int, sha256: str) -> None: ...
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float: ...
+
+
+class WholeWeights:
+    """What a dialect inherits whose server takes weights only as a whole."""
+
+    name: str
+    takes_deltas = False
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+        """Raises EngineError."""
+        raise EngineError(
+            f"{self.name} takes new weights as a whole: put the delta to version {version} together first "
+            "(`isthmus follow` does), or send a full update"
+        )
 
 
 def spread_seed(seed: int, *place: int) -> int:

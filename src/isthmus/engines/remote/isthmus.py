@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from isthmus.engines import Completion, Sampling
+from isthmus.engines import Completion, OtherBase, Sampling
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
-from isthmus.engines.remote.transport import Transport
+from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.formats.golden import TokenScore
+from isthmus.formats.wire import digest
+
+BYTES = "application/octet-stream"
 
 
 class Isthmus:
@@ -49,8 +54,27 @@ class Isthmus:
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """The weights travel in the body; they take over between two steps, or are refused and change nothing."""
         query = urlencode({"version": version, "sha256": sha256})
-        answer = self._transport.call("POST", f"/update_weights?{query}", payload, "application/octet-stream")
+        answer = self._transport.call("POST", f"/update_weights?{query}", payload, BYTES)
         self.weights.version = int(answer["version"])
+
+    def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+        """A staged update; what was sent of it is given up if a part is refused."""
+        start = urlencode({"version": version, "mode": "delta", "base_version": base_version, "abort": "true"})
+        try:
+            self._transport.post(f"/start_weight_update?{start}")
+            for part in parts:
+                query = urlencode({"sha256": digest(part), "version": version})
+                self._transport.call("POST", f"/update_weights?{query}", part, BYTES)
+            began = time.perf_counter()
+            query = urlencode({"version": version, "sha256": sha256})
+            answer = self._transport.post(f"/finish_weight_update?{query}")
+        except Refused as error:
+            self._transport.post("/abort_weight_update")
+            if error.code == "wrong_base":
+                raise OtherBase(str(error)) from error
+            raise
+        self.weights.version = int(answer["version"])
+        return time.perf_counter() - began
 
 
 def _versions(choice: dict[str, Any]) -> tuple[int, int]:

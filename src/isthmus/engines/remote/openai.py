@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from isthmus.engines import Completion, EngineError, Sampling
-from isthmus.engines.remote.dialect import Weights, prompt_seeds
+from isthmus.engines.remote.dialect import Weights, WholeWeights, prompt_seeds
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Transport
 from isthmus.formats.golden import TokenScore
@@ -18,10 +18,9 @@ SCORED_AT_ONCE = 16
 _TOKEN_ID = "token_id:"
 
 
-class OpenAi:
+class OpenAi(WholeWeights):
     """A server that is not known by name. Its weights cannot be exchanged."""
 
-    takes_deltas = False
     name = "a server with OpenAI's API"
     processed = "report log-probabilities after the temperature"
 

@@ -16,18 +16,17 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus.engines import Completion, EngineError, Sampling
-from isthmus.engines.remote.dialect import Exchange, Weights, prompt_seeds, spread_seed
+from isthmus.engines.remote.dialect import Exchange, Weights, WholeWeights, prompt_seeds, spread_seed
 from isthmus.engines.remote.openai import finish_reason
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.formats.golden import TokenScore
 
 
-class SgLang:
+class SgLang(WholeWeights):
     """`facts` is what `/server_info` said."""
 
     name = "SGLang"
-    takes_deltas = False
 
     def __init__(self, transport: Transport, facts: dict[str, Any], exchange: Exchange):
         self._transport, self._facts, self._exchange = transport, facts, exchange

@@ -16,11 +16,11 @@ _NOT_YET_UP = 503
 
 
 class Refused(EngineError):
-    """The server answered with an error status."""
+    """The server answered with an error status. `code` is the word for it in a body of OpenAI's shape."""
 
-    def __init__(self, message: str, status: int):
+    def __init__(self, message: str, status: int, code: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
 
 
 class Unreachable(EngineError):
@@ -46,7 +46,9 @@ class Transport:
         """One request. Raises Unreachable, Refused with the server's reason, EngineError for no JSON."""
         status, content = self._exchange(method, path, body, kind)
         if status >= 300:
-            raise Refused(f"the engine at {self.url} refused {path} ({status}): {reason(content)}", status)
+            raise Refused(
+                f"the engine at {self.url} refused {path} ({status}): {reason(content)}", status, _code(content)
+            )
         try:
             return json.loads(content) if content else None
         except ValueError:
@@ -104,6 +106,14 @@ def reason(content: bytes) -> str:
     while isinstance(found, dict):
         found = next((found[key] for key in ("error", "message", "detail") if found.get(key)), None)
     return found if isinstance(found, str) else _beginning(content)
+
+
+def _code(content: bytes) -> str | None:
+    try:
+        error = json.loads(content)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return error if isinstance(error, str) else None
 
 
 def _beginning(content: bytes) -> str:

@@ -1,0 +1,117 @@
+"""How weights cross in RL changes nothing of what is learnt, and an engine that computes something else is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flow_recipe import RECIPE, SMALL
+
+from isthmus import rl
+from isthmus.data.tasks import load_task as rl_load_task
+from isthmus.engines.local import LocalEngine
+from isthmus.errors import GateRefused
+from isthmus.formats.version_folder import read_versions
+from isthmus.model.model import Model
+from isthmus.progress import Watch
+from isthmus.recipe import load_recipe
+from isthmus.rewards import Reward
+from isthmus.run import RunFolder
+from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def data_made_once():
+    """All runs of this file have the same problems and the same tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        load_task = functools.cache(lambda _: rl_load_task(recipe_of({})))
+        patch.setattr(rl, "load_task", lambda _recipe: load_task(None))
+        yield
+
+
+def recipe_of(changes):
+    small = {**SMALL, "rl.steps": STEPS, "rl.max_new_tokens": 12, "data.teacher_give_up": 0.9, **changes}
+    return load_recipe(RECIPE, tuple(f"{name}={value}" for name, value in small.items()))
+
+
+@contextlib.contextmanager
+def session_in(folder, **changes):
+    """The stage as it stands before its loop, on a model that has learnt nothing; rewards are drawn from the texts."""
+    run = RunFolder.create(folder, recipe_of(changes))
+    model = Model(run.recipe.model).initialise(0)
+    writer = CheckpointWriter(folder / "start", 1, None)
+    writer.save(0, TrainingState(model.state_dict(), {}, {}))
+    saved = writer.finish()
+    plan = SimpleNamespace(pool_of={"train": "home", "rollout": "away"}.__getitem__)
+    train = SimpleNamespace(checkpoint=str(saved.folder.relative_to(folder)), checkpoint_sha256=saved.sha256)
+    with rl._open_session(run, plan, train, Watch(quiet=True)) as session:
+        session.reward = SimpleNamespace(score=lambda _problem, text: Reward(float(len(text) % 2), 0.0))
+        yield session
+
+
+def learn(folder, **changes):
+    with session_in(folder, **changes) as session:
+        rl._loop(session, session.watch)
+        state = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    return session.run.events("rl", "step"), state
+
+
+def test_deltas_teach_exactly_what_full_updates_teach(tmp_path):
+    full, expected = learn(tmp_path / "full", **{"rl.update": "full"})
+    delta, found = learn(
+        tmp_path / "delta", **{"rl.snapshot_every": 3, "rl.publish": tmp_path / "pub", "rl.update_codec": "zlib"}
+    )
+    timing = {key for key in full[0] if key.endswith("_s")} | {"time", "tokens_per_s"}
+    ways = {key for key in full[0] if key.startswith("update_")}
+    assert len(full) == STEPS and len({step["weight_sha256"] for step in full}) == STEPS, "every step learns"
+    for one, other in zip(full, delta, strict=True):
+        assert {k: v for k, v in one.items() if k not in timing | ways} == {
+            k: v for k, v in other.items() if k not in timing | ways
+        }
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert [step["update_kind"] for step in full] == ["full"] * STEPS
+    assert [step["update_kind"] for step in delta] == ["delta", "delta", "snapshot", "delta"]
+    assert all(step["update_bytes"] < step["update_full_bytes"] for step in delta if step["update_kind"] == "delta")
+    assert [one.sha256 for one in read_versions(tmp_path / "pub")][-STEPS:] == [s["weight_sha256"] for s in full]
+    assert all(0 <= step["parity_gap"] < 1e-3 and step["parity_tokens"] > 0 for step in delta)
+
+
+def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypatch):
+    """An engine that says it took a delta and did not: the stale weights of one version ago."""
+    monkeypatch.setattr(LocalEngine, "update_delta", lambda *_: 0.0)
+    changes = {"rl.optimizer.learning_rate": 0.05, "rl.staleness": 0, "rl.steps": 1}
+    steps, _ = learn(tmp_path / "run", **changes)
+    alarms = RunFolder.open(tmp_path / "run").events("rl", "alarm")
+    assert len(alarms) == 1 and alarms[0]["gap"] > alarms[0]["limit"] == 0.05
+    assert alarms[0]["gap_after_snapshot"] < 1e-3 and steps[0]["parity_gap"] < 1e-3
+
+
+def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monkeypatch):
+    with session_in(tmp_path / "run", **{"rl.staleness": 0}) as session:
+        generate = session.engine.generate
+
+        def wrong(*args):
+            return [
+                [dataclasses.replace(one, logprobs=[value - 0.2 for value in one.logprobs]) for one in group]
+                for group in generate(*args)
+            ]
+
+        monkeypatch.setattr(session.engine, "generate", wrong)
+        with pytest.raises(GateRefused, match=r"at version 2 .* in 2 checks in a row.*must not generate"):
+            rl._loop(session, session.watch)
+    alarms = session.run.events("rl", "alarm")
+    assert [alarm["weight_version"] for alarm in alarms] == [1, 2]
+    assert all(alarm["gap_after_snapshot"] == pytest.approx(0.2, abs=1e-3) for alarm in alarms)
+
+
+def test_a_check_now_and_then_and_none(tmp_path):
+    steps, _ = learn(tmp_path / "some", **{"rl.parity_every": 2, "rl.steps": 2})
+    assert ["parity_gap" in step for step in steps] == [False, True]
+    steps, _ = learn(tmp_path / "none", **{"rl.parity_tokens": 0, "rl.steps": 1})
+    assert "parity_gap" not in steps[0]
