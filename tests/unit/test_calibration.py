@@ -14,8 +14,8 @@ from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.balance import balance
 from isthmus.formats.calibrate import calibrate
-from isthmus.formats.int8 import quantise_rows
 from isthmus.formats.calibration import Calibration
+from isthmus.formats.int8 import quantise_rows
 from isthmus.formats.rounding import gptq_round, round_with_calibration
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe import ModelSection
