@@ -14,6 +14,7 @@ from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.balance import balance
 from isthmus.formats.calibrate import calibrate
+from isthmus.formats.calibration import Calibration
 from isthmus.formats.int8 import quantise_rows
 from isthmus.formats.rounding import gptq_round, round_with_calibration
 from isthmus.model.model import Model, causal_mask
@@ -168,3 +169,10 @@ def test_no_text_is_no_calibration():
     state = outlier_state(arch, 0)
     with pytest.raises(IsthmusError, match="gram=True"):
         round_with_calibration({}, state, calibrate(build(state, arch), sequences(arch)))
+
+
+def test_rounding_refuses_a_format_that_stores_sums_of_its_integers():
+    stored = {"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(2, 1)}
+    stored["a.quant_bias"] = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(IsthmusError, match="quant_bias"):
+        round_with_calibration(stored, {"a.weight": torch.ones(2, 2)}, Calibration({}, {}, {"a": torch.eye(2)}))

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from isthmus.formats import Layout
 from isthmus.formats.calibration import Calibration
-from isthmus.model.attention import RotaryTable
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection
 
@@ -18,12 +18,25 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 
 
+class _WithoutInitialValues(TorchFunctionMode):
+    """Parameters stay without values, and tables are computed on the CPU.
+
+    On the meta device both have no effect but to load torch's compiler, which takes longer than all the rest.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        if func in (torch.arange, torch.tensor):
+            given.setdefault("device", "cpu")
+        return func(*args, **given)
+
+
 def unfilled(architecture: ModelSection) -> Model:
     """A model without memory for its weights, for `fill`."""
-    with torch.device("meta"):
-        model = Model(architecture)
-    model.model.rotary = RotaryTable(architecture)
-    return model
+    with torch.device("meta"), _WithoutInitialValues():
+        return Model(architecture)
 
 
 def fill(model: Model, tensors: dict[str, Tensor]) -> Model:

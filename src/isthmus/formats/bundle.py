@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import DESCRIPTION, MODELSLIM, Format, get_format, recognise_format
+from isthmus.formats import DESCRIPTION, MODELSLIM, Format, Layout, get_format, recognise_format
 from isthmus.formats.calibration import Calibration
 from isthmus.formats.published import (
     CONFIG,
@@ -27,10 +28,10 @@ from isthmus.formats.published import (
     WEIGHTS,
     StoredTensors,
     mtp_copies,
-    shown,
     weight_files,
     write_tensors,
 )
+from isthmus.formats.stream import TensorWriter, described, shown
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe import ModelSection, RecipeError, architecture_from_config, parse_architecture
@@ -46,7 +47,7 @@ class TokenizerFiles(Protocol):
     def bos_id(self) -> int | None: ...
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int | list[int]: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -68,36 +69,49 @@ class Bundle:
 def write_bundle(
     folder: Path,
     format_name: str,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     architecture: ModelSection,
     tokenizer: TokenizerFiles,
     shard_bytes: int = SHARD_BYTES,
     calibration: Calibration | None = None,
     refine: Callable[[dict[str, Tensor]], None] = lambda _stored: None,
+    threads: int = 1,
+    advance: Callable[[int], None] = lambda _done: None,
 ) -> None:
-    """Write `state` (fp32, published names) as a bundle. A reader sees the whole folder or none of it.
+    """Write `state` (float, published names) as a bundle. A reader sees the whole folder or none of it.
 
-    Weights of more than `shard_bytes` are written as several files and an index. An existing bundle at `folder` is
-    replaced. generation_config.json holds no sampling defaults: an engine that read them (vLLM does) would sample from
-    another distribution than the one it is asked for. `refine` may change the values of the stored tensors.
+    Each tensor is asked of `state` once, made into what is stored, written, and dropped, `threads` of them at a time: a
+    state that reads tensors when asked is never in memory whole. `refine` may change the values of what is stored of
+    each; `advance` is called with the number of finished tensors. Weights of more than `shard_bytes` are written as
+    several files and an index. An existing bundle at `folder` is replaced. generation_config.json holds no sampling
+    defaults: an engine that read them (vLLM does) would sample from another distribution than the one it is asked for.
+
+    Raises DamagedFile if the state does not fit the architecture, IsthmusError if the format lacks a calibration.
     """
     chosen = get_format(format_name)
-    tensors = chosen.export(state, architecture, calibration)
-    refine(tensors)
-    _compare_with_layout(folder, chosen, architecture, tensors)
     config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     quantization = chosen.quantization_config(architecture)
     if quantization is not None:
         config["quantization_config"] = quantization
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+    def stored(name: str) -> dict[str, Tensor]:
+        found = chosen.export_one(name, state[name], architecture, calibration)
+        refine(found)
+        return found
+
     with new_folder(folder) as new:
-        _write_weights(new, tensors, architecture, shard_bytes)
+        layout = _in_order_of(state, chosen.layout(architecture))
+        copies = mtp_copies(architecture)
+        layout |= {copy: layout[name] for copy, name in copies.items()}
+        with TensorWriter(new, layout, shard_bytes, _misfit(folder, chosen)) as writer:
+            _stream(writer, state, stored, copies, threads, advance)
         write_atomic(new / CONFIG, _json(config))
         write_atomic(new / "generation_config.json", _json(token_ids))
         for name, content in chosen.extra_files(architecture).items():
             write_atomic(new / name, content)
         tokenizer.save(new)
-        write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new, known=writer.hashes)))
 
 
 def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -> None:
@@ -115,8 +129,9 @@ def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -
         for path in source.iterdir():
             if path.is_file() and path.name not in replaced:
                 shutil.copyfile(path, new / path.name)
-        _write_weights(new, tensors, architecture, SHARD_BYTES)
-        write_atomic(new / CHECKSUMS, _json(file_hashes(new)))
+        copies = {copy: tensors[name] for copy, name in mtp_copies(architecture).items()}
+        hashes = write_tensors(new, {**tensors, **copies})
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new, known=hashes)))
 
 
 def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
@@ -129,7 +144,7 @@ def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
     if not (folder / CONFIG).is_file():
         raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
     if check_files:
-        _check_files(folder)
+        verify_files(folder)
     config = read_config(folder)
     chosen = recognise_format(config)
     architecture = _architecture(folder, config)
@@ -152,10 +167,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def file_hashes(folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL)) -> dict[str, str]:
-    """SHA-256 of every file of a bundle by its path in the folder; the files that hold hashes are left out."""
+def file_hashes(
+    folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL), known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """SHA-256 of every file of a bundle by its path in the folder; the files that hold hashes are left out.
+
+    Those of files whose hash is `known` are taken from there.
+    """
+    known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {name: sha256_file(folder / name) for name in names if name not in without}
+    return {name: known.get(name) or sha256_file(folder / name) for name in names if name not in without}
 
 
 def weights_sha256(folder: Path) -> str:
@@ -164,9 +185,43 @@ def weights_sha256(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], architecture: ModelSection, shard_bytes: int) -> None:
-    copies = {copy: tensors[name].clone() for copy, name in mtp_copies(architecture).items()}
-    write_tensors(folder, {**tensors, **copies}, shard_bytes)
+def _stream(
+    writer: TensorWriter,
+    state: Mapping[str, Tensor],
+    stored: Callable[[str], dict[str, Tensor]],
+    copies: dict[str, str],
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write what is stored of each tensor of a state, with the copies that the MTP layer keeps."""
+    copies_of = {name: [copy for copy, original in copies.items() if original == name] for name in copies.values()}
+
+    def write(name: str) -> None:
+        for one, tensor in stored(name).items():
+            for target in (one, *copies_of.get(one, ())):
+                writer.write(target, tensor)
+
+    if threads == 1:
+        for done, name in enumerate(state, start=1):
+            write(name)
+            advance(done)
+    else:
+        with ThreadPoolExecutor(threads) as workers:
+            for done, _ in enumerate(workers.map(write, state), start=1):
+                advance(done)
+    writer.finish()
+
+
+def _in_order_of(state: Mapping[str, Tensor], layout: Layout) -> Layout:
+    """The layout in the order in which a state's modules come, so that what is read together lies together."""
+    place: dict[str, int] = {}
+    for name in state:
+        place.setdefault(_module(name), len(place))
+    return dict(sorted(layout.items(), key=lambda entry: place.get(_module(entry[0]), len(place))))
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _architecture(folder: Path, config: dict[str, Any]) -> ModelSection:
@@ -191,17 +246,17 @@ def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSectio
     problems += [f"unexpected {name}" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         if found[name] != expected[name]:
-            problems.append(f"{name} is {_describe(*found[name])} and should be {_describe(*expected[name])}")
+            problems.append(f"{name} is {described(*found[name])} and should be {described(*expected[name])}")
     if problems:
-        what = f"the tensors of {folder} do not fit its architecture in format {chosen.name}"
-        raise DamagedFile(f"{what}: {shown(sorted(problems))}")
+        raise DamagedFile(f"{_misfit(folder, chosen)}: {shown(sorted(problems))}")
 
 
-def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+def _misfit(folder: Path, chosen: Format) -> str:
+    return f"the tensors of {folder} do not fit its architecture in format {chosen.name}"
 
 
-def _check_files(folder: Path) -> None:
+def verify_files(folder: Path) -> None:
+    """Raise DamagedFile if a file of a bundle is missing, added, or not what it was when the bundle was written."""
     if not (folder / CHECKSUMS).is_file():
         raise DamagedFile(f"{folder} has no {CHECKSUMS}: it was not written by isthmus, or not copied whole")
     recorded, found = _read_json(folder / CHECKSUMS), file_hashes(folder)

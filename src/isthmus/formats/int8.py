@@ -16,6 +16,7 @@ from torch import Tensor
 LARGEST = 127
 BLOCK = 1024
 LONGEST = (2**31 - 1) // (LARGEST * (LARGEST + 1))
+CHUNK = 2**18
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
@@ -30,6 +31,28 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(SMALLEST_SCALE)
     return torch.div(x, scale).round_(), scale
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values of a weight [N, K] of any float type, and fp32 scales [N, 1]: those of `quantise_rows`, bit by bit.
+
+    On the CPU it works on as many rows at a time as stay in a core's cache.
+    """
+    if weight.device.type != "cpu":
+        integers, scale = quantise_rows(weight)
+        return integers.to(torch.int8), scale
+    rows, columns = weight.shape
+    step = max(1, CHUNK // max(1, columns))
+    values, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(rows, 1)
+    wide, scratch = (torch.empty(min(step, rows), columns) for _ in range(2))
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        x, y, factor = wide[: len(part)], scratch[: len(part)], scale[start : start + step]
+        x.copy_(part)
+        torch.amax(torch.abs(x, out=y), -1, keepdim=True, out=factor)
+        factor.div_(LARGEST).clamp_min_(SMALLEST_SCALE)
+        values[start : start + step].copy_(torch.div(x, factor, out=y).round_())
+    return values, scale
 
 
 def quantise_static(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:

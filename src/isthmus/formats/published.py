@@ -7,29 +7,28 @@ block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.assemble import EMBEDDING, HEAD, unfilled
+from isthmus.formats.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
 from isthmus.recipe import DeepseekSection, ModelSection
-from isthmus.run import write_atomic
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
 SCALE = "_scale_inv"
 COMPUTED = ".rotary_emb.inv_freq"
 """Old Llama checkpoints store the inverse frequencies, which config.json says already."""
-_SHOWN = 8
 
 
 class StoredTensors:
@@ -43,6 +42,7 @@ class StoredTensors:
         self.folder = folder
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._places: dict[str, tuple[int, int, int]] = {}
         try:
             self._file_of = self._find()
         except BaseException:
@@ -72,9 +72,24 @@ class StoredTensors:
         """The dtype as safetensors writes it: "F32", "BF16", "F8_E4M3", ..."""
         return self._slice(name).get_dtype()
 
+    def size(self, name: str) -> int:
+        """Bytes of the tensor in its file."""
+        return self._places[name][2]
+
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored."""
-        return self._open[self._file_of[name]].get_tensor(name)
+        """The tensor as it is stored, in memory of its own. From any thread."""
+        kind, shape = self.kind(name), self.shape(name)
+        if kind not in KINDS:
+            raise DamagedFile(f"{self.folder / self._file_of[name]}: {name} has the type {kind}, which is not read")
+        descriptor, start, size = self._places[name]
+        content = torch.empty(size, dtype=torch.uint8)
+        view = content.numpy().data
+        while len(view):
+            count = os.preadv(descriptor, [view], start)
+            if not count:
+                raise DamagedFile(f"{self.folder / self._file_of[name]} ends within {name}")
+            view, start = view[count:], start + count
+        return content.view(KINDS[kind]).reshape(shape)
 
     def _slice(self, name: str) -> Any:
         return self._open[self._file_of[name]].get_slice(name)
@@ -101,7 +116,19 @@ class StoredTensors:
             raise DamagedFile(f"{self.folder / file} is not a whole safetensors file: {error}") from None
         except FileNotFoundError:
             raise DamagedFile(f"{self.folder / file} is missing") from None
+        self._find_places(file)
         return list(self._open[file].keys())
+
+    def _find_places(self, file: str) -> None:
+        """Where each tensor lies. The library, which has checked the header, maps files and does not say."""
+        descriptor = os.open(self.folder / file, os.O_RDONLY)
+        self._stack.callback(os.close, descriptor)
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        header = json.loads(os.pread(descriptor, length, 8))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                self._places[name] = descriptor, 8 + length + begin, end - begin
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -139,34 +166,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors as one file, or, if they are larger than `shard_bytes`, as several and an index.
-
-    A tensor larger than `shard_bytes` gets a file of its own.
-    """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        _write_file(folder / WEIGHTS, tensors)
-        return
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: tensors[name] for name in names})
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-    }
-    write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_atomic(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Write tensors as `TensorWriter` does; the SHA-256 of each file by its name."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorWriter(folder, layout, shard_bytes, f"the tensors of {folder}") as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+    return writer.hashes
 
 
 def mtp_copies(architecture: ModelSection) -> dict[str, str]:
@@ -182,12 +189,14 @@ def mtp_copies(architecture: ModelSection) -> dict[str, str]:
 class Checkpoint:
     """A published checkpoint of float or fp8 weights, checked against an architecture but not yet read.
 
-    `left_out` says in words which stored tensors the architecture does not use, for whoever tells the user.
+    `left_out` says in words which stored tensors the architecture does not use, for whoever tells the user; `dropped`
+    gives each of them its reason.
     """
 
     stored: StoredTensors
     architecture: ModelSection
     left_out: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._block = _fp8_block(self.stored.folder)
@@ -200,21 +209,39 @@ class Checkpoint:
         Raises DamagedFile if a copy of a shared tensor differs from it.
         """
         self._compare_copies()
-        for name in self._used:
-            if name not in self._copies and not name.endswith(SCALE) and wants(name):
+        for name in self._names():
+            if wants(name):
                 yield name, self._float(name)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The same tensors as a mapping, in the order of the files, that reads each whenever it is asked for it.
+
+        Raises DamagedFile if a copy of a shared tensor differs from it.
+        """
+        self._compare_copies()
+        return _CheckpointState(self)
+
+    def copies(self) -> dict[str, str]:
+        """The stored names that are copies of another tensor, and of which: they are carried by that one."""
+        return {copy: original for copy, original in self._copies.items() if copy in self.stored}
+
+    def _names(self) -> list[str]:
+        copies = self._copies
+        return [name for name in self._used if name not in copies and not name.endswith(SCALE)]
 
     def _select(self) -> list[str]:
         """The stored names that this architecture uses; notes the others that are known."""
         names = self.stored.names
         computed = [name for name in names if name.endswith(COMPUTED)]
-        if computed:
-            self.left_out.append(f"{len(computed)} tensors *{COMPUTED}: computed from config.json")
         mtp = [] if self.architecture.num_nextn_predict_layers else [name for name in names if self._of_mtp(name)]
-        if mtp:
-            self.left_out.append(f"{len(mtp)} tensors of the MTP layer: num_nextn_predict_layers = 0")
-        ignored = {*computed, *mtp}
-        return [name for name in names if name not in ignored]
+        for chosen, what, reason in (
+            (computed, f"tensors *{COMPUTED}", "computed from config.json"),
+            (mtp, "tensors of the MTP layer", "num_nextn_predict_layers = 0"),
+        ):
+            if chosen:
+                self.left_out.append(f"{len(chosen)} {what}: {reason}")
+                self.dropped |= dict.fromkeys(chosen, reason)
+        return [name for name in names if name not in self.dropped]
 
     @property
     def _mtp_prefix(self) -> str:
@@ -282,6 +309,26 @@ class Checkpoint:
                 raise DamagedFile(f"{self.stored.folder}: {copy} differs from {original}, which it is a copy of")
 
 
+class _CheckpointState(Mapping[str, Tensor]):
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._known = dict.fromkeys(checkpoint._names())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._checkpoint._float(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
 def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """weight [M, N] times the factor of its block, in fp32; scale [ceil(M / block[0]), ceil(N / block[1])]."""
     rows, columns = block
@@ -308,13 +355,6 @@ def _fp8_block(folder: Path) -> tuple[int, int] | None:
     if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise IsthmusError(
             f"{path} announces quantisation {quantization.get('quant_method')!r} with weight_block_size {block!r}. "
-            "Training starts from float weights, or from fp8 with a scale per block: use the unquantised checkpoint"
+            "What is read is float weights, or fp8 with a scale per block: use the unquantised checkpoint"
         )
     return int(block[0]), int(block[1])
-
-
-def shown(problems: Iterable[str]) -> str:
-    """The first problems of a list, and how many more there are."""
-    listed = list(problems)
-    more = f"; and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return "; ".join(listed[:_SHOWN]) + more

@@ -7,6 +7,8 @@ format, size and kernels are the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,13 @@ def gptq_round(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     return values.to(torch.int8)
 
 
-def round_with_calibration(stored: dict[str, Tensor], state: dict[str, Tensor], calibration: Calibration) -> list[str]:
-    """Round the int8 weights among stored tensors anew, in place; the names of those that were. `state` is in fp32.
+def round_with_calibration(
+    stored: dict[str, Tensor], state: Mapping[str, Tensor], calibration: Calibration
+) -> list[str]:
+    """Round the int8 weights among stored tensors anew, in place; the names of those that were. `state` is in float.
 
-    Raises IsthmusError if the calibration has no second moments.
+    Raises IsthmusError if the calibration has no second moments, or if the format stores sums of the integers beside
+    them, as ModelSlim's static modules do.
     """
     if not calibration.gram:
         raise IsthmusError("GPTQ needs the second moments of the inputs: calibrate(..., gram=True)")
@@ -47,6 +52,11 @@ def round_with_calibration(stored: dict[str, Tensor], state: dict[str, Tensor], 
     for name, values in stored.items():
         scale = stored.get(f"{name}_scale")
         gram = calibration.gram.get(name.removesuffix(".weight"))
+        if f"{name.removesuffix('.weight')}.quant_bias" in stored:
+            raise IsthmusError(
+                f"{name} has sums of its integers beside it, in quant_bias, which GPTQ would make wrong: "
+                'with this format use rounding = "nearest"'
+            )
         if values.dtype == torch.int8 and scale is not None and gram is not None:
             stored[name] = gptq_round(state[name].float(), scale, gram)
             done.append(name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from isthmus.formats import Layout
 from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
 from isthmus.formats.calibration import Calibration
-from isthmus.formats.int8 import quantise_rows, quantised_matmul
+from isthmus.formats.int8 import quantise_weight, quantised_matmul
 from isthmus.formats.quantised import QuantisedModule
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
@@ -44,8 +44,8 @@ class W8A8(TensorByTensor):
     ) -> dict[str, Tensor]:
         if not is_quantised(name):
             return export_float(name, tensor, architecture, torch.bfloat16)
-        values, scale = quantise_rows(tensor.detach().float())
-        return {name: values.to(torch.int8), f"{name}_scale": scale}
+        values, scale = quantise_weight(tensor.detach())
+        return {name: values, f"{name}_scale": scale}
 
     def layout(self, architecture: ModelSection) -> Layout:
         layout = float_layout(architecture, torch.bfloat16)

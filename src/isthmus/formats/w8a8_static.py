@@ -15,7 +15,7 @@ from torch import Tensor
 from isthmus.formats import Layout
 from isthmus.formats.assemble import TensorByTensor, export_float, float_layout
 from isthmus.formats.calibration import Calibration, needed
-from isthmus.formats.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, quantise_rows, quantise_static
+from isthmus.formats.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, quantise_static, quantise_weight
 from isthmus.formats.quantised import QuantisedModule, build_with
 from isthmus.formats.w8a8 import announces_int8, int8_config, int8_scheme, is_quantised
 from isthmus.model.model import Model
@@ -39,8 +39,8 @@ class W8A8Static(TensorByTensor):
         path = name.removesuffix(".weight")
         low, high = needed(calibration, self.name, "w8a8").input_range(path)
         input_scale = torch.tensor([max(-low, high, 0.0)]).div_(LARGEST).clamp_min_(SMALLEST_SCALE)
-        values, scale = quantise_rows(tensor.detach())
-        return {name: values.to(torch.int8), f"{name}_scale": scale, f"{path}.input_scale": input_scale}
+        values, scale = quantise_weight(tensor.detach())
+        return {name: values, f"{name}_scale": scale, f"{path}.input_scale": input_scale}
 
     def layout(self, architecture: ModelSection) -> Layout:
         layout = float_layout(architecture, torch.bfloat16)

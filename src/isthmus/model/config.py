@@ -10,7 +10,9 @@ from isthmus.recipe import DeepseekSection, DenseSection, Llama3Scaling, ModelSe
 _CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
-def hf_config(architecture: ModelSection, *, dtype: str, eos_token_id: int, bos_token_id: int | None) -> dict[str, Any]:
+def hf_config(
+    architecture: ModelSection, *, dtype: str, eos_token_id: int | list[int], bos_token_id: int | None
+) -> dict[str, Any]:
     """The `config.json` that transformers, vLLM and SGLang read for this architecture."""
     assert isinstance(architecture, DeepseekSection | DenseSection)
     left_out = {"preset", "from_", "rope_scaling"}

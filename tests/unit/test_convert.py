@@ -1,0 +1,209 @@
+"""`isthmus convert` from the outside: what it writes, says, and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from small import architecture
+from small_dense import dense_architecture
+from test_stream import published
+
+from isthmus.cli import cli
+from isthmus.convert import CONVERSION, read_sequences
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.bundle import read_bundle
+from isthmus.formats.published import dequantise_blocks
+from isthmus.model.model import Model
+from isthmus.parity.seal import verify_seal
+from isthmus.recipe import ModelSection
+
+DENSE = dense_architecture("llama", vocab_size=300)
+DEEPSEEK = architecture(vocab_size=300, q_lora_rank=14)
+
+
+def shaken(arch: ModelSection, seed: int) -> Model:
+    """A model in which some channels are much larger than others."""
+    model = Model(arch).initialise(seed).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(1.5).exp_())
+    return model
+
+
+def checkpoint(folder: Path, model: Model, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    tensors = published(folder, model, dtype)
+    Tokenizer.train(["a calibration text of some words"], 300).save(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7], "temperature": 0.6}))
+    return tensors
+
+
+def convert(*arguments: object) -> str:
+    """What the command prints; its error is raised."""
+    result = CliRunner().invoke(cli, ["convert", *map(str, arguments)], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return " ".join(result.output.split())
+
+
+def calibration_file(folder: Path, *rows: object) -> Path:
+    path = folder / "calibration.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    drawn = [{"tokens": torch.randint(300, (50,), generator=generator).tolist()} for _ in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows or drawn)) + "\n")
+    return path
+
+
+def test_a_float_checkpoint_becomes_an_unsealed_bundle(tmp_path: Path):
+    tensors = checkpoint(tmp_path / "c", Model(DEEPSEEK).initialise(0))
+    said = convert(tmp_path / "c", tmp_path / "b", "--format", "w8a8", "--shard-gb", 0.00002)
+    assert "not sealed" in said and "isthmus verify" in said and "MB/s" in said
+    bundle = read_bundle(tmp_path / "b")
+    exported = get_format("w8a8").export(tensors, DEEPSEEK)
+    assert bundle.format == "w8a8" and bundle.tensors.keys() == exported.keys()
+    assert all(torch.equal(bundle.tensors[name], exported[name]) for name in exported)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "c" / "tokenizer.json").read_bytes()
+    generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 3, "eos_token_id": [5, 7]}, "ends as the source says; no sampling defaults"
+    with pytest.raises(GateRefused, match="not sealed"):
+        verify_seal(tmp_path / "b")
+
+
+def test_an_fp8_checkpoint_is_dequantised_on_the_way(tmp_path: Path):
+    tensors = checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    stored = {}
+    for file in sorted((tmp_path / "c").glob("*.safetensors")):
+        mine = load_file(file)
+        for name in list(mine):
+            if name.endswith("_proj.weight"):
+                mine[f"{name}_scale_inv"] = torch.rand([-(-size // 16) for size in mine[name].shape]) + 0.5
+                mine[name] = mine[name].to(torch.float8_e4m3fn)
+        save_file(mine, file)
+        stored |= mine
+    (tmp_path / "c" / "model.safetensors.index.json").unlink()
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    quantisation = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+    convert(tmp_path / "c", tmp_path / "b", "--format", "w8a8")
+    name = "model.layers.1.mlp.up_proj.weight"
+    plain = dequantise_blocks(stored[name], stored[f"{name}_scale_inv"], (16, 16))
+    expected = get_format("w8a8").export_one(name, plain, DENSE)
+    found = read_bundle(tmp_path / "b").tensors
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    merged = json.loads((tmp_path / "b" / CONVERSION).read_text())["merged"]
+    assert merged[f"{name}_scale_inv"] == name
+    assert len(merged) == sum(key.endswith("_proj.weight") for key in tensors)
+
+
+def test_every_tensor_of_the_source_is_accounted_for(tmp_path: Path):
+    tensors = checkpoint(tmp_path / "c", Model(DEEPSEEK).initialise(0))
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    said = convert(tmp_path / "c", tmp_path / "b", "--format", "bf16")
+    found = json.loads((tmp_path / "b" / CONVERSION).read_text())
+    assert "not carried" in said and "MTP layer: num_nextn_predict_layers = 0" in said
+    assert set(found["dropped"]) == {name for name in tensors if name.startswith("model.layers.3.")}
+    assert set(read_bundle(tmp_path / "b").tensors) | set(found["dropped"]) | set(found["merged"]) == set(tensors)
+
+
+def test_balancing_and_gptq_go_into_the_bundle_and_bring_it_nearer(tmp_path: Path):
+    model = shaken(DENSE, 1)
+    checkpoint(tmp_path / "c", model, torch.float32)
+    file = calibration_file(tmp_path)
+    tokens = torch.randint(300, (4, 50), generator=torch.Generator().manual_seed(1))
+    costs = {}
+    for options in ((), ("--balance",), ("--balance", "--rounding", "gptq")):
+        calibrate = ("--calibrate", file) if options else ()
+        convert(tmp_path / "c", tmp_path / "b", "--format", "w8a8", *calibrate, *options)
+        found = read_bundle(tmp_path / "b").build()(tokens)
+        costs[options] = ((found - model(tokens)).norm() / model(tokens).norm()).item()
+    plain, balanced, both = costs.values()
+    assert balanced < 0.8 * plain and both < balanced
+    said = json.loads((tmp_path / "b" / CONVERSION).read_text())
+    assert said["calibration_tokens"] == 150 and said["rounding"] == "gptq" and said["balance_alpha"] == 0.5
+
+
+def test_experts_that_saw_nothing_are_said(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DEEPSEEK).initialise(0))
+    file = calibration_file(tmp_path, {"tokens": [1, 2]})
+    said = convert(tmp_path / "c", tmp_path / "b", "--format", "w8a8", "--calibrate", file, "--rounding", "gptq")
+    found = json.loads((tmp_path / "b" / CONVERSION).read_text())
+    assert "modules of experts saw no token" in said and found["calibration_unseen"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format", "w8a9"], "did you mean 'w8a8'"),
+        (["--format", "w8a8", "--balance"], "--balance needs to see what the model computes: give --calibrate"),
+        (["--format", "w8a8", "--rounding", "gptq"], "--rounding gptq needs to see"),
+        (["--format", "bf16", "--balance", "--calibrate", "x"], "--balance is for quantised formats"),
+        (["--format", "bf16", "--rounding", "gptq", "--calibrate", "x"], "gptq is for int8 weights"),
+        (["--format", "w8a8", "--calibrate", "x"], "uses no calibration; leave --calibrate out"),
+        (["--format", "w8a8", "--calibrate-tokens", "5"], "give that as well"),
+        (["--format", "w8a8", "--balance", "--calibrate", "absent.jsonl"], "no calibration file at absent.jsonl"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, arguments, words):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    with pytest.raises(IsthmusError, match=words):
+        convert(tmp_path / "c", tmp_path / "b", *arguments)
+    assert not (tmp_path / "b").exists()
+
+
+def test_folders_that_are_not_meant_are_left_alone(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(IsthmusError, match="exists and is no bundle; it is not overwritten"):
+        convert(tmp_path / "c", tmp_path / "mine", "--format", "bf16")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for out in (tmp_path / "c", tmp_path / "c" / "b", tmp_path):
+        with pytest.raises(IsthmusError, match="lie in each other"):
+            convert(tmp_path / "c", out, "--format", "bf16")
+    with pytest.raises(IsthmusError, match="no checkpoint folder"):
+        convert(tmp_path / "absent", tmp_path / "b", "--format", "bf16")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    with pytest.raises(IsthmusError, match="is a run folder: `isthmus handoff"):
+        convert(tmp_path / "run", tmp_path / "b", "--format", "bf16")
+
+
+def test_a_bundle_is_a_source_and_is_replaced_but_not_if_it_is_damaged_or_quantised(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    for _ in range(2):
+        convert(tmp_path / "c", tmp_path / "bf16", "--format", "bf16")
+    convert(tmp_path / "bf16", tmp_path / "w8a8", "--format", "w8a8")
+    assert read_bundle(tmp_path / "w8a8").format == "w8a8"
+    with pytest.raises(IsthmusError, match=r"compressed-tensors.*use the unquantised checkpoint"):
+        convert(tmp_path / "w8a8", tmp_path / "again", "--format", "bf16")
+    weights = tmp_path / "bf16" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(GateRefused, match=r"model\.safetensors does not match its hash"):
+        convert(tmp_path / "bf16", tmp_path / "again", "--format", "w8a8")
+
+
+def test_calibration_text_goes_through_the_tokenizer_and_stops_at_the_limit(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    text = {"prompt": "a calibration ", "completion": "text of words"}
+    file = calibration_file(tmp_path, text, {"tokens": [1, 2, 3]}, {"tokens": [4]})
+    words = Tokenizer.load(tmp_path / "c").encode("a calibration text of words")
+    assert read_sequences(file, tmp_path / "c") == [words, [1, 2, 3], [4]]
+    assert read_sequences(file, tmp_path / "c", len(words) + 2) == [words, [1, 2]]
+
+
+@pytest.mark.parametrize("row", [{"tokens": ["a"]}, {"tokens": [True]}, {"prompt": "a"}, [1], {"tokens": [1], "id": 3}])
+def test_a_wrong_line_of_the_calibration_is_named(tmp_path: Path, row):
+    file = calibration_file(tmp_path, {"tokens": [1]}, row)
+    with pytest.raises(IsthmusError, match=r"calibration\.jsonl:2: a line must be"):
+        read_sequences(file, tmp_path)
