@@ -30,6 +30,10 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	$(BIN)/python benchmarks/train.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gate.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/emulator.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/formats.py
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/deltas.py
 
 soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

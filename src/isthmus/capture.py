@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.bundle import CONFIG, read_bundle
+from isthmus.formats.bundle import CONFIG, Bundle, read_bundle
 from isthmus.formats.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
@@ -18,6 +19,7 @@ from isthmus.progress import Watch
 from isthmus.recipe import ModelSection
 from isthmus.records import Check
 
+CONVERSION = "conversion.json"
 SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
 
 
@@ -29,7 +31,7 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     bundle = read_bundle(folder)
     weights = source_weights(source, bundle.architecture)
     watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
-    entries, checks = check_coverage(weights, folder)
+    entries, checks = check_coverage(weights, folder, compensated=compensated_modules(bundle))
     require(checks, folder)
     if synthetic:
         chosen = synthetic_prompts(bundle.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
@@ -53,6 +55,23 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
         watch.say(f"  [yellow]the prompts of {origin} are in the bundle, and who has it can read them[/]")
     watch.say(f"  next, on the machine of the target: isthmus verify {folder}")
     return listed
+
+
+def compensated_modules(bundle: Bundle) -> list[str]:
+    """The modules whose rounding makes up for errors of others, by the bundle's own account of its conversion.
+
+    Raises IsthmusError for balanced weights: what balancing made of each tensor is not in the bundle.
+    """
+    path = bundle.folder / CONVERSION
+    told = json.loads(path.read_bytes()) if path.is_file() else {}
+    if told.get("balance_alpha") is not None:
+        raise IsthmusError(
+            f"{bundle.folder} was balanced, and its weights cannot be compared with their source any more. Convert it "
+            "without --balance, or let `isthmus handoff`, with balance = true, convert and check at once"
+        )
+    if told.get("rounding") != "gptq":
+        return []
+    return [name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8]
 
 
 def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor]:
