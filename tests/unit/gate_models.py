@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isthmus.formats.assemble import HEAD
 from isthmus.model.model import Model
 from isthmus.recipe import DeepseekSection, DenseSection, Llama3Scaling, ModelSection, YarnScaling
 
@@ -135,6 +136,8 @@ def _heavy_tailed(model: Model, seed: int) -> dict[str, Tensor]:
     signs = -1.0 if seed % 2 else 1.0
     state = {}
     for name, tensor in model.state_dict().items():
+        if name == HEAD and model.architecture.tie_word_embeddings:
+            continue
         tensor = tensor.detach().clone()
         if name.endswith("e_score_correction_bias"):
             tensor = torch.randn(tensor.shape, generator=generator) * 0.3 + signs * 0.4

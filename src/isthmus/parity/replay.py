@@ -9,9 +9,9 @@ Two measures. Of an operator, the output channel that differs most: a flipped bi
 weight, which is nothing in the norm of a block and much in its channel. Of a block, the relative L2 error, and along
 the way from the emulator to the trained weights, how far the target went: near 1 it has not quantised at all.
 
-Floors. Each measure is also taken of a healthy twin (parity/target.py) on other inputs, and the largest of its kind is
-the floor; a measure above LIMIT times its floor is a fault. Where a router of the target chooses other experts than the
-emulator's, and the scores tie within rounding, the token is left out and counted.
+Floors. Each measure is also taken of a healthy twin (parity/target.py), on these inputs and on others, and the largest
+of its kind is the floor; a measure above LIMIT times its floor is a fault. Where a router of the target chooses other
+experts than the emulator's, and the scores tie within rounding, the token is left out and counted.
 
 Shapes: N rows, C channels, E experts, K chosen.
 """
@@ -68,7 +68,7 @@ operators, a block, a layer."""
 class Probe:
     """One question to a model: `run(model, *inputs)` gives [..., C] or a router's decision.
 
-    `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin.
+    `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin too.
     """
 
     path: str
@@ -165,7 +165,10 @@ class Replayer:
         floors: dict[str, float] = {"structure": NOTHING}
         for _, probes in self._probes():
             for probe in probes:
-                for measure in self._ask(probe, twin, probe.floor_inputs, None):
+                for measure in (
+                    *self._ask(probe, twin, probe.floor_inputs, None),
+                    *self._ask(probe, twin, probe.inputs, None),
+                ):
                     least = SMALLEST_BLOCK_FLOOR if probe.level > OPERATOR else self._least(measure.kind)
                     floors[measure.kind] = max(floors.get(measure.kind, least), measure.value)
         for block in self._blocks.values():

@@ -255,12 +255,19 @@ def _check_tokens(
         Check(
             layer="tokens",
             name="mean KL, emulator to target",
-            outcome="pass" if finite and found.mean_kl <= allowed else "fail",
+            outcome=_within(found, allowed) if finite else "fail",
             figure=figure,
             limit=Figure(value=allowed, unit="nats/token", kind="declared", source=limits.source),
             detail=detail,
         )
     ]
+
+
+def _within(found: TokenParity, allowed: float) -> Outcome:
+    """Refused only if the whole interval is above what is allowed: in a few tokens one router flip moves the mean."""
+    if found.kl_low > allowed:
+        return "fail"
+    return "pass" if found.mean_kl <= allowed else "unknown"
 
 
 def _flips(found: TokenParity) -> str:
