@@ -457,9 +457,13 @@ def _report_fallbacks(session: Session, rehearsal: Rehearsal) -> None:
 def _refusal(run: RunFolder, record: HandoffRecord) -> str:
     lines = ["the hand-off is refused; no bundle is sealed."]
     for check in record.checks:
-        if check.outcome != "pass":
-            shown = "not shown to be within" if check.outcome == "unknown" else "outside"
-            lines.append(f"  {check.name}: {check.figure} is {shown} the limit {check.limit}; {check.detail}")
+        if not _refuses(check):
+            continue
+        shown = "not shown to be within" if check.outcome == "unknown" else "outside"
+        found = f"{check.figure} is {shown} the limit {check.limit}; " if check.figure and check.limit else ""
+        lines.append(f"  {check.name}: {found}{check.detail}")
+    if record.culprit:
+        lines.append(f"The fault is in {record.culprit}{f', operator {record.operator}' if record.operator else ''}.")
     lines.append(f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass:")
     lines.append("change [handoff], [rl] or [sft] in the recipe and use a new run folder.")
     return "\n".join(lines)

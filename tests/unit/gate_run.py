@@ -141,9 +141,7 @@ def ask(case: Case, kind: str, plant: Plant | None, device: TargetDevice) -> Sai
     folder = case.folder if plant is None or kind in ("loader", "runtime") else _damaged(case, plant)
     build = functools.partial(target, case.subject, plant if kind in ("loader", "runtime") else None, device)
     before, at = [] if plant else case.coverage, Target(dtype=device.dtype)
-    return _refusal(
-        lambda: [*before, *verify_bundle(folder, build=lambda _: build(), target=at, limits=LIMITS).checks]
-    )
+    return _refusal(lambda: [*before, *verify_bundle(folder, build=lambda _: build(), target=at, limits=LIMITS).checks])
 
 
 def target(subject: Subject, plant: Plant | None, device: TargetDevice) -> Model:

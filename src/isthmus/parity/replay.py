@@ -45,6 +45,8 @@ SMALL_CHANNEL = 2.0**-4
 """A channel is measured against itself, or against this share of its row's size if it is smaller."""
 SMALLEST_BLOCK_FLOOR = 2e-3
 """In fp32 a twin differs by nothing, or by one int8 step here and there."""
+SMALLEST_ROUTER_FLOOR = 2.0**-17
+"""Scores near 0 and their normalised shares lose a few bits of fp32 that a plain product keeps."""
 NOTHING = 1 / (LIMIT + 1)
 """The floor of a count: one is a fault."""
 EXPERT_ROWS = 4
@@ -180,7 +182,8 @@ class Replayer:
         """Of an operator: rounding of its output, and of sums in another order."""
         if kind.endswith(" choice"):
             return NOTHING
-        return ROUNDING[self.dtype] + 2 * ACCUMULATION[self.dtype]
+        least = ROUNDING[self.dtype] + 2 * ACCUMULATION[self.dtype]
+        return max(least, SMALLEST_ROUTER_FLOOR) if kind.startswith("router") else least
 
     def _ask(self, probe: Probe, model: Model, inputs: tuple[Any, ...], found: Replay | None) -> list[Measure]:
         given = tuple(rounded(value, self.dtype) for value in inputs)
