@@ -1,6 +1,6 @@
 """How good the gate is: faults planted in random modules of random models, beside healthy twins, and the field's rules.
 
-    python benchmarks/gate.py                     # 60 models: 50 minutes of CPU time
+    python benchmarks/gate.py                     # 60 models: half an hour of CPU time
     python benchmarks/gate.py --quick             # 5 models, and no result is stored
     python benchmarks/gate.py --models 20 --healthy 8 --formats w8a8 bf16
 
@@ -52,6 +52,8 @@ from isthmus.parity.paired import wilson_interval
 
 CONFIDENCE = 0.95
 CALIBRATED = 0.99
+REPLAY_ALONE = "our replay alone"
+"""The gate without reading weights or hyper-parameters of the target back, as where it cannot be looked into."""
 RULES: dict[str, Callable[[Propagated, Propagated], Rival]] = {
     "norm ratio > 0.5": norm_ratio_rule,
     "1 - 2xy/(x2+y2) > 1e-3": first_difference_rule,
@@ -174,6 +176,8 @@ def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated)
     if trial.kind in ("healthy", "loader", "runtime"):
         found = propagate(target(case.subject, plant, device), case.subject.model.prompts())
         trial.kl, trial.top1 = mean_kl(reference, found), top1_agreement(reference, found)
+        alone = Said(said.replayed is not None, module=said.replayed)
+        trial.rules[REPLAY_ALONE] = (alone.refused, plant is not None and right_module(plant, alone))
         for name, rule in RULES.items():
             rival = rule(reference, found)
             right = plant is not None and right_module(plant, Said(rival.refused, module=rival.module))
@@ -226,7 +230,7 @@ def scores(trials: list[Trial], limits: dict[str, float]) -> dict[str, Any]:
 def rival_scores(trials: list[Trial], limits: dict[str, float]) -> dict[str, Any]:
     """Of each rule how often it refuses, and names the right module; end accuracy names none."""
     found: dict[str, Any] = {}
-    for name in RULES:
+    for name in (REPLAY_ALONE, *RULES):
         single = [trial for trial in trials if trial.single]
         found[name] = {
             "detected": share(trial.rules[name][0] for trial in trials),
@@ -267,7 +271,7 @@ def print_progress(done: int, models: int, trials: list[Trial], seconds: float) 
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    rivals = [*RULES, "KL", "top-1"]
+    rivals = [REPLAY_ALONE, *RULES, "KL", "top-1"]
     print("\nshares in % [95% interval]; a rival's is `refused / right module named`")
     print(f"{'where':<11}{'fault':<34}{'n':>5} {'refused':>18} {'module right':>18} {'operator':>9}  ", end="")
     print(" ".join(f"{name:>22}" for name in rivals) + "  first layer")

@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """The faults that are planted, by where they happen."""
 LIMITS = Limits(max_module_error=1.0, source="random weights have no budget for quantisation")
+REPLAY = "module replay"
 TRIES = 12
 TENSOR_NAME = re.compile(r"(?:model|lm_head)\.[\w.]*?weight\w*")
 
@@ -83,13 +84,17 @@ class TargetDevice:
 
 @dataclass(frozen=True)
 class Said:
-    """What the gate said: the layer that refused first, and the module and operator that it named."""
+    """What the gate said: the layer that refused first, and the module and operator that it named.
+
+    `replayed` is the module that the module replay would have named alone, if it refused.
+    """
 
     refused: bool
     layer: str | None = None
     module: str | None = None
     operator: str | None = None
     detail: str = ""
+    replayed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,8 @@ def _refusal(look: Callable[[], Sequence[Check]]) -> Said:
     if not failed:
         return Said(False)
     named = next((check for check in failed if check.module is not None), failed[0])
-    return Said(True, failed[0].layer, named.module, named.operator, failed[0].detail)
+    replayed = next((check.module for check in failed if check.name == REPLAY), None)
+    return Said(True, failed[0].layer, named.module, named.operator, failed[0].detail, replayed)
 
 
 def _converted(case: Case, plant: Plant) -> Path:

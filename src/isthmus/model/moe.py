@@ -76,14 +76,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [T, D]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        logits = self.logits(x)
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(-1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scaling, scores)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[T, E] of x [T, D], in fp32 at least."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
 
     def _choose(self, biased: Tensor) -> Tensor:
         if self.topk_group < self.n_group:

@@ -52,15 +52,12 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
             return output
         return noisy(output, dtype).to(output.dtype)
 
-    def add_noise_to_router(_router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (noisy(inputs[0], torch.float32),)
-
     def with_noise(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: noisy(product(x), dtype).to(x.dtype)
 
     for module in model.modules():
         if isinstance(module, Router):
-            module.register_forward_pre_hook(add_noise_to_router)
+            module.logits = lambda x, logits=module.logits: noisy(logits(x), torch.float32)
         elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
             module.register_forward_hook(add_noise)
         if (parts := getattr(module, "parts", None)) is not None:
