@@ -11,7 +11,8 @@ from engine_bundle import write_small_bundle
 from flow_recipe import isthmus
 
 from isthmus.engines.local import LocalEngine
-from isthmus.formats.bundle import CHECKSUMS, file_hashes
+from isthmus.errors import DamagedFile
+from isthmus.formats.bundle import CHECKSUMS, file_hashes, read_bundle
 from isthmus.parity.seal import read_verdict, verify_seal
 
 
@@ -75,6 +76,17 @@ def test_a_bundle_that_changed_on_the_way_is_refused_and_the_tensor_named(carrie
     assert verdict.culprit == tensor.removesuffix(".weight")
     served = isthmus("serve", folder, "--port", "0")
     assert served.returncode == 1 and "refused" in served.stderr
+
+
+def test_a_refusal_does_not_make_damage_look_whole(carried, tmp_path):
+    folder = arrived(carried, tmp_path)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert isthmus("verify", folder, "--device", "cpu").returncode == 1
+    (folder / "verdict.json").unlink()
+    with pytest.raises(DamagedFile):
+        read_bundle(folder)
 
 
 def test_a_bundle_that_is_not_what_its_source_became_is_not_captured(source, carried, tmp_path):

@@ -10,7 +10,6 @@ Shapes: B rows of T tokens, D hidden.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,16 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes, read_bundle
+from isthmus.formats.bundle import SEAL, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
+from isthmus.parity.manifest import add_file
 from isthmus.parity.tokens import GoldenSequence
-from isthmus.run import write_atomic
 
 FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
 BYTES_PER_VALUE = 2 + 4 + 2
 FEWEST_TOKENS = 8
+PRIVACY = "Whoever has this bundle can read these prompts and what follows them."
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class GoldenList(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    privacy: str = PRIVACY
     format: str
     origin: str
     synthetic: bool
@@ -130,7 +131,7 @@ def capture(
     rows, bounded = _bounded_rows(usable, emulator, options)
     tensors = _run(emulator, trained, blocks, rows, tell)
     (bundle_folder / FOLDER).mkdir(exist_ok=True)
-    write_atomic(bundle_folder / TENSORS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    add_file(bundle_folder, TENSORS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     listed = GoldenList(
         format=bundle.format,
         origin=options.origin,
@@ -140,9 +141,7 @@ def capture(
         sequences=[(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable],
         blocks=[block.path for block in blocks],
     )
-    write_atomic(bundle_folder / LIST, listed.model_dump_json().encode() + b"\n")
-    hashes = json.dumps(file_hashes(bundle_folder), sort_keys=True, indent=2)
-    write_atomic(bundle_folder / CHECKSUMS, hashes.encode() + b"\n")
+    add_file(bundle_folder, LIST, listed.model_dump_json().encode() + b"\n")
     return listed
 
 

@@ -6,7 +6,6 @@ say more about the fault: a wrong weight is found by its hash, and the replay sa
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,18 +18,18 @@ import torch
 from isthmus import __version__
 from isthmus.chips.rehearse import enforce
 from isthmus.errors import DamagedFile
-from isthmus.formats.bundle import CHECKSUMS, Bundle, file_hashes, read_bundle
+from isthmus.formats.bundle import Bundle, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import check_loaded
-from isthmus.parity.manifest import check_manifest
+from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_error
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.parity.tokens import TokenParity, compare_tokens
 from isthmus.records import Check, LedgerRow, Outcome, ParityVerdict
-from isthmus.run import Figure, write_atomic
+from isthmus.run import Figure
 
 VERDICT = "verdict.json"
 SAME_EMULATOR = 5e-3
@@ -107,9 +106,7 @@ def verify_bundle(
 
 def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
     """Put the verdict into a bundle that is not sealed yet, and its hash into the checksums."""
-    write_atomic(folder / VERDICT, verdict.model_dump_json(indent=2).encode() + b"\n")
-    hashes = json.dumps(file_hashes(folder), sort_keys=True, indent=2)
-    write_atomic(folder / CHECKSUMS, hashes.encode() + b"\n")
+    add_file(folder, VERDICT, verdict.model_dump_json(indent=2).encode() + b"\n")
 
 
 def _verdict(target: Target, checks: list[Check], ledger: list[LedgerRow], started: float) -> ParityVerdict:
