@@ -206,6 +206,7 @@ _stage_command("report", "Write the dossier: one HTML file from what the run fol
 @click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
 @click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="nearest", help="Of int8 weights.")
+@click.option("--requantise", is_flag=True, help="Round fp8 weights a second time, where mxfp8 cannot hold them.")
 @click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, help="Largest file, in 10^9 bytes.")
 @click.option("--threads", type=click.IntRange(1), help="Tensors at once; as many as cores, at most 4, if absent.")
 def convert(source: Path, out: Path, **options: Any) -> None:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import Format, get_format
+from isthmus.formats import Format, fp8, get_format, mxfp8
 from isthmus.formats.balance import ALPHA, balance
 from isthmus.formats.bundle import CHECKSUMS, verify_files, write_bundle
 from isthmus.formats.calibrate import calibrate
 from isthmus.formats.calibration import Calibration
+from isthmus.formats.float8 import E4M3
 from isthmus.formats.published import CONFIG, SCALE, Checkpoint, StoredTensors
 from isthmus.formats.rounding import round_with_calibration
 from isthmus.progress import Watch
@@ -59,6 +60,7 @@ class Options:
     calibrate_tokens: int | None = None
     balance: bool = False
     rounding: str = "nearest"
+    requantise: bool = False
     shard_gb: float = 5.0
     threads: int | None = None
 
@@ -100,10 +102,12 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
     _check_folders(source, out)
     architecture = _architecture(source)
     _check_options(options, chosen, architecture)
+    _check_scale_rule(source, chosen)
     if (source / CHECKSUMS).is_file():
         verify_files(source)
     with StoredTensors(source) as stored:
         checkpoint = Checkpoint(stored, architecture)
+        _check_blocks(checkpoint, options)
         for line in checkpoint.left_out:
             watch.say(f"  not carried: {escape(line)}")
         conversion: dict[str, Any] = {
@@ -112,6 +116,7 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
             "dropped": checkpoint.dropped,
             "merged": _merged(checkpoint),
             "rounding": options.rounding,
+            "requantised": options.requantise,
             "balance_alpha": ALPHA if options.balance else None,
             "calibration_tokens": None,
             "calibration_unseen": [],
@@ -166,6 +171,16 @@ def _row(line: str, where: str) -> dict[str, Any]:
     raise IsthmusError(f'{where}: a line must be {{"tokens": [numbers]}} or {{"prompt": text, "completion": text}}')
 
 
+def _check_scale_rule(source: Path, chosen: Format) -> None:
+    """fp8 that stays fp8 keeps its weights; a checkpoint may ask for another rule of the scales of activations."""
+    quantisation = json.loads((source / CONFIG).read_bytes()).get("quantization_config") or {}
+    if chosen.name == "fp8" and quantisation.get("scale_fmt") is not None:
+        raise IsthmusError(
+            f"{source / CONFIG} has scale_fmt = {quantisation['scale_fmt']!r}: activations get scales by a rule that the "
+            "format fp8 does not have here. Serve it as it is, or convert it to another format"
+        )
+
+
 def _check_folders(source: Path, out: Path) -> None:
     if (source / "recipe.json").is_file():
         raise IsthmusError(f"{source} is a run folder: `isthmus handoff {source}` writes and seals its bundles")
@@ -208,6 +223,33 @@ def _calibrated(options: Options, chosen: Format) -> str:
     if chosen.needs_calibration:
         return f"the format {chosen.name}"
     return "--balance" if options.balance else "--rounding gptq" if options.rounding == "gptq" else ""
+
+
+def _check_blocks(checkpoint: Checkpoint, options: Options) -> None:
+    """Refuse what would round fp8 weights a second time into MXFP8 without having been asked to."""
+    wanted = options.format_name == "mxfp8" and checkpoint.block is not None
+    if options.requantise and not wanted:
+        raise IsthmusError("--requantise is for fp8 checkpoints that become mxfp8; leave it out")
+    if not wanted or options.requantise:
+        return
+    if options.balance:
+        raise IsthmusError("--balance changes the weights, which fp8 has rounded already: give --requantise as well")
+    if checkpoint.block != (fp8.BLOCK, fp8.BLOCK):
+        raise IsthmusError(f"blocks of {checkpoint.block} are not those of MXFP8's exact path: give --requantise")
+    for name, scale in checkpoint.scales():
+        mxfp8.check_lossless(name, scale)
+
+
+def _carry_blocks(stored: dict[str, Tensor], checkpoint: Checkpoint, options: Options) -> None:
+    """Give what is stored of an fp8 weight the numbers of the source, where the format has them, unrounded."""
+    for name, tensor in list(stored.items()):
+        blocks = checkpoint.blocks(name) if tensor.dtype == E4M3 else None
+        if blocks is None:
+            continue
+        if options.format_name == "mxfp8":
+            stored[name], stored[f"{name}_scale"] = mxfp8.from_fp8_blocks(name, *blocks, requantise=options.requantise)
+        elif options.format_name == "fp8":
+            stored[name], stored[f"{name}{SCALE}"] = blocks[0], blocks[1].float()
 
 
 def _merged(checkpoint: Checkpoint) -> dict[str, str]:
@@ -273,6 +315,8 @@ def _write(
         def refine(stored: dict[str, Tensor]) -> None:
             if options.rounding == "gptq" and calibration is not None:
                 round_with_calibration(stored, state, calibration)
+            if checkpoint.block == (fp8.BLOCK, fp8.BLOCK) and not options.balance:
+                _carry_blocks(stored, checkpoint, options)
 
         write_bundle(
             out,

@@ -17,15 +17,17 @@ from isthmus.cli import cli
 from isthmus.convert import CONVERSION, read_sequences
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats import get_format
+from isthmus.formats import fp8, get_format
 from isthmus.formats.bundle import read_bundle
 from isthmus.formats.published import dequantise_blocks
 from isthmus.model.model import Model
+from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
 from isthmus.recipe import ModelSection
 
 DENSE = dense_architecture("llama", vocab_size=300)
 DEEPSEEK = architecture(vocab_size=300, q_lora_rank=14)
+WIDE = architecture(vocab_size=300, q_lora_rank=32, hidden_size=160, moe_intermediate_size=32, intermediate_size=96)
 
 
 def shaken(arch: ModelSection, seed: int) -> Model:
@@ -207,3 +209,81 @@ def test_a_wrong_line_of_the_calibration_is_named(tmp_path: Path, row):
     file = calibration_file(tmp_path, {"tokens": [1]}, row)
     with pytest.raises(IsthmusError, match=r"calibration\.jsonl:2: a line must be"):
         read_sequences(file, tmp_path)
+
+
+def fp8_checkpoint(folder: Path, round_scale) -> dict[str, torch.Tensor]:
+    """A checkpoint in DeepSeek's fp8 whose scales were passed through `round_scale` before the weights were rounded."""
+    tensors = checkpoint(folder, Model(WIDE).initialise(0))
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        mine = load_file(file)
+        for name in list(mine):
+            if fp8.is_quantised(name):
+                padded = torch.nn.functional.pad(mine[name].float(), (0, -mine[name].shape[1] % 128))
+                amax = padded.abs().unflatten(1, (-1, 128)).amax(2)
+                rows = [group.amax(0) for group in amax.split(128)]
+                scale = round_scale(torch.stack(rows) / 448)
+                wide = scale.repeat_interleave(128, 0)[: len(padded)].repeat_interleave(128, 1)
+                mine[name] = (mine[name].float() / wide[:, : mine[name].shape[1]]).to(torch.float8_e4m3fn)
+                mine[f"{name}_scale_inv"] = scale
+        save_file(mine, file)
+        stored |= mine
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    quantisation = get_format("fp8").quantization_config(WIDE)
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+    assert len(tensors) < len(stored)
+    return stored
+
+
+def next_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(torch.ceil(torch.log2(scale)))
+
+
+def loosely(scale: torch.Tensor) -> torch.Tensor:
+    return scale * 1.3
+
+
+def weights_in(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The numbers that e4m3 weights stand for, by both layouts' published rules."""
+    found = {}
+    for name, values in tensors.items():
+        if f"{name}_scale_inv" in tensors:
+            found[name] = dequantise_blocks(values, tensors[f"{name}_scale_inv"], (128, 128))
+        elif f"{name}_scale" in tensors:
+            powers = torch.exp2(tensors[f"{name}_scale"].double() - 127)
+            found[name] = (values.double() * powers.repeat_interleave(32, 1)).float()
+    return found
+
+
+@pytest.mark.parametrize("target", ["mxfp8", "fp8"])
+def test_fp8_blocks_cross_without_a_second_rounding(tmp_path: Path, target: str):
+    source = fp8_checkpoint(tmp_path / "c", next_power_of_two if target == "mxfp8" else loosely)
+    convert(tmp_path / "c", tmp_path / "b", "--format", target)
+    wanted, found = weights_in(source), weights_in(read_bundle(tmp_path / "b").tensors)
+    assert len(found) > 20 and all(torch.equal(found[name], wanted[name]) for name in found)
+    plain = {name: wanted.get(name, tensor) for name, tensor in source.items() if not name.endswith("_scale_inv")}
+    _, checks = check_coverage(plain, read_bundle(tmp_path / "b"))
+    assert [check for check in checks if check.outcome != "pass"] == []
+
+
+def test_fp8_blocks_that_mxfp8_cannot_hold_are_refused_unless_requantised(tmp_path: Path):
+    fp8_checkpoint(tmp_path / "c", loosely)
+    with pytest.raises(IsthmusError, match=r"\.weight: \d+ of its \d+ block scales are no powers of two.*--requantise"):
+        convert(tmp_path / "c", tmp_path / "b", "--format", "mxfp8")
+    assert not (tmp_path / "b").exists()
+    convert(tmp_path / "c", tmp_path / "b", "--format", "mxfp8", "--requantise")
+    assert json.loads((tmp_path / "b" / CONVERSION).read_text())["requantised"] is True
+    with pytest.raises(IsthmusError, match="--requantise is for fp8 checkpoints that become mxfp8"):
+        convert(tmp_path / "c", tmp_path / "d", "--format", "w8a8", "--requantise")
+
+
+def test_fp8_with_another_rule_of_activation_scales_does_not_become_plain_fp8(tmp_path: Path):
+    fp8_checkpoint(tmp_path / "c", next_power_of_two)
+    path = tmp_path / "c" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    path.write_text(json.dumps(config))
+    with pytest.raises(IsthmusError, match="scale_fmt = 'ue8m0'"):
+        convert(tmp_path / "c", tmp_path / "b", "--format", "fp8")
+    assert not (tmp_path / "b").exists()

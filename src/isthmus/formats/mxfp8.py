@@ -129,18 +129,25 @@ def from_fp8_blocks(name: str, weight: Tensor, scale: Tensor, *, requantise: boo
         raise IsthmusError(
             f"{name} has {weight.shape[1]} inputs, and MXFP8 wants a multiple of {BLOCK}: keep it in fp8"
         )
+    if not requantise:
+        check_lossless(name, scale)
     if bool(_is_power_of_two(scale).all()):
         rows = scale_of_rows(exponents(scale), len(weight))
         return weight, rows.repeat_interleave(FP8_BLOCK // BLOCK, dim=1)[:, : weight.shape[1] // BLOCK].contiguous()
-    if not requantise:
-        others = int((~_is_power_of_two(scale)).sum())
-        raise IsthmusError(
-            f"{name}: {others} of its {scale.numel()} block scales are no powers of two, so MXFP8 cannot hold its "
-            "numbers. Requantise it, which rounds its weights a second time, or start from the unquantised checkpoint"
-        )
     plain = dequantise_blocks(weight, scale, (FP8_BLOCK, FP8_BLOCK))
     values, factors = quantise_blocks(plain, BLOCK, power_of_two_scale)
     return values.contiguous(), exponents(factors)
+
+
+def check_lossless(name: str, scale: Tensor) -> None:
+    """Raise IsthmusError naming the tensor if a scale of its fp8 blocks is no power of two that E8M0 has."""
+    others = int((~_is_power_of_two(scale)).sum())
+    if others:
+        raise IsthmusError(
+            f"{name}: {others} of its {scale.numel()} block scales are no powers of two, so MXFP8 cannot hold its "
+            "numbers. Requantise it (isthmus convert --requantise), which rounds its weights a second time, or start "
+            "from the unquantised checkpoint"
+        )
 
 
 def _exponent(x: Tensor) -> Tensor:

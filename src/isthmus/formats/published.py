@@ -221,6 +221,21 @@ class Checkpoint:
         self._compare_copies()
         return _CheckpointState(self)
 
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block of fp8 weights; None if the weights are float."""
+        return self._block
+
+    def scales(self) -> Iterator[tuple[str, Tensor]]:
+        """The scales of the fp8 weights by the weight's name, one at a time."""
+        for name in self._used:
+            if name.endswith(SCALE):
+                yield name.removesuffix(SCALE), self.stored.read(name)
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A weight in fp8 as it is stored: e4m3 [M, K] and the scales of its blocks. None if it is float."""
+        return (self.stored.read(name), self.stored.read(f"{name}{SCALE}")) if f"{name}{SCALE}" in self.stored else None
+
     def copies(self) -> dict[str, str]:
         """The stored names that are copies of another tensor, and of which: they are carried by that one."""
         return {copy: original for copy, original in self._copies.items() if copy in self.stored}
