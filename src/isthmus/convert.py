@@ -176,8 +176,8 @@ def _check_scale_rule(source: Path, chosen: Format) -> None:
     quantisation = json.loads((source / CONFIG).read_bytes()).get("quantization_config") or {}
     if chosen.name == "fp8" and quantisation.get("scale_fmt") is not None:
         raise IsthmusError(
-            f"{source / CONFIG} has scale_fmt = {quantisation['scale_fmt']!r}: activations get scales by a rule that the "
-            "format fp8 does not have here. Serve it as it is, or convert it to another format"
+            f"{source / CONFIG} has scale_fmt = {quantisation['scale_fmt']!r}: activations get scales by a rule that "
+            "the format fp8 does not have here. Serve it as it is, or convert it to another format"
         )
 
 
