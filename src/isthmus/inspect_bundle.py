@@ -15,9 +15,10 @@ from rich.text import Text
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import recognise_format
+from isthmus.formats.bundle import read_config
 from isthmus.formats.published import StoredTensors, weight_files
 from isthmus.parity.keys import read_trusted
-from isthmus.parity.manifest import MANIFEST, Manifest, read_config, read_manifest, tensor_hashes
+from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing
 from isthmus.progress import Watch
 from isthmus.records import Check, LedgerRow, ParityVerdict

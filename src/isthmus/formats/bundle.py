@@ -122,7 +122,7 @@ def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -
     if not (source / CONFIG).is_file():
         raise IsthmusError(f"{source} is not a bundle: it has no {CONFIG}")
     config = read_config(source)
-    architecture = _architecture(source, config)
+    architecture = architecture_of(source, config)
     _compare_with_layout(folder, recognise_format(config), architecture, tensors)
     replaced = {CHECKSUMS, SEAL, INDEX, *(path.name for path in weight_files(source))}
     with new_folder(folder) as new:
@@ -147,7 +147,7 @@ def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
         verify_files(folder)
     config = read_config(folder)
     chosen = recognise_format(config)
-    architecture = _architecture(folder, config)
+    architecture = architecture_of(folder, config)
     tensors = _without_copies(folder, _load_tensors(folder), architecture)
     _compare_with_layout(folder, chosen, architecture, tensors)
     return Bundle(folder, chosen.name, architecture, tensors)
@@ -157,13 +157,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json, with the quantisation that the folder announces elsewhere, for `recognise_format`.
 
     ModelSlim describes it in quant_model_description.json and leaves config.json without a `quantization_config`: the
-    description, with the quant_method "modelslim", stands in its place. Raises DamagedFile if there are both.
+    description, with the quant_method "modelslim", stands in its place. Raises IsthmusError if the folder is no bundle,
+    DamagedFile if config.json is no JSON object or there are both.
     """
-    config = _read_json(folder / CONFIG)
+    if not (folder / CONFIG).is_file():
+        raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
+    config = read_object(folder / CONFIG)
     if (folder / DESCRIPTION).is_file():
         if config.get("quantization_config"):
             raise DamagedFile(f"{folder} announces its quantisation twice, in {CONFIG} and in {DESCRIPTION}")
-        config["quantization_config"] = {"quant_method": MODELSLIM, **_read_json(folder / DESCRIPTION)}
+        config["quantization_config"] = {"quant_method": MODELSLIM, **read_object(folder / DESCRIPTION)}
     return config
 
 
@@ -224,7 +227,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _architecture(folder: Path, config: dict[str, Any]) -> ModelSection:
+def architecture_of(folder: Path, config: dict[str, Any]) -> ModelSection:
+    """The architecture that a config.json describes. Raises IsthmusError naming the key that is not understood."""
     try:
         return parse_architecture(architecture_from_config(config))
     except RecipeError as error:
@@ -259,7 +263,7 @@ def verify_files(folder: Path) -> None:
     """Raise DamagedFile if a file of a bundle is missing, added, or not what it was when the bundle was written."""
     if not (folder / CHECKSUMS).is_file():
         raise DamagedFile(f"{folder} has no {CHECKSUMS}: it was not written by isthmus, or not copied whole")
-    recorded, found = _read_json(folder / CHECKSUMS), file_hashes(folder)
+    recorded, found = read_object(folder / CHECKSUMS), file_hashes(folder)
     for name, sha256 in recorded.items():
         if name not in found:
             raise DamagedFile(f"{folder / name} is missing; copy the bundle again or repeat the hand-off")
@@ -277,7 +281,8 @@ def _load_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: stored.read(name) for name in stored.names}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a bundle. Raises DamagedFile if it is none."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION, MODELSLIM = "quant_model_description.json", "modelslim"
+from isthmus.formats import MODELSLIM
+
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NEVER_LINEAR = frozenset({"embed_tokens"})
 _NOT_LINEAR_EVERYWHERE = frozenset({"gate"})

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from isthmus.formats import get_format
 from isthmus.formats.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
-from isthmus.formats.bundle import Bundle
+from isthmus.formats.bundle import Bundle, architecture_of, read_config
 from isthmus.formats.published import COMPUTED, CONFIG, StoredTensors, mtp_copies
 from isthmus.model.digest import tensor_sha256
 from isthmus.parity.announced import Announced, odd_ones_out
-from isthmus.parity.manifest import Entry, Fate, config_architecture, module_of, read_config
+from isthmus.parity.manifest import Entry, Fate, module_of
 from isthmus.parity.steps import COMPENSATED_STEPS, QUANTISED, Misfit, compare_quantised, within
 from isthmus.recipe import ModelSection
 from isthmus.records import Check
@@ -299,7 +299,7 @@ class _OpenedFolder(AbstractContextManager[_Opened]):
             _Lazy(self.tensors),
             Announced(config),
             _dtype(announced_dtype(config)),
-            config_architecture(self.folder, config),
+            architecture_of(self.folder, config),
         )
 
     def __exit__(self, *_: object) -> None:

@@ -18,6 +18,7 @@ from isthmus.chips import get_chip, rules_for
 from isthmus.errors import IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
+from isthmus.formats.bundle import architecture_of, read_config
 from isthmus.formats.published import StoredTensors
 from isthmus.model.attention import LatentAttention, RotaryTable
 from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequencies, softmax_scale
@@ -28,9 +29,7 @@ from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
 from isthmus.parity.manifest import (
     MANIFEST,
     architecture_fields,
-    config_architecture,
     module_of,
-    read_config,
     read_manifest,
 )
 from isthmus.recipe import (
@@ -65,7 +64,7 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     config = read_config(bundle_folder)
     expected = architecture or _of_manifest(bundle_folder)
     try:
-        found = config_architecture(bundle_folder, config)
+        found = architecture_of(bundle_folder, config)
     except IsthmusError as error:
         return [_check(CONFIGURED, "fail", str(error))]
     checks = _configured(config, found, expected)

@@ -19,11 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from isthmus import __version__
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes
-from isthmus.formats.published import CONFIG, StoredTensors
+from isthmus.formats.bundle import CHECKSUMS, SEAL, architecture_of, file_hashes, read_config, read_object
+from isthmus.formats.published import StoredTensors
 from isthmus.model.digest import tensor_sha256
-from isthmus.parity.announced import DESCRIPTION, MODELSLIM
-from isthmus.recipe import ModelSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.recipe import ModelSection
 from isthmus.records import Check, Part
 from isthmus.run import sha256_file, write_atomic
 
@@ -89,7 +88,7 @@ def write_manifest(
     config = read_config(bundle_folder)
     manifest = Manifest(
         format=recognise_format(config).name,
-        architecture=architecture_fields(architecture or config_architecture(bundle_folder, config)),
+        architecture=architecture_fields(architecture or architecture_of(bundle_folder, config)),
         tensors=tensor_hashes(bundle_folder),
         source=identity((entry.source, entry.sha256) for entry in coverage) if coverage else None,
         coverage=tuple(coverage),
@@ -179,30 +178,6 @@ def architecture_fields(architecture: ModelSection) -> dict[str, Any]:
     return architecture.model_dump(mode="json", exclude={"preset", "from_"})
 
 
-def read_config(bundle_folder: Path) -> dict[str, Any]:
-    """config.json of a bundle, with ModelSlim's description, if there is one, as its `quantization_config`.
-
-    Raises IsthmusError if there is none, DamagedFile if it is no JSON object or announces the quantisation twice.
-    """
-    path = bundle_folder / CONFIG
-    if not path.is_file():
-        raise IsthmusError(f"{bundle_folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
-    config = _read_object(path)
-    if (bundle_folder / DESCRIPTION).is_file():
-        if config.get("quantization_config"):
-            raise DamagedFile(f"{bundle_folder} announces its quantisation twice, in {CONFIG} and in {DESCRIPTION}")
-        config["quantization_config"] = {"quant_method": MODELSLIM, **_read_object(bundle_folder / DESCRIPTION)}
-    return config
-
-
-def config_architecture(bundle_folder: Path, config: dict[str, Any]) -> ModelSection:
-    """The architecture that a config.json describes. Raises IsthmusError naming the key that is not understood."""
-    try:
-        return parse_architecture(architecture_from_config(config))
-    except RecipeError as error:
-        raise IsthmusError(f"{bundle_folder / CONFIG}: {error}") from None
-
-
 def _wrong_tensor(bundle_folder: Path, manifest: Manifest) -> tuple[str, str] | None:
     return first_difference(tensor_hashes(bundle_folder), manifest.tensors)
 
@@ -223,17 +198,7 @@ def read_checksums(bundle_folder: Path) -> dict[str, str]:
     """The hash of each file by its path, as recorded. Raises DamagedFile if the bundle has no checksums.json."""
     if not (bundle_folder / CHECKSUMS).is_file():
         raise DamagedFile(f"{bundle_folder} has no {CHECKSUMS}: it was not copied whole")
-    return _read_object(bundle_folder / CHECKSUMS)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path} is not a JSON object")
-    return content
+    return read_object(bundle_folder / CHECKSUMS)
 
 
 def _check(outcome: Literal["pass", "fail"], detail: str, module: str | None) -> Check:

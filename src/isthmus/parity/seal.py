@@ -18,14 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes
+from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes, read_config
 from isthmus.parity.keys import is_signed, public_key, sign
 from isthmus.parity.manifest import (
     MANIFEST,
     canonical_sha256,
     first_difference,
     read_checksums,
-    read_config,
     read_manifest,
     tensor_hashes,
 )
