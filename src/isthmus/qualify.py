@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich import box
@@ -41,7 +40,7 @@ from isthmus.probes.determinism import Trials, known_answer, same_twice
 from isthmus.probes.operators import Coverage, coverage, trace_operators
 from isthmus.probes.statistics import median_of, zero_failure_bound
 from isthmus.progress import Watch
-from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
+from isthmus.records import Aspect, Evidence, Outcome, QualifyRecord, Use, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.optimizer import Optimizer
@@ -53,7 +52,6 @@ PILOT_SAMPLES = (16, 256)
 SAME_TWICE_SAMPLES = 3
 KNOWN_ANSWER_TIMES = 20
 COLLECTIVES = (("all_reduce", "sum"), ("all_gather", None), ("broadcast", None))
-Use = Literal["training", "serving", "both"]
 
 
 def execute(run: RunFolder, watch: Watch, *, again: bool = False) -> list[QualifyRecord]:
@@ -448,7 +446,7 @@ class Examination:
     def _add(
         self,
         name: str,
-        aspect: Literal["stability", "links", "software", "compute"],
+        aspect: Aspect,
         needed_for: Use,
         outcome: Outcome,
         detail: str,

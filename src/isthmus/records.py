@@ -5,14 +5,16 @@ They load without torch, so that the plan and the report stay on the desk.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from isthmus.run import Figure, Record
 
-Verdict = Literal["fit", "serve-only", "unfit", "not enough evidence"]
+Verdict = Literal["fit", "fit with limits", "serve-only", "unfit", "not enough evidence"]
 Outcome = Literal["pass", "fail", "unknown"]
+Aspect = Literal["stability", "links", "software", "compute"]
+Use = Literal["training", "serving", "both"]
 
 
 class Part(BaseModel):
@@ -21,17 +23,73 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Limit(Part):
+    """What a use of a pool has to keep to. `setting` is a key of the recipe, `train.expert` for example.
+
+    A numeric setting stays between `least` and `most`; any setting stays out of `excluded`. The setting `pool.ranks`
+    excludes ranks by number, as text.
+    """
+
+    setting: str
+    least: float | None = None
+    most: float | None = None
+    excluded: list[str] = []
+    reason: str
+    needed_for: Use = "training"
+
+
 class Evidence(Part):
-    """One finding about a pool. `needed_for` says which use of the pool it bears on."""
+    """One finding about a pool. `needed_for` says which use of the pool it bears on.
+
+    A failing finding that `limits` describe completely does not make the pool unfit: it is fit within them.
+    `failure` is the folder of a case that `isthmus bundle` packs, relative to the run folder.
+    """
 
     name: str
-    aspect: Literal["stability", "links", "software", "compute"]
-    needed_for: Literal["training", "serving", "both"]
+    aspect: Aspect
+    needed_for: Use
     outcome: Outcome
     detail: str
     samples: int = 0
     confidence: float | None = None
     figures: dict[str, Figure] = {}
+    limits: list[Limit] = []
+    ranks: list[int] = []
+    failure: str | None = None
+
+
+class Skipped(Part):
+    """A probe that was not run, what it would have cost, and the kinds of faults that therefore nobody looked for."""
+
+    probe: str
+    aspect: Aspect
+    price_s: float
+    why: str
+    unseen: list[str]
+
+
+class FailureCase(Part):
+    """`failure.json`: one failing call of a portable probe, complete enough to fail again elsewhere.
+
+    `function` is `module:function` of `isthmus.probes.portable`; `arguments` are what each rank got, in JSON.
+    `planted` are the faults that a rehearsal injected, in the notation of `isthmus rehearse --fault`.
+    """
+
+    probe: str
+    title: str
+    function: str
+    arguments: dict[str, Any]
+    ranks: int
+    device: str
+    pool: str
+    chip: str
+    rehearsed: bool
+    planted: list[str] = []
+    expected: str
+    observed: str
+    replies: list[dict[str, Any]] = []
+    environment: dict[str, str] = {}
+    log: list[str] = []
 
 
 class QualifyRecord(Record):
@@ -46,6 +104,8 @@ class QualifyRecord(Record):
     reasons: list[str]
     evidence: list[Evidence]
     figures: dict[str, Figure] = {}
+    limits: list[Limit] = []
+    skipped: list[Skipped] = []
 
 
 class Placement(Part):

@@ -1,0 +1,135 @@
+"""A rank of a crew: joins its communicator, and does what it is asked until it is told to go."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse.faults import Fault
+from isthmus.launch.beats import Pulse
+
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """What a rank needs to know to join."""
+
+    rank: int
+    world: int
+    device: str
+    threads: int
+    chip: str | None
+    faults: tuple[Fault, ...]
+    connect_timeout_s: float
+    port: int
+    beats: Path
+    log: Path
+
+
+@dataclass
+class Rank:
+    """What the work of a rank is given: its place, its device, and how to say that it is alive."""
+
+    rank: int
+    world: int
+    device: torch.device
+    pulse: Pulse
+
+    def beat(self, section: str, step: int = 0) -> None:
+        """Say what this rank does now. Faults that are planted at a step happen here."""
+        self.pulse.beat(section, step)
+
+
+def serve(setup: RankSetup, pipe: Connection) -> None:
+    """Set up, answer ("done", seconds of the communicator's set-up), then one answer per request; None ends it."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _write_into(setup.log)
+    torch.set_num_threads(setup.threads)
+    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(setup.beats, setup.rank))
+    _answer(pipe, lambda: _join(setup, rank))
+    while (request := pipe.recv()) is not None:
+        _answer(pipe, partial(_work, setup, rank, *request))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _write_into(log: Path) -> None:
+    """What this process and the libraries in it print goes into a file."""
+    sys.stdout.flush()
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
+    """Send what `work` returns, or how it ended: then this rank ends too, for its communicator may be half-way."""
+    try:
+        value = work()
+    except BaseException as error:
+        pipe.send(("raised", f"{type(error).__name__}: {error}", time.monotonic()))
+        raise
+    pipe.send(("done", value, time.monotonic()))
+
+
+def _device(setup: RankSetup) -> torch.device:
+    if setup.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device(setup.device, setup.rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(device)
+    return device
+
+
+def _join(setup: RankSetup, rank: Rank) -> float:
+    """Set up the communicator and use it once. Returns the seconds that it took."""
+    began = time.perf_counter()
+    rank.beat("communicator")
+    store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    backend = "gloo" if setup.device == "cpu" else dist.get_default_backend_for_device(rank.device)
+    dist.init_process_group(
+        backend if setup.device == "cpu" else f"cpu:gloo,{setup.device}:{backend}",
+        store=store,
+        rank=setup.rank,
+        world_size=setup.world,
+        timeout=timedelta(seconds=setup.connect_timeout_s),
+    )
+    dist.all_reduce(torch.zeros(1, device=rank.device))
+    return time.perf_counter() - began
+
+
+def _work(setup: RankSetup, rank: Rank, function: str, arguments: dict[str, Any]) -> Any:
+    module, _, name = function.partition(":")
+    with _surroundings(setup, rank):
+        return getattr(importlib.import_module(module), name)(rank, **arguments)
+
+
+@contextlib.contextmanager
+def _surroundings(setup: RankSetup, rank: Rank) -> Iterator[None]:
+    """The rules of a rehearsed chip."""
+    if setup.chip is None:
+        yield
+        return
+    with enforce(setup.chip):
+        yield
+
+
+def _end_with(parent: int) -> None:
+    """A rank whose supervisor is gone ends, whatever it waits for."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
