@@ -12,7 +12,9 @@ from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Pres
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips._weights import fault_weights, looked_for
 from isthmus.chips.rehearse import can_rehearse
+from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.errors import IsthmusError
 from isthmus.pools import Pool, get_pool, placed_pools
 from isthmus.recipe import Recipe
@@ -33,9 +35,11 @@ __all__ = [
     "describe_all",
     "device_for",
     "device_of",
+    "fault_weights",
     "get_chip",
     "is_here",
     "load_chips",
+    "looked_for",
     "present",
     "rules_for",
     "vendor_of",
@@ -69,10 +73,12 @@ def is_here(pool: Pool) -> bool:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise IsthmusError if a pool names a chip that is not known, or rehearses one that has no tables."""
+    """Raise IsthmusError if a pool names a chip or a fault that is not known, or rehearses a chip without tables."""
     for name in recipe.pools:
         pool = get_pool(recipe, name)
         get_chip(pool.chip)
+        for fault in recipe.pools[name].faults:
+            parse_fault(fault)
         if pool.rehearsed and not can_rehearse(pool.chip):
             able = ", ".join(slug for slug in load_chips() if can_rehearse(slug))
             raise IsthmusError(

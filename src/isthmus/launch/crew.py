@@ -67,7 +67,7 @@ class Called:
         return [reply.value for reply in self.replies]
 
     def culprits(self) -> list[int]:
-        """The ranks at fault: those that crashed, else the first that raised, else those that lag among those that hang.
+        """The ranks at fault: those that crashed, else the first that raised, else those that hang and lag.
 
         The one that lags has begun the fewest collectives, and then the fewest beats.
         """
@@ -95,7 +95,8 @@ class Crew:
     """A number of rank processes. Use it as a context; it starts the ranks at the first call, again after a failure.
 
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
-    what goes wrong. `starts` collects, for each start, the seconds until each rank had its communicator.
+    what goes wrong. `starts` collects, for each start, the seconds until each rank had its communicator; `failed_calls`
+    counts calls in which a rank did not answer.
     """
 
     world: int
@@ -105,6 +106,7 @@ class Crew:
     faults: Sequence[Fault] = ()
     connect_timeout_s: float = 120.0
     starts: list[list[float]] = field(default_factory=list)
+    failed_calls: int = 0
     _processes: list[BaseProcess] = field(default_factory=list)
     _pipes: list[Connection] = field(default_factory=list)
     _folder: Path | None = None
@@ -212,6 +214,7 @@ class Crew:
         ordered = [replies[rank] for rank in range(self.world)]
         if any(reply.state != "done" for reply in ordered):
             ordered = [dataclasses.replace(reply, log=self._log(reply.rank)) for reply in ordered]
+            self.failed_calls += 1
             self._kill()
         return Called(ordered, time.monotonic() - began)
 
