@@ -25,6 +25,7 @@ from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
 from isthmus.pools import Pool, get_pool, placed_pools
 from isthmus.probes import live_probes, pilots, rehearsed
+from isthmus.probes.asking import ask
 from isthmus.probes.budget import Choice, choose, parse_seconds
 from isthmus.probes.compute import compute_threads
 from isthmus.probes.contract import Probe, Setting
@@ -36,8 +37,6 @@ from isthmus.run import RunFolder
 from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of, scores
 
 NAME = "qualify"
-BROKEN_PROBES = 2
-"""After so many probes in which ranks crashed or hung, the rest is left out: they would end in the same way."""
 
 
 def execute(
@@ -206,19 +205,23 @@ class Examination:
         if not choice.chosen:
             return True
         self.watch.console.print(_price_table(choice))
-        broken = 0
-        with self._crew() as crew, self.watch.count(f"probing {self.setting.pool.name}", len(choice.chosen)) as counter:
+        prices = {probe.name: price for probe, price in choice.chosen}
+        with self._crew() as crew, self.watch.count(f"probing {self.setting.pool.name}", len(prices)) as counter:
             self.setting.say = lambda text: counter.advance_to(counter.done, text)
-            for number, (probe, price) in enumerate(choice.chosen):
-                if broken >= BROKEN_PROBES:
-                    self._leave_out(probe.name, probe.aspect, "ranks crashed or hung in earlier probes", probe, price)
-                    continue
-                counter.advance_to(number, f"{probe.name}, about {price:.0f} s")
-                failed_before = crew.failed_calls
-                self._take(probe, probe.run(crew, self.setting))
-                broken += crew.failed_calls > failed_before
-            counter.advance_to(len(choice.chosen))
-        return broken == 0
+            answers = ask(
+                crew,
+                self.setting,
+                [probe for probe, _ in choice.chosen],
+                lambda number, probe: counter.advance_to(number, f"{probe.name}, about {prices[probe.name]:.0f} s"),
+            )
+            counter.advance_to(len(prices))
+        for answer in answers:
+            if answer.evidence is None:
+                why = "ranks crashed or hung in earlier probes"
+                self._leave_out(answer.probe.name, answer.probe.aspect, why, answer.probe, prices[answer.probe.name])
+            else:
+                self._take(answer.probe, answer.evidence)
+        return not any(answer.broken for answer in answers)
 
     def _crew(self) -> Crew:
         pool = self.setting.pool
@@ -227,7 +230,6 @@ class Examination:
         return Crew(pool.ranks, self.setting.device, threads=threads, chip=chip, faults=tuple(self.faults))
 
     def _take(self, probe: Probe, evidence: Sequence[Evidence]) -> None:
-        assert evidence, f"the probe {probe.name} found nothing at all"
         for item in evidence:
             self.found.evidence.append(_only_rehearsed(item) if self.setting.pool.rehearsed else item)
             self.found.figures |= item.figures

@@ -11,7 +11,7 @@ from isthmus.errors import IsthmusError
 from isthmus.probes.contract import Probe, Setting
 from isthmus.records import Skipped
 
-AGAIN = 0.1
+AGAIN = 1e-3
 """What it is worth to look once more for a kind of fault that another probe looks for, as a share of the first look."""
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
 
