@@ -34,7 +34,7 @@ from isthmus.probes.workload import Workload
 from isthmus.progress import Watch
 from isthmus.records import Aspect, Evidence, QualifyRecord, Score, Skipped
 from isthmus.run import RunFolder
-from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of, scores
+from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of, scores, without_pairs
 
 NAME = "qualify"
 
@@ -232,7 +232,7 @@ class Examination:
     def _take(self, probe: Probe, evidence: Sequence[Evidence]) -> None:
         for item in evidence:
             self.found.evidence.append(_only_rehearsed(item) if self.setting.pool.rehearsed else item)
-            self.found.figures |= item.figures
+            self.found.figures |= without_pairs(item.figures)
         for kind in probe.finds:
             self.looked.append((probe.aspect, kind))
 

@@ -6,7 +6,8 @@ passed. Nothing here loads torch: the plan and the dossier judge as the qualific
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.chips import device_for, looked_for
 from isthmus.pools import Pool, get_pool
@@ -16,6 +17,7 @@ from isthmus.run import Figure
 
 QUESTIONS: tuple[Aspect, ...] = ("stability", "links", "software")
 """What a pool can fail by: the three things that nobody measured in time when training runs were lost."""
+PAIR_OF_RANKS = re.compile(r"p2p_(\d+)_(\d+)_gbs")
 _WORST_FIRST: tuple[AspectOutcome, ...] = ("fail", "unknown", "limited", "pass")
 
 
@@ -119,11 +121,22 @@ def compare(records: Sequence[QualifyRecord]) -> list[tuple[str, list[str]]]:
     for aspect in QUESTIONS:
         rows.append((aspect, [_score_text(record, aspect) for record in records]))
     rows.append(("limits", ["; ".join(map(describe_limit, record.limits)) or "none" for record in records]))
-    names = dict.fromkeys(name for record in records for name in all_figures(record))
-    shared = [name for name in names if sum(name in all_figures(record) for record in records) > 1]
-    for name in shared:
-        rows.append((name, [str(all_figures(record).get(name, "not known")) for record in records]))
+    for name, figures in shared_figures(records).items():
+        rows.append((name, ["not known" if figure is None else str(figure) for figure in figures]))
     return rows
+
+
+def shared_figures(records: Sequence[QualifyRecord]) -> dict[str, list[Figure | None]]:
+    """The figures that at least two of the records have, each with an entry per record; not those of pairs of ranks."""
+    known = [without_pairs(all_figures(record)) for record in records]
+    names = dict.fromkeys(name for figures in known for name in figures)
+    rows = {name: [figures.get(name) for figures in known] for name in names}
+    return {name: row for name, row in rows.items() if sum(figure is not None for figure in row) > 1}
+
+
+def without_pairs(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    """The figures that are not of one pair of ranks."""
+    return {name: figure for name, figure in figures.items() if not PAIR_OF_RANKS.fullmatch(name)}
 
 
 def all_figures(record: QualifyRecord) -> dict[str, Figure]:
