@@ -7,6 +7,7 @@ rehearsal never ends in `fit`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
-from isthmus.chips import check_available, device_of, get_chip
+from isthmus.chips import check_available, check_names, device_of, get_chip
 from isthmus.chips.rehearse import enforce, profile_of
 from isthmus.chips.rehearse.faults import Fault, parse_fault
 from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
+from isthmus.launch.places import Attendant, Place, remote_places
 from isthmus.pools import Pool, get_pool, placed_pools
 from isthmus.probes import live_probes, pilots, rehearsed
 from isthmus.probes.asking import ask
@@ -34,9 +38,11 @@ from isthmus.probes.workload import Workload
 from isthmus.progress import Watch
 from isthmus.records import Aspect, Evidence, QualifyRecord, Score, Skipped
 from isthmus.run import RunFolder
+from isthmus.trainer.mesh import launched_world
 from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of, scores, without_pairs
 
 NAME = "qualify"
+LOOPBACK = "127.0.0.1"
 
 
 def execute(
@@ -51,8 +57,13 @@ def execute(
     """Qualify every pool that the recipe places, or the named ones. A pool that has its record is left alone, unless
     `again`. `budget` is the time for the probes of each pool, such as `30s`; with `prices` they are only listed.
 
-    Raises IsthmusError for a pool that the recipe does not place.
+    Where torchrun started this process among others, they are the ranks of the one pool that is named, perhaps on
+    several machines that share the run folder. The first of them examines, the others attend to it and return nothing.
+
+    Raises IsthmusError for a pool that the recipe does not place, or that has another number of ranks.
     """
+    if launched_world() not in (None, 1):
+        return _execute_among_others(run, watch, pools, budget)
     check_available(run.recipe)
     placed = {pool.name: pool for pool in placed_pools(run.recipe)}
     for name in pools:
@@ -72,12 +83,40 @@ def execute(
     return records
 
 
+def _execute_among_others(
+    run: RunFolder, watch: Watch, pools: Sequence[str], budget: str | None
+) -> list[QualifyRecord]:
+    """Qualify one pool whose ranks torchrun has started."""
+    if len(pools) != 1:
+        raise IsthmusError("torchrun's ranks are of one pool: name it with --pool")
+    check_names(run.recipe)
+    ranks = get_pool(run.recipe, pools[0]).ranks
+    store, rank, world = next(rendezvous("env://"))
+    if ranks != world:
+        raise IsthmusError(f"the pool {pools[0]!r} has {ranks} ranks in the recipe, and torchrun started {world}")
+    shared = PrefixStore("isthmus-qualify", store)
+    if rank:
+        Attendant(shared, rank).attend()
+        return []
+    text = budget or run.recipe.qualify.budget
+    with remote_places(shared, world, rank) as places:
+        budget_s = parse_seconds(text) if text else None
+        return [qualify_pool(run, pools[0], watch, budget_s=budget_s, places=places)]
+
+
 def qualify_pool(
-    run: RunFolder, pool_name: str, watch: Watch, *, budget_s: float | None = None, faults: Sequence[Fault] = ()
+    run: RunFolder,
+    pool_name: str,
+    watch: Watch,
+    *,
+    budget_s: float | None = None,
+    faults: Sequence[Fault] = (),
+    places: Sequence[Place] = (),
 ) -> QualifyRecord:
     """Probe one pool, judge what was found, and write `qualify/<pool>.json`.
 
-    `faults` are planted in the ranks that probe it, beside those that the recipe plants in a rehearsed pool.
+    `faults` are planted in the ranks that probe it, beside those that the recipe plants in a rehearsed pool. `places`
+    are where its ranks live; children of this process if there are none.
     """
     started = time.time()
     pool = get_pool(run.recipe, pool_name)
@@ -85,7 +124,7 @@ def qualify_pool(
     watch.say(f"  examining {escape(str(pool))}")
     planted = [*map(parse_fault, run.recipe.pools[pool_name].faults), *faults]
     with compute_threads(pool.threads):
-        examination = Examination(run, _setting(run, pool, watch), watch, planted, budget_s)
+        examination = Examination(run, _setting(run, pool, watch), watch, planted, places, budget_s)
         if pool.rehearsed:
             examination.rehearse()
         else:
@@ -128,6 +167,7 @@ class Examination:
     setting: Setting
     watch: Watch
     faults: Sequence[Fault]
+    places: Sequence[Place]
     budget_s: float | None
     skipped: list[Skipped] = field(default_factory=list)
     looked: list[tuple[Aspect, str]] = field(default_factory=list)
@@ -227,7 +267,16 @@ class Examination:
         pool = self.setting.pool
         threads = max(1, pool.threads // pool.ranks)
         chip = pool.chip if pool.rehearsed else None
-        return Crew(pool.ranks, self.setting.device, threads=threads, chip=chip, faults=tuple(self.faults))
+        host = os.environ["MASTER_ADDR"] if self.places else LOOPBACK
+        return Crew(
+            pool.ranks,
+            self.setting.device,
+            threads=threads,
+            chip=chip,
+            faults=tuple(self.faults),
+            places=list(self.places),
+            host=host,
+        )
 
     def _take(self, probe: Probe, evidence: Sequence[Evidence]) -> None:
         for item in evidence:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +31,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What a rank needs to know to join."""
+    """What a rank needs to know to join. Its place says in which files its beats and what it prints go."""
 
     rank: int
     world: int
@@ -39,9 +40,10 @@ class RankSetup:
     chip: str | None
     faults: tuple[Fault, ...]
     connect_timeout_s: float
+    host: str
     port: int
-    beats: Path
-    log: Path
+    beats: str = ""
+    log: str = ""
 
 
 @dataclass
@@ -67,10 +69,10 @@ class Rank:
 def serve(setup: RankSetup, pipe: Connection) -> None:
     """Set up, answer ("done", seconds of the communicator's set-up), then one answer per request; None ends it."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _write_into(setup.log)
+    _write_into(Path(setup.log))
     torch.set_num_threads(setup.threads)
     injector = Injector(setup.faults, setup.rank, armed=False)
-    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(setup.beats, setup.rank), injector)
+    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(Path(setup.beats), 0), injector)
     _answer(pipe, lambda: _join(setup, rank))
     while (request := pipe.recv()) is not None:
         _answer(pipe, partial(_work, setup, rank, *request))
@@ -91,15 +93,18 @@ def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
     try:
         value = work()
     except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
         pipe.send(("raised", f"{type(error).__name__}: {error}", time.monotonic()))
-        raise
+        raise SystemExit(1) from error
     pipe.send(("done", value, time.monotonic()))
 
 
 def _device(setup: RankSetup) -> torch.device:
     if setup.device == "cpu":
         return torch.device("cpu")
-    device = torch.device(setup.device, setup.rank % torch.accelerator.device_count())
+    place_on_machine = int(os.environ.get("LOCAL_RANK", setup.rank))
+    device = torch.device(setup.device, place_on_machine % torch.accelerator.device_count())
     torch.accelerator.set_device_index(device)
     return device
 
@@ -109,7 +114,7 @@ def _join(setup: RankSetup, rank: Rank) -> float:
     profile = profile_of(setup.chip) if setup.chip else None
     began = time.perf_counter()
     rank.pulse.beat("communicator")
-    store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    store = dist.TCPStore(setup.host, setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     backend = "gloo" if setup.device == "cpu" else dist.get_default_backend_for_device(rank.device)
     if setup.device == "cpu":
         rehearse_backend("gloo", profile, rank.injector, rank.pulse)
