@@ -2,8 +2,8 @@
 
 Inputs are small integers made on the CPU from a seed, so that every rank knows the right result without being told. A
 sum has at most as many contributors per element as keep it exact in its dtype in any order; a rank-valued fill is not
-exact beyond a few dozen ranks in bf16. `numel` is the S of nccl-tests: the elements that a rank puts into an
-all-reduce, a broadcast, an all-to-all or a send, all that an all-gather gives, all that a reduce-scatter takes.
+exact beyond a few dozen ranks in bf16. `numel` counts what a rank puts into an all-reduce, a broadcast, an all-to-all
+or a send, all that an all-gather gives it, and all that a reduce-scatter takes from it.
 
 `groups` cuts the ranks into disjoint groups that work at the same time; a rank in none of them only watches.
 """
@@ -307,9 +307,11 @@ COLLECTIVES = tuple(_PREPARE)
 
 
 def bus_factor(collective: str, ranks: int) -> float:
-    """Bus bandwidth over algorithm bandwidth S / t (nccl-tests, doc/PERFORMANCE.md).
+    """Bus bandwidth over algorithm bandwidth, which is the bytes of `numel` over the time.
 
-    S counts all ranks' shares of an all-gather or a reduce-scatter, not one rank's.
+    The bus bandwidth is what passes a rank's link, each way, in the algorithm that sends least (Patarasu and Yuan, J.
+    Parallel Distrib. Comput. 69, 2009), so that it compares with the link's speed whatever the number of ranks. `numel`
+    counts the shares of all ranks in an all-gather or a reduce-scatter: one rank's would make it low by that number.
     """
     if collective == "all_reduce":
         return 2.0 * (ranks - 1) / ranks
@@ -415,7 +417,7 @@ def timed(
 ) -> dict[str, Any]:
     """Seconds of each of `repeats` runs of one collective after one to warm up; the last result is compared exactly.
 
-    `bytes` is S, `bus_gbs` follows from the median by nccl-tests' definition, in GB/s.
+    `bytes` are those of `numel`; `bus_gbs` is the bus bandwidth of the median run, GB/s (`bus_factor`).
     """
     _check(dtype, collective)
     group, wrong, seconds = _own_group(rank, groups), _Wrong(), []
