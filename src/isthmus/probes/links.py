@@ -25,10 +25,9 @@ from isthmus.run import Figure
 
 WORK = "isthmus.probes.portable.collectives"
 SLOW = 0.75
-"""A link below this share of the pace of its peers is suspected (NVRx takes 0.75 of a reference for a straggler)."""
-BAD = 0.5
-"""One that stays below this share is bad (DLRover calls a node slow that takes more than twice the median)."""
-RETESTS = 4
+"""A link below this share of the pace of good ones is slow (the share at which NVRx calls a rank a straggler)."""
+RETESTS, TURNS, TRANSFERS = 4, 3, 4
+"""How often suspects are measured again, and in how many turns of how many transfers each time."""
 MOST_SUSPECTS = 24
 LOOKS = 4
 """Calls that look for links which do not answer."""
@@ -142,36 +141,46 @@ def _latency(setting: Setting, latency: dict[str, list[float]]) -> Evidence:
 
 
 def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -> dict[str, float] | Evidence:
-    """The directed links that stay slow when they are measured again, with their pace as a share of good links'.
+    """The directed links that stay slow when they are measured again, with their pace as a share of a good link's.
 
-    A first look gives suspects and good links. Each retest measures the suspects left and good links in turn, one pair at
-    a time, and what recovers is cleared; the fastest of all retests counts, so that noise can clear but not convict.
+    A first look gives suspects and good links. Each retest measures the suspects that are left in turn with good links,
+    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the median of the good link
+    beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
     """
     fastest = {link: min(times) for link, times in seconds.items()}
     usual = reference(fastest)
     suspects = _worst({link: value for link, value in fastest.items() if value > usual / SLOW})
     good = [link for link in sorted(fastest, key=fastest.__getitem__) if link not in suspects]
-    best: dict[str, float] = {}
+    best = dict.fromkeys(suspects, math.inf)
+    share: dict[str, float] = {}
     for retest in range(RETESTS):
-        if not suspects or not good:
-            break
-        order = [pair for link in suspects for pair in (_ends(link), _ends(_partner(link, good)))]
-        arguments = {
-            "bytes": effort_of(setting).pair_bytes,
-            "repeats": effort_of(setting).pair_repeats * (1 + retest // 2),
-            "latency_repeats": 0,
-            "seed": setting.recipe.seed + retest,
-            "only": [list(pair) for pair in order],
-            "alone": True,
-        }
+        partners = {link: partner for link in suspects if (partner := _partner(link, good, retest)) is not None}
+        if not partners:
+            return {}
+        arguments = _retest_arguments(setting, partners, retest)
         called = _call(crew, setting, "pairs", arguments)
         if (bad := _bad_call(crew, setting, called, "pairs of ranks", "pairs", arguments)) is not None:
             return bad
-        for link, times in _merged(called, "seconds").items():
-            best[link] = min(best.get(link, math.inf), *times)
-        usual = statistics.median(best[_partner(link, good)] for link in suspects)
-        suspects = {link: best[link] for link in suspects if best[link] > usual / SLOW}
-    return {link: usual / value for link, value in suspects.items() if value > usual / BAD}
+        times = _merged(called, "seconds")
+        for link, partner in partners.items():
+            best[link] = min(best[link], *times[link])
+            share[link] = statistics.median(times[partner]) / best[link]
+        suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
+    return {link: share[link] for link in suspects}
+
+
+def _retest_arguments(setting: Setting, partners: dict[str, str], retest: int) -> dict[str, Any]:
+    """Each suspected pair in turn with its partner, a few transfers at a time, several times over."""
+    together = {_ends(link): _ends(partner) for link, partner in partners.items()}
+    turns = [list(pair) for suspect, partner in together.items() for pair in (suspect, partner)]
+    return {
+        "bytes": effort_of(setting).pair_bytes,
+        "repeats": TRANSFERS,
+        "latency_repeats": 0,
+        "seed": setting.recipe.seed + retest,
+        "only": turns * TURNS,
+        "alone": True,
+    }
 
 
 def _worst(suspects: dict[str, float]) -> dict[str, float]:
@@ -187,14 +196,15 @@ def _worst(suspects: dict[str, float]) -> dict[str, float]:
 
 
 def _ends(link: str) -> Pair:
-    a, b = map(int, link.split(">"))
-    return min(a, b), max(a, b)
+    return _pair(*map(int, link.split(">")))
 
 
-def _partner(link: str, good: list[str]) -> str:
-    """A good link to compare with: one that shares no end with the suspect if there is one."""
-    apart = [other for other in good if not {*_ends(other)} & {*_ends(link)}]
-    return (apart or good)[0]
+def _partner(link: str, good: list[str], turn: int) -> str | None:
+    """A good link to compare with, another at each turn; one that shares no end with the suspect if there is any."""
+    others = [other for other in good if _ends(other) != _ends(link)]
+    apart = [other for other in others if not {*_ends(other)} & {*_ends(link)}]
+    choice = apart or others
+    return choice[turn % len(choice)] if choice else None
 
 
 def _slow_evidence(
@@ -216,10 +226,10 @@ def _slow_evidence(
         "repeats": effort_of(setting).pair_repeats,
         "latency_repeats": 0,
         "alone": True,
-        "slower_than": 1 / BAD,
+        "slower_than": 1 / SLOW,
     }
     called = _call(crew, setting, "pairs", arguments)
-    expected = f"every link within {1 / BAD:g} times the time of the others"
+    expected = f"every link at {SLOW:.0%} of the pace of the others or more"
     failure = _keep(crew, setting, called, name, f"slow: {blame}", "pairs", arguments, expected, listed)
     return _evidence(name, "fail", detail, samples, figures, _without(crew, blame, "slow"), blame.everyone, failure)
 
@@ -621,7 +631,7 @@ def _cell(figure: Figure | None, median: float) -> str:
     if figure is None or figure.value is None:
         return "-"
     text = f"{figure.value:.3g}"
-    return f"[red]{text}[/red]" if figure.value < BAD * median else text
+    return f"[red]{text}[/red]" if figure.value < SLOW * median else text
 
 
 def _price(calls: Callable[[int], float]) -> Callable[[Setting], float]:
