@@ -74,7 +74,7 @@ class Blame:
         return sorted({*self.ranks, *(end for link in self.links for end in link)})
 
     def __str__(self) -> str:
-        parts = [f"rank {rank} with all its peers" for rank in self.ranks]
+        parts = [f"rank {rank}" for rank in self.ranks]
         return ", ".join(parts + [f"the link {a}-{b}" for a, b in self.links])
 
     def __bool__(self) -> bool:
@@ -455,23 +455,35 @@ def look_at_concurrency(crew: Crew, setting: Setting) -> list[Evidence]:
 # -- what went wrong --------------------------------------------------------------------------------------------------
 
 
-def locate(crew: Crew, setting: Setting) -> Blame:
-    """Which link or rank does not answer: all pairs once, again without those that are stuck, until the rest answers.
+def locate(crew: Crew, setting: Setting, called: Called) -> Blame:
+    """Which link or rank does not answer after a call that did not end well.
 
-    Ranks that wait for a partner are in another pair than it is; a pair is stuck if both of its ends are in it.
+    A rank that began fewer collectives than all others is the one that hangs. Else all pairs are tried at the step at
+    which the call ended, and again without those that are stuck, until the rest answers: ranks that only wait for a
+    partner are in another pair than it is, so a pair is stuck if both of its ends are in it.
     """
+    if (rank := laggard(called)) is not None:
+        return Blame(ranks=(rank,))
     pending = [pair for chosen in tournament(crew.world) for pair in chosen]
     bad: set[Pair] = set()
+    step = max((reply.beat.step for reply in called.replies if reply.beat and reply.state != "done"), default=0)
     for _ in range(LOOKS):
-        arguments = {"bytes": SMALL_MESSAGE, "repeats": 0, "latency_repeats": 0, "only": [list(pair) for pair in pending]}
-        called = _call(crew, setting, "pairs", arguments, stall_s=min(setting.stall_s, effort_of(setting).silence_s))
-        stuck = stuck_pairs(called)
-        if called.ok or not stuck:
+        wanted = [list(pair) for pair in pending]
+        arguments = {"bytes": SMALL_MESSAGE, "repeats": 0, "latency_repeats": 0, "only": wanted, "step": step}
+        again = _call(crew, setting, "pairs", arguments, stall_s=min(setting.stall_s, effort_of(setting).silence_s))
+        stuck = stuck_pairs(again)
+        if again.ok or not stuck:
             break
         bad |= stuck
         count = Counter(end for pair in bad for end in pair)
         pending = [pair for pair in pending if pair not in bad and all(count[end] < 2 for end in pair)]
     return blamed(bad, [*pending, *bad])
+
+
+def laggard(called: Called) -> int | None:
+    """The one rank that began fewer collectives than every other among those that hang, if there is one."""
+    begun = sorted((reply.beat.collectives, reply.rank) for reply in called.replies if reply.state == "hung" and reply.beat)
+    return begun[0][1] if len(begun) > 1 and begun[0][0] < begun[1][0] else None
 
 
 def stuck_pairs(called: Called) -> set[Pair]:
@@ -507,16 +519,24 @@ def _bad_call(
 def _broken(
     crew: Crew, setting: Setting, called: Called, name: str, function: str, arguments: dict[str, Any]
 ) -> Evidence:
-    """A call that crashed, raised or hangs; after a hang or an error the pairs say which link or rank it is."""
-    what = called.describe()
-    states = {reply.state for reply in called.replies}
+    """A call that crashed, raised or hangs, with who is to blame for it."""
+    what, states = called.describe(), {reply.state for reply in called.replies}
     failure = _keep(crew, setting, called, name, what[:80], function, arguments, "an answer of every rank", what)
-    blame = Blame() if "crashed" in states else locate(crew, setting)
-    if not blame and len(called.culprits()) < crew.world:
-        blame = Blame(ranks=tuple(called.culprits()))
+    blame = _who(crew, setting, called)
     how = "crashed" if "crashed" in states else "hangs" if "hung" in states else "failed"
     detail = f"{function} {how}: {what}" + (f"; at fault: {blame}" if blame else "")
     return _evidence(name, "fail", detail, 0, {}, _without(crew, blame, how), blame.everyone, failure)
+
+
+def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
+    """Nobody if all ranks raised: then it is what they were asked for that is refused."""
+    states = [reply.state for reply in called.replies]
+    if all(state == "raised" for state in states) and len({reply.error for reply in called.replies}) == 1:
+        return Blame()
+    suspected = Blame(ranks=tuple(called.culprits()))
+    if "crashed" in states:
+        return suspected
+    return locate(crew, setting, called) or (suspected if len(suspected.ranks) < crew.world else Blame())
 
 
 def _without(crew: Crew, blame: Blame, why: str) -> list[Limit]:

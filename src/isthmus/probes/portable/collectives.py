@@ -454,19 +454,21 @@ def pairs(
     seed: int = 0,
     only: list[list[int]] | None = None,
     alone: bool = False,
+    step: int | None = None,
     slower_than: float | None = None,
 ) -> dict[str, Any]:
     """Point-to-point transfers in both directions of every pair, or of `only` these, in rounds of disjoint pairs.
 
     With `alone` one pair works at a time. `seconds["a>b"]` are those of `bytes` from a to b and a short answer, by a's
-    clock; `latency_s["a>b"]` half the round trips of 8 KB that a started. Every payload is compared. With `slower_than`
-    a link fails if its fastest transfer takes more than that many times what `reference` says.
+    clock; `latency_s["a>b"]` half the round trips of 8 KB that a started. Every payload is compared. `step` is what all
+    beats say; None: the number of the round. With `slower_than` a link fails if its fastest transfer takes more than
+    that many times what `reference` says.
     """
     wrong, found = _Wrong(), _Times()
     for number, chosen in enumerate(_schedule(rank.world, only, alone)):
         for a, b in chosen:
             if rank.rank in (a, b):
-                rank.beat(f"pair {a}-{b}", number)
+                rank.beat(f"pair {a}-{b}", number if step is None else step)
                 _exchange(rank, (a, b), (bytes, repeats, latency_repeats, seed), wrong, found)
         if alone:
             dist.barrier()
