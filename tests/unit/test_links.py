@@ -148,15 +148,18 @@ def test_two_bad_ends_are_both_found(world: int, data: st.DataObject):
     assert set(links.blamed(bad, pairs_of(world)).ranks) == ends
 
 
-def seen(*origins: set[int]) -> list[dict]:
-    return [{"origins": sorted(one), "failed": bool(one)} for one in origins]
+def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
+    return [{"origins": sorted(one), "failed": bool(one), "unnamed": unnamed * bool(one)} for one in origins]
 
 
 def test_wrong_elements_are_blamed_on_who_sent_them_or_who_alone_sees_them():
     assert links.blame_of_wrong(seen({2}, {2}, set(), {2})) == links.Blame(ranks=(2,))
     assert links.blame_of_wrong(seen(set(), {0, 2, 3}, set(), set())) == links.Blame(ranks=(1,))
     assert links.blame_of_wrong(seen(set(), {3}, set(), set())) == links.Blame(links=((1, 3),))
+    assert links.blame_of_wrong(seen(set(), {3}, set(), set(), unnamed=5)) == links.Blame(ranks=(1,))
     assert not links.blame_of_wrong(seen({1}, {2}, {0}, {1}))
+    one_link, another = seen(set(), {3}, set(), set()), seen(set(), {2}, set(), set())
+    assert links.blame_of_wrong(one_link, another) == links.Blame(ranks=(1,))
 
 
 def test_a_pair_is_stuck_if_both_ends_are_in_it():

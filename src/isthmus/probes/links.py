@@ -28,6 +28,8 @@ SLOW = 0.75
 """A link below this share of the pace of good ones is slow (the share at which NVRx calls a rank a straggler)."""
 RETESTS, TURNS, TRANSFERS = 4, 3, 4
 """How often suspects are measured again, and in how many turns of how many transfers each time."""
+GOOD_SHARE = 0.25
+"""What a good link takes, in a retest: this quantile of its transfers."""
 MOST_SUSPECTS = 24
 LOOKS = 4
 """Calls that look for links which do not answer."""
@@ -49,6 +51,7 @@ class Effort:
     """How much is sent, and how long a link may stay silent in a search, by where the ranks compute."""
 
     pair_bytes: int
+    retest_bytes: int
     pair_repeats: int
     trips: int
     numel: int
@@ -58,8 +61,8 @@ class Effort:
     call_s: float
 
 
-ON_CPU = Effort(262_144, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
-ON_ACCELERATOR = Effort(2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
+ON_CPU = Effort(2**18, 2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
+ON_ACCELERATOR = Effort(2**26, 2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,8 @@ def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -
     """The directed links that stay slow when they are measured again, with their pace as a share of a good link's.
 
     A first look gives suspects and good links. Each retest measures the suspects that are left in turn with good links,
-    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the median of the good link
-    beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
+    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the lower quartile of the good
+    link beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
     """
     fastest = {link: min(times) for link, times in seconds.items()}
     usual = reference(fastest)
@@ -164,7 +167,7 @@ def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -
         times = _merged(called, "seconds")
         for link, partner in partners.items():
             best[link] = min(best[link], *times[link])
-            share[link] = statistics.median(times[partner]) / best[link]
+            share[link] = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))] / best[link]
         suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
     return {link: share[link] for link in suspects}
 
@@ -174,7 +177,7 @@ def _retest_arguments(setting: Setting, partners: dict[str, str], retest: int) -
     together = {_ends(link): _ends(partner) for link, partner in partners.items()}
     turns = [list(pair) for suspect, partner in together.items() for pair in (suspect, partner)]
     return {
-        "bytes": effort_of(setting).pair_bytes,
+        "bytes": effort_of(setting).retest_bytes,
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "seed": setting.recipe.seed + retest,
@@ -222,8 +225,8 @@ def _slow_evidence(
     listed = ", ".join(f"{link} at {share:.0%}" for link, share in sorted(slow.items(), key=lambda item: item[1]))
     detail = f"{summary}; slow in {RETESTS} retests beside good links: {listed} of their pace; at fault: {blame}"
     arguments = {
-        "bytes": effort_of(setting).pair_bytes,
-        "repeats": effort_of(setting).pair_repeats,
+        "bytes": effort_of(setting).retest_bytes,
+        "repeats": TRANSFERS,
         "latency_repeats": 0,
         "alone": True,
         "slower_than": 1 / SLOW,
@@ -277,7 +280,7 @@ def look_at_results(crew: Crew, setting: Setting) -> list[Evidence]:
     if not wrong:
         detail = f"{checked} elements of {len(_checks(setting, crew.world))} kinds of collectives, all exact"
         return [_evidence(name, "pass", detail, checked)]
-    blame = _agreed([blame_of_wrong(values) for values in wrong.values()])
+    blame = blame_of_wrong(*wrong.values())
     detail = _wrong_detail(next(iter(wrong.values()))) + f"; wrong: {', '.join(wrong)}"
     limits = _without(crew, blame, "wrong results")
     if not limits and all(kind.startswith("all_to_all") for kind in wrong):
@@ -293,28 +296,26 @@ def _checks(setting: Setting, world: int) -> list[tuple[str, str, str]]:
     return [*floats, ("all_to_all", "int64", "sum"), ("all_reduce", "int64", "sum"), ("all_reduce", "float32", "max")]
 
 
-def blame_of_wrong(values: list[dict[str, Any]]) -> Blame:
-    """Whose wrong elements these are, from who saw them and where they came from: a rank that all of them left, or that
-    alone saw them; the link if both ends are one rank each. Nobody if they do not agree."""
-    seen = {(origin, rank) for rank, value in enumerate(values) for origin in value["origins"]}
-    seers = {rank for rank, value in enumerate(values) if value["failed"]}
-    origins = {origin for origin, _ in seen}
-    if len(seers) == 1 and len(origins) == 1 and seers != origins:
-        return Blame(links=(_pair(*seers, *origins),))
-    if len(seers) == 1 and len(values) > 1:
+def blame_of_wrong(*findings: list[dict[str, Any]]) -> Blame:
+    """Whose wrong elements these are, from who saw them and where they came from, over some calls (values by rank).
+
+    A rank that all of them left, or that alone saw them; the link if both ends are one rank each. Nobody if the
+    elements do not agree.
+    """
+    each = [(rank, value) for values in findings for rank, value in enumerate(values)]
+    seers = {rank for rank, value in each if value["failed"]}
+    origins = {origin for _, value in each for origin in value["origins"]}
+    unnamed = any(value["unnamed"] for _, value in each)
+    if len(seers) == 1:
+        if len(origins) == 1 and seers != origins and not unnamed:
+            return Blame(links=(_pair(*seers, *origins),))
         return Blame(ranks=tuple(seers))
     return Blame(ranks=tuple(origins)) if len(origins) == 1 else Blame()
 
 
-def _agreed(blames: list[Blame]) -> Blame:
-    """The blame on which most findings agree, where one is blamed."""
-    named = [blame for blame in blames if blame]
-    return Counter(named).most_common(1)[0][0] if named else Blame()
-
-
 def look_at_shapes(crew: Crew, setting: Setting) -> list[Evidence]:
     """The pace of the collectives that this run will issue, each at its largest, as bus bandwidth."""
-    effort, name = effort_of(setting), "collectives in the run's shapes"
+    effort, name = effort_of(setting), "collectives in run shapes"
     shapes = shapes_of(setting.recipe, crew.world, setting.device, effort.most_bytes)
     chosen = {shape.collective: shape for shape in reversed(shapes) if shape.collective != "all_to_all"}
     largest = next(shape for shape in shapes if shape.collective == "reduce_scatter")
@@ -679,7 +680,7 @@ PROBES: tuple[Probe, ...] = (
         min_ranks=2,
     ),
     Probe(
-        name="collectives in the run's shapes",
+        name="collectives in run shapes",
         aspect="links",
         needed_for="training",
         finds=("wrong-sum", "nan", "link-cut", "hang", "crash"),

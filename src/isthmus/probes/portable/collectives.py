@@ -171,6 +171,7 @@ class _Wrong:
             "wrong": self.count,
             "first": self.first,
             "origins": sorted(self.origins),
+            "unnamed": self.count - self.origins.total(),
         }
 
     def _detail(self, rank: int, what: str) -> str:
@@ -388,7 +389,8 @@ def verified(
     """One collective with several fills, all compared exactly. In the last of several fills each element of a sum has
     one contributor, so that a wrong one names its origin.
 
-    Returns how many elements were `checked` and `wrong`, the `first` wrong one, and the `origins` of wrong ones.
+    Returns how many elements were `checked` and `wrong`, the `first` wrong one, the ranks that are `origins` of wrong
+    ones, and how many of those are `unnamed`: of several contributors.
     """
     _check(dtype, collective)
     group, wrong = _own_group(rank, groups), _Wrong()
