@@ -9,6 +9,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
+from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
@@ -22,6 +23,7 @@ __all__ = [
     "TEXTS",
     "Capabilities",
     "Chip",
+    "FailureRate",
     "Found",
     "Presence",
     "Rule",
@@ -33,6 +35,7 @@ __all__ = [
     "describe_all",
     "device_for",
     "device_of",
+    "failure_rates",
     "get_chip",
     "is_here",
     "load_chips",
