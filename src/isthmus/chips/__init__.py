@@ -13,6 +13,7 @@ from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips._stability import StabilityRule, stability_rule
 from isthmus.chips.rehearse import can_rehearse
 from isthmus.errors import IsthmusError
 from isthmus.pools import Pool, get_pool, placed_pools
@@ -27,6 +28,7 @@ __all__ = [
     "Found",
     "Presence",
     "Rule",
+    "StabilityRule",
     "Vendor",
     "can_rehearse",
     "check_available",
@@ -41,6 +43,7 @@ __all__ = [
     "load_chips",
     "present",
     "rules_for",
+    "stability_rule",
     "vendor_of",
     "vendors",
 ]

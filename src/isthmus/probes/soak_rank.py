@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ class Seen:
     seconds: float = 0.0
 
 
+def ready(rank: Rank) -> int:
+    """Answers when the trainer is loaded, an optimiser's code included: that can take long, without a sign of life."""
+    value = nn.Parameter(torch.zeros(1))
+    value.grad = torch.zeros(1)
+    torch.optim.AdamW([value]).step()
+    return rank.rank
+
+
 def soak(
     rank: Rank, run: str, folder: str, seconds: float, round_steps: int = 4, least_rounds: int = 2, save_every: int = 1
 ) -> dict[str, Any]:
@@ -83,7 +92,6 @@ def soak(
     """
     began = time.monotonic()
     work = _Work(rank, RunFolder.open(Path(run)), Path(folder))
-    work.seen.seconds = 0.0
     step, rounds = 0, 0
     started = time.monotonic()
     go_on = True
@@ -122,7 +130,8 @@ class _Work:
         self.section = _layout(self.recipe, rank.world)
         self.task = load_task(self.recipe)
         self.tokenizer = run_tokenizer(run, self.task)
-        self.model = _model(self.recipe, self.ranks, self.section)
+        with ThreadPoolExecutor(max_workers=1) as host:
+            self.model = host.submit(_model, self.recipe, self.ranks, self.section).result()
         sft = self.recipe.sft
         self.optimizer = Optimizer(self.model, sft.optimizer, sft.steps, self.ranks, self.section.replicate)
         self.folder = folder
@@ -255,7 +264,12 @@ def _layout(recipe: Recipe, world: int) -> TrainSection:
 
 
 def _model(recipe: Recipe, ranks: Ranks, section: TrainSection) -> Model:
-    """The recipe's model as its training starts, with values from the seed, sharded if there are several ranks."""
+    """The recipe's model as its training starts, with values from the seed, sharded if there are several ranks.
+
+    It is built in a thread of its own: that is the host's work, and the rules of a rehearsed chip hold by thread.
+    """
+    if ranks.device.type != "cpu":
+        torch.accelerator.set_device_index(ranks.device)
     model = unfilled(recipe.model)
     precision = section.precision or ("fp32" if ranks.device.type == "cpu" else "bf16")
     if recipe.train.activation_checkpointing:

@@ -90,16 +90,18 @@ class GammaRate:
         return GammaRate(self.shape + failures, self.hours + hours)
 
 
-def fit_gamma(rates: Sequence[float], spread: float = 1.0) -> GammaRate:
+def fit_gamma(rates: Sequence[float], centre: Sequence[float] | None = None, spread: float = 1.0) -> GammaRate:
     """A prior for a fleet not seen yet, from the rates of at least two others.
 
-    Its logarithm has the mean of theirs, and their variance (n - 1) times 1 + 1/n, for a mean of n is itself unsure,
-    times the square of `spread`. For a gamma, these are digamma(shape) - ln(hours) and trigamma(shape).
+    Its logarithm has the mean of those of `centre`, all of them if not given, and the variance (n - 1) of all times
+    1 + 1/n, for a mean of n is itself unsure, and times the square of `spread`. Of a gamma distribution these are
+    digamma(shape) - ln(hours) and trigamma(shape).
     """
     logs = [math.log(rate) for rate in rates]
-    variance = statistics.variance(logs) * (1.0 + 1.0 / len(logs)) * spread**2
+    middle = [math.log(rate) for rate in centre] if centre else logs
+    variance = statistics.variance(logs) * (1.0 + 1.0 / len(middle)) * spread**2
     shape = _bisect(lambda shape: -_trigamma(shape), -variance, 1e-3, 1e6)
-    return GammaRate(shape, math.exp(_digamma(shape) - statistics.mean(logs)))
+    return GammaRate(shape, math.exp(_digamma(shape) - statistics.mean(middle)))
 
 
 def checkpoint_interval(save_s: float, mtbf_s: float) -> float:
