@@ -20,6 +20,8 @@ HORIZON = 10.0
 MATERIAL = 0.25
 """Growth within the horizon, as a share of the median, that matters."""
 
+STEADY = 0.5
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -93,9 +95,9 @@ def _saves(seen: Sequence[dict[str, Any]]) -> list[Problem]:
 def trends_of(values: Sequence[Sequence[float]]) -> list[Trend]:
     """The trend on each rank of what it measured at each step, without the first third: a start is not a trend.
 
-    It matters if it is significant as a whole and in each half, and if at the low end of its interval it grows by more
-    than `MATERIAL` of the median within `HORIZON` times the steps that were seen. Ranks with less than `LEAST_SAMPLES`
-    values have none.
+    It matters if it is significant as a whole and in each half, does not settle (in the second half it is `STEADY` of
+    what it was in the first), and if at the low end of its interval it grows by more than `MATERIAL` of the median
+    within `HORIZON` times the steps that were seen. Ranks with less than `LEAST_SAMPLES` values have none.
     """
     found = []
     for rank, all_values in enumerate(values):
@@ -105,7 +107,8 @@ def trends_of(values: Sequence[Sequence[float]]) -> list[Trend]:
         thinned, each = _thinned(settled)
         slope, level = theil_sen(thinned, TREND_CONFIDENCE), statistics.median(thinned)
         half = len(thinned) // 2
-        lasts = all(theil_sen(part, TREND_CONFIDENCE).grows() for part in (thinned[:half], thinned[half:]))
+        first, second = (theil_sen(part, TREND_CONFIDENCE) for part in (thinned[:half], thinned[half:]))
+        lasts = first.grows() and second.grows() and second.value > STEADY * first.value
         growth = slope.low * len(thinned) * HORIZON
         matters = slope.grows() and lasts and growth > MATERIAL * level
         found.append(Trend(rank, _per_step(slope, each), level, matters))
