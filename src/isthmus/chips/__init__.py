@@ -9,9 +9,11 @@ from __future__ import annotations
 from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
+from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips._stability import StabilityRule, stability_rule
 from isthmus.chips._weights import fault_weights, looked_for
 from isthmus.chips.rehearse import can_rehearse
 from isthmus.chips.rehearse.faults import parse_fault
@@ -24,9 +26,11 @@ __all__ = [
     "TEXTS",
     "Capabilities",
     "Chip",
+    "FailureRate",
     "Found",
     "Presence",
     "Rule",
+    "StabilityRule",
     "Vendor",
     "can_rehearse",
     "check_available",
@@ -35,6 +39,7 @@ __all__ = [
     "describe_all",
     "device_for",
     "device_of",
+    "failure_rates",
     "fault_weights",
     "get_chip",
     "is_here",
@@ -42,6 +47,7 @@ __all__ = [
     "looked_for",
     "present",
     "rules_for",
+    "stability_rule",
     "vendor_of",
     "vendors",
 ]

@@ -483,7 +483,9 @@ def locate(crew: Crew, setting: Setting, called: Called) -> Blame:
 
 def laggard(called: Called) -> int | None:
     """The one rank that began fewer collectives than every other among those that hang, if there is one."""
-    begun = sorted((reply.beat.collectives, reply.rank) for reply in called.replies if reply.state == "hung" and reply.beat)
+    begun = sorted(
+        (reply.beat.collectives, reply.rank) for reply in called.replies if reply.state == "hung" and reply.beat
+    )
     return begun[0][1] if len(begun) > 1 and begun[0][0] < begun[1][0] else None
 
 

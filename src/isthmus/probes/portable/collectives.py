@@ -604,7 +604,10 @@ def _judge_pace(rank: Any, found: _Times, slower_than: float, reply: dict[str, A
     slow = {key: fastest[key] for key in found.seconds if fastest[key] > limit}
     if slow:
         listed = ", ".join(f"{key} {seconds * 1e3:.3g} ms" for key, seconds in slow.items())
-        reply |= {"failed": True, "detail": f"slow links: {listed}; {slower_than} times the reference is {limit * 1e3:.3g} ms"}
+        reply |= {
+            "failed": True,
+            "detail": f"slow links: {listed}; {slower_than} times the reference is {limit * 1e3:.3g} ms",
+        }
 
 
 def set_up(rank: Any, times: int = 8, limit_s: float | None = None) -> dict[str, Any]:
