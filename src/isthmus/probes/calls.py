@@ -1,7 +1,7 @@
 """The operator calls that a recipe's work makes, as specifications from which anyone can make the same call again.
 
-A specification is JSON: `operator` (a name as in `aten::add.Tensor`), `arguments`, `named` and `count`, how often the
-work made calls of its kind. A tensor is `{"tensor": {"shape", "strides", "dtype", "values"}}`: values are not kept, but
+A specification is JSON: `operator` (a name as in `aten::add.Tensor`), `arguments`, `named`, `count` (how often the
+work made calls of its kind) and `uses` (what the operator is needed for). A tensor is `{"tensor": {"shape", "strides", "dtype", "values"}}`: values are not kept, but
 described well enough that drawn ones make a valid call (indices stay in bounds, sorted numbers sorted, probabilities
 add up). The dtype "float" stands for the dtype under test. `isthmus.probes.portable.operators` makes the calls.
 """
@@ -9,7 +9,7 @@ add up). The dtype "float" stands for the dtype under test. `isthmus.probes.port
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,14 +49,16 @@ def recipe_calls(recipe: Recipe) -> list[Call]:
     documents = _documents(section.vocab_size)
     batch = pack(documents)
 
-    def work() -> None:
+    recorder = CallRecorder()
+    with recorder:
+        recorder.use = "training"
         train_step(model, optimizer, batch, text, 0)
         optimizer.zero_grad()
         target_logprobs(model, batch, recipe.rl.temperature)[0].mean().backward()
+        recorder.use = "serving"
         with torch.inference_mode():
             _generate(model, [document.tokens for document in documents[:3]])
-
-    return record_calls(work)
+    return recorder.calls()
 
 
 def small_model(section: ModelSection) -> ModelSection:
@@ -102,29 +104,30 @@ def _generate(model: Model, prompts: list[list[int]]) -> None:
         logits = trial.decode(logits.argmax(-1))
 
 
-def record_calls(work: Callable[[], object]) -> list[Call]:
-    """Run `work` and specify the operators that it calls, in the order of their names. Draws are left out."""
-    recorder = _Recorder()
-    with recorder:
-        work()
-    chosen: list[Call] = []
-    for operator in sorted({alike[0]["operator"] for alike in recorder.kinds.values()}):
-        kinds = [alike for alike in recorder.kinds.values() if alike[0]["operator"] == operator]
-        most = KINDS_OF_VIEWS if operator in recorder.views else KINDS
-        for alike in sorted(kinds, key=lambda alike: -alike[0]["count"])[:most]:
-            chosen += _chosen(alike)
-    return chosen
+class CallRecorder(OperatorWatch):
+    """Within this context, specifies the operators that are called; draws are left out.
 
-
-class _Recorder(OperatorWatch):
-    """Keeps the smallest and the largest call of each kind. A kind is an operator, the form of its tensors and its
-    numbers that are not sizes."""
+    It keeps the smallest and the largest call of each kind. A kind is an operator, the form of its tensors and its
+    numbers that are not sizes. `use` says what the work is for, "training" or "serving".
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kinds: dict[str, list[Call]] = {}
-        self.views: set[str] = set()
+        self.use = "training"
+        self._kinds: dict[str, list[Call]] = {}
+        self._views: set[str] = set()
+        self._uses: dict[str, set[str]] = {}
         self._given: tuple[Any, tuple[Any, ...], dict[str, Any]] = None, (), {}
+
+    def calls(self) -> list[Call]:
+        """What was recorded, by the names of the operators; of each, the kinds of calls that were made most often."""
+        chosen: list[Call] = []
+        for operator in sorted(self._uses):
+            kinds = [alike for alike in self._kinds.values() if alike[0]["operator"] == operator]
+            most = KINDS_OF_VIEWS if operator in self._views else KINDS
+            for alike in sorted(kinds, key=lambda alike: -alike[0]["count"])[:most]:
+                chosen += [{**call, "uses": sorted(self._uses[operator])} for call in _chosen(alike)]
+        return chosen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._given = func, args, kwargs or {}
@@ -134,10 +137,11 @@ class _Recorder(OperatorWatch):
         func, args, kwargs = self._given
         if torch.Tag.nondeterministic_seeded in func.tags:
             return
+        self._uses.setdefault(operator, set()).add(self.use)
         if func.is_view:
-            self.views.add(operator)
+            self._views.add(operator)
         call = specify(operator, args, kwargs)
-        alike = self.kinds.setdefault(operator + _form(call), [])
+        alike = self._kinds.setdefault(operator + _form(call), [])
         if alike:
             alike[0]["count"] += 1
             call["count"] = alike[0]["count"]
@@ -187,7 +191,13 @@ def edge_calls(grouped: bool) -> list[Call]:
 
 
 def _edge(operator: str, *arguments: Any, **named: Any) -> Call:
-    return {"operator": operator, "arguments": list(arguments), "named": named, "count": 0}
+    return {
+        "operator": operator,
+        "arguments": list(arguments),
+        "named": named,
+        "count": 0,
+        "uses": ["serving", "training"],
+    }
 
 
 def _floats_of(*shape: int) -> dict[str, Any]:

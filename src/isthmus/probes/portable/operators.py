@@ -29,25 +29,27 @@ RATIOS = {"max": 5.0, "mean": 1.5, "rmse": 1.5}
 ROUNDED = {"max": 1.0, "mean": 0.25, "rmse": 0.3}
 """A trusted error counts as no less than so many unit roundoffs: rounding the result once costs that."""
 SLOWER, SLOW_S = 20.0, 2e-4
-"""Slower than its peers by so much, relative to the host, and by so many seconds: an operator that may run elsewhere."""
+"""Slower than its peers by so much, relative to the host, and by so many seconds: an operator may run elsewhere."""
 OFF_DEVICE = ("fall back", "fallback", "falls back", "fell back", "run on the cpu", "runs on the cpu", "on cpu instead")
-EXACT = frozenset(
+_EXACT = (
     "alias arange argmax as_strided bitwise_and bitwise_not bitwise_or bucketize cat clamp clone constant_pad_nd copy_ "
     "detach detach_ diagonal embedding empty_like eq expand fill_ flip full full_like gather ge gt index index_copy_ "
-    "index_put index_put_ index_select lift_fresh logical_and logical_not logical_or lt le masked_fill masked_fill_ max "
-    "minimum maximum min ne neg new_zeros nonzero ones ones_like permute repeat roll scalar_tensor scatter scatter_ "
+    "index_put index_put_ index_select lift_fresh logical_and logical_not logical_or lt le masked_fill masked_fill_ "
+    "max minimum maximum min ne neg new_zeros nonzero ones ones_like permute repeat roll scalar_tensor scatter scatter_ "
     "select select_backward sign slice slice_backward sort split split_with_sizes squeeze stack t topk transpose tril "
     "triu unbind unsqueeze view where zeros zeros_like zero_ _local_scalar_dense _reshape_alias _to_copy _unsafe_view "
-    "bitwise_xor any all argsort narrow unfold amax amin abs relu".split()
+    "bitwise_xor any all argsort narrow unfold amax amin abs relu"
 )
+EXACT = frozenset(_EXACT.split())
 """Operators that choose, move or compare, and never round: forward, they have one right answer."""
 CHOOSING = frozenset({"topk", "argmax", "argmin", "max", "min", "sort"})
 """Operators whose indices are right if they point at the right values."""
 UNDEFINED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
-ORDERLESS = frozenset(
+_ORDERLESS = (
     "index_add index_add_ scatter_add scatter_add_ index_put index_put_ embedding_dense_backward cumsum bincount "
-    "scatter_reduce scatter_reduce_ index_reduce embedding gather index index_select".split()
+    "scatter_reduce scatter_reduce_ index_reduce embedding gather index index_select"
 )
+ORDERLESS = frozenset(_ORDERLESS.split())
 """Operators that torch documents as non-deterministic on some devices (torch.use_deterministic_algorithms), or whose
 backward pass is one of those: there, a result that changes is reported and no failure."""
 
@@ -73,8 +75,7 @@ def check_operators(
     rank.beat("operators", 0)
     with _all_warnings():
         for number, call in enumerate(calls):
-            if number % 16 == 0:
-                rank.beat(str(call["operator"]), number)
+            rank.beat(str(call["operator"]), number)
             study.examine(number, call)
         study.look_at_times(calls)
     return study.result()
@@ -313,8 +314,9 @@ class _Examination:
 
     def _compare(self, way: str, got: list[Any], wanted: list[Any], host: dict[str, Any]) -> None:
         key = f"{self.operator} {self.name} {way}"
-        digest = zlib.crc32(json.dumps([_digest(one) for one in got]).encode())
-        self.study.digests[f"{self.number} {self.name} {way}"] = f"{digest:08x}"
+        if self.short not in UNDEFINED:
+            digest = zlib.crc32(json.dumps([_digest(one) for one in got]).encode())
+            self.study.digests[f"{self.number} {self.name} {way}"] = f"{digest:08x}"
         plain = host["plain"] and host["plain"][way]
         if len(got) != len(wanted):
             self._fail(way, "wrong", f"gives {len(got)} results, not {len(wanted)}")
