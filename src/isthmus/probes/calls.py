@@ -1,9 +1,10 @@
 """The operator calls that a recipe's work makes, as specifications from which anyone can make the same call again.
 
-A specification is JSON: `operator` (a name as in `aten::add.Tensor`), `arguments`, `named`, `count` (how often the
-work made calls of its kind) and `uses` (what the operator is needed for). A tensor is `{"tensor": {"shape", "strides", "dtype", "values"}}`: values are not kept, but
-described well enough that drawn ones make a valid call (indices stay in bounds, sorted numbers sorted, probabilities
-add up). The dtype "float" stands for the dtype under test. `isthmus.probes.portable.operators` makes the calls.
+A specification is JSON: `operator` (a name as in `aten::add.Tensor`), `arguments`, `named`, `count` (how often the work
+made calls of its kind) and `uses` (what the operator is needed for). A tensor is `{"tensor": {"shape", "strides",
+"dtype", "values"}}`: values are not kept, but described well enough that drawn ones make a valid call (indices stay in
+bounds, sorted numbers sorted, probabilities add up). The dtype "float" stands for the dtype under test.
+`isthmus.probes.portable.operators` makes the calls.
 """
 
 from __future__ import annotations

@@ -124,6 +124,9 @@ def _evidence(
     worst = max((max(one.values()) for value in called.values for one in value["errors"].values()), default=0.0)
     source = f"{checked} calls on {len(called.values)} ranks, error against float64 by what rounding explains"
     figures = {"worst_error": setting.measured(worst, "times rounding", source)} if math.isfinite(worst) else {}
+    closest = max(value["closest"] for value in called.values)
+    if math.isfinite(closest):
+        figures["closest_to_its_limit"] = setting.measured(100.0 * closest, "% of a limit", source)
     if not findings:
         return Evidence(
             name=name,

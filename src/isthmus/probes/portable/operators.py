@@ -35,7 +35,8 @@ _EXACT = (
     "alias arange argmax as_strided bitwise_and bitwise_not bitwise_or bucketize cat clamp clone constant_pad_nd copy_ "
     "detach detach_ diagonal embedding empty_like eq expand fill_ flip full full_like gather ge gt index index_copy_ "
     "index_put index_put_ index_select lift_fresh logical_and logical_not logical_or lt le masked_fill masked_fill_ "
-    "max minimum maximum min ne neg new_zeros nonzero ones ones_like permute repeat roll scalar_tensor scatter scatter_ "
+    "max minimum maximum min ne neg new_zeros nonzero ones ones_like permute repeat roll scalar_tensor scatter "
+    "scatter_ "
     "select select_backward sign slice slice_backward sort split split_with_sizes squeeze stack t topk transpose tril "
     "triu unbind unsqueeze view where zeros zeros_like zero_ _local_scalar_dense _reshape_alias _to_copy _unsafe_view "
     "bitwise_xor any all argsort narrow unfold amax amin abs relu"
@@ -69,7 +70,8 @@ def check_operators(
     to the errors of a trusted chip, in units of what rounding explains; without it the host in that dtype is trusted.
 
     Returns `failed`, `detail`, `findings` (each with the number of its call), `checked`, `unchecked` with reasons,
-    `noted` (what is worth a word and no failure), `errors` by "operator dtype pass", and `digests` of the results.
+    `noted` (what is worth a word and no failure), `errors` and `ratios` by "operator dtype pass", `closest` (the
+    largest share of its limit that an error came to), and `digests` of the results.
     """
     study = _Study(rank, dtypes, max(1, repeats), seed, trusted)
     rank.beat("operators", 0)
@@ -95,6 +97,7 @@ class _Study:
         self.digests: dict[str, str] = {}
         self.times: dict[tuple[int, str], tuple[float, float]] = {}
         self.checked = 0
+        self.closest = 0.0
 
     def examine(self, number: int, call: dict[str, Any]) -> None:
         values = [*call["arguments"], *call["named"].values()]
@@ -134,6 +137,7 @@ class _Study:
             "unchecked": self.unchecked,
             "errors": self.errors,
             "ratios": self.ratios,
+            "closest": self.closest,
             "digests": self.digests,
         }
 
@@ -393,6 +397,7 @@ class _Examination:
         over = {name: found[name] / allowed[name] for name in found}
         self._keep(key, over)
         for name, limit in LIMITS.items():
+            self.study.closest = max(self.study.closest, over[name] / (limit * growth))
             if over[name] > limit * growth:
                 times = f"{over[name]:.2g} times what rounding explains"
                 return self._fail(way, "inaccurate", f"{name} relative error {found[name]:.2g}, {times}")
