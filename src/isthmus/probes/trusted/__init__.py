@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 Errors = dict[str, dict[str, float]]
 
 
-def trusted_errors(chip: str, folder: str = "isthmus.probes.trusted") -> Errors | None:
+def trusted_errors(chip: str, folder: Traversable | None = None) -> Errors | None:
     """What an operator may be off by: the most of all chips that are stored, but for `chip` itself unless it is alone.
 
     None without a stored chip.
     """
-    files = [file for file in resources.files(folder).iterdir() if file.name.endswith(".json")]
-    stored = {content["chip"]: content["errors"] for file in files if (content := json.loads(file.read_text("utf-8")))}
+    files = [file for file in (folder or resources.files(__name__)).iterdir() if file.name.endswith(".json")]
+    contents = [json.loads(file.read_text("utf-8")) for file in files]
+    stored = {content["chip"]: content["errors"] for content in contents}
     others = {name: errors for name, errors in stored.items() if name != chip} or stored
     if not others:
         return None
