@@ -58,6 +58,7 @@ def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
     dtypes = run_dtypes(setting.recipe, setting.chip)
     trusted = trusted_errors(setting.chip.slug)
     arguments = {"calls": calls, "dtypes": dtypes, "repeats": REPEATS, "seed": setting.recipe.seed, "trusted": trusted}
+    crew.stop()  # Warnings of a fallback come once in the life of a process.
     called = crew.call(OPERATORS, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
     name = "operators on the chip"
     if not called.ok:
@@ -225,6 +226,7 @@ class _Keeper:
 
     def _write(self, finding: _Finding) -> str:
         alone = {**self.arguments, "calls": [self.arguments["calls"][finding.call]], "dtypes": [finding.dtype]}
+        self.crew.stop()
         again = self.crew.call(OPERATORS, alone, deadline_s=DEADLINE_S, stall_s=self.setting.stall_s)
         fails = not again.ok or any(value["failed"] for value in again.values)
         note = "" if fails else " (in the whole list of calls; alone it did not fail again)"

@@ -28,7 +28,7 @@ RATIOS = {"max": 5.0, "mean": 1.5, "rmse": 1.5}
 """How many times a trusted chip's error is too much: level L1 of msprobe's precision standard."""
 ROUNDED = {"max": 1.0, "mean": 0.25, "rmse": 0.3}
 """A trusted error counts as no less than so many unit roundoffs: rounding the result once costs that."""
-SLOWER, SLOW_S = 20.0, 2e-4
+SLOWER, SLOW_S = 8.0, 2e-4
 """Slower than its peers by so much, relative to the host, and by so many seconds: an operator may run elsewhere."""
 OFF_DEVICE = ("fall back", "fallback", "falls back", "fell back", "run on the cpu", "runs on the cpu", "on cpu instead")
 _EXACT = (
@@ -198,7 +198,7 @@ class _Examination:
         """Seconds of the fastest of a few more calls."""
         with _disable_current_modes():
             given = self._inputs(self.dtype, self.study.device)
-        tries = [self._attempt(given, None, self.study.device)[0] for _ in range(3)]
+        tries = [self._attempt(given, None, self.study.device)[0] for _ in range(5)]
         return min((one["seconds"] for one in tries if one is not None), default=0.0)
 
     def _host(self) -> dict[str, Any] | None:
