@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 import threading
@@ -16,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from isthmus.chips import environment_of
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.launch.beats import Beat, create_beats, read_beats
 from isthmus.launch.crew_rank import RankSetup, serve
@@ -73,7 +75,8 @@ class LocalPlace:
         self.connection, theirs = context.Pipe()
         here = replace(setup, beats=str(self._folder / "beats"), log=str(self._folder / "log"))
         process: BaseProcess = context.Process(target=serve, args=(here, theirs), daemon=True)
-        process.start()
+        with _environment(environment_of(setup.device)):
+            process.start()
         self._process = process
         theirs.close()
         self._asked = time.monotonic()
@@ -119,6 +122,18 @@ class LocalPlace:
         self.connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         self.connection = self._process = self._folder = None
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that a process that is started within this context finds set; those that are set already stay."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _context(device: str) -> Any:
