@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from isthmus.probes.contract import Probe
 
-LIVE: tuple[str, ...] = ()
+LIVE: tuple[str, ...] = ("software", "links", "stability")
 """The modules of live probes, in the order in which they run."""
 
 
