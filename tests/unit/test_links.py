@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
 from isthmus.recipe import Recipe, load_recipe
-from isthmus.records import Evidence
 
 WORK = "isthmus.probes.portable.collectives"
 
@@ -97,7 +95,7 @@ def test_what_ranks_send_differs_and_repeats_only_with_a_prime_period():
     assert all((one != other).any() for one, other in itertools.combinations(sent.values(), 2))
     assert all(value.abs().max() <= 100 and (value != 0).all() for value in sent.values())
     long = collectives.moved(0, 1, collectives.PERIOD + 50, seed=1)
-    assert torch.equal(long[:50], long[-50:]) and (long[:5] != long[65_536 : 65_541]).any()
+    assert torch.equal(long[:50], long[-50:]) and (long[:5] != long[65_536:65_541]).any()
 
 
 # -- what is computed from times --------------------------------------------------------------------------------------

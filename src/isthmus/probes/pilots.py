@@ -19,29 +19,57 @@ from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
-from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs, time_each
+from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
+from isthmus.probes.thresholds import apply_thresholds, load_thresholds, not_applied
 from isthmus.probes.workload import Workload
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
 
+FLOOR_ROWS, FLOOR_MIB = 8192, 1024
+"""Matrices and copies from which the published floors of `chips/thresholds.csv` hold."""
 PILOT_TOKENS = 48
 PILOT_SAMPLES = (16, 256)
 
 
 def rates(found: Findings, work: Workload) -> None:
-    """Matrix multiplication and memory copies of one chip, each timed alone."""
+    """Matrix multiplication and copies of one chip, each timed alone, and held against the thresholds of its kind.
+
+    On an accelerator they are large enough for the published floors, whatever the recipe asks at least.
+    """
     section, device, pool = found.recipe.qualify, work.device, found.pool
-    size, threads = section.matmul_size, f", {pool.threads} threads" if device.type == "cpu" else ""
+    here = device.type == "cpu"
+    size, mebibytes = section.matmul_size, section.memory_mib
+    size, mebibytes = (size, mebibytes) if here else (max(size, FLOOR_ROWS), max(mebibytes, FLOOR_MIB))
+    threads = f", {pool.threads} threads" if here else ""
     matmul = matmul_tflops(device, size, section.repeats)
-    copy = memory_gbs(device, section.memory_mib, section.repeats)
+    copy = memory_gbs(device, mebibytes, section.repeats)
     figures = {
         "matmul_tflops": found.median(matmul, "TFLOPS", f"fp32 matmul of {size} x {size}{threads}"),
-        "memory_gbs": found.median(copy, "GB/s", f"copy of {section.memory_mib} MiB, read plus written{threads}"),
+        "memory_gbs": found.median(copy, "GB/s", f"copy of {mebibytes} MiB, read plus written{threads}"),
     }
+    if not here:
+        fast = matmul_tflops(device, size, section.repeats, torch.bfloat16)
+        figures["matmul_bf16_tflops"] = found.median(fast, "TFLOPS", f"bf16 matmul of {size} x {size}")
+        host = host_device_gbs(device, mebibytes, section.repeats)
+        figures["host_device_gbs"] = found.median(host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip")
     found.figures.update(figures)
-    detail = "measured; there is no limit to compare with"
+    sizes = dict.fromkeys(("matmul_tflops", "matmul_bf16_tflops"), float(size))
+    sizes |= dict.fromkeys(("memory_gbs", "host_device_gbs"), float(mebibytes))
+    _held_against_thresholds(found, figures, sizes)
+
+
+def _held_against_thresholds(found: Findings, figures: dict[str, Figure], sizes: dict[str, float]) -> None:
+    section, pool = found.recipe.qualify, found.pool
+    rules = load_thresholds(section.thresholds)
+    verdicts = apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    aside = not_applied(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    detail = (
+        f"measured; {len(verdicts)} thresholds for this chip apply" if verdicts else "measured; no threshold applies"
+    )
+    detail += f" ({'; '.join(aside)})" if aside else ""
     found.add("rates", "compute", "both", "pass", detail, section.repeats, figures)
+    found.evidence += verdicts
 
 
 def training(found: Findings, work: Workload) -> None:

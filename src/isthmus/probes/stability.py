@@ -39,7 +39,6 @@ READY = "isthmus.probes.soak_rank:ready"
 DEADLINE_S = 300.0
 READY_S = 120.0
 """For loading the trainer on all ranks, before a sign of life can be expected."""
-SOAK_S = 12.0
 COLD_STARTS = 3
 LOOKS = 3
 """How often a rank must be slow, look after look, until it counts as slow."""
@@ -162,11 +161,12 @@ def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list
     ]
 
 
-def soak(crew: Crew, setting: Setting, seconds: float = SOAK_S, round_steps: int = 4) -> list[Evidence]:
-    """Real steps of this run's training for about `seconds`, with known answers, repeats and verified saves among them.
+def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
+    """Real steps of this run's training for as long as the recipe says, with known answers, repeats and verified saves.
 
     A trend that seems to matter is looked at again, for twice as long.
     """
+    seconds = setting.recipe.qualify.soak_s
     run = RunFolder.open(setting.root)
     run_tokenizer(run, load_task(setting.recipe))
     ready = crew.call(READY, deadline_s=READY_S)
@@ -371,32 +371,25 @@ def _finding(
 _ANY_CALL: tuple[FaultKind, ...] = ("crash", "hang", "out-of-memory")
 
 
-def stability_probes(soak_s: float = SOAK_S) -> tuple[Probe, ...]:
-    """The probes of stability; the soak trains for about `soak_s` seconds."""
-    silent: tuple[FaultKind, ...] = ("flipped-bit", "small-error", "nan")
-    return (
-        Probe("known answers", "stability", "both", (*_ANY_CALL, *silent, "dtype-swap"), _quick, known_answers),
-        Probe("checksum matmul", "stability", "both", (*_ANY_CALL, *silent, "dtype-swap"), _quick, checksums),
-        Probe("same result twice", "stability", "training", (*_ANY_CALL, *silent), _quick, same_result),
-        Probe("stragglers", "stability", "training", (*_ANY_CALL, "slow-rank"), _quick, stragglers, min_ranks=2),
-        Probe("cold starts", "stability", "both", _ANY_CALL, _price_of_starts, cold_starts),
-        Probe(
-            "soak",
-            "stability",
-            "training",
-            (*_ANY_CALL, *silent, "corrupted-save"),
-            lambda _setting: soak_s + 6.0,
-            partial(soak, seconds=soak_s),
-        ),
-    )
-
-
 def _quick(setting: Setting) -> float:
     return 1.0
+
+
+def _price_of_soak(setting: Setting) -> float:
+    """Beside the steps, ranks load the trainer and make the data."""
+    return setting.recipe.qualify.soak_s + 6.0
 
 
 def _price_of_starts(setting: Setting) -> float:
     return COLD_STARTS * (0.5 if setting.device == "cpu" else 8.0)
 
 
-PROBES: tuple[Probe, ...] = stability_probes()
+_SILENT: tuple[FaultKind, ...] = ("flipped-bit", "small-error", "nan")
+PROBES: tuple[Probe, ...] = (
+    Probe("known answers", "stability", "both", (*_ANY_CALL, *_SILENT, "dtype-swap"), _quick, known_answers),
+    Probe("checksum matmul", "stability", "both", (*_ANY_CALL, *_SILENT, "dtype-swap"), _quick, checksums),
+    Probe("same result twice", "stability", "training", (*_ANY_CALL, *_SILENT), _quick, same_result),
+    Probe("stragglers", "stability", "training", (*_ANY_CALL, "slow-rank"), _quick, stragglers, min_ranks=2),
+    Probe("cold starts", "stability", "both", _ANY_CALL, _price_of_starts, cold_starts),
+    Probe("soak", "stability", "training", (*_ANY_CALL, *_SILENT, "corrupted-save"), _price_of_soak, soak),
+)
