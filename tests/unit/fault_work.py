@@ -368,7 +368,11 @@ def damaged(rank: Any, count: int) -> list[list[int]]:
         later = dist.all_reduce(awaited := ones.clone(), async_op=True)
         later.get_future().wait()
         later.wait()
-        results = [(total, world), (copy, 1), (part, world), (functioned, world), (awaited, world)]
+        watched = dist.all_reduce(polled := ones.clone(), async_op=True)
+        while not watched.is_completed():
+            time.sleep(0.001)
+        sums = [(one, world) for one in (part, functioned, awaited, polled)]
+        results = [(total, world), (copy, 1), *sums]
         found.append([int((result != expected).sum()) for result, expected in results])
     return found
 

@@ -46,6 +46,21 @@ def test_collectives_are_counted_and_messages_are_not(crew: Crew):
     assert call(crew, "counted") == [[1, 2, 3, 4, 4, 5]] * WORLD
 
 
+def test_other_backends_names_stand_for_the_rehearsed_one():
+    names = ["hccl", "nccl", "cpu:gloo,cuda:nccl", "gloo"]
+    with Crew(2) as crew:
+        assert call(crew, "other_names", names=names) == [[[name, 2.0, 1] for name in names]] * 2
+
+
+@pytest.mark.parametrize("how", ["fsdp2", "ddp"])
+def test_training_is_struck_in_its_operators_and_its_collectives(how: str):
+    """Backward of the second of two layers is two products, of the first one; a mean of gradients is a reduction."""
+    faults = ("nan@rank=1,operator=aten::mm", "wrong-sum@rank=0")
+    fired = with_faults("trained_with_faults", *faults, world=2, how=how).values
+    assert len([text for text in fired[1] if "aten::mm" in text]) == 9 == len(fired[1])
+    assert any("reduce" in text for text in fired[0])
+
+
 def rules(kind: str) -> list[dict[str, str]]:
     text = (resources.files("isthmus.chips.rehearse") / "ascend" / "collectives.csv").read_text(encoding="utf-8")
     return [row for row in csv.DictReader(text.splitlines()) if row["kind"] == kind and "A2" in row["generations"]]
@@ -124,13 +139,13 @@ def test_a_crew_of_a_rehearsed_chip_has_its_rules():
 
 def test_a_wrong_sum_is_in_the_reductions_of_one_rank_at_one_step():
     found = with_faults("damaged", "wrong-sum@rank=1,step=1", count=3).values
-    assert found[1] == [[0] * 5, [1, 0, 1, 1, 1], [0] * 5]
-    assert found[0] == found[2] == [[0] * 5] * 3
+    assert found[1] == [[0] * 6, [1, 0, 1, 1, 1, 1], [0] * 6]
+    assert found[0] == found[2] == [[0] * 6] * 3
 
 
 def test_values_of_one_kind_of_collective_are_damaged():
     found = with_faults("damaged", "nan@rank=2,operator=c10d::broadcast_", count=1).values
-    assert found == [[[0] * 5], [[0] * 5], [[0, 1, 0, 0, 0]]]
+    assert found == [[[0] * 6], [[0] * 6], [[0, 1, 0, 0, 0, 0]]]
 
 
 def test_a_wrong_sum_is_wrong_by_as_much_as_asked():
