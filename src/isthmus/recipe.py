@@ -519,7 +519,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain", "rl", "serve"):
+    for section in ("data", "pretrain", "rl", "serve", "qualify"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
