@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.chips import get_chip
+from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew, Reply
@@ -23,7 +23,7 @@ from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
 from isthmus.recipe import Recipe, load_recipe
-from isthmus.records import Evidence
+from isthmus.records import Evidence, FailureCase
 
 WORK = "isthmus.probes.portable.collectives"
 
@@ -266,3 +266,95 @@ def test_the_price_grows_with_the_ranks_and_none_is_dear(tmp_path: Path):
     small, large = (setting_for(tmp_path, ranks) for ranks in (2, 8))
     for probe in links.PROBES:
         assert 0 < probe.price(small) <= probe.price(large) < 15
+
+
+# -- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def look(path: Path, probe: str, *faults: str, ranks: int = 4, **overrides: float) -> tuple[Evidence, Setting]:
+    """The first finding of one probe on ranks with these faults."""
+    setting = setting_for(path, ranks)
+    for key, value in overrides.items():
+        setattr(setting, key, value)
+    chosen = next(one for one in links.PROBES if one.name == probe)
+    with Crew(ranks, faults=[parse_fault(fault) for fault in faults]) as faulty:
+        return chosen.run(faulty, setting)[0], setting
+
+
+def excluded(evidence: Evidence) -> list[str]:
+    return [rank for limit in evidence.limits if limit.setting == "pool.ranks" for rank in limit.excluded]
+
+
+PAIRS, RESULTS, SHAPES = "pairs of ranks", "results of collectives", "collectives in run shapes"
+EXCHANGE, SET_UP, TOGETHER = "exchange of tokens by group size", "set-up of communicators", "collectives at the same time"
+
+
+@pytest.mark.parametrize(
+    ("fault", "probe", "ranks", "said"),
+    [
+        ("slow-link@rank=1,peer=3,size=40", PAIRS, [1, 3], "the link 1-3"),
+        ("slow-link@rank=2,size=30", PAIRS, [2], "rank 2"),
+        ("link-cut@rank=0,peer=2", PAIRS, [0, 2], "the link 0-2"),
+        ("link-cut@rank=1,peer=3", RESULTS, [1, 3], "the link 1-3"),
+        ("link-cut@rank=3", RESULTS, [3], "rank 3"),
+        ("link-cut@rank=0,peer=3,step=2", SHAPES, [0, 3], "the link 0-3"),
+        ("hang@rank=2", PAIRS, [2], "rank 2"),
+        ("hang@rank=1,step=2", RESULTS, [1], "rank 1"),
+        ("hang@rank=0,step=3", SET_UP, [0], "rank 0"),
+        ("crash@rank=3", EXCHANGE, [3], "crashed"),
+        ("crash@rank=1,step=1", RESULTS, [1], "crashed"),
+        ("wrong-sum@rank=2", RESULTS, [2], "wrong on rank 2"),
+        ("wrong-sum@rank=2,size=0.01", RESULTS, [2], "wrong on rank 2"),
+        ("wrong-sum@rank=0", TOGETHER, [0], "wrong on rank 0"),
+        ("nan@rank=3,operator=c10d::", RESULTS, [3], "nan"),
+        ("flipped-bit@rank=1,operator=c10d::", RESULTS, [1], "wrong on rank 1"),
+    ],
+)
+def test_a_planted_fault_is_found_and_its_end_named(
+    fault: str, probe: str, ranks: list[int], said: str, tmp_path: Path
+):
+    evidence, setting = look(tmp_path, probe, fault)
+    assert evidence.outcome == "fail" and evidence.ranks == ranks and said in evidence.detail, evidence
+    assert excluded(evidence) == [str(ranks[-1])]
+    assert evidence.failure is not None
+    case = FailureCase.model_validate_json((tmp_path / evidence.failure / "failure.json").read_bytes())
+    assert case.function.startswith(WORK) and case.planted and len(setting.failures) >= 1
+
+
+def test_two_ranks_are_not_fit_within_limits_if_the_link_between_them_is_bad(tmp_path: Path):
+    evidence, _ = look(tmp_path, RESULTS, "link-cut@rank=0,peer=1", ranks=2)
+    assert evidence.outcome == "fail" and evidence.ranks == [0, 1] and not evidence.limits
+
+
+def test_an_exchange_that_breaks_in_large_groups_says_how_far_it_came(tmp_path: Path):
+    """The cut link lies between the groups of two, so that only all four ranks miss it."""
+    evidence, _ = look(tmp_path, EXCHANGE, "link-cut@rank=0,peer=3")
+    assert evidence.outcome == "fail" and "all_to_all_2_bus_gbs" in evidence.figures
+    assert excluded(evidence) == ["3"]
+
+
+def test_an_exchange_that_slows_down_in_large_groups_limits_the_experts(tmp_path: Path):
+    evidence, _ = look(tmp_path, EXCHANGE, "slow-link@rank=0,peer=3,size=400")
+    assert evidence.outcome == "fail" and "fit for EP <= 2" in evidence.detail
+    assert [(limit.setting, limit.most) for limit in evidence.limits] == [("train.expert", 2)]
+
+
+def test_wrong_results_of_an_all_to_all_alone_keep_training_to_one_rank_of_experts(tmp_path: Path):
+    faults = [f"nan@rank={rank},operator=c10d::alltoall" for rank in range(4)]
+    evidence, _ = look(tmp_path, RESULTS, *faults)
+    assert evidence.outcome == "fail" and not evidence.ranks
+    assert [(limit.setting, limit.most) for limit in evidence.limits] == [("train.expert", 1)]
+
+
+def test_a_link_that_is_slow_fails_again_when_only_that_is_asked():
+    asked = {"bytes": 2**20, "repeats": 4, "latency_repeats": 0, "alone": True, "slower_than": 1 / links.SLOW}
+    with Crew(4, faults=[parse_fault("slow-link@rank=1,peer=2,size=40")]) as faulty:
+        values = faulty.call(f"{WORK}:pairs", asked, deadline_s=100).values
+    assert values[1]["failed"] and values[2]["failed"] and "1>2" in values[1]["detail"]
+
+
+def test_slow_communicators_fail_against_the_connect_timeout(crew: Crew, tmp_path: Path, monkeypatch):
+    crew.start()
+    monkeypatch.setattr(crew, "connect_timeout_s", 1e-4)
+    evidence = links.look_at_set_up(crew, setting_for(tmp_path, 4))[0]
+    assert evidence.outcome == "fail" and "ranks wait 0.0001 s" in evidence.detail and evidence.failure

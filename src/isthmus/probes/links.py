@@ -28,6 +28,8 @@ SLOW = 0.75
 """A link below this share of the pace of good ones is slow (the share at which NVRx calls a rank a straggler)."""
 RETESTS, TURNS, TRANSFERS = 4, 3, 4
 """How often suspects are measured again, and in how many turns of how many transfers each time."""
+CLEAR, CLEAR_RETESTS = 0.375, 2
+"""A pace that needs no more than so many retests: half of what is slow."""
 GOOD_SHARE = 0.25
 """What a good link takes, in a retest: this quantile of its transfers."""
 MOST_SUSPECTS = 24
@@ -42,6 +44,9 @@ docs/legacy.md), to 0.39 from EP 8 to EP 128 within one domain (146 to 57 GB/s; 
 LATE = 0.5
 """Share of the connect timeout that making a communicator may take: ranks do not start at the same moment."""
 COMMUNICATORS = 8
+JOINING = "communicator"
+"""What ranks of a crew do before their first call: without a communicator no pair can be tried."""
+MOST_TEXT = 160
 MATRIX_RANKS = 16
 Pair = tuple[int, int]
 
@@ -51,7 +56,6 @@ class Effort:
     """How much is sent, and how long a link may stay silent in a search, by where the ranks compute."""
 
     pair_bytes: int
-    retest_bytes: int
     pair_repeats: int
     trips: int
     numel: int
@@ -61,8 +65,8 @@ class Effort:
     call_s: float
 
 
-ON_CPU = Effort(2**18, 2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
-ON_ACCELERATOR = Effort(2**26, 2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
+ON_CPU = Effort(2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
+ON_ACCELERATOR = Effort(2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -
             best[link] = min(best[link], *times[link])
             share[link] = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))] / best[link]
         suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
+        if retest + 1 >= CLEAR_RETESTS and all(share[link] < CLEAR for link in suspects):
+            break
     return {link: share[link] for link in suspects}
 
 
@@ -177,7 +183,7 @@ def _retest_arguments(setting: Setting, partners: dict[str, str], retest: int) -
     together = {_ends(link): _ends(partner) for link, partner in partners.items()}
     turns = [list(pair) for suspect, partner in together.items() for pair in (suspect, partner)]
     return {
-        "bytes": effort_of(setting).retest_bytes,
+        "bytes": effort_of(setting).pair_bytes,
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "seed": setting.recipe.seed + retest,
@@ -223,9 +229,9 @@ def _slow_evidence(
     everyone = [pair for chosen in tournament(crew.world) for pair in chosen]
     blame = blamed(pairs, everyone)
     listed = ", ".join(f"{link} at {share:.0%}" for link, share in sorted(slow.items(), key=lambda item: item[1]))
-    detail = f"{summary}; slow in {RETESTS} retests beside good links: {listed} of their pace; at fault: {blame}"
+    detail = f"{summary}; slow in every retest beside good links: {listed} of their pace; at fault: {blame}"
     arguments = {
-        "bytes": effort_of(setting).retest_bytes,
+        "bytes": effort_of(setting).pair_bytes,
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "alone": True,
@@ -521,12 +527,24 @@ def _broken(
     crew: Crew, setting: Setting, called: Called, name: str, function: str, arguments: dict[str, Any]
 ) -> Evidence:
     """A call that crashed, raised or hangs, with who is to blame for it."""
-    what, states = called.describe(), {reply.state for reply in called.replies}
+    what, states = summed_up(called), {reply.state for reply in called.replies}
     failure = _keep(crew, setting, called, name, what[:80], function, arguments, "an answer of every rank", what)
     blame = _who(crew, setting, called)
     how = "crashed" if "crashed" in states else "hangs" if "hung" in states else "failed"
     detail = f"{function} {how}: {what}" + (f"; at fault: {blame}" if blame else "")
     return _evidence(name, "fail", detail, 0, {}, _without(crew, blame, how), blame.everyone, failure)
+
+
+def summed_up(called: Called) -> str:
+    """How a call ended, ranks that ended alike together; what ranks say that only lost a crashed one is left out."""
+    states = [reply.state for reply in called.replies]
+    worst = next(state for state in ("crashed", "raised", "hung") if state in states)
+    alike: dict[str, list[str]] = {}
+    for reply in called.replies:
+        if reply.state == worst:
+            where = f" in {reply.beat}" if reply.beat else ""
+            alike.setdefault(f"{worst}{': ' * bool(reply.error)}{reply.error[:MOST_TEXT]}{where}", []).append(str(reply.rank))
+    return "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {text}" for text, ranks in alike.items())
 
 
 def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
@@ -535,8 +553,8 @@ def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
     if all(state == "raised" for state in states) and len({reply.error for reply in called.replies}) == 1:
         return Blame()
     suspected = Blame(ranks=tuple(called.culprits()))
-    if "crashed" in states:
-        return suspected
+    if "crashed" in states or any(reply.beat and reply.beat.section == JOINING for reply in called.replies):
+        return suspected if len(suspected.ranks) < crew.world else Blame()
     return locate(crew, setting, called) or (suspected if len(suspected.ranks) < crew.world else Blame())
 
 
