@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from flow_recipe import RECIPE, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse.faults import parse_fault
@@ -18,7 +21,7 @@ from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
-from isthmus.probes import links
+from isthmus.probes import blame, links
 from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
@@ -97,7 +100,7 @@ def test_what_ranks_send_differs_and_repeats_only_with_a_prime_period():
     assert all((one != other).any() for one, other in itertools.combinations(sent.values(), 2))
     assert all(value.abs().max() <= 100 and (value != 0).all() for value in sent.values())
     long = collectives.moved(0, 1, collectives.PERIOD + 50, seed=1)
-    assert torch.equal(long[:50], long[-50:]) and (long[:5] != long[65_536 : 65_541]).any()
+    assert torch.equal(long[:50], long[-50:]) and (long[:5] != long[65_536:65_541]).any()
 
 
 # -- what is computed from times --------------------------------------------------------------------------------------
@@ -135,17 +138,17 @@ def test_bad_ends_and_bad_links_are_told_apart(world: int, data: st.DataObject):
     end = data.draw(st.integers(0, world - 1))
     link = data.draw(st.sampled_from(pairs_of(world)))
     of_end = {pair for pair in pairs_of(world) if end in pair}
-    assert links.blamed(of_end, pairs_of(world)) == links.Blame(ranks=(end,))
-    assert links.blamed({link}, pairs_of(world)) == links.Blame(links=(link,))
+    assert blame.blamed(of_end, pairs_of(world)) == blame.Blame(ranks=(end,))
+    assert blame.blamed({link}, pairs_of(world)) == blame.Blame(links=(link,))
     if end not in link:
-        assert links.blamed(of_end | {link}, pairs_of(world)) == links.Blame((end,), (link,))
+        assert blame.blamed(of_end | {link}, pairs_of(world)) == blame.Blame((end,), (link,))
 
 
 @given(world=st.integers(6, 9), data=st.data())
 def test_two_bad_ends_are_both_found(world: int, data: st.DataObject):
     ends = data.draw(st.sets(st.integers(0, world - 1), min_size=2, max_size=2))
     bad = {pair for pair in pairs_of(world) if ends & set(pair)}
-    assert set(links.blamed(bad, pairs_of(world)).ranks) == ends
+    assert set(blame.blamed(bad, pairs_of(world)).ranks) == ends
 
 
 def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
@@ -153,13 +156,13 @@ def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
 
 
 def test_wrong_elements_are_blamed_on_who_sent_them_or_who_alone_sees_them():
-    assert links.blame_of_wrong(seen({2}, {2}, set(), {2})) == links.Blame(ranks=(2,))
-    assert links.blame_of_wrong(seen(set(), {0, 2, 3}, set(), set())) == links.Blame(ranks=(1,))
-    assert links.blame_of_wrong(seen(set(), {3}, set(), set())) == links.Blame(links=((1, 3),))
-    assert links.blame_of_wrong(seen(set(), {3}, set(), set(), unnamed=5)) == links.Blame(ranks=(1,))
-    assert not links.blame_of_wrong(seen({1}, {2}, {0}, {1}))
+    assert blame.blame_of_wrong(seen({2}, {2}, set(), {2})) == blame.Blame(ranks=(2,))
+    assert blame.blame_of_wrong(seen(set(), {0, 2, 3}, set(), set())) == blame.Blame(ranks=(1,))
+    assert blame.blame_of_wrong(seen(set(), {3}, set(), set())) == blame.Blame(links=((1, 3),))
+    assert blame.blame_of_wrong(seen(set(), {3}, set(), set(), unnamed=5)) == blame.Blame(ranks=(1,))
+    assert not blame.blame_of_wrong(seen({1}, {2}, {0}, {1}))
     one_link, another = seen(set(), {3}, set(), set()), seen(set(), {2}, set(), set())
-    assert links.blame_of_wrong(one_link, another) == links.Blame(ranks=(1,))
+    assert blame.blame_of_wrong(one_link, another) == blame.Blame(ranks=(1,))
 
 
 def test_a_pair_is_stuck_if_both_ends_are_in_it():
@@ -168,7 +171,7 @@ def test_a_pair_is_stuck_if_both_ends_are_in_it():
 
     waiting = Called([reply(0, "hung", "pair 0-2"), reply(1, "hung", "pair 1-3"), reply(2, "hung", "pair 0-2")], 1.0)
     done = reply(3, "done", "pair 1-3")
-    assert links.stuck_pairs(Called([*waiting.replies, done], 1.0)) == {(0, 2)}
+    assert blame.stuck_pairs(Called([*waiting.replies, done], 1.0)) == {(0, 2)}
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -252,13 +255,12 @@ def test_healthy_ranks_pass_every_probe(crew: Crew, tmp_path: Path):
 
 
 def test_the_matrix_as_a_person_reads_it(crew: Crew, tmp_path: Path):
-    from rich.console import Console
-
     pairs, latency = links.look_at_pairs(crew, setting_for(tmp_path, 4))
     console = Console(width=100)
     with console.capture() as capture:
         console.print(links.render_matrix(pairs))
-    assert "GB/s from row to column (measured)" in capture.get() and len(capture.get().splitlines()) >= 6
+    text = " ".join(capture.get().split())
+    assert "GB/s from row to column (measured) rank 0 1 2 3" in text and text.count(" - ") == 4
     assert links.render_matrix(latency) is None
 
 
@@ -286,7 +288,11 @@ def excluded(evidence: Evidence) -> list[str]:
 
 
 PAIRS, RESULTS, SHAPES = "pairs of ranks", "results of collectives", "collectives in run shapes"
-EXCHANGE, SET_UP, TOGETHER = "exchange of tokens by group size", "set-up of communicators", "collectives at the same time"
+EXCHANGE, SET_UP, TOGETHER = (
+    "exchange of tokens by group size",
+    "set-up of communicators",
+    "collectives at the same time",
+)
 
 
 @pytest.mark.parametrize(
@@ -358,3 +364,33 @@ def test_slow_communicators_fail_against_the_connect_timeout(crew: Crew, tmp_pat
     monkeypatch.setattr(crew, "connect_timeout_s", 1e-4)
     evidence = links.look_at_set_up(crew, setting_for(tmp_path, 4))[0]
     assert evidence.outcome == "fail" and "ranks wait 0.0001 s" in evidence.detail and evidence.failure
+
+
+def test_what_a_rehearsed_library_refuses_is_nobodys_fault(tmp_path: Path):
+    setting = setting_for(tmp_path, 2)
+    with Crew(2, chip="ascend-910b-313t") as rehearsed:
+        asked = {"collective": "all_reduce", "dtype": "float64", "numel": 8}
+        called = rehearsed.call(f"{WORK}:verified", asked, deadline_s=60)
+        evidence = links._broken(rehearsed, setting, called, RESULTS, "verified", asked)
+        allowed = links.look_at_results(rehearsed, setting)[0]
+    assert evidence.outcome == "fail" and not evidence.ranks and "refused on ascend-910b-313t" in evidence.detail
+    assert allowed.outcome == "pass"
+
+
+def test_portable_work_needs_torch_and_the_standard_library_alone():
+    """As the bundle for a vendor's engineers runs it: from its file, with a rank that only beats."""
+    code = (
+        "import sys, types, importlib.util, torch, torch.distributed as dist\n"
+        "spec = importlib.util.spec_from_file_location('work', sys.argv[1])\n"
+        "work = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['work'] = work; spec.loader.exec_module(work)\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "rank = types.SimpleNamespace(rank=0, world=1, device=torch.device('cpu'), beat=lambda *_: None)\n"
+        "replies = [work.verified(rank, kind, numel=5) for kind in ('all_reduce', 'all_gather', 'all_to_all_uneven')]\n"
+        "replies += [work.pairs(rank), work.set_up(rank, 1), work.alternating(rank, 5), work.overlapped(rank, 5)]\n"
+        "assert not any(reply['failed'] for reply in replies) and 'isthmus' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, collectives.__file__], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
