@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,20 @@ import torch
 from flow_recipe import RECIPE, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from isthmus.chips import get_chip
+from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
-from isthmus.probes import links
+from isthmus.probes import blame, links
 from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
 from isthmus.recipe import Recipe, load_recipe
+from isthmus.records import Evidence, FailureCase
 
 WORK = "isthmus.probes.portable.collectives"
 
@@ -133,17 +138,17 @@ def test_bad_ends_and_bad_links_are_told_apart(world: int, data: st.DataObject):
     end = data.draw(st.integers(0, world - 1))
     link = data.draw(st.sampled_from(pairs_of(world)))
     of_end = {pair for pair in pairs_of(world) if end in pair}
-    assert links.blamed(of_end, pairs_of(world)) == links.Blame(ranks=(end,))
-    assert links.blamed({link}, pairs_of(world)) == links.Blame(links=(link,))
+    assert blame.blamed(of_end, pairs_of(world)) == blame.Blame(ranks=(end,))
+    assert blame.blamed({link}, pairs_of(world)) == blame.Blame(links=(link,))
     if end not in link:
-        assert links.blamed(of_end | {link}, pairs_of(world)) == links.Blame((end,), (link,))
+        assert blame.blamed(of_end | {link}, pairs_of(world)) == blame.Blame((end,), (link,))
 
 
 @given(world=st.integers(6, 9), data=st.data())
 def test_two_bad_ends_are_both_found(world: int, data: st.DataObject):
     ends = data.draw(st.sets(st.integers(0, world - 1), min_size=2, max_size=2))
     bad = {pair for pair in pairs_of(world) if ends & set(pair)}
-    assert set(links.blamed(bad, pairs_of(world)).ranks) == ends
+    assert set(blame.blamed(bad, pairs_of(world)).ranks) == ends
 
 
 def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
@@ -151,13 +156,13 @@ def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
 
 
 def test_wrong_elements_are_blamed_on_who_sent_them_or_who_alone_sees_them():
-    assert links.blame_of_wrong(seen({2}, {2}, set(), {2})) == links.Blame(ranks=(2,))
-    assert links.blame_of_wrong(seen(set(), {0, 2, 3}, set(), set())) == links.Blame(ranks=(1,))
-    assert links.blame_of_wrong(seen(set(), {3}, set(), set())) == links.Blame(links=((1, 3),))
-    assert links.blame_of_wrong(seen(set(), {3}, set(), set(), unnamed=5)) == links.Blame(ranks=(1,))
-    assert not links.blame_of_wrong(seen({1}, {2}, {0}, {1}))
+    assert blame.blame_of_wrong(seen({2}, {2}, set(), {2})) == blame.Blame(ranks=(2,))
+    assert blame.blame_of_wrong(seen(set(), {0, 2, 3}, set(), set())) == blame.Blame(ranks=(1,))
+    assert blame.blame_of_wrong(seen(set(), {3}, set(), set())) == blame.Blame(links=((1, 3),))
+    assert blame.blame_of_wrong(seen(set(), {3}, set(), set(), unnamed=5)) == blame.Blame(ranks=(1,))
+    assert not blame.blame_of_wrong(seen({1}, {2}, {0}, {1}))
     one_link, another = seen(set(), {3}, set(), set()), seen(set(), {2}, set(), set())
-    assert links.blame_of_wrong(one_link, another) == links.Blame(ranks=(1,))
+    assert blame.blame_of_wrong(one_link, another) == blame.Blame(ranks=(1,))
 
 
 def test_a_pair_is_stuck_if_both_ends_are_in_it():
@@ -166,7 +171,7 @@ def test_a_pair_is_stuck_if_both_ends_are_in_it():
 
     waiting = Called([reply(0, "hung", "pair 0-2"), reply(1, "hung", "pair 1-3"), reply(2, "hung", "pair 0-2")], 1.0)
     done = reply(3, "done", "pair 1-3")
-    assert links.stuck_pairs(Called([*waiting.replies, done], 1.0)) == {(0, 2)}
+    assert blame.stuck_pairs(Called([*waiting.replies, done], 1.0)) == {(0, 2)}
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -250,13 +255,12 @@ def test_healthy_ranks_pass_every_probe(crew: Crew, tmp_path: Path):
 
 
 def test_the_matrix_as_a_person_reads_it(crew: Crew, tmp_path: Path):
-    from rich.console import Console
-
     pairs, latency = links.look_at_pairs(crew, setting_for(tmp_path, 4))
     console = Console(width=100)
     with console.capture() as capture:
         console.print(links.render_matrix(pairs))
-    assert "GB/s from row to column (measured)" in capture.get() and len(capture.get().splitlines()) >= 6
+    text = " ".join(capture.get().split())
+    assert "GB/s from row to column (measured) rank 0 1 2 3" in text and text.count(" - ") == 4
     assert links.render_matrix(latency) is None
 
 
@@ -264,3 +268,129 @@ def test_the_price_grows_with_the_ranks_and_none_is_dear(tmp_path: Path):
     small, large = (setting_for(tmp_path, ranks) for ranks in (2, 8))
     for probe in links.PROBES:
         assert 0 < probe.price(small) <= probe.price(large) < 15
+
+
+# -- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def look(path: Path, probe: str, *faults: str, ranks: int = 4, **overrides: float) -> tuple[Evidence, Setting]:
+    """The first finding of one probe on ranks with these faults."""
+    setting = setting_for(path, ranks)
+    for key, value in overrides.items():
+        setattr(setting, key, value)
+    chosen = next(one for one in links.PROBES if one.name == probe)
+    with Crew(ranks, faults=[parse_fault(fault) for fault in faults]) as faulty:
+        return chosen.run(faulty, setting)[0], setting
+
+
+def excluded(evidence: Evidence) -> list[str]:
+    return [rank for limit in evidence.limits if limit.setting == "pool.ranks" for rank in limit.excluded]
+
+
+PAIRS, RESULTS, SHAPES = "pairs of ranks", "results of collectives", "collectives in run shapes"
+EXCHANGE, SET_UP, TOGETHER = (
+    "exchange of tokens by group size",
+    "set-up of communicators",
+    "collectives at the same time",
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "probe", "ranks", "said"),
+    [
+        ("slow-link@rank=1,peer=3,size=40", PAIRS, [1, 3], "the link 1-3"),
+        ("slow-link@rank=2,size=30", PAIRS, [2], "rank 2"),
+        ("link-cut@rank=0,peer=2", PAIRS, [0, 2], "the link 0-2"),
+        ("link-cut@rank=1,peer=3", RESULTS, [1, 3], "the link 1-3"),
+        ("link-cut@rank=3", RESULTS, [3], "rank 3"),
+        ("link-cut@rank=0,peer=3,step=2", SHAPES, [0, 3], "the link 0-3"),
+        ("hang@rank=2", PAIRS, [2], "rank 2"),
+        ("hang@rank=1,step=2", RESULTS, [1], "rank 1"),
+        ("hang@rank=0,step=3", SET_UP, [0], "rank 0"),
+        ("crash@rank=3", EXCHANGE, [3], "crashed"),
+        ("crash@rank=1,step=1", RESULTS, [1], "crashed"),
+        ("wrong-sum@rank=2", RESULTS, [2], "wrong on rank 2"),
+        ("wrong-sum@rank=2,size=0.01", RESULTS, [2], "wrong on rank 2"),
+        ("wrong-sum@rank=0", TOGETHER, [0], "wrong on rank 0"),
+        ("nan@rank=3,operator=c10d::", RESULTS, [3], "nan"),
+        ("flipped-bit@rank=1,operator=c10d::", RESULTS, [1], "wrong on rank 1"),
+    ],
+)
+def test_a_planted_fault_is_found_and_its_end_named(
+    fault: str, probe: str, ranks: list[int], said: str, tmp_path: Path
+):
+    evidence, setting = look(tmp_path, probe, fault)
+    assert evidence.outcome == "fail" and evidence.ranks == ranks and said in evidence.detail, evidence
+    assert excluded(evidence) == [str(ranks[-1])]
+    assert evidence.failure is not None
+    case = FailureCase.model_validate_json((tmp_path / evidence.failure / "failure.json").read_bytes())
+    assert case.function.startswith(WORK) and case.planted and len(setting.failures) >= 1
+
+
+def test_two_ranks_are_not_fit_within_limits_if_the_link_between_them_is_bad(tmp_path: Path):
+    evidence, _ = look(tmp_path, RESULTS, "link-cut@rank=0,peer=1", ranks=2)
+    assert evidence.outcome == "fail" and evidence.ranks == [0, 1] and not evidence.limits
+
+
+def test_an_exchange_that_breaks_in_large_groups_says_how_far_it_came(tmp_path: Path):
+    """The cut link lies between the groups of two, so that only all four ranks miss it."""
+    evidence, _ = look(tmp_path, EXCHANGE, "link-cut@rank=0,peer=3")
+    assert evidence.outcome == "fail" and "all_to_all_2_bus_gbs" in evidence.figures
+    assert excluded(evidence) == ["3"]
+
+
+def test_an_exchange_that_slows_down_in_large_groups_limits_the_experts(tmp_path: Path):
+    evidence, _ = look(tmp_path, EXCHANGE, "slow-link@rank=0,peer=3,size=400")
+    assert evidence.outcome == "fail" and "fit for EP <= 2" in evidence.detail
+    assert [(limit.setting, limit.most) for limit in evidence.limits] == [("train.expert", 2)]
+
+
+def test_wrong_results_of_an_all_to_all_alone_keep_training_to_one_rank_of_experts(tmp_path: Path):
+    faults = [f"nan@rank={rank},operator=c10d::alltoall" for rank in range(4)]
+    evidence, _ = look(tmp_path, RESULTS, *faults)
+    assert evidence.outcome == "fail" and not evidence.ranks
+    assert [(limit.setting, limit.most) for limit in evidence.limits] == [("train.expert", 1)]
+
+
+def test_a_link_that_is_slow_fails_again_when_only_that_is_asked():
+    asked = {"bytes": 2**20, "repeats": 4, "latency_repeats": 0, "alone": True, "slower_than": 1 / links.SLOW}
+    with Crew(4, faults=[parse_fault("slow-link@rank=1,peer=2,size=40")]) as faulty:
+        values = faulty.call(f"{WORK}:pairs", asked, deadline_s=100).values
+    assert values[1]["failed"] and values[2]["failed"] and "1>2" in values[1]["detail"]
+
+
+def test_slow_communicators_fail_against_the_connect_timeout(crew: Crew, tmp_path: Path, monkeypatch):
+    crew.start()
+    monkeypatch.setattr(crew, "connect_timeout_s", 1e-4)
+    evidence = links.look_at_set_up(crew, setting_for(tmp_path, 4))[0]
+    assert evidence.outcome == "fail" and "ranks wait 0.0001 s" in evidence.detail and evidence.failure
+
+
+def test_what_a_rehearsed_library_refuses_is_nobodys_fault(tmp_path: Path):
+    setting = setting_for(tmp_path, 2)
+    with Crew(2, chip="ascend-910b-313t") as rehearsed:
+        asked = {"collective": "all_reduce", "dtype": "float64", "numel": 8}
+        called = rehearsed.call(f"{WORK}:verified", asked, deadline_s=60)
+        evidence = links._broken(rehearsed, setting, called, RESULTS, "verified", asked)
+        allowed = links.look_at_results(rehearsed, setting)[0]
+    assert evidence.outcome == "fail" and not evidence.ranks and "refused on ascend-910b-313t" in evidence.detail
+    assert allowed.outcome == "pass"
+
+
+def test_portable_work_needs_torch_and_the_standard_library_alone():
+    """As the bundle for a vendor's engineers runs it: from its file, with a rank that only beats."""
+    code = (
+        "import sys, types, importlib.util, torch, torch.distributed as dist\n"
+        "spec = importlib.util.spec_from_file_location('work', sys.argv[1])\n"
+        "work = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['work'] = work; spec.loader.exec_module(work)\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "rank = types.SimpleNamespace(rank=0, world=1, device=torch.device('cpu'), beat=lambda *_: None)\n"
+        "replies = [work.verified(rank, kind, numel=5) for kind in ('all_reduce', 'all_gather', 'all_to_all_uneven')]\n"
+        "replies += [work.pairs(rank), work.set_up(rank, 1), work.alternating(rank, 5), work.overlapped(rank, 5)]\n"
+        "assert not any(reply['failed'] for reply in replies) and 'isthmus' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, collectives.__file__], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

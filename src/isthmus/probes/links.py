@@ -1,7 +1,7 @@
 """Links between the chips of a pool: every pair, collectives with known results, their pace in the run's own shapes.
 
-One slow pair proves nothing on a busy machine: a suspected link is measured again, alone and in turn with a link that
-is known to be good, until it recovers or has been slow every time. The pairs of its ends tell a bad link from a bad end.
+One slow pair proves nothing on a busy machine: a suspected link is measured again, in turn with a link that is known to
+be good, until it recovers or was slow every time. The other pairs of its ends tell a bad link from a bad end.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from isthmus.launch.crew import Called, Crew
+from isthmus.probes.blame import Blame, Pair, blame_of_wrong, blamed, laggard, pair_of, stuck_pairs, summed_up
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament
 from isthmus.probes.shapes import Shape, exchange_numel, shapes_of
@@ -28,6 +29,8 @@ SLOW = 0.75
 """A link below this share of the pace of good ones is slow (the share at which NVRx calls a rank a straggler)."""
 RETESTS, TURNS, TRANSFERS = 4, 3, 4
 """How often suspects are measured again, and in how many turns of how many transfers each time."""
+CLEAR, CLEAR_RETESTS = 0.375, 2
+"""A pace that needs no more than so many retests: half of what is slow."""
 GOOD_SHARE = 0.25
 """What a good link takes, in a retest: this quantile of its transfers."""
 MOST_SUSPECTS = 24
@@ -42,8 +45,9 @@ docs/legacy.md), to 0.39 from EP 8 to EP 128 within one domain (146 to 57 GB/s; 
 LATE = 0.5
 """Share of the connect timeout that making a communicator may take: ranks do not start at the same moment."""
 COMMUNICATORS = 8
+JOINING = "communicator"
+"""What ranks of a crew do before their first call: without a communicator no pair can be tried."""
 MATRIX_RANKS = 16
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,6 @@ class Effort:
     """How much is sent, and how long a link may stay silent in a search, by where the ranks compute."""
 
     pair_bytes: int
-    retest_bytes: int
     pair_repeats: int
     trips: int
     numel: int
@@ -61,27 +64,8 @@ class Effort:
     call_s: float
 
 
-ON_CPU = Effort(2**18, 2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
-ON_ACCELERATOR = Effort(2**26, 2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Blame:
-    """Who is at fault: ranks that are bad with their peers, and links that are bad between good ranks."""
-
-    ranks: tuple[int, ...] = ()
-    links: tuple[Pair, ...] = ()
-
-    @property
-    def everyone(self) -> list[int]:
-        return sorted({*self.ranks, *(end for link in self.links for end in link)})
-
-    def __str__(self) -> str:
-        parts = [f"rank {rank}" for rank in self.ranks]
-        return ", ".join(parts + [f"the link {a}-{b}" for a, b in self.links])
-
-    def __bool__(self) -> bool:
-        return bool(self.ranks or self.links)
+ON_CPU = Effort(2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
+ON_ACCELERATOR = Effort(2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
 
 
 def effort_of(setting: Setting) -> Effort:
@@ -147,8 +131,8 @@ def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -
     """The directed links that stay slow when they are measured again, with their pace as a share of a good link's.
 
     A first look gives suspects and good links. Each retest measures the suspects that are left in turn with good links,
-    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the lower quartile of the good
-    link beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
+    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the lower quartile of the
+    good link beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
     """
     fastest = {link: min(times) for link, times in seconds.items()}
     usual = reference(fastest)
@@ -169,6 +153,8 @@ def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -
             best[link] = min(best[link], *times[link])
             share[link] = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))] / best[link]
         suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
+        if retest + 1 >= CLEAR_RETESTS and all(share[link] < CLEAR for link in suspects):
+            break
     return {link: share[link] for link in suspects}
 
 
@@ -177,7 +163,7 @@ def _retest_arguments(setting: Setting, partners: dict[str, str], retest: int) -
     together = {_ends(link): _ends(partner) for link, partner in partners.items()}
     turns = [list(pair) for suspect, partner in together.items() for pair in (suspect, partner)]
     return {
-        "bytes": effort_of(setting).retest_bytes,
+        "bytes": effort_of(setting).pair_bytes,
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "seed": setting.recipe.seed + retest,
@@ -199,7 +185,7 @@ def _worst(suspects: dict[str, float]) -> dict[str, float]:
 
 
 def _ends(link: str) -> Pair:
-    return _pair(*map(int, link.split(">")))
+    return pair_of(*map(int, link.split(">")))
 
 
 def _partner(link: str, good: list[str], turn: int) -> str | None:
@@ -223,9 +209,9 @@ def _slow_evidence(
     everyone = [pair for chosen in tournament(crew.world) for pair in chosen]
     blame = blamed(pairs, everyone)
     listed = ", ".join(f"{link} at {share:.0%}" for link, share in sorted(slow.items(), key=lambda item: item[1]))
-    detail = f"{summary}; slow in {RETESTS} retests beside good links: {listed} of their pace; at fault: {blame}"
+    detail = f"{summary}; slow in every retest beside good links: {listed} of their pace; at fault: {blame}"
     arguments = {
-        "bytes": effort_of(setting).retest_bytes,
+        "bytes": effort_of(setting).pair_bytes,
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "alone": True,
@@ -235,22 +221,6 @@ def _slow_evidence(
     expected = f"every link at {SLOW:.0%} of the pace of the others or more"
     failure = _keep(crew, setting, called, name, f"slow: {blame}", "pairs", arguments, expected, listed)
     return _evidence(name, "fail", detail, samples, figures, _without(crew, blame, "slow"), blame.everyone, failure)
-
-
-def blamed(bad: Iterable[Pair], tested: Iterable[Pair]) -> Blame:
-    """Ranks that are bad with two or more peers, and with more than half of those they were tried with; then the links
-    that are left."""
-    left, tried = set(bad), set(tested)
-    ranks: list[int] = []
-    while True:
-        count = Counter(end for pair in left for end in pair)
-        of = Counter(end for pair in tried | left if not set(pair) & set(ranks) for end in pair)
-        ends = [rank for rank, number in count.items() if number >= 2 and number > of[rank] / 2]
-        if not ends:
-            return Blame(tuple(sorted(ranks)), tuple(sorted(left)))
-        worst = max(ends, key=lambda rank: (count[rank] / of[rank], count[rank]))
-        ranks.append(worst)
-        left = {pair for pair in left if worst not in pair}
 
 
 # -- collectives ------------------------------------------------------------------------------------------------------
@@ -294,23 +264,6 @@ def _checks(setting: Setting, world: int) -> list[tuple[str, str, str]]:
     kinds = ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "send_recv", "all_to_all", "all_to_all_uneven"]
     floats = [(kind, dtype, "sum") for kind in kinds for dtype in ("float32", "bfloat16")]
     return [*floats, ("all_to_all", "int64", "sum"), ("all_reduce", "int64", "sum"), ("all_reduce", "float32", "max")]
-
-
-def blame_of_wrong(*findings: list[dict[str, Any]]) -> Blame:
-    """Whose wrong elements these are, from who saw them and where they came from, over some calls (values by rank).
-
-    A rank that all of them left, or that alone saw them; the link if both ends are one rank each. Nobody if the
-    elements do not agree.
-    """
-    each = [(rank, value) for values in findings for rank, value in enumerate(values)]
-    seers = {rank for rank, value in each if value["failed"]}
-    origins = {origin for _, value in each for origin in value["origins"]}
-    unnamed = any(value["unnamed"] for _, value in each)
-    if len(seers) == 1:
-        if len(origins) == 1 and seers != origins and not unnamed:
-            return Blame(links=(_pair(*seers, *origins),))
-        return Blame(ranks=tuple(seers))
-    return Blame(ranks=tuple(origins)) if len(origins) == 1 else Blame()
 
 
 def look_at_shapes(crew: Crew, setting: Setting) -> list[Evidence]:
@@ -358,7 +311,7 @@ def _bus(setting: Setting, called: Called, shape: Shape) -> Figure:
 
 
 def look_at_exchange(crew: Crew, setting: Setting) -> list[Evidence]:
-    """The exchange of tokens between experts in groups of 2, 4, 8 ... ranks, all groups at once: where it breaks down."""
+    """The exchange of tokens between experts in groups of 2, 4, 8 ... ranks, all at once: where it breaks down."""
     name, figures, reached = "exchange of tokens by group size", dict[str, Figure](), 1
     pace: dict[int, float] = {}
     for size in group_sizes(setting, crew.world):
@@ -481,28 +434,6 @@ def locate(crew: Crew, setting: Setting, called: Called) -> Blame:
     return blamed(bad, [*pending, *bad])
 
 
-def laggard(called: Called) -> int | None:
-    """The one rank that began fewer collectives than every other among those that hang, if there is one."""
-    begun = sorted(
-        (reply.beat.collectives, reply.rank) for reply in called.replies if reply.state == "hung" and reply.beat
-    )
-    return begun[0][1] if len(begun) > 1 and begun[0][0] < begun[1][0] else None
-
-
-def stuck_pairs(called: Called) -> set[Pair]:
-    """The pairs in which both ranks are, by their last beats, and at least one has not answered."""
-    members: dict[str, list[int]] = {}
-    for reply in called.replies:
-        if reply.state != "done" and reply.beat is not None and reply.beat.section.startswith("pair "):
-            members.setdefault(reply.beat.section.removeprefix("pair "), []).append(reply.rank)
-    pairs = {text: tuple(int(end) for end in text.split("-")) for text in members}
-    return {_pair(*pair) for text, pair in pairs.items() if sorted(members[text]) == sorted(pair)}
-
-
-def _pair(a: int, b: int) -> Pair:
-    return min(a, b), max(a, b)
-
-
 def _bad_call(
     crew: Crew, setting: Setting, called: Called, name: str, function: str, arguments: dict[str, Any]
 ) -> Evidence | None:
@@ -523,7 +454,7 @@ def _broken(
     crew: Crew, setting: Setting, called: Called, name: str, function: str, arguments: dict[str, Any]
 ) -> Evidence:
     """A call that crashed, raised or hangs, with who is to blame for it."""
-    what, states = called.describe(), {reply.state for reply in called.replies}
+    what, states = summed_up(called), {reply.state for reply in called.replies}
     failure = _keep(crew, setting, called, name, what[:80], function, arguments, "an answer of every rank", what)
     blame = _who(crew, setting, called)
     how = "crashed" if "crashed" in states else "hangs" if "hung" in states else "failed"
@@ -537,8 +468,8 @@ def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
     if all(state == "raised" for state in states) and len({reply.error for reply in called.replies}) == 1:
         return Blame()
     suspected = Blame(ranks=tuple(called.culprits()))
-    if "crashed" in states:
-        return suspected
+    if "crashed" in states or any(reply.beat and reply.beat.section == JOINING for reply in called.replies):
+        return suspected if len(suspected.ranks) < crew.world else Blame()
     return locate(crew, setting, called) or (suspected if len(suspected.ranks) < crew.world else Blame())
 
 
@@ -631,7 +562,7 @@ def _evidence(
 
 
 def render_matrix(evidence: Evidence) -> Table | None:
-    """The pairs of ranks as a table, GB/s from the rank of the row to that of the column; None if they are not there."""
+    """The pairs of ranks as a table, GB/s from row to column; None if the finding has none."""
     pace = {
         tuple(map(int, key.removeprefix("p2p_").removesuffix("_gbs").split("_"))): figure
         for key, figure in evidence.figures.items()

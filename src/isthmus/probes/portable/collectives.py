@@ -288,7 +288,7 @@ def _send_recv(rank: Any, group: _Group, dtype: str, numel: int, reduction: str,
     ]
     return _Run(
         begin=lambda: _copy(out, None),
-        work=lambda: [_done(work) for work in dist.batch_isend_irecv(operations)] and None,
+        work=lambda: _all_done(dist.batch_isend_irecv(operations)),
         got=lambda: out,
         expected=moved(source, rank.rank, numel, seed),
         origins=torch.full((numel,), source),
@@ -340,6 +340,11 @@ def _copy(target: Tensor, source: Tensor | None) -> None:
 def _done(work: Any) -> None:
     """A call that was not asked to be asynchronous returns None."""
     if work is not None:
+        work.wait()
+
+
+def _all_done(works: list[Any]) -> None:
+    for work in works:
         work.wait()
 
 
@@ -548,9 +553,9 @@ def _exchange(rank: Any, pair: tuple[int, int], size: tuple[int, int, int, int],
             trips = [_round_trip(rank, ball, receiver) for _ in range(latency_repeats)]
             found.latency.setdefault(key, []).extend(trips)
         else:
+            origins = torch.full((len(large),), sender)
             for repeat in range(repeats + 1):
-                got = _receive(rank, payload, sender)
-                wrong.compare(got, large, torch.full((len(large),), sender), f"{key}, transfer {repeat}")
+                wrong.compare(_receive(rank, payload, sender), large, origins, f"{key}, transfer {repeat}")
             for repeat in range(latency_repeats):
                 got = torch.zeros_like(ball)
                 dist.recv(got, sender)
