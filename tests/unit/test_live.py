@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -18,13 +19,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.chips import environment_of, get_chip
+from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.launch import crew as crew_module
+from isthmus.launch.crew import Crew
+from isthmus.pools import get_pool
 from isthmus.probes import software
 from isthmus.probes.calls import Call, CallRecorder, describe_tensor, edge_calls, recipe_calls, specify
+from isthmus.probes.contract import Setting
 from isthmus.probes.operators import trace_operators
 from isthmus.probes.portable import compiled, operators, traps
 from isthmus.probes.trusted import trusted_errors
 from isthmus.recipe import Recipe, load_recipe
+from isthmus.records import Evidence, FailureCase
 
 aten = torch.ops.aten
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -390,8 +396,6 @@ def test_errors_of_trusted_chips_are_merged(tmp_path: Path):
 
 
 def test_a_vendors_environment_is_there_when_its_processes_start(monkeypatch: pytest.MonkeyPatch):
-    import os
-
     (name,) = environment_of("npu")
     monkeypatch.delenv(name, raising=False)
     with crew_module._environment(environment_of("npu")):
@@ -400,3 +404,56 @@ def test_a_vendors_environment_is_there_when_its_processes_start(monkeypatch: py
     monkeypatch.setenv(name, "0")
     with crew_module._environment(environment_of("npu")):
         assert os.environ[name] == "0", "what the user set stays"
+
+
+@pytest.fixture
+def examined(
+    calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[Evidence], Path]]:
+    """Run the probe of operators, on a few of them, over two ranks with planted faults."""
+    few = some(calls, "aten::mm", "aten::bmm", "aten::silu", "aten::index_copy_", "aten::sigmoid_backward")
+    monkeypatch.setattr(software, "recipe_calls", lambda _recipe: few)
+    monkeypatch.setattr(software, "edge_calls", lambda _grouped: [])
+
+    def run(*faults: str, stall_s: float = 20.0) -> tuple[list[Evidence], Path]:
+        recipe = chosen_recipe("pools.home.ranks=2")
+        pool, folder = get_pool(recipe, "home"), tmp_path / "qualify" / "home"
+        with Crew(2, faults=[parse_fault(text) for text in faults]) as crew:
+            setting = Setting(recipe, pool, get_chip("cpu"), None, "cpu", tmp_path, folder, stall_s=stall_s)
+            return software.PROBES[0].run(crew, setting), tmp_path
+
+    return run
+
+
+def test_a_healthy_pool_passes_for_serving_and_for_training(examined):
+    found, _ = examined()
+    assert {(one.outcome, one.needed_for) for one in found} == {("pass", "serving"), ("pass", "training")}, found
+    assert all(one.samples > 20 and one.figures["worst_error"].value > 0 and not one.ranks for one in found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operator", "kind"),
+    [
+        ("nan@rank=1", "", "not finite"),
+        ("small-error@rank=1,operator=aten::mm,size=0.01", "aten::mm", "inaccurate"),
+        ("dtype-swap@rank=1,operator=aten::bmm", "aten::bmm", "inaccurate"),
+        ("flipped-bit@rank=1,operator=aten::silu,size=0", "aten::silu", "non-deterministic"),
+        ("fallback@rank=1,operator=aten::mm", "aten::mm", "fallback"),
+    ],
+)
+def test_a_planted_fault_is_found_on_its_rank_and_kept_as_one_call(examined, fault: str, operator: str, kind: str):
+    found, root = examined(fault)
+    training = next(one for one in found if one.needed_for == "training")
+    assert training.outcome == "fail" and training.ranks == [1] and operator in training.detail, training
+    assert training.failure is not None
+    case = FailureCase.model_validate_json((root / training.failure / "failure.json").read_text())
+    assert case.title.endswith(kind) and case.planted == [str(parse_fault(fault))]
+    assert len(case.arguments["calls"]) == len(case.arguments["dtypes"]) == 1
+    assert [reply["value"]["failed"] for reply in case.replies] == [False, True]
+
+
+def test_a_rank_that_dies_or_hangs_in_an_operator_is_a_finding(examined):
+    for fault, stall_s in (("crash@rank=1,step=3", 20.0), ("hang@rank=1,step=3", 2.0)):
+        (found,), root = examined(fault, stall_s=stall_s)
+        assert found.outcome == "fail" and found.ranks == [1] and found.needed_for == "both", found
+        assert (root / found.failure / "failure.json").is_file()

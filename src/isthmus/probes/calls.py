@@ -29,8 +29,10 @@ Call = dict[str, Any]
 MOST_NUMBERS = 1 << 13
 """Numbers in all tensors of a call that is preferred: larger ones are kept only where no smaller one is alike."""
 LONGEST_LIST = 4
-KINDS, KINDS_OF_VIEWS = 12, 4
+KINDS, KINDS_OF_VIEWS = 8, 3
 """Kinds of calls of one operator that are kept, those that the work makes most often."""
+FARTHEST = 1 << 31
+"""Whole numbers are drawn within this: what memory holds before it is written may be any."""
 GAPS = 8
 """A strided tensor keeps its strides unless they span more than so many times what it holds."""
 DOCUMENT_LENGTHS = (5, 9, 14, 23, 40)
@@ -310,8 +312,10 @@ def _floats(tensor: Tensor) -> dict[str, Any]:
 
 def _integers(tensor: Tensor) -> dict[str, Any]:
     flat = tensor.flatten()
-    low, high = int(flat.min()), int(flat.max())
+    low, high = max(int(flat.min()), -FARTHEST), min(int(flat.max()), FARTHEST)
     values: dict[str, Any] = {"kind": "integers", "low": low, "high": high}
+    if not low <= high:
+        return {**values, "low": 0, "high": 0}
     if len(flat) > 1 and len(flat.unique()) == len(flat):
         values["distinct"] = True
     if len(flat) > 1 and bool((flat.diff() >= 0).all()):
