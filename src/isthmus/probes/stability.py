@@ -330,9 +330,10 @@ def _keep(
 
 
 def _broken(name: str, called: Called, needed_for: Use, keep: Callable[[], str] | None) -> Evidence:
-    """A call that not all ranks answered."""
+    """A call that not all ranks answered. What the ranks at fault did is said, and not what became of the others."""
     ranks = called.culprits()
-    return _finding(name, needed_for, "fail", called.describe(), ranks=ranks, keep=keep)
+    at_fault = Called([reply for reply in called.replies if reply.rank in ranks], called.seconds)
+    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep)
 
 
 def _finding(
