@@ -157,6 +157,13 @@ def test_what_one_rank_saw_is_a_problem_of_that_rank(changes: dict[str, Any], wo
     assert words in problem.what and problem.ranks == ranks
 
 
+def test_what_has_spread_to_all_ranks_names_none():
+    (problem,) = problems_of([report(stopped=3, bad_here=True)] * 3)
+    assert problem.ranks == ()
+    (problem,) = problems_of([report(stopped=3, bad_here=True)])
+    assert problem.ranks == (0,)
+
+
 def test_a_norm_far_above_those_before_is_a_spike():
     assert problems_of([report(norms=[1.0, 1.2, 0.9, 9.0])]) == []
     (problem,) = problems_of([report(norms=[1.0, 1.2, 0.9, 12.0])])
@@ -228,16 +235,16 @@ def short_soak(crew: Crew, setting: Setting) -> list[Evidence]:
     return stability.soak(crew, setting, seconds=0.0, round_steps=2)
 
 
-def look(setting: Setting, probe: Callable[[Crew, Setting], list[Evidence]], *faults: str) -> Evidence:
-    """What a probe finds on three ranks with planted faults."""
-    with Crew(3, faults=[parse_fault(fault) for fault in faults]) as crew:
+def look(setting: Setting, probe: Callable[[Crew, Setting], list[Evidence]], *faults: str, world: int = 3) -> Evidence:
+    """What a probe finds on a few ranks with planted faults."""
+    with Crew(world, faults=[parse_fault(fault) for fault in faults], preload=stability.PRELOAD) as crew:
         (found,) = probe(crew, setting)
     assert found.aspect == "stability"
     return found
 
 
 def test_ranks_that_are_well_pass_all_probes(setting: Setting):
-    with Crew(3) as crew:
+    with Crew(2, preload=stability.PRELOAD) as crew:
         found = [item for probe in stability.stability_probes(0.0) for item in probe.run(crew, setting)]
     assert [item.outcome for item in found] == ["pass"] * 6, [item.detail for item in found]
     assert all("could have stayed unseen" in item.detail for item in found if item.name != "stragglers")
@@ -277,23 +284,29 @@ def test_a_slow_rank_is_named_and_a_rank_that_was_slow_once_is_not(setting: Sett
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        ("crash@rank=2,step=3", "rank 2 crashed"),
-        ("out-of-memory@rank=2,step=3", "OutOfMemoryError"),
-        ("nan@rank=2,step=3", "not finite at step 3"),
-        ("corrupted-save@rank=2", "does not match its hash"),
-        ("flipped-bit@rank=2,step=3,size=3", "when they were repeated"),
-    ],
+    [("crash@rank=2,step=3", "rank 2 crashed"), ("out-of-memory@rank=2,step=3", "rank 2 raised: OutOfMemoryError")],
 )
-def test_what_breaks_in_real_steps_is_found_and_its_rank_named(setting: Setting, fault: str, words: str):
-    found = look(setting, short_soak, fault)
-    assert found.outcome == "fail" and words in found.detail and found.ranks == [2], found.detail
+def test_a_rank_that_does_not_answer_is_named_and_its_case_is_kept(setting: Setting, fault: str, words: str):
+    found = look(setting, stability.same_result, fault)
+    assert found.outcome == "fail" and found.detail.startswith(words) and found.ranks == [2]
+    assert (setting.root / str(found.failure) / "failure.json").is_file()
+
+
+def test_a_number_that_is_not_finite_ends_the_soak_and_its_rank_is_named(setting: Setting):
+    found = look(setting, short_soak, "nan@rank=1,step=3", world=2)
+    assert found.outcome == "fail" and "not finite at step 3" in found.detail and found.ranks == [1]
     assert found.figures["failure_rate_per_chip_hour"].value > 2e-4, "a failure does not raise the rate"
+
+
+def test_a_step_that_cannot_be_repeated_and_a_save_that_is_damaged_are_found(setting: Setting):
+    found = look(setting, short_soak, "small-error@rank=0,step=3", "corrupted-save@rank=1", world=2)
+    assert found.outcome == "fail" and "steps gave two results" in found.detail and found.ranks == [0, 1]
+    assert "a save is damaged on rank 1" in found.detail and "does not match its hash" in found.detail
 
 
 def test_a_hang_in_real_steps_names_the_rank_that_lags(setting: Setting):
     short = Setting(**{**vars(setting), "stall_s": 8.0})
-    found = look(short, short_soak, "hang@rank=1,step=1")
+    found = look(short, short_soak, "hang@rank=1,step=1", world=2)
     assert found.outcome == "fail" and found.ranks == [1] and "hung in soak step, step 1" in found.detail
 
 
