@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     found = []
     if any(one["stopped"] is not None for one in seen):
         step = next(one["stopped"] for one in seen if one["stopped"] is not None)
-        ranks = tuple(rank for rank, one in enumerate(seen) if one["bad_here"])
+        ranks = _some((rank for rank, one in enumerate(seen) if one["bad_here"]), len(seen))
         where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
         found.append(Problem(f"a loss or a gradient is not finite at step {step}{where}", ranks))
     if spike := _spike(seen[0]["norms"]):
@@ -59,6 +59,12 @@ def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
         first = next(iter(wrong.values()))[0]
         found.append(Problem(f"known answers on rank {_joined(tuple(wrong))} are wrong: {first}", tuple(wrong)))
     return found
+
+
+def _some(ranks: Iterable[int], world: int) -> tuple[int, ...]:
+    """Ranks, or none of several if it is all of them: then it spread before it was seen, and says nothing."""
+    found = tuple(ranks)
+    return () if 1 < world == len(found) else found
 
 
 def _spike(norms: Sequence[float]) -> str | None:
@@ -76,7 +82,7 @@ def _repeats(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     differing = max(one["differing"] for one in seen)
     if not differing:
         return []
-    ranks = tuple(rank for rank, one in enumerate(seen) if one["differing_here"])
+    ranks = _some((rank for rank, one in enumerate(seen) if one["differing_here"]), len(seen))
     where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
     what = f"{differing} of {seen[0]['repeats']} steps gave two results, bit by bit, when they were repeated{where}"
     return [Problem(what, ranks)]
