@@ -43,7 +43,7 @@ class OperatorWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return func(*args, **kwargs)
-        if _is_composite(func):
+        if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         return self.run(func, args, kwargs)
@@ -233,7 +233,7 @@ def _with_argument(
 
 
 @functools.cache
-def _is_composite(operator: Any) -> bool:
+def is_composite(operator: Any) -> bool:
     """Whether an operator is nothing but others: it has a decomposition, and no kernel of its own on the CPU."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
     return operator._can_decompose() and not own

@@ -233,7 +233,8 @@ class Tally:
     """What ran in a rehearsal: calls by status and by operator, and the operators seen with their status.
 
     `substitutions`, `filled`, `varied` and `untested` count calls that were emulated, or that used a dtype which the
-    vendor does not list as tested; `host` counts calls that concerned the host alone.
+    vendor does not list as tested; `host` counts calls that concerned the host alone. `collectives` counts those of
+    torch.distributed by name, where a rehearsal looks at a whole program.
     """
 
     calls: Counter[Status] = field(default_factory=Counter)
@@ -244,6 +245,7 @@ class Tally:
     varied: Counter[str] = field(default_factory=Counter)
     untested: Counter[str] = field(default_factory=Counter)
     cautions: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
     host: int = 0
 
     def names(self, *statuses: Status) -> list[str]:
