@@ -236,8 +236,7 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
     lacks. Exit code 1 if something was refused, else the script's own.
     """
     report = importlib.import_module("isthmus.rehearse").execute(list(command), _watch(), **options)
-    if report.exit_code:
-        raise click.exceptions.Exit(report.exit_code)
+    sys.exit(report.exit_code)
 
 
 @cli.command()

@@ -26,6 +26,10 @@ from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused
 from isthmus.errors import IsthmusError
 
 
+LIBRARY = (2, 11, 1)
+"""The version of NCCL that code is told: the newest that the tables of collectives speak of."""
+
+
 class Stream:
     """A queue of work. On the CPU all work is done when it is issued."""
 
@@ -182,6 +186,8 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
 def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> None:
     for name, function in _functions(chip, memory, count).items():
         setattr(module, name, function)
+    if hasattr(module, "nccl"):
+        module.nccl.version = lambda: LIBRARY
     if chip.generation and chip.generation.startswith("sm"):
         major, minor = int(chip.generation[2:-1]), int(chip.generation[-1])
         module.get_device_capability = lambda *_: (major, minor)
