@@ -236,7 +236,8 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
     lacks. Exit code 1 if something was refused, else the script's own.
     """
     report = importlib.import_module("isthmus.rehearse").execute(list(command), _watch(), **options)
-    sys.exit(report.exit_code)
+    if report.exit_code:
+        raise click.exceptions.Exit(report.exit_code)
 
 
 @cli.command()
@@ -251,9 +252,7 @@ def main() -> None:
     """Entry point: turns errors into a message and an exit code (0 done, 1 a gate refused, 2 wrong usage)."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as request:
-        sys.exit(request.exit_code)
+        sys.exit(cli(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(2)

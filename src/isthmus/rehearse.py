@@ -7,6 +7,7 @@ process leaves a report in a folder, and they are put together here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -52,7 +53,7 @@ class Used(BaseModel):
 
 
 class Report(BaseModel):
-    """What a rehearsal found, all ranks together. Counts are of rehearsed calls: nothing here was measured on a chip."""
+    """What a rehearsal found, all ranks together. Nothing here was measured on a chip."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,8 +115,8 @@ def execute(
     """
     profile = profile_of(chip)
     for text in faults:
-        if parse_fault(text).rank >= (ranks or 1) and ranks is not None:
-            raise IsthmusError(f"the fault {text!r} is planted on a rank that is not there: the ranks are 0 to {ranks - 1}")
+        if parse_fault(text).rank >= (ranks or math.inf):
+            raise IsthmusError(f"the fault {text!r} is planted on a rank that is not there, of {ranks}")
     with tempfile.TemporaryDirectory(prefix="isthmus-rehearsal-") as folder:
         settings = Settings(chip, folder, strict, noise, seed, faults)
         began = time.monotonic()

@@ -42,7 +42,8 @@ def run(folder: Path, script: str, *options: str, chip: str = ASCEND, **environm
         check=False,
     )
     report = folder / "report.json"
-    return Rehearsed(done.returncode, done.stdout + done.stderr, json.loads(report.read_text()) if report.exists() else {})
+    found = json.loads(report.read_text()) if report.exists() else {}
+    return Rehearsed(done.returncode, done.stdout + done.stderr, found)
 
 
 PLAIN = """
@@ -219,7 +220,7 @@ def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
         ([], {}, "after --"),
         (["no-such-program"], {}, "no-such-program"),
         (["python", "x.py"], {"chip": "mlu590"}, "cannot be rehearsed"),
-        (["python", "x.py"], {"faults": ("crash@rank=2",), "ranks": 2}, "0 to 1"),
+        (["python", "x.py"], {"faults": ("crash@rank=2",), "ranks": 2}, "not there, of 2"),
         (["python", "x.py"], {"faults": ("explode@rank=0",)}, "unknown kind"),
     ],
 )

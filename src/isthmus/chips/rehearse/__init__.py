@@ -1,6 +1,6 @@
 """Rehearsal: the rules of a chip that is not here, enforced on the CPU.
 
-Each folder here is one family of chips: tables of its operators, dtypes, collectives, links, failure rates and numerics,
+Each folder with tables is one family of chips: its operators, dtypes, collectives, links, failure rates and numerics,
 every row with a source and a standing (documented, read in code, assumed). A rehearsal finds out what would break; it
 never speaks for the vendor.
 Loading this package does not load torch; `enforce` does.

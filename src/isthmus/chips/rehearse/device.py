@@ -176,7 +176,7 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
 
 
 class DeviceNames(TorchFunctionMode):
-    """Lets code speak of the chip as it does where there is one: moving tensors there and back, asking where they are."""
+    """Lets code speak of the chip as if it were there: it moves tensors there and back, and asks where they are."""
 
     def __init__(self, memory: ChipMemory):
         super().__init__()

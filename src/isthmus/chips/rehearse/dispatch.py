@@ -57,9 +57,7 @@ class OperatorWatch(TorchDispatchMode):
 class Rehearsal(OperatorWatch):
     """Refuses what a profile does not allow, does silently what `emulate` names; `tally` counts what ran."""
 
-    def __init__(
-        self, profile: Profile, *, strict: bool, emulate: Emulation | None = None, tally: Tally | None = None
-    ):
+    def __init__(self, profile: Profile, *, strict: bool, emulate: Emulation | None = None, tally: Tally | None = None):
         super().__init__()
         self.profile, self.emulate = profile, emulate
         self.strict = strict or fallback_is_off(profile)

@@ -19,12 +19,12 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import backend_registration
 
 from isthmus.chips import Chip
 from isthmus.chips.rehearse.device import HOST, ChipMemory
 from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused
 from isthmus.errors import IsthmusError
-
 
 LIBRARY = (2, 11, 1)
 """The version of NCCL that code is told: the newest that the tables of collectives speak of."""
@@ -82,7 +82,7 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extens
     """Make the chip's device known to torch in this process, `count` devices of it."""
     kind = memory.kinds[0]
     if not hasattr(torch, kind):
-        torch.utils.rename_privateuse1_backend(kind)
+        backend_registration.rename_privateuse1_backend(kind)
         module = types.ModuleType(f"torch.{kind}")
         setattr(torch, kind, module)
         sys.modules[f"torch.{kind}"] = module
@@ -215,13 +215,14 @@ def _map_constructors(memory: ChipMemory) -> None:
 
     class Generator(torch._C.Generator):
         def __new__(cls, device: Any = HOST) -> Any:
-            return torch._C.Generator.__new__(cls, HOST if memory.names(device) else device)
+            return super().__new__(cls, HOST if memory.names(device) else device)  # pyright: ignore[reportCallIssue]
 
     load = torch.load
 
     @functools.wraps(load)
     def load_to_chip(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return load(f, memory.restore if memory.names(map_location) else map_location, *args, **kwargs)
+        place: Any = memory.restore if memory.names(map_location) else map_location
+        return load(f, place, *args, **kwargs)
 
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.load = load_to_chip
@@ -268,9 +269,7 @@ def _backend(asked: str | None, memory: ChipMemory) -> str | None:
     return next((name for kind, name in pairs.items() if kind in memory.kinds), asked)
 
 
-def _add_extension(
-    name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int
-) -> None:
+def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int) -> None:
     """The vendor's package that code imports beside torch. Its own operators have no reference here."""
 
     def missing(operator: str) -> NoReturn:

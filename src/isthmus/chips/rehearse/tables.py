@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from isthmus.chips._registry import get_chip
 from isthmus.errors import IsthmusError
@@ -407,10 +407,14 @@ def _rate(row: dict[str, str]) -> Rate:
 
 
 def _numeric(row: dict[str, str]) -> Numeric:
-    kind = next((known for known in NUMERIC_KINDS if known == row["kind"]), None)
-    assert kind is not None, f"numerics.csv: {row['kind']!r}"
+    kind = row["kind"]
+    assert _is_numeric_kind(kind), f"numerics.csv: {kind!r}"
     operators = tuple(name for name in row["operators"].split("|") if name)
     return Numeric(kind, operators, row["value"], row["behaviour"], row["standing"], row["source"])
+
+
+def _is_numeric_kind(text: str) -> TypeGuard[NumericKind]:
+    return text in NUMERIC_KINDS
 
 
 def _status(text: str) -> Status:
