@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isthmus.chips.rehearse.tables import MEANING, DtypeRule, Emulation, Profile, RehearsalRefused, Status, Tally
+from isthmus.chips.rehearse.tables import (
+    MEANING,
+    DtypeRule,
+    Emulation,
+    Numeric,
+    NumericKind,
+    Profile,
+    RehearsalRefused,
+    Status,
+    Tally,
+)
 
 
 class OperatorWatch(TorchDispatchMode):
@@ -62,6 +72,7 @@ class Rehearsal(OperatorWatch):
         self.profile, self.emulate = profile, emulate
         self.strict = strict or fallback_is_off(profile)
         self.tally = tally or Tally()
+        self._ways: dict[str, dict[NumericKind, Numeric]] = {}
         self._noise = torch.Generator().manual_seed(emulate.seed) if emulate and emulate.noise else None
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,16 +135,18 @@ class Rehearsal(OperatorWatch):
         """The arguments that the chip's software takes instead."""
         operator = func.name()
         if operator == "aten::_to_copy" and (rule := self._stand_in(kwargs)) is not None:
-            self._warn_once(rule.warning)
-            self.tally.substitutions[f"{operator} {rule.dtype} > {rule.stands_in}"] += 1
+            change = f"{operator} {rule.dtype} > {rule.stands_in}"
+            if rule.warning and change not in self.tally.substitutions:
+                warnings.warn(rule.warning, UserWarning, stacklevel=2)
+            self.tally.substitutions[change] += 1
             kwargs = {**kwargs, "dtype": getattr(torch, str(rule.stands_in))}
-        if (row := self.profile.numeric("argument", operator)) is not None:
+        if (row := self._way("argument", operator)) is not None:
             name, _, change = row.value.partition(":")
             asked, _, given = change.partition(">")
             if _argument(func, args, kwargs, name) == asked:
                 self.tally.substitutions[f"{operator} {name} {asked} > {given}"] += 1
                 args, kwargs = _with_argument(func, args, kwargs, name, given)
-        if (row := self.profile.numeric("argument_caution", operator)) is not None:
+        if (row := self._way("argument_caution", operator)) is not None:
             name, _, asked = row.value.partition(":")
             if str(_argument(func, args, kwargs, name)) == asked:
                 self.tally.cautions[f"{operator} {name}={asked}: {row.behaviour}"] += 1
@@ -147,18 +160,22 @@ class Rehearsal(OperatorWatch):
         rule = self.profile.dtypes.get(short_name(dtype))
         return rule if rule is not None and rule.action == "substitute" else None
 
-    def _warn_once(self, text: str) -> None:
-        if text and not self.tally.substitutions:
-            warnings.warn(text, UserWarning, stacklevel=2)
+    def _way(self, kind: NumericKind, operator: str) -> Numeric | None:
+        """In what an operator's results differ, in one way."""
+        ways = self._ways.get(operator)
+        if ways is None:
+            found = {way: self.profile.numeric(way, operator) for way in _EMULATED}
+            ways = self._ways[operator] = {way: row for way, row in found.items() if row is not None}
+        return ways.get(kind)
 
     def _fill(self, operator: str, result: Any) -> None:
-        if isinstance(result, Tensor) and result.numel() and self.profile.numeric("uninitialised", operator):
+        if isinstance(result, Tensor) and result.numel() and self._way("uninitialised", operator):
             result.fill_(_garbage(result.dtype))
             self.tally.filled[operator] += 1
 
     def _vary(self, operator: str, args: tuple[Any, ...], result: Any) -> Any:
         """Another order of accumulation, at each call."""
-        if torch.are_deterministic_algorithms_enabled() or not self.profile.numeric("non_deterministic", operator):
+        if torch.are_deterministic_algorithms_enabled() or not self._way("non_deterministic", operator):
             return result
         assert self._noise is not None
         first = result[0] if isinstance(result, tuple | list) else result
@@ -168,6 +185,7 @@ class Rehearsal(OperatorWatch):
         return result
 
 
+_EMULATED: tuple[NumericKind, ...] = ("argument", "argument_caution", "uninitialised", "non_deterministic")
 _DOCUMENTED_AS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 _CPUS_OWN = ("mkldnn", "onednn", "_for_cpu", "_nnpack", "xnnpack", "fbgemm")
 
