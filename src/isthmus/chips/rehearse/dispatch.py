@@ -164,8 +164,8 @@ class Rehearsal(OperatorWatch):
         """In what an operator's results differ, in one way."""
         ways = self._ways.get(operator)
         if ways is None:
-            found = {way: self.profile.numeric(way, operator) for way in _EMULATED}
-            ways = self._ways[operator] = {way: row for way, row in found.items() if row is not None}
+            rows = (self.profile.numeric(way, operator) for way in _EMULATED)
+            ways = self._ways[operator] = {row.kind: row for row in rows if row is not None}
         return ways.get(kind)
 
     def _fill(self, operator: str, result: Any) -> None:
