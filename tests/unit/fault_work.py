@@ -375,3 +375,26 @@ def damaged(rank: Any, count: int) -> list[list[int]]:
 
 def bitwise(rank: Any) -> None:
     dist.all_reduce(torch.tensor([rank.rank]), dist.ReduceOp.BAND)
+
+
+def trained_with_faults(rank: Any, how: str) -> list[str]:
+    """What went wrong by plan in some steps of training."""
+    rank.beat("training", 0)
+    _train(rank, how, dist.group.WORLD)
+    return rank.injector.fired
+
+
+def other_names(rank: Any, names: list[str]) -> list[list[Any]]:
+    """A world that is set up anew under another backend's name: its name, and a sum."""
+    meeting = dist.distributed_c10d._get_default_store()
+    dist.destroy_process_group()
+    found = []
+    for index, name in enumerate(names):
+        group.rehearse_backend(name.rpartition(":")[2], None, None, rank.pulse)
+        store = dist.PrefixStore(f"again-{index}", meeting)
+        dist.init_process_group(name, store=store, rank=rank.rank, world_size=rank.world)
+        value, before = torch.ones(1), rank.pulse.collectives
+        dist.all_reduce(value)
+        found.append([dist.get_backend(), value.item(), rank.pulse.collectives - before])
+        dist.destroy_process_group()
+    return found
