@@ -107,6 +107,7 @@ ODD = """
 import threading
 import torch
 import torch_npu
+from torch.utils.data import DataLoader, TensorDataset
 from torch_npu.contrib import transfer_to_npu
 
 x = torch.linspace(0, 1, 6, device="cuda").reshape(2, 3)
@@ -119,6 +120,14 @@ thread.start()
 thread.join()
 print("memory", torch.empty(2, device="npu"))
 again = torch.load("data.pt", map_location="npu")
+with torch.autocast("npu", dtype=torch.bfloat16):
+    print("autocast", (x @ x.T).dtype, torch.accelerator.current_accelerator())
+generator = torch.Generator(device="npu")
+print("drawn", torch.rand(2, generator=generator.manual_seed(3), device="npu").device)
+loader = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=4, pin_memory=True)
+print("batch", [(one.device, one.npu().device) for (one,) in loader])
+torch.set_default_device("npu")
+print("default", torch.ones(1).device, torch.tensor([1]).device)
 print("loaded", again.device, x.npu() is x, torch.tensor([1], device=x.device).device)
 raise SystemExit(7)
 """
@@ -132,7 +141,9 @@ def test_what_a_chip_does_silently_happens_and_is_reported(tmp_path: Path):
     assert done.text.count("Device do not support double dtype now") == 1
     assert done.text.count("'aten::nextafter' is not currently supported on the NPU backend") == 1
     assert "in a thread npu:0" in done.text and "memory tensor([nan, nan], device='npu:0')" in done.text
-    assert "loaded npu:0 True npu:0" in done.text
+    assert "loaded npu:0 True npu:0" in done.text and "autocast torch.bfloat16 npu" in done.text
+    assert "drawn npu:0" in done.text and "default npu:0 npu:0" in done.text
+    assert "batch [(device(type='cpu'), device(type='npu', index=0))]" in done.text
     assert done.report["operators"]["aten::nextafter"]["calls"] == 4
     assert done.report["substitutions"] == {"aten::_to_copy float64 > float32": 1}
     assert "aten::nextafter: 4 calls" in done.text
@@ -199,11 +210,45 @@ def test_ranks_train_together_under_the_rules_of_the_chips_library(tmp_path: Pat
     assert report["faults"] and all(text.startswith("rank 1: slow-rank at step 1") for text in report["faults"])
 
 
-def test_a_planted_crash_is_the_exit_code_and_the_other_rank_is_ended(tmp_path: Path):
-    script = PARALLEL.replace("loss.backward()", "loss.backward(); print('still here', step, flush=True)")
-    done = run(tmp_path, script, "--ranks", "2", "--fault", "crash@rank=1,step=1,size=9", chip="mi308x")
-    assert done.code in (9, done.report["exit_codes"][0]) and done.report["exit_codes"][1] == 9
-    assert done.report["unfinished"] >= 1 and done.report["planted"] == ["crash@rank=1,step=1,size=9"]
+SHARDED = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.npu.set_device(rank)
+dist.init_process_group("cpu:gloo,npu:hccl")
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 8).npu()
+fully_shard(model, mesh=init_device_mesh("npu", (2,)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for step in range(4):
+    loss = model(torch.ones(2, 8, device="npu")).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    os.write(1, f"rank {rank} step {step} {model.weight.device} {loss.item():.5f}\\n".encode())
+"""
+
+
+def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_path: Path):
+    done = run(tmp_path, SHARDED, "--ranks", "2", "--fault", "crash@rank=1,step=3,size=9")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        loss = model(torch.ones(2, 8)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step < 2:
+            assert f"rank 1 step {step} npu:1 {loss.item():.5f}" in done.text, done.text
+    assert "rank 0 step 3" not in done.text and "rank 1 step 2" not in done.text
+    assert done.report["exit_codes"][1] == 9 and done.code in done.report["exit_codes"] and done.code != 0
+    assert done.report["unfinished"] >= 1 and done.report["planted"] == ["crash@rank=1,step=3,size=9"]
+    assert {"aten::_foreach_lerp_.Scalar", "aten::addmm"} <= set(done.report["operators"])
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from isthmus.chips.rehearse.dispatch import Rehearsal
+from isthmus.chips.rehearse.dispatch import Rehearsal, is_distributed
 from isthmus.chips.rehearse.tables import Emulation, Profile, RehearsalRefused, Tally
 
 HOST = torch.device("cpu")
@@ -98,7 +98,9 @@ class ChipMemory:
 
 
 def _place(tensor: Tensor) -> object:
-    """What carries the mark: the storage that views share, or the tensor itself where it has none."""
+    """What carries the mark: the storage that views share, or the tensor itself where it has none. The part of a tensor
+    that is spread over ranks stands for it."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
     return tensor.untyped_storage() if tensor.layout is torch.strided and torch._C._has_storage(tensor) else tensor
 
 
@@ -137,6 +139,8 @@ class DeviceRehearsal(Rehearsal):
 
     def _placed(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         memory = self.memory
+        if is_distributed(types):
+            return NotImplemented
         if func.namespace in _COLLECTIVES:
             self.tally.collectives[func.name()] += 1
             return func(*args, **kwargs)

@@ -51,6 +51,8 @@ class OperatorWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_distributed(types):
+            return NotImplemented
         if func.namespace == "profiler":
             return func(*args, **kwargs)
         if is_composite(func):
@@ -253,6 +255,11 @@ def is_composite(operator: Any) -> bool:
     """Whether an operator is nothing but others: it has a decomposition, and no kernel of its own on the CPU."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
     return operator._can_decompose() and not own
+
+
+def is_distributed(types: Any) -> bool:
+    """Whether an operator is of tensors that are spread over ranks: what it does comes again, on the parts here."""
+    return any(kind.__name__ == "DTensor" for kind in types)
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -94,6 +94,26 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extens
         _add_extension(extension, kind, chip, profile, memory, count)
 
 
+_PARTS = {
+    "random": ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all", "manual_seed"),
+    "memory": ("memory_allocated", "max_memory_allocated", "memory_reserved", "mem_get_info", "empty_cache"),
+    "streams": ("Stream", "Event"),
+}
+
+
+def _add_parts(module: types.ModuleType, functions: dict[str, Any]) -> None:
+    """Modules below that of the device, and what is there already of them."""
+    kind = module.__name__.rpartition(".")[2]
+    parts = {name: {key: functions[key] for key in keys} for name, keys in _PARTS.items()}
+    if not hasattr(module, "amp"):
+        parts["amp"] = {name: functools.partial(getattr(torch.amp, name), kind) for name in ("autocast", "GradScaler")}
+    for name, content in parts.items():
+        part = getattr(module, name, None) or types.ModuleType(f"{module.__name__}.{name}")
+        part.__dict__.update(content)
+        setattr(module, name, part)
+        sys.modules[part.__name__] = part
+
+
 def _add_methods(kind: str, memory: ChipMemory) -> None:
     """`tensor.npu()` and the like."""
 
@@ -184,8 +204,10 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
 
 
 def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> None:
-    for name, function in _functions(chip, memory, count).items():
+    functions = _functions(chip, memory, count)
+    for name, function in functions.items():
         setattr(module, name, function)
+    _add_parts(module, functions)
     if hasattr(module, "nccl"):
         module.nccl.version = lambda: LIBRARY
     if chip.generation and chip.generation.startswith("sm"):
@@ -272,16 +294,21 @@ def _backend(asked: str | None, memory: ChipMemory) -> str | None:
 def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int) -> None:
     """The vendor's package that code imports beside torch. Its own operators have no reference here."""
 
-    def missing(operator: str) -> NoReturn:
-        if not operator.startswith(f"{kind}_"):
+    own = {operator.partition(".")[0]: row.status for operator, row in profile.operators.items()}
+
+    def attribute(operator: str) -> Callable[..., NoReturn]:
+        if f"{kind}::{operator}" not in own:
             raise AttributeError(f"{name}.{operator} is not part of the rehearsal")
-        status = profile.status(f"{kind}::{operator}")
+        return functools.partial(refuse, operator)
+
+    def refuse(operator: str, *_args: Any, **_options: Any) -> NoReturn:
         raise RehearsalRefused(
-            f"{name}.{operator} cannot be rehearsed: it is the vendor's own operator ({MEANING[status]}), and there is "
-            f"no reference of it on the CPU. Write it with torch's operators, or test it on a {chip.name}."
+            f"{name}.{operator} cannot be rehearsed: it is the vendor's own operator "
+            f"({MEANING[own[f'{kind}::{operator}']]}), and there is no reference of it on the CPU. Write it with torch's "
+            f"operators, or test it on a {chip.name}."
         )
 
-    package = _package(name, __getattr__=missing, __version__=profile.version.split()[-1])
+    package = _package(name, __getattr__=attribute, __version__=profile.version.split()[-1])
     setattr(package, kind, getattr(torch, kind))
     sys.modules[f"{name}.{kind}"] = getattr(torch, kind)
     _package(f"{name}.contrib")
