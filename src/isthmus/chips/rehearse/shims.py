@@ -304,8 +304,8 @@ def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: C
     def refuse(operator: str, *_args: Any, **_options: Any) -> NoReturn:
         raise RehearsalRefused(
             f"{name}.{operator} cannot be rehearsed: it is the vendor's own operator "
-            f"({MEANING[own[f'{kind}::{operator}']]}), and there is no reference of it on the CPU. Write it with torch's "
-            f"operators, or test it on a {chip.name}."
+            f"({MEANING[own[f'{kind}::{operator}']]}), and there is no reference of it on the CPU. "
+            f"Write it with torch's operators, or test it on a {chip.name}."
         )
 
     package = _package(name, __getattr__=attribute, __version__=profile.version.split()[-1])
