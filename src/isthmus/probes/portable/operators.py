@@ -69,8 +69,9 @@ def check_operators(
     """Make every call in every floating dtype, forward and backward, and compare.
 
     `calls` are specifications as `isthmus.probes.calls` makes them. Calls without floating tensors are made once, and
-    must be exact. Each is repeated `repeats` times, and has to give the same bits. `trusted` maps "operator dtype pass"
-    to the errors of a trusted chip, in units of what rounding explains; without it the host in that dtype is trusted.
+    must be exact. Each is made `repeats` times, and has to give the same bits; a step is the number of a call.
+    `trusted` maps "operator dtype pass" to the errors of a trusted chip, in units of what rounding explains; without it
+    the host in that dtype is trusted.
 
     Returns `failed`, `detail`, `findings` (each with the number of its call), `checked`, `unchecked` with reasons,
     `noted` (what is worth a word and no failure), `errors` and `ratios` by "operator dtype pass", `closest` (the
