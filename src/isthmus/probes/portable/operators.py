@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 PERTURBATIONS, CLOSE = 4, 0.05
-"""How often the reference is moved to see what rounding explains, if once leaves an error above a share of its limit."""
+"""How often the reference is moved to see what rounding explains, where once leaves an error near its limit."""
 SMALL = 0.125
 """Of the root mean square: the small-value rule. Relative errors are relative to no less than this."""
 LIMITS = {"max": 32.0, "mean": 16.0, "rmse": 16.0}
@@ -277,7 +277,7 @@ class _Examination:
         return {"forward": results, "backward": found, "seconds": seconds}, ("", "")
 
     def _ends(self, results: list[Any], move: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The results that can be differentiated, and a gradient for each, drawn on the host in the dtype under test."""
+        """The results that can be differentiated, and a gradient for each: drawn on the host, in this dtype."""
         generator = torch.Generator().manual_seed(self.seed + 7)
         ends, given = [], []
         for out in results:
