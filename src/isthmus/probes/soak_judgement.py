@@ -19,7 +19,7 @@ HORIZON = 10.0
 """A trend is followed for at most so many times the steps in which it was seen."""
 MATERIAL = 0.25
 """Growth within the horizon, as a share of the median, that matters."""
-STEADY = 0.5
+STEADY = 0.75
 
 
 @dataclass(frozen=True)
