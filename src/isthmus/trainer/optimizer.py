@@ -22,6 +22,7 @@ class Optimizer:
     """Updates a model's parameters, or this rank's shards of them. Its state is made of tensors that stay the same.
 
     `shared_by` is the number of ranks that hold the same shard; the norm of the gradient is that of the whole model.
+    `parts` stand for the model's own where it is only described.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Optimizer:
         total_steps: int,
         ranks: Ranks | None = None,
         shared_by: int = 1,
+        parts: list[Part] | None = None,
     ):
         self.section, self.total_steps = section, total_steps
         self._ranks, self._shared_by = ranks, shared_by
-        self._parts = parts_of(model)
+        self._parts = parts_of(model) if parts is None else parts
         self._locals = [part.local for part in self._parts]
         pairs = list(zip(self._parts, self._locals, strict=True))
         muon = [(part, local) for part, local in pairs if section.name == "muon" and is_hidden_matrix(part)]
