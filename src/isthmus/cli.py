@@ -221,6 +221,24 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("target")
+@click.option("--chip", required=True, help="The chip whose software is asked about; `isthmus chips` lists them.")
+@click.option("--ranks", type=click.IntRange(1), help="Training processes; those of the recipe's pool of CHIP if absent.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_SET
+def coverage(target: str, chip: str, ranks: int | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.
+
+    TARGET is a recipe, a run folder, a folder with a config.json, or the name of a preset such as deepseek-v3. Exit
+    code 1 if it cannot be trained there: an operator is missing, or a dtype is refused.
+    """
+    stage = importlib.import_module("isthmus.coverage")
+    report = stage.execute(target, _watch(), chip=chip, ranks=ranks, as_json=as_json, overrides=overrides)
+    if not report.trains:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
 @click.argument("name", required=False)
 def chips(name: str | None) -> None:
     """List the known chips, or show one with the source of each fact."""

@@ -102,7 +102,7 @@ def training_costs(recipe: Recipe, layout: Layout, options: Options) -> dict[str
     return {
         "model": costs,
         "sharding": sharding_costs(model, layout) if layout.ranks > 1 or options.dtype != torch.float32 else Costs(),
-        "optimizer": optimizer_costs(recipe.model, section, layout, options.whole_attention),
+        "optimizer": optimizer_costs(recipe.model, section, layout, every_part=options.every_layer),
     }
 
 
@@ -322,17 +322,42 @@ class _Shard(Part):
             return local.new_empty(self.parameter.shape)
 
 
-def optimizer_costs(model: ModelSection, section: TextSection, layout: Layout, _whole: bool = False) -> Costs:
-    """One update of what one rank holds in fp32, its clipping included, without the collectives of the norm."""
+def optimizer_costs(model: ModelSection, section: TextSection, layout: Layout, *, every_part: bool) -> Costs:
+    """One update of what one rank holds in fp32, its clipping included, without the collective of the norm.
+
+    Unless `every_part`, Muon orthogonalises stacks of one shape once, and they count as often as there are.
+    """
     with META:
         described = Model(model)
     recorder = CostRecorder()
     _exchange_tokens(described, layout, recorder)
     parts: list[Part] = [_Shard.of(part, layout, recorder) for part in parts_of(described)]
     optimizer = Optimizer(described, section.optimizer, TOTAL_STEPS, parts=parts)
+    times: Counter[str] = Counter()
+    if optimizer.muon is not None and not every_part:
+        optimizer.muon.orthogonalise = _once_per_shape(optimizer.muon.orthogonalise, recorder, times)
     with recorder.watching():
         optimizer.step(0)
-    return recorder.total()
+    return recorder.total(times)
+
+
+def _once_per_shape(
+    work: Callable[[Tensor], Tensor], recorder: CostRecorder, times: Counter[str]
+) -> Callable[[Tensor], Tensor]:
+    """`work`, which keeps shape and dtype, done for the first tensor of a shape; the others are counted in `times`."""
+
+    def run(x: Tensor) -> Tensor:
+        scope = f"{tuple(x.shape)} and alike"
+        times[scope] += 1
+        if times[scope] > 1:
+            with recorder.pause():
+                return torch.empty_like(x)
+        recorder.scope = scope
+        done = work(x)
+        recorder.scope = OUTSIDE
+        return done
+
+    return run
 
 
 def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
