@@ -223,7 +223,9 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 @cli.command()
 @click.argument("target")
 @click.option("--chip", required=True, help="The chip whose software is asked about; `isthmus chips` lists them.")
-@click.option("--ranks", type=click.IntRange(1), help="Training processes; those of the recipe's pool of CHIP if absent.")
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Training processes; those of the recipe's pool of CHIP if absent."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_SET
 def coverage(target: str, chip: str, ranks: int | None, as_json: bool, overrides: tuple[str, ...]) -> None:

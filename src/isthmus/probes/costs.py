@@ -27,9 +27,19 @@ HOST_READS_AS = 1.0
 _READS_WHAT_IT_TAKES = frozenset(
     ("aten::embedding", "aten::index_select", "aten::index.Tensor", "aten::gather", "aten::slice_copy.Tensor")
 )
+_TOUCHES_WHAT_IT_GETS = frozenset(
+    ("aten::index_copy_", "aten::index_add_", "aten::index_put_", "aten::_index_put_impl_")
+    + ("aten::scatter_.src", "aten::scatter_add_")
+)
 _WRITES_ONLY = frozenset(("aten::copy_", "aten::fill_.Scalar", "aten::fill_.Tensor", "aten::zero_"))
 _ALLOCATES = frozenset(
-    ("aten::empty.memory_format", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
+    (
+        "aten::empty.memory_format",
+        "aten::empty_like",
+        "aten::new_empty",
+        "aten::empty_strided",
+        "aten::new_empty_strided",
+    )
 )
 
 
@@ -219,7 +229,10 @@ def _is_view(func: Any) -> bool:
 def _bytes_moved(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
 ) -> int:
-    """Every input read once and every output written once; what is written in place is both, unless it is replaced."""
+    """Every input read once and every output written once; what is written in place is both, unless it is replaced.
+
+    Of a table from which rows are taken, or into which they are put, only those rows count.
+    """
     name, schema = func.name(), func._schema.arguments
     given = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
     changed = [one for argument in schema if _is_written(argument) for one in _tensors(given.get(argument.name))]
@@ -227,6 +240,8 @@ def _bytes_moved(
     written = sum(map(_size, changed)) + sum(_size(tensor) for tensor in outputs if id(tensor) not in mutated)
     if name in _READS_WHAT_IT_TAKES:
         return 2 * written + sum(_size(tensor) for tensor in inputs[1:])
+    if name in _TOUCHES_WHAT_IT_GETS:
+        return sum(map(_size, inputs[1:])) + 2 * _size(inputs[-1])
     replaced = name in _WRITES_ONLY or name.endswith(".out")
     return written + sum(_size(tensor) for tensor in inputs if not (replaced and id(tensor) in mutated))
 

@@ -102,16 +102,16 @@ class StaticCoverage:
     def headline(self) -> str:
         """The shares in one sentence."""
         of = {"time": "the step's time", "flops": "the arithmetic", "bytes": "the bytes moved"}[self.basis]
-        parts = [f"{self.share('native'):.1%} of {of} native"]
+        parts = [f"{percent(self.share('native'))} of {of} native"]
         if made := self.share(*_TIME_IN_PARTS):
-            parts.append(f"{made:.1%} made of other operators")
+            parts.append(f"{percent(made)} made of other operators")
         for status, words in (("fallback", "in operators that fall back"), ("none", "in operators that are missing")):
             if self.found.operators[status]:
-                parts.append(f"{self.share(status):.1%} {words}")
+                parts.append(f"{percent(self.share(status))} {words}")
         if self.found.operators["unknown"]:
-            parts.append(f"{self.share('unknown'):.1%} in operators that no table lists")
+            parts.append(f"{percent(self.share('unknown'))} in operators that no table lists")
         if (doubtful := self.doubtful_share) > 0:
-            parts.append(f"{doubtful:.1%} in operators that are documented to fall back in some cases")
+            parts.append(f"{percent(doubtful)} in operators that are documented to fall back in some cases")
         return "; ".join(parts)
 
 
@@ -144,7 +144,9 @@ def static_coverage(
     return [
         join("training", f"a training step of one of {ranks} ranks", training, chip, profile),
         *(
-            join("serving", {"prefill": "a prompt", "decode": "a decoded token per sequence"}[name], costs, chip, profile)
+            join(
+                "serving", {"prefill": "a prompt", "decode": "a decoded token per sequence"}[name], costs, chip, profile
+            )
             for name, costs in serving.items()
         ),
     ]
@@ -435,7 +437,7 @@ def _repeatable_finding(training: StaticCoverage) -> Evidence:
     detail = "no operator of the step is listed as giving other bits each time"
     if rows:
         detail = (
-            f"{training.unrepeatable_share:.1%} of {training.basis} in operators that are not deterministic unless "
+            f"{percent(training.unrepeatable_share)} of {training.basis} in operators that are not deterministic unless "
             f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
     return Evidence(
@@ -468,7 +470,11 @@ def _dtype_findings(profile: Profile) -> list[Evidence]:
     ]
 
 
+def percent(share: float) -> str:
+    """A share in words that do not round something to nothing."""
+    return f"{share:.1%}" if share == 0 or share >= 0.0005 else "under 0.1%"
+
+
 def _first(names: tuple[str, ...], most: int = 3) -> str:
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-

@@ -21,8 +21,10 @@ import torch
 import torch.fx.experimental._config as symbolic
 from torch import Tensor, nn
 
-from isthmus.engines.local.batch import Singles, StepBatch
-from isthmus.engines.local.runner import Trial
+from isthmus.engines.local.batch import Chunk, Singles, StepBatch
+from isthmus.engines.local.cache import blocks_for
+from isthmus.engines.local.runner import Runner
+from isthmus.errors import IsthmusError
 from isthmus.model.documents import Documents
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model
@@ -30,7 +32,6 @@ from isthmus.model.moe import MixtureOfExperts, Routing
 from isthmus.probes.costs import OUTSIDE, Call, Collective, CostRecorder, Costs
 from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 from isthmus.recipe import DeepseekSection, ModelSection, Recipe, TextSection, TrainSection, layout_problem
-from isthmus.errors import IsthmusError
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import TokenExchange
@@ -40,7 +41,8 @@ from isthmus.trainer.step import microbatch_losses, update_router_bias
 META = torch.device("meta")
 LONGEST_ROW = 4096
 """Tokens of a traced row, and of a traced prompt, where the recipe does not say."""
-TOTAL_STEPS = 1
+BLOCK = 16
+"""Tokens of a block of the cache."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,7 @@ def full_rows(rows: int, length: int) -> Batch:
     )
 
 
-def step_costs(
-    model: Model, batch: Batch, section: TextSection, recorder: CostRecorder, *, every_layer: bool
-) -> Costs:
+def step_costs(model: Model, batch: Batch, section: TextSection, recorder: CostRecorder, *, every_layer: bool) -> Costs:
     """Forward and backward of `batch` on the device of `model`, and the update of the routers' biases."""
     device = next(model.parameters()).device
     times = mark_layers(model, recorder, every_layer=every_layer)
@@ -209,6 +209,7 @@ def _passed_on(layer: ResidualLayer, recorder: CostRecorder, _scope: str) -> Cal
 class _PassedOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, experts: int, recorder: CostRecorder) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.recorder = recorder
         ctx.like = x.shape, x.dtype
         with recorder.pause():
@@ -228,9 +229,7 @@ def _exchange_tokens(model: Model, layout: Layout, recorder: CostRecorder) -> No
         return
     size = layout.expert
 
-    def swap(
-        arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None
-    ) -> None:
+    def swap(arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None) -> None:
         payload = rows.numel() * rows.element_size()
         own = send[0] / max(sum(send), 1) if send else 1 / size
         recorder.add_collective(ALL_TO_ALL, rows, size, payload * (1 - own))
@@ -332,7 +331,7 @@ def optimizer_costs(model: ModelSection, section: TextSection, layout: Layout, *
     recorder = CostRecorder()
     _exchange_tokens(described, layout, recorder)
     parts: list[Part] = [_Shard.of(part, layout, recorder) for part in parts_of(described)]
-    optimizer = Optimizer(described, section.optimizer, TOTAL_STEPS, parts=parts)
+    optimizer = Optimizer(described, section.optimizer, 1, parts=parts)
     times: Counter[str] = Counter()
     if optimizer.muon is not None and not every_part:
         optimizer.muon.orthogonalise = _once_per_shape(optimizer.muon.orthogonalise, recorder, times)
@@ -377,13 +376,20 @@ def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
             module.experts.grouped = options.grouped
         recorder = CostRecorder(whole_attention=options.whole_attention)
         times = mark_layers(model, recorder, every_layer=options.every_layer)
-        trial = Trial(model, sequences, length + 1)
+        runner = Runner(model, sequences * blocks_for(length + 1, BLOCK) + 1, BLOCK, native=False)
         with torch.inference_mode(), recorder.watching():
-            if name == "prefill":
-                trial.prefill([[0] * length])
-            else:
-                last = np.full(sequences, length, dtype=np.int64)
-                singles = Singles(np.zeros(sequences, dtype=np.int64), last, trial.tables)
-                trial.runner.logits(trial.runner.hidden(StepBatch(singles, [], trial.runner.store)))
+            batch = _pass(name, sequences, length, runner)
+            batch.prepare()
+            runner.logits(runner.hidden(batch)[-sequences:])
         found[name] = recorder.total(times)
     return found
+
+
+def _pass(name: str, sequences: int, length: int, runner: Runner) -> StepBatch:
+    """A whole prompt, or the token after `length` ones of each sequence."""
+    each = blocks_for(length + 1, BLOCK)
+    tables = np.arange(1, sequences * each + 1, dtype=np.int32).reshape(sequences, each)
+    if name == "prefill":
+        return StepBatch(None, [Chunk(np.zeros(length, dtype=np.int64), 0, tables[0])], runner.store)
+    tokens, last = np.zeros(sequences, dtype=np.int64), np.full(sequences, length, dtype=np.int64)
+    return StepBatch(Singles(tokens, last, tables), [], runner.store)

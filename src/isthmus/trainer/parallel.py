@@ -81,9 +81,7 @@ class Swap(Protocol):
 def swap_within(group: dist.ProcessGroup) -> Swap:
     """The all-to-all of a process group."""
 
-    def swap(
-        arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None
-    ) -> None:
+    def swap(arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None) -> None:
         dist.all_to_all_single(arrived, rows, receive, send, group=group)
 
     return swap
