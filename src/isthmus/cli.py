@@ -228,15 +228,14 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_SET
-def coverage(target: str, chip: str, ranks: int | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+def coverage(target: str, **options: Any) -> None:
     """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.
 
     TARGET is a recipe, a run folder, a folder with a config.json, or the name of a preset such as deepseek-v3. Exit
-    code 1 if it cannot be trained there: an operator is missing, or a dtype is refused.
+    code 1 if it cannot be trained there: an operator is missing, or a dtype is refused. Reading a wheel runs its
+    start-up code in a process of its own.
     """
-    stage = importlib.import_module("isthmus.coverage")
-    report = stage.execute(target, _watch(), chip=chip, ranks=ranks, as_json=as_json, overrides=overrides)
-    if not report.trains:
+    if not importlib.import_module("isthmus.coverage").execute(target, _watch(), **options).trains:
         raise click.exceptions.Exit(1)
 
 

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.chips import Chip, get_chip
-from isthmus.chips.rehearse import Profile, profile_of
+from isthmus.chips.rehearse import profile_of
 from isthmus.chips.rehearse.fused import ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import STATUSES
+from isthmus.chips.wheel import Software, software_of
 from isthmus.errors import IsthmusError
 from isthmus.probes.static import (
     NeedFound,
@@ -35,12 +36,16 @@ from isthmus.records import Use
 from isthmus.run import RunFolder
 
 SHOWN = 12
-"""Operators in a table, beside all that are not native."""
+"""Operators in a table, beside all that are missing, fall back or may do so."""
+ALWAYS_SHOWN = ("fallback", "none", "unknown")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `isthmus coverage` found. `rules` are the documented shape rules that were looked at: whether each holds."""
+    """What `isthmus coverage` found. `rules` are the documented shape rules that were looked at: whether each holds.
+
+    `software` is what a wheel or an installation added to the chip's tables.
+    """
 
     model: str
     chip: Chip
@@ -48,18 +53,18 @@ class Report:
     uses: list[StaticCoverage]
     needs: list[NeedFound]
     rules: list[tuple[ShapeRule, bool]]
+    software: Software
 
     @property
     def trains(self) -> bool:
         """Whether nothing that training needs is missing or refused."""
-        return not any(one.impossible for one in self.uses if one.use == "training")
+        return not self._reasons("training")
 
     def verdict(self, use: Use) -> str:
         """One line: whether this use is possible, and what it costs."""
         found = [one for one in self.uses if one.use == use]
-        reasons = [reason for one in found for reason in one.impossible]
-        if reasons:
-            return f"impossible: {'; '.join(dict.fromkeys(reasons))}"
+        if reasons := self._reasons(use):
+            return f"impossible: {'; '.join(reasons)}"
         waits = sorted({name for one in found for name in one.found.operators["fallback"]})
         unlisted = sorted({name for one in found for name in one.found.operators["unknown"]})
         shares = "; ".join(f"{one.what}: {one.headline()}" for one in found)
@@ -69,17 +74,32 @@ class Report:
             return f"not known of {', '.join(unlisted)}. {shares}"
         return f"possible. {shares}"
 
+    def _reasons(self, use: Use) -> list[str]:
+        """Why a use cannot run at all."""
+        found = [reason for one in self.uses if one.use == use for reason in one.impossible]
+        return list(dict.fromkeys([*self.software.blocking, *found]))
+
 
 def execute(
-    target: str, watch: Watch, *, chip: str, ranks: int | None, as_json: bool, overrides: tuple[str, ...] = ()
+    target: str,
+    watch: Watch,
+    *,
+    chip: str,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...] = (),
+    wheel: Path | None = None,
+    cann: Path | None = None,
 ) -> Report:
     """Trace TARGET's model at full size, join it with the tables of `chip`, and print what was found.
 
-    Raises IsthmusError for a chip without tables, and for ranks that cannot divide the model.
+    The operators of a `wheel` take the place of those of the tables; `cann` is an installation whose symbols are held
+    against what the wheel, or the installed package, needs. Raises IsthmusError for a chip without tables, and for
+    ranks that cannot divide the model.
     """
-    facts, profile = get_chip(chip), profile_of(chip)
     recipe = recipe_of(target, chip, ranks, overrides)
-    report = examine(recipe, facts, profile, ranks or _ranks_of(recipe, chip))
+    software = software_of(profile_of(chip), wheel, cann)
+    report = examine(recipe, get_chip(chip), software, ranks or _ranks_of(recipe, chip))
     if as_json:
         watch.console.print_json(json.dumps(as_dictionary(report)))
     else:
@@ -87,8 +107,9 @@ def execute(
     return report
 
 
-def examine(recipe: Recipe, chip: Chip, profile: Profile, ranks: int) -> Report:
+def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> Report:
     """The report on a recipe's model with so many training processes."""
+    profile = software.profile
     layout = Layout.of(recipe.model, recipe.train, ranks)
     sizes = sizes_of(recipe, layout)
     checked = [(rule, rule.holds(sizes)) for rule in fused_tables_of(chip.slug).rules]
@@ -100,6 +121,7 @@ def examine(recipe: Recipe, chip: Chip, profile: Profile, ranks: int) -> Report:
         uses=static_coverage(recipe, chip, profile, ranks=ranks),
         needs=[need for use in uses for need in needs_of(recipe, layout, chip, profile, use)],
         rules=[(rule, holds) for rule, holds in checked if holds is not None],
+        software=software,
     )
 
 
@@ -162,7 +184,8 @@ def render(report: Report) -> RenderableType:
     lines = [f"{len(report.rules)} documented rules on shapes looked at, {len(broken)} not kept"]
     lines += [f"   {rule_sentence(rule)}" for rule in broken]
     sources = dict.fromkeys(source for found in report.uses for source in found.sources)
-    lines += ["", *(f"   {source}" for source in sources), ""]
+    lines += ["", *(f"   {source}" for source in (*sources, *report.software.notes))]
+    lines += [*(f"   warning: {problem}" for problem in report.software.warnings), ""]
     for use in ("training", "serving"):
         lines.append(f"{use}: {report.verdict(use)}")
     return Group(*parts, Text("\n".join(lines)))
@@ -177,7 +200,10 @@ def _table(found: StaticCoverage) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, title=f"{found.use}: {escape(found.what)}", title_justify="left")
     for title in ("operator", "on the chip", f"share of {found.basis}", "calls", "dtypes", "to know"):
         table.add_column(title, overflow="fold")
-    shown = [*found.rows[:SHOWN], *(row for row in found.rows[SHOWN:] if row.status not in ("native", "generic"))]
+    shown = [
+        *found.rows[:SHOWN],
+        *(row for row in found.rows[SHOWN:] if row.status in ALWAYS_SHOWN or row.may_fall_back),
+    ]
     for row in shown:
         table.add_row(
             escape(row.operator),
@@ -189,7 +215,9 @@ def _table(found: StaticCoverage) -> RenderableType:
         )
     left = [row for row in found.rows if row not in shown]
     lines = [f"   {len(left)} more operators, {sum(row.shares[found.basis] for row in left):.2%} of {found.basis}"]
-    lines += [f"   {kind}: {sent / 1e9:,.3g} GB leave each rank" for kind, sent in sorted(found.collectives.items())]
+    made = [row.operator for row in found.rows if row.status in ("generic", "decomposes") and row.shares[found.basis]]
+    lines += [f"   made of other operators: {', '.join(made)}"] if made else []
+    lines += [f"   {sentence}" for sentence in found.collectives.values()]
     lines += [f"   {note}" for note in found.collective_notes]
     return Group(table, Text("\n".join(lines), style="dim"), Text())
 
@@ -209,6 +237,12 @@ def as_dictionary(report: Report) -> dict[str, Any]:
         "uses": [_use(found) for found in report.uses],
         "needs": [dataclasses.asdict(need) for need in report.needs],
         "rules": [{**dataclasses.asdict(rule), "holds": holds} for rule, holds in report.rules],
+        "software": {
+            "version": report.software.profile.version,
+            "notes": list(report.software.notes),
+            "warnings": list(report.software.warnings),
+            "blocking": list(report.software.blocking),
+        },
         "verdict": {use: report.verdict(use) for use in ("training", "serving")},
         "trains": report.trains,
     }

@@ -1,4 +1,4 @@
-"""The static tier: its trace against real runs, exact counts and FSDP2; its join and its rules against hand examples."""
+"""The static tier: its trace against real runs, exact counts and FSDP2; its join and rules against hand examples."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def meta_step(model: ModelSection, rows: int = ROWS, length: int = LENGTH, **opt
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_steps_flops_are_three_forward_passes(name: str):
-    """Less what the output head does not see: the last position of a row, and the last two of multi-token prediction."""
+    """Less what the output head does not see: the last position of a row, two of multi-token prediction."""
     a = MODELS[name]
     unseen = 1 + (2 if a.num_nextn_predict_layers else 0)
     expected = LENGTH * training_flops(a, LENGTH) - 6 * unseen * a.hidden_size * a.vocab_size
@@ -326,7 +326,7 @@ def test_what_the_vendor_made_for_deepseek_v3_takes_deepseek_v3():
     """Kernels whose rules name this model's sizes must take it, and what has no backward must not train it."""
     training, serving = needs("deepseek-v3", "training", 64), needs("deepseek-v3", "serving", 64)
     assert all(not need.broken for need in serving.values())
-    assert [one.operator for one in training["attention"].usable][0] == "npu::npu_fusion_attention"
+    assert training["attention"].usable[0].operator == "npu::npu_fusion_attention"
     assert not training["grouped matmul"].usable and training["grouped matmul"].unusable
     assert not training["gating"].usable
     assert "W8A8" not in training and "cross entropy" not in serving

@@ -28,8 +28,10 @@ _READS_WHAT_IT_TAKES = frozenset(
     ("aten::embedding", "aten::index_select", "aten::index.Tensor", "aten::gather", "aten::slice_copy.Tensor")
 )
 _TOUCHES_WHAT_IT_GETS = frozenset(
-    ("aten::index_copy_", "aten::index_add_", "aten::index_put_", "aten::_index_put_impl_")
-    + ("aten::scatter_.src", "aten::scatter_add_")
+    (
+        *("aten::index_copy_", "aten::index_add_", "aten::index_put_", "aten::_index_put_impl_"),
+        *("aten::scatter_.src", "aten::scatter_add_"),
+    )
 )
 _WRITES_ONLY = frozenset(("aten::copy_", "aten::fill_.Scalar", "aten::fill_.Tensor", "aten::zero_"))
 _ALLOCATES = frozenset(

@@ -1,4 +1,4 @@
-"""The static software tier: what a chip's software makes of a recipe's own model, by share of the time, chip or no chip.
+"""The static software tier: what a chip's software makes of a recipe's own model, by share of the time; no chip needed.
 
 A trace at full size (probes/static_trace.py) is joined with the tables of the chip. A call's time is what its
 arithmetic needs at the chip's declared bf16 peak, or its bytes at the declared memory bandwidth, whichever is longer
@@ -71,7 +71,7 @@ class StaticCoverage:
     basis: str
     seconds: float | None
     found: Coverage
-    collectives: dict[str, float]
+    collectives: dict[str, str]
     collective_notes: tuple[str, ...]
     collectives_refused: str | None
     sources: tuple[str, ...]
@@ -141,14 +141,11 @@ def static_coverage(
     layout = Layout.of(recipe.model, recipe.train, ranks)
     training = sum(training_costs(recipe, layout, options).values(), Costs())
     serving = serving_costs(recipe, options)
+    step = "a training step" if ranks == 1 else f"a training step of one of {ranks} ranks"
     return [
-        join("training", f"a training step of one of {ranks} ranks", training, chip, profile),
-        *(
-            join(
-                "serving", {"prefill": "a prompt", "decode": "a decoded token per sequence"}[name], costs, chip, profile
-            )
-            for name, costs in serving.items()
-        ),
+        join("training", step, training, chip, profile),
+        join("serving", "a prompt", serving["prefill"], chip, profile),
+        join("serving", "a decoded token of each sequence", serving["decode"], chip, profile),
     ]
 
 
@@ -174,7 +171,7 @@ def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> Sta
         basis=basis,
         seconds=sum(row.seconds or 0.0 for row in rows) if basis == "time" else None,
         found=found,
-        collectives=_sent(costs),
+        collectives=_sent(costs, chip),
         collective_notes=notes,
         collectives_refused=refused,
         sources=_sources(chip, found),
@@ -242,12 +239,23 @@ def _rows(
     return rows
 
 
-def _sent(costs: Costs) -> dict[str, float]:
-    """Bytes that leave a rank, by kind of collective and dtype."""
-    totals: Counter[str] = Counter()
+def _sent(costs: Costs, chip: Chip) -> dict[str, str]:
+    """By kind of collective, dtype and size of group: the bytes that leave a rank, and what they take at least.
+
+    A group that is larger than what the chip's own link joins is counted at the rate of the network.
+    """
+    totals: Counter[tuple[str, str, int]] = Counter()
     for one, count in costs.collectives.items():
-        totals[f"{one.kind} of {one.dtype} among {one.ranks}"] += one.sent * count  # pyright: ignore
-    return dict(totals)
+        totals[one.kind, one.dtype, one.ranks] += one.sent * count  # pyright: ignore[reportArgumentType]
+    found = {}
+    for (kind, dtype, ranks), sent in sorted(totals.items()):
+        domain = _known(chip.scaleup_domain, 1.0)
+        link = chip.scaleup_gbs_uni if domain is not None and ranks <= domain else chip.nic_gbs_uni
+        rate = _known(link, 1e9)
+        least = f", {sent / rate:,.2g} s at least at the declared {rate / 1e9:g} GB/s" if rate else ""
+        name = f"{kind} of {dtype} among {ranks}"
+        found[name] = f"{name}: {sent / 1e9:,.3g} GB leave each rank{least}"
+    return found
 
 
 def _collective_rules(costs: Costs, profile: Profile) -> tuple[tuple[str, ...], str | None]:
@@ -437,8 +445,8 @@ def _repeatable_finding(training: StaticCoverage) -> Evidence:
     detail = "no operator of the step is listed as giving other bits each time"
     if rows:
         detail = (
-            f"{percent(training.unrepeatable_share)} of {training.basis} in operators that are not deterministic unless "
-            f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
+            f"{percent(training.unrepeatable_share)} of {training.basis} in operators that are not deterministic "
+            f"unless torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
     return Evidence(
         name="deterministic by default",

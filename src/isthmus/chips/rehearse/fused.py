@@ -43,7 +43,7 @@ class FusedOperator:
 
     @property
     def trains(self) -> bool:
-        """Whether a training step can use it: it has its gradient, and the documentation does not keep it to serving."""
+        """Whether a training step can use it: it has its gradient, and is not documented for serving alone."""
         return self.backward is not False and self.documented_for != "serving" and self.use != "serving"
 
     def serves(self, use: str) -> bool:
