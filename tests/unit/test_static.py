@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,14 +16,16 @@ from click.testing import CliRunner
 from small import architecture, tiny_architecture
 from small_dense import dense_architecture
 from torch.utils.flop_counter import FlopCounterMode
+from vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
 from worlds import in_world
 
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse import Profile, profile_of
 from isthmus.chips.rehearse.fused import FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
+from isthmus.chips.wheel import software_of
 from isthmus.cli import cli
-from isthmus.coverage import recipe_of
+from isthmus.coverage import execute, recipe_of
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.assemble import unfilled
@@ -38,6 +42,7 @@ from isthmus.probes.static_trace import (
     training_costs,
 )
 from isthmus.probes.traffic import ALL_REDUCE, ALL_TO_ALL, Traffic
+from isthmus.progress import Watch
 from isthmus.recipe import ModelSection, OptimizerSection, Recipe, SftSection, TrainSection
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer
@@ -399,3 +404,27 @@ def test_a_layout_that_does_not_divide_is_refused():
 def test_an_unknown_target_is_refused():
     with pytest.raises(IsthmusError, match="presets: "):
         recipe_of("deepsek-v3", CHIP, None, ())
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="reading a wheel needs a C compiler")
+def test_a_wheel_takes_the_place_of_the_table(tmp_path: Path):
+    """The small wheel has kernels for mm and add: what is not made of other operators falls back, and fails training.
+
+    An installation without any of the symbols that the wheel is linked with makes it impossible.
+    """
+    wheel = write_wheel(tmp_path / "torch_npu-small.whl", vendor_library(tmp_path, KERNELS + FALLBACK))
+    report = execute("r-nano", Watch(quiet=True), chip=CHIP, ranks=None, as_json=True, wheel=wheel)
+    rows = {row.operator: row for row in report.uses[0].rows}
+    assert rows["aten::mm"].status == rows["aten::add.Tensor"].status == "native"
+    assert rows["aten::mul.Tensor"].status == "fallback"
+    assert rows["aten::scatter.value"].cautions, "what the vendor documents is kept"
+    assert any("changed from native to fallback" in note for note in report.software.notes)
+    assert report.trains and "waiting for the host's CPU" in report.verdict("training")
+    library = compile_library("long other(void) { return 0; }", tmp_path / "cann" / "libother.so")
+    broken = dataclasses.replace(report, software=software_of(profile_of(CHIP), wheel, library.parent))
+    assert not broken.trains and "the import fails" in broken.verdict("training")
+
+
+def test_a_wheel_for_a_chip_of_another_vendor_is_refused(tmp_path: Path):
+    with pytest.raises(IsthmusError, match="has other software"):
+        software_of(dataclasses.replace(profile_of(CHIP), chip="h20"), tmp_path / "x.whl", None)

@@ -105,7 +105,8 @@ class StaticCoverage:
         parts = [f"{percent(self.share('native'))} of {of} native"]
         if made := self.share(*_TIME_IN_PARTS):
             parts.append(f"{percent(made)} made of other operators")
-        for status, words in (("fallback", "in operators that fall back"), ("none", "in operators that are missing")):
+        lost: dict[Status, str] = {"fallback": "in operators that fall back", "none": "in operators that are missing"}
+        for status, words in lost.items():
             if self.found.operators[status]:
                 parts.append(f"{percent(self.share(status))} {words}")
         if self.found.operators["unknown"]:
@@ -298,7 +299,7 @@ def sizes_of(recipe: Recipe, layout: Layout) -> dict[str, float]:
 
 def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str, float]:
     group = a.n_routed_experts // a.n_group
-    own = {} if a.q_lora_rank is None else {"q_lora_rank": a.q_lora_rank}
+    own: dict[str, float] = {} if a.q_lora_rank is None else {"q_lora_rank": a.q_lora_rank}
     return own | {
         "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim,
         "v_head_dim": a.v_head_dim,

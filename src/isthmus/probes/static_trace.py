@@ -127,7 +127,8 @@ def step_costs(model: Model, batch: Batch, section: TextSection, recorder: CostR
     times = mark_layers(model, recorder, every_layer=every_layer)
     spans = Documents.of(batch.document, model.architecture.num_attention_heads).to(device)
     documents, counts, batch = batch.num_documents, batch.counts().to(device), batch.to(device)
-    with symbolic.patch(meta_nonzero_assume_all_nonzero=True), recorder.watching():
+    assume = symbolic.patch(meta_nonzero_assume_all_nonzero=True)  # pyright: ignore[reportAttributeAccessIssue]
+    with assume, recorder.watching():
         total, sums = microbatch_losses(model, batch, spans, documents, counts, section)
         total.backward()
         if isinstance(model.architecture, DeepseekSection):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,8 @@ class Muon:
     """
 
     def __init__(self, parts: list[tuple[Part, Tensor]], beta: float = 0.95):
-        self.beta, self.orthogonalise = beta, orthogonalise
+        self.beta = beta
+        self.orthogonalise: Callable[[Tensor], Tensor] = orthogonalise
         self.momenta = [(part, torch.zeros_like(local)) for part, local in parts]
         self.locals = [local for _, local in parts]
         self._by_shape: dict[tuple[int, int], list[int]] = {}

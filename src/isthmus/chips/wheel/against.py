@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from isthmus.chips._registry import vendor_of
-from isthmus.chips.rehearse.tables import Profile
+from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.chips.wheel.archive import PACKAGE, Wheel
 from isthmus.chips.wheel.registrations import read_wheel
 from isthmus.chips.wheel.symbols import missing_symbols
@@ -64,7 +64,7 @@ def software_of(profile: Profile, wheel: Path | None, cann: Path | None) -> Soft
 def _replaced(profile: Profile, wheel: Path) -> tuple[Profile, list[str]]:
     """The profile with the operators of a wheel, and in what they differ from those that it had."""
     read = read_wheel(wheel)
-    before = {name: row.status for name, row in profile.operators.items()}
+    before: dict[str, Status] = {name: row.status for name, row in profile.operators.items()}
     difference = compare(before, read.statuses())
     table = MappingProxyType(read.as_table(profile.operators))
     new = dataclasses.replace(profile, version=f"{PACKAGE} {read.version}", operators=table)
