@@ -377,7 +377,7 @@ def test_findings_of_a_small_recipe():
     findings = {
         one.name: one for one in static_findings(recipe_with(tiny_architecture()), get_chip(CHIP), profile_of(CHIP))
     }
-    training = findings["operators of a training step of one of 1 ranks"]
+    training = findings["operators of a training step"]
     assert training.outcome == "pass" and training.needed_for == "training"
     share = training.figures["native_share"].value
     assert share is not None and 90 < share <= 100
