@@ -89,7 +89,27 @@ def _stage_command(stage: str, summary: str, repeatable: bool = False, traceable
     cli.command(stage)(command)
 
 
-_stage_command("qualify", "Find out what each pool of the recipe is fit for.", repeatable=True)
+@cli.command()
+@_TARGET
+@_RUN
+@_SET
+@click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="Only this pool; can be given several times.")
+@click.option("--budget", metavar="TIME", help="Time for the probes of a pool, such as 30s: those that tell most.")
+@click.option("--prices", is_flag=True, help="List the probes and their prices, and run none.")
+def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool, **options: Any) -> None:
+    """Find out what each pool of the recipe is fit for.
+
+    TARGET is a run folder or a recipe.
+    """
+    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    given = {name: value for name, value in options.items() if value}
+    if given:
+        _show(importlib.import_module("isthmus.qualify"), opened, again=again, **given)
+    else:
+        _run_stage("qualify", opened, heading="qualify", again=again)
+
+
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
 _stage_command("train", "Pretraining, if the recipe has it, and supervised fine-tuning.", traceable=True)
 _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
@@ -322,13 +342,22 @@ def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False,
         watch.say(f"[dim]{heading}: done before, skipped[/]")
         return
     watch.say(f"[bold]{heading}[/]")
-    module = importlib.import_module(f"isthmus.{stage}")
     options = {"again": True} if again and stage == "qualify" else {"profile": True} if profile else {}
+    _show(importlib.import_module(f"isthmus.{stage}"), opened, **options)
+
+
+def _show(module: Any, opened: RunFolder, **options: Any) -> None:
+    """Execute a stage and print what it found, record by record, then all of them side by side."""
+    watch = _watch()
     result = module.execute(opened, watch, **options)
+    records = result if isinstance(result, list) else [result]
     render: Callable[[Any], Any] | None = getattr(module, "render", None)
-    for record in result if isinstance(result, list) else [result]:
+    for record in records:
         if render is not None:
             watch.console.print(render(record))
+    together = getattr(module, "render_together", lambda _records: None)(records)
+    if together is not None:
+        watch.console.print(together)
 
 
 def _is_done(stage: str, opened: RunFolder) -> bool:

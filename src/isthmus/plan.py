@@ -1,7 +1,8 @@
 """Which stage runs on which pool: the recipe's order, cut by what each pool was found fit for.
 
 Training needs a `fit` from a pool that is present: a rehearsal can refuse a pool, never vouch for it. Rollouts and
-serving need `serve-only` or better, because the parity gate stands behind them.
+serving need `serve-only` or better, because the parity gate stands behind them. A pool that is fit with limits is good
+for a recipe that keeps to them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from isthmus.progress import Watch
 from isthmus.recipe import PlacedStage, Recipe
 from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection
 from isthmus.run import Figure, RunFolder
+from isthmus.verdict import broken_limits, describe_limit
 
 NAME = "plan"
 _NEEDS = {
-    "train": "training needs a `fit` from a pool that is present",
+    "train": "training needs a `fit` from a pool that is present, or a `fit with limits` and a recipe within them",
     "rollout": "rollouts need `serve-only` or better",
     "serve": "serving needs `serve-only` or better",
 }
@@ -65,7 +67,7 @@ def place(recipe: Recipe, qualified: Mapping[str, QualifyRecord]) -> tuple[list[
     rejected: list[Rejection] = []
     for stage in typing.get_args(PlacedStage):
         order: list[str] = getattr(recipe.place, stage)
-        objections = {name: objection(stage, qualified[name]) for name in order}
+        objections = {name: objection(stage, qualified[name], recipe) for name in order}
         chosen = next((name for name in order if objections[name] is None), None)
         if chosen is None:
             raise GateRefused(_nowhere(stage, order, objections, qualified))
@@ -74,17 +76,20 @@ def place(recipe: Recipe, qualified: Mapping[str, QualifyRecord]) -> tuple[list[
     return placements, rejected
 
 
-def objection(stage: str, pool: QualifyRecord) -> str | None:
+def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
     """Why a stage may not run on a pool; None if it may."""
-    if stage != "train":
-        return (
-            None if pool.verdict in ("fit", "serve-only") else f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
-        )
-    if pool.rehearsed or not pool.present:
+    use = "training" if stage == "train" else "serving"
+    accepted = ("fit", "fit with limits") if use == "training" else ("fit", "fit with limits", "serve-only")
+    if use == "training" and (pool.rehearsed or not pool.present):
         return (
             f"it is rehearsed, and a rehearsal can refuse a pool, never vouch for it; its verdict is `{pool.verdict}`"
         )
-    return None if pool.verdict == "fit" else f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
+    if pool.verdict not in accepted:
+        return f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
+    broken = broken_limits(pool.limits, recipe, pool.pool, use)
+    return (
+        f"its verdict is `{pool.verdict}`, and the recipe does not keep to it: {'; '.join(broken)}" if broken else None
+    )
 
 
 def _first_reason(pool: QualifyRecord) -> str:
@@ -94,10 +99,11 @@ def _first_reason(pool: QualifyRecord) -> str:
 def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
     found = f"{'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`"
     gate = ", and the parity gate stands behind it" if pool.verdict == "serve-only" else ""
+    kept = f", which the recipe keeps to ({'; '.join(map(describe_limit, pool.limits))})" if pool.limits else ""
     if order[0] == chosen:
-        return f"the recipe's first choice, {found}{gate}"
+        return f"the recipe's first choice, {found}{kept}{gate}"
     earlier = ", ".join(order[: order.index(chosen)])
-    return f"{found}{gate}; the recipe would rather have had {earlier}"
+    return f"{found}{kept}{gate}; the recipe would rather have had {earlier}"
 
 
 def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:

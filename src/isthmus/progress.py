@@ -26,12 +26,13 @@ class Counter:
     """One running task. `advance_to` sets the finished steps and the text beside the bar."""
 
     def __init__(self, title: str, total: int, console: Console, bar: Progress | None):
-        self.title, self.total = title, total
+        self.title, self.total, self.done = title, total, 0
         self._console, self._bar = console, bar
         self._task = bar.add_task(title, total=total, status="") if bar else None
         self._last_line = time.monotonic()
 
     def advance_to(self, done: int, status: str = "") -> None:
+        self.done = done
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif done >= self.total or time.monotonic() - self._last_line > LINE_INTERVAL_S:

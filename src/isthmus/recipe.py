@@ -205,6 +205,15 @@ class PoolSection(Section):
     threads: Positive | None = Field(
         default=None, description="compute threads of a process on a CPU; chosen if absent"
     )
+    faults: list[str] = Field(
+        default_factory=list, description="faults that a rehearsal plants, such as `hang@rank=1,step=3`"
+    )
+
+    @model_validator(mode="after")
+    def _faults_only_in_a_rehearsal(self) -> Self:
+        if self.faults and not self.rehearsed:
+            raise ValueError("faults are planted in a rehearsed pool alone; write rehearsed = true, or leave them out")
+        return self
 
 
 class PlaceSection(Section):
@@ -395,6 +404,10 @@ class QualifySection(Section):
     repeats: Annotated[int, Field(ge=3)] = 10
     pilot_steps: Annotated[int, Field(ge=2)] = 4
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    budget: str | None = Field(default=None, description="time for the probes of a pool, such as `30s`; all if absent")
+    soak_s: float = Field(default=12.0, gt=0, description="seconds of real training steps in the soak")
+    thresholds: Path | None = Field(default=None, description="a CSV of floors and ceilings beside the package's")
+    stall_s: float = Field(default=20.0, gt=0, description="seconds without a sign of life after which a rank hangs")
 
 
 def _architecture_kind(value: Any) -> str | None:
@@ -506,7 +519,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain", "rl", "serve"):
+    for section in ("data", "pretrain", "rl", "serve", "qualify"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     return resolved_recipe(tree, origin)
@@ -569,7 +582,7 @@ def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, An
 
 
 def _is_path(key: str) -> bool:
-    return key in ("folder", "publish") or key.endswith("_file")
+    return key in ("folder", "publish", "thresholds") or key.endswith("_file")
 
 
 def _read_preset(name: Any) -> dict[str, Any]:

@@ -58,12 +58,28 @@ class Evidence(Part):
     failure: str | None = None
 
 
+AspectOutcome = Literal["pass", "limited", "fail", "unknown"]
+
+
+class Score(Part):
+    """How one question about a pool came out. `looked_for`: the share, 0 to 1, of the faults to be expected there, by
+    what is met in the field, that the probes which ran can see."""
+
+    aspect: Aspect
+    outcome: AspectOutcome
+    passed: int
+    findings: int
+    looked_for: float
+    skipped: int
+
+
 class Skipped(Part):
-    """A probe that was not run, what it would have cost, and the kinds of faults that therefore nobody looked for."""
+    """A probe that was not run, what it would have cost (None: not known beforehand), and the kinds of faults that
+    therefore nobody looked for."""
 
     probe: str
     aspect: Aspect
-    price_s: float
+    price_s: float | None
     why: str
     unseen: list[str]
 
@@ -104,6 +120,7 @@ class QualifyRecord(Record):
     reasons: list[str]
     evidence: list[Evidence]
     figures: dict[str, Figure] = {}
+    scores: list[Score] = []
     limits: list[Limit] = []
     skipped: list[Skipped] = []
 

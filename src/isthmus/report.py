@@ -22,9 +22,10 @@ from pydantic import BaseModel
 from isthmus.progress import Watch
 from isthmus.recipe import DeepseekSection
 from isthmus.records import HandoffRecord, LedgerRow, PlanRecord, QualifyRecord, RlRecord, TrainRecord
-from isthmus.report_page import charts, numbers, timing
+from isthmus.report_page import charts, numbers, pools, timing
 from isthmus.report_page.charts import Mark, Series
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
+from isthmus.verdict import describe_limit, without_pairs
 
 PAGE = "isthmus.report_page"
 SMOOTHED_STEPS = 9
@@ -172,7 +173,8 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"label": numbers.label, "phrase": numbers.phrase}
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
-    environment.globals |= {"points": numbers.points}
+    environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
+    environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}
     template = environment.get_template("page.html.jinja")
     computed = computed_figures(dossier)
     figures = all_figures(dossier, computed)
@@ -184,6 +186,7 @@ def compose(dossier: Dossier) -> str:
         figures=figures,
         figure_groups={place: list(group) for place, group in groupby(figures, key=lambda item: item.place)},
         state_of=state_of(dossier),
+        side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
         estimates=estimate_rows(dossier),
         training={phase: training_figures(dossier, phase) for phase in TRAINING_PHASES},

@@ -32,6 +32,7 @@ SMALL = {
     "qualify.memory_mib": 4,
     "qualify.repeats": 3,
     "qualify.pilot_steps": 2,
+    "qualify.soak_s": 1.0,
 }
 
 

@@ -112,7 +112,7 @@ def test_the_tiny_recipe_trains_at_home_and_runs_away(tmp_path: Path):
 
 @pytest.mark.parametrize("found", ["fit", "serve-only", "unfit", "not enough evidence"])
 def test_a_rehearsal_never_vouches_for_training(found: Verdict):
-    assert "rehears" in (plan.objection("train", verdict("away", found, rehearsed=True)) or "")
+    assert "rehears" in (plan.objection("train", verdict("away", found, rehearsed=True), recipe()) or "")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_rehearsal_never_vouches_for_training(found: Verdict):
     ],
 )
 def test_each_stage_needs_its_verdict(stage: str, found: Verdict, acceptable: bool):
-    objection = plan.objection(stage, verdict("home", found))
+    objection = plan.objection(stage, verdict("home", found), recipe())
     assert (objection is None) == acceptable
     assert objection is None or (found in objection and "reason of home" in objection)
 

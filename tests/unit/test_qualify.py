@@ -19,14 +19,17 @@ from isthmus import qualify
 from isthmus.chips.rehearse import enforce, profile_of
 from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.errors import IsthmusError
+from isthmus.probes import pilots
 from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
 from isthmus.probes.determinism import known_answer, known_product, same_twice
 from isthmus.probes.operators import coverage, trace_operators
+from isthmus.probes.pilots import solve_pace
 from isthmus.probes.statistics import median_of, zero_failure_bound
 from isthmus.progress import Watch
 from isthmus.recipe import load_recipe
 from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
 from isthmus.run import RunFolder
+from isthmus.verdict import judge
 
 AWAY = "ascend-910b-313t"
 CPU = torch.device("cpu")
@@ -58,12 +61,12 @@ def finding(needed_for: str, outcome: str) -> Evidence:
 )
 def test_the_verdict_follows_from_the_evidence(serving: Outcome, both: Outcome, training: Outcome, verdict: Verdict):
     evidence = [finding("serving", serving), finding("both", both), finding("training", training)]
-    assert qualify.judge(evidence) == qualify.judge(evidence[::-1]) == verdict
+    assert judge(evidence) == judge(evidence[::-1]) == verdict
 
 
 def test_no_evidence_is_not_enough_evidence():
-    assert qualify.judge([]) == "not enough evidence"
-    assert qualify.judge([finding("training", "pass")]) == "not enough evidence"
+    assert judge([]) == "not enough evidence"
+    assert judge([finding("training", "pass")]) == "not enough evidence"
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,7 @@ def test_several_chips_without_measured_links_are_not_fit(tmp_path: Path):
 
 
 def test_an_engine_that_does_not_start_costs_the_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(qualify, "write_bundle", lambda *_: None)
+    monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
     record = qualify.qualify_pool(small_run(tmp_path, *AT_HOME), "home", QUIET)
     pilot = next(item for item in record.evidence if item.name == "pilot of the engine")
     assert record.verdict == "unfit" and pilot.outcome == "fail" and "not a bundle" in pilot.detail
@@ -248,13 +251,13 @@ def test_rates_are_positive_and_threads_are_put_back():
 )
 def test_the_pace_is_solved_from_two_batches(per_step: float, per_token: float, steps: tuple[int, int]):
     runs = [(s, n, s * per_step + n * per_token) for s, n in zip(steps, (16 * steps[0], 200 * steps[1]), strict=True)]
-    found = qualify.solve_pace(runs[0], runs[1])
+    found = solve_pace(runs[0], runs[1])
     assert found == (pytest.approx(per_step, rel=1e-6), pytest.approx(per_token, rel=1e-6))
 
 
 def test_noise_never_makes_a_pace_negative():
-    assert qualify.solve_pace((48, 768, 2.0), (48, 9600, 1.0)) == (pytest.approx(1 / 48), 0.0)
-    assert qualify.solve_pace((48, 768, 0.001), (48, 9600, 1.0)) == (0.0, pytest.approx(1 / 9600))
+    assert solve_pace((48, 768, 2.0), (48, 9600, 1.0)) == (pytest.approx(1 / 48), 0.0)
+    assert solve_pace((48, 768, 0.001), (48, 9600, 1.0)) == (0.0, pytest.approx(1 / 9600))
 
 
 def test_a_trace_has_the_forward_and_the_backward_pass():

@@ -207,7 +207,7 @@ def different(value: Any, amount: int) -> Any:
         case str():
             return value + "x" * amount
         case list():
-            return [*value, *value[:1] * amount]
+            return [*value, *(value[:1] or ["x"]) * amount]
         case None:
             return amount
     raise AssertionError(f"no way to change {value!r}")

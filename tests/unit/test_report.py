@@ -754,3 +754,29 @@ def test_a_thought_is_taken_apart_at_its_tags():
     assert report.split_thought("a b</think>\n\n c") == ("", "a b", "c", True)
     assert report.split_thought("question<think>a</think>b") == ("question", "a", "b", True)
     assert report.split_thought("on and on") == ("", "on and on", "", False)
+
+
+def test_a_pool_shows_its_scores_its_limits_and_what_was_left_out(story: Story):
+    story.qualify()
+    record = story.run.read_record("qualify/home", records.QualifyRecord)
+    assert record is not None
+    limit = records.Limit(setting="train.expert", most=8, reason="all-to-all breaks down beyond 8 ranks")
+    pairs = {
+        f"p2p_{a}_{b}_gbs": Figure.measured(10.0 * a + b, "GB/s", "transfers", rehearsed=False)
+        for a, b in ((0, 1), (1, 0))
+    }
+    links = records.Evidence(
+        name="pairs", aspect="links", needed_for="training", outcome="fail", detail="", figures=pairs, limits=[limit]
+    )
+    score = records.Score(aspect="links", outcome="limited", passed=1, findings=3, looked_for=0.456, skipped=1)
+    skipped = records.Skipped(probe="soak", aspect="stability", price_s=30.0, why="over budget", unseen=["hang"])
+    changed = record.model_copy(
+        update={"scores": [score], "limits": [limit], "skipped": [skipped], "evidence": [*record.evidence, links]}
+    )
+    story.run.write_record("qualify/home", changed)
+    page = page_of(story).text("pools").replace("\N{NO-BREAK SPACE}", " ")
+    assert "train.expert <= 8 for training: all-to-all breaks down" in page
+    assert "limited" in page and "1 of 3" in page and "46" in page
+    assert "Soak: over budget; nobody looked for hang." in page
+    assert "Side by side" in page and "GB/s from the row" in page
+    assert "p2p" not in page.lower()

@@ -9,10 +9,14 @@ from __future__ import annotations
 from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
+from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips._stability import StabilityRule, stability_rule
+from isthmus.chips._weights import fault_weights, looked_for
 from isthmus.chips.rehearse import can_rehearse
+from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.errors import IsthmusError
 from isthmus.pools import Pool, get_pool, placed_pools
 from isthmus.recipe import Recipe
@@ -22,9 +26,11 @@ __all__ = [
     "TEXTS",
     "Capabilities",
     "Chip",
+    "FailureRate",
     "Found",
     "Presence",
     "Rule",
+    "StabilityRule",
     "Vendor",
     "can_rehearse",
     "check_available",
@@ -33,11 +39,16 @@ __all__ = [
     "describe_all",
     "device_for",
     "device_of",
+    "environment_of",
+    "failure_rates",
+    "fault_weights",
     "get_chip",
     "is_here",
     "load_chips",
+    "looked_for",
     "present",
     "rules_for",
+    "stability_rule",
     "vendor_of",
     "vendors",
 ]
@@ -51,6 +62,15 @@ def device_for(slug: str) -> str:
 def device_of(pool: Pool) -> str:
     """The torch device type on which a pool's work runs: that of its chip, or the CPU if it is rehearsed."""
     return "cpu" if pool.rehearsed else device_for(pool.chip)
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """Variables to set before a process starts that uses devices of a torch device type."""
+    found: dict[str, str] = {}
+    for vendor in vendors().values():
+        if vendor.device == device:
+            found |= vendor.environment
+    return found
 
 
 def present() -> Presence:
@@ -69,10 +89,12 @@ def is_here(pool: Pool) -> bool:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise IsthmusError if a pool names a chip that is not known, or rehearses one that has no tables."""
+    """Raise IsthmusError if a pool names a chip or a fault that is not known, or rehearses a chip without tables."""
     for name in recipe.pools:
         pool = get_pool(recipe, name)
         get_chip(pool.chip)
+        for fault in recipe.pools[name].faults:
+            parse_fault(fault)
         if pool.rehearsed and not can_rehearse(pool.chip):
             able = ", ".join(slug for slug in load_chips() if can_rehearse(slug))
             raise IsthmusError(

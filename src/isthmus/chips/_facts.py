@@ -138,7 +138,8 @@ class Presence:
 class Vendor:
     """One vendor's file. `device` is the torch device type, `rehearsal` the folder of its tables in `chips/rehearse`.
 
-    `chips` gives the facts without loading torch; `detect` looks at this machine and may load it.
+    `chips` gives the facts without loading torch; `detect` looks at this machine and may load it. `environment` are
+    variables that have to be set before a process that examines or trains loads the vendor's software.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Vendor:
     chips: Callable[[], list[Chip]]
     detect: Callable[[], Presence]
     rehearsal: str | None = None
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def chips_from_table(

@@ -31,4 +31,7 @@ def detect() -> Presence:
     return devices_of_extension("torch_npu", "npu", "Huawei", "/dev/davinci0", _NAMES)
 
 
-VENDOR = Vendor("Huawei", device="npu", chips=chips, detect=detect, rehearsal="ascend")
+# An operator without a kernel then raises, where it would run on the host's CPU with one warning (torch_npu 2.13.0).
+_ENVIRONMENT = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
+
+VENDOR = Vendor("Huawei", device="npu", chips=chips, detect=detect, rehearsal="ascend", environment=_ENVIRONMENT)

@@ -1,33 +1,29 @@
 """Ranks that are asked to do one thing after another, and watched: who answered, who crashed, who hangs.
 
-A rank is a process of its own. Its supervisor lives in the process of the caller, which itself computes nothing and so
-survives what happens to the ranks. Work is named `module:function` and called as `function(rank, **arguments)`.
+A rank is a process of its own, on this machine or where torchrun put it. Its supervisor lives in the process of the
+caller, which itself computes nothing and so survives what happens to the ranks. Work is named `module:function` and
+called as `function(rank, **arguments)`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import multiprocessing
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any, Literal, Self
 
 import torch.distributed as dist
 
-from isthmus.chips.rehearse.faults import Fault
-from isthmus.launch.beats import Beat, create_beats, read_beats
-from isthmus.launch.crew_rank import RankSetup, serve
+from isthmus.chips.rehearse.faults import Fault, check_fault, of_collectives
+from isthmus.errors import IsthmusError
+from isthmus.launch.beats import Beat
+from isthmus.launch.crew_rank import RankSetup
+from isthmus.launch.places import Answer, LocalPlace, Place
 
 State = Literal["done", "raised", "crashed", "hung", "stopped"]
 LOOK_S = 0.05
-LAST_LINES = 40
 GRACE_S = 2.0
 """What ranks get to notice that another one is gone."""
 START_DEADLINE_S = 120.0
@@ -67,7 +63,7 @@ class Called:
         return [reply.value for reply in self.replies]
 
     def culprits(self) -> list[int]:
-        """The ranks at fault: those that crashed, else the first that raised, else those that lag among those that hang.
+        """The ranks at fault: those that crashed, else the first that raised, else those that hang and lag.
 
         The one that lags has begun the fewest collectives, and then the fewest beats.
         """
@@ -95,7 +91,10 @@ class Crew:
     """A number of rank processes. Use it as a context; it starts the ranks at the first call, again after a failure.
 
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
-    what goes wrong. `starts` collects, for each start, the seconds until each rank had its communicator.
+    what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
+    until each rank had its communicator; `failed_calls` counts calls in which a rank did not answer. `places` are where
+    the ranks live, children of this process if absent; ranks on other machines reach `host`, which is this one.
+    Raises IsthmusError for a fault that cannot be made to happen.
     """
 
     world: int
@@ -105,10 +104,17 @@ class Crew:
     faults: Sequence[Fault] = ()
     connect_timeout_s: float = 120.0
     starts: list[list[float]] = field(default_factory=list)
-    _processes: list[BaseProcess] = field(default_factory=list)
-    _pipes: list[Connection] = field(default_factory=list)
-    _folder: Path | None = None
+    failed_calls: int = 0
+    places: Sequence[Place] = ()
+    host: str = "127.0.0.1"
     _store: Any = None
+
+    def __post_init__(self) -> None:
+        self.places = self.places or [LocalPlace() for _ in range(self.world)]
+        for fault in self.faults:
+            check_fault(fault)
+            if self.device != "cpu" and of_collectives(fault):
+                raise IsthmusError(f"{fault} can be planted among ranks on the CPU, and not on {self.device}")
 
     def __enter__(self) -> Self:
         return self
@@ -118,31 +124,23 @@ class Crew:
 
     def start(self) -> Called:
         """Start the ranks and set up their communicator, unless they are there. The replies say who could not."""
-        if self._processes:
+        if self._store is not None:
             return Called([Reply(rank, "done") for rank in range(self.world)], 0.0)
-        self._folder = Path(tempfile.mkdtemp(prefix="isthmus-crew-"))
-        create_beats(self._folder / "beats", self.world)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore
-        context = _context(self.device)
-        for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            setup = RankSetup(
-                rank=rank,
-                world=self.world,
-                device=self.device,
-                threads=self.threads,
-                chip=self.chip,
-                faults=tuple(self.faults),
-                connect_timeout_s=self.connect_timeout_s,
-                port=self._store.port,
-                beats=self._folder / "beats",
-                log=self._folder / f"{rank}.log",
+        self._store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False)  # pyright: ignore
+        for rank, place in enumerate(self.places):
+            place.start(
+                RankSetup(
+                    rank=rank,
+                    world=self.world,
+                    device=self.device,
+                    threads=self.threads,
+                    chip=self.chip,
+                    faults=tuple(self.faults),
+                    connect_timeout_s=self.connect_timeout_s,
+                    host=self.host,
+                    port=self._store.port,
+                )
             )
-            process = context.Process(target=serve, args=(setup, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
         called = self._collect(max(START_DEADLINE_S, self.connect_timeout_s + GRACE_S), None, None)
         if called.ok:
             self.starts.append([reply.value for reply in called.replies])
@@ -165,42 +163,31 @@ class Crew:
         started = self.start()
         if not started.ok:
             return started
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send((function, arguments or {}))
+        for place in self.places:
+            place.ask(function, arguments or {})
         return self._collect(deadline_s, stall_s, watch)
 
     def stop(self) -> None:
         """End the ranks, by force if they do not go."""
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self._processes:
-            process.join(timeout=GRACE_S if process.is_alive() else 0)
-        self._kill()
+        self._end(politely=True)
 
-    def _kill(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        for pipe in self._pipes:
-            pipe.close()
-        self._processes, self._pipes, self._store = [], [], None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+    def _end(self, *, politely: bool) -> None:
+        if self._store is not None:
+            for place in self.places:
+                place.end(politely=politely)
+            self._store = None
 
     def _collect(self, deadline_s: float, stall_s: float | None, watch: Callable[[list[Beat]], None] | None) -> Called:
         began = time.monotonic()
         replies: dict[int, Reply] = {}
         patience = _Patience(deadline_s, stall_s)
         while len(replies) < self.world and not patience.is_over:
-            pending = {self._pipes[rank]: rank for rank in range(self.world) if rank not in replies}
-            for pipe in wait(list(pending), timeout=LOOK_S):
-                reply = self._receive(pending[pipe], began)  # pyright: ignore[reportArgumentType]
-                replies[reply.rank] = reply
-                patience.saw(reply)
+            waiting = [rank for rank in range(self.world) if rank not in replies]
+            self._sleep_until_one_answers(waiting)
+            for rank in waiting:
+                if (answer := self.places[rank].answer()) is not None:
+                    replies[rank] = self._reply(rank, answer)
+                    patience.saw(replies[rank])
             beats = self._beats()
             patience.look(beats)
             if watch is not None:
@@ -211,32 +198,27 @@ class Crew:
                 replies[rank] = Reply(rank, "stopped" if failed else "hung", seconds=patience.waited, beat=beat)
         ordered = [replies[rank] for rank in range(self.world)]
         if any(reply.state != "done" for reply in ordered):
-            ordered = [dataclasses.replace(reply, log=self._log(reply.rank)) for reply in ordered]
-            self._kill()
+            ordered = [dataclasses.replace(reply, log=self.places[reply.rank].log()) for reply in ordered]
+            self.failed_calls += 1
+            self._end(politely=False)
         return Called(ordered, time.monotonic() - began)
 
-    def _log(self, rank: int) -> str:
-        assert self._folder is not None
-        path = self._folder / f"{rank}.log"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        return "\n".join(text.splitlines()[-LAST_LINES:])
+    def _sleep_until_one_answers(self, ranks: Sequence[int]) -> None:
+        connections = [self.places[rank].connection for rank in ranks]
+        readable = [connection for connection in connections if connection is not None]
+        if len(readable) == len(connections):
+            wait(readable, timeout=LOOK_S)
+        else:
+            time.sleep(LOOK_S)
 
-    def _receive(self, rank: int, began: float) -> Reply:
-        beat = self._beats()[rank]
-        try:
-            kind, content, at = self._pipes[rank].recv()
-        except (EOFError, OSError):
-            self._processes[rank].join(timeout=GRACE_S)
-            code = self._processes[rank].exitcode
-            manner = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            return Reply(rank, "crashed", error=manner, seconds=time.monotonic() - began, beat=beat)
-        if kind == "done":
-            return Reply(rank, "done", value=content, seconds=at - began, beat=beat)
-        return Reply(rank, "raised", error=content, seconds=at - began, beat=beat)
+    def _reply(self, rank: int, answer: Answer) -> Reply:
+        beat = self.places[rank].beat()
+        if answer.kind == "done":
+            return Reply(rank, "done", value=answer.content, seconds=answer.seconds, beat=beat)
+        return Reply(rank, answer.kind, error=answer.content, seconds=answer.seconds, beat=beat)
 
     def _beats(self) -> list[Beat]:
-        assert self._folder is not None
-        return read_beats(self._folder / "beats", self.world)
+        return [place.beat() for place in self.places]
 
 
 class _Patience:
@@ -270,12 +252,3 @@ class _Patience:
         if self._stall is not None and now - self._moved > self._stall:
             return True
         return now - self._began > self._deadline
-
-
-def _context(device: str) -> Any:
-    """CPU ranks are forked from a process that has loaded torch and nothing else; an accelerator's start anew."""
-    if device != "cpu":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["isthmus.launch.crew_rank"])
-    return context

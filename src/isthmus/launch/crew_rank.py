@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse import enforce, profile_of
 from isthmus.chips.rehearse.faults import Fault
+from isthmus.chips.rehearse.group import rehearse_backend
+from isthmus.chips.rehearse.inject import CollectiveCount, Injector
 from isthmus.launch.beats import Pulse
 
 LOOK_S = 0.5
@@ -28,7 +31,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What a rank needs to know to join."""
+    """What a rank needs to know to join. Its place says in which files its beats and what it prints go."""
 
     rank: int
     world: int
@@ -37,31 +40,39 @@ class RankSetup:
     chip: str | None
     faults: tuple[Fault, ...]
     connect_timeout_s: float
+    host: str
     port: int
-    beats: Path
-    log: Path
+    beats: str = ""
+    log: str = ""
 
 
 @dataclass
 class Rank:
-    """What the work of a rank is given: its place, its device, and how to say that it is alive."""
+    """What the work of a rank is given: its place, its device, and how to say that it is alive.
+
+    Collectives of CPU ranks are counted in its pulse as they begin. On an accelerator those are counted that this
+    thread and its backward passes issue; and nothing is planted in their collectives.
+    """
 
     rank: int
     world: int
     device: torch.device
     pulse: Pulse
+    injector: Injector
 
     def beat(self, section: str, step: int = 0) -> None:
         """Say what this rank does now. Faults that are planted at a step happen here."""
         self.pulse.beat(section, step)
+        self.injector.step(step)
 
 
 def serve(setup: RankSetup, pipe: Connection) -> None:
     """Set up, answer ("done", seconds of the communicator's set-up), then one answer per request; None ends it."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _write_into(setup.log)
+    _write_into(Path(setup.log))
     torch.set_num_threads(setup.threads)
-    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(setup.beats, setup.rank))
+    injector = Injector(setup.faults, setup.rank, armed=False)
+    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(Path(setup.beats), 0), injector)
     _answer(pipe, lambda: _join(setup, rank))
     while (request := pipe.recv()) is not None:
         _answer(pipe, partial(_work, setup, rank, *request))
@@ -82,25 +93,31 @@ def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
     try:
         value = work()
     except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
         pipe.send(("raised", f"{type(error).__name__}: {error}", time.monotonic()))
-        raise
+        raise SystemExit(1) from error
     pipe.send(("done", value, time.monotonic()))
 
 
 def _device(setup: RankSetup) -> torch.device:
     if setup.device == "cpu":
         return torch.device("cpu")
-    device = torch.device(setup.device, setup.rank % torch.accelerator.device_count())
+    place_on_machine = int(os.environ.get("LOCAL_RANK", setup.rank))
+    device = torch.device(setup.device, place_on_machine % torch.accelerator.device_count())
     torch.accelerator.set_device_index(device)
     return device
 
 
 def _join(setup: RankSetup, rank: Rank) -> float:
     """Set up the communicator and use it once. Returns the seconds that it took."""
+    profile = profile_of(setup.chip) if setup.chip else None
     began = time.perf_counter()
-    rank.beat("communicator")
-    store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    rank.pulse.beat("communicator")
+    store = dist.TCPStore(setup.host, setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     backend = "gloo" if setup.device == "cpu" else dist.get_default_backend_for_device(rank.device)
+    if setup.device == "cpu":
+        rehearse_backend("gloo", profile, rank.injector, rank.pulse)
     dist.init_process_group(
         backend if setup.device == "cpu" else f"cpu:gloo,{setup.device}:{backend}",
         store=store,
@@ -114,17 +131,22 @@ def _join(setup: RankSetup, rank: Rank) -> float:
 
 def _work(setup: RankSetup, rank: Rank, function: str, arguments: dict[str, Any]) -> Any:
     module, _, name = function.partition(":")
+    work = getattr(importlib.import_module(module), name)
     with _surroundings(setup, rank):
-        return getattr(importlib.import_module(module), name)(rank, **arguments)
+        return work(rank, **arguments)
 
 
 @contextlib.contextmanager
 def _surroundings(setup: RankSetup, rank: Rank) -> Iterator[None]:
-    """The rules of a rehearsed chip."""
-    if setup.chip is None:
-        yield
-        return
-    with enforce(setup.chip):
+    """The rules of a rehearsed chip, and planted faults: they wait until a rank is asked to do something."""
+    rank.injector.begin()
+    with contextlib.ExitStack() as stack:
+        if setup.device != "cpu":
+            stack.enter_context(CollectiveCount(rank.pulse.begin_collective))
+        if setup.chip is not None:
+            stack.enter_context(enforce(setup.chip))
+        stack.enter_context(rank.injector.install_saves())
+        stack.enter_context(rank.injector.operators())
         yield
 
 

@@ -28,6 +28,14 @@ def memory_gbs(device: torch.device, mebibytes: int, repeats: int) -> list[float
     return [2.0 * source.numel() * source.element_size() / one / 1e9 for one in seconds]
 
 
+def host_device_gbs(device: torch.device, mebibytes: int, repeats: int) -> list[float]:
+    """GB/s of a copy from pinned memory of the host to the device, one value per repeat."""
+    source = torch.ones(mebibytes * 2**18, dtype=torch.float32).pin_memory()
+    target = torch.empty_like(source, device=device)
+    seconds = time_each(lambda: target.copy_(source, non_blocking=True), device, repeats)
+    return [source.numel() * source.element_size() / one / 1e9 for one in seconds]
+
+
 def time_each(work: Callable[[], object], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> list[float]:
     """Seconds of each of `repeats` runs of `work`, finished work on the device included."""
     seconds = []

@@ -34,7 +34,7 @@ single chips are at most 14 times below or above their median (a link of 32 GB/s
 factor of 1,000."""
 MOST_OF_LINE = 2.0
 """In an all-reduce that the network itself adds up, each chip sends its data once instead of 2(n-1)/n times, so the bus
-bandwidth by nccl-tests' formula may reach twice the line rate."""
+bandwidth that is counted as for a ring may reach twice the line rate."""
 
 Direction = Literal[">=", "<="]
 _RULE = re.compile(r"(>=|<=)\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?:(x peers' median)|([A-Za-z]+(?:/s)?))")

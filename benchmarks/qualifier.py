@@ -1,0 +1,226 @@
+"""How good the qualification is: faults planted in healthy pools, beside the same pools without, and the field's rules.
+
+    python benchmarks/qualifier.py                        # 1,000 healthy pools and 40 of each fault: an hour
+    python benchmarks/qualifier.py --quick                # 3 healthy, 1 of each, and no result is stored
+    python benchmarks/qualifier.py --healthy 200 --times 20 --kinds crash nan
+
+A pool is four ranks on this machine's CPU. Each trial qualifies it once, with the probes in their short form, and
+counts as found if some finding fails; where a rank is at fault, it also has to be named. A healthy pool whose finding
+fails is a false alarm. Faults are drawn: the rank, the step, the peer, the operator, and for faults that come and go
+how often they come. The time to find is until the first failing finding was there.
+
+The rivals look at the same pools and faults as health checks in the field do: they time a matrix product and an
+all-gather on each rank and compare with the peers (DLRover: over twice the median; NVRx: 0.75 of the reference), time
+out on a hang, or look for NaN in a training step. They compare no result with a known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "rivals"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
+
+from flow_recipe import RECIPE, SMALL
+
+from conditions import store
+from isthmus.chips import get_chip
+from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault
+from isthmus.launch.crew import Crew
+from isthmus.parity.paired import wilson_interval
+from isthmus.pools import get_pool
+from isthmus.probes import live_probes
+from isthmus.probes.asking import ask
+from isthmus.probes.contract import Setting
+from isthmus.recipe import Recipe, load_recipe
+
+RANKS = 4
+CONFIDENCE = 0.95
+MUST_FIND = ("crash", "hang", "wrong-sum", "slow-link", "fallback", "dtype-swap", "nan")
+RARE = (1.0, 0.1, 0.01)
+"""How often a fault that comes and goes comes, per opportunity."""
+
+
+@dataclass
+class Trial:
+    """One qualification. `findings` are the names of those that failed."""
+
+    kind: str
+    fault: str | None
+    rate: float
+    found: bool = False
+    named: bool = False
+    seconds: float = 0.0
+    found_after: float | None = None
+    findings: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    rivals: dict[str, bool] = field(default_factory=dict)
+
+
+def small_recipe() -> Recipe:
+    settings = {**SMALL, "pools.home.count": RANKS}
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    return load_recipe(RECIPE, (*overrides, 'place.rollout=["home"]', 'place.serve=["home"]'))
+
+
+def draw(kind: str, number: int, generator: random.Random) -> Fault:
+    """A fault of a kind. Kinds that come and go get each of the `RARE` rates in turn."""
+    rank = generator.randrange(RANKS)
+    seed = generator.randrange(2**31)
+    match kind:
+        case "slow-rank":
+            return Fault(kind, rank, size=generator.choice([3.0, 5.0, 10.0]), seed=seed)
+        case "slow-link":
+            peer = generator.choice([one for one in range(RANKS) if one != rank])
+            return Fault(kind, rank, peer=peer, size=generator.choice([5.0, 10.0, 30.0]), seed=seed)
+        case "link-cut":
+            peer = generator.choice([one for one in range(RANKS) if one != rank])
+            return Fault(kind, rank, peer=peer, seed=seed)
+        case "crash" | "hang" | "out-of-memory":
+            return Fault(kind, rank, step=generator.randrange(1, 4), seed=seed)
+        case "fallback":
+            return Fault(kind, rank, operator=generator.choice(["aten::mm", "aten::addmm", "aten::bmm"]), seed=seed)
+        case "dtype-swap":
+            return Fault(kind, rank, operator="aten::mm", seed=seed)
+        case "small-error":
+            size = generator.choice([0.1, 0.01])
+            return Fault(kind, rank, rate=RARE[number % len(RARE)], size=size, operator="aten::mm", seed=seed)
+        case "flipped-bit":
+            bit = generator.choice([8, 16, 22, 26])
+            return Fault(kind, rank, rate=RARE[number % len(RARE)], size=float(bit), operator="aten::mm", seed=seed)
+        case _:
+            return Fault(kind, rank, seed=seed)  # pyright: ignore[reportArgumentType]
+
+
+def qualify(fault: Fault | None, recipe: Recipe, folder: Path, stall_s: float) -> Trial:
+    """One pool, with or without a fault, asked by every live probe."""
+    pool = get_pool(recipe, "home")
+    setting = Setting(recipe, pool, get_chip(pool.chip), None, "cpu", folder, folder / "qualify", stall_s=stall_s)
+    trial = Trial(fault.kind if fault else "healthy", str(fault) if fault else None, fault.rate if fault else 0.0)
+    began = time.monotonic()
+    with Crew(RANKS, faults=(fault,) if fault else ()) as crew:
+        answers = ask(crew, setting, live_probes())
+    trial.seconds = time.monotonic() - began
+    passed = 0.0
+    for answer in answers:
+        passed += answer.seconds
+        failing = [item for item in answer.evidence or () if item.outcome == "fail"]
+        if failing and trial.found_after is None:
+            trial.found_after = passed
+        trial.findings += [item.name for item in failing]
+        trial.details += [item.detail for item in failing]
+        trial.named |= fault is not None and any(fault.rank in item.ranks for item in failing)
+    trial.found = bool(trial.findings)
+    return trial
+
+
+def ask_rivals(fault: Fault | None) -> dict[str, bool]:
+    """What the field's rules say about the same pool."""
+    with Crew(RANKS, faults=(fault,) if fault else ()) as crew:
+        called = crew.call("node_check:check", {"size": 256, "numel": 2**16}, deadline_s=30.0, stall_s=5.0)
+    if not called.ok:
+        return {"node check, 2 x median": True, "straggler score 0.75": True, "crash, hang or NaN alone": True}
+    matmul, gather = ([value[key] for value in called.values] for key in ("matmul", "gather"))
+    twice = any(max(times) > 2 * sorted(times)[RANKS // 2] for times in (matmul, gather))
+    score = any(min(times) / max(times) < 0.75 for times in (matmul, gather))
+    nan = any(value["nan"] for value in called.values)
+    return {"node check, 2 x median": twice, "straggler score 0.75": score, "crash, hang or NaN alone": nan}
+
+
+def trials(arguments: argparse.Namespace) -> Iterator[Trial]:
+    """Healthy pools and faulty ones in turn, so that the machine's mood is the same for both."""
+    generator = random.Random(arguments.seed)
+    recipe = small_recipe()
+    plan: list[Fault | None] = [draw(kind, n, generator) for kind in arguments.kinds for n in range(arguments.times)]
+    plan += [None] * arguments.healthy
+    generator.shuffle(plan)
+    for fault in plan:
+        with tempfile.TemporaryDirectory() as folder:
+            trial = qualify(fault, recipe, Path(folder), arguments.stall)
+        if fault is not None or generator.random() < arguments.rivals / max(1, arguments.healthy):
+            trial.rivals = ask_rivals(fault)
+        yield trial
+
+
+def share(hits: int, total: int) -> str:
+    low, high = wilson_interval(hits, total, CONFIDENCE)
+    return f"{hits}/{total} [{100 * low:.1f}, {100 * high:.1f}] %"
+
+
+def table(done: list[Trial], key: Callable[[Trial], str]) -> list[dict[str, Any]]:
+    """A row for each group: recall or false alarms, the rank named, and seconds to find."""
+    groups: dict[str, list[Trial]] = defaultdict(list)
+    for trial in done:
+        groups[key(trial)].append(trial)
+    rows = []
+    for name, members in groups.items():
+        found = [trial for trial in members if trial.found]
+        after = sorted(trial.found_after for trial in found if trial.found_after is not None)
+        row = {"group": name, "found": share(len(found), len(members)), "n": len(members), "hits": len(found)}
+        row |= {"named": sum(trial.named for trial in found)}
+        row |= {"found_after_median_s": round(after[len(after) // 2], 2) if after else None}
+        asked = [trial for trial in members if trial.rivals]
+        for rule in asked[0].rivals if asked else ():
+            row[rule] = share(sum(trial.rivals[rule] for trial in asked), len(asked))
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items() if key not in ("n", "hits")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--healthy", type=int, default=1000)
+    parser.add_argument("--times", type=int, default=40, help="faults of each kind")
+    parser.add_argument("--kinds", nargs="+", default=list(FAULT_KINDS), choices=FAULT_KINDS)
+    parser.add_argument("--rivals", type=int, default=100, help="healthy pools that the rivals see too")
+    parser.add_argument("--stall", type=float, default=3.0, help="seconds of silence after which a rank hangs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.healthy, arguments.times, arguments.rivals = 3, 1, 3
+    done: list[Trial] = []
+    began, cpu = time.monotonic(), time.process_time()
+    total = arguments.healthy + arguments.times * len(arguments.kinds)
+    for trial in trials(arguments):
+        done.append(trial)
+        wrong = trial.found == (trial.fault is None)
+        if wrong or arguments.quick or len(done) % 50 == 0:
+            said = "; ".join(trial.findings) or "nothing"
+            print(f"{len(done)}/{total}  {trial.fault or 'healthy'}: {said}  {trial.seconds:.1f} s", flush=True)
+    rows = table(done, lambda trial: trial.kind)
+    rare = table(
+        [t for t in done if t.kind in ("small-error", "flipped-bit")], lambda t: f"{t.kind} at rate {t.rate:g}"
+    )
+    show(rows + rare)
+    short = [row["group"] for row in rows if row["group"] in MUST_FIND and row["hits"] < 0.95 * row["n"]]
+    print(f"below 95 %: {', '.join(short) or 'none of ' + ', '.join(MUST_FIND)}")
+    if not arguments.quick:
+        store(
+            "qualifier",
+            {
+                "arguments": vars(arguments),
+                "wall_s": time.monotonic() - began,
+                "cpu_s": time.process_time() - cpu,
+                "groups": rows,
+                "by_rate": rare,
+                "trials": [asdict(trial) for trial in done],
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

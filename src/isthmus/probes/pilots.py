@@ -1,0 +1,220 @@
+"""Pilots: a few steps of each kind of work that a run will ask of a pool. The plan's estimate rests on their pace."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isthmus.chips import get_chip
+from isthmus.chips.rehearse import Profile, RehearsalRefused
+from isthmus.engines import Engine, EngineError, Sampling
+from isthmus.engines.local import LocalEngine
+from isthmus.formats import get_format
+from isthmus.formats.bundle import write_bundle
+from isthmus.formats.wire import digest
+from isthmus.formats.wire import pack as pack_wire
+from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
+from isthmus.probes.findings import Findings
+from isthmus.probes.thresholds import apply_thresholds, load_thresholds, not_applied
+from isthmus.probes.workload import Workload
+from isthmus.records import Outcome
+from isthmus.run import Figure, RunFolder
+
+FLOOR_ROWS, FLOOR_MIB = 8192, 1024
+"""Matrices and copies from which the published floors of `chips/thresholds.csv` hold."""
+PILOT_TOKENS = 48
+PILOT_SAMPLES = (16, 256)
+
+
+def rates(found: Findings, work: Workload) -> None:
+    """Matrix multiplication and copies of one chip, each timed alone, and held against the thresholds of its kind.
+
+    On an accelerator they are large enough for the published floors, whatever the recipe asks at least.
+    """
+    section, device, pool = found.recipe.qualify, work.device, found.pool
+    here = device.type == "cpu"
+    size, mebibytes = section.matmul_size, section.memory_mib
+    size, mebibytes = (size, mebibytes) if here else (max(size, FLOOR_ROWS), max(mebibytes, FLOOR_MIB))
+    threads = f", {pool.threads} threads" if here else ""
+    matmul = matmul_tflops(device, size, section.repeats)
+    copy = memory_gbs(device, mebibytes, section.repeats)
+    figures = {
+        "matmul_tflops": found.median(matmul, "TFLOPS", f"fp32 matmul of {size} x {size}{threads}"),
+        "memory_gbs": found.median(copy, "GB/s", f"copy of {mebibytes} MiB, read plus written{threads}"),
+    }
+    if not here:
+        fast = matmul_tflops(device, size, section.repeats, torch.bfloat16)
+        figures["matmul_bf16_tflops"] = found.median(fast, "TFLOPS", f"bf16 matmul of {size} x {size}")
+        host = host_device_gbs(device, mebibytes, section.repeats)
+        figures["host_device_gbs"] = found.median(host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip")
+    found.figures.update(figures)
+    sizes = dict.fromkeys(("matmul_tflops", "matmul_bf16_tflops"), float(size))
+    sizes |= dict.fromkeys(("memory_gbs", "host_device_gbs"), float(mebibytes))
+    _held_against_thresholds(found, figures, sizes)
+
+
+def _held_against_thresholds(found: Findings, figures: dict[str, Figure], sizes: dict[str, float]) -> None:
+    section, pool = found.recipe.qualify, found.pool
+    rules = load_thresholds(section.thresholds)
+    verdicts = apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    aside = not_applied(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    detail = (
+        f"measured; {len(verdicts)} thresholds for this chip apply" if verdicts else "measured; no threshold applies"
+    )
+    detail += f" ({'; '.join(aside)})" if aside else ""
+    found.add("rates", "compute", "both", "pass", detail, section.repeats, figures)
+    found.evidence += verdicts
+
+
+def training(found: Findings, work: Workload) -> None:
+    """A few real steps of supervised training, after one to warm up, and what a token costs the learner of RL."""
+    steps = found.recipe.qualify.pilot_steps
+    losses = [work.sft_step(0, work.batch(0))]
+    seconds = time_each(
+        lambda: losses.append(work.sft_step(len(losses), work.batch(len(losses)))), work.device, steps, warm_up=0
+    )
+    step = found.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
+    prompts, completions = work.lengths()
+    examples = f"{len(prompts)} worked examples of this recipe"
+    found.figures |= {
+        "sft_step_s": step,
+        "prompt_tokens": found.measured(sum(prompts) / len(prompts), "tokens", f"mean of {examples}"),
+        "completion_tokens": found.measured(sum(completions) / len(completions), "tokens", f"mean of {examples}"),
+        "longest_completion_tokens": found.measured(max(completions), "tokens", f"longest of {examples}"),
+    }
+    outcome: Outcome = "pass" if all(map(math.isfinite, losses)) else "fail"
+    detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    found.add("pilot of training", "software", "training", outcome, detail, len(losses), {"sft_step_s": step})
+    _pace_of_learning(found, work)
+
+
+def _pace_of_learning(found: Findings, work: Workload) -> None:
+    batch, threads = work.batch(0), _rl_threads(found)
+    with compute_threads(threads):
+        seconds = time_each(lambda: work.learn(batch), work.device, found.recipe.qualify.pilot_steps, warm_up=1)
+    source = f"log-probabilities and gradients of {batch.num_tokens} tokens, {threads} threads"
+    found.figures["learn_token_s"] = found.median([one / batch.num_tokens for one in seconds], "s/token", source)
+
+
+def generation(found: Findings, work: Workload, rules: AbstractContextManager[object] | None) -> None:
+    """The engine's forward pass, under the rules of the chip if it is rehearsed."""
+    name = "generation under the chip's rules" if rules else "generation"
+    try:
+        logits = work.generate(rules)
+    except RehearsalRefused as refusal:
+        found.add(name, "software", "serving", "fail", str(refusal))
+        return
+    finite = bool(torch.isfinite(logits).all())
+    detail = f"prefill and decoding gave {len(logits)} rows of logits, {'all' if finite else 'not all'} finite"
+    found.add(name, "software", "serving", "pass" if finite else "fail", detail, len(logits))
+
+
+def weight_formats(found: Findings, profile: Profile | None) -> None:
+    """Whether the chip computes in the formats in which the recipe would place weights on it."""
+    chip = get_chip(found.pool.chip)
+    for name in placed_formats(found):
+        operators = profile.formats.get(name, ()) if profile else ()
+        lacking = [operator for operator in operators if profile and profile.status(operator) != "native"]
+        if chip.formats is None:
+            outcome, detail = "unknown", f"whether {chip.name} computes in {name} is not known"
+        elif name not in chip.formats or lacking:
+            outcome = "fail"
+            detail = f"{chip.name} computes in {', '.join(chip.formats)}; no kernel for: {', '.join(lacking) or name}"
+        else:
+            outcome = "pass"
+            detail = f"computed by {', '.join(operators)}" if operators else chip.capabilities.source
+        found.add(f"weights in {name}", "software", "serving", outcome, detail)
+
+
+def placed_formats(found: Findings) -> list[str]:
+    """The formats of the weights that the recipe may place on this pool."""
+    recipe = found.recipe
+    placed = {"rollout": recipe.rl.rollout_format, "serve": recipe.handoff.format}
+    return sorted({form for stage, form in placed.items() if found.pool.name in getattr(recipe.place, stage)})
+
+
+def engine(found: Findings, work: Workload, run: RunFolder, folder: Path) -> None:
+    """The local engine in its own process, with weights in their format: start, crossings, and two batch sizes."""
+    formats = placed_formats(found)
+    if not formats:
+        return
+    if work.device.type != "cpu":
+        served_by = ", ".join(get_chip(found.pool.chip).engines or ("none known",))
+        why = f"the local engine computes on the CPU; this chip is served by {served_by}"
+        run.event("qualify", "skipped", what=f"engine pilot on {found.pool}", why=why)
+        return
+    pilot = folder.with_name(f"{folder.name}-pilot")
+    try:
+        paces = _engine_paces(found, work, pilot, formats[0])
+    except EngineError as error:
+        found.add("pilot of the engine", "software", "serving", "fail", str(error))
+        return
+    finally:
+        shutil.rmtree(pilot, ignore_errors=True)
+    found.figures |= paces
+    detail = f"started with weights in {formats[0]}, took new ones, and answered"
+    found.add("pilot of the engine", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)
+
+
+def _engine_paces(found: Findings, work: Workload, folder: Path, form: str) -> dict[str, Figure]:
+    threads, pool = _rl_threads(found), found.pool
+    state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
+    write_bundle(folder, form, state, work.recipe.model, work.tokenizer)
+    engine = LocalEngine(
+        folder, log=folder.with_suffix(".log"), threads=threads, rehearse=pool.chip if pool.rehearsed else None
+    )
+    began = time.perf_counter()
+    with engine:
+        start = time.perf_counter() - began
+        crossings = [_cross(engine, form, state, work, version) for version in range(1, 4)]
+        small, full = (_generate(engine, work, samples) for samples in PILOT_SAMPLES)
+    source = f"engine pilot in {form}, {threads} threads"
+    per_step, per_token = solve_pace(small, full)
+    fixed, growing = f"{source}: share of a step that does not grow with the batch", f"{source}: share that does"
+    return {
+        "engine_start_s": found.measured(start, "s", source),
+        "crossing_s": found.median(crossings, "s", f"{source}: export, pack, send, swap"),
+        "decode_step_s": found.measured(per_step, "s/step", fixed),
+        "decode_token_s": found.measured(per_token, "s/token", growing),
+    }
+
+
+def _cross(engine: Engine, form: str, state: dict[str, Tensor], work: Workload, version: int) -> float:
+    began = time.perf_counter()
+    payload = pack_wire(get_format(form).export(state, work.recipe.model))
+    engine.update(payload, version, digest(payload))
+    return time.perf_counter() - began
+
+
+def _generate(engine: Engine, work: Workload, samples: int) -> tuple[int, int, float]:
+    """(steps, tokens, seconds) of a batch of samples, after one to warm up."""
+    prompts, recipe = work.prompts(samples // 8), work.recipe
+    room = recipe.model.max_position_embeddings - max(map(len, prompts))
+    sampling = Sampling(min(PILOT_TOKENS, recipe.rl.max_new_tokens, room), n=8)
+    engine.generate(prompts, sampling)
+    began = time.perf_counter()
+    lengths = [len(one.tokens) for group in engine.generate(prompts, sampling) for one in group]
+    return max(lengths), sum(lengths), time.perf_counter() - began
+
+
+def _rl_threads(found: Findings) -> int:
+    """Threads in reinforcement learning, where with stale samples another pool works at the same time."""
+    return found.pool.shared_threads if found.recipe.rl.staleness else found.pool.threads
+
+
+def solve_pace(small: tuple[int, int, float], full: tuple[int, int, float]) -> tuple[float, float]:
+    """(seconds per step, seconds per token) from two runs, each (steps, tokens, seconds) = steps a + tokens b.
+
+    Noise that would make one of them negative leaves it at zero and gives all the time to the other.
+    """
+    (s1, n1, t1), (s2, n2, t2) = small, full
+    determinant = s1 * n2 - s2 * n1
+    per_token = (s1 * t2 - s2 * t1) / determinant if determinant else 0.0
+    per_token = min(max(per_token, 0.0), t2 / n2)
+    return max((t2 - per_token * n2) / s2, 0.0), per_token

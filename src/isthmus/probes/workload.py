@@ -1,0 +1,72 @@
+"""This run's own work in small: what the probes and pilots of a qualification compute."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
+from isthmus.data.tasks import load_task
+from isthmus.engines.local.runner import Trial
+from isthmus.model.model import Model
+from isthmus.run import RunFolder
+from isthmus.trainer.batch import Batch, pack
+from isthmus.trainer.optimizer import Optimizer
+from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step
+
+
+class Workload:
+    """This run's own work in small: its model as it starts, its data, and what each stage does at one step."""
+
+    def __init__(self, run: RunFolder, device: torch.device):
+        self.run, self.recipe, self.device = run, run.recipe, device
+        self.task = load_task(run.recipe)
+        self.tokenizer = run_tokenizer(run, self.task)
+        self.model = Model(run.recipe.model).initialise(run.recipe.seed).to(device)
+        self.optimizer = Optimizer(self.model, run.recipe.sft.optimizer, run.recipe.sft.steps)
+
+    def batch(self, step: int) -> Batch:
+        documents = sft_documents(self.run, self.task, self.tokenizer, step)
+        return pack(documents).to(self.device)
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of the prompts and of the completions in one step's worked examples."""
+        documents = sft_documents(self.run, self.task, self.tokenizer, 0)
+        return [d.prompt_length for d in documents], [len(d.tokens) - d.prompt_length for d in documents]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """`count` prompts of the task, over again if it has fewer."""
+        problems = self.task.train
+        return [prompt_ids(self.tokenizer, problems[index % len(problems)]) for index in range(count)]
+
+    def sft_step(self, step: int, batch: Batch) -> float:
+        """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
+        losses, _ = train_step(self.model, self.optimizer, batch, self.recipe.sft, step)
+        return losses.loss
+
+    def gradients(self, batch: Batch) -> list[Tensor]:
+        """The gradients of one batch, without an update."""
+        accumulate_gradients(self.model, self.optimizer, batch, self.recipe.sft)
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    def learn(self, batch: Batch) -> None:
+        """What reinforcement learning differentiates on a batch of samples, but for the choice of the loss."""
+        self.optimizer.zero_grad()
+        logprobs, _ = target_logprobs(self.model, batch, self.recipe.rl.temperature)
+        logprobs.mean().backward()
+
+    @torch.inference_mode()
+    def generate(self, rules: AbstractContextManager[object] | None = None) -> Tensor:
+        """Prefill and two more tokens for a few prompts by the engine's forward pass. Returns all logits [N, V].
+
+        `rules` are in force while the chip would work.
+        """
+        prompts = [prompt for prompt in self.prompts(4) for _ in range(2)]
+        trial = Trial(self.model, len(prompts), max(map(len, prompts)) + 2)
+        with rules or nullcontext():
+            logits = [trial.prefill(prompts)]
+            for _ in range(2):
+                logits.append(trial.decode(logits[-1].argmax(-1)))
+        return torch.cat(logits)
