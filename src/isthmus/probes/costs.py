@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from isthmus.chips.rehearse.dispatch import OperatorWatch, _is_composite, short_name
+from isthmus.chips.rehearse.dispatch import OperatorWatch, is_composite, short_name
 
 ATTENTION = "aten::scaled_dot_product_attention"
 BACKWARD = " (backward)"
@@ -139,7 +139,7 @@ class CostRecorder(OperatorWatch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "profiler" and _is_composite(func):
+        if func.namespace != "profiler" and is_composite(func):
             with torch._C.DisableTorchFunction(), self:
                 return func.decompose(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
