@@ -34,6 +34,7 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/deltas.py
+	$(BIN)/python benchmarks/static_tier.py
 
 soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

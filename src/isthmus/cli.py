@@ -261,6 +261,25 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("target")
+@click.option("--chip", required=True, help="The chip whose software is asked about; `isthmus chips` lists them.")
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Training processes; those of the recipe's pool of CHIP if absent."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_SET
+def coverage(target: str, **options: Any) -> None:
+    """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.
+
+    TARGET is a recipe, a run folder, a folder with a config.json, or the name of a preset such as deepseek-v3. Exit
+    code 1 if it cannot be trained there: an operator is missing, or a dtype is refused. Reading a wheel runs its
+    start-up code in a process of its own.
+    """
+    if not importlib.import_module("isthmus.coverage").execute(target, _watch(), **options).trains:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
 @click.argument("name", required=False)
 def chips(name: str | None) -> None:
     """List the known chips, or show one with the source of each fact."""

@@ -510,7 +510,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_recipe(tree, origin=path)
 
 
@@ -540,7 +540,7 @@ def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **cha
     for override in overrides:
         if not override.strip().startswith("serve."):
             raise RecipeError(f"--set {override!r}: a server can only be given other keys of [serve]")
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return ServeSection.model_validate(tree["serve"])
     except ValidationError as error:
@@ -679,7 +679,8 @@ def _rope_scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return {"type": found, **absent, **values}
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a recipe given as nested dictionaries, from `section.key=value`. Raises RecipeError."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {override!r}: write --set section.key=value")

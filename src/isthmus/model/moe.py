@@ -60,6 +60,12 @@ class Trace:
         self.routings: list[Routing] = []
 
 
+def evenly(total: int, parts: int) -> list[int]:
+    """`total` in `parts` whole numbers that differ by one at most: what stands for counts on the meta device, which
+    has no values."""
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
 class Router(nn.Module):
     """Chooses experts by score + bias, weights them by the score alone. Groups that lose are masked to -inf."""
 
@@ -121,7 +127,8 @@ class Experts(nn.Module):
         """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
         if self.grouped and len(x):
             return self._grouped(x, counts)
-        parts = zip(x.split(counts.tolist()), self.gate_up.unbind(), self.down.unbind(), strict=True)
+        rows = evenly(len(x), len(counts)) if counts.is_meta else counts.tolist()
+        parts = zip(x.split(rows), self.gate_up.unbind(), self.down.unbind(), strict=True)
         return torch.cat([self._expert(rows, gate_up, down) for rows, gate_up, down in parts])
 
     def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:

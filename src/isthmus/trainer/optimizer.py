@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Optimizer:
     """Updates a model's parameters, or this rank's shards of them. Its state is made of tensors that stay the same.
 
     `shared_by` is the number of ranks that hold the same shard; the norm of the gradient is that of the whole model.
+    `parts` stand for the model's own where it is only described.
     """
 
     def __init__(
@@ -31,15 +33,16 @@ class Optimizer:
         total_steps: int,
         ranks: Ranks | None = None,
         shared_by: int = 1,
+        parts: list[Part] | None = None,
     ):
         self.section, self.total_steps = section, total_steps
         self._ranks, self._shared_by = ranks, shared_by
-        self._parts = parts_of(model)
+        self._parts = parts_of(model) if parts is None else parts
         self._locals = [part.local for part in self._parts]
         pairs = list(zip(self._parts, self._locals, strict=True))
         muon = [(part, local) for part, local in pairs if section.name == "muon" and is_hidden_matrix(part)]
         names = {part.name for part, _ in muon}
-        self._muon = Muon(muon) if muon else None
+        self.muon = Muon(muon) if muon else None
         self._adam_parts = [(part, local) for part, local in pairs if part.name not in names]
         self._adam = torch.optim.AdamW(
             [local for _, local in self._adam_parts],
@@ -74,9 +77,9 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = self.section.learning_rate * factor
         self._adam.step()
-        if self._muon is not None:
+        if self.muon is not None:
             assert self.section.matrix_learning_rate is not None
-            self._muon.step(self.section.matrix_learning_rate * factor, self.section.weight_decay)
+            self.muon.step(self.section.matrix_learning_rate * factor, self.section.weight_decay)
         for local in self._locals:
             local.grad = None
         return norm
@@ -99,7 +102,7 @@ class Optimizer:
             tensors[f"adam.step.{part.name}"] = state["step"]
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors.update({f"adam.{key}.{name}": value for name, value in part.stored(state[key]).items()})
-        for part, momentum in self._muon.momenta if self._muon else ():
+        for part, momentum in self.muon.momenta if self.muon else ():
             tensors.update({f"muon.momentum.{name}": value for name, value in part.stored(momentum).items()})
         return tensors
 
@@ -134,6 +137,7 @@ class Muon:
 
     def __init__(self, parts: list[tuple[Part, Tensor]], beta: float = 0.95):
         self.beta = beta
+        self.orthogonalise: Callable[[Tensor], Tensor] = orthogonalise
         self.momenta = [(part, torch.zeros_like(local)) for part, local in parts]
         self.locals = [local for _, local in parts]
         self._by_shape: dict[tuple[int, int], list[int]] = {}
@@ -146,7 +150,7 @@ class Muon:
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             updates = [self._update(index).reshape(-1, *shape) for index in indices]
             sizes = [len(update) for update in updates]
-            for index, update in zip(indices, _in_parts(torch.cat(updates)).split(sizes), strict=True):
+            for index, update in zip(indices, self._in_parts(torch.cat(updates)).split(sizes), strict=True):
                 part, local = self.momenta[index][0], self.locals[index]
                 local.mul_(1.0 - learning_rate * weight_decay)
                 local.add_(self._own(part, update).view_as(local), alpha=-learning_rate * scale)
@@ -164,12 +168,11 @@ class Muon:
     def _own(self, part: Part, update: Tensor) -> Tensor:
         return update if part.experts is not None else part.own(update[0])
 
-
-def _in_parts(matrices: Tensor) -> Tensor:
-    """Orthogonalise a stack [n, M, N], a part of it at a time; in bf16 where that is fast."""
-    compute = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
-    count = max(1, _AT_ONCE // matrices[0].numel())
-    return torch.cat([orthogonalise(part.to(compute)).to(matrices.dtype) for part in matrices.split(count)])
+    def _in_parts(self, matrices: Tensor) -> Tensor:
+        """Orthogonalise a stack [n, M, N], a part of it at a time; in bf16 where that is fast."""
+        compute = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
+        count = max(1, _AT_ONCE // matrices[0].numel())
+        return torch.cat([self.orthogonalise(part.to(compute)).to(matrices.dtype) for part in matrices.split(count)])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

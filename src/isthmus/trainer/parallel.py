@@ -5,17 +5,16 @@ Gradients are summed over ranks, not averaged: each rank's loss is already divid
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from isthmus.model.documents import Rows
 from isthmus.model.model import Model
-from isthmus.model.moe import MixtureOfExperts
+from isthmus.model.moe import MixtureOfExperts, evenly
 from isthmus.recipe import TrainSection
 from isthmus.trainer.mesh import Meshes, Ranks, make_meshes
 
@@ -65,44 +64,67 @@ def _spread_experts(moe: MixtureOfExperts, meshes: Meshes) -> None:
     for name in ("gate_up", "down"):
         whole = getattr(experts, name).detach()
         setattr(experts, name, nn.Parameter(whole.narrow(0, experts.first, count).clone()))
-    moe.exchange = TokenExchange(meshes.expert)
+    moe.exchange = TokenExchange(size, swap_within(meshes.expert.get_group()))
+
+
+class Swap(Protocol):
+    """An all-to-all: fills `arrived` with what other ranks have for this one of their `rows`.
+
+    `receive` and `send` give the rows per rank; without them all ranks get the same share.
+    """
+
+    def __call__(
+        self, arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None
+    ) -> None: ...
+
+
+def swap_within(group: dist.ProcessGroup) -> Swap:
+    """The all-to-all of a process group."""
+
+    def swap(arrived: Tensor, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None) -> None:
+        dist.all_to_all_single(arrived, rows, receive, send, group=group)
+
+    return swap
 
 
 class TokenExchange:
-    """Sends each row to the rank that holds its expert, and brings the results back (all-to-all both ways)."""
+    """Sends each row to the rank that holds its expert, and brings the results back (all-to-all both ways).
 
-    def __init__(self, mesh: DeviceMesh):
-        self.group = mesh.get_group()
-        self.size = mesh.size()
+    `size` ranks take part. On the meta device, which has no counts, every rank gets the same share.
+    """
+
+    def __init__(self, size: int, swap: Swap):
+        self.size, self.swap = size, swap
 
     def __call__(self, experts: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [N, D] sorted by expert, counts [E] of all experts. Returns the results [N, D] in the same order."""
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
+        self.swap(received, counts)
         by_sender = received.view(self.size, -1)
-        send, receive = torch.stack((counts.view(self.size, -1).sum(1), by_sender.sum(1))).tolist()
-        arrived = AllToAll.apply(rows, send, receive, self.group)
+        both = torch.stack((counts.view(self.size, -1).sum(1), by_sender.sum(1)))
+        send, receive = [evenly(len(rows), self.size)] * 2 if both.is_meta else both.tolist()
+        arrived = AllToAll.apply(rows, send, receive, self.swap)
         order, inverse = _sender_to_expert(by_sender, len(arrived))
         results = experts(Rows.apply(arrived, order, inverse, None), by_sender.sum(0))
-        return AllToAll.apply(Rows.apply(results, inverse, order, None), receive, send, self.group)  # pyright: ignore
+        return AllToAll.apply(Rows.apply(results, inverse, order, None), receive, send, self.swap)  # pyright: ignore
 
 
 class AllToAll(torch.autograd.Function):
     """Rows [N, D], `send[r]` of them to rank r; returns `receive[r]` rows of each rank. The gradient goes back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], swap: Swap) -> Tensor:
+        ctx.send, ctx.receive, ctx.swap = send, receive, swap
+        return _exchange(rows, send, receive, swap)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradients[0], ctx.receive, ctx.send, ctx.group), None, None, None
+        return _exchange(gradients[0], ctx.receive, ctx.send, ctx.swap), None, None, None
 
 
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(rows: Tensor, send: list[int], receive: list[int], swap: Swap) -> Tensor:
     arrived = rows.new_empty(sum(receive), rows.shape[1])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
+    swap(arrived, rows.contiguous(), receive, send)
     return arrived
 
 

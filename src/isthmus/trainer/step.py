@@ -81,7 +81,7 @@ def accumulate_gradients(
         reduce_gradients(model, now=index == len(parts) - 1)
         spans = Documents.of(part.document, model.architecture.num_attention_heads).to(ranks.device)
         documents = max(1, part.num_documents)
-        total, found = model.compute(_losses, part.to(ranks.device), spans, documents, counts, section)
+        total, found = model.compute(microbatch_losses, part.to(ranks.device), spans, documents, counts, section)
         total.backward()
         sums = found if index == 0 else sums + found
     return _step_losses(model, ranks.total(sums), counts)
@@ -99,7 +99,7 @@ def _microbatches(batch: Batch, rows_at_once: int | None, ranks: Ranks) -> Itera
         yield filled.select(range(start, start + size))
 
 
-def _losses(
+def microbatch_losses(
     model: Model, batch: Batch, spans: Documents, documents: int, counts: Tensor, section: TextSection
 ) -> tuple[Tensor, Tensor]:
     """(what is differentiated, sums of its parts and the load of each expert) of one microbatch.

@@ -2,6 +2,7 @@
 
 What `isthmus coverage` calls:
 
+- `software_of(profile, wheel, cann)` holds a wheel and an installation against a chip's tables, by what follows.
 - `read_wheel(path)` gives `Registrations`: every operator with its status as in `rehearse/ascend/operators.csv`
   (`.operators`, `.counts()`, `.custom`, `.source`). `.as_table(profile.operators)` gives rows that replace the
   operators of a `rehearse.Profile`; `.statuses()` is what `compare` takes.
@@ -17,6 +18,7 @@ Everything raises IsthmusError for bad input. Nothing here loads torch into this
 
 from __future__ import annotations
 
+from isthmus.chips.wheel.against import Software, software_of
 from isthmus.chips.wheel.registrations import Registered, Registrations, read_wheel
 from isthmus.chips.wheel.symbols import Missing, missing_symbols, needed_symbols, provided_symbols
 from isthmus.chips.wheel.tables import Difference, compare, read_table, write_table
@@ -29,6 +31,7 @@ __all__ = [
     "Missing",
     "Registered",
     "Registrations",
+    "Software",
     "builds",
     "changed_between",
     "check_versions",
@@ -40,5 +43,6 @@ __all__ = [
     "provided_symbols",
     "read_table",
     "read_wheel",
+    "software_of",
     "write_table",
 ]

@@ -59,6 +59,11 @@ class StepBatch:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def prepare(self) -> None:
+        """Make what all layers look at, which else the first of them makes."""
+        made: list[object] = [self.tokens, self.positions, self.places, self._views]
+        made += [self._seen, self._mask] if self.singles else []
+
     @cached_property
     def tokens(self) -> Tensor:
         return to_tensor(self.token_ids, self._device)
