@@ -138,7 +138,9 @@ class Presence:
 class Vendor:
     """One vendor's file. `device` is the torch device type, `rehearsal` the folder of its tables in `chips/rehearse`.
 
-    `chips` gives the facts without loading torch; `detect` looks at this machine and may load it.
+    `chips` gives the facts without loading torch; `detect` looks at this machine and may load it. `package` is the
+    extension of torch without which the device type does not exist. `variables` are beginnings of the names of
+    environment variables that its software reads, and `versions` reads the versions of that software, where it is.
     """
 
     name: str
@@ -146,6 +148,9 @@ class Vendor:
     chips: Callable[[], list[Chip]]
     detect: Callable[[], Presence]
     rehearsal: str | None = None
+    package: str | None = None
+    variables: tuple[str, ...] = ()
+    versions: Callable[[], dict[str, str]] = dict
 
 
 def chips_from_table(
