@@ -120,7 +120,7 @@ class Bench:
     case: FailureCase
     folder: Path
     vendor: Vendor
-    patience: float = STALL_S
+    patience: float = 0.0
     _crews: dict[str, Crew] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -159,7 +159,10 @@ class Bench:
             crew = self._crews[kind] = fresh
         files = {name: str(self.folder / self.case.arguments[name]) for name in self.case.files}
         return crew.call(
-            self.case.function, {**call.arguments, **files}, deadline_s=max(CALL_S, self.patience), stall_s=self.patience
+            self.case.function,
+            {**call.arguments, **files},
+            deadline_s=max(CALL_S, self.patience),
+            stall_s=self.patience,
         )
 
 
@@ -186,13 +189,15 @@ class Study:
         if self.manner is None:
             self.tell("Not shrunk: the probe does not say whether an answer is wrong, so nothing could be judged.")
             return
+        self.bench.patience = STALL_S
         first = replace(self.first, ranks=ranks or self.first.ranks)
         budget = Budget(self.seconds * SHARE_OF_FIRST, MOST_CALLS)
         began = time.monotonic()
         judge = Judge(self.bench.here, self.manner, budget)
         frequency = judge.frequency(first, runs=1)
-        runs = max(1, min(RUNS, int(budget.seconds / max(time.monotonic() - began, 1e-3))))
-        frequency += judge.frequency(first, runs=runs, sure_after=RUNS)
+        runs = min(RUNS, int(budget.seconds / max(time.monotonic() - began, 1e-3))) - 1
+        if runs > 0:
+            frequency += judge.frequency(first, runs=runs, sure_after=RUNS)
         self.frequency = frequency
         if frequency.failures:
             self.call = first
@@ -290,6 +295,7 @@ def _write(study: Study, folder: Path, vendor: Vendor, out: Path) -> Packed:
         manner=study.manner,
         frequency=study.frequency,
         story=study.story,
+        doubts=[],
         values=study.values,
         extension=vendor.package if on_the_chip else None,
         backend=_backend(case),
@@ -297,10 +303,28 @@ def _write(study: Study, folder: Path, vendor: Vendor, out: Path) -> Packed:
         log="",
     )
     exit_code, printed = _try(packing, study) if study.bench.is_here else (None, "")
-    log = without_private("\n".join([*(f"{k}: {v}" for k, v in case.environment.items()), "", *case.log, "", printed]), os.environ)
-    archive = pack(replace(packing, log=log.strip() + "\n"), out)
+    log = without_private(
+        "\n".join([*(f"{k}: {v}" for k, v in case.environment.items()), "", *case.log, "", printed]), os.environ
+    )
+    doubts = _doubts(study, exit_code)
+    for doubt in doubts:
+        study.watch.say(f"  [yellow]{escape(doubt)}[/]")
+    archive = pack(replace(packing, doubts=doubts, log=log.strip() + "\n"), out)
     study.watch.say(f"  [bold]packed[/] {escape(str(archive))}")
     return Packed(out, archive, study.call, study.frequency, exit_code)
+
+
+def _doubts(study: Study, exit_code: int | None) -> list[str]:
+    """What takes from the worth of the packed script, beside a rehearsal."""
+    if study.case.rehearsed or study.case.planted:
+        return []
+    if study.fails_here and exit_code not in (None, REPRODUCED):
+        return [
+            f"The script alone ended with exit code {exit_code} where Isthmus' own ranks fail: it needs more to fail."
+        ]
+    if study.frequency is not None and not study.fails_here and exit_code != REPRODUCED:
+        return ["It did not fail again when it was packed. It is as it was found, and not shrunk."]
+    return []
 
 
 def _try(packing: Packing, study: Study) -> tuple[int | None, str]:
@@ -312,7 +336,7 @@ def _try(packing: Packing, study: Study) -> tuple[int | None, str]:
             Path(temporary, packing.case.arguments[name]).write_bytes(
                 (packing.folder / packing.case.arguments[name]).read_bytes()
             )
-        command = [sys.executable, str(script), "--stall", str(STALL_S)]
+        command = [sys.executable, str(script), "--stall", str(2 * STALL_S)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=2 * CALL_S, check=False)
         except subprocess.TimeoutExpired:
@@ -329,5 +353,3 @@ def _backend(case: FailureCase) -> str:
         return "gloo"
     named = get_chip(case.chip).collectives
     return named[0] if named else dist.Backend.default_device_backend_map.get(case.device, "gloo")
-
-

@@ -188,7 +188,9 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Beside the failure if absent.")
 @click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="What shrinking may take.")
 @click.option("--no-shrink", is_flag=True, help="Pack it as it was found.")
-@click.option("--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; those it was found on if absent.")
+@click.option(
+    "--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; those it was found on if absent."
+)
 def bundle_failure(failure: Path, **options: Any) -> None:
     """Pack a failing probe as a small script for the chip's vendor.
 

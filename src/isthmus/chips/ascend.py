@@ -57,6 +57,15 @@ VENDOR = Vendor(
     detect=detect,
     rehearsal="ascend",
     package="torch_npu",
-    variables=("ASCEND_", "HCCL_", "TORCH_NPU_", "PYTORCH_NPU_", "TASK_QUEUE_", "CPU_AFFINITY_", "ACL_", "CLOSE_MATMUL_"),
+    variables=(
+        "ASCEND_",
+        "HCCL_",
+        "TORCH_NPU_",
+        "PYTORCH_NPU_",
+        "TASK_QUEUE_",
+        "CPU_AFFINITY_",
+        "ACL_",
+        "CLOSE_MATMUL_",
+    ),
     versions=versions,
 )

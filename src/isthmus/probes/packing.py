@@ -32,8 +32,9 @@ SEEN = 0.95
 class Packing:
     """All that goes into a packed failure. `call` is what fails, `first` what was found; `manner` how it fails.
 
-    `frequency` None: it was not run here. `story` says in sentences what was tried. `values` are the answers of a
-    place where the same call passes, per rank. `extension`, `backend`: what torch needs for the device.
+    `frequency` None: it was not run here. `story` says in sentences what was tried, `doubts` what its reader must know
+    first. `values` are the answers of a place where the same call passes, per rank. `extension` and `backend` are what
+    torch needs for the device.
     """
 
     case: FailureCase
@@ -43,6 +44,7 @@ class Packing:
     manner: Manner | None
     frequency: Frequency | None
     story: list[str]
+    doubts: list[str]
     values: list[Any] | None
     extension: str | None
     backend: str
@@ -55,13 +57,17 @@ def source_of(function: str) -> str:
     module, _, name = function.partition(":")
     found = importlib.util.find_spec(module)
     if found is None or not found.origin or not Path(found.origin).is_file():
-        raise IsthmusError(f"{module} is not here: this version of Isthmus has no such probe. Use the one that found it.")
+        raise IsthmusError(
+            f"{module} is not here: this version of Isthmus has no such probe. Use the one that found it."
+        )
     source = Path(found.origin).read_text(encoding="utf-8")
     names = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     if name not in names:
         raise IsthmusError(f"{module} has no function {name!r}: use the version of Isthmus that found the failure.")
     if foreign := foreign_imports(source):
-        raise IsthmusError(f"{module} cannot be packed: it imports {', '.join(foreign)}, and a script may need only torch.")
+        raise IsthmusError(
+            f"{module} cannot be packed: it imports {', '.join(foreign)}, and a script may need only torch."
+        )
     return source
 
 
@@ -132,7 +138,9 @@ def script_of(packing: Packing) -> str:
         "observed": packing.case.observed,
         "warnings": warnings_of(packing.case),
     }
-    shebang = "#!/usr/bin/env python3\n# The probe, as it is in Isthmus; what runs it follows, and the case at the end.\n"
+    shebang = (
+        "#!/usr/bin/env python3\n# The probe, as it is in Isthmus; what runs it follows, and the case at the end.\n"
+    )
     name = packing.case.function.partition(":")[2]
     tail = (
         f'\nCASE = json.loads(r"""\n{json.dumps(case, indent=1)}\n""")\n\n'
@@ -145,8 +153,8 @@ def warnings_of(case: FailureCase) -> list[str]:
     """What has to be said first where the failure does not come from the vendor's chip."""
     if case.planted:
         return [
-            f"REHEARSAL: the fault was planted ({'; '.join(case.planted)}) on the CPU. This script does not contain it, "
-            "so on a healthy machine it passes. It says nothing about any vendor's chip."
+            f"REHEARSAL: the fault was planted ({'; '.join(case.planted)}) on the CPU. This script does not contain "
+            "it, so on a healthy machine it passes. It says nothing about any vendor's chip."
         ]
     if case.rehearsed:
         return [
@@ -157,12 +165,14 @@ def warnings_of(case: FailureCase) -> list[str]:
 
 
 def pack(packing: Packing, out: Path) -> Path:
-    """Write the folder and, beside it, the same as NAME.tar.gz. Returns the archive. Equal content gives equal bytes."""
+    """Write the folder and, beside it, the same as NAME.tar.gz. Returns the archive. Equal content, equal bytes."""
     with new_folder(out) as folder:
         for name, text in texts_of(packing).items():
             (folder / name).write_text(text, encoding="utf-8")
         for argument in packing.case.files:
-            shutil.copyfile(packing.folder / packing.call.arguments[argument], folder / packing.call.arguments[argument])
+            shutil.copyfile(
+                packing.folder / packing.call.arguments[argument], folder / packing.call.arguments[argument]
+            )
         (folder / SCRIPT).chmod(0o755)
     return write_archive(out)
 
@@ -209,17 +219,19 @@ def readme_of(packing: Packing) -> str:
     """What fails, how to run it, and how it came to be what it is, for somebody who knows the chip and not Isthmus."""
     case, call, first = packing.case, packing.call, packing.first
     needs = f"torch and {packing.extension}" if packing.extension else "torch"
-    warning = "".join(f"> **{one}**\n\n" for one in warnings_of(case))
-    how_often = "It was not run here." if packing.frequency is None else f"It {packing.frequency} here."
+    warning = "".join(f"> **{one}**\n\n" for one in (*warnings_of(case), *packing.doubts))
+    how_often = "It was not run where it was packed." if packing.frequency is None else f"It {packing.frequency}."
     story = "\n".join(f"- {line}" for line in packing.story)
-    files = "".join(f"| `{call.arguments[name]}` | inputs: a dict of tensors for `torch.load` |\n" for name in case.files)
+    files = "".join(
+        f"| `{call.arguments[name]}` | inputs: a dict of tensors for `torch.load` |\n" for name in case.files
+    )
     return f"""{warning}# {case.title}
 
 Expected: {case.expected}
 
 Observed: {case.observed}
 
-{how_often} It fails by {_said(packing.manner)}. Probe: {case.probe}, on {call.ranks} rank{"s" * (call.ranks > 1)} of \
+{how_often} It shows as {_said(packing.manner)}. Probe: {case.probe}, on {call.ranks} rank{"s" * (call.ranks > 1)} of \
 {case.device} (pool {case.pool}, chip {case.chip}).
 
 ## How to run it
@@ -228,8 +240,8 @@ Observed: {case.observed}
     torchrun --nproc-per-node {call.ranks} {SCRIPT}      # or over several machines
 
 It needs {needs} and nothing else. Exit code 0: healthy; 1: the failure showed; 2: it could not run, or something else
-went wrong. `--device cpu` runs the same on the CPU, `--runs` more often, `--help` lists the rest. The call is at the end
-of the script, as JSON; the function that it calls is at its beginning.
+went wrong. `--device cpu` runs the same on the CPU, `--runs` more often, `--help` lists the rest. The call is at the
+end of the script, as JSON; the function that it calls is at its beginning.
 
 ## What is here
 
@@ -240,8 +252,8 @@ of the script, as JSON; the function that it calls is at its beginning.
 | `{ENVIRONMENT}` | versions, devices and variables of the machine where this was packed |
 | `{LOG}` | the end of what the ranks printed when it was found, and the versions there |
 {files}
-Inputs are made from a seed by the function itself, unless a file of inputs is listed. Paths outside the system's folders,
-names of hosts and users, and variables that look like secrets were left out.
+Inputs are made from a seed by the function itself, unless a file of inputs is listed. Paths outside the system's
+folders, names of hosts and users, and variables that look like secrets were left out.
 
 ## How it became this small
 

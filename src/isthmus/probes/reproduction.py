@@ -8,7 +8,9 @@ from __future__ import annotations
 
 # --- packed from here on ---
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -28,7 +30,8 @@ import torch.distributed as dist
 
 HEALTHY, REPRODUCED, UNDECIDED = 0, 1, 2
 GRACE_S = 2.0
-CONNECT_S = 600
+START_S = 600.0
+"""What ranks get to load torch and to find each other."""
 
 
 class CouldNotRun(Exception):
@@ -49,12 +52,13 @@ class CaseRank:
 def manner_of(replies: list[dict[str, Any]]) -> dict[str, Any] | None:
     """In which way a call failed: `state` and, for errors, `errors` without the numbers in them. None: it did not.
 
-    A reply has `state` (done, raised, crashed, hung, stopped), `value` and `error`. A crash weighs more than an error
-    that it causes on other ranks, and that more than ranks that wait.
+    A reply has `state` (done, raised, crashed, hung, stopped), `value`, `error` and `seconds`. A crash weighs more than
+    an error that it causes on other ranks, the first error more than those that follow, and any more than waiting.
     """
     for state in ("crashed", "raised", "hung"):
         ended = [reply for reply in replies if reply["state"] == state]
         if ended:
+            ended = [min(ended, key=lambda reply: reply.get("seconds", 0.0))] if state == "raised" else ended
             return {"state": state, "errors": sorted({_kind(str(reply["error"])) for reply in ended} - {""})}
     wrong = any(isinstance(reply["value"], dict) and reply["value"].get("failed") for reply in replies)
     return {"state": "wrong", "errors": []} if wrong else None
@@ -90,7 +94,7 @@ def _start_device(case: dict[str, Any], rank: int) -> torch.device:
 def _join(case: dict[str, Any], method: str, rank: int, world: int) -> None:
     backend = case["backend"] if case["device"] == "cpu" else f"cpu:gloo,{case['device']}:{case['backend']}"
     dist.init_process_group(
-        backend, init_method=method, rank=rank, world_size=world, timeout=timedelta(seconds=CONNECT_S)
+        backend, init_method=method, rank=rank, world_size=world, timeout=timedelta(seconds=START_S)
     )
 
 
@@ -101,13 +105,14 @@ def _located(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _work(pipe: Any, case: dict[str, Any], function: Any, folder: str, place: tuple[int, int], method: str) -> None:
-    """One rank: sends ("beat", text), then ("value", result) for each run, or ("raised" or "unable", error)."""
+    """One rank: sends ("ready", ""), ("beat", text), ("value", result) for each run, or ("raised"/"unable", error)."""
     rank, world = place
     stage = "unable"
     try:
         device = _start_device(case, rank)
         _join(case, method, rank, world)
         stage = "raised"
+        pipe.send(("ready", ""))
         me = CaseRank(rank, world, device, lambda text: pipe.send(("beat", text)))
         for _ in range(case["runs"]):
             pipe.send(("value", function(me, **_located(case, Path(folder)))))
@@ -119,14 +124,26 @@ def _work(pipe: Any, case: dict[str, Any], function: Any, folder: str, place: tu
         raise
 
 
+def _context(device: str) -> Any:
+    """CPU ranks come from a process that has loaded torch, which saves time; an accelerator's start anew."""
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
 class _Ranks:
     """The processes of one attempt, and what each of them has said so far."""
 
     def __init__(self, case: dict[str, Any], function: Any, folder: Path, meeting: str):
-        context = multiprocessing.get_context("spawn")
+        context = _context(case["device"])
         self.case, self.world = case, case["ranks"]
         self.values: list[list[Any]] = [[] for _ in range(self.world)]
         self.ends: dict[int, tuple[str, str]] = {}
+        self.ended_after = [0.0] * self.world
+        self.ready = [False] * self.world
+        self.began = time.monotonic()
         self.beats = ["its start"] * self.world
         self.pipes, self.processes = [], []
         for rank in range(self.world):
@@ -139,9 +156,12 @@ class _Ranks:
             self.processes.append(process)
 
     def watch(self, stall_s: float) -> None:
-        """Until all ranks have ended, one has failed and the others had a moment, or nothing moves for `stall_s`."""
+        """Until all have answered, one has failed and the others had a moment, or nothing moves for `stall_s`."""
         moved, failed = time.monotonic(), None
         while len(self.ends) < self.world:
+            if all(len(values) == self.case["runs"] for values in self.values):
+                self.ends = dict.fromkeys(range(self.world), ("done", ""))
+                break
             waiting = {self.pipes[rank]: rank for rank in range(self.world) if rank not in self.ends}
             for pipe in wait(list(waiting), timeout=0.1):
                 self._hear(waiting[pipe])
@@ -149,19 +169,23 @@ class _Ranks:
             now = time.monotonic()
             if failed is None and any(state != "done" for state, _ in self.ends.values()):
                 failed = now
-            if (failed is not None and now - failed > GRACE_S) or now - moved > stall_s:
+            patience = stall_s if all(self.ready) else max(stall_s, START_S)
+            if (failed is not None and now - failed > GRACE_S) or now - moved > patience:
                 break
         for rank in range(self.world):
             self.ends.setdefault(rank, ("stopped", "") if failed is not None else ("hung", ""))
         for process in self.processes:
-            if process.is_alive() and any(state != "done" for state, _ in self.ends.values()):
+            process.join(timeout=GRACE_S if failed is None and self.ends[0][0] == "done" else 0)
+            if process.is_alive():
                 process.kill()
             process.join()
 
     def _hear(self, rank: int) -> None:
+        self.ended_after[rank] = time.monotonic() - self.began
         try:
             kind, content = self.pipes[rank].recv()
         except (EOFError, OSError):
+            self.ready[rank] = True
             self.processes[rank].join(timeout=GRACE_S)
             code = self.processes[rank].exitcode
             if code == 0:
@@ -170,11 +194,12 @@ class _Ranks:
                 manner = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
                 self.ends[rank] = ("crashed", manner)
             return
+        self.ready[rank] = True
         if kind == "beat":
             self.beats[rank] = content
         elif kind == "value":
             self.values[rank].append(content)
-        else:
+        elif kind != "ready":
             self.ends[rank] = (kind, content)
 
     def runs(self) -> list[list[dict[str, Any]]]:
@@ -194,6 +219,7 @@ class _Ranks:
             "value": value,
             "error": self.ends[rank][1] if state != "done" else "",
             "beat": self.beats[rank],
+            "seconds": self.ended_after[rank],
         }
 
 
@@ -288,16 +314,21 @@ def reproduce(case: dict[str, Any], function: Any, script: str) -> int:
     folder, started_by_torchrun = Path(script).resolve().parent, "RANK" in os.environ
     if started_by_torchrun:
         case["ranks"] = int(os.environ["WORLD_SIZE"])
-        if os.environ["RANK"] != "0":
-            sys.stdout = Path(os.devnull).open("w")
+    speaks = os.environ.get("RANK", "0") == "0"
+    with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+        return _run_and_tell(case, function, folder, None if started_by_torchrun else options.stall)
+
+
+def _run_and_tell(case: dict[str, Any], function: Any, folder: Path, stall_s: float | None) -> int:
+    """On ranks of its own, or as one of torchrun's where `stall_s` is None."""
     for line in case["warnings"]:
         print(line)
     print(f"{case['title']}\non {case['ranks']} ranks of {case['device']}, torch {torch.__version__}")
     try:
         _check_devices(case)
-        if started_by_torchrun:
+        if stall_s is None:
             return _conclude(case, run_under_torchrun(case, function, folder))
-        return _conclude(case, run_here(case, function, folder, options.stall))
+        return _conclude(case, run_here(case, function, folder, stall_s))
     except CouldNotRun as problem:
         print(f"\nUNDECIDED: it could not run. {problem}")
         return UNDECIDED

@@ -81,8 +81,7 @@ class Frequency:
 
 def manner_of_call(called: Called) -> Manner | None:
     """In which way a call failed; None if it did not."""
-    replies = [{"state": one.state, "value": one.value, "error": one.error} for one in called.replies]
-    return manner_of(replies)
+    return manner_of([vars(one) for one in called.replies])
 
 
 @dataclass
@@ -168,7 +167,9 @@ def _fewer_ranks(call: Call, fails: Callable[[Call], bool], suspects: Sequence[i
 
 def _shorter_lists(call: Call, fails: Callable[[Call], bool]) -> Call:
     done: set[Path] = set()
-    while (path := next((p for p, v in _walk(call.arguments) if isinstance(v, list) and p not in done), None)) is not None:
+    while (
+        path := next((p for p, v in _walk(call.arguments) if isinstance(v, list) and p not in done), None)
+    ) is not None:
         done.add(path)
         if not _is_kept(path):
             call = _with(call, [path], ddmin(_get(call.arguments, path), _fails_with(call, [path], fails)))

@@ -18,7 +18,7 @@ from isthmus.chips.cpu import processor_name
 COMMON_VARIABLES = ("OMP_", "MKL_", "GLOO_", "TORCH_", "PYTORCH_", "KMP_", "OPENBLAS_", "MASTER_", "GOMP_")
 SECRET = re.compile(r"TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|(^|_)KEY|KEY$", re.IGNORECASE)
 SYSTEM_FOLDERS = ("/usr/", "/opt/", "/lib", "/dev/", "/proc/", "/sys/", "/bin/", "/etc/")
-_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:\"'<>|,;()\[\]]+/)+[^\s/:\"'<>|,;()\[\]]*")
+_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/:\"'<>|,;()\[\]]+/)+[^\s/:\"'<>|,;()\[\]]*")
 _ADDRESS = re.compile(r"\b\w+://\S*|\b\S+@\S+\.\S+")
 
 
@@ -51,9 +51,9 @@ def without_private(text: str, variables: Mapping[str, str]) -> str:
 
     Of a path the last two parts stay, or what follows `site-packages`.
     """
-    home = variables.get("HOME", str(Path.home()))
-    if len(home) > 1:
-        text = text.replace(home, "/home/user")
+    home = variables.get("HOME", str(Path.home())).rstrip("/")
+    if home:
+        text = re.sub(rf"{re.escape(home)}(?![^\s/:\"'])", "~", text)
     text = _PATH.sub(lambda found: _shortened(found.group()), text)
     for name, instead in ((socket.gethostname(), "<host>"), (getpass.getuser(), "<user>")):
         if len(name) > 2 and name not in ("root", "localhost"):
@@ -62,12 +62,12 @@ def without_private(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _shortened(path: str) -> str:
-    before, packages, after = path.partition("/site-packages/")
+    _, packages, after = path.partition("/site-packages/")
     if packages:
         return f"...{packages}{after}"
     if path.startswith(SYSTEM_FOLDERS):
         return path
-    return "/".join(["...", *path.split("/")[-2:]])
+    return "/".join(["...", *[part for part in path.split("/") if part not in ("", "~")][-2:]])
 
 
 def _devices(device: str) -> str:
