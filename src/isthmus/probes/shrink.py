@@ -22,8 +22,20 @@ LEAST = 1
 WIDEST_ALIGNMENT = 64
 RUNS = 10
 SURE_AFTER = 3
-KEPT = ("seed", "tolerance", "allowed", "expected", "limit", "threshold", "bound", "factor", "scale")
-"""Beginnings of names of arguments whose numbers are not sizes: to change them changes what counts as a failure."""
+KEPT = (
+    "seed",
+    "tolerance",
+    "allowed",
+    "expected",
+    "reference",
+    "trusted",
+    "limit",
+    "threshold",
+    "bound",
+    "factor",
+    "scale",
+)
+"""Beginnings of names of arguments that are no sizes: to change them changes what counts as a failure."""
 
 Path = tuple[str | int, ...]
 Manner = dict[str, Any]
