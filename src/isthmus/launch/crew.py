@@ -21,7 +21,8 @@ from typing import Any, Literal, Self
 
 import torch.distributed as dist
 
-from isthmus.chips.rehearse.faults import Fault
+from isthmus.chips.rehearse.faults import Fault, check_fault, of_collectives
+from isthmus.errors import IsthmusError
 from isthmus.launch.beats import Beat, create_beats, read_beats
 from isthmus.launch.crew_rank import RankSetup, serve
 
@@ -67,7 +68,7 @@ class Called:
         return [reply.value for reply in self.replies]
 
     def culprits(self) -> list[int]:
-        """The ranks at fault: those that crashed, else the first that raised, else those that lag among those that hang.
+        """The ranks at fault: those that crashed, else the first that raised, else those of the hanging that lag.
 
         The one that lags has begun the fewest collectives, and then the fewest beats.
         """
@@ -95,7 +96,8 @@ class Crew:
     """A number of rank processes. Use it as a context; it starts the ranks at the first call, again after a failure.
 
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
-    what goes wrong. `starts` collects, for each start, the seconds until each rank had its communicator.
+    what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
+    until each rank had its communicator. Raises IsthmusError for a fault that cannot be made to happen.
     """
 
     world: int
@@ -109,6 +111,12 @@ class Crew:
     _pipes: list[Connection] = field(default_factory=list)
     _folder: Path | None = None
     _store: Any = None
+
+    def __post_init__(self) -> None:
+        for fault in self.faults:
+            check_fault(fault)
+            if self.device != "cpu" and of_collectives(fault):
+                raise IsthmusError(f"{fault} can be planted among ranks on the CPU, and not on {self.device}")
 
     def __enter__(self) -> Self:
         return self

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse import enforce, profile_of
 from isthmus.chips.rehearse.faults import Fault
+from isthmus.chips.rehearse.group import rehearse_backend
+from isthmus.chips.rehearse.inject import CollectiveCount, Injector
 from isthmus.launch.beats import Pulse
 
 LOOK_S = 0.5
@@ -44,16 +46,22 @@ class RankSetup:
 
 @dataclass
 class Rank:
-    """What the work of a rank is given: its place, its device, and how to say that it is alive."""
+    """What the work of a rank is given: its place, its device, and how to say that it is alive.
+
+    Collectives of CPU ranks are counted in its pulse as they begin. On an accelerator those are counted that this
+    thread and its backward passes issue; and nothing is planted in their collectives.
+    """
 
     rank: int
     world: int
     device: torch.device
     pulse: Pulse
+    injector: Injector
 
     def beat(self, section: str, step: int = 0) -> None:
         """Say what this rank does now. Faults that are planted at a step happen here."""
         self.pulse.beat(section, step)
+        self.injector.step(step)
 
 
 def serve(setup: RankSetup, pipe: Connection) -> None:
@@ -61,7 +69,8 @@ def serve(setup: RankSetup, pipe: Connection) -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _write_into(setup.log)
     torch.set_num_threads(setup.threads)
-    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(setup.beats, setup.rank))
+    injector = Injector(setup.faults, setup.rank, armed=False)
+    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(setup.beats, setup.rank), injector)
     _answer(pipe, lambda: _join(setup, rank))
     while (request := pipe.recv()) is not None:
         _answer(pipe, partial(_work, setup, rank, *request))
@@ -97,10 +106,13 @@ def _device(setup: RankSetup) -> torch.device:
 
 def _join(setup: RankSetup, rank: Rank) -> float:
     """Set up the communicator and use it once. Returns the seconds that it took."""
+    profile = profile_of(setup.chip) if setup.chip else None
     began = time.perf_counter()
-    rank.beat("communicator")
+    rank.pulse.beat("communicator")
     store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     backend = "gloo" if setup.device == "cpu" else dist.get_default_backend_for_device(rank.device)
+    if setup.device == "cpu":
+        rehearse_backend("gloo", profile, rank.injector, rank.pulse)
     dist.init_process_group(
         backend if setup.device == "cpu" else f"cpu:gloo,{setup.device}:{backend}",
         store=store,
@@ -114,17 +126,22 @@ def _join(setup: RankSetup, rank: Rank) -> float:
 
 def _work(setup: RankSetup, rank: Rank, function: str, arguments: dict[str, Any]) -> Any:
     module, _, name = function.partition(":")
+    work = getattr(importlib.import_module(module), name)
     with _surroundings(setup, rank):
-        return getattr(importlib.import_module(module), name)(rank, **arguments)
+        return work(rank, **arguments)
 
 
 @contextlib.contextmanager
 def _surroundings(setup: RankSetup, rank: Rank) -> Iterator[None]:
-    """The rules of a rehearsed chip."""
-    if setup.chip is None:
-        yield
-        return
-    with enforce(setup.chip):
+    """The rules of a rehearsed chip, and planted faults: they wait until a rank is asked to do something."""
+    rank.injector.begin()
+    with contextlib.ExitStack() as stack:
+        if setup.device != "cpu":
+            stack.enter_context(CollectiveCount(rank.pulse.begin_collective))
+        if setup.chip is not None:
+            stack.enter_context(enforce(setup.chip))
+        stack.enter_context(rank.injector.install_saves())
+        stack.enter_context(rank.injector.operators())
         yield
 
 

@@ -41,7 +41,7 @@ class OperatorWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return func(*args, **kwargs)
-        if _is_composite(func):
+        if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         self.see(func.name(), set(_dtypes((*args, *kwargs.values()))))
@@ -84,7 +84,7 @@ class Rehearsal(OperatorWatch):
 
 
 @functools.cache
-def _is_composite(operator: Any) -> bool:
+def is_composite(operator: Any) -> bool:
     """Whether an operator is nothing but others: it has a decomposition, and no kernel of its own on the CPU."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
     return operator._can_decompose() and not own
