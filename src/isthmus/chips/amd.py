@@ -30,11 +30,12 @@ def detect() -> Presence:
 def versions() -> dict[str, str]:
     """Of HIP as this torch has it, and of RCCL, which answers to nccl."""
     import torch
+    from torch.cuda import nccl
 
     if torch.version.hip is None:
         return {}
     found = {"HIP of torch": torch.version.hip}
-    return found | ({"RCCL": ".".join(map(str, torch.cuda.nccl.version()))} if torch.cuda.is_available() else {})
+    return found | ({"RCCL": ".".join(map(str, nccl.version()))} if torch.cuda.is_available() else {})
 
 
 VENDOR = Vendor(

@@ -57,12 +57,13 @@ def detect() -> Presence:
 def versions() -> dict[str, str]:
     """Of CUDA, cuDNN and NCCL as this torch has them, and of the driver where it says so."""
     import torch
+    from torch.cuda import nccl
 
     if torch.version.cuda is None:
         return {}
     found = {"CUDA of torch": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["NCCL"] = ".".join(map(str, nccl.version()))
     driver = _DRIVER.read_text(encoding="utf-8").splitlines() if _DRIVER.is_file() else []
     return found | ({"driver": driver[0].strip()} if driver else {})
 

@@ -50,18 +50,20 @@ class CaseRank:
 
 
 def manner_of(replies: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """In which way a call failed: `state` and, for errors, `errors` without the numbers in them. None: it did not.
+    """In which way a call failed: `state` and `errors`, without the numbers in them. None: it did not.
 
     A reply has `state` (done, raised, crashed, hung, stopped), `value`, `error` and `seconds`. A crash weighs more than
-    an error that it causes on other ranks, the first error more than those that follow, and any more than waiting.
+    an error that it causes on other ranks, the first error more than those that follow, and any more than waiting. Of
+    wrong answers the errors are the kinds of what was found, where the probe tells them.
     """
     for state in ("crashed", "raised", "hung"):
         ended = [reply for reply in replies if reply["state"] == state]
         if ended:
             ended = [min(ended, key=lambda reply: reply.get("seconds", 0.0))] if state == "raised" else ended
             return {"state": state, "errors": sorted({_kind(str(reply["error"])) for reply in ended} - {""})}
-    wrong = any(isinstance(reply["value"], dict) and reply["value"].get("failed") for reply in replies)
-    return {"state": "wrong", "errors": []} if wrong else None
+    wrong = [reply["value"] for reply in replies if isinstance(reply["value"], dict) and reply["value"].get("failed")]
+    kinds = {str(one["kind"]) for value in wrong for one in value.get("findings", []) if "kind" in one}
+    return {"state": "wrong", "errors": sorted(kinds)} if wrong else None
 
 
 def same_manner(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
