@@ -247,13 +247,16 @@ class Study:
         self.bench.patience = STALL_S
         judge = Judge(self.bench.here, self.manner, Budget(self.seconds * (1 - SHARE_OF_FIRST - SHARE_OF_STEPS), RUNS))
         usual = self.frequency.share
-        for call in reversed(kept[1:]):
+        index, back = len(kept) - 1, 1
+        while index > 0 and (index == len(kept) - 1 or judge.budget.elapsed < judge.budget.seconds):
+            call = kept[index]
+            judge.budget.spent = 0
             frequency = judge.frequency(call, sure_after=RUNS)
             if frequency.failures and frequency.share >= usual / 2:
                 self.call, self.frequency = call, frequency
                 self.tell(f"Confirmed: on {call.ranks} rank{'s' * (call.ranks > 1)} it {frequency}.")
                 return
-            judge.budget.spent = 0
+            index, back = index - back, 2 * back
         self.tell("Nothing smaller fails as often, so it is packed as it was found.")
 
     def compare(self) -> None:
