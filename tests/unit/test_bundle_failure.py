@@ -112,7 +112,9 @@ def test_the_archive_holds_the_folder(packed: Packed):
 
 def test_the_script_contains_the_probes_file_as_it_is(packed: Packed):
     source = Path(portable_work.__file__).read_text(encoding="utf-8")
-    assert source.rstrip() in (packed.folder / "reproduce.py").read_text(encoding="utf-8")
+    assert source.replace("from __future__ import annotations\n", "").strip() in (
+        packed.folder / "reproduce.py"
+    ).read_text(encoding="utf-8")
 
 
 def test_the_script_fails_with_torch_alone_and_passes_where_the_sum_is_exact(packed: Packed, tmp_path: Path):
@@ -122,6 +124,9 @@ def test_the_script_fails_with_torch_alone_and_passes_where_the_sum_is_exact(pac
     done = run_alone(script, tmp_path / "block")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "REPRODUCED" in done.stdout and "expected: the exact sum" in done.stdout and "instead of" in done.stdout
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "torch.py").write_text("raise ModuleNotFoundError('no torch')\n")
+    assert run_alone(script, tmp_path / "bare").returncode == 2
     alone = run_alone(script, tmp_path / "block", "--ranks", "1", "--runs", "1")
     assert alone.returncode == 0 and "HEALTHY" in alone.stdout, alone.stdout + alone.stderr
 

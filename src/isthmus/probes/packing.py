@@ -22,6 +22,20 @@ from isthmus.run import new_folder, write_atomic
 
 MARK = "# --- packed from here on ---\n"
 SCRIPT, README, EXPECTED, ENVIRONMENT, LOG = "reproduce.py", "README.md", "expected.json", "environment.txt", "log.txt"
+FUTURE = "from __future__ import annotations\n"
+PRELUDE = """import os
+import sys
+
+
+def _could_not_run(kind, error, trace):
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+sys.excepthook = _could_not_run
+"""
+"""What makes an error of this script itself, a torch that is not there for example, end with 2 and not with 1."""
 LINE = 110
 MOST_RUNS = 50
 SEEN = 0.95
@@ -138,15 +152,18 @@ def script_of(packing: Packing) -> str:
         "observed": packing.case.observed,
         "warnings": warnings_of(packing.case),
     }
-    shebang = (
-        "#!/usr/bin/env python3\n# The probe, as it is in Isthmus; what runs it follows, and the case at the end.\n"
-    )
     name = packing.case.function.partition(":")[2]
     tail = (
-        f'\nCASE = json.loads(r"""\n{json.dumps(case, indent=1)}\n""")\n\n'
+        f'CASE = json.loads(r"""\n{json.dumps(case, indent=1)}\n""")\n\n'
         f'if __name__ == "__main__":\n    sys.exit(reproduce(CASE, {name}, __file__))\n'
     )
-    return f"{shebang}{source.rstrip()}\n\n\n# What follows runs the probe.\n{runner_source().rstrip()}\n\n{tail}"
+    parts = [
+        f"#!/usr/bin/env python3\n{FUTURE}\n{PRELUDE}",
+        f"# The probe, as it is in Isthmus.\n{source.replace(FUTURE, '', 1).strip()}\n",
+        f"# What runs it, and tells what comes.\n{runner_source().strip()}\n",
+        f"# The case.\n{tail}",
+    ]
+    return "\n\n".join(parts)
 
 
 def warnings_of(case: FailureCase) -> list[str]:

@@ -236,6 +236,23 @@ def run_here(case: dict[str, Any], function: Any, folder: Path, stall_s: float) 
     return ranks.runs()
 
 
+class _Ending:
+    """Ends this process with what an error of the probe means, where torchrun and not this script watches the ranks."""
+
+    def __init__(self, case: dict[str, Any]):
+        self.case = case
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            return
+        traceback.print_exception(kind, error, trace)
+        reply = {"state": "raised", "value": None, "error": f"{kind.__name__}: {error}"}
+        raise SystemExit(REPRODUCED if same_manner(manner_of([reply]), self.case["manner"]) else UNDECIDED)
+
+
 def run_under_torchrun(case: dict[str, Any], function: Any, folder: Path) -> list[list[dict[str, Any]]]:
     """Run the case as one rank of those that torchrun started. A crash or a hang is torchrun's to tell."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -244,12 +261,24 @@ def run_under_torchrun(case: dict[str, Any], function: Any, folder: Path) -> lis
     me = CaseRank(rank, world, device, lambda text: print(f"rank {rank}: {text}", file=sys.stderr, flush=True))
     found = []
     for _ in range(case["runs"]):
-        reply = {"rank": rank, "state": "done", "value": function(me, **_located(case, folder)), "error": ""}
-        replies: list[Any] = [None] * world
-        dist.all_gather_object(replies, reply)
-        found.append(replies)
+        with _Ending(case):
+            value = function(me, **_located(case, folder))
+        found.append(
+            [{"rank": rank, "state": "done", "value": one, "error": ""} for rank, one in _gathered(value, world)]
+        )
     dist.destroy_process_group()
     return found
+
+
+def _gathered(value: Any, world: int) -> list[tuple[int, Any]]:
+    """What each rank returned, with its number. As text, since torch's own way for objects needs NumPy."""
+    text = json.dumps(value, default=str).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    longest = int(max(sizes))
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
+    dist.all_gather(texts, torch.tensor(list(text.ljust(longest)), dtype=torch.uint8))
+    return [(rank, json.loads(bytes(one.tolist()))) for rank, one in enumerate(texts)]
 
 
 def _check_devices(case: dict[str, Any]) -> None:
