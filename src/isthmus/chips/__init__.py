@@ -33,6 +33,7 @@ __all__ = [
     "describe_all",
     "device_for",
     "device_of",
+    "environment_of",
     "get_chip",
     "is_here",
     "load_chips",
@@ -51,6 +52,15 @@ def device_for(slug: str) -> str:
 def device_of(pool: Pool) -> str:
     """The torch device type on which a pool's work runs: that of its chip, or the CPU if it is rehearsed."""
     return "cpu" if pool.rehearsed else device_for(pool.chip)
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """Variables to set before a process starts that uses devices of a torch device type."""
+    found: dict[str, str] = {}
+    for vendor in vendors().values():
+        if vendor.device == device:
+            found |= vendor.environment
+    return found
 
 
 def present() -> Presence:

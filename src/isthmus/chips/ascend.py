@@ -37,6 +37,10 @@ def detect() -> Presence:
     return devices_of_extension("torch_npu", "npu", "Huawei", "/dev/davinci0", _NAMES)
 
 
+# An operator without a kernel then raises, where it would run on the host's CPU with one warning (torch_npu 2.13.0).
+_ENVIRONMENT = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
+
+
 def versions() -> dict[str, str]:
     """Of torch_npu, and of the CANN that `set_env.sh` has put into the environment, from its installation record."""
     found = {}
@@ -56,6 +60,7 @@ VENDOR = Vendor(
     chips=chips,
     detect=detect,
     rehearsal="ascend",
+    environment=_ENVIRONMENT,
     package="torch_npu",
     variables=(
         "ASCEND_",

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -21,6 +22,7 @@ from typing import Any, Literal, Self
 
 import torch.distributed as dist
 
+from isthmus.chips import environment_of
 from isthmus.chips.rehearse.faults import Fault, check_fault, of_collectives
 from isthmus.errors import IsthmusError
 from isthmus.launch.beats import Beat, create_beats, read_beats
@@ -147,7 +149,8 @@ class Crew:
                 log=self._folder / f"{rank}.log",
             )
             process = context.Process(target=serve, args=(setup, theirs), daemon=True)
-            process.start()
+            with _environment(environment_of(self.device)):
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -278,6 +281,18 @@ class _Patience:
         if self._stall is not None and now - self._moved > self._stall:
             return True
         return now - self._began > self._deadline
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that a process that is started within this context finds set; those that are set already stay."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _context(device: str) -> Any:

@@ -24,8 +24,8 @@ MEANING: dict[Status, str] = {
 }
 
 
-class RehearsalRefused(IsthmusError):
-    """Code did what the rehearsed chip's tables do not allow."""
+class RehearsalRefused(IsthmusError, NotImplementedError):
+    """Code did what the rehearsed chip's tables do not allow. To torch's users a missing kernel is the latter."""
 
 
 @dataclass(frozen=True)
