@@ -302,6 +302,7 @@ def _write(study: Study, folder: Path, vendor: Vendor, out: Path) -> Packed:
         values=study.values,
         extension=vendor.package if on_the_chip else None,
         backend=_backend(case),
+        variables=vendor.environment if on_the_chip else {},
         environment=describe_machine(case.device, vendor),
         log="",
     )

@@ -227,6 +227,9 @@ def test_a_device_that_is_not_here_leaves_the_case_as_it_was(tmp_path: Path):
     found = execute(folder, QUIET, seconds=5)
     assert found.frequency is None and found.exit_code is None and found.call.arguments == COUNT
     assert "needs torch and torch_npu" in (found.folder / "README.md").read_text(encoding="utf-8")
+    script = (found.folder / "reproduce.py").read_text(encoding="utf-8")
+    for name, value in vendor_of(AWAY).environment.items():
+        assert f"os.environ.setdefault('{name}', '{value}')" in script.partition("import torch")[0]
     done = run_alone(found.folder / "reproduce.py", tmp_path / "block")
     assert done.returncode == 2 and "torch_npu cannot be loaded" in done.stdout, done.stderr
     on_the_cpu = run_alone(found.folder / "reproduce.py", tmp_path / "block", "--device", "cpu", "--runs", "1")

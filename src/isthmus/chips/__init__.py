@@ -9,9 +9,11 @@ from __future__ import annotations
 from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
+from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._show import describe_chip, describe_chips
+from isthmus.chips._stability import StabilityRule, stability_rule
 from isthmus.chips.rehearse import can_rehearse
 from isthmus.errors import IsthmusError
 from isthmus.pools import Pool, get_pool, placed_pools
@@ -22,9 +24,11 @@ __all__ = [
     "TEXTS",
     "Capabilities",
     "Chip",
+    "FailureRate",
     "Found",
     "Presence",
     "Rule",
+    "StabilityRule",
     "Vendor",
     "can_rehearse",
     "check_available",
@@ -34,11 +38,13 @@ __all__ = [
     "device_for",
     "device_of",
     "environment_of",
+    "failure_rates",
     "get_chip",
     "is_here",
     "load_chips",
     "present",
     "rules_for",
+    "stability_rule",
     "vendor_of",
     "vendors",
 ]

@@ -99,7 +99,9 @@ class Crew:
 
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
     what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
-    until each rank had its communicator. Raises IsthmusError for a fault that cannot be made to happen.
+    until each rank had its communicator. `preload` names modules that the work needs: on the CPU they are loaded once,
+    for the ranks of all crews, if this is the first crew of the process. Raises IsthmusError for a fault that cannot
+    be made to happen.
     """
 
     world: int
@@ -108,6 +110,7 @@ class Crew:
     chip: str | None = None
     faults: Sequence[Fault] = ()
     connect_timeout_s: float = 120.0
+    preload: Sequence[str] = ()
     starts: list[list[float]] = field(default_factory=list)
     _processes: list[BaseProcess] = field(default_factory=list)
     _pipes: list[Connection] = field(default_factory=list)
@@ -133,7 +136,7 @@ class Crew:
         self._folder = Path(tempfile.mkdtemp(prefix="isthmus-crew-"))
         create_beats(self._folder / "beats", self.world)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore
-        context = _context(self.device)
+        context = _context(self.device, self.preload)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             setup = RankSetup(
@@ -295,10 +298,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _context(device: str) -> Any:
-    """CPU ranks are forked from a process that has loaded torch and nothing else; an accelerator's start anew."""
+def _context(device: str, preload: Sequence[str]) -> Any:
+    """CPU ranks are forked from a process that has loaded torch and `preload`; an accelerator's start anew."""
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["isthmus.launch.crew_rank"])
+    context.set_forkserver_preload(["isthmus.launch.crew_rank", *preload])
     return context

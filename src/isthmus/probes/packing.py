@@ -47,8 +47,8 @@ class Packing:
     """All that goes into a packed failure. `call` is what fails, `first` what was found; `manner` how it fails.
 
     `frequency` None: it was not run here. `story` says in sentences what was tried, `doubts` what its reader must know
-    first. `values` are the answers of a place where the same call passes, per rank. `extension` and `backend` are what
-    torch needs for the device.
+    first. `values` are the answers of a place where the same call passes, per rank. `extension`, `backend` and
+    `variables` are what torch needs for the device.
     """
 
     case: FailureCase
@@ -62,6 +62,7 @@ class Packing:
     values: list[Any] | None
     extension: str | None
     backend: str
+    variables: dict[str, str]
     environment: str
     log: str
 
@@ -157,8 +158,9 @@ def script_of(packing: Packing) -> str:
         f'CASE = json.loads(r"""\n{json.dumps(case, indent=1)}\n""")\n\n'
         f'if __name__ == "__main__":\n    sys.exit(reproduce(CASE, {name}, __file__))\n'
     )
+    variables = "".join(f"os.environ.setdefault({n!r}, {value!r})\n" for n, value in packing.variables.items())
     parts = [
-        f"#!/usr/bin/env python3\n{FUTURE}\n{PRELUDE}",
+        f"#!/usr/bin/env python3\n{FUTURE}\n{PRELUDE}{variables}",
         f"# The probe, as it is in Isthmus.\n{source.replace(FUTURE, '', 1).strip()}\n",
         f"# What runs it, and tells what comes.\n{runner_source().strip()}\n",
         f"# The case.\n{tail}",

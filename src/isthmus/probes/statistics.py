@@ -1,10 +1,10 @@
-"""What a few repetitions prove: an interval for a median, a bound on a failure rate."""
+"""What repetitions prove: an interval for a median or a trend, a bound on a failure rate, a belief about it."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -39,3 +39,180 @@ def _coverage(n: int, k: int) -> float:
 def zero_failure_bound(samples: int, confidence: float) -> float:
     """Upper bound on the failure probability of a trial after n = `samples` without a failure: 1 - (1 - c)^(1/n)."""
     return 1.0 - (1.0 - confidence) ** (1.0 / samples)
+
+
+def poisson_bounds(failures: int, exposure: float, confidence: float) -> tuple[float, float]:
+    """Exact two-sided interval of a rate, after `failures` in `exposure` (Garwood, Biometrika 28, 1936).
+
+    Without a failure the lower end is 0 and the upper one is one-sided: -ln(1 - c) / exposure.
+    """
+    if failures == 0:
+        return 0.0, -math.log1p(-confidence) / exposure
+    tail = (1.0 - confidence) / 2.0
+    low, high = gamma_quantile(tail, failures), gamma_quantile(1.0 - tail, failures + 1)
+    return low / exposure, high / exposure
+
+
+def rate_upper_bound(failures: int, exposure: float, confidence: float) -> float:
+    """One-sided upper bound of a rate: what `failures` in `exposure` exclude with `confidence`, whatever the prior."""
+    return gamma_quantile(confidence, failures + 1) / exposure
+
+
+def exposure_to_show(rate: float, confidence: float) -> float:
+    """Exposure without a failure after which a rate above `rate` is excluded with `confidence`: -ln(1 - c) / rate."""
+    return -math.log1p(-confidence) / rate
+
+
+@dataclass(frozen=True)
+class GammaRate:
+    """What is believed about a rate per hour: a gamma distribution with `shape` and `hours` (the inverse scale).
+
+    It is the conjugate of Poisson counts: seeing k failures in T hours adds k to the shape and T to the hours.
+    """
+
+    shape: float
+    hours: float
+
+    @property
+    def mean(self) -> float:
+        return self.shape / self.hours
+
+    def quantile(self, probability: float) -> float:
+        return gamma_quantile(probability, self.shape) / self.hours
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The central credible interval."""
+        tail = (1.0 - confidence) / 2.0
+        return self.quantile(tail), self.quantile(1.0 - tail)
+
+    def after(self, failures: float, hours: float) -> GammaRate:
+        """The posterior after `failures` in `hours` more."""
+        return GammaRate(self.shape + failures, self.hours + hours)
+
+
+def fit_gamma(rates: Sequence[float], centre: Sequence[float] | None = None, spread: float = 1.0) -> GammaRate:
+    """A prior for a fleet not seen yet, from the rates of at least two others.
+
+    Its logarithm has the mean of those of `centre`, all of them if not given, and the variance (n - 1) of all times
+    1 + 1/n, for a mean of n is itself unsure, and times the square of `spread`. Of a gamma distribution these are
+    digamma(shape) - ln(hours) and trigamma(shape).
+    """
+    logs = [math.log(rate) for rate in rates]
+    middle = [math.log(rate) for rate in centre] if centre else logs
+    variance = statistics.variance(logs) * (1.0 + 1.0 / len(middle)) * spread**2
+    shape = _bisect(lambda shape: -_trigamma(shape), -variance, 1e-3, 1e6)
+    return GammaRate(shape, math.exp(_digamma(shape) - statistics.mean(middle)))
+
+
+def checkpoint_interval(save_s: float, mtbf_s: float) -> float:
+    """Seconds of work between checkpoints that waste least: J. T. Daly, Future Generation Computer Systems 22, 2006.
+
+    sqrt(2 s M) (1 + sqrt(s / 2M) / 3 + s / 18M) - s for a save of `save_s` below twice the mean time between failures,
+    of which Young's sqrt(2 s M) (CACM 17, 1974) is the first order; else M.
+    """
+    if save_s >= 2.0 * mtbf_s:
+        return mtbf_s
+    part = save_s / (2.0 * mtbf_s)
+    return math.sqrt(2.0 * save_s * mtbf_s) * (1.0 + math.sqrt(part) / 3.0 + part / 9.0) - save_s
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A trend per step with an interval of at least `confidence`."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    samples: int
+
+    def grows(self) -> bool:
+        """Whether a growth is significant."""
+        return self.low > 0.0
+
+
+def theil_sen(values: Sequence[float], confidence: float) -> Slope:
+    """The median of the slopes between all pairs of values, with Sen's interval from Kendall's statistic.
+
+    Values are one per step. Robust: 29 % of them may be anything. P. K. Sen, JASA 63, 1968: of N pairs, the order
+    statistics (N -+ z sqrt(n (n - 1)(2n + 5) / 18)) / 2. Needs at least three values.
+    """
+    n = len(values)
+    slopes = sorted((values[j] - values[i]) / (j - i) for i in range(n) for j in range(i + 1, n))
+    reach = statistics.NormalDist().inv_cdf((1.0 + confidence) / 2.0) * math.sqrt(n * (n - 1) * (2 * n + 5) / 18.0)
+    first = max(0, math.floor((len(slopes) - reach) / 2.0))
+    last = min(len(slopes) - 1, math.ceil((len(slopes) + reach) / 2.0))
+    return Slope(statistics.median(slopes), slopes[first], slopes[last], confidence, n)
+
+
+def gamma_cdf(x: float, shape: float) -> float:
+    """P(shape, x), the regularised lower incomplete gamma function, to about 1e-14.
+
+    Its series below shape + 1, and above it the continued fraction of Q = 1 - P (DLMF 8.11.4 and 8.9.2, the latter
+    evaluated by Lentz's method).
+    """
+    if x <= 0.0:
+        return 0.0
+    front = math.exp(shape * math.log(x) - x - math.lgamma(shape))
+    if x < shape + 1.0:
+        total = term = 1.0 / shape
+        k = shape
+        while term > total * 1e-16:
+            k += 1.0
+            term *= x / k
+            total += term
+        return front * total
+    return 1.0 - front * _upper_fraction(x, shape)
+
+
+def _upper_fraction(x: float, shape: float) -> float:
+    b = x + 1.0 - shape
+    c, d = 1e300, 1.0 / b
+    total, i, factor = d, 0, 0.0
+    while abs(factor - 1.0) > 1e-15 and i < 100_000:
+        i += 1
+        a = -i * (i - shape)
+        b += 2.0
+        d = 1.0 / (a * d + b)
+        c = b + a / c
+        factor = c * d
+        total *= factor
+    return total
+
+
+def gamma_quantile(probability: float, shape: float) -> float:
+    """The x at which `gamma_cdf(x, shape)` is `probability`, in (0, 1); found by bisection of its logarithm."""
+    low = math.log(1e-300)
+    high = math.log(shape + 40.0 * math.sqrt(shape) + 100.0)
+    return math.exp(_bisect(lambda log_x: gamma_cdf(math.exp(log_x), shape), probability, low, high))
+
+
+def _bisect(function: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where an increasing function has the value `wanted`."""
+    for _ in range(200):
+        middle = (low + high) / 2.0
+        if function(middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2.0
+
+
+def _digamma(x: float) -> float:
+    """The derivative of ln gamma: recurrence up to 10, then the asymptotic series (DLMF 5.5.2 and 5.11.2)."""
+    shift = 0.0
+    while x < 10.0:
+        shift -= 1.0 / x
+        x += 1.0
+    y = 1.0 / (x * x)
+    return shift + math.log(x) - 0.5 / x - y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
+
+
+def _trigamma(x: float) -> float:
+    """The derivative of digamma, likewise (DLMF 5.15.5 and 5.15.8)."""
+    shift = 0.0
+    while x < 10.0:
+        shift += 1.0 / (x * x)
+        x += 1.0
+    y = 1.0 / (x * x)
+    return shift + 1.0 / x + y / 2 + y / x * (1 / 6 - y * (1 / 30 - y * (1 / 42 - y * (1 / 30 - y * 5 / 66))))

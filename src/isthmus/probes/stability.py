@@ -1,0 +1,404 @@
+"""Stability of a pool: work whose result is known, the same work again and on all ranks, cold starts, and a soak.
+
+Nothing that is found here proves a pool reliable. Each passing finding says what it could not have seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from isthmus.chips import stability_rule
+from isthmus.chips.rehearse.faults import FaultKind
+from isthmus.data.corpus import run_tokenizer
+from isthmus.data.tasks import load_task
+from isthmus.forecast.count import count_parameters
+from isthmus.launch.beats import Beat
+from isthmus.launch.crew import Called, Crew
+from isthmus.probes.contract import Probe, Setting
+from isthmus.probes.failure_rate import figures_of_soak
+from isthmus.probes.portable import training
+from isthmus.probes.soak_judgement import Problem, Trend, problems_of, trends_of
+from isthmus.probes.statistics import median_of, zero_failure_bound
+from isthmus.records import Evidence, Limit, Outcome, Use
+from isthmus.run import Figure, RunFolder
+
+KNOWN_ANSWERS = "isthmus.probes.portable.known_answers:products"
+CHECKSUM = "isthmus.probes.portable.known_answers:checksum"
+STEPS = "isthmus.probes.portable.training:steps"
+PACE = "isthmus.probes.portable.training:pace"
+SOAK = "isthmus.probes.soak_rank:soak"
+READY = "isthmus.probes.soak_rank:ready"
+PRELOAD = ("isthmus.probes.soak_rank", "torch._dynamo")
+"""What a crew loads once for all ranks; the optimiser of torch wants the second at its first step."""
+
+DEADLINE_S = 300.0
+READY_S = 120.0
+"""For loading the trainer on all ranks, before a sign of life can be expected."""
+SOAK_S = 12.0
+COLD_STARTS = 3
+LOOKS = 3
+"""How often a rank must be slow, look after look, until it counts as slow."""
+SAY_EVERY_S = 10.0
+DISK_BYTES_PER_S = 100e6
+"""A save and a load may go this slowly before they count as hung. Assumed: a network disk."""
+STATE_BYTES = 16
+"""Per parameter: weight, gradient and two moments in fp32."""
+_HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def known_answers(crew: Crew, setting: Setting) -> list[Evidence]:
+    """Products of integers, compared with their exact results in each dtype that the chip is known to compute in."""
+    section, known = setting.recipe.qualify, setting.chip.capabilities.dtypes or ()
+    dtypes = ["float32", *(name for short, name in _HALVES.items() if short in known)]
+    arguments = {"size": section.matmul_size, "repeats": section.repeats, "seed": setting.recipe.seed, "dtypes": dtypes}
+    what = f"products of {section.matmul_size} x {section.matmul_size} integers in {', '.join(dtypes)}"
+    return [_trials(crew, setting, "known answers", KNOWN_ANSWERS, arguments, what, "exact results", "both")]
+
+
+def checksums(crew: Crew, setting: Setting) -> list[Evidence]:
+    """Products of real numbers with row and column sums, which equal chips must compute alike."""
+    section = setting.recipe.qualify
+    arguments = {"size": section.matmul_size, "repeats": section.repeats, "seed": setting.recipe.seed}
+    what = f"products of {section.matmul_size} x {section.matmul_size} reals, checked by sums of rows and columns"
+    return [_trials(crew, setting, "checksum matmul", CHECKSUM, arguments, what, "sums within rounding", "both")]
+
+
+def same_result(crew: Crew, setting: Setting) -> list[Evidence]:
+    """A small training run, twice on each rank, on all ranks alike, and beside one on this machine's CPU in fp32."""
+    arguments: dict[str, Any] = {"steps": 8, "hidden": 64, "layers": 2, "seed": setting.recipe.seed}
+    alone = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), beat=lambda _section, _step=0: None)
+    reference = training.steps(alone, **arguments, repeats=1)["losses"]
+    arguments |= {"reference": reference, "tolerance": stability_rule("loss-difference").value}
+    what = "training steps, computed again and on every rank, all gradients and parameters compared bit by bit"
+    return [_trials(crew, setting, "same result twice", STEPS, arguments, what, "equal bits and losses", "training")]
+
+
+def _trials(
+    crew: Crew,
+    setting: Setting,
+    name: str,
+    function: str,
+    arguments: dict[str, Any],
+    what: str,
+    expected: str,
+    needed_for: Use,
+) -> Evidence:
+    """Call a portable function that counts trials and failures, and say what no failure could have left unseen."""
+    called = crew.call(function, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
+    keep = partial(_keep, crew, setting, called, name, function, arguments, expected)
+    if not called.ok:
+        return _broken(name, called, needed_for, keep)
+    failing = [rank for rank, value in enumerate(called.values) if value["failed"]]
+    samples = sum(value["trials"] for value in called.values)
+    if failing:
+        detail = "; ".join(called.values[rank]["detail"] for rank in failing[:3])
+        return _finding(name, needed_for, "fail", detail, samples, ranks=failing, keep=keep, world=crew.world)
+    confidence = setting.recipe.qualify.confidence
+    bound = zero_failure_bound(samples, confidence)
+    source = f"{samples} trials without a failure; {confidence:.0%} upper bound 1 - (1 - c)^(1/n)"
+    figures = {"failure_rate": setting.measured(0.0, "% per trial", source, low=0.0, high=100 * bound)}
+    detail = f"{samples} {what}: no failure; a rate below {bound:.2g} per trial could have stayed unseen"
+    return _finding(name, needed_for, "pass", detail, samples, figures, confidence)
+
+
+def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
+    """Whether a rank is slower than its peers at the same work. A rank that seems so is looked at again."""
+    rule = stability_rule("straggler")
+    on_cpu = crew.device == "cpu"
+    arguments = {"size": 128 if on_cpu else 2048, "slices": 100, "share": 0.1 if on_cpu else 0.5, "limit": rule.value}
+    slow: set[int] = set(range(crew.world))
+    ratios: list[list[float]] = []
+    keep: Callable[[], str] | None = None
+    while len(ratios) < LOOKS and slow:
+        called = crew.call(PACE, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
+        keep = partial(_keep, crew, setting, called, "stragglers", PACE, arguments, "ranks that are equally fast")
+        if not called.ok:
+            return [_broken("stragglers", called, "training", keep)]
+        ratios.append([value["ratio"] for value in called.values])
+        slow &= {rank for rank, value in enumerate(called.values) if value["failed"]}
+    own = "the tenth percentile, since others use the processor too" if on_cpu else "the median"
+    worst = max(ratios[-1])
+    source = f"slowest rank against the median of its peers, {own} of {arguments['slices']} pieces of equal work"
+    figures = {"straggler_ratio": setting.measured(worst, "x", source)}
+    samples = len(ratios) * arguments["slices"]
+    if slow:
+        times = ", ".join(f"rank {rank} takes {statistics.median(one[rank] for one in ratios):.3g}" for rank in slow)
+        detail = f"{times} times as long as its peers, in {LOOKS} looks; above {rule.value:.3g} is slow ({rule.source})"
+        ranks = sorted(slow)
+        return [_finding("stragglers", "training", "fail", detail, samples, figures, None, ranks, keep, crew.world)]
+    detail = (
+        f"the slowest rank takes {worst:.2f} times as long as its peers; below {rule.value:.3g} is not seen as slow"
+    )
+    return [_finding("stragglers", "training", "pass", detail, samples, figures)]
+
+
+def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list[Evidence]:
+    """End all ranks and start them, with their communicator, several times."""
+    seconds = []
+    for number in range(starts):
+        crew.stop()
+        began = time.perf_counter()
+        called = crew.start()
+        if not called.ok:
+            return [_broken(f"cold start {number + 1} of {starts}", called, "both", None)]
+        seconds.append(time.perf_counter() - began)
+    slowest = max(value for start in crew.starts[-starts:] for value in start)
+    median = median_of(seconds, setting.recipe.qualify.confidence)
+    source = f"ranks and communicator, median of {starts} cold starts, interval {median.confidence:.0%}"
+    figures = {
+        "cold_start_s": setting.measured(median.value, "s", source, median.low, median.high),
+        "communicator_s": setting.measured(slowest, "s", f"slowest rank of {starts} cold starts"),
+    }
+    bound = zero_failure_bound(starts, setting.recipe.qualify.confidence)
+    detail = f"{starts} of {starts} cold starts in {max(seconds):.2g} s at most; a rate below {bound:.2g} per start"
+    detail += " could have stayed unseen"
+    return [
+        _finding("cold starts", "both", "pass", detail, starts, figures, setting.recipe.qualify.confidence),
+    ]
+
+
+def soak(crew: Crew, setting: Setting, seconds: float = SOAK_S, round_steps: int = 4) -> list[Evidence]:
+    """Real steps of this run's training for about `seconds`, with known answers, repeats and verified saves among them.
+
+    A trend that seems to matter is looked at again, for twice as long.
+    """
+    run = RunFolder.open(setting.root)
+    run_tokenizer(run, load_task(setting.recipe))
+    ready = crew.call(READY, deadline_s=READY_S)
+    if not ready.ok:
+        return [_broken("soak", ready, "training", None)]
+    called = _soak(crew, setting, seconds, round_steps)
+    hours = _chip_hours(setting, called)
+    if not called.ok:
+        broken = _broken("soak", called, "training", None)
+        figures = _rates(setting, hours, 1, None)
+        return [broken.model_copy(update={"figures": figures, "confidence": setting.recipe.qualify.confidence})]
+    seen = called.values
+    problems, trends = problems_of(seen), _trends(crew.device, seen)
+    if not problems and any(trend.matters for found in trends.values() for trend in found):
+        again = _soak(crew, setting, 2.0 * seconds, round_steps)
+        hours += _chip_hours(setting, again)
+        if not again.ok:
+            return [_broken("soak", again, "training", None)]
+        problems = problems_of(again.values) + _confirmed(trends, _trends(crew.device, again.values))
+        seen, trends = again.values, _trends(crew.device, again.values)
+    return [_soak_finding(crew, setting, seen, hours, problems, trends)]
+
+
+def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Called:
+    folder = setting.folder / "soak"
+    arguments = {"run": str(setting.root), "folder": str(folder), "seconds": seconds, "round_steps": round_steps}
+    storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
+    patience = setting.stall_s + storage_s
+    deadline = 4.0 * seconds + DEADLINE_S + 4.0 * storage_s
+    called = crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
+    shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
+    return called
+
+
+def _chip_hours(setting: Setting, called: Called) -> float:
+    """What a call soaked. A rehearsal counts for nothing: the chip was not there."""
+    chips = min(setting.pool.count, len(called.replies))
+    return 0.0 if setting.pool.rehearsed else called.seconds * chips / 3600.0
+
+
+def _progress(setting: Setting, seconds: float) -> Callable[[list[Beat]], None]:
+    """Says now and then how far the soak is."""
+    began = said = time.monotonic()
+
+    def watch(beats: list[Beat]) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S:
+            said = now
+            slowest = min(beats, key=lambda beat: beat.beats)
+            setting.say(f"soak: {now - began:.0f} of about {seconds:.0f} s, {slowest.section}, step {slowest.step}")
+
+    return watch
+
+
+def _trends(device: str, seen: Sequence[dict[str, Any]]) -> dict[str, list[Trend]]:
+    """Trends of step time and memory. On a CPU that others use too, a step is timed by what it computed."""
+    return {
+        "step time": trends_of([one["cpu_s" if device == "cpu" else "step_s"] for one in seen]),
+        "memory of the process": trends_of([one["resident"] for one in seen]),
+        "memory of the chip": trends_of([one["on_device"] for one in seen]),
+    }
+
+
+def _confirmed(first: dict[str, list[Trend]], second: dict[str, list[Trend]]) -> list[Problem]:
+    """What grew in both looks, on the same rank."""
+    found = []
+    for name, trends in second.items():
+        before = {trend.rank for trend in first[name] if trend.matters}
+        ranks = tuple(trend.rank for trend in trends if trend.matters and trend.rank in before)
+        if ranks:
+            worst = max((trend for trend in trends if trend.rank in ranks), key=lambda trend: trend.slope.value)
+            share = worst.slope.value / worst.level
+            found.append(Problem(f"the {name} grows by {share:.2%} of its median per step, in two looks", ranks))
+    return found
+
+
+def _soak_finding(
+    crew: Crew,
+    setting: Setting,
+    seen: Sequence[dict[str, Any]],
+    hours: float,
+    problems: Sequence[Problem],
+    trends: dict[str, list[Trend]],
+) -> Evidence:
+    first, confidence = seen[0], setting.recipe.qualify.confidence
+    steps, saves = len(first["losses"]), first["saves_s"]
+    save_s = setting.measured(statistics.median(saves), "s", f"median of {len(saves)} saves") if saves else None
+    figures = _rates(setting, hours, int(bool(problems)), save_s)
+    figures |= _slopes(setting, trends)
+    if save_s is not None:
+        figures["save_s"] = save_s
+    if problems:
+        detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in problems)
+        ranks = sorted({rank for problem in problems for rank in problem.ranks})
+        return _finding("soak", "training", "fail", detail, steps, figures, confidence, ranks, None, crew.world)
+    step_bound = zero_failure_bound(steps * crew.world, confidence)
+    detail = (
+        f"{steps} real steps on {crew.world} ranks, {first['repeats']} of them computed twice with equal bits, "
+        f"{sum(one['known'] for one in seen)} known answers, {len(saves)} saves read back and equal; loss "
+        f"{first['losses'][0]:.3f} to {first['losses'][-1]:.3f}. {_power(setting, figures, step_bound, trends)}"
+    )
+    return _finding("soak", "training", "pass", detail, steps, figures, confidence)
+
+
+def _power(setting: Setting, figures: dict[str, Figure], step_bound: float, trends: dict[str, list[Trend]]) -> str:
+    """What a soak without a failure could not have seen."""
+    parts = [f"A rate below {step_bound:.2g} per step and rank could have stayed unseen"]
+    unseen = figures.get("unseen_rate_per_chip_hour")
+    if unseen is not None and unseen.value is not None:
+        needed = figures["chip_hours_to_show_target"].value
+        assert needed is not None
+        parts.append(
+            f"and in {figures['soaked_chip_hours'].value:.2g} chip-hours one below {unseen.value:.2g} per chip-hour: "
+            f"to show the target rate takes {needed:,.0f} chip-hours"
+        )
+    else:
+        parts.append("and a rehearsal soaks no chip")
+    if not trends["step time"]:
+        parts.append("; too short for trends")
+    return " ".join(parts).replace(" ;", ";") + "."
+
+
+def _rates(setting: Setting, hours: float, failures: int, save_s: Figure | None) -> dict[str, Figure]:
+    """The chip's failure rate. What failed in a rehearsal was not the chip."""
+    failures = 0 if setting.pool.rehearsed else failures
+    soaked = setting.measured(hours, "chip-hours", f"soak on {setting.pool}")
+    confidence = setting.recipe.qualify.confidence
+    return figures_of_soak(setting.pool.chip, soaked, failures, confidence, setting.pool.count, save_s)
+
+
+def _slopes(setting: Setting, trends: dict[str, list[Trend]]) -> dict[str, Figure]:
+    """The steepest trend of all ranks, per step."""
+    names = {"step time": ("step_time_slope", "s/step"), "memory of the process": ("memory_slope", "bytes/step")}
+    names["memory of the chip"] = ("chip_memory_slope", "bytes/step")
+    figures = {}
+    for name, (key, unit) in names.items():
+        if trends[name]:
+            slope = max((trend.slope for trend in trends[name]), key=lambda slope: slope.value)
+            source = f"Theil-Sen over {slope.samples} values, interval {slope.confidence:.1%}, the steepest rank"
+            figures[key] = setting.measured(slope.value, unit, source, slope.low, slope.high)
+    return figures
+
+
+def _keep(
+    crew: Crew, setting: Setting, called: Called, name: str, function: str, arguments: dict[str, Any], expected: str
+) -> str:
+    observed = called.describe() or "; ".join(value["detail"] for value in called.values if value["failed"])
+    return setting.keep_failure(
+        crew,
+        called,
+        probe=name,
+        title=f"{name} on {setting.pool}: {observed}"[:200],
+        function=function,
+        arguments=arguments,
+        expected=expected,
+        observed=observed,
+    )
+
+
+def _broken(name: str, called: Called, needed_for: Use, keep: Callable[[], str] | None) -> Evidence:
+    """A call that not all ranks answered. What the ranks at fault did is said, and not what became of the others."""
+    ranks = called.culprits()
+    at_fault = Called([reply for reply in called.replies if reply.rank in ranks], called.seconds)
+    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep)
+
+
+def _finding(
+    name: str,
+    needed_for: Use,
+    outcome: Outcome,
+    detail: str,
+    samples: int = 0,
+    figures: dict[str, Figure] | None = None,
+    confidence: float | None = None,
+    ranks: Sequence[int] = (),
+    keep: Callable[[], str] | None = None,
+    world: int | None = None,
+) -> Evidence:
+    """A finding about stability. Where `world` is given and fewer than half of the ranks are at fault, the pool is fit
+    without them."""
+    limits = []
+    if world is not None and 0 < len(ranks) < world / 2:
+        reason = f"{name}: {detail}"[:200]
+        limits = [Limit(setting="pool.ranks", excluded=[str(rank) for rank in ranks], reason=reason)]
+    return Evidence(
+        name=name,
+        aspect="stability",
+        needed_for=needed_for,
+        outcome=outcome,
+        detail=detail,
+        samples=samples,
+        confidence=confidence,
+        figures=figures or {},
+        limits=limits,
+        ranks=list(ranks),
+        failure=keep() if keep is not None else None,
+    )
+
+
+_ANY_CALL: tuple[FaultKind, ...] = ("crash", "hang", "out-of-memory")
+
+
+def stability_probes(soak_s: float = SOAK_S) -> tuple[Probe, ...]:
+    """The probes of stability; the soak trains for about `soak_s` seconds."""
+    silent: tuple[FaultKind, ...] = ("flipped-bit", "small-error", "nan")
+    return (
+        Probe("known answers", "stability", "both", (*_ANY_CALL, *silent, "dtype-swap"), _quick, known_answers),
+        Probe("checksum matmul", "stability", "both", (*_ANY_CALL, *silent, "dtype-swap"), _quick, checksums),
+        Probe("same result twice", "stability", "training", (*_ANY_CALL, *silent), _quick, same_result),
+        Probe("stragglers", "stability", "training", (*_ANY_CALL, "slow-rank"), _quick, stragglers, min_ranks=2),
+        Probe("cold starts", "stability", "both", _ANY_CALL, _price_of_starts, cold_starts),
+        Probe(
+            "soak",
+            "stability",
+            "training",
+            (*_ANY_CALL, *silent, "corrupted-save"),
+            lambda _setting: soak_s + 6.0,
+            partial(soak, seconds=soak_s),
+        ),
+    )
+
+
+def _quick(setting: Setting) -> float:
+    return 1.0
+
+
+def _price_of_starts(setting: Setting) -> float:
+    return COLD_STARTS * (0.5 if setting.device == "cpu" else 8.0)
+
+
+PROBES: tuple[Probe, ...] = stability_probes()
