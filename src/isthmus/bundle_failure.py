@@ -251,7 +251,7 @@ class Study:
         while index > 0 and (index == len(kept) - 1 or judge.budget.elapsed < judge.budget.seconds):
             call = kept[index]
             judge.budget.spent = 0
-            frequency = judge.frequency(call, sure_after=RUNS)
+            frequency = judge.frequency(call, runs=RUNS, sure_after=RUNS)
             if frequency.failures and frequency.share >= usual / 2:
                 self.call, self.frequency = call, frequency
                 self.tell(f"Confirmed: on {call.ranks} rank{'s' * (call.ranks > 1)} it {frequency}.")
