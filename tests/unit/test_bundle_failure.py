@@ -170,8 +170,8 @@ def test_a_list_of_operators_becomes_the_one_that_fails(tmp_path: Path):
 def test_crashes_errors_and_hangs_shrink_to_the_ranks_and_steps_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str
 ):
-    monkeypatch.setattr(bundle_failure, "STALL_S", 3.0)
-    monkeypatch.setattr(bundle_failure, "HANG_S", 1.5)
+    for name, value in {"STALL_S": 5.0, "HANG_S": 3.0, "RUNS": 1}.items():
+        monkeypatch.setattr(bundle_failure, name, value)
     folder = keep(tmp_path / how, "end", {"how": how, "who": 1, "steps": 9}, ranks=3)
     found = execute(folder, QUIET, seconds=AMPLE)
     assert found.call.ranks == 2 and 4 <= found.call.arguments["steps"] < 9
