@@ -203,6 +203,24 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
         raise click.exceptions.Exit(1)
 
 
+@cli.command("bundle")
+@click.argument("failure", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Beside the failure if absent.")
+@click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="What shrinking may take.")
+@click.option("--no-shrink", is_flag=True, help="Pack it as it was found.")
+@click.option(
+    "--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; those it was found on if absent."
+)
+def bundle_failure(failure: Path, **options: Any) -> None:
+    """Pack a failing probe as a small script for the chip's vendor.
+
+    FAILURE is a folder that `isthmus qualify` kept, or the run folder if it holds one failure alone. The script needs
+    only torch and the chip's extension of it; it is shrunk first while it still fails. This has nothing to do with
+    bundles of weights: `isthmus inspect BUNDLE` looks into those, `isthmus handoff` makes them.
+    """
+    importlib.import_module("isthmus.bundle_failure").execute(failure, _watch(), **options)
+
+
 @cli.group()
 def key() -> None:
     """Keys that sign seals."""

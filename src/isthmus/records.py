@@ -88,13 +88,15 @@ class FailureCase(Part):
     """`failure.json`: one failing call of a portable probe, complete enough to fail again elsewhere.
 
     `function` is `module:function` of `isthmus.probes.portable`; `arguments` are what each rank got, in JSON.
-    `planted` are the faults that a rehearsal injected, in the notation of `isthmus rehearse --fault`.
+    `planted` are the faults that a rehearsal injected, in the notation of `isthmus rehearse --fault`. `files` names the
+    arguments whose values are names of files in the case's folder.
     """
 
     probe: str
     title: str
     function: str
     arguments: dict[str, Any]
+    files: list[str] = []
     ranks: int
     device: str
     pool: str

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.probes.packing import clashing_names, foreign_imports
 from isthmus.recipe import load_recipe
 from isthmus.run import RunFolder
 
@@ -172,6 +173,36 @@ def test_no_function_is_long(file: Path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= LONGEST_FUNCTION, f"{named(file)}:{node.lineno}: {node.name} has {lines} lines"
+
+
+PORTABLE = [file for file in PYTHON_FILES if file.parent == SOURCE / "probes" / "portable" and file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("file", [*PORTABLE, SOURCE / "probes" / "reproduction.py"], ids=named)
+def test_what_is_given_away_needs_torch_alone(file: Path):
+    source = file.read_text(encoding="utf-8")
+    assert foreign_imports(source) == [], f"{named(file)} may import torch and the standard library, nothing else"
+    if file in PORTABLE:
+        assert clashing_names(source) == [], f"{named(file)} and probes/reproduction.py define the same names"
+        assert "from __future__ import annotations\n" in source, f"{named(file)} has to run with older Pythons"
+
+
+@pytest.mark.parametrize("file", PORTABLE, ids=named)
+def test_what_a_portable_function_takes_and_gives_can_be_json(file: Path):
+    allowed = {"dict", "list", "tuple", "str", "int", "float", "bool", "None", "Any"}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        if not node.args.args or ast.unparse(node.args.args[0]) != "rank: Any":
+            continue
+        types = [argument.annotation for argument in (*node.args.args[1:], *node.args.kwonlyargs)] + [node.returns]
+        for given in types:
+            assert given is not None, f"{named(file)}:{node.lineno}: {node.name} lacks an annotation"
+            names = {one.id for one in ast.walk(given) if isinstance(one, ast.Name)}
+            assert names <= allowed, f"{named(file)}:{node.lineno}: {node.name}: {ast.unparse(given)} is not JSON"
+        assert node.returns is not None and ast.unparse(node.returns).startswith("dict["), (
+            f"{named(file)}:{node.lineno}: {node.name} returns a dict"
+        )
 
 
 def test_imports_go_one_way():

@@ -139,7 +139,9 @@ class Vendor:
     """One vendor's file. `device` is the torch device type, `rehearsal` the folder of its tables in `chips/rehearse`.
 
     `chips` gives the facts without loading torch; `detect` looks at this machine and may load it. `environment` are
-    variables that have to be set before a process that examines or trains loads the vendor's software.
+    variables that have to be set before a process that examines or trains loads the vendor's software. `package` is the
+    extension of torch without which the device type does not exist. `variables` are beginnings of the names of
+    environment variables that the software reads, and `versions` reads the versions of that software, where it is.
     """
 
     name: str
@@ -148,6 +150,9 @@ class Vendor:
     detect: Callable[[], Presence]
     rehearsal: str | None = None
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    package: str | None = None
+    variables: tuple[str, ...] = ()
+    versions: Callable[[], dict[str, str]] = dict
 
 
 def chips_from_table(

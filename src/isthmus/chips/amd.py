@@ -27,4 +27,23 @@ def detect() -> Presence:
     return devices_of(torch.cuda, "AMD", "cuda", _NAMES)
 
 
-VENDOR = Vendor("AMD", device="cuda", chips=chips, detect=detect, rehearsal="amd")
+def versions() -> dict[str, str]:
+    """Of HIP as this torch has it, and of RCCL, which answers to nccl."""
+    import torch
+    from torch.cuda import nccl
+
+    if torch.version.hip is None:
+        return {}
+    found = {"HIP of torch": torch.version.hip}
+    return found | ({"RCCL": ".".join(map(str, nccl.version()))} if torch.cuda.is_available() else {})
+
+
+VENDOR = Vendor(
+    "AMD",
+    device="cuda",
+    chips=chips,
+    detect=detect,
+    rehearsal="amd",
+    variables=("HIP_", "ROCR_", "HSA_", "MIOPEN_", "NCCL_", "RCCL_", "TORCH_NCCL_", "PYTORCH_HIP_"),
+    versions=versions,
+)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
 from isthmus.chips._detect import devices_of_extension
 from isthmus.chips._facts import Chip, Presence, Vendor, chips_from_table
 
@@ -34,4 +40,37 @@ def detect() -> Presence:
 # An operator without a kernel then raises, where it would run on the host's CPU with one warning (torch_npu 2.13.0).
 _ENVIRONMENT = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
 
-VENDOR = Vendor("Huawei", device="npu", chips=chips, detect=detect, rehearsal="ascend", environment=_ENVIRONMENT)
+
+def versions() -> dict[str, str]:
+    """Of torch_npu, and of the CANN that `set_env.sh` has put into the environment, from its installation record."""
+    found = {}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["torch_npu"] = metadata.version("torch-npu")
+    home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
+    if home:
+        record = Path(home, f"{platform.machine()}-linux", "ascend_toolkit_install.info")
+        lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+        found["CANN"] = next((line.partition("=")[2] for line in lines if line.startswith("version=")), "unknown")
+    return found
+
+
+VENDOR = Vendor(
+    "Huawei",
+    device="npu",
+    chips=chips,
+    detect=detect,
+    rehearsal="ascend",
+    environment=_ENVIRONMENT,
+    package="torch_npu",
+    variables=(
+        "ASCEND_",
+        "HCCL_",
+        "TORCH_NPU_",
+        "PYTORCH_NPU_",
+        "TASK_QUEUE_",
+        "CPU_AFFINITY_",
+        "ACL_",
+        "CLOSE_MATMUL_",
+    ),
+    versions=versions,
+)

@@ -16,4 +16,4 @@ def detect() -> Presence:
     return devices_of_extension("torch_mlu", "mlu", "Cambricon", "/dev/cambricon_dev0", _NAMES)
 
 
-VENDOR = Vendor("Cambricon", device="mlu", chips=chips, detect=detect)
+VENDOR = Vendor("Cambricon", device="mlu", chips=chips, detect=detect, package="torch_mlu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from isthmus.chips._detect import absent, devices_of
 from isthmus.chips._facts import Chip, Presence, Vendor, chips_from_table
@@ -22,6 +23,7 @@ _NAMES = (
     (r"RTX 4090$", "rtx-4090"),
 )
 
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 # Where grouped_mm runs without a loop on the host (github.com/pytorch/pytorch/pull/161717). Not on compute capability
 # 10: there the weight gradient of an expert without rows is wrong (github.com/pytorch/pytorch/issues/172439).
@@ -52,4 +54,26 @@ def detect() -> Presence:
     return devices_of(torch.cuda, "NVIDIA", "cuda", _NAMES, mine=r"^(NVIDIA|Tesla|GeForce|Quadro)")
 
 
-VENDOR = Vendor("NVIDIA", device="cuda", chips=chips, detect=detect, rehearsal="nvidia")
+def versions() -> dict[str, str]:
+    """Of CUDA, cuDNN and NCCL as this torch has them, and of the driver where it says so."""
+    import torch
+    from torch.cuda import nccl
+
+    if torch.version.cuda is None:
+        return {}
+    found = {"CUDA of torch": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, nccl.version()))
+    driver = _DRIVER.read_text(encoding="utf-8").splitlines() if _DRIVER.is_file() else []
+    return found | ({"driver": driver[0].strip()} if driver else {})
+
+
+VENDOR = Vendor(
+    "NVIDIA",
+    device="cuda",
+    chips=chips,
+    detect=detect,
+    rehearsal="nvidia",
+    variables=("CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_TF32_", "TORCH_NCCL_", "PYTORCH_CUDA_"),
+    versions=versions,
+)

@@ -73,7 +73,14 @@ class Setting:
             expected=expected,
             observed=observed,
             replies=[
-                {"rank": one.rank, "state": one.state, "value": one.value, "error": one.error, "beat": str(one.beat)}
+                {
+                    "rank": one.rank,
+                    "state": one.state,
+                    "value": one.value,
+                    "error": one.error,
+                    "beat": str(one.beat),
+                    "seconds": one.seconds,
+                }
                 for one in called.replies
             ],
             environment=environment(),
