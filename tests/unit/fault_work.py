@@ -428,3 +428,10 @@ def other_names(rank: Any, names: list[str]) -> list[list[Any]]:
         found.append([dist.get_backend(), value.item(), rank.pulse.collectives - before])
         dist.destroy_process_group()
     return found
+
+
+def gathered(rank: Any) -> int:
+    """How many of the values that the first rank gathers are NaN."""
+    parts = [torch.zeros(4) for _ in range(rank.world)] if rank.rank == 0 else None
+    dist.gather(torch.ones(4), parts, 0)
+    return sum(int(part.isnan().sum()) for part in parts or ())

@@ -141,6 +141,11 @@ def test_a_crew_of_a_rehearsed_chip_has_its_rules():
     assert not called.ok and "RehearsalRefused" in called.describe()
 
 
+def test_what_a_chip_gathers_in_its_own_way_can_be_damaged():
+    with Crew(2, chip=CHIP, faults=[parse_fault("nan@rank=0,operator=c10d::gather_")]) as crew:
+        assert call(crew, "gathered") == [1, 0]
+
+
 def test_a_wrong_sum_is_in_the_reductions_of_one_rank_at_one_step():
     found = with_faults("damaged", "wrong-sum@rank=1,step=1", count=3).values
     assert found[1] == [[0] * 6, [1, 0, 1, 1, 1, 1], [0] * 6]

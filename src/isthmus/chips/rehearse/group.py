@@ -198,11 +198,12 @@ class RehearsedGroup(dist.ProcessGroup):
         call = _Call.read(method, args, kwargs)
         finish: list[Callable[[], None]] = []
         passage = self._passage(method, call)
+        obeying = call
         if self._profile is not None:
-            name, call = self._obey(name, method, call, finish)
+            name, obeying = self._obey(name, method, call, finish)
         if passage.cut is not None:
             return _NeverWork(passage.cut, method.rule, self._patience(call))
-        work = getattr(self._inner, name)(*call.positional)
+        work = getattr(self._inner, name)(*obeying.positional)
         self._damage(operator, method, call, finish)
         return _finished(work, passage.late_s, finish)
 
