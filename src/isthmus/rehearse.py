@@ -206,7 +206,7 @@ def _merged(
     per_step: Counter[str] = Counter()
     statuses: dict[str, Status] = {}
     for one in used:
-        statuses |= {name: row["status"] for name, row in one["operators"].items()}
+        statuses.update({name: row["status"] for name, row in one["operators"].items()})
         calls.update({name: row["calls"] for name, row in one["operators"].items()})
         per_step.update(one["per_step"])
     return Report(
@@ -262,7 +262,7 @@ def _show(report: Report, watch: Watch) -> None:
             per_step = f"{report.calls_per_step(status):,.1f}" if report.steps else "no optimiser step"
             table.add_row(f"  {status} ({MEANING[status]})", str(len(names)), f"{report.calls(status):,}", per_step)
     watch.console.print(table, highlight=False)
-    watch.say(f"  {report.steps} optimiser steps, {report.collectives:,} collectives, {report.ranks} rank(s)")
+    watch.say(f"  {report.steps} optimiser steps, {report.collectives:,} collectives, {report.processes} process(es)")
     for title, counted in _details(report).items():
         if counted:
             watch.say(f"  [bold]{title}[/]")

@@ -23,7 +23,7 @@ from torch.utils import backend_registration
 
 from isthmus.chips import Chip
 from isthmus.chips.rehearse.device import HOST, ChipMemory
-from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused
+from isthmus.chips.rehearse.tables import MEANING, Profile, RehearsalRefused, Status
 from isthmus.errors import IsthmusError
 
 LIBRARY = (2, 11, 1)
@@ -294,7 +294,9 @@ def _backend(asked: str | None, memory: ChipMemory) -> str | None:
 def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int) -> None:
     """The vendor's package that code imports beside torch. Its own operators have no reference here."""
 
-    own = {operator.partition(".")[0]: row.status for operator, row in profile.operators.items()}
+    own: dict[str, Status] = {}
+    for operator, row in profile.operators.items():
+        own[operator.partition(".")[0]] = row.status
 
     def attribute(operator: str) -> Callable[..., NoReturn]:
         if f"{kind}::{operator}" not in own:
