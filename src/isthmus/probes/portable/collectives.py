@@ -425,7 +425,7 @@ def timed(
     seed: int = 0,
     groups: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Seconds of each of `repeats` runs (one at least) of a collective after one to warm up; the last result is compared.
+    """Seconds of each of `repeats` runs (at least one) of a collective, after one to warm up; the last is compared.
 
     `bytes` are those of `numel`; `bus_gbs` is the bus bandwidth of the median run, GB/s (`bus_factor`).
     """
