@@ -175,8 +175,9 @@ class RehearsedGroup(dist.ProcessGroup):
         self._links = Links(injector.links if injector else (), shape)
         self._plain = profile is None and not self._links.shaped and not (injector and injector.in_collectives)
         self._admitted: dict[tuple[str, str, str | None], bool] = {}
-        self._timeout = options.timeout
+        self._timeout = min(options.timeout, _limit(profile, "EXEC_TIMEOUT") or options.timeout)
         gloo = _connected_gloo(options, profile)
+        gloo._set_default_timeout(self._timeout)
         self._inner = dist.ProcessGroup(options.store, rank, size)
         for group in (self, self._inner):
             group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
@@ -195,17 +196,16 @@ class RehearsedGroup(dist.ProcessGroup):
         if self._plain:
             return getattr(self._inner, name)(*args, **kwargs)
         call = _Call.read(method, args, kwargs)
-        finish: list[Callable[[Any], None]] = []
+        finish: list[Callable[[], None]] = []
         passage = self._passage(method, call)
+        obeying = call
         if self._profile is not None:
-            name, call = self._obey(name, method, call, finish)
+            name, obeying = self._obey(name, method, call, finish)
         if passage.cut is not None:
             return _NeverWork(passage.cut, method.rule, self._patience(call))
-        work = getattr(self._inner, name)(*call.positional)
-        if passage.late_s > 0:
-            finish.append(lambda _work: time.sleep(passage.late_s))
+        work = getattr(self._inner, name)(*obeying.positional)
         self._damage(operator, method, call, finish)
-        return _finished(work, finish)
+        return _finished(work, passage.late_s, finish)
 
     def _patience(self, call: _Call) -> timedelta:
         timeout = getattr(call.options, "timeout", None)
@@ -228,14 +228,14 @@ class RehearsedGroup(dist.ProcessGroup):
                 self._injector.note(fault, f"{method.operator}, {what}", self._injector.collectives)
         return passage
 
-    def _damage(self, operator: str, method: _Method, call: _Call, finish: list[Callable[[Any], None]]) -> None:
+    def _damage(self, operator: str, method: _Method, call: _Call, finish: list[Callable[[], None]]) -> None:
         injector = self._injector
         struck = injector.striking(operator) if injector else []
         if injector and struck and method.operator != "send":
             collective, outputs = injector.collectives, call.outputs
-            finish.append(lambda _work: injector.damage_result(struck, operator, collective, outputs))
+            finish.append(lambda: injector.damage_result(struck, operator, collective, outputs))
 
-    def _obey(self, name: str, method: _Method, call: _Call, finish: list[Callable[[Any], None]]) -> tuple[str, _Call]:
+    def _obey(self, name: str, method: _Method, call: _Call, finish: list[Callable[[], None]]) -> tuple[str, _Call]:
         """The call as the chip's collective library carries it out. Raises RehearsalRefused where it would refuse."""
         profile = self._profile
         assert profile is not None
@@ -248,7 +248,7 @@ class RehearsedGroup(dist.ProcessGroup):
             return name, call.with_reduction(dist.ReduceOp.MAX)
         if reduction == "avg":
             outputs, size, is_root = call.outputs, self.size(), self._holds_result(method, call)
-            finish.append(lambda _work: _divide(outputs, size) if is_root else None)
+            finish.append(lambda: _divide(outputs, size) if is_root else None)
             return name, call.with_reduction(dist.ReduceOp.SUM)
         if reduction == "premul_sum":
             return name, call.multiplied()
@@ -261,19 +261,18 @@ class RehearsedGroup(dist.ProcessGroup):
         key = (rule, dtype, reduction)
         if key not in self._admitted:
             assert self._profile is not None
-            if rule != "barrier":
-                self._admitted[key] = bool(self._profile.check_collective(rule, dtype, reduction))
-        return self._admitted.get(key, False)
+            self._admitted[key] = bool(self._profile.check_collective(rule, dtype, reduction))
+        return self._admitted[key]
 
     def _holds_result(self, method: _Method, call: _Call) -> bool:
         return method.rule != "reduce" or call.options.rootRank == self._rank
 
-    def _gather_as_all_gather(self, call: _Call, finish: list[Callable[[Any], None]]) -> tuple[str, _Call]:
+    def _gather_as_all_gather(self, call: _Call, finish: list[Callable[[], None]]) -> tuple[str, _Call]:
         """Every rank receives all parts, and only the root keeps them."""
         parts = [torch.empty_like(call.inputs[0]) for _ in range(self.size())]
         kept = call.outputs if call.options.rootRank == self._rank else []
 
-        def keep(_work: Any) -> None:
+        def keep() -> None:
             for target, part in zip(kept, parts, strict=False):
                 target.copy_(part)
 
@@ -346,18 +345,30 @@ class _Call:
 
 
 class _LateWork(c10d.Work):
-    """A collective whose result is ready once something more was done, in the first thread that waits for it."""
+    """A collective whose result is there some seconds after its data, and once something more was done with it.
 
-    def __init__(self, work: Any, finish: Sequence[Callable[[Any], None]]):
+    That is done in the first thread that waits for it or finds it complete.
+    """
+
+    def __init__(self, work: Any, late_s: float, finish: Sequence[Callable[[], None]]):
         super().__init__()
-        self._work, self._finish = work, list(finish)
-        self._lock = threading.Lock()
+        self._work, self._late_s, self._finish = work, late_s, list(finish)
+        self._due: float | None = None
+        self._lock = threading.RLock()  # A future that is done calls back at once, in the thread that asks for it.
         self._future: Any = None
 
+    def _arrived(self) -> float:
+        """Data has come; returns when it may be seen, in time.monotonic()."""
+        with self._lock:
+            if self._due is None:
+                self._due = time.monotonic() + self._late_s
+            return self._due
+
     def _complete(self) -> None:
+        time.sleep(max(0.0, self._arrived() - time.monotonic()))
         with self._lock:
             while self._finish:
-                self._finish.pop(0)(self._work)
+                self._finish.pop(0)()
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         done = self._work.wait(timeout) if timeout > timedelta(0) else self._work.wait()
@@ -376,9 +387,10 @@ class _LateWork(c10d.Work):
         return value
 
     def is_completed(self) -> bool:
-        if self._work.is_completed() and self._finish:
-            self._complete()
-        return self._work.is_completed()
+        if not self._work.is_completed() or time.monotonic() < self._arrived():
+            return False
+        self._complete()
+        return True
 
     def is_success(self) -> bool:
         return self._work.is_success()
@@ -441,15 +453,16 @@ class _NeverWork(c10d.Work):
         self.wait()
 
 
-def _finished(work: Any, finish: list[Callable[[Any], None]]) -> Any:
+def _finished(work: Any, late_s: float, finish: list[Callable[[], None]]) -> Any:
     """What a call returns: the work itself if nothing is left to do after it. None says that it is done."""
-    if not finish:
+    if not finish and not late_s:
         return work
     if work is None:
+        time.sleep(late_s)
         for one in finish:
-            one(None)
+            one()
         return None
-    return _LateWork(work, finish)
+    return _LateWork(work, late_s, finish)
 
 
 def _connected_gloo(options: Any, profile: Profile | None) -> Any:
@@ -466,8 +479,6 @@ def _connected_gloo(options: Any, profile: Profile | None) -> Any:
             f"library of {profile.chip} gives up then ({'; '.join(profile.timeouts())}). Start the ranks together, or "
             "set a longer connect time-out."
         ) from error
-    execute = _limit(profile, "EXEC_TIMEOUT")
-    gloo._set_default_timeout(min(options.timeout, execute) if execute else options.timeout)
     gloo._set_sequence_number_for_group()
     return gloo
 

@@ -26,7 +26,7 @@ from isthmus.chips.rehearse.dispatch import is_composite
 from isthmus.chips.rehearse.faults import COLLECTIVES, LINK_KINDS, Fault, check_fault, of_collectives
 from isthmus.chips.rehearse.saves import SaveDamage
 
-REDUCTIONS = ("c10d::allreduce", "c10d::reduce", "c10d::_reduce_scatter", "c10d::reduce_scatter")
+REDUCTIONS = ("c10d::allreduce", "c10d::reduce", "c10d::_reduce_scatter")
 MATMULS = (
     "aten::mm",
     "aten::addmm",
@@ -149,13 +149,12 @@ class Injector:
 
     def striking(self, operator: str) -> list[_Planted]:
         """The faults that will damage the result of this collective."""
-        return [
-            one for one in self._in_collectives if one.concerns(operator, REDUCTIONS) and one.strikes(self.current_step)
-        ]
+        able = self._in_collectives if self.armed else []
+        return [one for one in able if one.concerns(operator, REDUCTIONS) and one.strikes(self.current_step)]
 
     def damage_result(self, struck: Sequence[_Planted], operator: str, collective: int, results: list[Tensor]) -> None:
         """Damage what a collective gave this rank."""
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():
             for one in struck:
                 done = damage(one.fault, results, one.draws)
                 if done is not None:
