@@ -74,7 +74,7 @@ class Effort:
     call_s: float
 
 
-ON_CPU = Effort(2**20, 12, 60, 8_192, 2**20, 6, 3.0, 0.12)
+ON_CPU = Effort(2**20, 12, 60, 8_192, 2**20, 6, 4.0, 0.15)
 ON_ACCELERATOR = Effort(2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
 
 

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _Run:
     work: Callable[[], None]
     got: Callable[[], Tensor]
     expected: Tensor
-    origins: Tensor | None
+    origins: Tensor | int | None
 
 
 @dataclass
@@ -148,8 +149,8 @@ class _Wrong:
     first: dict[str, Any] | None = None
     origins: Counter[int] = field(default_factory=Counter)
 
-    def compare(self, got: Tensor, expected: Tensor, origins: Tensor | None, where: str) -> None:
-        """Note elements that differ. Values that are not numbers differ from all."""
+    def compare(self, got: Tensor, expected: Tensor, origins: Tensor | int | None, where: str) -> None:
+        """Note elements that differ. Values that are not numbers differ from all. `origins`: of each, or of all."""
         self.checked += expected.numel()
         seen = got.cpu()
         wrong = ~(seen == expected.to(seen.dtype))
@@ -157,7 +158,9 @@ class _Wrong:
             return
         places = wrong.nonzero().flatten()
         self.count += len(places)
-        if origins is not None:
+        if isinstance(origins, int):
+            self.origins[origins] += len(places)
+        elif origins is not None:
             self.origins.update(origins[places].tolist())
         if self.first is None:
             at = int(places[0])
@@ -268,7 +271,7 @@ def _broadcast(rank: Any, group: _Group, dtype: str, numel: int, reduction: str,
         work=lambda: _done(dist.broadcast(buffer, source, group=group.handle)),
         got=lambda: buffer,
         expected=expected,
-        origins=torch.full((numel,), source),
+        origins=source,
     )
 
 
@@ -291,7 +294,7 @@ def _send_recv(rank: Any, group: _Group, dtype: str, numel: int, reduction: str,
         work=lambda: _all_done(dist.batch_isend_irecv(operations)),
         got=lambda: out,
         expected=moved(source, rank.rank, numel, seed),
-        origins=torch.full((numel,), source),
+        origins=source,
     )
 
 
@@ -422,7 +425,7 @@ def timed(
     seed: int = 0,
     groups: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Seconds of each of `repeats` runs of one collective after one to warm up; the last result is compared exactly.
+    """Seconds of each of `repeats` runs (at least one) of a collective, after one to warm up; the last is compared.
 
     `bytes` are those of `numel`; `bus_gbs` is the bus bandwidth of the median run, GB/s (`bus_factor`).
     """
@@ -432,7 +435,7 @@ def timed(
     if group is None:
         return {**wrong.reply(rank, what), "seconds": [], "bytes": 0, "ranks": 0, "bus_gbs": None}
     run = _PREPARE[collective](rank, group, dtype, numel, "sum", False, seed)
-    for repeat in range(repeats + 1):
+    for repeat in range(max(1, repeats) + 1):
         rank.beat(what, repeat)
         run.begin()
         _finish(rank)
@@ -476,8 +479,8 @@ def pairs(
     for number, chosen in enumerate(_schedule(rank.world, only, alone)):
         for a, b in chosen:
             if rank.rank in (a, b):
-                rank.beat(f"pair {a}-{b}", number if step is None else step)
-                _exchange(rank, (a, b), (bytes, repeats, latency_repeats, seed), wrong, found)
+                beat = partial(rank.beat, f"pair {a}-{b}", number if step is None else step)
+                _exchange(rank, (a, b), (bytes, repeats, latency_repeats, seed), beat, wrong, found)
         if alone:
             dist.barrier()
     reply = {**wrong.reply(rank, "point-to-point"), "seconds": found.seconds, "latency_s": found.latency}
@@ -540,33 +543,42 @@ def _packed(wanted: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _exchange(rank: Any, pair: tuple[int, int], size: tuple[int, int, int, int], wrong: _Wrong, found: _Times) -> None:
-    """All transfers of one pair: large ones in both directions, then small ones."""
+def _exchange(
+    rank: Any,
+    pair: tuple[int, int],
+    size: tuple[int, int, int, int],
+    beat: Callable[[], None],
+    wrong: _Wrong,
+    found: _Times,
+) -> None:
+    """All transfers of one pair: large ones in both directions, then small ones. Each begins with a beat."""
     bytes, repeats, latency_repeats, seed = size
     for sender, receiver in (pair, pair[::-1]):
-        key, me = f"{sender}>{receiver}", rank.rank
+        key = f"{sender}>{receiver}"
         large = moved(sender, receiver, max(1, bytes // 4), seed).to(torch.int32)
         small = moved(sender, receiver, SMALL_MESSAGE // 4, seed).to(torch.int32)
         payload, ball = large.to(rank.device), small.to(rank.device)
-        if me == sender:
-            times = [_send(rank, payload, receiver) for _ in range(repeats + 1)]
-            found.seconds.setdefault(key, []).extend(times[1:] if repeats else [])
-            trips = [_round_trip(rank, ball, receiver) for _ in range(latency_repeats)]
+        if rank.rank == sender:
+            times = [_send(rank, payload, receiver, beat) for _ in range(repeats + 1)]
+            found.seconds.setdefault(key, []).extend(times[1:])
+            trips = [_round_trip(rank, ball, receiver, beat) for _ in range(latency_repeats)]
             found.latency.setdefault(key, []).extend(trips)
-        else:
-            origins = torch.full((len(large),), sender)
-            for repeat in range(repeats + 1):
-                wrong.compare(_receive(rank, payload, sender), large, origins, f"{key}, transfer {repeat}")
-            for repeat in range(latency_repeats):
-                got = torch.zeros_like(ball)
-                dist.recv(got, sender)
-                dist.send(got, sender)
-                if repeat == latency_repeats - 1:
-                    wrong.compare(got, small, torch.full((len(small),), sender), f"{key}, {SMALL_MESSAGE} bytes")
+            continue
+        for repeat in range(repeats + 1):
+            beat()
+            wrong.compare(_receive(rank, payload, sender), large, sender, f"{key}, transfer {repeat}")
+        for repeat in range(latency_repeats):
+            beat()
+            got = torch.zeros_like(ball)
+            dist.recv(got, sender)
+            dist.send(got, sender)
+            if repeat == latency_repeats - 1:
+                wrong.compare(got, small, sender, f"{key}, {SMALL_MESSAGE} bytes")
 
 
-def _send(rank: Any, payload: Tensor, receiver: int) -> float:
+def _send(rank: Any, payload: Tensor, receiver: int, beat: Callable[[], None]) -> float:
     """One transfer, begun when the receiver is ready. Seconds until its answer is here."""
+    beat()
     answer = torch.zeros(1, dtype=torch.int32, device=rank.device)
     dist.recv(answer, receiver)
     _finish(rank)
@@ -586,8 +598,9 @@ def _receive(rank: Any, like: Tensor, sender: int) -> Tensor:
     return got
 
 
-def _round_trip(rank: Any, ball: Tensor, receiver: int) -> float:
+def _round_trip(rank: Any, ball: Tensor, receiver: int, beat: Callable[[], None]) -> float:
     """Half the seconds of a small message there and back."""
+    beat()
     back = torch.zeros_like(ball)
     _finish(rank)
     began = time.perf_counter()
@@ -608,7 +621,7 @@ def _judge_pace(rank: Any, found: _Times, slower_than: float, domain: int, reply
     table = torch.zeros(rank.world, rank.world)
     for key, seconds in found.seconds.items():
         a, b = map(int, key.split(">"))
-        table[a, b] = min(seconds)
+        table[a, b] = min(seconds, default=0.0)
     shared = table.to(rank.device)
     dist.all_reduce(shared)
     fastest = {f"{a}>{b}": value for a, row in enumerate(shared.tolist()) for b, value in enumerate(row) if value}
@@ -688,5 +701,5 @@ def overlapped(
         _finish(rank)
         wrong.compare(buffer, expected, None, f"round {number}, all_reduce")
         for result in results:
-            wrong.compare(result.flatten(), exact, torch.full_like(exact, rank.rank), f"round {number}, product")
+            wrong.compare(result.flatten(), exact, rank.rank, f"round {number}, product")
     return wrong.reply(rank, "all_reduce beside matrix products")
