@@ -224,6 +224,10 @@ def specify(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     floating = any(tensor.is_floating_point() for tensor in _tensors([*args, *kwargs.values()]))
     named = {name: _argument(value, floating) for name, value in kwargs.items() if name != "pin_memory"}
     arguments = [_argument(value, floating) for value in args]
+    if operator.startswith("aten::_fused_"):
+        for spec in _specs(arguments):
+            if spec["dtype"] == "float" and not spec["shape"]:
+                spec["dtype"] = "float32"  # Steps and rates of a fused optimiser are fp32 whatever the parameters are.
     return {"operator": operator, "arguments": arguments, "named": named, "count": 1}
 
 

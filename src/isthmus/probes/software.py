@@ -26,7 +26,7 @@ CASES = 2
 """Failure cases that are kept of one probe: each a single operator."""
 RECORD_S, CALL_S, TRAPS_S, COMPILE_S = 1.5, 0.0045, 0.5, 12.0
 """Seconds of recording, of one call in one dtype, of the traps and of a compilation: benchmarks/live_tier.py."""
-CALLS = 430
+CALLS = 370
 """Calls that are recorded of the tiny recipe."""
 DEADLINE_S, COMPILE_DEADLINE_S = 600.0, 240.0
 LONGEST_SUM = 1 << 15
