@@ -38,10 +38,11 @@ from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault
 from isthmus.launch.crew import Crew
 from isthmus.parity.paired import wilson_interval
 from isthmus.pools import get_pool
-from isthmus.probes import live_probes
+from isthmus.probes import PRELOAD, live_probes
 from isthmus.probes.asking import ask
 from isthmus.probes.contract import Setting
 from isthmus.recipe import Recipe, load_recipe
+from isthmus.run import RunFolder
 
 RANKS = 4
 CONFIDENCE = 0.95
@@ -104,10 +105,13 @@ def draw(kind: str, number: int, generator: random.Random) -> Fault:
 def qualify(fault: Fault | None, recipe: Recipe, folder: Path, stall_s: float) -> Trial:
     """One pool, with or without a fault, asked by every live probe."""
     pool = get_pool(recipe, "home")
-    setting = Setting(recipe, pool, get_chip(pool.chip), None, "cpu", folder, folder / "qualify", stall_s=stall_s)
+    run = RunFolder.create(folder / "run", recipe)
+    setting = Setting(
+        recipe, pool, get_chip(pool.chip), None, "cpu", run.path, run.path / "qualify" / "home", stall_s=stall_s
+    )
     trial = Trial(fault.kind if fault else "healthy", str(fault) if fault else None, fault.rate if fault else 0.0)
     began = time.monotonic()
-    with Crew(RANKS, faults=(fault,) if fault else ()) as crew:
+    with Crew(RANKS, faults=(fault,) if fault else (), preload=PRELOAD) as crew:
         answers = ask(crew, setting, live_probes())
     trial.seconds = time.monotonic() - began
     passed = 0.0

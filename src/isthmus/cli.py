@@ -240,6 +240,26 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     stage.execute(source, out, stage.Options(**options), _watch())
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--chip", required=True, metavar="CHIP", help="The chip to rehearse; `isthmus chips` lists them.")
+@click.option("--ranks", type=click.IntRange(1), help="Start as many processes, with the variables that torchrun sets.")
+@click.option("--strict", is_flag=True, help="Refuse what the chip would run on the host's CPU.")
+@click.option("--noise", is_flag=True, help="Let results vary as the chip's do unless it is told to be deterministic.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--fault", "faults", multiple=True, metavar="SPEC", help="Plant a fault, such as crash@rank=1,step=5.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report there.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- python train.py ...")
+def rehearse(command: tuple[str, ...], **options: Any) -> None:
+    """Run a training script under the rules of a chip that is not here, on the CPU.
+
+    The script needs no change. Afterwards a report says which operators the chip's software has, runs on the host, or
+    lacks. Exit code 1 if something was refused, else the script's own.
+    """
+    report = importlib.import_module("isthmus.rehearse").execute(list(command), _watch(), **options)
+    if report.exit_code:
+        raise click.exceptions.Exit(report.exit_code)
+
+
 @cli.command()
 @click.argument("target")
 @click.option("--chip", required=True, help="The chip whose software is asked about; `isthmus chips` lists them.")
@@ -271,9 +291,7 @@ def main() -> None:
     """Entry point: turns errors into a message and an exit code (0 done, 1 a gate refused, 2 wrong usage)."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as request:
-        sys.exit(request.exit_code)
+        sys.exit(cli(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -28,7 +28,7 @@ from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
 from isthmus.launch.places import Attendant, Place, remote_places
 from isthmus.pools import Pool, get_pool, placed_pools
-from isthmus.probes import live_probes, pilots, rehearsed
+from isthmus.probes import PRELOAD, live_probes, pilots, rehearsed
 from isthmus.probes.asking import ask
 from isthmus.probes.budget import Choice, choose, parse_seconds
 from isthmus.probes.compute import compute_threads
@@ -274,6 +274,7 @@ class Examination:
             threads=threads,
             chip=chip,
             faults=tuple(self.faults),
+            preload=PRELOAD,
             places=list(self.places),
             host=host,
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from isthmus import chips
 from isthmus.chips import FIGURES, Presence, Vendor
-from isthmus.chips._registry import load_chips, vendors
+from isthmus.chips._registry import load_chips, vendor_of, vendors
 from isthmus.chips.rehearse import can_rehearse, profile_of
-from isthmus.chips.rehearse.tables import STATUSES, families
+from isthmus.chips.rehearse.tables import NUMERIC_KINDS, STATUSES, families
 
 STANDINGS = {"documented", "read in code", "assumed"}
 REHEARSABLE = [slug for slug in load_chips() if can_rehearse(slug)]
@@ -60,10 +62,58 @@ def test_every_rule_of_a_rehearsed_chip_has_a_source_and_a_standing(slug: str):
     assert profile.chip == slug and len(profile.operators) > 100
     for row in profile.operators.values():
         assert row.status in STATUSES and row.version and row.source and set(row.standing.split(", ")) <= STANDINGS
-    for rule in (*profile.dtypes.values(), *profile.collectives):
-        assert rule.behaviour and rule.source and rule.standing in STANDINGS
+    for rule in (*profile.dtypes.values(), *profile.collectives, *profile.numerics):
+        assert rule.behaviour and has_source(rule)
     for operators in profile.formats.values():
         assert all(name in profile.operators for name in operators)
+
+
+def has_source(row: object) -> bool:
+    return len(getattr(row, "source", "")) > 5 and set(getattr(row, "standing", "").split(", ")) <= STANDINGS
+
+
+@pytest.mark.parametrize("slug", REHEARSABLE)
+def test_every_link_and_rate_of_a_rehearsed_chip_is_a_sourced_number(slug: str):
+    profile = profile_of(slug)
+    for link in profile.links:
+        assert has_source(link) and link.op and link.fabric
+        assert link.bandwidth_gbs is not None or link.latency_us is not None
+        assert all(number is None or number > 0 for number in (link.bandwidth_gbs, link.latency_us, link.ranks))
+    for rate in profile.rates:
+        assert has_source(rate) and rate.conditions and 0 < rate.per_chip_hour < 1
+    assert len({rate.cause for rate in profile.rates}) == len(profile.rates)
+    declared = chips.get_chip(slug).scaleup_gbs_uni
+    link = profile.link("within node")
+    assert (link and link.bandwidth_gbs) == (declared and declared.value)
+
+
+@pytest.mark.parametrize("slug", REHEARSABLE)
+def test_what_a_rehearsed_chip_computes_otherwise_names_operators_that_are_there(slug: str):
+    profile = profile_of(slug)
+    bases = {name.partition(".")[0] for name in profile.operators}
+    for row in profile.numerics:
+        assert row.kind in NUMERIC_KINDS and set(row.operators) <= bases, row
+    for rule in profile.dtypes.values():
+        assert (rule.stands_in is not None) == (rule.action == "substitute")
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_row_of_a_family_concerns_a_chip_or_a_generation_that_is_there(family: str):
+    members = [slug for slug in load_chips() if vendor_of(slug).rehearsal == family]
+    extended = {base["family"] for name in families() for base in rows(name, "extends")}
+    generations = {chips.get_chip(slug).generation for slug in members}
+    assert members or family in extended
+    for table in ("links", "rates"):
+        for row in rows(family, table):
+            assert set(row["chips"].split("|")) <= set(members), row
+    for table in ("dtypes", "collectives", "numerics"):
+        for row in rows(family, table):
+            assert set(filter(None, row["generations"].split("|"))) <= generations, row
+
+
+def rows(family: str, table: str) -> list[dict[str, str]]:
+    path = resources.files("isthmus.chips.rehearse") / family / f"{table}.csv"
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
 
 NEW_CHIP = """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from isthmus.chips.rehearse import RehearsalRefused, group, profile_of
 from isthmus.chips.rehearse.dispatch import short_name
+from isthmus.chips.rehearse.inject import CollectiveCount
 
 SIZE = 12
 DTYPES = [
@@ -166,9 +167,18 @@ def collectives(rank: Any, dtype: torch.dtype, process_group: Any) -> dict[str, 
     note("future", [future], lambda: dist.all_reduce(future, async_op=True, **here).get_future().wait())
     note("direct", [direct := value.clone()], lambda: process_group.allreduce(direct).wait())
     note("barrier", [], lambda: dist.barrier(**here))
+    first, second = value.clone(), whole.clone()
+    note("coalesced", [first, second], lambda: _coalesced(first, second, process_group))
+    note("all_reduce_coalesced", [third := value.clone()], lambda: dist.all_reduce_coalesced([third], **here))
     for name, results in functions(value, whole, process_group).items():
         found[name] = results
     return found
+
+
+def _coalesced(first: Tensor, second: Tensor, process_group: Any) -> None:
+    with dist._coalescing_manager(group=process_group):
+        dist.all_reduce(first, group=process_group)
+        dist.all_reduce(second, group=process_group)
 
 
 def functions(value: Tensor, whole: Tensor, process_group: Any) -> dict[str, list[Tensor]]:
@@ -341,6 +351,22 @@ def counted(rank: Any) -> list[int]:
         use()
         counts.append(rank.pulse.collectives - start)
     return counts
+
+
+def seen(rank: Any) -> int:
+    """Collectives of gloo's own group as a dispatch mode counts them: two by hand, and those of a step under DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    begun: list[int] = []
+    process_group = plain_group()
+    value, model = torch.ones(2), DistributedDataParallel(nn.Linear(2, 2), process_group=process_group)
+    with CollectiveCount(lambda: begun.append(1)):
+        dist.all_reduce(value, group=process_group)
+        functional_sum(value, process_group)
+        if rank.rank < 2:
+            dist.send(value, 1 - rank.rank, process_group) if rank.rank else dist.recv(value, 1, process_group)
+        model(value).sum().backward()
+    return len(begun)
 
 
 def cut_off(rank: Any, seconds: float) -> str:

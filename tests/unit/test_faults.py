@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from small import tiny_architecture
 from torch import Tensor, nn
 
-from isthmus.chips.rehearse.damage import round_mantissa
+from isthmus.chips.rehearse.damage import damage, round_mantissa
 from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault, check_fault, parse_fault
 from isthmus.chips.rehearse.inject import FALLBACK_S, Injector
 from isthmus.errors import DamagedFile, IsthmusError
@@ -263,6 +263,16 @@ def test_a_corrupted_bundle_is_found_and_other_files_are_left_alone(tmp_path: Pa
     assert len(planted.fired) == 1 and "model.safetensors" in planted.fired[0]
     with pytest.raises(DamagedFile, match=r"model\.safetensors"):
         verify_files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1.0, -0.5, 1e6])
+def test_a_value_is_wrong_also_at_the_ends_of_its_range(dtype: torch.dtype, size: float):
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    for value in (limits.min, 0, 1, limits.max):
+        result = torch.full((3,), value, dtype=dtype)
+        assert damage(Fault("wrong-sum", 0, size=size), [result], random.Random(0))
+        assert int((result != value).sum()) == 1
 
 
 def test_the_same_faults_go_wrong_in_the_same_way():

@@ -46,6 +46,10 @@ def test_collectives_are_counted_and_messages_are_not(crew: Crew):
     assert call(crew, "counted") == [[1, 2, 3, 4, 4, 5]] * WORLD
 
 
+def test_a_dispatch_mode_counts_where_no_group_does(crew: Crew):
+    assert call(crew, "seen") == [3] * WORLD
+
+
 def test_other_backends_names_stand_for_the_rehearsed_one():
     names = ["hccl", "nccl", "cpu:gloo,cuda:nccl", "gloo"]
     with Crew(2) as crew:

@@ -151,6 +151,29 @@ def test_two_bad_ends_are_both_found(world: int, data: st.DataObject):
     assert set(blame.blamed(bad, pairs_of(world)).ranks) == ends
 
 
+def times_of(world: int, domain: int, slow: set[tuple[int, int]], draw: random.Random) -> dict[str, float]:
+    """Transfers that take 1 within a domain and 3 between domains, with noise, and 9 times that over slow pairs."""
+    times = {}
+    for a, b in itertools.permutations(range(world), 2):
+        usual = 1 if a // domain == b // domain else 3
+        times[f"{a}>{b}"] = usual * (9 if {(a, b), (b, a)} & slow else 1) * draw.uniform(1, 1.2)
+    return times
+
+
+@given(shape=st.sampled_from([(4, 2), (8, 4), (8, 2), (12, 4), (6, 3)]), draw=st.randoms(use_true_random=False))
+def test_links_between_nodes_are_a_tier_and_not_a_fault(shape: tuple[int, int], draw: random.Random):
+    world, domain = shape
+    assert blame.domain_size(times_of(world, domain, set(), draw), world, links.SLOW) == domain
+    assert blame.domain_size(times_of(world, world, set(), draw), world, links.SLOW) is None
+
+
+@given(world=st.integers(4, 9), end=st.integers(0, 3), draw=st.randoms(use_true_random=False))
+def test_a_bad_rank_or_link_is_not_taken_for_a_tier(world: int, end: int, draw: random.Random):
+    of_end = {pair for pair in pairs_of(world) if end in pair}
+    for slow in (of_end, {draw.choice(pairs_of(world))}):
+        assert blame.domain_size(times_of(world, world, slow, draw), world, links.SLOW) is None
+
+
 def seen(*origins: set[int], unnamed: int = 0) -> list[dict]:
     return [{"origins": sorted(one), "failed": bool(one), "unnamed": unnamed * bool(one)} for one in origins]
 
@@ -260,7 +283,7 @@ def test_the_matrix_as_a_person_reads_it(crew: Crew, tmp_path: Path):
     with console.capture() as capture:
         console.print(links.render_matrix(pairs))
     text = " ".join(capture.get().split())
-    assert "GB/s from row to column (measured) rank 0 1 2 3" in text and text.count(" - ") == 4
+    assert "GB/s from row to column (measured) rank 0 1 2 3" in text and text.split().count("-") == 4
     assert links.render_matrix(latency) is None
 
 
@@ -313,6 +336,8 @@ EXCHANGE, SET_UP, TOGETHER = (
         ("wrong-sum@rank=2,size=0.01", RESULTS, [2], "wrong on rank 2"),
         ("wrong-sum@rank=0", TOGETHER, [0], "wrong on rank 0"),
         ("nan@rank=3,operator=c10d::", RESULTS, [3], "nan"),
+        ("nan@rank=1", TOGETHER, [1], "product"),
+        ("dtype-swap@rank=2", TOGETHER, [2], "product"),
         ("flipped-bit@rank=1,operator=c10d::", RESULTS, [1], "wrong on rank 1"),
     ],
 )

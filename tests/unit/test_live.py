@@ -415,7 +415,7 @@ def examined(
     monkeypatch.setattr(software, "recipe_calls", lambda _recipe: few)
     monkeypatch.setattr(software, "edge_calls", lambda _grouped: [])
 
-    def run(*faults: str, stall_s: float = 20.0) -> tuple[list[Evidence], Path]:
+    def run(*faults: str, stall_s: float = 120.0) -> tuple[list[Evidence], Path]:
         recipe = chosen_recipe("pools.home.ranks=2")
         pool, folder = get_pool(recipe, "home"), tmp_path / "qualify" / "home"
         with Crew(2, faults=[parse_fault(text) for text in faults]) as crew:
@@ -453,7 +453,7 @@ def test_a_planted_fault_is_found_on_its_rank_and_kept_as_one_call(examined, fau
 
 
 def test_a_rank_that_dies_or_hangs_in_an_operator_is_a_finding(examined):
-    for fault, stall_s in (("crash@rank=1,step=3", 20.0), ("hang@rank=1,step=3", 2.0)):
+    for fault, stall_s in (("crash@rank=1,step=3", 120.0), ("hang@rank=1,step=3", 15.0)):
         (found,), root = examined(fault, stall_s=stall_s)
         assert found.outcome == "fail" and found.ranks == [1] and found.needed_for == "both", found
         assert (root / found.failure / "failure.json").is_file()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flow_recipe import RECIPE, SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isthmus.chips import get_chip
+from isthmus.chips.rehearse.faults import FAULT_KINDS, parse_fault
+from isthmus.launch.crew import Crew
+from isthmus.pools import get_pool
+from isthmus.probes import stability
+from isthmus.probes.contract import Setting
 from isthmus.probes.portable import known_answers, training
 from isthmus.probes.soak_judgement import problems_of, trends_of
+from isthmus.recipe import load_recipe
+from isthmus.records import Evidence
+from isthmus.run import RunFolder
 
 
 def alone(**changes: Any) -> SimpleNamespace:
@@ -120,7 +132,19 @@ def test_the_small_optimiser_is_torchs_adamw():
 
 def report(**changes: Any) -> dict[str, Any]:
     """What a rank that is well saw."""
-    lists = ("losses", "norms", "step_s", "cpu_s", "resident", "on_device", "wrong", "saves_s", "damaged", "damaged_by")
+    lists = (
+        "losses",
+        "norms",
+        "step_s",
+        "cpu_s",
+        "resident",
+        "on_device",
+        "wrong",
+        "pace",
+        "saves_s",
+        "damaged",
+        "damaged_by",
+    )
     well: dict[str, Any] = {name: [] for name in lists}
     well |= {"norms": [1.0, 1.3, 0.8, 1.1, 2.0], "stopped": None, "bad_here": False}
     return well | {"repeats": 2, "differing": 0, "differing_here": 0, "known": 4} | changes
@@ -145,10 +169,25 @@ def test_what_one_rank_saw_is_a_problem_of_that_rank(changes: dict[str, Any], wo
     assert words in problem.what and problem.ranks == ranks
 
 
+def test_what_has_spread_to_all_ranks_names_none():
+    (problem,) = problems_of([report(stopped=3, bad_here=True)] * 3)
+    assert problem.ranks == ()
+    (problem,) = problems_of([report(stopped=3, bad_here=True)])
+    assert problem.ranks == (0,)
+
+
 def test_a_norm_far_above_those_before_is_a_spike():
     assert problems_of([report(norms=[1.0, 1.2, 0.9, 9.0])]) == []
     (problem,) = problems_of([report(norms=[1.0, 1.2, 0.9, 12.0])])
     assert "at step 3" in problem.what
+
+
+def test_a_rank_that_becomes_slow_while_it_trains_is_found_and_one_that_was_disturbed_is_not():
+    disturbed = [1.0] * 8 + [9.0, 9.0, 1.1, 9.0]
+    for late, problems in ([2.5] * 4, 1), ([1.8] * 4, 0):
+        found = problems_of([report(pace=[1.0] * 8 + late), report(pace=disturbed), report(pace=[1.0] * 12)])
+        assert len(found) == problems and all(one.ranks == (0,) for one in found)
+    assert problems_of([report(pace=[9.0] * 6), report(pace=[1.0] * 6)]) == [], "too few rounds to judge"
 
 
 def series(kind: str, steps: int, chance: random.Random) -> list[float]:
@@ -200,3 +239,124 @@ def test_the_rank_that_differs_from_the_majority_is_named(monkeypatch: pytest.Mo
         ):
             monkeypatch.setattr(module.dist, "all_gather", gather(digests))
             assert module.odd_ranks(alone(world=len(digests)), digests[0]) == odd
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """This machine's processor as a pool of three ranks, in a run of the small recipe."""
+    path = tmp_path_factory.mktemp("stability") / "run"
+    small = (f"{key}={value}" for key, value in SMALL.items())
+    run = RunFolder.create(path, load_recipe(RECIPE, (*small, "pools.home.ranks=3")))
+    pool = get_pool(run.recipe, "home")
+    return Setting(run.recipe, pool, get_chip("cpu"), None, "cpu", path, path / "qualify" / "home", stall_s=20.0)
+
+
+def short_soak(crew: Crew, setting: Setting) -> list[Evidence]:
+    return stability.soak(crew, setting, seconds=0.0, round_steps=2)
+
+
+def look(setting: Setting, probe: Callable[[Crew, Setting], list[Evidence]], *faults: str, world: int = 3) -> Evidence:
+    """What a probe finds on a few ranks with planted faults."""
+    with Crew(world, faults=[parse_fault(fault) for fault in faults], preload=stability.PRELOAD) as crew:
+        (found,) = probe(crew, setting)
+    assert found.aspect == "stability"
+    return found
+
+
+def test_ranks_that_are_well_pass_all_probes(setting: Setting):
+    with Crew(2, preload=stability.PRELOAD) as crew:
+        found = [item for probe in stability.stability_probes(0.0) for item in probe.run(crew, setting)]
+    assert [item.outcome for item in found] == ["pass"] * 6, [item.detail for item in found]
+    assert all("could have stayed unseen" in item.detail for item in found if item.name != "stragglers")
+    figures = {name: figure for item in found for name, figure in item.figures.items()}
+    wanted = {"failure_rate_per_chip_hour", "soaked_chip_hours", "chip_hours_to_show_target", "straggler_ratio"}
+    assert wanted | {"cold_start_s", "mtbf_h", "checkpoint_interval_s"} <= figures.keys()
+    assert figures["cold_start_s"].kind == "measured" and figures["failure_rate_per_chip_hour"].kind == "declared"
+    soaked = figures["soaked_chip_hours"].value
+    assert figures["unseen_rate_per_chip_hour"].value == pytest.approx(3.0 / soaked, rel=0.01)
+    assert not list(setting.folder.glob("soak*")), "a soak leaves its saves"
+
+
+@pytest.mark.parametrize("error", ["small-error@rank=1,size=1e-6", "flipped-bit@rank=1,size=0", "nan@rank=1"])
+def test_a_rank_that_computes_wrongly_is_named_by_known_answers(setting: Setting, error: str):
+    found = look(setting, stability.known_answers, f"{error},rate=0.5,seed=4")
+    assert found.outcome == "fail" and found.ranks == [1] and [one.excluded for one in found.limits] == [["1"]]
+    case = json.loads((setting.root / str(found.failure) / "failure.json").read_text())
+    assert case["function"] == stability.KNOWN_ANSWERS and case["planted"] and case["arguments"]["size"] == 128
+
+
+def test_errors_too_small_for_a_checksum_are_seen_between_equal_ranks(setting: Setting):
+    found = look(setting, stability.checksums, "small-error@rank=2,size=1e-6")
+    assert found.outcome == "fail" and found.ranks == [2] and "differ from those of the other ranks" in found.detail
+
+
+def test_a_rank_that_always_errs_alike_differs_from_the_majority(setting: Setting):
+    found = look(setting, stability.same_result, "dtype-swap@rank=0")
+    assert found.outcome == "fail" and found.ranks == [0] and "other ranks" in found.detail
+
+
+def test_a_slow_rank_is_named_and_a_rank_that_was_slow_once_is_not(setting: Setting):
+    found = look(setting, stability.stragglers, "slow-rank@rank=1,size=2")
+    assert found.outcome == "fail" and found.ranks == [1] and found.figures["straggler_ratio"].value > 1.4
+    assert found.failure is not None
+    assert look(setting, stability.stragglers, "slow-rank@rank=1,step=7").outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("crash@rank=2,step=3", "rank 2 crashed"), ("out-of-memory@rank=2,step=3", "rank 2 raised: OutOfMemoryError")],
+)
+def test_a_rank_that_does_not_answer_is_named_and_its_case_is_kept(setting: Setting, fault: str, words: str):
+    found = look(setting, stability.same_result, fault)
+    assert found.outcome == "fail" and found.detail.startswith(words) and found.ranks == [2]
+    assert (setting.root / str(found.failure) / "failure.json").is_file()
+
+
+def test_a_number_that_is_not_finite_ends_the_soak_and_its_rank_is_named(setting: Setting):
+    found = look(setting, short_soak, "nan@rank=1,step=3", world=2)
+    assert found.outcome == "fail" and "not finite at step 3" in found.detail and found.ranks == [1]
+    assert found.figures["failure_rate_per_chip_hour"].value > 2e-4, "a failure does not raise the rate"
+
+
+def test_a_step_that_cannot_be_repeated_and_a_save_that_is_damaged_are_found(setting: Setting):
+    found = look(setting, short_soak, "small-error@rank=0,step=3", "corrupted-save@rank=1", world=2)
+    assert found.outcome == "fail" and "steps gave two results" in found.detail and found.ranks == [0, 1]
+    assert "a save is damaged on rank 1" in found.detail and "does not match its hash" in found.detail
+
+
+def test_a_hang_in_real_steps_names_the_rank_that_lags(setting: Setting):
+    short = Setting(**{**vars(setting), "stall_s": 8.0})
+    found = look(short, short_soak, "hang@rank=1,step=1", world=2)
+    assert found.outcome == "fail" and found.ranks == [1] and "hung in soak step, step 1" in found.detail
+
+
+def test_ranks_that_do_not_come_up_fail_the_cold_starts(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    with Crew(2) as crew:
+        monkeypatch.setattr(crew, "connect_timeout_s", -1.0)
+        (found,) = stability.cold_starts(crew, setting)
+    assert found.outcome == "fail" and "cold start 1 of 3" in found.name
+
+
+def test_growth_counts_where_a_second_look_confirms_it(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    leak, flat = (series(kind, 90, random.Random(5)) for kind in ("leak", "flat"))
+    looks = [[leak, flat], [leak, leak], [flat, leak]]
+
+    def soaked(memory: list[list[float]]) -> SimpleNamespace:
+        seen = [report(resident=one, losses=[2.0, 1.0], cpu_s=[0.1] * 90) for one in memory]
+        return SimpleNamespace(ok=True, values=seen, seconds=3.0, replies=seen)
+
+    def found(*order: int) -> Evidence:
+        replies = iter(soaked(looks[index]) for index in order)
+        monkeypatch.setattr(stability, "_soak", lambda *_: next(replies))
+        crew = SimpleNamespace(device="cpu", world=2, call=lambda *_, **__: SimpleNamespace(ok=True))
+        return stability.soak(crew, setting)[0]  # pyright: ignore[reportArgumentType]
+
+    assert found(0, 1).outcome == "fail" and found(0, 1).ranks == [0] and "memory" in found(0, 1).detail
+    again = found(0, 2)
+    assert again.outcome == "pass" and again.figures["memory_slope"].high > 0
+
+
+def test_what_the_probes_say_they_find_are_kinds_of_faults_and_prices_are_known(setting: Setting):
+    for probe in stability.PROBES:
+        assert set(probe.finds) <= set(FAULT_KINDS) and probe.price(setting) > 0
+    assert sum(probe.price(setting) for probe in stability.PROBES) <= 30

@@ -27,4 +27,4 @@ def detect() -> Presence:
     return devices_of(torch.cuda, "AMD", "cuda", _NAMES)
 
 
-VENDOR = Vendor("AMD", device="cuda", chips=chips, detect=detect)
+VENDOR = Vendor("AMD", device="cuda", chips=chips, detect=detect, rehearsal="amd")

@@ -52,4 +52,4 @@ def detect() -> Presence:
     return devices_of(torch.cuda, "NVIDIA", "cuda", _NAMES, mine=r"^(NVIDIA|Tesla|GeForce|Quadro)")
 
 
-VENDOR = Vendor("NVIDIA", device="cuda", chips=chips, detect=detect)
+VENDOR = Vendor("NVIDIA", device="cuda", chips=chips, detect=detect, rehearsal="nvidia")

@@ -94,6 +94,8 @@ class Crew:
     what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
     until each rank had its communicator; `failed_calls` counts calls in which a rank did not answer. `places` are where
     the ranks live, children of this process if absent; ranks on other machines reach `host`, which is this one.
+    `preload` names modules that the work needs: on the CPU they are loaded once, for the ranks of all crews, if this is
+    the first crew of the process.
     Raises IsthmusError for a fault that cannot be made to happen.
     """
 
@@ -103,6 +105,7 @@ class Crew:
     chip: str | None = None
     faults: Sequence[Fault] = ()
     connect_timeout_s: float = 120.0
+    preload: Sequence[str] = ()
     starts: list[list[float]] = field(default_factory=list)
     failed_calls: int = 0
     places: Sequence[Place] = ()
@@ -139,6 +142,7 @@ class Crew:
                     connect_timeout_s=self.connect_timeout_s,
                     host=self.host,
                     port=self._store.port,
+                    preload=tuple(self.preload),
                 )
             )
         called = self._collect(max(START_DEADLINE_S, self.connect_timeout_s + GRACE_S), None, None)

@@ -42,6 +42,7 @@ class RankSetup:
     connect_timeout_s: float
     host: str
     port: int
+    preload: tuple[str, ...] = ()
     beats: str = ""
     log: str = ""
 

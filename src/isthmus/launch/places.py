@@ -71,7 +71,7 @@ class LocalPlace:
     def start(self, setup: RankSetup) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="isthmus-rank-"))
         create_beats(self._folder / "beats", 1)
-        context = _context(setup.device)
+        context = _context(setup.device, setup.preload)
         self.connection, theirs = context.Pipe()
         here = replace(setup, beats=str(self._folder / "beats"), log=str(self._folder / "log"))
         process: BaseProcess = context.Process(target=serve, args=(here, theirs), daemon=True)
@@ -136,12 +136,12 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _context(device: str) -> Any:
-    """CPU ranks are forked from a process that has loaded torch and nothing else; an accelerator's start anew."""
+def _context(device: str, preload: tuple[str, ...]) -> Any:
+    """CPU ranks are forked from a process that has loaded torch and `preload`; an accelerator's start anew."""
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["isthmus.launch.crew_rank"])
+    context.set_forkserver_preload(["isthmus.launch.crew_rank", *preload])
     return context
 
 
@@ -156,7 +156,7 @@ class RemotePlace:
         self._orders = self._answers = 0
 
     def start(self, setup: RankSetup) -> None:
-        fields = {**asdict(setup), "faults": [str(fault) for fault in setup.faults]}
+        fields = {**asdict(setup), "faults": [str(fault) for fault in setup.faults], "preload": list(setup.preload)}
         self._order({"do": "start", "setup": fields})
 
     def ask(self, function: str, arguments: dict[str, Any]) -> None:
@@ -229,8 +229,7 @@ class Attendant:
             self._store.set(f"ended/{self._rank}/{number}", str(self._answers))
             return
         if order["do"] == "start":
-            fields = order["setup"]
-            self._place.start(RankSetup(**{**fields, "faults": tuple(map(parse_fault, fields["faults"]))}))
+            self._place.start(_setup(order["setup"]))
         else:
             self._place.ask(order["function"], order["arguments"])
         self._waiting = True
@@ -248,6 +247,11 @@ class Attendant:
 
     def _tell_beat(self) -> None:
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._place.beat())))
+
+
+def _setup(fields: dict[str, Any]) -> RankSetup:
+    faults, preload = tuple(map(parse_fault, fields["faults"])), tuple(fields["preload"])
+    return RankSetup(**{**fields, "faults": faults, "preload": preload})
 
 
 @contextlib.contextmanager

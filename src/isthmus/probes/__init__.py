@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 LIVE: tuple[str, ...] = ("software", "links", "stability")
 """The modules of live probes, in the order in which they run."""
+PRELOAD = tuple(
+    f"isthmus.probes.{name}"
+    for name in ("soak_rank", "portable.collectives", "portable.known_answers", "portable.operators", "portable.traps")
+)
+"""What their ranks load."""
 
 
 def live_probes() -> list[Probe]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from isthmus.launch.crew import Called
+from isthmus.probes.portable.collectives import within
 
 Pair = tuple[int, int]
 MOST_TEXT = 160
+NEARLY_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,23 @@ def blamed(bad: Iterable[Pair], tested: Iterable[Pair]) -> Blame:
         worst = max(ends, key=lambda rank: (count[rank] / of[rank], count[rank]))
         ranks.append(worst)
         left = {pair for pair in left if worst not in pair}
+
+
+def domain_size(fastest: dict[str, float], world: int, slow: float) -> int | None:
+    """How many neighbouring ranks share faster links, as in a node; None if all links are of one kind.
+
+    `fastest` has the seconds of each link "a>b". A link is between domains where nearly all such links take longer than
+    links within do, at a share `slow` of their pace: a bad rank or a few bad links do not look like that.
+    """
+    sizes = []
+    for size in range(2, world // 2 + 1):
+        if world % size:
+            continue
+        inner = statistics.median(seconds for link, seconds in fastest.items() if within(link, size))
+        outer = [seconds for link, seconds in fastest.items() if not within(link, size)]
+        if sum(seconds > inner / slow for seconds in outer) >= NEARLY_ALL * len(outer):
+            sizes.append((statistics.median(outer) / inner, size))
+    return max(sizes)[1] if sizes else None
 
 
 def blame_of_wrong(*findings: list[dict[str, Any]]) -> Blame:

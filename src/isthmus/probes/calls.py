@@ -26,7 +26,7 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs, train_step
 
 Call = dict[str, Any]
-MOST_NUMBERS = 1 << 13
+MOST_NUMBERS = 1 << 12
 """Numbers in all tensors of a call that is preferred: larger ones are kept only where no smaller one is alike."""
 LONGEST_LIST = 4
 KINDS, KINDS_OF_VIEWS = 8, 3

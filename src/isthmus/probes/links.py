@@ -16,10 +16,20 @@ from typing import Any
 from rich.table import Table
 
 from isthmus.launch.crew import Called, Crew
-from isthmus.probes.blame import Blame, Pair, blame_of_wrong, blamed, laggard, pair_of, stuck_pairs, summed_up
+from isthmus.probes.blame import (
+    Blame,
+    Pair,
+    blame_of_wrong,
+    blamed,
+    domain_size,
+    laggard,
+    pair_of,
+    stuck_pairs,
+    summed_up,
+)
 from isthmus.probes.contract import Probe, Setting
-from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament
-from isthmus.probes.shapes import Shape, exchange_numel, shapes_of
+from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament, within
+from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, shapes_of
 from isthmus.recipe import DeepseekSection
 from isthmus.records import Evidence, Limit, Outcome
 from isthmus.run import Figure
@@ -88,27 +98,37 @@ def look_at_pairs(crew: Crew, setting: Setting) -> list[Evidence]:
     if (bad := _bad_call(crew, setting, called, name, "pairs", arguments)) is not None:
         return [bad]
     seconds, latency = _merged(called, "seconds"), _merged(called, "latency_s")
-    figures, slow = _pace(setting, seconds, effort.pair_bytes), _slow_links(crew, setting, seconds)
+    domain = domain_size({link: min(times) for link, times in seconds.items()}, crew.world, SLOW) or crew.world
+    figures, slow = _pace(setting, seconds, effort.pair_bytes, domain), _slow_links(crew, setting, seconds, domain)
     if isinstance(slow, Evidence):
         return [slow, _latency(setting, latency)]
-    summary = f"{len(seconds)} directed links, slowest {figures['p2p_slowest_gbs'].value:.3g} GB/s, "
-    summary += f"median {figures['p2p_median_gbs'].value:.3g} GB/s"
-    samples = sum(map(len, seconds.values()))
-    if not slow:
-        return [_evidence(name, "pass", summary, samples, figures), _latency(setting, latency)]
-    return [_slow_evidence(crew, setting, name, summary, samples, figures, slow), _latency(setting, latency)]
+    summary = f"{len(seconds)} directed links"
+    for tier, prefix in (("within" if domain < crew.world else "", "p2p"), ("between", "p2p_between")):
+        if f"{prefix}_slowest_gbs" in figures:
+            pace = [figures[f"{prefix}_{which}_gbs"].value for which in ("slowest", "median")]
+            where = f" {tier} domains of {domain}" if tier else ""
+            summary += f", slowest{where} {pace[0]:.3g} GB/s, median {pace[1]:.3g} GB/s"
+    if slow:
+        found = _slow_evidence(crew, setting, summary, figures, slow, domain)
+    else:
+        found = _evidence("pairs of ranks", "pass", summary, sum(map(len, seconds.values())), figures)
+    return [found, _latency(setting, latency)]
 
 
-def _pace(setting: Setting, seconds: dict[str, list[float]], bytes: int) -> dict[str, Figure]:
-    """GB/s from the median transfer of each directed link."""
+def _pace(setting: Setting, seconds: dict[str, list[float]], bytes: int, domain: int) -> dict[str, Figure]:
+    """GB/s from the median transfer of each directed link; links between domains, if there are any, by themselves."""
     pace = {link: bytes / statistics.median(times) / 1e9 for link, times in seconds.items()}
     source = f"transfers of {bytes} bytes between two ranks, answer included, by the sender's clock"
-    figures = {
-        "p2p_slowest_gbs": setting.measured(min(pace.values()), "GB/s", f"slowest of {len(pace)} links; {source}"),
-        "p2p_median_gbs": setting.measured(
-            statistics.median(pace.values()), "GB/s", f"median of {len(pace)} links; {source}"
-        ),
-    }
+    figures: dict[str, Figure] = {}
+    for prefix, same in (("p2p", True), ("p2p_between", False)):
+        tier = [value for link, value in pace.items() if within(link, domain) == same]
+        if tier:
+            figures[f"{prefix}_slowest_gbs"] = setting.measured(
+                min(tier), "GB/s", f"slowest of {len(tier)} links; {source}"
+            )
+            figures[f"{prefix}_median_gbs"] = setting.measured(
+                statistics.median(tier), "GB/s", f"median of {len(tier)} links; {source}"
+            )
     if len({end for link in pace for end in link.split(">")}) <= MATRIX_RANKS:
         for link, value in pace.items():
             figures[f"p2p_{link.replace('>', '_')}_gbs"] = setting.measured(value, "GB/s", f"link {link}; {source}")
@@ -127,21 +147,25 @@ def _latency(setting: Setting, latency: dict[str, list[float]]) -> Evidence:
     return _evidence("latency", "pass", f"8 KB: p50 {p50:.3g} us, p99 {p99:.3g} us", len(trips), figures)
 
 
-def _slow_links(crew: Crew, setting: Setting, seconds: dict[str, list[float]]) -> dict[str, float] | Evidence:
+def _slow_links(
+    crew: Crew, setting: Setting, seconds: dict[str, list[float]], domain: int
+) -> dict[str, float] | Evidence:
     """The directed links that stay slow when they are measured again, with their pace as a share of a good link's.
 
-    A first look gives suspects and good links. Each retest measures the suspects that are left in turn with good links,
-    one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the lower quartile of the
-    good link beside it: noise makes transfers slow, never fast, so it can clear a link but not convict one.
+    A first look gives suspects and good links, among those of one tier. Each retest measures the suspects that are left
+    in turn with good links, one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the
+    lower quartile of the good link beside it: noise makes transfers slow, never fast, so it can clear a link but not
+    convict one.
     """
     fastest = {link: min(times) for link, times in seconds.items()}
-    usual = reference(fastest)
-    suspects = _worst({link: value for link, value in fastest.items() if value > usual / SLOW})
+    tiers = [{link for link in fastest if within(link, domain) == same} for same in (True, False)]
+    usual = {link: reference({one: fastest[one] for one in tier}) for tier in tiers for link in tier}
+    suspects = _worst({link: value / usual[link] for link, value in fastest.items() if value > usual[link] / SLOW})
     good = [link for link in sorted(fastest, key=fastest.__getitem__) if link not in suspects]
     best = dict.fromkeys(suspects, math.inf)
     share: dict[str, float] = {}
     for retest in range(RETESTS):
-        partners = {link: partner for link in suspects if (partner := _partner(link, good, retest)) is not None}
+        partners = {link: partner for link in suspects if (partner := _partner(link, good, domain, retest)) is not None}
         if not partners:
             return {}
         arguments = _retest_arguments(setting, partners, retest)
@@ -188,23 +212,18 @@ def _ends(link: str) -> Pair:
     return pair_of(*map(int, link.split(">")))
 
 
-def _partner(link: str, good: list[str], turn: int) -> str | None:
-    """A good link to compare with, another at each turn; one that shares no end with the suspect if there is any."""
-    others = [other for other in good if _ends(other) != _ends(link)]
+def _partner(link: str, good: list[str], domain: int, turn: int) -> str | None:
+    """A good link of the same tier to compare with, another at each turn; one without a common end if there is any."""
+    others = [one for one in good if _ends(one) != _ends(link) and within(one, domain) == within(link, domain)]
     apart = [other for other in others if not {*_ends(other)} & {*_ends(link)}]
     choice = apart or others
     return choice[turn % len(choice)] if choice else None
 
 
 def _slow_evidence(
-    crew: Crew,
-    setting: Setting,
-    name: str,
-    summary: str,
-    samples: int,
-    figures: dict[str, Figure],
-    slow: dict[str, float],
+    crew: Crew, setting: Setting, summary: str, figures: dict[str, Figure], slow: dict[str, float], domain: int
 ) -> Evidence:
+    name = "pairs of ranks"
     pairs = {_ends(link) for link in slow}
     everyone = [pair for chosen in tournament(crew.world) for pair in chosen]
     blame = blamed(pairs, everyone)
@@ -215,11 +234,13 @@ def _slow_evidence(
         "repeats": TRANSFERS,
         "latency_repeats": 0,
         "alone": True,
+        "domain": domain,
         "slower_than": 1 / SLOW,
     }
     called = _call(crew, setting, "pairs", arguments)
     expected = f"every link at {SLOW:.0%} of the pace of the others or more"
     failure = _keep(crew, setting, called, name, f"slow: {blame}", "pairs", arguments, expected, listed)
+    samples = RETESTS * TURNS * TRANSFERS * len(slow)
     return _evidence(name, "fail", detail, samples, figures, _without(crew, blame, "slow"), blame.everyone, failure)
 
 
@@ -228,9 +249,10 @@ def _slow_evidence(
 
 def look_at_results(crew: Crew, setting: Setting) -> list[Evidence]:
     """Every kind of collective with several fills, in the dtypes that training sends; results compared exactly."""
-    name, checked, wrong = "results of collectives", 0, dict[str, list[dict[str, Any]]]()
-    failure = None
-    for collective, dtype, reduction in _checks(setting, crew.world):
+    name, checked = "results of collectives", 0
+    wrong: dict[str, list[dict[str, Any]]] = {}
+    failure: str | None = None
+    for collective, dtype, reduction in _checks():
         arguments: dict[str, Any] = {
             "collective": collective,
             "dtype": dtype,
@@ -241,25 +263,30 @@ def look_at_results(crew: Crew, setting: Setting) -> list[Evidence]:
         }
         called = _call(crew, setting, "verified", arguments)
         if not called.ok:
-            return [_broken(crew, setting, called, name, "verified", arguments)]
+            before = [_wrong_results(crew, name, wrong, checked, failure)] if wrong else []
+            return [*before, _broken(crew, setting, called, name, "verified", arguments)]
         checked += sum(value["checked"] for value in called.values)
         if any(value["failed"] for value in called.values):
             wrong[f"{collective} of {dtype}"] = called.values
-            if failure is None:
-                failure = _keep_wrong(crew, setting, called, name, "verified", arguments)
-    if not wrong:
-        detail = f"{checked} elements of {len(_checks(setting, crew.world))} kinds of collectives, all exact"
-        return [_evidence(name, "pass", detail, checked)]
+            failure = failure or _keep_wrong(crew, setting, called, name, "verified", arguments)
+    if wrong:
+        return [_wrong_results(crew, name, wrong, checked, failure)]
+    return [_evidence(name, "pass", f"{checked} elements of {len(_checks())} kinds of collectives, all exact", checked)]
+
+
+def _wrong_results(
+    crew: Crew, name: str, wrong: dict[str, list[dict[str, Any]]], checked: int, failure: str | None
+) -> Evidence:
     blame = blame_of_wrong(*wrong.values())
     detail = _wrong_detail(next(iter(wrong.values()))) + f"; wrong: {', '.join(wrong)}"
     limits = _without(crew, blame, "wrong results")
     if not limits and all(kind.startswith("all_to_all") for kind in wrong):
         limits = [_experts(1, "the results of an all-to-all are wrong")]
     detail += f"; at fault: {blame}" if blame else ""
-    return [_evidence(name, "fail", detail, checked, {}, limits, blame.everyone, failure)]
+    return _evidence(name, "fail", detail, checked, {}, limits, blame.everyone, failure)
 
 
-def _checks(setting: Setting, world: int) -> list[tuple[str, str, str]]:
+def _checks() -> list[tuple[str, str, str]]:
     """(collective, dtype, reduction): sums and moves in fp32 and bf16, counts of tokens in int64."""
     kinds = ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "send_recv", "all_to_all", "all_to_all_uneven"]
     floats = [(kind, dtype, "sum") for kind in kinds for dtype in ("float32", "bfloat16")]
@@ -342,11 +369,9 @@ def group_sizes(setting: Setting, world: int) -> list[int]:
 
 def exchange_shape(setting: Setting, world: int, ranks: int) -> Shape:
     """What a rank sends when `ranks` share the experts, cut to what this pool can send in the time there is."""
-    like = next(shape for shape in shapes_of(setting.recipe, world, setting.device) if shape.collective == "all_gather")
-    shape = Shape("tokens to experts and back", "all_to_all", like.dtype, exchange_numel(setting.recipe, world), ranks)
-    most = effort_of(setting).most_bytes
-    numel = min(shape.numel, most * shape.numel // shape.bytes)
-    return Shape(shape.name, shape.collective, shape.dtype, max(ranks, numel - numel % ranks), ranks)
+    dtype = compute_dtype(setting.recipe, setting.device)
+    shape = Shape("tokens to experts and back", "all_to_all", dtype, exchange_numel(setting.recipe, world), ranks)
+    return capped(shape, effort_of(setting).most_bytes)
 
 
 def _fastest(called: Called) -> float:
@@ -598,7 +623,7 @@ PROBES: tuple[Probe, ...] = (
         name="pairs of ranks",
         aspect="links",
         needed_for="training",
-        finds=("slow-link", "link-cut", "hang", "crash", "nan"),
+        finds=("slow-link", "link-cut", "hang", "crash"),
         price=_price(lambda ranks: 2.0 * ranks),
         run=look_at_pairs,
         min_ranks=2,
@@ -643,7 +668,7 @@ PROBES: tuple[Probe, ...] = (
         name="collectives at the same time",
         aspect="links",
         needed_for="training",
-        finds=("wrong-sum", "nan", "hang", "crash"),
+        finds=("wrong-sum", "nan", "flipped-bit", "small-error", "dtype-swap", "link-cut", "hang", "crash"),
         price=_price(lambda ranks: 5.0),
         run=look_at_concurrency,
         min_ranks=2,

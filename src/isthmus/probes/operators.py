@@ -95,16 +95,16 @@ def coverage(trace: Trace, profile: Profile) -> Coverage:
         calls={status: sum(trace.calls[name] for name in names) for status, names in by_status.items()},
         cautions={name: row.cautions for name, row in known.items() if row.cautions},
         untested=tuple(untested),
-        refused_dtypes=_ruled_dtypes(trace, profile, "refuse"),
+        refused_dtypes=_ruled_dtypes(trace, profile, "refuse", "substitute"),
         weak_dtypes=_ruled_dtypes(trace, profile, "caution"),
         source=f"the operator table of {profile.chip} ({profile.version})",
     )
 
 
-def _ruled_dtypes(trace: Trace, profile: Profile, action: str) -> dict[str, tuple[str, ...]]:
+def _ruled_dtypes(trace: Trace, profile: Profile, *actions: str) -> dict[str, tuple[str, ...]]:
     ruled = {
         dtype: tuple(sorted(name for name, seen in trace.dtypes.items() if dtype in seen))
         for dtype, rule in profile.dtypes.items()
-        if rule.action == action
+        if rule.action in actions
     }
     return {dtype: names for dtype, names in ruled.items() if names}

@@ -54,8 +54,7 @@ def rates(found: Findings, work: Workload) -> None:
         host = host_device_gbs(device, mebibytes, section.repeats)
         figures["host_device_gbs"] = found.median(host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip")
     found.figures.update(figures)
-    sizes = dict.fromkeys(("matmul_tflops", "matmul_bf16_tflops"), float(size))
-    sizes |= dict.fromkeys(("memory_gbs", "host_device_gbs"), float(mebibytes))
+    sizes = {name: float(mebibytes if name.endswith("_gbs") else size) for name in figures}
     _held_against_thresholds(found, figures, sizes)
 
 

@@ -64,7 +64,7 @@ def shapes_of(recipe: Recipe, world: int, device: str, most_bytes: int | None = 
     train = recipe.train
     fits = world % (train.replicate * train.expert) == 0
     replicate, expert = (train.replicate, train.expert) if fits else (1, 1)
-    shard, compute = world // replicate, _compute_dtype(recipe, device)
+    shard, compute = world // replicate, compute_dtype(recipe, device)
     units, found = _units(recipe, expert), list[Shape]()
     for (unit, parameters, spread), times in units.items():
         ranks, stride = (shard // expert, expert) if spread else (shard, 1)
@@ -83,7 +83,7 @@ def shapes_of(recipe: Recipe, world: int, device: str, most_bytes: int | None = 
         found.append(Shape("tokens to experts and back", "all_to_all", compute, numel, expert, 1, 4 * sparse))
     weights = sum(parameters * times * (expert if spread else 1) for (_, parameters, spread), times in units.items())
     found.append(Shape("weights of a crossing", "broadcast", "bfloat16", weights, world))
-    return sorted((_capped(shape, most_bytes) for shape in found), key=lambda shape: -(shape.asked or shape.numel))
+    return sorted((capped(shape, most_bytes) for shape in found), key=lambda shape: -(shape.asked or shape.numel))
 
 
 def tokens_per_rank(recipe: Recipe, world: int) -> int:
@@ -118,12 +118,13 @@ def _units(recipe: Recipe, expert: int) -> Counter[tuple[str, int, bool]]:
     return units
 
 
-def _compute_dtype(recipe: Recipe, device: str) -> str:
+def compute_dtype(recipe: Recipe, device: str) -> str:
+    """What forward and backward compute in, and so what is gathered and exchanged."""
     precision = recipe.train.precision or ("fp32" if device == "cpu" else "bf16")
     return {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
 
-def _capped(shape: Shape, most_bytes: int | None) -> Shape:
+def capped(shape: Shape, most_bytes: int | None) -> Shape:
     """Cut to `most_bytes`, and to a multiple of its ranks, of which each then has one element at least."""
     most = shape.numel if most_bytes is None else most_bytes // ELEMENT[shape.dtype]
     numel = max(shape.ranks, min(shape.numel, most) // shape.ranks * shape.ranks)

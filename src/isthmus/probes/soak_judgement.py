@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from isthmus.probes.statistics import Slope, theil_sen
 
 SPIKE_AFTER = 3
 """Steps whose norms make the running mean before another is compared with it."""
+LEAST_ROUNDS = 12
 LEAST_SAMPLES = 24
 MOST_SAMPLES = 240
 TREND_CONFIDENCE = 0.999
@@ -19,7 +20,7 @@ HORIZON = 10.0
 """A trend is followed for at most so many times the steps in which it was seen."""
 MATERIAL = 0.25
 """Growth within the horizon, as a share of the median, that matters."""
-STEADY = 0.5
+STEADY = 0.75
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Trend:
 
 def problems_of(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     """What the ranks' reports, in the form of `soak_rank.Seen`, show to be wrong. Trends are judged by `trends_of`."""
-    return [*_numbers(seen), *_repeats(seen), *_saves(seen)]
+    return [*_numbers(seen), *_repeats(seen), *_saves(seen), *_stragglers(seen)]
 
 
 def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     found = []
     if any(one["stopped"] is not None for one in seen):
         step = next(one["stopped"] for one in seen if one["stopped"] is not None)
-        ranks = tuple(rank for rank, one in enumerate(seen) if one["bad_here"])
+        ranks = _some((rank for rank, one in enumerate(seen) if one["bad_here"]), len(seen))
         where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
         found.append(Problem(f"a loss or a gradient is not finite at step {step}{where}", ranks))
     if spike := _spike(seen[0]["norms"]):
@@ -59,6 +60,12 @@ def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
         first = next(iter(wrong.values()))[0]
         found.append(Problem(f"known answers on rank {_joined(tuple(wrong))} are wrong: {first}", tuple(wrong)))
     return found
+
+
+def _some(ranks: Iterable[int], world: int) -> tuple[int, ...]:
+    """Ranks, or none of several if it is all of them: then it spread before it was seen, and says nothing."""
+    found = tuple(ranks)
+    return () if 1 < world == len(found) else found
 
 
 def _spike(norms: Sequence[float]) -> str | None:
@@ -76,7 +83,7 @@ def _repeats(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     differing = max(one["differing"] for one in seen)
     if not differing:
         return []
-    ranks = tuple(rank for rank, one in enumerate(seen) if one["differing_here"])
+    ranks = _some((rank for rank, one in enumerate(seen) if one["differing_here"]), len(seen))
     where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
     what = f"{differing} of {seen[0]['repeats']} steps gave two results, bit by bit, when they were repeated{where}"
     return [Problem(what, ranks)]
@@ -89,6 +96,20 @@ def _saves(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     ranks = tuple(sorted({rank for one in seen for rank in one["damaged_by"]}))
     where = f" on rank {_joined(ranks)}" if ranks else ""
     return [Problem(f"a save is damaged{where}: {damaged[0]}", ranks)]
+
+
+def _stragglers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
+    """Ranks that in the last third of the rounds were never nearly as fast as their peers."""
+    rule, rounds = stability_rule("straggler-in-soak"), len(seen[0]["pace"])
+    if len(seen) < 2 or rounds < LEAST_ROUNDS:
+        return []
+    best = [min(one["pace"][-(rounds // 3) :]) for one in seen]
+    ratios = [own / statistics.median(best[:rank] + best[rank + 1 :]) for rank, own in enumerate(best)]
+    slow = tuple(rank for rank, ratio in enumerate(ratios) if ratio > rule.value)
+    if not slow:
+        return []
+    what = f"rank {_joined(slow)} became {max(ratios):.3g} times as slow as its peers; {rule.value:g} is the limit"
+    return [Problem(f"{what} ({rule.source})", slow)]
 
 
 def trends_of(values: Sequence[Sequence[float]]) -> list[Trend]:

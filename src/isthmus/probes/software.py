@@ -225,7 +225,17 @@ class _Keeper:
         return self.kept[findings[0].call]
 
     def _write(self, finding: _Finding) -> str:
-        alone = {**self.arguments, "calls": [self.arguments["calls"][finding.call]], "dtypes": [finding.dtype]}
+        trusted = self.arguments["trusted"]
+        if trusted is not None:
+            trusted = {
+                key: one for key, one in trusted.items() if key.startswith(f"{finding.operator} {finding.dtype} ")
+            }
+        alone = {
+            **self.arguments,
+            "calls": [self.arguments["calls"][finding.call]],
+            "dtypes": [finding.dtype],
+            "trusted": trusted,
+        }
         self.crew.stop()
         again = self.crew.call(OPERATORS, alone, deadline_s=DEADLINE_S, stall_s=self.setting.stall_s)
         fails = not again.ok or any(value["failed"] for value in again.values)

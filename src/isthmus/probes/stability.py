@@ -5,6 +5,7 @@ Nothing that is found here proves a pool reliable. Each passing finding says wha
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ STEPS = "isthmus.probes.portable.training:steps"
 PACE = "isthmus.probes.portable.training:pace"
 SOAK = "isthmus.probes.soak_rank:soak"
 READY = "isthmus.probes.soak_rank:ready"
+PRELOAD = ("isthmus.probes.soak_rank", "torch._dynamo")
+"""What a crew loads once for all ranks; the optimiser of torch wants the second at its first step."""
 
 DEADLINE_S = 300.0
 READY_S = 120.0
@@ -191,16 +194,14 @@ def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
 
 
 def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Called:
-    arguments = {
-        "run": str(setting.root),
-        "folder": str(setting.folder / "soak"),
-        "seconds": seconds,
-        "round_steps": round_steps,
-    }
+    folder = setting.folder / "soak"
+    arguments = {"run": str(setting.root), "folder": str(folder), "seconds": seconds, "round_steps": round_steps}
     storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
     patience = setting.stall_s + storage_s
     deadline = 4.0 * seconds + DEADLINE_S + 4.0 * storage_s
-    return crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
+    called = crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
+    shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
+    return called
 
 
 def _chip_hours(setting: Setting, called: Called) -> float:
@@ -330,9 +331,10 @@ def _keep(
 
 
 def _broken(name: str, called: Called, needed_for: Use, keep: Callable[[], str] | None) -> Evidence:
-    """A call that not all ranks answered."""
+    """A call that not all ranks answered. What the ranks at fault did is said, and not what became of the others."""
     ranks = called.culprits()
-    return _finding(name, needed_for, "fail", called.describe(), ranks=ranks, keep=keep)
+    at_fault = Called([reply for reply in called.replies if reply.rank in ranks], called.seconds)
+    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep)
 
 
 def _finding(

@@ -1,7 +1,8 @@
 """Rehearsal: the rules of a chip that is not here, enforced on the CPU.
 
-Each folder here is one family of chips: tables of its operators, dtypes and collectives, every row with a source and a
-standing (documented, read in code, assumed). A rehearsal finds out what would break; it never speaks for the vendor.
+Each folder with tables is one family of chips: its operators, dtypes, collectives, links, failure rates and numerics,
+every row with a source and a standing (documented, read in code, assumed). A rehearsal finds out what would break; it
+never speaks for the vendor.
 Loading this package does not load torch; `enforce` does.
 """
 
@@ -10,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from isthmus.chips._registry import get_chip, vendor_of
-from isthmus.chips.rehearse.tables import Profile, RehearsalRefused, Tally, families, load_profile
+from isthmus.chips.rehearse.tables import Emulation, Profile, RehearsalRefused, Tally, families, load_profile
 from isthmus.errors import IsthmusError
 
 if TYPE_CHECKING:
     from isthmus.chips.rehearse.dispatch import Rehearsal
 
-__all__ = ["Profile", "RehearsalRefused", "Tally", "can_rehearse", "enforce", "profile_of"]
+__all__ = ["Emulation", "Profile", "RehearsalRefused", "Tally", "can_rehearse", "enforce", "profile_of"]
 
 
 def can_rehearse(chip: str) -> bool:
@@ -32,13 +33,14 @@ def profile_of(chip: str) -> Profile:
     return load_profile(chip, family, get_chip(chip).generation)
 
 
-def enforce(chip: str, *, strict: bool = False) -> Rehearsal:
+def enforce(chip: str, *, strict: bool = False, emulate: Emulation | None = None) -> Rehearsal:
     """A context in which this thread's tensor work obeys a chip's tables; its `tally` counts what ran.
 
     Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with
-    `strict` also at an operator that the chip would silently run on the host's CPU. Enter it for the work that the chip
-    is to do: building a model is the host's work.
+    `strict`, or with the vendor's own switch set in the environment, also at an operator that the chip would silently
+    run on the host's CPU. What the chip would do silently is refused too, unless `emulate` says to do it. Enter it for
+    the work that the chip is to do: building a model is the host's work.
     """
     from isthmus.chips.rehearse.dispatch import Rehearsal
 
-    return Rehearsal(profile_of(chip), strict=strict)
+    return Rehearsal(profile_of(chip), strict=strict, emulate=emulate)

@@ -24,7 +24,7 @@ _MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.floa
 
 def can_damage(fault: Fault, tensor: Tensor) -> bool:
     """Whether a fault of values has anything to bite on: NaN and bits are for floating point alone."""
-    if not tensor.numel() or tensor.is_complex() or tensor.is_meta:
+    if not tensor.numel() or tensor.is_complex() or tensor.is_meta or tensor.layout is not torch.strided:
         return False
     return tensor.is_floating_point() or (fault.kind in ("wrong-sum", "small-error") and tensor.dtype != torch.bool)
 
@@ -35,6 +35,11 @@ def damage(fault: Fault, tensors: Sequence[Tensor], draws: random.Random) -> str
     if not able:
         return None
     tensor = able[draws.randrange(len(able))]
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        return _damage_one(fault, tensor, draws)
+
+
+def _damage_one(fault: Fault, tensor: Tensor, draws: random.Random) -> str:
     place = _place(fault, tensor, draws)
     element = tensor[place]
     before = element.item()
@@ -46,7 +51,7 @@ def damage(fault: Fault, tensors: Sequence[Tensor], draws: random.Random) -> str
         element.fill_(math.nan)
     else:
         size = fault.size if fault.size is not None else WRONG_SUM if fault.kind == "wrong-sum" else SMALL_ERROR
-        element.fill_(_off(before, size, tensor.is_floating_point()))
+        element.copy_(_off(before, size, tensor.dtype))
     return f"element {list(place)} of {list(tensor.shape)} {tensor.dtype}: {before} became {element.item()}"
 
 
@@ -60,11 +65,16 @@ def _place(fault: Fault, tensor: Tensor, draws: random.Random) -> tuple[int, ...
     return place
 
 
-def _off(value: Any, size: float, floating: bool) -> Any:
-    """A value that is wrong by a relative `size`: of 1 where it is zero, and by one at least where it is whole."""
-    if floating:
-        return value * (1.0 + size) if value else size
-    return value + max(1, round(abs(value) * size))
+def _off(value: Any, size: float, dtype: torch.dtype) -> Tensor:
+    """A value that is wrong by a relative `size`: by `size` itself where it is zero, by one at least where it is whole.
+
+    A whole number that would leave its range goes the other way.
+    """
+    if dtype.is_floating_point:
+        return torch.tensor(value * (1.0 + size) if value else size, dtype=torch.float64)
+    limits, off = torch.iinfo(dtype), max(1, round(abs(value * size)))
+    wrong = min(value + off, limits.max)
+    return torch.tensor(wrong if wrong != value else max(value - off, limits.min), dtype=dtype)
 
 
 def flip_bit(element: Tensor, bit: int) -> None:

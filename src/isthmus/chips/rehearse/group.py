@@ -175,8 +175,9 @@ class RehearsedGroup(dist.ProcessGroup):
         self._links = Links(injector.links if injector else (), shape)
         self._plain = profile is None and not self._links.shaped and not (injector and injector.in_collectives)
         self._admitted: dict[tuple[str, str, str | None], bool] = {}
-        self._timeout = options.timeout
+        self._timeout = min(options.timeout, _limit(profile, "EXEC_TIMEOUT") or options.timeout)
         gloo = _connected_gloo(options, profile)
+        gloo._set_default_timeout(self._timeout)
         self._inner = dist.ProcessGroup(options.store, rank, size)
         for group in (self, self._inner):
             group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
@@ -259,9 +260,8 @@ class RehearsedGroup(dist.ProcessGroup):
         key = (rule, dtype, reduction)
         if key not in self._admitted:
             assert self._profile is not None
-            if rule != "barrier":
-                self._admitted[key] = bool(self._profile.check_collective(rule, dtype, reduction))
-        return self._admitted.get(key, False)
+            self._admitted[key] = bool(self._profile.check_collective(rule, dtype, reduction))
+        return self._admitted[key]
 
     def _holds_result(self, method: _Method, call: _Call) -> bool:
         return method.rule != "reduce" or call.options.rootRank == self._rank
@@ -478,8 +478,6 @@ def _connected_gloo(options: Any, profile: Profile | None) -> Any:
             f"library of {profile.chip} gives up then ({'; '.join(profile.timeouts())}). Start the ranks together, or "
             "set a longer connect time-out."
         ) from error
-    execute = _limit(profile, "EXEC_TIMEOUT")
-    gloo._set_default_timeout(min(options.timeout, execute) if execute else options.timeout)
     gloo._set_sequence_number_for_group()
     return gloo
 

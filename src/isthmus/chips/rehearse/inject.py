@@ -154,7 +154,7 @@ class Injector:
 
     def damage_result(self, struck: Sequence[_Planted], operator: str, collective: int, results: list[Tensor]) -> None:
         """Damage what a collective gave this rank."""
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes():
             for one in struck:
                 done = damage(one.fault, results, one.draws)
                 if done is not None:

@@ -1,0 +1,292 @@
+"""The memory of a chip that is not here: which tensors are on it, and what is said of their device.
+
+Everything is computed on the CPU. A storage is marked when it is made on the chip or copied to it, and everything that
+is computed from it is marked too; what concerns the host alone is not judged by the chip's tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from isthmus.chips.rehearse.dispatch import Rehearsal, is_distributed
+from isthmus.chips.rehearse.tables import Emulation, Profile, RehearsalRefused, Tally
+
+HOST = torch.device("cpu")
+_MARK = "_isthmus_on_chip"
+_COLLECTIVES = ("c10d", "_c10d_functional")
+
+
+class ChipMemory:
+    """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own.
+
+    `allocated` is the size of the marked storages that are alive, in bytes, `peak` the largest that it was.
+    """
+
+    def __init__(self, kind: str):
+        self.kinds = [kind]
+        self.index = 0
+        self.is_default = False
+        self.allocated = self.peak = 0
+        self.inside = 0
+        self.leaving = False
+
+    @property
+    def device(self) -> torch.device:
+        """The chip that this process has set."""
+        return torch.device(self.kinds[0], self.index)
+
+    def names(self, device: object) -> bool:
+        """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator."""
+        if isinstance(device, int) and not isinstance(device, bool):
+            return True
+        kind = device.type if isinstance(device, torch.device) else device
+        return isinstance(kind, str) and kind.partition(":")[0] in self.kinds
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the chip."""
+        return hasattr(_place(tensor), _MARK)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Put a tensor that was just made onto the chip."""
+        place = _place(tensor)
+        if not hasattr(place, _MARK):
+            setattr(place, _MARK, True)
+            if isinstance(place, torch.UntypedStorage):
+                self._account(place)
+        return tensor
+
+    def _account(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self._freed, size).atexit = False
+
+    def _freed(self, size: int) -> None:
+        self.allocated -= size
+
+    def restore(self, storage: torch.UntypedStorage, _location: str) -> torch.UntypedStorage:
+        """A `map_location` for torch.load that puts what it reads onto the chip."""
+        setattr(storage, _MARK, True)
+        self._account(storage)
+        return storage
+
+    @contextlib.contextmanager
+    def going_home(self) -> Iterator[None]:
+        """What is computed here is a copy for the host."""
+        before, self.leaving = self.leaving, True
+        try:
+            yield
+        finally:
+            self.leaving = before
+
+    @contextlib.contextmanager
+    def all_here(self) -> Iterator[None]:
+        """Everything that is computed here is the chip's work, whatever it starts from."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+
+def _place(tensor: Tensor) -> object:
+    """What carries the mark: the storage that views share, or the tensor itself where it has none. The part of a tensor
+    that is spread over ranks stands for it."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
+    return tensor.untyped_storage() if tensor.layout is torch.strided and torch._C._has_storage(tensor) else tensor
+
+
+class DeviceRehearsal(Rehearsal):
+    """A rehearsal of what happens on the chip alone. `refusals` collects what was refused."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        memory: ChipMemory,
+        *,
+        strict: bool,
+        emulate: Emulation,
+        tally: Tally | None = None,
+        refusals: list[str] | None = None,
+    ):
+        super().__init__(profile, strict=strict, emulate=emulate, tally=tally)
+        self.memory = memory
+        self.refusals = refusals if refusals is not None else []
+
+    def another(self) -> DeviceRehearsal:
+        """The same rehearsal, for another thread."""
+        assert self.emulate is not None
+        return DeviceRehearsal(
+            self.profile,
+            self.memory,
+            strict=self.strict,
+            emulate=self.emulate,
+            tally=self.tally,
+            refusals=self.refusals,
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._placed(func, types, args, dict(kwargs or {}))
+
+    def _placed(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        memory = self.memory
+        if is_distributed(types):
+            return NotImplemented
+        if func.namespace in _COLLECTIVES:
+            self.tally.collectives[func.name()] += 1
+            return func(*args, **kwargs)
+        asked = memory.names(kwargs.get("device"))
+        if asked:
+            kwargs["device"] = HOST
+        if not (asked or memory.inside or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
+            self.tally.host += 1
+            return func(*args, **kwargs)
+        try:
+            with memory.all_here():
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+        except RehearsalRefused as refused:
+            if str(refused) not in self.refusals:
+                self.refusals.append(str(refused))
+            raise
+        if not memory.leaving:
+            self._keep(func, result)
+        return result
+
+    def _keep(self, func: Any, result: Any) -> None:
+        """New results are on the chip. What an operator returns of its arguments stays where it is."""
+        returned = func._schema.returns
+        results = result if isinstance(result, tuple) and len(returned) > 1 else (result,)
+        for declared, value in zip(returned, results, strict=False):
+            if declared.alias_info is None:
+                for tensor in _tensors((value,)):
+                    self.memory.take(tensor)
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(tuple(value))
+
+
+class DeviceNames(TorchFunctionMode):
+    """Lets code speak of the chip as if it were there: it moves tensors there and back, and asks where they are."""
+
+    def __init__(self, memory: ChipMemory):
+        super().__init__()
+        self.memory = memory
+        made = dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor), self._make)
+        self._handlers: dict[Any, Callable[..., Any]] = {
+            **made,
+            Tensor.to: self._to,
+            Tensor.cpu: lambda _func, tensor, *args, **kwargs: self._move(tensor, HOST),
+            Tensor.cuda: lambda _func, tensor, *args, **kwargs: self._move(tensor, self.memory.device),
+            Tensor.numpy: self._host_only,
+            Tensor.__array__: self._host_only,
+            Tensor.__repr__: self._show,
+            Tensor.backward: self._backward,
+            torch.autograd.grad: self._grad,
+            Tensor.pin_memory: lambda _func, tensor, *args, **kwargs: tensor,
+            Tensor.record_stream: lambda *args, **kwargs: None,
+            Tensor.get_device: self._get_device,
+            Tensor.device.__get__: self._device,  # pyright: ignore[reportAttributeAccessIssue]
+            Tensor.is_cuda.__get__: lambda _func, tensor, *_: self.holds(tensor) and "cuda" in self.memory.kinds,  # pyright: ignore[reportAttributeAccessIssue]
+            Tensor.is_cpu.__get__: lambda func, tensor, *_: func(tensor) and not self.holds(tensor),  # pyright: ignore[reportAttributeAccessIssue]
+        }
+
+    def holds(self, tensor: Tensor) -> bool:
+        return self.memory.holds(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.memory.is_default and kwargs.get("device") is None and func in _device_constructors():
+            kwargs = {**kwargs, "device": self.memory.device}
+        handler = self._handlers.get(func)
+        return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
+
+    def _device(self, func: Any, tensor: Tensor, *_: Any) -> torch.device:
+        return self.memory.device if self.holds(tensor) else func(tensor)
+
+    def _get_device(self, func: Any, tensor: Tensor) -> int:
+        return self.memory.index if self.holds(tensor) else func(tensor)
+
+    def _make(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tensors from data: made on the host, then copied to the chip."""
+        device = kwargs.pop("device", None)
+        if device is None or not self.memory.names(device):
+            return func(*args, **kwargs, **({} if device is None else {"device": device}))
+        wants_gradient = kwargs.pop("requires_grad", False)
+        made = self._move(func(*args, **kwargs), self.memory.device)
+        return made.detach().requires_grad_() if wants_gradient else made
+
+    def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (self.memory.device if self.holds(args[0]) else args[0].device, args[0].dtype, *args[1:])
+        if isinstance(other := kwargs.pop("other", None), Tensor):
+            kwargs = {**kwargs, "device": self.memory.device if self.holds(other) else other.device}
+            kwargs["dtype"] = other.dtype
+        positional = bool(args) and _is_device(args[0])
+        target = args[0] if positional else kwargs.get("device")
+        if target is None:
+            return func(tensor, *args, **kwargs)
+        args = args[1:] if positional else args
+        kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        return self._move(tensor, target, *args, **kwargs)
+
+    def _move(self, tensor: Tensor, target: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """`tensor.to(target, ...)`: there, back, or a conversion where it is."""
+        on_chip, to_chip = self.holds(tensor), self.memory.names(target)
+        if to_chip and not on_chip:
+            return tensor.to(self.memory.device, *args, **kwargs)
+        if to_chip:
+            return tensor.to(HOST, *args, **kwargs)
+        if not on_chip:
+            return tensor.to(target, *args, **kwargs)
+        with self.memory.going_home():
+            moved = tensor.to(target, *args, **kwargs)
+            return moved.clone() if self.holds(moved) else moved
+
+    def _host_only(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.holds(tensor):
+            if not kwargs.get("force"):
+                raise TypeError(
+                    f"can't convert {self.memory.device} device type tensor to numpy. Use Tensor.cpu() to copy the "
+                    "tensor to host memory first."
+                )
+            tensor = self._move(tensor.detach(), HOST)
+        return func(tensor, *args, **kwargs)
+
+    def _show(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> str:
+        if not self.holds(tensor):
+            return func(tensor, *args, **kwargs)
+        shown = func(self._move(tensor.detach(), HOST), *args, **kwargs).removesuffix(")")
+        return f"{shown}, device='{self.memory.device}'{', requires_grad=True' if tensor.requires_grad else ''})"
+
+    def _backward(self, _func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Tensor.backward does it, with this mode on for hooks that ask for devices."""
+        names = ("gradient", "retain_graph", "create_graph", "inputs")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        with self._wholly_here((tensor,)), self:
+            torch.autograd.backward(tensor, given.pop("gradient", None), **given)
+
+    def _grad(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._wholly_here((*args, *kwargs.values())):
+            return func(*args, **kwargs)
+
+    def _wholly_here(self, roots: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
+        """All of a backward pass is where it starts: its formulas also make tensors out of nothing."""
+        return self.memory.all_here() if any(map(self.holds, _tensors(roots))) else contextlib.nullcontext()
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool))

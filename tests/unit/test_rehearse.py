@@ -1,0 +1,274 @@
+"""`isthmus rehearse`: plain training scripts under the rules of chips that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus import rehearse
+from isthmus.errors import IsthmusError
+from isthmus.progress import Watch
+
+ASCEND = "ascend-910b-313t"
+
+
+@dataclass
+class Rehearsed:
+    """How a rehearsal ended: its exit code, what was printed, and its report."""
+
+    code: int
+    text: str
+    report: dict[str, Any]
+
+
+def run(folder: Path, script: str, *options: str, chip: str = ASCEND, **environment: str) -> Rehearsed:
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "isthmus", "rehearse", "--chip", chip, "--json", str(folder / "report.json")]
+    done = subprocess.run(
+        [*command, *options, "--", "python", str(folder / "train.py"), "an argument"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=240,
+        env=os.environ | {"COLUMNS": "120", **environment},
+        check=False,
+    )
+    report = folder / "report.json"
+    found = json.loads(report.read_text()) if report.exists() else {}
+    return Rehearsed(done.returncode, done.stdout + done.stderr, found)
+
+
+PLAIN = """
+import sys
+import torch
+from torch import nn
+
+assert sys.argv[1:] == ["an argument"] and torch.npu.is_available() and torch.npu.device_count() == 1
+torch.manual_seed(0)
+torch.npu.set_device(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 4)).npu()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+data = torch.randn(16, 8)
+for step in range(4):
+    loss = model(data.to("npu:0")).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+torch.npu.synchronize()
+torch.save(model.state_dict(), "model.pt")
+print("loss", loss.item(), loss.device, loss.cpu().device, torch.npu.max_memory_allocated() > 1000)
+try:
+    loss.detach().numpy()
+except TypeError as error:
+    print("as on a chip:", error)
+"""
+
+
+def expected_of_plain() -> tuple[float, dict[str, torch.Tensor]]:
+    """The same training on the CPU, in this process."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)]
+    model = torch.nn.Sequential(*layers)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
+    data, loss = torch.randn(16, 8), torch.zeros(())
+    for _ in range(4):
+        loss = model(data).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return loss.item(), model.state_dict()
+
+
+def test_a_plain_script_trains_as_on_the_cpu_and_is_counted(tmp_path: Path):
+    done = run(tmp_path, PLAIN)
+    loss, weights = expected_of_plain()
+    assert done.code == 0, done.text
+    assert f"loss {loss} npu:0 cpu True" in done.text and "can't convert npu:0" in done.text
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    report = done.report
+    assert (report["steps"], report["exit_codes"], report["refusals"]) == (4, [0], [])
+    operators = report["operators"]
+    assert operators["aten::addmm"] == {"status": "native", "calls": 8, "calls_per_step": 2.0}
+    assert operators["aten::native_layer_norm_backward"]["calls"] == 4
+    assert "aten::normal_" not in operators and "aten::randn" not in operators, "the data was made on the host"
+    assert "does not speak for the vendor" in done.text and "4 optimiser steps" in done.text
+
+
+ODD = """
+import threading
+import torch
+import torch_npu
+from torch.utils.data import DataLoader, TensorDataset
+from torch_npu.contrib import transfer_to_npu
+
+x = torch.linspace(0, 1, 6, device="cuda").reshape(2, 3)
+print("float64 becomes", x.to(torch.float64).dtype, "on the host", x.cpu().double().dtype)
+for _ in range(3):
+    torch.nextafter(x, x)
+    torch.nextafter(torch.ones(2), torch.ones(2))
+thread = threading.Thread(target=lambda: print("in a thread", torch.nextafter(x, x).device))
+thread.start()
+thread.join()
+print("memory", torch.empty(2, device="npu"))
+again = torch.load("data.pt", map_location="npu")
+with torch.autocast("npu", dtype=torch.bfloat16):
+    print("autocast", (x @ x.T).dtype, torch.accelerator.current_accelerator())
+generator = torch.Generator(device="npu")
+print("drawn", torch.rand(2, generator=generator.manual_seed(3), device="npu").device)
+loader = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=4, pin_memory=True)
+print("batch", [(one.device, one.npu().device) for (one,) in loader])
+torch.set_default_device("npu")
+print("default", torch.ones(1).device, torch.tensor([1]).device)
+print("loaded", again.device, x.npu() is x, torch.tensor([1], device=x.device).device)
+raise SystemExit(7)
+"""
+
+
+def test_what_a_chip_does_silently_happens_and_is_reported(tmp_path: Path):
+    torch.save(torch.ones(2), tmp_path / "data.pt")
+    done = run(tmp_path, ODD)
+    assert done.code == 7, done.text
+    assert "float64 becomes torch.float32 on the host torch.float64" in done.text
+    assert done.text.count("Device do not support double dtype now") == 1
+    assert done.text.count("'aten::nextafter' is not currently supported on the NPU backend") == 1
+    assert "in a thread npu:0" in done.text and "memory tensor([nan, nan], device='npu:0')" in done.text
+    assert "loaded npu:0 True npu:0" in done.text and "autocast torch.bfloat16 npu" in done.text
+    assert "drawn npu:0" in done.text and "default npu:0 npu:0" in done.text
+    assert "batch [(device(type='cpu'), device(type='npu', index=0))]" in done.text
+    assert done.report["operators"]["aten::nextafter"]["calls"] == 4
+    assert done.report["substitutions"] == {"aten::_to_copy float64 > float32": 1}
+    assert "aten::nextafter: 4 calls" in done.text
+
+
+REFUSED = """
+import torch
+x = torch.ones(3, device="npu")
+torch.nextafter(torch.ones(2), torch.ones(2))
+try:
+    torch.nextafter(x, x)
+except Exception as error:
+    print("caught", type(error).__name__)
+import torch_npu
+torch_npu.npu_rms_norm(x, x)
+"""
+
+
+def test_what_the_chip_lacks_ends_the_script_with_a_reason(tmp_path: Path):
+    done = run(tmp_path, REFUSED, TORCH_NPU_FALLBACK_CPU_DISABLE="1")
+    assert done.code == 1 and done.report["exit_codes"] == [1]
+    assert "caught RehearsalRefused" in done.text
+    assert "isthmus: torch_npu.npu_rms_norm cannot be rehearsed" in done.text
+    assert f'File "{tmp_path}/train.py", line 10' in done.text and "chips/rehearse/dispatch.py" not in done.text
+    assert [text.split()[0] for text in done.report["refusals"]] == ["aten::nextafter", "torch_npu.npu_rms_norm"]
+
+
+PARALLEL = """
+import os
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+torch.manual_seed(rank)
+model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank])
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(3):
+    loss = model(torch.full((3, 4), rank + 1.0, device="cuda")).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+weight = model.module.weight.detach()
+total = weight.clone()
+dist.all_reduce(total)
+os.write(1, f"rank {rank} {weight.device} {dist.get_backend()} {torch.equal(total, weight * 2)}\\n".encode())
+try:
+    dist.all_reduce(torch.ones(1, dtype=torch.int16, device="cuda"))
+finally:
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_train_together_under_the_rules_of_the_chips_library(tmp_path: Path):
+    done = run(tmp_path, PARALLEL, "--ranks", "2", "--fault", "slow-rank@rank=1,step=1,size=2", chip="h800-sxm")
+    assert "rank 0 cuda:0 nccl True" in done.text and "rank 1 cuda:1 nccl True" in done.text, done.text
+    report = done.report
+    assert (done.code, report["exit_codes"], report["processes"], report["steps"]) == (1, [1, 1], 2, 3)
+    assert report["refusals"] == [text for text in report["refusals"] if "all_reduce of int16" in text] != []
+    assert report["operators"]["aten::addmm"] == {"status": "native", "calls": 6, "calls_per_step": 1.0}
+    assert report["collectives"] >= 2 * 4
+    assert report["faults"] and all(text.startswith("rank 1: slow-rank at step 1") for text in report["faults"])
+
+
+SHARDED = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.npu.set_device(rank)
+dist.init_process_group("cpu:gloo,npu:hccl")
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 8).npu()
+fully_shard(model, mesh=init_device_mesh("npu", (2,)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for step in range(4):
+    loss = model(torch.ones(2, 8, device="npu")).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    os.write(1, f"rank {rank} step {step} {model.weight.device} {loss.item():.5f}\\n".encode())
+"""
+
+
+def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_path: Path):
+    done = run(tmp_path, SHARDED, "--ranks", "2", "--fault", "crash@rank=1,step=3,size=9")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        loss = model(torch.ones(2, 8)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step < 2:
+            assert f"rank 1 step {step} npu:1 {loss.item():.5f}" in done.text, done.text
+    assert "rank 0 step 3" not in done.text and "rank 1 step 2" not in done.text
+    assert done.report["exit_codes"][1] == 9 and done.code in done.report["exit_codes"] and done.code != 0
+    assert done.report["unfinished"] >= 1 and done.report["planted"] == ["crash@rank=1,step=3,size=9"]
+    assert {"aten::_foreach_lerp_.Scalar", "aten::addmm"} <= set(done.report["operators"])
+
+
+def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("print('the one that was there')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    done = run(tmp_path, "import sys; print('torch' in sys.modules, 'isthmus' in sys.modules)", PYTHONPATH=paths)
+    assert done.code == 0 and "False False" in done.text and "the one that was there" in done.text
+    assert "nothing ran on the chip" in done.text
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ([], {}, "after --"),
+        (["no-such-program"], {}, "no-such-program"),
+        (["python", "x.py"], {"chip": "mlu590"}, "cannot be rehearsed"),
+        (["python", "x.py"], {"faults": ("crash@rank=2",), "ranks": 2}, "not there, of 2"),
+        (["python", "x.py"], {"faults": ("explode@rank=0",)}, "unknown kind"),
+    ],
+)
+def test_wrong_usage_is_explained(command: list[str], options: dict[str, Any], says: str):
+    with pytest.raises(IsthmusError, match=says):
+        rehearse.execute(command, Watch(quiet=True), **{"chip": ASCEND, **options})
