@@ -63,11 +63,12 @@ def once(chip_name: str, case: dict[str, Any]) -> dict[str, Any]:
     from isthmus.chips.rehearse import profile_of
     from isthmus.coverage import recipe_of
     from isthmus.probes.static import static_coverage
+    from isthmus.probes.static_trace import Layout
 
     recipe = recipe_of("deepseek-v3", chip_name, case["ranks"], (f"train.expert={case['expert']}",))
     chip, profile = get_chip(chip_name), profile_of(chip_name)
-    every = case.get("every_layer", False)
-    found = static_coverage(recipe, chip, profile, ranks=case["ranks"], every_layer=every)
+    layout, every = Layout.of(recipe.model, recipe.train, case["ranks"]), case.get("every_layer", False)
+    found = static_coverage(recipe, chip, profile, layout, every_layer=every)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": time.perf_counter() - began,

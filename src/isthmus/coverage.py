@@ -118,7 +118,7 @@ def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> Repor
         model=recipe.name,
         chip=chip,
         ranks=ranks,
-        uses=static_coverage(recipe, chip, profile, ranks=ranks),
+        uses=static_coverage(recipe, chip, profile, layout),
         needs=[need for use in uses for need in needs_of(recipe, layout, chip, profile, use)],
         rules=[(rule, holds) for rule, holds in checked if holds is not None],
         software=software,

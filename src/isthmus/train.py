@@ -160,7 +160,7 @@ def _prepare(session: Session) -> None:
 def _choose_expert_kernels(session: Session) -> None:
     """One grouped kernel for all experts where the chip has it. The other way needs the counts on the host."""
     experts = [module for module in session.model.modules() if isinstance(module, Experts)]
-    aligned = all(size % 8 == 0 for module in experts for size in module.down.shape[1:])
+    aligned = all(module.aligned for module in experts)
     grouped = bool(session.chip.capabilities.grouped_matmul) and session.precision == "bf16" and aligned
     for module in experts:
         module.grouped = grouped

@@ -282,7 +282,7 @@ def test_whole_attention_counts_what_its_parts_count_forward():
     def attend() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
 
-    whole, parts = record_costs(attend, whole_attention=True), record_costs(attend)
+    whole, parts = record_costs(attend, whole_attention=ATTENTION), record_costs(attend)
     assert whole.operators()[ATTENTION] == whole.operators()[ATTENTION + BACKWARD] == 1
     forward = [call.flops for call in whole.calls if call.operator == ATTENTION]
     assert forward == [2 * 2 * (2 * 3 * 16 * 16 * 8)]
@@ -395,10 +395,23 @@ def test_the_verb_prints_a_verdict_and_json():
     assert "training: possible." in " ".join(shown.output.split())
 
 
-def test_a_layout_that_does_not_divide_is_refused():
+def test_a_layout_that_does_not_divide_fails_training_and_is_refused_by_the_verb():
     recipe = recipe_with(tiny_architecture(), train=TrainSection(expert=3))
+    found = {one.name: one for one in static_findings(recipe, get_chip(CHIP), profile_of(CHIP), ranks=3)}
+    assert found["layout"].outcome == "fail" and "train.expert = 3" in found["layout"].detail
     with pytest.raises(IsthmusError, match=r"train\.expert = 3"):
-        static_findings(recipe, get_chip(CHIP), profile_of(CHIP), ranks=3)
+        execute("r-nano", Watch(quiet=True), chip=CHIP, ranks=3, as_json=True, overrides=("train.expert=3",))
+
+
+def test_a_grouped_product_counts_as_its_parts_do():
+    """For chips that have one kernel for all experts: the same arithmetic in fewer calls."""
+    a = architecture(hidden_size=64, moe_intermediate_size=32)
+    recipe, layout = recipe_with(a, sft=sft()), Layout()
+    parts, grouped = (training_costs(recipe, layout, Options(grouped=one))["model"] for one in (False, True))
+    assert grouped.operators()["aten::_grouped_mm"] == 6 * 3, (
+        "two products, forward and twice backward, in two layers and in multi-token prediction"
+    )
+    assert grouped.flops == parts.flops
 
 
 def test_an_unknown_target_is_refused():

@@ -131,6 +131,11 @@ class Experts(nn.Module):
         parts = zip(x.split(rows), self.gate_up.unbind(), self.down.unbind(), strict=True)
         return torch.cat([self._expert(rows, gate_up, down) for rows, gate_up, down in parts])
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the sizes are those that a grouped product wants."""
+        return all(size % 8 == 0 for size in self.down.shape[1:])
+
     def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """The two products of one expert, by name: of rows [N, D] or [N, M]."""
         return {

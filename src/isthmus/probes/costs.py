@@ -19,6 +19,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from isthmus.chips.rehearse.dispatch import OperatorWatch, is_composite, short_name
 
 ATTENTION = "aten::scaled_dot_product_attention"
+WHOLE_ATTENTION = (ATTENTION, "aten::_scaled_dot_product_flash_attention")
+"""Operators for which a chip's software may have a kernel that computes attention in one piece."""
 BACKWARD = " (backward)"
 """What the gradient of an operator that stays whole is named with."""
 OUTSIDE = "outside the layers"
@@ -100,15 +102,15 @@ class Costs:
 class CostRecorder(OperatorWatch):
     """Within `watching`, records the calls that work on tensors of `device`, in the scope that is current.
 
-    With `whole_attention` scaled_dot_product_attention is one call, and its gradient another, for chips that have a
-    kernel for it. On the meta device a number that the host reads is `HOST_READS_AS`.
+    `whole_attention` is the operator that attention is, in one call, with its gradient in another, for chips that have
+    a kernel for it. On the meta device a number that the host reads is `HOST_READS_AS`.
     """
 
-    def __init__(self, device: str = "meta", *, whole_attention: bool = False):
+    def __init__(self, device: str = "meta", *, whole_attention: str | None = None):
         super().__init__()
         self.device, self.scope, self.paused = device, OUTSIDE, False
         self.by_scope: dict[str, Costs] = {}
-        self._whole = _WholeAttention(self) if whole_attention else None
+        self._whole = _WholeAttention(self, whole_attention) if whole_attention else None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -165,37 +167,37 @@ class CostRecorder(OperatorWatch):
 class _WholeAttention(TorchFunctionMode):
     """Keeps attention in one piece: the part of it that a fused kernel would compute is only described."""
 
-    def __init__(self, recorder: CostRecorder):
+    def __init__(self, recorder: CostRecorder, operator: str):
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._operator = recorder, operator
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return _Attention.apply(query, key, value, self._recorder)
+            return _Attention.apply(query, key, value, self._recorder, self._operator)
         return func(*args, **(kwargs or {}))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: CostRecorder) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: CostRecorder, operator: str) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.recorder = recorder
+        ctx.recorder, ctx.operator = recorder, operator
         with recorder.pause():
             out = query.new_empty(*query.shape[:-1], value.shape[-1])
         tensors = (query, key, value, out)
-        recorder.add(_whole_call(ATTENTION, tensors, sdpa_flop_count(query.shape, key.shape, value.shape)))
+        recorder.add(_whole_call(operator, tensors, sdpa_flop_count(query.shape, key.shape, value.shape)))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         with ctx.recorder.pause():
             found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         tensors = (gradients[0], query, key, value, gradients[0], *found)
         flops = sdpa_backward_flop_count(gradients[0].shape, query.shape, key.shape, value.shape)
-        ctx.recorder.add(_whole_call(ATTENTION + BACKWARD, tensors, flops))
-        return *found, None
+        ctx.recorder.add(_whole_call(ctx.operator + BACKWARD, tensors, flops))
+        return *found, None, None
 
 
 def _whole_call(name: str, tensors: tuple[Tensor, ...], flops: int) -> Call:
@@ -204,7 +206,7 @@ def _whole_call(name: str, tensors: tuple[Tensor, ...], flops: int) -> Call:
     return Call(name, tuple(dtypes), shapes, flops, sum(map(_size, tensors)))
 
 
-def record_costs(work: Callable[[], object], device: str = "meta", *, whole_attention: bool = False) -> Costs:
+def record_costs(work: Callable[[], object], device: str = "meta", *, whole_attention: str | None = None) -> Costs:
     """Run `work` and return what its calls on `device` cost."""
     recorder = CostRecorder(device, whole_attention=whole_attention)
     with recorder.watching():

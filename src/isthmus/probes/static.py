@@ -18,10 +18,10 @@ from isthmus.chips import Chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
-from isthmus.probes.costs import ATTENTION, BACKWARD, Call, Costs
+from isthmus.probes.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.operators import Coverage, Trace, coverage
 from isthmus.probes.static_trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
-from isthmus.recipe import DeepseekSection, DenseSection, ModelSection, Recipe
+from isthmus.recipe import DeepseekSection, DenseSection, ModelSection, Recipe, layout_problem
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
 
@@ -131,27 +131,21 @@ class NeedFound:
 
 
 def static_coverage(
-    recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int, every_layer: bool = False
+    recipe: Recipe, chip: Chip, profile: Profile, layout: Layout, *, every_layer: bool = False
 ) -> list[StaticCoverage]:
-    """A training step of one of `ranks` processes, and serving on one chip, joined with the tables of `chip`.
-
-    Raises IsthmusError if so many ranks cannot divide the model as the recipe says.
-    """
-    whole = profile.status(ATTENTION) == "native"
-    options = Options(_compute_dtype(recipe), whole, bool(chip.capabilities.grouped_matmul), every_layer)
-    layout = Layout.of(recipe.model, recipe.train, ranks)
+    """A training step of one rank of `layout`, and serving on one chip, joined with the tables of `chip`."""
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    whole = next((name for name in WHOLE_ATTENTION if profile.status(name) == "native"), None)
+    grouped = bool(chip.capabilities.grouped_matmul) and dtype == torch.bfloat16
+    options = Options(dtype, whole, grouped, every_layer)
     training = sum(training_costs(recipe, layout, options).values(), Costs())
     serving = serving_costs(recipe, options)
-    step = "a training step" if ranks == 1 else f"a training step of one of {ranks} ranks"
+    step = "a training step" if layout.ranks == 1 else f"a training step of one of {layout.ranks} ranks"
     return [
         join("training", step, training, chip, profile),
         join("serving", "a prompt", serving["prefill"], chip, profile),
         join("serving", "a decoded token of each sequence", serving["decode"], chip, profile),
     ]
-
-
-def _compute_dtype(recipe: Recipe) -> torch.dtype:
-    return torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
 
 
 def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> StaticCoverage:
@@ -200,7 +194,8 @@ def _without_gradients(trace: Trace, profile: Profile) -> Trace:
 
 
 def _listed_name(name: str, profile: Profile) -> str:
-    return name if name in profile.operators else name.removesuffix(BACKWARD)
+    own = name.removesuffix(BACKWARD)
+    return next((one for one in (name, f"{own}_backward") if own != name and one in profile.operators), own)
 
 
 def _rows(
@@ -369,14 +364,34 @@ def broken_rules(rules: Iterable[ShapeRule], operator: str, sizes: dict[str, flo
 
 
 def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int = 1) -> list[Evidence]:
-    """The findings of the static tier for `isthmus qualify`, training and serving apart."""
-    layout = Layout.of(recipe.model, recipe.train, ranks)
-    found = static_coverage(recipe, chip, profile, ranks=ranks)
+    """The findings of the static tier for `isthmus qualify`, training and serving apart.
+
+    Ranks that cannot divide the model are a failing finding, and the step of one rank is looked at.
+    """
+    problem = layout_problem(recipe.model, recipe.train, ranks)
+    layout = Layout() if problem else Layout.of(recipe.model, recipe.train, ranks)
+    found = static_coverage(recipe, chip, profile, layout)
     findings = [finding(one) for one in found]
     for use in ("training", "serving"):
         findings.append(_fused_finding(needs_of(recipe, layout, chip, profile, use), use, chip))
+    if problem:
+        findings.append(_of_training("layout", "fail", problem))
     training = next(one for one in found if one.use == "training")
     return [*findings, _repeatable_finding(training), *_dtype_findings(profile)]
+
+
+def _of_training(
+    name: str, outcome: Outcome, detail: str, samples: int = 0, limits: list[Limit] | None = None
+) -> Evidence:
+    return Evidence(
+        name=name,
+        aspect="software",
+        needed_for="training",
+        outcome=outcome,
+        detail=detail,
+        samples=samples,
+        limits=limits or [],
+    )
 
 
 def finding(found: StaticCoverage) -> Evidence:
@@ -449,14 +464,7 @@ def _repeatable_finding(training: StaticCoverage) -> Evidence:
             f"{percent(training.unrepeatable_share)} of {training.basis} in operators that are not deterministic "
             f"unless torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
-    return Evidence(
-        name="deterministic by default",
-        aspect="software",
-        needed_for="training",
-        outcome="pass",
-        detail=detail,
-        samples=len(training.rows),
-    )
+    return _of_training("deterministic by default", "pass", detail, len(training.rows))
 
 
 def _dtype_findings(profile: Profile) -> list[Evidence]:
@@ -466,17 +474,8 @@ def _dtype_findings(profile: Profile) -> list[Evidence]:
         return []
     reasons = {_PRECISIONS[dtype]: rule.behaviour for dtype, rule in refused.items() if dtype in _PRECISIONS}
     limits = [Limit(setting="train.precision", excluded=[name], reason=reason) for name, reason in reasons.items()]
-    return [
-        Evidence(
-            name="refused dtypes",
-            aspect="software",
-            needed_for="training",
-            outcome="fail" if limits else "pass",
-            detail="; ".join(f"{dtype}: {rule.behaviour} ({rule.standing})" for dtype, rule in refused.items()),
-            samples=len(refused),
-            limits=limits,
-        )
-    ]
+    detail = "; ".join(f"{dtype}: {rule.behaviour} ({rule.standing})" for dtype, rule in refused.items())
+    return [_of_training("refused dtypes", "fail" if limits else "pass", detail, len(refused), limits)]
 
 
 def percent(share: float) -> str:

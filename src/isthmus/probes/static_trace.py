@@ -73,10 +73,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Options:
-    """What decides which kernels run: the dtype of forward and backward, and what the chip has in one piece."""
+    """What decides which kernels run: the dtype of forward and backward, the operator that computes attention in one
+    piece, and whether the chip has grouped products. `every_layer` traces layers that are alike one by one."""
 
     dtype: torch.dtype = torch.bfloat16
-    whole_attention: bool = False
+    whole_attention: str | None = None
     grouped: bool = False
     every_layer: bool = False
 
@@ -97,7 +98,7 @@ def training_costs(recipe: Recipe, layout: Layout, options: Options) -> dict[str
     for parameter in model.parameters():
         parameter.data = parameter.data.to(options.dtype)
     for module in _mixtures(model):
-        module.experts.grouped = options.grouped
+        module.experts.grouped = options.grouped and module.experts.aligned
     if recipe.train.activation_checkpointing:
         model.recompute_activations()
     costs = step_costs(model, batch, section, recorder, every_layer=options.every_layer)
@@ -374,7 +375,7 @@ def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(options.dtype)
         for module in _mixtures(model):
-            module.experts.grouped = options.grouped
+            module.experts.grouped = options.grouped and module.experts.aligned
         recorder = CostRecorder(whole_attention=options.whole_attention)
         times = mark_layers(model, recorder, every_layer=options.every_layer)
         runner = Runner(model, sequences * blocks_for(length + 1, BLOCK) + 1, BLOCK, native=False)
