@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +55,8 @@ def execute(
     prices: bool = False,
 ) -> list[QualifyRecord]:
     """Qualify every pool that the recipe places, or the named ones. A pool that has its record is left alone, unless
-    `again`. `budget` is the time for the probes of each pool, such as `30s`; with `prices` they are only listed.
+    `again`. `budget` is the time for the probes of each pool, such as `30s`; the pilots, which the plan needs, come on
+    top. With `prices` the probes are only listed.
 
     Where torchrun started this process among others, they are the ranks of the one pool that is named, perhaps on
     several machines that share the run folder. The first of them examines, the others attend to it and return nothing.
@@ -173,7 +174,6 @@ class Examination:
     looked: list[tuple[Aspect, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic()
         self.found = Findings(self.run.recipe, self.setting.pool)
 
     def measure(self) -> None:
@@ -188,10 +188,8 @@ class Examination:
         pilots.weight_formats(self.found, None)
         if self.setting.pool.ranks == 1:
             self.found.add("links", "links", "training", "pass", "one chip: there is no link to measure")
-        self._while_it_lasts("pilot of training", lambda: pilots.training(self.found, work))
-        self._while_it_lasts(
-            "pilot of the engine", lambda: pilots.engine(self.found, work, self.run, self.setting.folder)
-        )
+        pilots.training(self.found, work)
+        pilots.engine(self.found, work, self.run, self.setting.folder)
 
     def rehearse(self) -> None:
         """All that can be found out about a pool that is not here."""
@@ -199,14 +197,12 @@ class Examination:
         assert profile is not None
         self._ask_ranks()
         work = self._workload()
-        rehearsed.operators(self.found, work, profile, self.run)
+        rehearsed.operators(self.found, profile, self.run)
         rehearsed.collectives(self.found, profile)
         rehearsed.only_the_chip_can_tell(self.found)
         pilots.generation(self.found, work, enforce(chip))
         pilots.weight_formats(self.found, profile)
-        self._while_it_lasts(
-            "pilot of the engine", lambda: pilots.engine(self.found, work, self.run, self.setting.folder)
-        )
+        pilots.engine(self.found, work, self.run, self.setting.folder)
 
     def record(self, started: float) -> QualifyRecord:
         for aspect in QUESTIONS:
@@ -285,13 +281,6 @@ class Examination:
             self.found.figures |= without_pairs(item.figures)
         for kind in probe.finds:
             self.looked.append((probe.aspect, kind))
-
-    def _while_it_lasts(self, name: str, pilot: Callable[[], None]) -> None:
-        """A pilot has no price of its own, so with a budget it begins only while there is some left."""
-        if self.budget_s is not None and time.monotonic() - self.began > self.budget_s:
-            self._leave_out(name, "software", f"the budget of {self.budget_s:g} s was used up; the plan lacks its pace")
-            return
-        pilot()
 
     def _leave_out(
         self, name: str, aspect: Aspect, why: str, probe: Probe | None = None, price: float | None = None

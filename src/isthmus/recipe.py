@@ -404,7 +404,9 @@ class QualifySection(Section):
     repeats: Annotated[int, Field(ge=3)] = 10
     pilot_steps: Annotated[int, Field(ge=2)] = 4
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    budget: str | None = Field(default=None, description="time for the probes of a pool, such as `30s`; all if absent")
+    budget: str | None = Field(
+        default=None, description="time for the probes of a pool, such as 30s; no limit if absent"
+    )
     soak_s: float = Field(default=12.0, gt=0, description="seconds of real training steps in the soak")
     thresholds: Path | None = Field(default=None, description="a CSV of floors and ceilings beside the package's")
     stall_s: float = Field(default=20.0, gt=0, description="seconds without a sign of life after which a rank hangs")

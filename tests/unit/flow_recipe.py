@@ -33,6 +33,7 @@ SMALL = {
     "qualify.repeats": 3,
     "qualify.pilot_steps": 2,
     "qualify.soak_s": 1.0,
+    "qualify.budget": "5s",
 }
 
 

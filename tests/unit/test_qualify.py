@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from types import MappingProxyType
@@ -13,23 +14,24 @@ from flow_recipe import RECIPE, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus import qualify
 from isthmus.chips.rehearse import enforce, profile_of
+from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.errors import IsthmusError
+from isthmus.launch.crew import Crew
 from isthmus.probes import pilots
 from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
-from isthmus.probes.determinism import known_answer, known_product, same_twice
+from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.operators import coverage, trace_operators
 from isthmus.probes.pilots import solve_pace
 from isthmus.probes.statistics import median_of, zero_failure_bound
 from isthmus.progress import Watch
 from isthmus.recipe import load_recipe
-from isthmus.records import Evidence, Outcome, QualifyRecord, Verdict
+from isthmus.records import Aspect, Evidence, Limit, Outcome, QualifyRecord, Verdict
 from isthmus.run import RunFolder
-from isthmus.verdict import judge
+from isthmus.verdict import QUESTIONS, judge
 
 AWAY = "ascend-910b-313t"
 CPU = torch.device("cpu")
@@ -38,7 +40,8 @@ AT_HOME = ('place.rollout=["home"]', 'place.serve=["home"]')
 
 
 def small_run(path: Path, *overrides: str) -> RunFolder:
-    chosen = load_recipe(RECIPE, (*(f"{key}={value}" for key, value in SMALL.items()), *overrides))
+    small = {**SMALL, "qualify.budget": "60s"}
+    chosen = load_recipe(RECIPE, (*(f"{key}={value}" for key, value in small.items()), *overrides))
     return RunFolder.create(path / "run", chosen)
 
 
@@ -79,10 +82,14 @@ def test_the_present_pool_is_fit_and_its_figures_are_measured(qualified):
     home = qualified[1]["home"]
     assert home.verdict == "fit" and home.present and not home.rehearsed, home.reasons
     assert {item.aspect for item in home.evidence} == {"stability", "links", "software", "compute"}
-    assert {figure.kind for figure in home.figures.values()} == {"measured"}
-    known = next(item for item in home.evidence if item.name == "known answer")
-    assert known.samples == 60 and known.confidence == 0.95
-    assert known.figures["failure_rate"].high == pytest.approx(100 * (1 - 0.05 ** (1 / 60)))
+    assert {figure.kind for figure in home.figures.values()} == {"measured", "declared"}
+    declared = {name for name, figure in home.figures.items() if figure.kind == "declared"}
+    assert "failure_rate_per_chip_hour" in declared and "sft_step_s" not in declared, "the prior is published"
+    known = next(item for item in home.evidence if item.name == "known answers")
+    assert known.samples > 0 and known.confidence == 0.95
+    assert known.figures["failure_rate"].high == pytest.approx(100 * (1 - 0.05 ** (1 / known.samples)))
+    assert {score.aspect: score.outcome for score in home.scores} == dict.fromkeys(QUESTIONS, "pass")
+    assert not home.skipped and not home.limits
 
 
 def test_the_rehearsed_pool_is_at_best_serve_only_and_says_that_it_is_rehearsed(qualified):
@@ -98,7 +105,7 @@ def test_the_rehearsed_pool_is_at_best_serve_only_and_says_that_it_is_rehearsed(
 def test_the_coverage_is_of_this_models_own_work(qualified):
     away = qualified[1]["away"]
     serving, training = (
-        next(i for i in away.evidence if i.name == f"operators of {use}") for use in ("serving", "training")
+        next(i for i in away.evidence if i.name == f"operators of a {use}") for use in ("prompt", "training step")
     )
     assert serving.outcome == training.outcome == "pass"
     assert training.samples > serving.samples > 30
@@ -161,7 +168,7 @@ def test_a_gap_in_the_operator_table_is_found(
     monkeypatch.setattr(qualify, "profile_of", lambda _: with_status(operator, status))
     run = small_run(tmp_path, *AT_HOME)
     record = qualify.qualify_pool(run, "away", QUIET)
-    training = next(item for item in record.evidence if item.name == "operators of training")
+    training = next(item for item in record.evidence if item.name == "operators of a training step")
     assert record.verdict == verdict
     assert training.outcome == "fail" and operator in training.detail
     assert bool(run.events("qualify", "fallback")) == (status == "fallback")
@@ -174,9 +181,85 @@ def test_a_loss_that_is_not_finite_costs_the_training(tmp_path: Path, monkeypatc
     assert record.verdict == "serve-only" and any("pilot of training" in reason for reason in record.reasons)
 
 
-def test_several_chips_without_measured_links_are_not_fit(tmp_path: Path):
-    run = small_run(tmp_path, "pools.home.count=2")
-    assert qualify.qualify_pool(run, "home", QUIET).verdict == "serve-only"
+def test_several_ranks_whose_links_nobody_measured_are_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(qualify, "live_probes", list)
+    run = small_run(tmp_path, "pools.home.ranks=2")
+    record = qualify.qualify_pool(run, "home", QUIET)
+    assert record.verdict == "serve-only" and "links: no probe of links was run" in record.reasons
+
+
+def fake_probe(name: str, aspect: Aspect, price: float, finds: tuple[FaultKind, ...], *evidence: Evidence) -> Probe:
+    found = list(evidence) or [
+        Evidence(name=name, aspect=aspect, needed_for="training", outcome="pass", detail="looked at")
+    ]
+    return Probe(name, aspect, "training", finds, lambda _: price, lambda *_: found)
+
+
+def test_a_budget_leaves_probes_out_and_the_record_says_what_nobody_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    probes = [
+        fake_probe("cheap", "stability", 1.0, ("hang",)),
+        fake_probe("dear", "stability", 1000.0, ("crash",)),
+        fake_probe("software", "software", 1.0, ("nan",)),
+    ]
+    monkeypatch.setattr(qualify, "live_probes", lambda: probes)
+    run = small_run(tmp_path, *AT_HOME, 'place.train=["home"]', 'qualify.budget="100s"')
+    (record,) = qualify.execute(run, QUIET)
+    assert [one.probe for one in record.skipped] == ["dear"] and record.skipped[0].unseen == ["crash"]
+    assert record.verdict == "fit", record.reasons
+    stability = next(score for score in record.scores if score.aspect == "stability")
+    assert stability.outcome == "pass" and stability.looked_for < 0.3
+    assert any("dear" in event["what"] for event in run.events("qualify", "skipped"))
+
+
+def test_a_finding_with_limits_is_a_fit_within_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    limit = Limit(setting="train.expert", most=2, reason="all-to-all breaks down")
+    slow = Evidence(
+        name="exchange", aspect="links", needed_for="training", outcome="fail", detail="slow", limits=[limit]
+    )
+    stable = fake_probe("stable", "stability", 1.0, ("hang",))
+    monkeypatch.setattr(qualify, "live_probes", lambda: [stable, fake_probe("links", "links", 1.0, (), slow)])
+    run = small_run(tmp_path, *AT_HOME, 'place.train=["home"]')
+    (record,) = qualify.execute(run, QUIET)
+    assert record.verdict == "fit with limits" and record.limits == [limit]
+
+
+def test_ranks_that_crash_end_the_probing_and_no_pilot_runs_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def crash(crew: Crew, _setting: Setting) -> list[Evidence]:
+        called = crew.call("crew_work:die", {"who": 0}, deadline_s=30.0)
+        detail = called.describe()
+        return [Evidence(name="x", aspect="stability", needed_for="both", outcome="fail", detail=detail)]
+
+    def probe(name: str) -> Probe:
+        return Probe(name, "stability", "both", ("crash",), lambda _: 1.0, crash)
+
+    monkeypatch.setattr(qualify, "live_probes", lambda: [probe("one"), probe("two"), probe("three")])
+    record = qualify.qualify_pool(small_run(tmp_path, *AT_HOME), "home", QUIET)
+    assert record.verdict == "unfit" and "killed by signal 9" in record.reasons[0]
+    assert [one.probe for one in record.skipped] == ["three", "pilots of this run's own work"]
+    assert "sft_step_s" not in record.figures
+
+
+def test_a_fault_that_the_recipe_plants_in_a_rehearsed_pool_is_found(tmp_path: Path):
+    run = small_run(tmp_path, "pools.away.ranks=2", 'pools.away.faults=["crash@rank=1,step=1"]', *AT_HOME)
+    record = qualify.qualify_pool(run, "away", QUIET)
+    assert record.verdict == "unfit"
+    assert any(item.outcome == "fail" and 1 in item.ranks for item in record.evidence)
+
+
+def test_only_prices_are_shown_where_they_are_asked_for(tmp_path: Path):
+    console = Console(width=200, record=True, file=io.StringIO())
+    assert qualify.execute(small_run(tmp_path), Watch(console), pools=["home"], prices=True) == []
+    text = console.export_text()
+    assert "soak" in text and "known answers" in text and "looks for" in text
+
+
+def test_a_pool_that_no_stage_is_placed_on_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(IsthmusError, match=r"'hom'.*places away, home"):
+        qualify.execute(small_run(tmp_path), QUIET, pools=["hom"])
 
 
 def test_an_engine_that_does_not_start_costs_the_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -184,42 +267,6 @@ def test_an_engine_that_does_not_start_costs_the_serving(tmp_path: Path, monkeyp
     record = qualify.qualify_pool(small_run(tmp_path, *AT_HOME), "home", QUIET)
     pilot = next(item for item in record.evidence if item.name == "pilot of the engine")
     assert record.verdict == "unfit" and pilot.outcome == "fail" and "not a bundle" in pilot.detail
-
-
-class FlipOne(TorchDispatchMode):
-    """Adds one unit to one element of the n-th result of an operator: a silent fault."""
-
-    def __init__(self, operator: str, number: int):
-        super().__init__()
-        self.operator, self.left = operator, number
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.name() == self.operator:
-            self.left -= 1
-            if self.left == 0:
-                result.view(-1)[7] += 1
-        return result
-
-
-def test_a_planted_silent_fault_is_found():
-    assert known_answer(CPU, 32, products=3, times=4).failures == 0
-    with FlipOne("aten::mm", number=5):
-        trials = known_answer(CPU, 32, products=3, times=4)
-    assert (trials.samples, trials.failures) == (12, 1)
-
-
-@given(seed=st.integers(0, 2**31), size=st.sampled_from([2, 3, 17, 64]))
-def test_the_known_product_is_the_product(seed: int, size: int):
-    left, right, product = known_product(size, seed)
-    assert torch.equal(left.long() @ right.long(), product.long())
-    assert (left != 0).float().mean() > 0.3 or size < 17
-
-
-def test_a_result_that_changes_is_found_bit_by_bit():
-    draws = iter([0.0, 0.0, -0.0, 0.0])
-    assert same_twice(lambda: [torch.ones(2)], samples=3).failures == 0
-    assert same_twice(lambda: [torch.tensor([next(draws)])], samples=3).failures == 1
 
 
 def test_the_interval_of_a_median_is_that_of_its_order_statistics():

@@ -5,43 +5,24 @@ from __future__ import annotations
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.probes.findings import Findings
-from isthmus.probes.operators import Coverage, coverage, trace_operators
-from isthmus.probes.workload import Workload
-from isthmus.records import Outcome, Use
+from isthmus.probes.static import static_findings
 from isthmus.run import Figure, RunFolder
 
 COLLECTIVES = (("all_reduce", "sum"), ("all_gather", None), ("broadcast", None))
 
 
-def operators(found: Findings, work: Workload, profile: Profile, run: RunFolder) -> None:
-    """This run's own work in small, joined with the chip's operator table."""
-    batch = work.batch(0)
-    serving = coverage(trace_operators(work.generate), profile)
-    training = coverage(trace_operators(lambda: (work.sft_step(0, batch), work.learn(batch))), profile)
-    _covered(found, run, "operators of serving", "serving", serving)
-    _covered(found, run, "operators of training", "training", training)
-
-
-def _covered(found: Findings, run: RunFolder, name: str, needed_for: Use, seen: Coverage) -> None:
-    """Operators that fall back to the host fail training, where every step would wait for them."""
-    missing, fallback, unlisted = (seen.operators[status] for status in ("none", "fallback", "unknown"))
-    for operator in fallback:
-        run.event("qualify", "fallback", what=f"{operator} on {found.pool}", why="the host's CPU runs it, silently")
-    bad = {"missing": missing, "on the host's CPU": fallback, "not in the table": unlisted}
-    bad |= {f"with {dtype}, which the chip refuses": names for dtype, names in seen.refused_dtypes.items()}
-    bad |= {f"with {dtype}, with which the chip is weak": names for dtype, names in seen.weak_dtypes.items()}
-    failed = missing or seen.refused_dtypes or (fallback and needed_for == "training")
-    outcome: Outcome = "fail" if failed else "unknown" if unlisted else "pass"
-    made = seen.count("generic") + seen.count("decomposes")
-    detail = f"{seen.total} operators: {seen.count('native')} native, {made} made of others"
-    detail += "".join(f", {len(names)} {what} ({', '.join(names)})" for what, names in bad.items() if names)
-    limits = [f"{operator} ({', '.join(cautions)})" for operator, cautions in seen.cautions.items()]
-    detail += f"; documented limits: {', '.join(limits)}" if limits else ""
-    figures = {
-        "operators": found.measured(seen.total, "operators", "trace of this model's own work"),
-        "native_share": found.measured(100 * seen.native_share, "% of calls", f"trace joined with {seen.source}"),
-    }
-    found.add(name, "software", needed_for, outcome, detail, seen.total, figures)
+def operators(found: Findings, profile: Profile, run: RunFolder) -> None:
+    """This run's own work at full size, joined with the tables of the chip. What no table says anything about is not
+    a finding."""
+    findings = static_findings(found.recipe, get_chip(found.pool.chip), profile, ranks=found.pool.ranks)
+    for item in findings:
+        if item.figures.get("fallback_share") and item.figures["fallback_share"].value:
+            run.event("qualify", "fallback", what=f"{item.name} on {found.pool}", why=item.detail)
+        if item.outcome == "unknown" and item.name.startswith("fused"):
+            continue
+        found.evidence.append(item)
+    for item in findings:
+        found.figures |= {name: figure for name, figure in item.figures.items() if name not in found.figures}
 
 
 def collectives(found: Findings, profile: Profile) -> None:
