@@ -174,7 +174,10 @@ def render(report: Report) -> RenderableType:
     heading = f"{report.model} on {report.chip.name}: what its software makes of it (a rehearsal, not a measurement)"
     parts: list[RenderableType] = [Text(heading, style="bold")]
     parts += [_table(found) for found in report.uses]
-    for use in ("training", "serving"):
+    known = any(need.usable or need.unusable for need in report.needs)
+    if not known:
+        parts.append(Text(f"no table of fused operators of {report.chip.name} is known"))
+    for use in ("training", "serving") if known else ():
         needs = [need for need in report.needs if need.use == use]
         lines = [f"   {need_sentence(need)}" for need in needs if need.usable or need.unusable]
         bare = [need.need for need in needs if not need.usable and not need.unusable]
