@@ -132,7 +132,19 @@ def test_the_small_optimiser_is_torchs_adamw():
 
 def report(**changes: Any) -> dict[str, Any]:
     """What a rank that is well saw."""
-    lists = ("losses", "norms", "step_s", "cpu_s", "resident", "on_device", "wrong", "saves_s", "damaged", "damaged_by")
+    lists = (
+        "losses",
+        "norms",
+        "step_s",
+        "cpu_s",
+        "resident",
+        "on_device",
+        "wrong",
+        "pace",
+        "saves_s",
+        "damaged",
+        "damaged_by",
+    )
     well: dict[str, Any] = {name: [] for name in lists}
     well |= {"norms": [1.0, 1.3, 0.8, 1.1, 2.0], "stopped": None, "bad_here": False}
     return well | {"repeats": 2, "differing": 0, "differing_here": 0, "known": 4} | changes
@@ -168,6 +180,14 @@ def test_a_norm_far_above_those_before_is_a_spike():
     assert problems_of([report(norms=[1.0, 1.2, 0.9, 9.0])]) == []
     (problem,) = problems_of([report(norms=[1.0, 1.2, 0.9, 12.0])])
     assert "at step 3" in problem.what
+
+
+def test_a_rank_that_becomes_slow_while_it_trains_is_found_and_one_that_was_disturbed_is_not():
+    disturbed = [1.0] * 8 + [9.0, 9.0, 1.1, 9.0]
+    for late, problems in ([2.5] * 4, 1), ([1.8] * 4, 0):
+        found = problems_of([report(pace=[1.0] * 8 + late), report(pace=disturbed), report(pace=[1.0] * 12)])
+        assert len(found) == problems and all(one.ranks == (0,) for one in found)
+    assert problems_of([report(pace=[9.0] * 6), report(pace=[1.0] * 6)]) == [], "too few rounds to judge"
 
 
 def series(kind: str, steps: int, chance: random.Random) -> list[float]:

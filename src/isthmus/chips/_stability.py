@@ -19,7 +19,7 @@ class StabilityRule:
 
 
 def stability_rule(name: str) -> StabilityRule:
-    """The rule `name`: straggler, gradient-spike, loss-difference. Raises KeyError for one that there is not."""
+    """One rule: straggler, straggler-in-soak, gradient-spike or loss-difference. Raises KeyError for another name."""
     return _rules()[name]
 
 

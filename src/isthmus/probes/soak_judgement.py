@@ -12,6 +12,7 @@ from isthmus.probes.statistics import Slope, theil_sen
 
 SPIKE_AFTER = 3
 """Steps whose norms make the running mean before another is compared with it."""
+LEAST_ROUNDS = 12
 LEAST_SAMPLES = 24
 MOST_SAMPLES = 240
 TREND_CONFIDENCE = 0.999
@@ -19,7 +20,7 @@ HORIZON = 10.0
 """A trend is followed for at most so many times the steps in which it was seen."""
 MATERIAL = 0.25
 """Growth within the horizon, as a share of the median, that matters."""
-STEADY = 0.5
+STEADY = 0.75
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Trend:
 
 def problems_of(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     """What the ranks' reports, in the form of `soak_rank.Seen`, show to be wrong. Trends are judged by `trends_of`."""
-    return [*_numbers(seen), *_repeats(seen), *_saves(seen)]
+    return [*_numbers(seen), *_repeats(seen), *_saves(seen), *_stragglers(seen)]
 
 
 def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
@@ -95,6 +96,20 @@ def _saves(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     ranks = tuple(sorted({rank for one in seen for rank in one["damaged_by"]}))
     where = f" on rank {_joined(ranks)}" if ranks else ""
     return [Problem(f"a save is damaged{where}: {damaged[0]}", ranks)]
+
+
+def _stragglers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
+    """Ranks that in the last third of the rounds were never nearly as fast as their peers."""
+    rule, rounds = stability_rule("straggler-in-soak"), len(seen[0]["pace"])
+    if len(seen) < 2 or rounds < LEAST_ROUNDS:
+        return []
+    best = [min(one["pace"][-(rounds // 3) :]) for one in seen]
+    ratios = [own / statistics.median(best[:rank] + best[rank + 1 :]) for rank, own in enumerate(best)]
+    slow = tuple(rank for rank, ratio in enumerate(ratios) if ratio > rule.value)
+    if not slow:
+        return []
+    what = f"rank {_joined(slow)} became {max(ratios):.3g} times as slow as its peers; {rule.value:g} is the limit"
+    return [Problem(f"{what} ({rule.source})", slow)]
 
 
 def trends_of(values: Sequence[Sequence[float]]) -> list[Trend]:

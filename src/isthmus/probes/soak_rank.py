@@ -43,6 +43,7 @@ from isthmus.trainer.step import accumulate_gradients, update_router_bias
 _STATM = Path("/proc/self/statm")
 _FILE_OF_RANK = re.compile(r"(?:model|optimizer)-(\d{5,})\.safetensors")
 KNOWN_SIZE = 64
+PACE_SLICES = 12
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Seen:
 
     `stopped` is the step at which a loss or a gradient was not finite, `bad_here` whether this rank's own activations
     or their gradients were so. `repeats` counts steps computed twice, `differing` those that gave two results,
-    `differing_here` those where already this rank's activations did. `damaged` are messages about saves.
+    `differing_here` those where already this rank's activations did. `pace` has one value per round: the seconds of a
+    small piece of work that is the same on all ranks. `damaged` are messages about saves.
     """
 
     losses: list[float | None] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Seen:
     differing_here: int = 0
     known: int = 0
     wrong: list[str] = field(default_factory=list)
+    pace: list[float] = field(default_factory=list)
     saves_s: list[float] = field(default_factory=list)
     loads_s: list[float] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -87,8 +90,9 @@ def soak(
 ) -> dict[str, Any]:
     """Train in rounds of `round_steps` steps for about `seconds`, at least `least_rounds` rounds.
 
-    After the steps of a round one is computed twice, known answers are computed, and every `save_every` rounds the
-    state is saved under `folder`, read back from the disk and verified. `run` is the run's folder. Returns `Seen`.
+    After the steps of a round one is computed twice, known answers are computed, the pace is taken, and every
+    `save_every` rounds the state is saved under `folder`, read back from the disk and verified. `run` is the run's
+    folder. Returns `Seen`.
     """
     began = time.monotonic()
     work = _Work(rank, RunFolder.open(Path(run)), Path(folder))
@@ -106,6 +110,7 @@ def soak(
                 break
             work.twice(step - 1)
             work.known_answers(rounds)
+            work.pace()
             rounds += 1
             if rounds % save_every == 0:
                 work.save(step)
@@ -196,6 +201,12 @@ class _Work:
             self.seen.known += 1
             if result["failed"]:
                 self.seen.wrong.append(result["detail"])
+
+    def pace(self) -> None:
+        """How fast this rank is by itself. On a processor that others use too, the quickest piece of work counts."""
+        on_cpu = self.rank.device.type == "cpu"
+        size, share = (128, 0.0) if on_cpu else (2048, 0.5)
+        self.seen.pace.append(training.pace(self.rank, size, PACE_SLICES, share)["pace"])
 
     def save(self, step: int) -> None:
         """Save, read back from the disk, verify, and load: the state must then be what it was, bit for bit."""
