@@ -10,11 +10,16 @@ if TYPE_CHECKING:
 
 LIVE: tuple[str, ...] = ("software", "links", "stability")
 """The modules of live probes, in the order in which they run."""
-PRELOAD = tuple(
-    f"isthmus.probes.{name}"
-    for name in ("soak_rank", "portable.collectives", "portable.known_answers", "portable.operators", "portable.traps")
+_ON_RANKS = (
+    "soak_rank",
+    "portable.collectives",
+    "portable.known_answers",
+    "portable.operators",
+    "portable.traps",
+    "portable.training",
 )
-"""What their ranks load."""
+PRELOAD = (*(f"isthmus.probes.{name}" for name in _ON_RANKS), "torch._dynamo")
+"""What their ranks load; torch's optimisers load the last one at their first step."""
 
 
 def live_probes() -> list[Probe]:

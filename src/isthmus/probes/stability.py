@@ -36,8 +36,6 @@ STEPS = "isthmus.probes.portable.training:steps"
 PACE = "isthmus.probes.portable.training:pace"
 SOAK = "isthmus.probes.soak_rank:soak"
 READY = "isthmus.probes.soak_rank:ready"
-PRELOAD = ("isthmus.probes.soak_rank", "torch._dynamo")
-"""What a crew loads once for all ranks; the optimiser of torch wants the second at its first step."""
 
 DEADLINE_S = 300.0
 READY_S = 120.0
