@@ -255,9 +255,10 @@ Observed: {case.observed}
 
 ## How to run it
 
-    python {SCRIPT}                              # starts its own ranks
-    torchrun --nproc-per-node {call.ranks} {SCRIPT}      # or over several machines
+    python {SCRIPT}
+    torchrun --nproc-per-node {call.ranks} {SCRIPT}
 
+The first starts its own ranks; the second, started on each of several machines, takes the ranks from torchrun.
 It needs {needs} and nothing else. Exit code 0: healthy; 1: the failure showed; 2: it could not run, or something else
 went wrong. `--device cpu` runs the same on the CPU, `--runs` more often, `--help` lists the rest. The call is at the
 end of the script, as JSON; the function that it calls is at its beginning.
