@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ import torch
 from conditions import conditions, store
 from isthmus.chips import device_for, get_chip
 from isthmus.probes.calls import edge_calls, recipe_calls
+from isthmus.probes.portable.compiled import check_compiled
 from isthmus.probes.portable.operators import check_operators
 from isthmus.probes.portable.traps import check_traps
 from isthmus.probes.software import REPEATS, longest_sum, run_dtypes
@@ -49,7 +51,7 @@ def main() -> None:
     dtypes = run_dtypes(recipe, chip)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     rows = [one_seed(rank, calls, dtypes, seed, longest_sum(recipe)) for seed in seeds]
-    summary = summarise(rows, recording, len(calls))
+    summary = {**summarise(rows, recording, len(calls)), "compile": compilation(rank)}
     print(json.dumps(summary, indent=1))
     store("live_tier", {"chip": chip.slug, "dtypes": dtypes, **summary, "rows": rows})
     if arguments.keep:
@@ -81,6 +83,18 @@ def one_seed(rank: Any, calls: list[Any], dtypes: list[str], seed: int, length: 
         flush=True,
     )
     return row
+
+
+def compilation(rank: Any) -> dict[str, Any]:
+    """Eager against compiled once: what it found, and its processor time with that of the compiler."""
+    began = processor_seconds()
+    found = check_compiled(rank)
+    return {"cpu_s": processor_seconds() - began, "unchecked": found["unchecked"], "detail": found["detail"]}
+
+
+def processor_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def summarise(rows: list[dict[str, Any]], recording: float, calls: int) -> dict[str, Any]:

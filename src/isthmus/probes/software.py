@@ -24,7 +24,7 @@ REPEATS = 2
 SHOWN = 4
 CASES = 2
 """Failure cases that are kept of one probe: each a single operator."""
-RECORD_S, CALL_S, TRAPS_S, COMPILE_S = 1.5, 0.0045, 0.5, 12.0
+RECORD_S, CALL_S, TRAPS_S, COMPILE_S = 2.5, 0.0032, 0.1, 17.6
 """Seconds of recording, of one call in one dtype, of the traps and of a compilation: benchmarks/live_tier.py."""
 CALLS = 370
 """Calls that are recorded of the tiny recipe."""
