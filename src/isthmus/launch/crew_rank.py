@@ -97,7 +97,7 @@ def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         pipe.send(("raised", f"{type(error).__name__}: {error}", time.monotonic()))
-        raise SystemExit(1) from error
+        raise
     pipe.send(("done", value, time.monotonic()))
 
 
