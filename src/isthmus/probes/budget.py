@@ -18,7 +18,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
 
 @dataclass(frozen=True)
 class Choice:
-    """The probes that are run, in their own order, with their prices in seconds; and those that are not."""
+    """The probes that are run, cheapest first, with their prices in seconds; and those that are not."""
 
     chosen: list[tuple[Probe, float]]
     skipped: list[Skipped]
@@ -29,12 +29,15 @@ class Choice:
 
 
 def choose(probes: Sequence[Probe], setting: Setting, budget_s: float | None) -> Choice:
-    """All probes without a budget. With one, greedily the probe that adds most per second, while the budget lasts.
+    """Without a budget all probes; with one, greedily the probe that adds most per second, while it lasts.
+
+    They run cheapest first: what is broken shows soonest in what is cheap.
 
     A probe is worth the share of the faults of its aspect that it can see and that no chosen one sees yet.
     """
     able = [probe for probe in probes if setting.pool.ranks >= probe.min_ranks]
     prices = {probe.name: max(probe.price(setting), 1e-3) for probe in able}
+    able.sort(key=lambda probe: prices[probe.name])
     if budget_s is None:
         return Choice([(probe, prices[probe.name]) for probe in able], [])
     taken: list[Probe] = []
