@@ -35,6 +35,9 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/deltas.py
 	$(BIN)/python benchmarks/static_tier.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/live_tier.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/host_links.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/qualifier.py
 
 soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

@@ -23,7 +23,7 @@ from isthmus.probes.contract import Setting
 from isthmus.probes.portable import known_answers, training
 from isthmus.probes.soak_judgement import problems_of, trends_of
 from isthmus.recipe import QualifySection, load_recipe
-from isthmus.records import Evidence
+from isthmus.records import Evidence, FailureCase
 from isthmus.run import RunFolder
 
 
@@ -147,7 +147,7 @@ def report(**changes: Any) -> dict[str, Any]:
     )
     well: dict[str, Any] = {name: [] for name in lists}
     well |= {"norms": [1.0, 1.3, 0.8, 1.1, 2.0], "stopped": None, "bad_here": False}
-    return well | {"repeats": 2, "differing": 0, "differing_here": 0, "known": 4} | changes
+    return well | {"repeats": 2, "differing": 0, "differing_here": 0, "operator": None, "known": 4} | changes
 
 
 def test_ranks_that_are_well_have_no_problem():
@@ -322,6 +322,14 @@ def test_a_step_that_cannot_be_repeated_and_a_save_that_is_damaged_are_found(set
     found = look(setting, short_soak, "small-error@rank=0,step=3", "corrupted-save@rank=1", world=2)
     assert found.outcome == "fail" and "steps gave two results" in found.detail and found.ranks == [0, 1]
     assert "a save is damaged on rank 1" in found.detail and "does not match its hash" in found.detail
+
+
+def test_the_operator_that_gives_two_results_in_a_real_step_is_named_and_kept_as_a_case(setting: Setting):
+    found = look(setting, short_soak, "small-error@rank=1,rate=0.2,operator=aten::bmm", world=2)
+    assert found.outcome == "fail" and "aten::bmm did so for equal inputs" in found.detail and 1 in found.ranks
+    assert found.failure is not None
+    case = FailureCase.model_validate_json((setting.root / found.failure / "failure.json").read_bytes())
+    assert case.arguments["operator"] == "aten::bmm" and (setting.root / found.failure / "inputs.pt").is_file()
 
 
 def test_a_hang_in_real_steps_names_the_rank_that_lags(setting: Setting):

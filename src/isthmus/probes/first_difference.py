@@ -128,19 +128,19 @@ def first_difference(prepare: Callable[[], Work], runs: int = 2) -> tuple[Differ
     """Run a step `runs` times and return where it first differs, with (arguments, named) if an operator is to blame.
 
     `prepare` sets up the step from the same state each time, its random numbers included, and returns it. None if all
-    runs are equal in every operator. The arguments are copied in one more run, which is equal up to that call.
+    runs are equal in every operator. The arguments are copied in one more run, which is equal up to that call and is
+    made in any case: all ranks have to take a step with collectives equally often.
     """
     logs = [log_of(prepare()) for _ in range(runs)]
     found = [difference for log in logs[1:] if (difference := compare(logs[0], log)) is not None]
-    if not found:
-        return None
-    first = min(found, key=lambda difference: difference.number)
-    if first.kind != "result":
-        return first, None
+    first = min(found, key=lambda difference: difference.number, default=None)
+    wanted = first.number if first is not None and first.kind == "result" else None
     work = prepare()
-    with _Log(first.number) as log:
+    with _Log(wanted) as log:
         work()
-    same = log.entries[first.number].inputs == logs[0][first.number].inputs
+    if first is None or wanted is None:
+        return None if first is None else (first, None)
+    same = log.entries[wanted].inputs == logs[0][wanted].inputs
     return first, log.kept if same else None
 
 

@@ -86,6 +86,8 @@ def _repeats(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     ranks = _some((rank for rank, one in enumerate(seen) if one["differing_here"]), len(seen))
     where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
     what = f"{differing} of {seen[0]['repeats']} steps gave two results, bit by bit, when they were repeated{where}"
+    named = {one["operator"] for one in seen if one["operator"]}
+    what += f"; {', '.join(sorted(named))} did so for equal inputs" if named else ""
     return [Problem(what, ranks)]
 
 

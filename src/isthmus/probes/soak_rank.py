@@ -28,6 +28,7 @@ from isthmus.formats.assemble import unfilled
 from isthmus.launch.crew_rank import Rank
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
+from isthmus.probes.first_difference import first_difference, keep_operator
 from isthmus.probes.portable import known_answers, training
 from isthmus.recipe import Recipe, TrainSection, layout_problem
 from isthmus.run import RunFolder
@@ -52,8 +53,9 @@ class Seen:
 
     `stopped` is the step at which a loss or a gradient was not finite, `bad_here` whether this rank's own activations
     or their gradients were so. `repeats` counts steps computed twice, `differing` those that gave two results,
-    `differing_here` those where already this rank's activations did. `pace` has one value per round: the seconds of a
-    small piece of work that is the same on all ranks. `damaged` are messages about saves.
+    `differing_here` those where already this rank's activations did. `operator` is the one that gave two results for
+    equal inputs, if it did so again, and `kept` the folder of its case. `pace` has one value per round: the seconds of
+    a small piece of work that is the same on all ranks. `damaged` are messages about saves.
     """
 
     losses: list[float | None] = field(default_factory=list)
@@ -67,6 +69,8 @@ class Seen:
     repeats: int = 0
     differing: int = 0
     differing_here: int = 0
+    operator: str | None = None
+    kept: str | None = None
     known: int = 0
     wrong: list[str] = field(default_factory=list)
     pace: list[float] = field(default_factory=list)
@@ -86,16 +90,23 @@ def ready(rank: Rank) -> int:
 
 
 def soak(
-    rank: Rank, run: str, folder: str, seconds: float, round_steps: int = 4, least_rounds: int = 2, save_every: int = 1
+    rank: Rank,
+    run: str,
+    pool: str,
+    folder: str,
+    seconds: float,
+    round_steps: int = 4,
+    least_rounds: int = 2,
+    save_every: int = 1,
 ) -> dict[str, Any]:
     """Train in rounds of `round_steps` steps for about `seconds`, at least `least_rounds` rounds.
 
     After the steps of a round one is computed twice, known answers are computed, the pace is taken, and every
     `save_every` rounds the state is saved under `folder`, read back from the disk and verified. `run` is the run's
-    folder. Returns `Seen`.
+    folder, `pool` the pool's name in its recipe. Returns `Seen`.
     """
     began = time.monotonic()
-    work = _Work(rank, RunFolder.open(Path(run)), Path(folder))
+    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder))
     step, rounds = 0, 0
     started = time.monotonic()
     go_on = True
@@ -124,8 +135,8 @@ def soak(
 class _Work:
     """The model, its data and its optimiser on one rank, and what was seen."""
 
-    def __init__(self, rank: Rank, run: RunFolder, folder: Path):
-        self.rank, self.run, self.recipe = rank, run, run.recipe
+    def __init__(self, rank: Rank, run: RunFolder, pool: str, folder: Path):
+        self.rank, self.run, self.recipe, self.pool = rank, run, run.recipe, pool
         self.seen = Seen()
         rank.beat("building the model")
         grouped = rank.world > 1
@@ -189,8 +200,37 @@ class _Work:
             found.append((self.watch.digest, gradients.hexdigest()))
         self.optimizer.zero_grad()
         self.seen.repeats += 1
-        self.seen.differing += self._somewhere(found[0] != found[1])
         self.seen.differing_here += found[0][0] != found[1][0]
+        if self._somewhere(found[0] != found[1]):
+            self.seen.differing += 1
+            self._blame(batch, step)
+
+    def _blame(self, batch: Batch, step: int) -> None:
+        """Look for the operator that gives two results, once, and keep it as a case. All ranks take the step again."""
+        if self.seen.differing > 1:
+            return
+
+        def again() -> None:
+            accumulate_gradients(
+                self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+            )
+
+        self.rank.beat("looking for the operator", step)
+        self.watch.begin(hashing=False)
+        found = first_difference(lambda: again)
+        self.optimizer.zero_grad()
+        if found is None or found[1] is None:
+            return
+        section = self.recipe.pools[self.pool]
+        kept = keep_operator(
+            self.folder.parent / "failures" / f"operator-of-rank-{self.rank.rank}",
+            *found,
+            device=self.rank.device.type,
+            pool=self.pool,
+            chip=section.chip,
+            rehearsed=section.rehearsed,
+        )
+        self.seen.operator, self.seen.kept = found[0].operator, str(kept.relative_to(self.run.path))
 
     def known_answers(self, index: int) -> None:
         """A product with a known result and one that carries its checksum, on seeds of their own."""

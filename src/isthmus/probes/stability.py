@@ -193,7 +193,13 @@ def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
 
 def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Called:
     folder = setting.folder / "soak"
-    arguments = {"run": str(setting.root), "folder": str(folder), "seconds": seconds, "round_steps": round_steps}
+    arguments = {
+        "run": str(setting.root),
+        "pool": setting.pool.name,
+        "folder": str(folder),
+        "seconds": seconds,
+        "round_steps": round_steps,
+    }
     storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
     patience = setting.stall_s + storage_s
     deadline = 4.0 * seconds + DEADLINE_S + 4.0 * storage_s
@@ -263,7 +269,9 @@ def _soak_finding(
     if problems:
         detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in problems)
         ranks = sorted({rank for problem in problems for rank in problem.ranks})
-        return _finding("soak", "training", "fail", detail, steps, figures, confidence, ranks, None, crew.world)
+        kept = next((one["kept"] for one in seen if one["kept"]), None)
+        keep = None if kept is None else lambda: kept
+        return _finding("soak", "training", "fail", detail, steps, figures, confidence, ranks, keep, crew.world)
     step_bound = zero_failure_bound(steps * crew.world, confidence)
     detail = (
         f"{steps} real steps on {crew.world} ranks, {first['repeats']} of them computed twice with equal bits, "
