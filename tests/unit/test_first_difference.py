@@ -94,7 +94,7 @@ def test_random_numbers_that_are_not_seeded_alike_are_told_apart_from_a_fault():
 
 
 def test_unequal_data_at_the_start_is_no_operators_fault():
-    starts = iter([1.0, 2.0])
+    starts = iter([1.0, 2.0, 3.0])
 
     def prepare() -> Callable[[], object]:
         given = torch.full((4,), next(starts))
