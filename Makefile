@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/tiny.toml
+TESTERS ?= 2
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -14,7 +15,7 @@ serve: $(VENV)/.installed        ## chat with the model that `make run` made
 	$(BIN)/isthmus serve runs/tiny
 
 test: $(VENV)/.installed-dev     ## install, then run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile
 
 check: $(VENV)/.installed-dev    ## style, types, import direction, rules
 	$(BIN)/ruff check src tests benchmarks

@@ -166,6 +166,7 @@ def trials(arguments: argparse.Namespace) -> Iterator[Trial]:
         every = [probe for probe, _ in choose(live_probes(), setting, None).chosen if probe.name != LEFT_OUT]
         cheap = [probe for probe in every if probe.price(setting) <= CHEAP_S]
         for fault in plan:
+            setting.failures.clear()
             whole = fault is not None or healthy % arguments.whole_every == 0
             trial = qualify(fault, setting, every if whole else cheap)
             healthy += fault is None
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--whole-every", type=int, default=5, help="of so many healthy pools one sees all probes")
     parser.add_argument("--stall", type=float, default=6.0, help="seconds of silence after which a rank hangs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="end, and store what there is, after this time")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -230,6 +232,8 @@ def main() -> None:
     total = arguments.healthy + arguments.times * len(arguments.kinds)
     for trial in trials(arguments):
         done.append(trial)
+        if arguments.minutes is not None and time.monotonic() - began > 60.0 * arguments.minutes:
+            break
         wrong = trial.found == (trial.fault is None)
         if wrong or arguments.quick or len(done) % 50 == 0:
             said = "; ".join(trial.findings) or "nothing"

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
 
     TARGET is a run folder or a recipe.
     """
-    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    opened = _open(target, folder, overrides, before_start=partial(_check_before_start, pools=options["pools"]))
     given = {name: value for name, value in options.items() if value}
     if given:
         _show(importlib.import_module("isthmus.qualify"), opened, again=again, **given)
@@ -286,6 +287,8 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_SET
+@click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of the vendor's, in place of the table.")
+@click.option("--cann", type=click.Path(path_type=Path), help="An installation, whose symbols the package needs.")
 def coverage(target: str, **options: Any) -> None:
     """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.
 
@@ -355,13 +358,20 @@ def _no_check(_recipe: Recipe) -> None:
     """A dossier can be read where the chips are not."""
 
 
-def _check_before_start(recipe: Recipe) -> None:
-    """What can be known to fail before the first second is spent."""
+def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
+    """What can be known to fail before the first second is spent; of the named `pools` alone, if any is named.
+
+    A process that torchrun started among others sees the chips of its own machine, and so asks for none.
+    """
     importlib.import_module("isthmus.algos").algorithm_config(recipe.rl)
     formats = importlib.import_module("isthmus.formats")
     for name in (recipe.rl.rollout_format, recipe.handoff.format):
         formats.check_format_name(name)
-    importlib.import_module("isthmus.chips").check_available(recipe)
+    chips = importlib.import_module("isthmus.chips")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        chips.check_names(recipe)
+    else:
+        chips.check_available(recipe, pools)
 
 
 def _dry_run(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> None:

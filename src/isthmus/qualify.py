@@ -8,6 +8,7 @@ rehearsal never ends in `fit`.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of
 
 NAME = "qualify"
 LOOPBACK = "127.0.0.1"
+PILOTS = "pilots of this run's own work"
 
 
 def execute(
@@ -54,24 +56,26 @@ def execute(
     budget: str | None = None,
     prices: bool = False,
 ) -> list[QualifyRecord]:
-    """Qualify every pool that the recipe places, or the named ones. A pool that has its record is left alone, unless
-    `again`. `budget` is the time for the probes of each pool, such as `30s`; the pilots, which the plan needs, come on
-    top. With `prices` the probes are only listed.
+    """Qualify every pool that the recipe places, or the named ones.
+
+    A pool that has its record is left alone, unless `again` or a budget is asked for. `budget` is the time for the
+    probes of each pool, such as `30s`; the pilots, which the plan needs, come on top. With `prices` the probes are only
+    listed.
 
     Where torchrun started this process among others, they are the ranks of the one pool that is named, perhaps on
     several machines that share the run folder. The first of them examines, the others attend to it and return nothing.
 
     Raises IsthmusError for a pool that the recipe does not place, or that has another number of ranks.
     """
-    if launched_world() not in (None, 1):
-        return _execute_among_others(run, watch, pools, budget)
-    check_available(run.recipe)
     placed = {pool.name: pool for pool in placed_pools(run.recipe)}
     for name in pools:
         if name not in placed:
             raise IsthmusError(f"no stage is placed on a pool {name!r}; the recipe places {', '.join(placed)}")
     text = budget or run.recipe.qualify.budget
     budget_s = parse_seconds(text) if text else None
+    if launched_world() not in (None, 1) and not prices:
+        return _execute_among_others(run, watch, pools, budget_s, again or bool(budget))
+    check_available(run.recipe, pools)
     records = []
     for name, pool in placed.items():
         if pools and name not in pools:
@@ -79,13 +83,16 @@ def execute(
         if prices:
             watch.console.print(_price_table(_choice(_setting(run, pool, watch), budget_s)))
             continue
-        stored = None if again else run.read_record(f"{NAME}/{name}", QualifyRecord)
-        records.append(stored or qualify_pool(run, name, watch, budget_s=budget_s))
+        records.append(_stored(run, name, again or bool(budget)) or qualify_pool(run, name, watch, budget_s=budget_s))
     return records
 
 
+def _stored(run: RunFolder, pool_name: str, again: bool) -> QualifyRecord | None:
+    return None if again else run.read_record(f"{NAME}/{pool_name}", QualifyRecord)
+
+
 def _execute_among_others(
-    run: RunFolder, watch: Watch, pools: Sequence[str], budget: str | None
+    run: RunFolder, watch: Watch, pools: Sequence[str], budget_s: float | None, again: bool
 ) -> list[QualifyRecord]:
     """Qualify one pool whose ranks torchrun has started."""
     if len(pools) != 1:
@@ -93,16 +100,15 @@ def _execute_among_others(
     check_names(run.recipe)
     ranks = get_pool(run.recipe, pools[0]).ranks
     store, rank, world = next(rendezvous("env://"))
+    local_rank = int(os.environ["LOCAL_RANK"])
     if ranks != world:
         raise IsthmusError(f"the pool {pools[0]!r} has {ranks} ranks in the recipe, and torchrun started {world}")
     shared = PrefixStore("isthmus-qualify", store)
     if rank:
-        Attendant(shared, rank).attend()
+        Attendant(shared, rank, local_rank).attend()
         return []
-    text = budget or run.recipe.qualify.budget
-    with remote_places(shared, world, rank) as places:
-        budget_s = parse_seconds(text) if text else None
-        return [qualify_pool(run, pools[0], watch, budget_s=budget_s, places=places)]
+    with remote_places(shared, world, rank, local_rank) as places:
+        return [_stored(run, pools[0], again) or qualify_pool(run, pools[0], watch, budget_s=budget_s, places=places)]
 
 
 def qualify_pool(
@@ -179,8 +185,10 @@ class Examination:
     def measure(self) -> None:
         """All that can be found out about a pool that is here."""
         if not self._ask_ranks():
-            why = "ranks crashed or hung in the probes, and so might this process"
-            self._leave_out("pilots of this run's own work", "software", why)
+            self._without_pilots("ranks crashed or hung in the probes, and so might this process")
+            return
+        if (why := pilots.too_large(self.run.recipe, self.setting.chip, self.setting.device)) is not None:
+            self._without_pilots(why)
             return
         work = self._workload()
         pilots.rates(self.found, work)
@@ -196,13 +204,21 @@ class Examination:
         profile, chip = self.setting.profile, self.setting.pool.chip
         assert profile is not None
         self._ask_ranks()
-        work = self._workload()
         rehearsed.operators(self.found, profile, self.run)
         rehearsed.collectives(self.found, profile)
         rehearsed.only_the_chip_can_tell(self.found)
-        pilots.generation(self.found, work, enforce(chip))
         pilots.weight_formats(self.found, profile)
+        if (why := pilots.too_large(self.run.recipe, self.setting.chip, self.setting.device)) is not None:
+            self._without_pilots(why)
+            return
+        work = self._workload()
+        pilots.generation(self.found, work, enforce(chip))
         pilots.engine(self.found, work, self.run, self.setting.folder)
+
+    def _without_pilots(self, why: str) -> None:
+        """Nobody then knows whether this run's own work can be served here, nor how fast it is."""
+        self._leave_out(PILOTS, "software", why)
+        self.found.add(PILOTS, "software", "both", "unknown", why)
 
     def record(self, started: float) -> QualifyRecord:
         for aspect in QUESTIONS:
@@ -238,6 +254,7 @@ class Examination:
         self.skipped += choice.skipped
         for one in choice.skipped:
             self.run.event(NAME, "skipped", what=f"{one.probe} on {self.setting.pool}", why=one.why)
+        shutil.rmtree(self.setting.folder / "failures", ignore_errors=True)
         if not choice.chosen:
             return True
         self.watch.console.print(_price_table(choice))
@@ -279,8 +296,10 @@ class Examination:
         for item in evidence:
             self.found.evidence.append(_only_rehearsed(item) if self.setting.pool.rehearsed else item)
             self.found.figures |= without_pairs(item.figures)
-        for kind in probe.finds:
-            self.looked.append((probe.aspect, kind))
+        answered = any(item.outcome != "unknown" for item in evidence)
+        if answered and not (self.setting.pool.rehearsed and probe.aspect in ("stability", "links")):
+            for kind in probe.finds:
+                self.looked.append((probe.aspect, kind))
 
     def _leave_out(
         self, name: str, aspect: Aspect, why: str, probe: Probe | None = None, price: float | None = None
@@ -295,7 +314,7 @@ def _only_rehearsed(item: Evidence) -> Evidence:
     if item.outcome != "pass" or item.aspect not in ("stability", "links"):
         return item
     detail = f"in the rehearsal: {item.detail}; only the chip itself can show it"
-    return item.model_copy(update={"outcome": "unknown", "detail": detail})
+    return item.model_copy(update={"outcome": "unknown", "detail": detail, "needed_for": "training"})
 
 
 def _price_table(choice: Choice) -> RenderableType:

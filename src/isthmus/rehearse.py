@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 import isthmus
+from isthmus.chips import device_for
 from isthmus.chips.rehearse import Profile, profile_of
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import SETTINGS, Settings
@@ -68,7 +69,8 @@ class Report(BaseModel):
     exit_codes: list[int]
     seconds: float
     processes: int = Field(description="Processes that used the chip")
-    unfinished: int = Field(description="Of these, how many ended without a last report")
+    watched: int = Field(description="Processes that loaded torch under the rehearsal")
+    unfinished: int = Field(description="Of the watched ones, how many ended without a last report")
     steps: int
     operators: dict[str, Used]
     substitutions: dict[str, int]
@@ -200,7 +202,7 @@ def _source_folder() -> list[str]:
 def _merged(
     found: list[dict], profile: Profile, settings: Settings, command: list[str], codes: list[int], seconds: float
 ) -> Report:
-    used = [one for one in found if one["operators"] or one["refusals"] or one["collectives"]]
+    used = [one for one in found if one["operators"] or one["refusals"] or one["collectives"] or one["faults"]]
     stepping = sum(one["steps"] > 0 for one in used)
     calls: Counter[str] = Counter()
     per_step: Counter[str] = Counter()
@@ -221,7 +223,8 @@ def _merged(
         exit_codes=codes,
         seconds=seconds,
         processes=len(used),
-        unfinished=sum(one["state"] != "ended" for one in used),
+        watched=len(found),
+        unfinished=sum(one["state"] != "ended" for one in found),
         steps=max((one["steps"] for one in used), default=0),
         operators={
             name: Used(
@@ -253,7 +256,14 @@ def _show(report: Report, watch: Watch) -> None:
     title = f"[bold]rehearsal of {report.chip}[/] by the tables of {report.tables}; it does not speak for the vendor"
     watch.console.print(f"\n{title}", highlight=False, soft_wrap=True)
     if not report.processes:
-        watch.say("  nothing ran on the chip: the script put no tensor on its device")
+        device = device_for(report.chip)
+        if not report.watched:
+            watch.say("  nothing was rehearsed: no process of the command loaded torch")
+        elif report.unfinished:
+            watch.say("  nothing is known to have run on the chip: a process ended before it could report")
+        else:
+            watch.say(f"  nothing ran on the chip: the script put no tensor on the device {device!r}")
+        _say_exit_codes(report, watch)
         return
     table = Table("", "operators", "calls", "calls per step", box=None, pad_edge=False)
     for status in STATUSES:
@@ -270,8 +280,16 @@ def _show(report: Report, watch: Watch) -> None:
                 watch.console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
             if len(counted) > SHOWN:
                 watch.say(f"    and {len(counted) - SHOWN} more")
+    _say_exit_codes(report, watch)
     if report.unfinished:
         watch.say(f"  {report.unfinished} process(es) ended without a last report: what is said of them may be short")
+
+
+def _say_exit_codes(report: Report, watch: Watch) -> None:
+    """Which ranks of the command did not end well."""
+    for rank, code in enumerate(report.exit_codes):
+        if code:
+            watch.say(f"  [red]rank {rank} of the command ended with code {code}[/]")
 
 
 def _details(report: Report) -> dict[str, list[str]]:
@@ -281,6 +299,7 @@ def _details(report: Report) -> dict[str, list[str]]:
         for name, used in report.operators.items()
         if used.status == "fallback"
     )
+    unknown = [name for name, used in report.operators.items() if used.status == "unknown"]
     return {
         "refused": report.refusals,
         "run on the host's CPU": [line for line, _ in sorted(fallbacks, key=lambda pair: pair[1])],
@@ -289,6 +308,7 @@ def _details(report: Report) -> dict[str, list[str]]:
         "limits that the vendor documents": _counted(report.cautions),
         "memory that nobody initialised, which holds NaN here": _counted(report.filled),
         "results that vary from run to run": _counted(report.varied),
+        "not in the table, so not judged": unknown,
         "planted": report.planted,
         "planted, and happened": report.faults,
     }

@@ -18,6 +18,7 @@ from isthmus.run import Figure
 QUESTIONS: tuple[Aspect, ...] = ("stability", "links", "software")
 """What a pool can fail by: the three things that nobody measured in time when training runs were lost."""
 PAIR_OF_RANKS = re.compile(r"p2p_(\d+)_(\d+)_gbs")
+RANKS = "pool.ranks"
 _WORST_FIRST: tuple[AspectOutcome, ...] = ("fail", "unknown", "limited", "pass")
 
 
@@ -76,25 +77,34 @@ def limits_of(evidence: Iterable[Evidence]) -> list[Limit]:
 def broken_limits(limits: Iterable[Limit], recipe: Recipe, pool_name: str, use: str) -> list[str]:
     """In words, which limits of a pool the recipe does not keep to in a use, "training" or "serving"."""
     pool = get_pool(recipe, pool_name)
-    problems = (_problem(limit, recipe, pool) for limit in limits if limit.needed_for in (use, "both"))
+    binding = [limit for limit in limits if limit.needed_for in (use, "both")]
+    problems = [_bad_ranks([limit for limit in binding if limit.setting == RANKS and limit.excluded], pool)]
+    problems += [_problem(limit, recipe, pool) for limit in binding if limit.setting != RANKS]
     return [problem for problem in problems if problem is not None]
 
 
+def _bad_ranks(limits: Sequence[Limit], pool: Pool) -> str | None:
+    """What to do about ranks that are not to be used, all findings about them taken together."""
+    bad = sorted({rank for limit in limits for rank in limit.excluded})
+    if not bad:
+        return None
+    good, reasons = pool.ranks - len(bad), "; ".join(dict.fromkeys(limit.reason for limit in limits))
+    if good < 1:
+        return f"none of its ranks is good: {reasons}"
+    key = "count" if pool.ranks == pool.count else "ranks"
+    return f"rank {', '.join(bad)} is not to be used ({reasons}): take out what it computes on, and set {key} = {good}"
+
+
 def _problem(limit: Limit, recipe: Recipe, pool: Pool) -> str | None:
-    if limit.setting == "pool.ranks" and limit.excluded:
-        good = pool.ranks - len(limit.excluded)
-        if good < 1:
-            return f"none of its ranks is good: {limit.reason}"
-        bad = ", ".join(limit.excluded)
-        return f"rank {bad} is not to be used ({limit.reason}): take its chip out, and set count = {good}"
     value = setting_value(recipe, pool, limit.setting)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if limit.most is not None and value > limit.most:
             return f"{limit.setting} is {value:g}, and {limit.most:g} is the most ({limit.reason})"
         if limit.least is not None and value < limit.least:
             return f"{limit.setting} is {value:g}, and {limit.least:g} is the least ({limit.reason})"
-    if str(value) in limit.excluded:
-        return f"{limit.setting} is {value}, which is excluded ({limit.reason})"
+    written = str(value).lower() if isinstance(value, bool) else str(value)
+    if written in limit.excluded:
+        return f"{limit.setting} is {written}, which is excluded ({limit.reason})"
     return None
 
 

@@ -87,7 +87,7 @@ def test_the_present_pool_is_fit_and_its_figures_are_measured(qualified):
     assert "failure_rate_per_chip_hour" in declared and "sft_step_s" not in declared, "the prior is published"
     known = next(item for item in home.evidence if item.name == "known answers")
     assert known.samples > 0 and known.confidence == 0.95
-    assert known.figures["failure_rate"].high == pytest.approx(100 * (1 - 0.05 ** (1 / known.samples)))
+    assert known.figures["known_answers_failure_rate"].high == pytest.approx(100 * (1 - 0.05 ** (1 / known.samples)))
     assert {score.aspect: score.outcome for score in home.scores} == dict.fromkeys(QUESTIONS, "pass")
     assert not home.skipped and not home.limits
 

@@ -6,6 +6,8 @@ load torch; looking for devices may.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
@@ -103,10 +105,15 @@ def check_names(recipe: Recipe) -> None:
             )
 
 
-def check_available(recipe: Recipe) -> None:
-    """Raise IsthmusError unless every pool that the recipe places is here or rehearsed; says what is here instead."""
+def check_available(recipe: Recipe, pools: Collection[str] = ()) -> None:
+    """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here or rehearsed.
+
+    Where `pools` are named, those alone.
+    """
     check_names(recipe)
     for pool in placed_pools(recipe):
+        if pools and pool.name not in pools:
+            continue
         if not pool.rehearsed and not is_here(pool):
             raise IsthmusError(_not_here(pool))
 

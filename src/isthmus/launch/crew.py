@@ -92,8 +92,8 @@ class Crew:
 
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
     what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
-    until each rank had its communicator; `failed_calls` counts calls in which a rank did not answer. `places` are where
-    the ranks live, children of this process if absent; ranks on other machines reach `host`, which is this one.
+    until each rank had its communicator; `failed_calls` counts calls in which a rank crashed or hung. `places` are
+    where the ranks live, children of this process if absent; ranks on other machines reach `host`, which is this one.
     `preload` names modules that the work needs: on the CPU they are loaded once, for the ranks of all crews, if this is
     the first crew of the process.
     Raises IsthmusError for a fault that cannot be made to happen.
@@ -177,6 +177,8 @@ class Crew:
 
     def _end(self, *, politely: bool) -> None:
         if self._store is not None:
+            for place in self.places if politely else ():
+                place.release()
             for place in self.places:
                 place.end(politely=politely)
             self._store = None
@@ -203,7 +205,7 @@ class Crew:
         ordered = [replies[rank] for rank in range(self.world)]
         if any(reply.state != "done" for reply in ordered):
             ordered = [dataclasses.replace(reply, log=self.places[reply.rank].log()) for reply in ordered]
-            self.failed_calls += 1
+            self.failed_calls += any(reply.state in ("crashed", "hung") for reply in ordered)
             self._end(politely=False)
         return Called(ordered, time.monotonic() - began)
 

@@ -42,6 +42,7 @@ class RankSetup:
     connect_timeout_s: float
     host: str
     port: int
+    local_rank: int | None = None
     preload: tuple[str, ...] = ()
     beats: str = ""
     log: str = ""
@@ -104,8 +105,11 @@ def _answer(pipe: Connection, work: Callable[[], Any]) -> None:
 def _device(setup: RankSetup) -> torch.device:
     if setup.device == "cpu":
         return torch.device("cpu")
-    place_on_machine = int(os.environ.get("LOCAL_RANK", setup.rank))
-    device = torch.device(setup.device, place_on_machine % torch.accelerator.device_count())
+    index = setup.rank if setup.local_rank is None else setup.local_rank
+    count = torch.accelerator.device_count()
+    if index >= count:
+        raise RuntimeError(f"rank {setup.rank} wants device {index}, and its machine has {count}")
+    device = torch.device(setup.device, index)
     torch.accelerator.set_device_index(device)
     return device
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +26,7 @@ from isthmus.launch.crew_rank import RankSetup, serve
 LOOK_S = 0.02
 BEAT_EVERY_S = 0.2
 GRACE_S = 2.0
+GONE_S = 30.0
 LAST_LINES = 40
 
 
@@ -56,7 +58,13 @@ class Place(Protocol):
         """The end of what its process printed."""
         ...
 
-    def end(self, *, politely: bool) -> None: ...
+    def release(self) -> None:
+        """Tell the rank to go. All of them have to be told before one is waited for."""
+        ...
+
+    def end(self, *, politely: bool) -> None:
+        """Wait a moment for a released rank if `politely`, then end it by force."""
+        ...
 
 
 class LocalPlace:
@@ -109,12 +117,15 @@ class LocalPlace:
         text = path.read_text(encoding="utf-8", errors="replace") if path and path.exists() else ""
         return "\n".join(text.splitlines()[-LAST_LINES:])
 
+    def release(self) -> None:
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.send(None)
+
     def end(self, *, politely: bool) -> None:
         if self._process is None or self.connection is None or self._folder is None:
             return
         if politely:
-            with contextlib.suppress(OSError):
-                self.connection.send(None)
             self._process.join(timeout=GRACE_S)
         if self._process.is_alive():
             self._process.kill()
@@ -177,6 +188,9 @@ class RemotePlace:
         key = f"log/{self._rank}"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
+    def release(self) -> None:
+        self._order({"do": "release"})
+
     def end(self, *, politely: bool) -> None:
         self._order({"do": "end", "politely": politely})
         self._skip_answers()
@@ -192,27 +206,34 @@ class RemotePlace:
     def _skip_answers(self) -> None:
         """What a rank answered after nobody waited for it any more is not the answer to the next question."""
         key = f"ended/{self._rank}/{self._orders - 1}"
-        self._store.wait([key])
-        self._answers = int(self._store.get(key))
+        with contextlib.suppress(RuntimeError):  # an attendant that is gone has nothing more to say
+            self._store.wait([key], timedelta(seconds=GONE_S))
+            self._answers = int(self._store.get(key))
 
 
 class Attendant:
     """What a process that torchrun started does for its rank: it keeps the rank, and passes on orders and answers."""
 
-    def __init__(self, store: Any, rank: int):
+    def __init__(self, store: Any, rank: int, local_rank: int | None = None):
         self._store, self._rank, self._place = store, rank, LocalPlace()
+        self._local_rank = local_rank
         self._waiting = False
         self._answers = 0
 
     def attend(self) -> None:
-        """Until it is told to go."""
+        """Until it is told to go; its rank goes with it."""
+        try:
+            self._attend()
+        finally:
+            self._place.end(politely=False)
+
+    def _attend(self) -> None:
         number, told = 0, 0.0
         while True:
             key = f"order/{self._rank}/{number}"
             if self._store.check([key]):
                 order = json.loads(self._store.get(key))
                 if order["do"] == "go":
-                    self._place.end(politely=False)
                     return
                 self._obey(order, number)
                 number += 1
@@ -224,12 +245,16 @@ class Attendant:
 
     def _obey(self, order: dict[str, Any], number: int) -> None:
         if order["do"] == "end":
+            self._store.set(f"log/{self._rank}", self._place.log())
             self._place.end(politely=order["politely"])
             self._waiting = False
             self._store.set(f"ended/{self._rank}/{number}", str(self._answers))
             return
+        if order["do"] == "release":
+            self._place.release()
+            return
         if order["do"] == "start":
-            self._place.start(_setup(order["setup"]))
+            self._place.start(replace(_setup(order["setup"]), local_rank=self._local_rank))
         else:
             self._place.ask(order["function"], order["arguments"])
         self._waiting = True
@@ -255,9 +280,9 @@ def _setup(fields: dict[str, Any]) -> RankSetup:
 
 
 @contextlib.contextmanager
-def remote_places(store: Any, world: int, own_rank: int) -> Iterator[list[RemotePlace]]:
+def remote_places(store: Any, world: int, own_rank: int, local_rank: int | None = None) -> Iterator[list[RemotePlace]]:
     """The places of all ranks, for the first process; it attends to its own rank from a thread beside."""
-    own = threading.Thread(target=Attendant(store.clone(), own_rank).attend, daemon=True)
+    own = threading.Thread(target=Attendant(store.clone(), own_rank, local_rank).attend, daemon=True)
     own.start()
     places = [RemotePlace(store, rank) for rank in range(world)]
     try:

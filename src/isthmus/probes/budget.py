@@ -60,7 +60,8 @@ def _worth(probe: Probe, seen: set[tuple[str, str]]) -> float:
 
 def _skipped(probe: Probe, price: float, seen: set[tuple[str, str]], budget_s: float) -> Skipped:
     unseen = [kind for kind in probe.finds if (probe.aspect, kind) not in seen]
-    why = f"the budget of {budget_s:g} s was spent on probes that tell more"
+    spent = f"the budget of {budget_s:g} s was spent on probes that tell more"
+    why = spent if seen else f"the budget of {budget_s:g} s buys no probe"
     return Skipped(probe=probe.name, aspect=probe.aspect, price_s=price, why=why, unseen=unseen)
 
 

@@ -154,6 +154,7 @@ def keep_operator(
     chip: str,
     rehearsed: bool,
     ranks: int = 1,
+    planted: Sequence[str] = (),
 ) -> Path:
     """Write the operator that is to blame as a case that `isthmus bundle` packs. Returns its folder.
 
@@ -179,6 +180,7 @@ def keep_operator(
         pool=pool,
         chip=chip,
         rehearsed=rehearsed,
+        planted=list(planted),
         expected="the same bits each time",
         observed=str(difference),
         replies=[{"rank": 0, "state": "done", "value": {"failed": True, "detail": str(difference)}, "error": ""}],

@@ -349,7 +349,8 @@ def look_at_exchange(crew: Crew, setting: Setting) -> list[Evidence]:
             limits = bad.limits or [_experts(reached, f"the exchange among {size} ranks fails")]
             return [bad.model_copy(update={"limits": limits, "figures": figures})]
         figure = figures[f"all_to_all_{size}_bus_gbs"] = _bus(setting, called, shape)
-        figures["all_to_all_bus_gbs"] = figure
+        if size == crew.world:
+            figures["all_to_all_bus_gbs"] = figure
         pace[size] = _fastest(called)
         if pace[size] < FALL * max(pace.values()) and _stays_slow(crew, setting, arguments, pace, size):
             detail = f"bus bandwidth falls from {max(pace.values()):.3g} GB/s to {pace[size]:.3g} among {size} ranks"

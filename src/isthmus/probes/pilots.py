@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from contextlib import AbstractContextManager
@@ -11,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isthmus.chips import get_chip
-from isthmus.chips.rehearse import Profile, RehearsalRefused
+from isthmus.chips import Chip, get_chip
+from isthmus.chips.rehearse import Profile
 from isthmus.engines import Engine, EngineError, Sampling
 from isthmus.engines.local import LocalEngine
+from isthmus.forecast.count import count_parameters
 from isthmus.formats import get_format
 from isthmus.formats.bundle import write_bundle
 from isthmus.formats.wire import digest
@@ -23,11 +25,14 @@ from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflo
 from isthmus.probes.findings import Findings
 from isthmus.probes.thresholds import apply_thresholds, load_thresholds, not_applied
 from isthmus.probes.workload import Workload
+from isthmus.recipe import Recipe
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
 
 FLOOR_ROWS, FLOOR_MIB = 8192, 1024
 """Matrices and copies from which the published floors of `chips/thresholds.csv` hold."""
+STATE_BYTES = 16
+"""Per parameter: weight, gradient and two moments in fp32."""
 PILOT_TOKENS = 48
 PILOT_SAMPLES = (16, 256)
 
@@ -101,13 +106,34 @@ def _pace_of_learning(found: Findings, work: Workload) -> None:
     found.figures["learn_token_s"] = found.median([one / batch.num_tokens for one in seconds], "s/token", source)
 
 
+def too_large(recipe: Recipe, chip: Chip, device: str) -> str | None:
+    """Why the pilots cannot hold this model whole, as they do in one process; None if they can.
+
+    Parameters, gradients and two moments in fp32 must fit the memory of one chip, or of this machine.
+    """
+    need = STATE_BYTES * count_parameters(recipe.model).total
+    declared = chip.mem_gb.value * 1e9 if chip.mem_gb is not None and chip.mem_gb.value is not None else None
+    room = _memory_of_this_machine() if device == "cpu" else declared
+    if room is None or need <= room:
+        return None
+    state, memory = f"{need / 1e9:,.0f} GB", f"{room / 1e9:,.0f} GB"
+    return f"the pilots hold the model whole, and its training state of {state} does not fit in {memory}"
+
+
+def _memory_of_this_machine() -> float | None:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def generation(found: Findings, work: Workload, rules: AbstractContextManager[object] | None) -> None:
     """The engine's forward pass, under the rules of the chip if it is rehearsed."""
     name = "generation under the chip's rules" if rules else "generation"
     try:
         logits = work.generate(rules)
-    except RehearsalRefused as refusal:
-        found.add(name, "software", "serving", "fail", str(refusal))
+    except RuntimeError as error:  # an operator that is not there, or that the rules refuse, among them
+        found.add(name, "software", "serving", "fail", str(error))
         return
     finite = bool(torch.isfinite(logits).all())
     detail = f"prefill and decoding gave {len(logits)} rows of logits, {'all' if finite else 'not all'} finite"

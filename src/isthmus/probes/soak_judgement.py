@@ -71,9 +71,11 @@ def _some(ranks: Iterable[int], world: int) -> tuple[int, ...]:
 def _spike(norms: Sequence[float]) -> str | None:
     """The first norm of a gradient whose square is too far above the mean of those before."""
     rule = stability_rule("gradient-spike")
-    for step in range(SPIKE_AFTER, len(norms)):
-        mean = statistics.fmean(norm**2 for norm in norms[:step])
-        if norms[step] ** 2 > rule.value * mean:
+    total = 0.0
+    for step, norm in enumerate(norms):
+        mean = total / step if step else 0.0
+        total += norm**2
+        if step >= SPIKE_AFTER and norm**2 > rule.value * mean:
             times = norms[step] ** 2 / mean
             return f"the squared norm of the gradient at step {step} is {times:.3g} {rule.unit} ({rule.source})"
     return None

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,15 +98,16 @@ def soak(
     round_steps: int = 4,
     least_rounds: int = 2,
     save_every: int = 1,
+    planted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train in rounds of `round_steps` steps for about `seconds`, at least `least_rounds` rounds.
 
     After the steps of a round one is computed twice, known answers are computed, the pace is taken, and every
     `save_every` rounds the state is saved under `folder`, read back from the disk and verified. `run` is the run's
-    folder, `pool` the pool's name in its recipe. Returns `Seen`.
+    folder, `pool` the pool's name in its recipe, `planted` the faults of its ranks, for a case. Returns `Seen`.
     """
     began = time.monotonic()
-    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder))
+    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder), planted)
     step, rounds = 0, 0
     started = time.monotonic()
     go_on = True
@@ -135,8 +136,8 @@ def soak(
 class _Work:
     """The model, its data and its optimiser on one rank, and what was seen."""
 
-    def __init__(self, rank: Rank, run: RunFolder, pool: str, folder: Path):
-        self.rank, self.run, self.recipe, self.pool = rank, run, run.recipe, pool
+    def __init__(self, rank: Rank, run: RunFolder, pool: str, folder: Path, planted: Sequence[str]):
+        self.rank, self.run, self.recipe, self.pool, self.planted = rank, run, run.recipe, pool, planted
         self.seen = Seen()
         rank.beat("building the model")
         grouped = rank.world > 1
@@ -219,18 +220,25 @@ class _Work:
         self.watch.begin(hashing=False)
         found = first_difference(lambda: again)
         self.optimizer.zero_grad()
+        if found is not None:
+            self.seen.operator = found[0].operator if found[0].kind == "result" else None
         if found is None or found[1] is None:
             return
         section = self.recipe.pools[self.pool]
-        kept = keep_operator(
-            self.folder.parent / "failures" / f"operator-of-rank-{self.rank.rank}",
-            *found,
-            device=self.rank.device.type,
-            pool=self.pool,
-            chip=section.chip,
-            rehearsed=section.rehearsed,
-        )
-        self.seen.operator, self.seen.kept = found[0].operator, str(kept.relative_to(self.run.path))
+        folder = self.folder.parent / "failures" / f"operator-of-rank-{self.rank.rank}"
+        try:
+            keep_operator(
+                folder,
+                *found,
+                device=self.rank.device.type,
+                pool=self.pool,
+                chip=section.chip,
+                rehearsed=section.rehearsed,
+                planted=self.planted,
+            )
+        except ValueError:  # arguments that no file holds: the operator is named all the same
+            return
+        self.seen.kept = str(folder.relative_to(self.run.path))
 
     def known_answers(self, index: int) -> None:
         """A product with a known result and one that carries its checksum, on seeds of their own."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.chips import Chip
+from isthmus.formats import format_names, get_format
 from isthmus.launch.crew import Called, Crew
 from isthmus.pools import available_cores
 from isthmus.probes.calls import Call, edge_calls, recipe_calls
@@ -67,9 +68,10 @@ def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
     findings += _disagreements(called.values, calls)
     keeper = _Keeper(crew, setting, called, arguments)
     serving = [one for one in findings if one.way == "forward" and "serving" in calls[one.call]["uses"]]
+    training = [one for one in findings if one.dtype != "float16"]  # no precision of training computes in it
     return [
         _evidence(f"{name}: serving", "serving", serving, called, setting, keeper),
-        _evidence(f"{name}: training", "training", findings, called, setting, keeper),
+        _evidence(f"{name}: training", "training", training, called, setting, keeper),
     ]
 
 
@@ -176,18 +178,16 @@ def _passing(called: Called, setting: Setting, checked: int) -> str:
     return text + (f"; not checked: {'; '.join(reasons[:SHOWN])}" if reasons else "")
 
 
-_SETTINGS: dict[str, dict[Use, list[tuple[str, str]]]] = {
-    "bfloat16": {
-        "training": [("train.precision", "bf16")],
-        "serving": [("rl.rollout_format", "bf16"), ("handoff.format", "bf16")],
-    },
-    "float32": {
-        "training": [("train.precision", "fp32")],
-        "serving": [("rl.rollout_format", "fp32"), ("handoff.format", "fp32")],
-    },
-    "float16": {"serving": [("rl.rollout_format", "modelslim_fp16"), ("handoff.format", "modelslim_fp16")]},
-}
-"""What a recipe sets in order to compute in a dtype."""
+_PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
+"""What `train.precision` is called for a dtype."""
+
+
+def _settings(dtype: str, use: Use) -> list[tuple[str, str]]:
+    """What a recipe sets in order to compute in a dtype: a precision, or a format of weights."""
+    if use == "training":
+        return [("train.precision", _PRECISIONS[dtype])] if dtype in _PRECISIONS else []
+    formats = [name for name in format_names() if str(get_format(name).dtype).removeprefix("torch.") == dtype]
+    return [(key, name) for key in ("rl.rollout_format", "handoff.format") for name in formats]
 
 
 def _limits(findings: list[_Finding], needed_for: Use, setting: Setting) -> list[Limit]:
@@ -202,7 +202,7 @@ def _limits(findings: list[_Finding], needed_for: Use, setting: Setting) -> list
     reason = f"operators fail in {dtype} alone: {', '.join(sorted({one.operator for one in findings})[:SHOWN])}"
     return [
         Limit(setting=key, excluded=[value], reason=reason, needed_for=needed_for)
-        for key, value in _SETTINGS[dtype].get(needed_for, [])
+        for key, value in _settings(dtype, needed_for)
     ]
 
 

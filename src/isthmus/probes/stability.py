@@ -101,7 +101,8 @@ def _trials(
     confidence = setting.recipe.qualify.confidence
     bound = zero_failure_bound(samples, confidence)
     source = f"{samples} trials without a failure; {confidence:.0%} upper bound 1 - (1 - c)^(1/n)"
-    figures = {"failure_rate": setting.measured(0.0, "% per trial", source, low=0.0, high=100 * bound)}
+    rate = setting.measured(0.0, "% per trial", source, low=0.0, high=100 * bound)
+    figures = {f"{name.replace(' ', '_')}_failure_rate": rate}
     detail = f"{samples} {what}: no failure; a rate below {bound:.2g} per trial could have stayed unseen"
     return _finding(name, needed_for, "pass", detail, samples, figures, confidence)
 
@@ -152,7 +153,7 @@ def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list
     source = f"ranks and communicator, median of {starts} cold starts, interval {median.confidence:.0%}"
     figures = {
         "cold_start_s": setting.measured(median.value, "s", source, median.low, median.high),
-        "communicator_s": setting.measured(slowest, "s", f"slowest rank of {starts} cold starts"),
+        "cold_communicator_s": setting.measured(slowest, "s", f"slowest rank of {starts} cold starts"),
     }
     bound = zero_failure_bound(starts, setting.recipe.qualify.confidence)
     detail = f"{starts} of {starts} cold starts in {max(seconds):.2g} s at most; a rate below {bound:.2g} per start"
@@ -199,6 +200,7 @@ def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Cal
         "folder": str(folder),
         "seconds": seconds,
         "round_steps": round_steps,
+        "planted": [str(fault) for fault in crew.faults],
     }
     storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
     patience = setting.stall_s + storage_s
@@ -340,7 +342,8 @@ def _broken(name: str, called: Called, needed_for: Use, keep: Callable[[], str] 
     """A call that not all ranks answered. What the ranks at fault did is said, and not what became of the others."""
     ranks = called.culprits()
     at_fault = Called([reply for reply in called.replies if reply.rank in ranks], called.seconds)
-    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep)
+    world = len(called.replies)
+    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep, world=world)
 
 
 def _finding(
@@ -360,7 +363,8 @@ def _finding(
     limits = []
     if world is not None and 0 < len(ranks) < world / 2:
         reason = f"{name}: {detail}"[:200]
-        limits = [Limit(setting="pool.ranks", excluded=[str(rank) for rank in ranks], reason=reason)]
+        excluded = [str(rank) for rank in ranks]
+        limits = [Limit(setting="pool.ranks", excluded=excluded, reason=reason, needed_for=needed_for)]
     return Evidence(
         name=name,
         aspect="stability",

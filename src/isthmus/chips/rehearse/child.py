@@ -75,6 +75,7 @@ class Reporter:
         self.settings, self.rehearsal, self.injector = settings, rehearsal, injector
         self.steps, self.collectives = Steps(), Collectives()
         self._pid, self._written = os.getpid(), 0.0
+        injector.before_stop = lambda: self.write("running")
 
     def after_step(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
         """An optimiser made a step; faults that are planted at a step happen here."""
@@ -82,7 +83,8 @@ class Reporter:
         if self.steps.counts[id(optimiser)] < self.steps.done:
             return
         self.steps.last = Counter(self.rehearsal.tally.by_operator)
-        self.steps.first = self.steps.first or self.steps.last
+        if self.steps.done == 1:
+            self.steps.first = self.steps.last
         if time.monotonic() - self._written > EVERY_S:
             self.write("running")
         self.injector.step(self.steps.done)
@@ -93,7 +95,7 @@ class Reporter:
 
     def write(self, state: _State) -> None:
         self._written = time.monotonic()
-        path = Path(self.settings.folder) / f"{self._pid}.json"
+        path = Path(self.settings.folder) / f"{os.getpid()}.json"
         with torch._C.DisableTorchFunction():
             write_atomic(path, json.dumps(self.found(state)).encode())
 
@@ -101,7 +103,7 @@ class Reporter:
         """The report of this process, as JSON."""
         tally, memory = self.rehearsal.tally, self.rehearsal.memory
         return {
-            "pid": self._pid,
+            "pid": os.getpid(),
             "rank": int(os.environ.get("RANK", "0")),
             "state": state,
             "steps": self.steps.done,

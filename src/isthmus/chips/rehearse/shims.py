@@ -230,6 +230,7 @@ def _add_to_accelerator(chip: Chip, memory: ChipMemory, count: int) -> None:
     }
     for name, function in ({name: functions[name] for name in shared} | more).items():
         setattr(torch.accelerator, name, function)
+    torch._C._get_accelerator = lambda *_args: torch.device(memory.kinds[0])
 
 
 def _map_constructors(memory: ChipMemory) -> None:
@@ -307,7 +308,7 @@ def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: C
         raise RehearsalRefused(
             f"{name}.{operator} cannot be rehearsed: it is the vendor's own operator "
             f"({MEANING[own[f'{kind}::{operator}']]}), and there is no reference of it on the CPU. "
-            f"Write it with torch's operators, or test it on a {chip.name}."
+            f"Write it with torch's operators, or test it on {chip.name}."
         )
 
     package = _package(name, __getattr__=attribute, __version__=profile.version.split()[-1])
