@@ -86,7 +86,9 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
         )
     if pool.verdict not in accepted:
         return f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
-    broken = broken_limits(pool.limits, recipe, pool.pool, use)
+    elsewhere = {"rollout": "handoff.", "serve": "rl."}.get(stage)
+    limits = [limit for limit in pool.limits if elsewhere is None or not limit.setting.startswith(elsewhere)]
+    broken = broken_limits(limits, recipe, pool.pool, use)
     return (
         f"its verdict is `{pool.verdict}`, and the recipe does not keep to it: {'; '.join(broken)}" if broken else None
     )

@@ -310,6 +310,7 @@ def _details(report: Report) -> dict[str, list[str]]:
         "results that vary from run to run": _counted(report.varied),
         "not in the table, so not judged": unknown,
         "planted": report.planted,
+        "planted, and never happened": [] if report.faults else report.planted,
         "planted, and happened": report.faults,
     }
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.chips import environment_of, get_chip
 from isthmus.chips.rehearse.faults import parse_fault
-from isthmus.launch import crew as crew_module
+from isthmus.launch import places
 from isthmus.launch.crew import Crew
 from isthmus.pools import get_pool
 from isthmus.probes import software
@@ -398,11 +398,11 @@ def test_errors_of_trusted_chips_are_merged(tmp_path: Path):
 def test_a_vendors_environment_is_there_when_its_processes_start(monkeypatch: pytest.MonkeyPatch):
     (name,) = environment_of("npu")
     monkeypatch.delenv(name, raising=False)
-    with crew_module._environment(environment_of("npu")):
+    with places._environment(environment_of("npu")):
         assert os.environ[name] == "1"
     assert name not in os.environ and environment_of("cpu") == {}
     monkeypatch.setenv(name, "0")
-    with crew_module._environment(environment_of("npu")):
+    with places._environment(environment_of("npu")):
         assert os.environ[name] == "0", "what the user set stays"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isthmus.chips.rehearse.dispatch import is_distributed
 from isthmus.probes.contract import environment
 from isthmus.probes.portable.replay_operator import digest_of
 from isthmus.records import FailureCase
@@ -74,6 +75,8 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_distributed(types):
+            return NotImplemented  # their local parts come here again
         if func.namespace == "profiler":
             return func(*args, **kwargs)
         inputs = digest_of([args, kwargs])

@@ -23,7 +23,7 @@ from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
-from isthmus.probes.thresholds import apply_thresholds, load_thresholds, not_applied
+from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds, not_applied
 from isthmus.probes.workload import Workload
 from isthmus.recipe import Recipe
 from isthmus.records import Outcome
@@ -60,20 +60,25 @@ def rates(found: Findings, work: Workload) -> None:
         figures["host_device_gbs"] = found.median(host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip")
     found.figures.update(figures)
     sizes = {name: float(mebibytes if name.endswith("_gbs") else size) for name in figures}
-    _held_against_thresholds(found, figures, sizes)
+    found.add("rates", "compute", "both", "pass", "measured", section.repeats, figures)
+    hold_against_thresholds(found, sizes)
 
 
-def _held_against_thresholds(found: Findings, figures: dict[str, Figure], sizes: dict[str, float]) -> None:
-    section, pool = found.recipe.qualify, found.pool
-    rules = load_thresholds(section.thresholds)
-    verdicts = apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+def hold_against_thresholds(found: Findings, sizes: dict[str, float]) -> None:
+    """A finding for each threshold that applies to the figures so far, and one that names those that do not, and why.
+
+    `sizes` are the sizes of measurements by the name of their figure, counted as `thresholds.METRICS` says.
+    """
+    pool = found.pool
+    rules = load_thresholds(found.recipe.qualify.thresholds)
+    figures = {name: figure for name, figure in found.figures.items() if name in METRICS}
+    found.evidence += apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
     aside = not_applied(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
-    detail = (
-        f"measured; {len(verdicts)} thresholds for this chip apply" if verdicts else "measured; no threshold applies"
-    )
-    detail += f" ({'; '.join(aside)})" if aside else ""
-    found.add("rates", "compute", "both", "pass", detail, section.repeats, figures)
-    found.evidence += verdicts
+    mine = [rule for rule in rules if rule.chip == pool.chip and rule.metric not in figures]
+    aside += [f"{rule}: {rule.metric} was not measured" for rule in mine]
+    if aside:
+        detail = f"{len(aside)} thresholds were left aside: {'; '.join(aside)}"
+        found.add("thresholds left aside", "compute", "both", "pass", detail, len(aside))
 
 
 def training(found: Findings, work: Workload) -> None:

@@ -56,6 +56,7 @@ class Seen:
     `differing_here` those where already this rank's activations did. `operator` is the one that gave two results for
     equal inputs, if it did so again, and `kept` the folder of its case. `pace` has one value per round: the seconds of
     a small piece of work that is the same on all ranks. `damaged` are messages about saves.
+    `layout` says how the ranks divided the model.
     """
 
     losses: list[float | None] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Seen:
     differing_here: int = 0
     operator: str | None = None
     kept: str | None = None
+    layout: str = "as [train] says"
     known: int = 0
     wrong: list[str] = field(default_factory=list)
     pace: list[float] = field(default_factory=list)
@@ -145,6 +147,8 @@ class _Work:
         assert storage is None or isinstance(storage, dist.ProcessGroup)
         self.ranks = Ranks(rank.rank, rank.world, rank.device, grouped=grouped, storage=storage)
         self.section = _layout(self.recipe, rank.world)
+        if self.section != self.recipe.train:
+            self.seen.layout = f"in another layout, for [train] does not divide {rank.world} ranks"
         self.task = load_task(self.recipe)
         self.tokenizer = run_tokenizer(run, self.task)
         with ThreadPoolExecutor(max_workers=1) as host:

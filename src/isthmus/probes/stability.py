@@ -205,9 +205,10 @@ def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Cal
     storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
     patience = setting.stall_s + storage_s
     deadline = 4.0 * seconds + DEADLINE_S + 4.0 * storage_s
-    called = crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
-    shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
-    return called
+    try:
+        return crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
 
 
 def _chip_hours(setting: Setting, called: Called) -> float:
@@ -276,7 +277,8 @@ def _soak_finding(
         return _finding("soak", "training", "fail", detail, steps, figures, confidence, ranks, keep, crew.world)
     step_bound = zero_failure_bound(steps * crew.world, confidence)
     detail = (
-        f"{steps} real steps on {crew.world} ranks, {first['repeats']} of them computed twice with equal bits, "
+        f"{steps} real steps on {crew.world} ranks {first['layout']}, "
+        f"{first['repeats']} of them computed twice with equal bits, "
         f"{sum(one['known'] for one in seen)} known answers, {len(saves)} saves read back and equal; loss "
         f"{first['losses'][0]:.3f} to {first['losses'][-1]:.3f}. {_power(setting, figures, step_bound, trends)}"
     )

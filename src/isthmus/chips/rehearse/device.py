@@ -190,7 +190,7 @@ class DeviceNames(TorchFunctionMode):
             **made,
             Tensor.to: self._to,
             Tensor.cpu: lambda _func, tensor, *args, **kwargs: self._move(tensor, HOST),
-            Tensor.cuda: lambda _func, tensor, *args, **kwargs: self._move(tensor, self.memory.device),
+            Tensor.cuda: self._to_own_name,
             Tensor.numpy: self._host_only,
             Tensor.__array__: self._host_only,
             Tensor.__repr__: self._show,
@@ -219,6 +219,12 @@ class DeviceNames(TorchFunctionMode):
 
     def _get_device(self, func: Any, tensor: Tensor) -> int:
         return self.memory.index if self.holds(tensor) else func(tensor)
+
+    def _to_own_name(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`x.cuda()` works where the chip answers to that name, and fails elsewhere as it does there."""
+        if "cuda" not in self.memory.kinds:
+            return func(tensor, *args, **kwargs)
+        return self._move(tensor, self.memory.device)
 
     def _make(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Tensors from data: made on the host, then copied to the chip."""
