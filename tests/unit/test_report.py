@@ -738,6 +738,9 @@ def test_every_finite_number_can_be_shown(value: float, unit: str):
         ("rollout_tokens_per_s", "Rollout tokens per second"),
         ("sft_step_s", "SFT step"),
         ("loss", "Loss"),
+        ("latency_8k_p99_us", "Latency 8k P99"),
+        ("mtbf_h", "Time between failures"),
+        ("config.json says", "Config.json says"),
     ],
 )
 def test_keys_read_as_words(key: str, words: str):

@@ -27,10 +27,12 @@ SPELLING = {
     "logprob": "log-probability",
     "mfu": "MFU",
     "modelslim": "ModelSlim",
+    "mtbf": "time between failures",
     "mtp": "MTP",
     "mxfp8": "MXFP8",
     "p50": "P50",
     "p90": "P90",
+    "p99": "P99",
     "pretrain": "pretraining",
     "rl": "RL",
     "sft": "SFT",
@@ -43,7 +45,7 @@ PHRASES = {
     "mismatch k3": "mismatch, KL (k3)",
     "per s": "per second",
 }
-UNIT_SUFFIXES = ("_s", "_ms", "_tflops", "_gbs", "_bytes")
+UNIT_SUFFIXES = ("_s", "_ms", "_us", "_h", "_tflops", "_gbs", "_bytes")
 
 
 def quantity(figure: Figure) -> str:
@@ -146,7 +148,9 @@ def phrase(name: str) -> str:
     if not name.endswith("_per_s"):
         name = next((name.removesuffix(suffix) for suffix in UNIT_SUFFIXES if name.endswith(suffix)), name)
     words = re.sub(
-        r"\w+", lambda word: SPELLING.get(word[0], word[0]), name.replace("_", " ").replace(".", ": ").strip()
+        r"\w+",
+        lambda word: SPELLING.get(word[0], word[0]),
+        re.sub(r"\.(?!json\b)", ": ", name.replace("_", " ")).strip(),
     )
     for phrase_of_key, spelled in PHRASES.items():
         words = re.sub(rf"\b{phrase_of_key}\b", spelled, words)
