@@ -288,6 +288,7 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_SET
 @click.option("--wheel", type=click.Path(path_type=Path), help="A wheel of the vendor's, in place of the table.")
+@click.option("--write-table", type=click.Path(path_type=Path), help="Write the wheel's operators as operators.csv.")
 @click.option("--cann", type=click.Path(path_type=Path), help="An installation, whose symbols the package needs.")
 def coverage(target: str, **options: Any) -> None:
     """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.

@@ -90,15 +90,16 @@ def execute(
     overrides: tuple[str, ...] = (),
     wheel: Path | None = None,
     cann: Path | None = None,
+    write_table: Path | None = None,
 ) -> Report:
     """Trace TARGET's model at full size, join it with the tables of `chip`, and print what was found.
 
-    The operators of a `wheel` take the place of those of the tables; `cann` is an installation whose symbols are held
-    against what the wheel, or the installed package, needs. Raises IsthmusError for a chip without tables, and for
-    ranks that cannot divide the model.
+    The operators of a `wheel` take the place of those of the tables, and are written to `write_table`; `cann` is an
+    installation whose symbols are held against what the wheel, or the installed package, needs. Raises IsthmusError for
+    a chip without tables, and for ranks that cannot divide the model.
     """
     recipe = recipe_of(target, chip, ranks, overrides)
-    software = software_of(profile_of(chip), wheel, cann)
+    software = software_of(profile_of(chip), wheel, cann, write_table)
     report = examine(recipe, get_chip(chip), software, ranks or _ranks_of(recipe, chip))
     if as_json:
         watch.console.print_json(json.dumps(as_dictionary(report)))
@@ -202,7 +203,9 @@ def rule_sentence(rule: ShapeRule) -> str:
 def _table(found: StaticCoverage) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, title=f"{found.use}: {escape(found.what)}", title_justify="left")
     for title in ("operator", "on the chip", f"share of {found.basis}", "calls", "dtypes", "to know"):
-        table.add_column(title, overflow="fold")
+        table.add_column(
+            title, overflow="fold", no_wrap=title == "operator", min_width=14 if title == "to know" else None
+        )
     shown = [
         *found.rows[:SHOWN],
         *(row for row in found.rows[SHOWN:] if row.status in ALWAYS_SHOWN or row.may_fall_back),

@@ -75,7 +75,7 @@ class Reporter:
         self.settings, self.rehearsal, self.injector = settings, rehearsal, injector
         self.steps, self.collectives = Steps(), Collectives()
         self._pid, self._written = os.getpid(), 0.0
-        injector.before_stop = lambda: self.write("running")
+        injector.last_words = lambda: self.write("running")
 
     def after_step(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
         """An optimiser made a step; faults that are planted at a step happen here."""

@@ -83,7 +83,7 @@ class Injector:
         own = [_Planted(fault, index) for index, fault in enumerate(faults) if fault.rank == rank]
         self.rank = rank
         self.fired: list[str] = []
-        self.before_stop: Callable[[], None] | None = None
+        self.last_words: Callable[[], None] | None = None
         self.links = [fault for fault in faults if fault.kind in LINK_KINDS]
         self.current_step = self.collectives = 0
         self._stops = [one for one in own if one.fault.kind in _STOPS]
@@ -230,8 +230,8 @@ class Injector:
     def _stop(self, fault: Fault, where: str) -> None:
         self.note(fault, f"planted{where}")
         print(f"planted: {self.fired[-1]}", file=sys.stderr, flush=True)
-        if self.before_stop is not None:
-            self.before_stop()
+        if self.last_words is not None:
+            self.last_words()
         if fault.kind == "crash":
             _crash(fault)
         if fault.kind == "hang":

@@ -14,8 +14,8 @@ from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.chips.wheel.archive import PACKAGE, Wheel
 from isthmus.chips.wheel.registrations import read_wheel
 from isthmus.chips.wheel.symbols import missing_symbols
-from isthmus.chips.wheel.tables import compare
-from isthmus.chips.wheel.versions import check_versions, installed_cann
+from isthmus.chips.wheel.tables import compare, write_table
+from isthmus.chips.wheel.versions import changes_since, check_versions, installed_cann
 from isthmus.errors import IsthmusError
 
 FAMILY = "ascend"
@@ -33,18 +33,21 @@ class Software:
     blocking: tuple[str, ...] = ()
 
 
-def software_of(profile: Profile, wheel: Path | None, cann: Path | None) -> Software:
+def software_of(profile: Profile, wheel: Path | None, cann: Path | None, table: Path | None = None) -> Software:
     """The software of a chip as a wheel, an installation and the installed packages show it.
 
-    Without `wheel` and `cann` it is what the tables say, with the versions of an installed package checked. Raises
-    IsthmusError for a chip of another vendor, and for what cannot be read.
+    `table` is written as an `operators.csv` with the wheel's operators. Without `wheel` and `cann` it is what the tables
+    say, with the versions of an installed package checked. Raises IsthmusError for a chip of another vendor, and for
+    what cannot be read.
     """
     if (wheel or cann) and vendor_of(profile.chip).rehearsal != FAMILY:
         raise IsthmusError(f"wheels and installations of {PACKAGE} are read, and {profile.chip} has other software")
+    if table is not None and wheel is None:
+        raise IsthmusError("a table is written from a wheel: name it with --wheel")
     installed = importlib.util.find_spec(PACKAGE)
     notes: list[str] = []
     if wheel is not None:
-        profile, notes = _replaced(profile, wheel)
+        profile, notes = _replaced(profile, wheel, table)
     warnings, blocking = _versions(profile, wheel, cann, installed is not None), []
     if cann is not None:
         package = wheel or (Path(installed.origin).parent if installed and installed.origin else None)
@@ -61,15 +64,18 @@ def software_of(profile: Profile, wheel: Path | None, cann: Path | None) -> Soft
     return Software(profile, tuple(notes), tuple(warnings), tuple(blocking))
 
 
-def _replaced(profile: Profile, wheel: Path) -> tuple[Profile, list[str]]:
+def _replaced(profile: Profile, wheel: Path, path: Path | None) -> tuple[Profile, list[str]]:
     """The profile with the operators of a wheel, and in what they differ from those that it had."""
     read = read_wheel(wheel)
+    if path is not None:
+        write_table(read, path)
     before: dict[str, Status] = {name: row.status for name, row in profile.operators.items()}
     difference = compare(before, read.statuses())
     table = MappingProxyType(read.as_table(profile.operators))
     new = dataclasses.replace(profile, version=f"{PACKAGE} {read.version}", operators=table)
     counts = ", ".join(f"{count} {status}" for status, count in read.counts().items())
     lines = difference.describe() or ["the same operators, run in the same way"]
+    lines += changes_since(profile.version.removeprefix(f"{PACKAGE} "), read.version)
     return new, [f"operators of {read.source}: {counts}", f"against the table of {profile.version}: {'; '.join(lines)}"]
 
 

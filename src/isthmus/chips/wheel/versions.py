@@ -165,6 +165,20 @@ def changed_between(old: str, new: str) -> list[str]:
     return [_said(one) for one in churn()[lines.index(old) + 1 : lines.index(new) + 1]]
 
 
+def changes_since(old: str, new: str) -> list[str]:
+    """What the operator plugin changed between two versions of torch_npu, where the tables know the lines of both."""
+    lines = [_line_of(version) for version in (old, new)]
+    known = [one.line for one in churn()]
+    if any(line not in known for line in lines) or known.index(str(lines[0])) > known.index(str(lines[1])):
+        return []
+    return changed_between(str(lines[0]), str(lines[1]))
+
+
+def _line_of(torch_npu: str) -> str | None:
+    row = next((one for one in builds() if one.torch_npu == torch_npu), None)
+    return row.branch.rpartition("-")[2] if row else None
+
+
 def _said(one: Churn) -> str:
     return (
         f"{one.line} (from {one.forked}): operators of torch +{one.aten_added} -{one.aten_removed}, the vendor's own "
