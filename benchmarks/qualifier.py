@@ -95,7 +95,7 @@ def draw(kind: str, number: int, generator: random.Random) -> Fault:
         case "crash" | "hang" | "out-of-memory":
             return Fault(kind, rank, step=generator.randrange(1, 4), seed=seed)
         case "fallback":
-            return Fault(kind, rank, operator=generator.choice(["aten::mm", "aten::addmm", "aten::bmm"]), seed=seed)
+            return Fault(kind, rank, operator=generator.choice(["aten::mm", "aten::bmm"]), seed=seed)
         case "dtype-swap":
             return Fault(kind, rank, operator="aten::mm", seed=seed)
         case "small-error":

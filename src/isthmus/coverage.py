@@ -203,9 +203,7 @@ def rule_sentence(rule: ShapeRule) -> str:
 def _table(found: StaticCoverage) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, title=f"{found.use}: {escape(found.what)}", title_justify="left")
     for title in ("operator", "on the chip", f"share of {found.basis}", "calls", "dtypes", "to know"):
-        table.add_column(
-            title, overflow="fold", no_wrap=title == "operator", min_width=14 if title == "to know" else None
-        )
+        table.add_column(title, overflow="fold")
     shown = [
         *found.rows[:SHOWN],
         *(row for row in found.rows[SHOWN:] if row.status in ALWAYS_SHOWN or row.may_fall_back),

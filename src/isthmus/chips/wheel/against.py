@@ -36,9 +36,10 @@ class Software:
 def software_of(profile: Profile, wheel: Path | None, cann: Path | None, table: Path | None = None) -> Software:
     """The software of a chip as a wheel, an installation and the installed packages show it.
 
-    `table` is written as an `operators.csv` with the wheel's operators. Without `wheel` and `cann` it is what the tables
-    say, with the versions of an installed package checked. Raises IsthmusError for a chip of another vendor, and for
-    what cannot be read.
+    `table` is written as an `operators.csv` with the wheel's operators. Without `wheel` and `cann` it is what the
+    tables say, with the versions of an installed package checked.
+
+    Raises IsthmusError for a chip of another vendor, and for what cannot be read.
     """
     if (wheel or cann) and vendor_of(profile.chip).rehearsal != FAMILY:
         raise IsthmusError(f"wheels and installations of {PACKAGE} are read, and {profile.chip} has other software")
