@@ -97,7 +97,7 @@ def test_what_a_rehearsed_chip_computes_otherwise_names_operators_that_are_there
         assert (rule.stands_in is not None) == (rule.action == "substitute")
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", sorted(families()))
 def test_every_row_of_a_family_concerns_a_chip_or_a_generation_that_is_there(family: str):
     members = [slug for slug in load_chips() if vendor_of(slug).rehearsal == family]
     extended = {base["family"] for name in families() for base in rows(name, "extends")}
