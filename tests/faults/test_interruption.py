@@ -72,7 +72,7 @@ def final_weights(folder: Path, stage: str, record_type) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("verb", "step", "damaged", "record_type"), [("train", 40, False, TrainRecord), ("rl", 5, True, RlRecord)]
+    ("verb", "step", "damaged", "record_type"), [("train", 40, False, TrainRecord), ("rl", 7, True, RlRecord)]
 )
 def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, verb, step, damaged, record_type):
     """From the newest checkpoint, or, if that is damaged, from the one before."""

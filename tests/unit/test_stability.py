@@ -147,7 +147,19 @@ def report(**changes: Any) -> dict[str, Any]:
     )
     well: dict[str, Any] = {name: [] for name in lists}
     well |= {"norms": [1.0, 1.3, 0.8, 1.1, 2.0], "stopped": None, "bad_here": False}
-    return well | {"repeats": 2, "differing": 0, "differing_here": 0, "operator": None, "known": 4} | changes
+    return (
+        well
+        | {
+            "repeats": 2,
+            "differing": 0,
+            "differing_here": 0,
+            "operator": None,
+            "kept": None,
+            "layout": "as asked",
+            "known": 4,
+        }
+        | changes
+    )
 
 
 def test_ranks_that_are_well_have_no_problem():
