@@ -121,7 +121,7 @@ def qualify(fault: Fault | None, setting: Setting, probes: list[Probe]) -> Trial
                 continue
             trial.alarmed.append(probe.name)
             trial.findings += [item.name for item in failing]
-            trial.details += [item.detail for item in failing]
+            trial.details += [item.detail.replace(str(setting.root), "RUN") for item in failing]
             if fault is not None:
                 trial.found_after = time.monotonic() - began
                 trial.named = any(fault.rank in item.ranks for item in failing)

@@ -35,6 +35,7 @@ from isthmus.probes.budget import Choice, choose, parse_seconds
 from isthmus.probes.compute import compute_threads
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.findings import Findings
+from isthmus.probes.links import render_matrix
 from isthmus.probes.workload import Workload
 from isthmus.progress import Watch
 from isthmus.records import Aspect, Evidence, QualifyRecord, Score, Skipped
@@ -344,8 +345,13 @@ def render(record: QualifyRecord) -> RenderableType:
     lines += [f"   limit: {describe_limit(limit)} ({limit.reason})" for limit in record.limits]
     lines += [f"   left out: {one.probe}, {one.why}" + _unseen(one) for one in record.skipped]
     numbers = [f"{name.removesuffix('_s').replace('_', ' ')} {figure}" for name, figure in record.figures.items()]
+    matrices = [matrix for item in record.evidence if (matrix := render_matrix(item)) is not None]
     return Group(
-        table, Text("\n".join(lines)), Text("\n".join(f"   {number}" for number in numbers), style="dim"), Text()
+        table,
+        *matrices,
+        Text("\n".join(lines)),
+        Text("\n".join(f"   {number}" for number in numbers), style="dim"),
+        Text(),
     )
 
 

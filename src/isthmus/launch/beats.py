@@ -1,4 +1,4 @@
-"""Heartbeats of ranks in a small shared file: what each one does, and how many collectives it has begun."""
+"""The heartbeat of a rank in a small shared file: what it does, and how many collectives it has begun."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LAYOUT = struct.Struct("<dqqq96s")
-_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,11 @@ class Beat:
 
 
 class Pulse:
-    """A rank's side: writes its own beat."""
+    """A rank's side: writes its beat."""
 
-    def __init__(self, path: Path, rank: int):
+    def __init__(self, path: Path):
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
-        self._offset = rank * _SIZE
         self.section, self.step, self.beats, self.collectives = "", 0, 0, 0
 
     def beat(self, section: str, step: int = 0) -> None:
@@ -48,17 +46,15 @@ class Pulse:
 
     def _write(self) -> None:
         name = self.section.encode()[:96]
-        _LAYOUT.pack_into(self._map, self._offset, time.monotonic(), self.step, self.beats, self.collectives, name)
+        _LAYOUT.pack_into(self._map, 0, time.monotonic(), self.step, self.beats, self.collectives, name)
 
 
-def create_beats(path: Path, world: int) -> None:
-    path.write_bytes(bytes(world * _SIZE))
+def create_beat(path: Path) -> None:
+    """A file for a rank that has not begun."""
+    path.write_bytes(bytes(_LAYOUT.size))
 
 
-def read_beats(path: Path, world: int) -> list[Beat]:
-    content = path.read_bytes()
-    found = []
-    for rank in range(world):
-        at, step, beats, collectives, name = _LAYOUT.unpack_from(content, rank * _SIZE)
-        found.append(Beat(at, step, beats, collectives, name.rstrip(b"\0").decode(errors="replace")))
-    return found
+def read_beat(path: Path) -> Beat:
+    """The last beat of the rank whose file this is."""
+    at, step, beats, collectives, name = _LAYOUT.unpack(path.read_bytes())
+    return Beat(at, step, beats, collectives, name.rstrip(b"\0").decode(errors="replace"))

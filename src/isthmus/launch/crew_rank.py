@@ -31,7 +31,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What a rank needs to know to join. Its place says in which files its beats and what it prints go."""
+    """What a rank needs to know to join. Its place says in which files its beat and what it prints go."""
 
     rank: int
     world: int
@@ -44,7 +44,7 @@ class RankSetup:
     port: int
     local_rank: int | None = None
     preload: tuple[str, ...] = ()
-    beats: str = ""
+    beat: str = ""
     log: str = ""
 
 
@@ -74,7 +74,7 @@ def serve(setup: RankSetup, pipe: Connection) -> None:
     _write_into(Path(setup.log))
     torch.set_num_threads(setup.threads)
     injector = Injector(setup.faults, setup.rank, armed=False)
-    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(Path(setup.beats), 0), injector)
+    rank = Rank(setup.rank, setup.world, _device(setup), Pulse(Path(setup.beat)), injector)
     _answer(pipe, lambda: _join(setup, rank))
     while (request := pipe.recv()) is not None:
         _answer(pipe, partial(_work, setup, rank, *request))

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 from isthmus.chips import environment_of
 from isthmus.chips.rehearse.faults import parse_fault
-from isthmus.launch.beats import Beat, create_beats, read_beats
+from isthmus.launch.beats import Beat, create_beat, read_beat
 from isthmus.launch.crew_rank import RankSetup, serve
 
 LOOK_S = 0.02
@@ -78,10 +78,10 @@ class LocalPlace:
 
     def start(self, setup: RankSetup) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="isthmus-rank-"))
-        create_beats(self._folder / "beats", 1)
+        create_beat(self._folder / "beat")
         context = _context(setup.device, setup.preload)
         self.connection, theirs = context.Pipe()
-        here = replace(setup, beats=str(self._folder / "beats"), log=str(self._folder / "log"))
+        here = replace(setup, beat=str(self._folder / "beat"), log=str(self._folder / "log"))
         process: BaseProcess = context.Process(target=serve, args=(here, theirs), daemon=True)
         with _environment(environment_of(setup.device)):
             process.start()
@@ -110,7 +110,7 @@ class LocalPlace:
 
     def beat(self) -> Beat:
         assert self._folder is not None
-        return read_beats(self._folder / "beats", 1)[0]
+        return read_beat(self._folder / "beat")
 
     def log(self) -> str:
         path = self._folder and self._folder / "log"

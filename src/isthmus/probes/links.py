@@ -33,6 +33,7 @@ from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, 
 from isthmus.recipe import DeepseekSection
 from isthmus.records import Evidence, Limit, Outcome
 from isthmus.run import Figure
+from isthmus.verdict import PAIR_OF_RANKS
 
 WORK = "isthmus.probes.portable.collectives"
 SLOW = 0.75
@@ -589,11 +590,8 @@ def _evidence(
 
 def render_matrix(evidence: Evidence) -> Table | None:
     """The pairs of ranks as a table, GB/s from row to column; None if the finding has none."""
-    pace = {
-        tuple(map(int, key.removeprefix("p2p_").removesuffix("_gbs").split("_"))): figure
-        for key, figure in evidence.figures.items()
-        if key.startswith("p2p_") and key[4].isdigit()
-    }
+    found = [(PAIR_OF_RANKS.fullmatch(key), figure) for key, figure in evidence.figures.items()]
+    pace = {(int(match[1]), int(match[2])): figure for match, figure in found if match}
     if not pace:
         return None
     ranks = sorted({end for pair in pace for end in pair})

@@ -12,16 +12,11 @@ COLLECTIVES = (("all_reduce", "sum"), ("all_gather", None), ("broadcast", None))
 
 
 def operators(found: Findings, profile: Profile, run: RunFolder) -> None:
-    """This run's own work at full size, joined with the tables of the chip. What no table says anything about is not
-    a finding."""
-    findings = static_findings(found.recipe, get_chip(found.pool.chip), profile, ranks=found.pool.ranks)
-    for item in findings:
+    """This run's own work at full size, joined with the tables of the chip."""
+    for item in static_findings(found.recipe, get_chip(found.pool.chip), profile, ranks=found.pool.ranks):
         if item.figures.get("fallback_share") and item.figures["fallback_share"].value:
             run.event("qualify", "fallback", what=f"{item.name} on {found.pool}", why=item.detail)
-        if item.outcome == "unknown" and item.name.startswith("fused"):
-            continue
         found.evidence.append(item)
-    for item in findings:
         found.figures |= {name: figure for name, figure in item.figures.items() if name not in found.figures}
 
 
