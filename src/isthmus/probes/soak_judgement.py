@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.chips import stability_rule
+from isthmus.probes.portable.training import ratios_to_peers
 from isthmus.probes.statistics import Slope, theil_sen
 
 SPIKE_AFTER = 3
@@ -108,7 +109,7 @@ def _stragglers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
     if len(seen) < 2 or rounds < LEAST_ROUNDS:
         return []
     best = [min(one["pace"][-(rounds // 3) :]) for one in seen]
-    ratios = [own / statistics.median(best[:rank] + best[rank + 1 :]) for rank, own in enumerate(best)]
+    ratios = ratios_to_peers(best)
     slow = tuple(rank for rank, ratio in enumerate(ratios) if ratio > rule.value)
     if not slow:
         return []

@@ -42,7 +42,7 @@ READY_S = 120.0
 """For loading the trainer on all ranks, before a sign of life can be expected."""
 COLD_STARTS = 3
 LOOKS = 3
-"""How often a rank must be slow, look after look, until it counts as slow."""
+"""How often ranks are looked at before one counts as slow."""
 SAY_EVERY_S = 10.0
 DISK_BYTES_PER_S = 100e6
 """A save and a load may go this slowly before they count as hung. Assumed: a network disk."""
@@ -108,30 +108,33 @@ def _trials(
 
 
 def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
-    """Whether a rank is slower than its peers at the same work. A rank that seems so is looked at again."""
+    """Whether a rank is slower than its peers at the same work. While one seems so, all are looked at again."""
     rule = stability_rule("straggler")
     on_cpu = crew.device == "cpu"
-    arguments = {"size": 128 if on_cpu else 2048, "slices": 100, "share": 0.1 if on_cpu else 0.5, "limit": rule.value}
-    slow: set[int] = set(range(crew.world))
-    ratios: list[list[float]] = []
+    share = 0.05 if on_cpu else 0.5
+    arguments = {"size": 128 if on_cpu else 2048, "slices": 60, "share": share, "limit": rule.value}
+    seconds: list[list[float]] = [[] for _ in range(crew.world)]
+    ratios: list[float] = []
+    slow, looks = list(range(crew.world)), 0
     keep: Callable[[], str] | None = None
-    while len(ratios) < LOOKS and slow:
+    while slow and looks < LOOKS:
+        looks += 1
         called = crew.call(PACE, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
         keep = partial(_keep, crew, setting, called, "stragglers", PACE, arguments, "ranks that are equally fast")
         if not called.ok:
             return [_broken("stragglers", called, "training", keep)]
-        ratios.append([value["ratio"] for value in called.values])
-        slow &= {rank for rank, value in enumerate(called.values) if value["failed"]}
-    own = "the tenth percentile, since others use the processor too" if on_cpu else "the median"
-    worst = max(ratios[-1])
-    source = f"slowest rank against the median of its peers, {own} of {arguments['slices']} pieces of equal work"
+        for rank, value in enumerate(called.values):
+            seconds[rank] += value["seconds"]
+        ratios = training.ratios_to_peers([training.quantile(one, share) for one in seconds])
+        slow = [rank for rank, ratio in enumerate(ratios) if ratio > rule.value]
+    own = "the twentieth part that was fastest, since others use the processor too" if on_cpu else "the median"
+    samples, worst = len(seconds[0]), max(ratios)
+    source = f"slowest rank against the median of its peers, {own} of {samples} pieces of equal work"
     figures = {"straggler_ratio": setting.measured(worst, "x", source)}
-    samples = len(ratios) * arguments["slices"]
     if slow:
-        times = ", ".join(f"rank {rank} takes {statistics.median(one[rank] for one in ratios):.3g}" for rank in slow)
-        detail = f"{times} times as long as its peers, in {LOOKS} looks; above {rule.value:.3g} is slow ({rule.source})"
-        ranks = sorted(slow)
-        return [_finding("stragglers", "training", "fail", detail, samples, figures, None, ranks, keep, crew.world)]
+        times = ", ".join(f"rank {rank} takes {ratios[rank]:.3g}" for rank in slow)
+        detail = f"{times} times as long as its peers, in {looks} looks; above {rule.value:.3g} is slow ({rule.source})"
+        return [_finding("stragglers", "training", "fail", detail, samples, figures, None, slow, keep, crew.world)]
     detail = (
         f"the slowest rank takes {worst:.2f} times as long as its peers; below {rule.value:.3g} is not seen as slow"
     )

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -216,11 +216,12 @@ def _norm(parameters: dict[str, Tensor]) -> Tensor:
 
 
 def pace(
-    rank: Any, size: int = 128, slices: int = 60, share: float = 0.1, limit: float = 2.0, inner: int = 4
+    rank: Any, size: int = 128, slices: int = 60, share: float = 0.1, limit: float = 2.0, inner: int = 16
 ) -> dict[str, Any]:
     """Seconds of each of `slices` small equal pieces of work, begun together on all ranks; no rank waits in between.
 
-    A piece is `inner` products of matrices [size, size] with an elementwise function after each. The `share` quantile
+    A piece is `inner` products of matrices [size, size] with an elementwise function after each: it should take longer
+    than the pauses of a chip that is slowed down by pauses, for else many pieces have none. The `share` quantile
     of a rank's seconds is its own pace: the median (0.5) where the chip does nothing else, a low one on a shared
     processor, whose other work can only add. A rank is slow if its pace is more than `limit` times the median of the
     others'. Returns {failed, detail, seconds, pace, ratio}; `ratio` is to the median of the others.
@@ -239,13 +240,23 @@ def pace(
             torch.accelerator.synchronize()
         rank.beat("pace", index)
         seconds.append(time.perf_counter() - began)
-    own = sorted(seconds)[min(slices - 1, int(share * slices))]
-    paces = _gather(rank, own)
-    others = [one for index, one in enumerate(paces) if index != rank.rank]
-    ratio = own / statistics.median(others) if others else 1.0
+    own = quantile(seconds, share)
+    ratio = ratios_to_peers(_gather(rank, own))[rank.rank]
     slow = ratio > limit
     detail = f"rank {rank.rank}: {own * 1e3:.3g} ms for a piece of work, {ratio:.2f} times its peers'"
     return {"failed": slow, "detail": detail, "seconds": seconds, "pace": own, "ratio": ratio}
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value above `share` of the values; of 0 the least."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def ratios_to_peers(values: Sequence[float]) -> list[float]:
+    """Each rank's value divided by the median of the others'; 1 for a rank without peers."""
+    if len(values) < 2:
+        return [1.0] * len(values)
+    return [own / statistics.median([*values[:rank], *values[rank + 1 :]]) for rank, own in enumerate(values)]
 
 
 def _wait(rank: Any) -> None:
