@@ -1,13 +1,15 @@
 """How good the qualification is: faults planted in healthy pools, beside the same pools without, and the field's rules.
 
-    python benchmarks/qualifier.py                        # 1,000 healthy pools and 40 of each fault: three hours
+    python benchmarks/qualifier.py                        # 1,000 healthy pools and 75 of each fault: hours
     python benchmarks/qualifier.py --quick                # 3 healthy, 1 of each, and no result is stored
-    python benchmarks/qualifier.py --healthy 200 --times 20 --kinds crash nan
+    python benchmarks/qualifier.py --healthy 200 --times 20 --kinds crash nan --keep one.jsonl     # a part of it
+    python benchmarks/qualifier.py --join one.jsonl other.jsonl    # what parts of any --seed saw, as one result
 
 A pool is four ranks on this machine's CPU. Each trial qualifies it once, cheapest probe first, with a soak of one
 second, and counts as found if some finding fails; a faulty pool is not looked at any further then. Where a rank is at
 fault, it also has to be named. A healthy pool of which a finding fails is a false alarm. Most healthy pools see the
-probes that cost little, every fifth sees them all; false alarms are also counted by probe. Faults are drawn: the rank,
+probes that cost little, every fifth sees them all; false alarms are also counted by probe. Parts may run
+side by side: a pool on a busy machine is healthy too. Faults are drawn: the rank,
 the step, the peer, the operator, and for faults that come and go how often they come. The comparison of compiled code
 is left out: no fault that is planted here shows in it alone.
 
@@ -19,6 +21,8 @@ out on a hang, or look for NaN in a training step. They compare no result with a
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import sys
 import tempfile
@@ -34,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 
 from flow_recipe import RECIPE, SMALL
 
-from conditions import store
+from conditions import conditions, store
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault
 from isthmus.launch.crew import Crew
@@ -71,10 +75,13 @@ class Trial:
     probes: list[str] = field(default_factory=list)
     alarmed: list[str] = field(default_factory=list)
     rivals: dict[str, bool] = field(default_factory=dict)
+    load: float = 0.0
+    commit: str = ""
+    seed: int = 0
 
 
 def small_recipe() -> Recipe:
-    settings = {**SMALL, "pools.home.count": RANKS}
+    settings = {**SMALL, "pools.home.count": RANKS, "sft.batch_size": 8}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     return load_recipe(RECIPE, (*overrides, 'place.rollout=["home"]', 'place.serve=["home"]'))
 
@@ -154,7 +161,7 @@ def ask_rivals(fault: Fault | None) -> dict[str, bool]:
 def trials(arguments: argparse.Namespace) -> Iterator[Trial]:
     """Healthy pools and faulty ones in turn, so that the machine's mood is the same for both."""
     generator = random.Random(arguments.seed)
-    recipe = small_recipe()
+    recipe, commit = small_recipe(), conditions()["commit"]
     plan: list[Fault | None] = [draw(kind, n, generator) for kind in arguments.kinds for n in range(arguments.times)]
     plan += [None] * arguments.healthy
     generator.shuffle(plan)
@@ -170,8 +177,9 @@ def trials(arguments: argparse.Namespace) -> Iterator[Trial]:
             whole = fault is not None or healthy % arguments.whole_every == 0
             trial = qualify(fault, setting, every if whole else cheap)
             healthy += fault is None
-            if fault is not None or generator.random() < arguments.rivals / max(1, arguments.healthy):
+            if generator.random() < arguments.rivals / max(1, arguments.healthy if fault is None else arguments.times):
                 trial.rivals = ask_rivals(fault)
+            trial.load, trial.commit, trial.seed = os.getloadavg()[0], commit, arguments.seed
             yield trial
 
 
@@ -213,31 +221,45 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items() if key not in ("n", "hits")))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--healthy", type=int, default=1000)
-    parser.add_argument("--times", type=int, default=40, help="faults of each kind")
-    parser.add_argument("--kinds", nargs="+", default=list(FAULT_KINDS), choices=FAULT_KINDS)
-    parser.add_argument("--rivals", type=int, default=100, help="healthy pools that the rivals see too")
-    parser.add_argument("--whole-every", type=int, default=5, help="of so many healthy pools one sees all probes")
-    parser.add_argument("--stall", type=float, default=6.0, help="seconds of silence after which a rank hangs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="end, and store what there is, after this time")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.healthy, arguments.times, arguments.rivals = 3, 1, 3
+def run(arguments: argparse.Namespace) -> list[Trial]:
+    """All trials of the plan, or those that the minutes allow, each kept in a line as soon as it is done."""
     done: list[Trial] = []
-    began, cpu = time.monotonic(), time.process_time()
+    began = time.monotonic()
     total = arguments.healthy + arguments.times * len(arguments.kinds)
     for trial in trials(arguments):
         done.append(trial)
-        if arguments.minutes is not None and time.monotonic() - began > 60.0 * arguments.minutes:
-            break
+        if arguments.keep is not None:
+            with arguments.keep.open("a") as lines:
+                lines.write(json.dumps(asdict(trial)) + "\n")
         wrong = trial.found == (trial.fault is None)
         if wrong or arguments.quick or len(done) % 50 == 0:
             said = "; ".join(trial.findings) or "nothing"
             print(f"{len(done)}/{total}  {trial.fault or 'healthy'}: {said}  {trial.seconds:.1f} s", flush=True)
+        if arguments.minutes is not None and time.monotonic() - began > 60.0 * arguments.minutes:
+            break
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--healthy", type=int, default=1000)
+    parser.add_argument("--times", type=int, default=75, help="faults of each kind")
+    parser.add_argument("--kinds", nargs="+", default=list(FAULT_KINDS), choices=FAULT_KINDS)
+    parser.add_argument("--rivals", type=int, default=100, help="healthy pools, and of each fault, that rivals see too")
+    parser.add_argument("--whole-every", type=int, default=5, help="of so many healthy pools one sees all probes")
+    parser.add_argument("--stall", type=float, default=6.0, help="seconds of silence after which a rank hangs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="end, and store what there is, after this time")
+    parser.add_argument("--keep", type=Path, help="add each trial to this file; store no result")
+    parser.add_argument("--join", type=Path, nargs="+", help="run nothing; store the trials of these files as a result")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.healthy, arguments.times, arguments.rivals = 3, 1, 3
+    if arguments.join is None:
+        done = run(arguments)
+    else:
+        done = [Trial(**json.loads(line)) for part in arguments.join for line in part.read_text().splitlines()]
     rows = table(done, lambda trial: trial.kind)
     rare = table(
         [t for t in done if t.kind in ("small-error", "flipped-bit")], lambda t: f"{t.kind} at rate {t.rate:g}"
@@ -246,19 +268,10 @@ def main() -> None:
     show(rows + rare + alarms)
     short = [row["group"] for row in rows if row["group"] in MUST_FIND and row["hits"] < 0.95 * row["n"]]
     print(f"below 95 %: {', '.join(short) or 'none of ' + ', '.join(MUST_FIND)}")
-    if not arguments.quick:
-        store(
-            "qualifier",
-            {
-                "arguments": vars(arguments),
-                "wall_s": time.monotonic() - began,
-                "cpu_s": time.process_time() - cpu,
-                "groups": rows,
-                "by_rate": rare,
-                "false_alarms_by_probe": alarms,
-                "trials": [asdict(trial) for trial in done],
-            },
-        )
+    if not arguments.quick and arguments.keep is None:
+        result = {"groups": rows, "by_rate": rare, "false_alarms_by_probe": alarms}
+        stored = {name: value for name, value in vars(arguments).items() if name not in ("keep", "join")}
+        store("qualifier", {"arguments": stored, **result, "trials": [asdict(trial) for trial in done]})
 
 
 if __name__ == "__main__":

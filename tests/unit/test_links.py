@@ -115,6 +115,13 @@ def test_bus_bandwidth_is_as_published_for_eight_ranks(collective: str, factor: 
     assert collectives.bus_factor(collective, 8) == factor
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7, 16])
+def test_in_a_chain_every_pair_comes_once_and_waits_for_the_one_before(world: int):
+    pairs = collectives.chain(world)
+    assert sorted(pairs) == sorted(pair for chosen in collectives.tournament(world) for pair in chosen)
+    assert all({*one} & {*following} for one, following in itertools.pairwise(pairs))
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 8, 16])
 def test_in_a_tournament_every_pair_meets_once_and_nobody_twice_in_a_round(world: int):
     rounds = collectives.tournament(world)

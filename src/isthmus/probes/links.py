@@ -63,8 +63,12 @@ MATRIX_RANKS = 16
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is sent, and how long a link may stay silent in a search, by where the ranks compute."""
+    """How much is sent, and how long a link may stay silent in a search, by where the ranks compute.
 
+    With `alone` one pair sends at a time: ranks that share a processor slow each other down, which is not the link's.
+    """
+
+    alone: bool
     pair_bytes: int
     pair_repeats: int
     trips: int
@@ -75,8 +79,8 @@ class Effort:
     call_s: float
 
 
-ON_CPU = Effort(2**20, 12, 60, 8_192, 2**20, 6, 4.0, 0.15)
-ON_ACCELERATOR = Effort(2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
+ON_CPU = Effort(True, 2**20, 12, 60, 8_192, 2**20, 6, 4.0, 0.15)
+ON_ACCELERATOR = Effort(False, 2**26, 20, 200, 2**20, 2**28, 20, 20.0, 1.0)
 
 
 def effort_of(setting: Setting) -> Effort:
@@ -94,6 +98,7 @@ def look_at_pairs(crew: Crew, setting: Setting) -> list[Evidence]:
         "repeats": effort.pair_repeats,
         "latency_repeats": effort.trips,
         "seed": setting.recipe.seed,
+        "alone": effort.alone,
     }
     called = _call(crew, setting, "pairs", arguments)
     if (bad := _bad_call(crew, setting, called, name, "pairs", arguments)) is not None:

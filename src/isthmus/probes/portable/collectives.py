@@ -481,7 +481,7 @@ def pairs(
             if rank.rank in (a, b):
                 beat = partial(rank.beat, f"pair {a}-{b}", number if step is None else step)
                 _exchange(rank, (a, b), (bytes, repeats, latency_repeats, seed), beat, wrong, found)
-        if alone:
+        if alone and only is not None:
             dist.barrier()
     reply = {**wrong.reply(rank, "point-to-point"), "seconds": found.seconds, "latency_s": found.latency}
     if slower_than is not None:
@@ -512,6 +512,11 @@ def tournament(world: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
+def chain(world: int) -> list[tuple[int, int]]:
+    """All pairs in an order in which each shares a rank with the next, so that no two can work at the same time."""
+    return [(a, b) for a in range(world) for b in range(world - 1, a, -1)]
+
+
 @dataclass
 class _Times:
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -521,7 +526,7 @@ class _Times:
 def _schedule(world: int, only: list[list[int]] | None, alone: bool) -> Iterator[list[tuple[int, int]]]:
     """Rounds of pairs. Pairs that are asked for come in the order in which they were asked for."""
     if only is None:
-        rounds = tournament(world)
+        rounds = [[pair] for pair in chain(world)] if alone else tournament(world)
     else:
         rounds = _packed([(min(pair), max(pair)) for pair in only if max(pair) < world and len(set(pair)) == 2])
     for chosen in rounds:
