@@ -40,10 +40,10 @@ SLOW = 0.75
 """A link below this share of the pace of good ones is slow (the share at which NVRx calls a rank a straggler)."""
 RETESTS, TURNS, TRANSFERS = 4, 3, 4
 """How often suspects are measured again, and in how many turns of how many transfers each time."""
-CLEAR, CLEAR_RETESTS = 0.375, 2
+CLEAR, CLEAR_RETESTS = 0.375, 3
 """A pace that needs no more than so many retests: half of what is slow."""
-GOOD_SHARE = 0.25
-"""What a good link takes, in a retest: this quantile of its transfers."""
+GOOD_SHARE = 0.1
+"""What a good link takes, in a retest: this quantile of its transfers, since noise makes them slow and never fast."""
 MOST_SUSPECTS = 24
 LOOKS = 4
 """Calls that look for links which do not answer."""
@@ -160,8 +160,8 @@ def _slow_links(
 
     A first look gives suspects and good links, among those of one tier. Each retest measures the suspects that are left
     in turn with good links, one pair at a time. A suspect is cleared as soon as its fastest transfer so far is near the
-    lower quartile of the good link beside it: noise makes transfers slow, never fast, so it can clear a link but not
-    convict one.
+    fastest of the good link beside it, or near what is usual: noise makes transfers slow, never fast, so it can clear a
+    link but not convict one.
     """
     fastest = {link: min(times) for link, times in seconds.items()}
     tiers = [{link for link in fastest if within(link, domain) == same} for same in (True, False)]
@@ -181,7 +181,8 @@ def _slow_links(
         times = _merged(called, "seconds")
         for link, partner in partners.items():
             best[link] = min(best[link], *times[link])
-            share[link] = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))] / best[link]
+            beside = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))]
+            share[link] = max(beside, usual[link]) / best[link]
         suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
         if retest + 1 >= CLEAR_RETESTS and all(share[link] < CLEAR for link in suspects):
             break
