@@ -29,6 +29,10 @@ def complain(rank: Any, who: int) -> None:
     dist.barrier()
 
 
+def refuse(rank: Any) -> None:
+    raise ValueError("nobody can do this")
+
+
 def lag(rank: Any, who: int) -> None:
     for step in range(3):
         rank.beat("steps", step)

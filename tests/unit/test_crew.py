@@ -33,6 +33,11 @@ def test_the_error_of_a_rank_and_what_it_printed_are_kept(crew: Crew):
     assert "this cannot be" in called.replies[2].log
 
 
+def test_what_all_ranks_refuse_alike_is_the_fault_of_no_single_one(crew: Crew):
+    called = crew.call("crew_work:refuse", {}, deadline_s=30)
+    assert called.culprits() == [0, 1, 2] and called.describe() == "all 3 ranks raised: ValueError: nobody can do this"
+
+
 def test_of_ranks_that_hang_the_one_that_lags_is_named(crew: Crew):
     called = crew.call("crew_work:lag", {"who": 0}, deadline_s=60, stall_s=1.5)
     assert [reply.state for reply in called.replies] == ["hung"] * 3

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse.faults import FAULT_KINDS, parse_fault
-from isthmus.launch.crew import Crew
+from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
 from isthmus.probes import PRELOAD, stability
 from isthmus.probes.contract import Setting
@@ -357,23 +357,34 @@ def test_ranks_that_do_not_come_up_fail_the_cold_starts(setting: Setting, monkey
     assert found.outcome == "fail" and "cold start 1 of 3" in found.name
 
 
+def soaked_twice(setting: Setting, monkeypatch: pytest.MonkeyPatch, *looks: Any) -> Evidence:
+    """What the soak says of two ranks whose first and second look went as said."""
+    replies = iter(looks)
+    monkeypatch.setattr(stability, "_soak", lambda *_: next(replies))
+    crew = SimpleNamespace(device="cpu", world=2, call=lambda *_, **__: SimpleNamespace(ok=True))
+    return stability.soak(crew, setting)[0]  # pyright: ignore[reportArgumentType]
+
+
+def soaked(*memory: list[float]) -> SimpleNamespace:
+    seen = [report(resident=one, losses=[2.0, 1.0], cpu_s=[0.1] * 90) for one in memory]
+    return SimpleNamespace(ok=True, values=seen, seconds=3.0, replies=seen)
+
+
 def test_growth_counts_where_a_second_look_confirms_it(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     leak, flat = (series(kind, 90, random.Random(5)) for kind in ("leak", "flat"))
-    looks = [[leak, flat], [leak, leak], [flat, leak]]
-
-    def soaked(memory: list[list[float]]) -> SimpleNamespace:
-        seen = [report(resident=one, losses=[2.0, 1.0], cpu_s=[0.1] * 90) for one in memory]
-        return SimpleNamespace(ok=True, values=seen, seconds=3.0, replies=seen)
-
-    def found(*order: int) -> Evidence:
-        replies = iter(soaked(looks[index]) for index in order)
-        monkeypatch.setattr(stability, "_soak", lambda *_: next(replies))
-        crew = SimpleNamespace(device="cpu", world=2, call=lambda *_, **__: SimpleNamespace(ok=True))
-        return stability.soak(crew, setting)[0]  # pyright: ignore[reportArgumentType]
-
-    assert found(0, 1).outcome == "fail" and found(0, 1).ranks == [0] and "memory" in found(0, 1).detail
-    again = found(0, 2)
+    found = soaked_twice(setting, monkeypatch, soaked(leak, flat), soaked(leak, leak))
+    assert found.outcome == "fail" and found.ranks == [0] and "memory" in found.detail
+    again = soaked_twice(setting, monkeypatch, soaked(leak, flat), soaked(flat, leak))
     assert again.outcome == "pass" and again.figures["memory_slope"].high > 0
+
+
+def test_a_second_look_that_breaks_counts_with_the_hours_of_both(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    leak = series("leak", 90, random.Random(5))
+    crashed = Called([Reply(0, "crashed", error="killed by signal 9"), Reply(1, "stopped")], 6.0)
+    found = soaked_twice(setting, monkeypatch, soaked(leak, leak), crashed)
+    assert found.outcome == "fail" and found.ranks == [0]
+    chips = min(setting.pool.count, 2)
+    assert found.figures["soaked_chip_hours"].value == pytest.approx(chips * (3.0 + 6.0) / 3600)
 
 
 def test_what_the_probes_say_they_find_are_kinds_of_faults_and_prices_are_known(setting: Setting):

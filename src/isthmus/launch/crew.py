@@ -62,13 +62,21 @@ class Called:
         assert self.ok, self.describe()
         return [reply.value for reply in self.replies]
 
+    @property
+    def raised_alike(self) -> bool:
+        """Whether every rank raised, and with the same words."""
+        return all(reply.state == "raised" for reply in self.replies) and len({one.error for one in self.replies}) == 1
+
     def culprits(self) -> list[int]:
         """The ranks at fault: those that crashed, else the first that raised, else those that hang and lag.
 
+        If all ranks raised the same, it is what they were asked for, and all of them are returned.
         The one that lags has begun the fewest collectives, and then the fewest beats.
         """
         if crashed := [reply.rank for reply in self.replies if reply.state == "crashed"]:
             return crashed
+        if self.raised_alike:
+            return [reply.rank for reply in self.replies]
         if raised := [reply for reply in self.replies if reply.state == "raised"]:
             return [min(raised, key=lambda reply: reply.seconds).rank]
         hung = [reply for reply in self.replies if reply.state == "hung"]
@@ -77,6 +85,8 @@ class Called:
 
     def describe(self) -> str:
         """In one line what went wrong."""
+        if self.raised_alike and len(self.replies) > 1:
+            return f"all {len(self.replies)} ranks raised: {self.replies[0].error}"
         bad = [reply for reply in self.replies if reply.state not in ("done", "stopped")]
         return "; ".join(
             f"rank {reply.rank} {reply.state}"

@@ -498,7 +498,7 @@ def _broken(
 def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
     """Nobody if all ranks raised: then it is what they were asked for that is refused."""
     states = [reply.state for reply in called.replies]
-    if all(state == "raised" for state in states) and len({reply.error for reply in called.replies}) == 1:
+    if called.raised_alike:
         return Blame()
     suspected = Blame(ranks=tuple(called.culprits()))
     if "crashed" in states or any(reply.beat and reply.beat.section == JOINING for reply in called.replies):

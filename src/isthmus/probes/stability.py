@@ -180,16 +180,14 @@ def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
     called = _soak(crew, setting, seconds, round_steps)
     hours = _chip_hours(setting, called)
     if not called.ok:
-        broken = _broken("soak", called, "training", None)
-        figures = _rates(setting, hours, 1, None)
-        return [broken.model_copy(update={"figures": figures, "confidence": setting.recipe.qualify.confidence})]
+        return [_broken_soak(setting, called, hours)]
     seen = called.values
     problems, trends = problems_of(seen), _trends(crew.device, seen)
     if not problems and any(trend.matters for found in trends.values() for trend in found):
         again = _soak(crew, setting, 2.0 * seconds, round_steps)
         hours += _chip_hours(setting, again)
         if not again.ok:
-            return [_broken("soak", again, "training", None)]
+            return [_broken_soak(setting, again, hours)]
         problems = problems_of(again.values) + _confirmed(trends, _trends(crew.device, again.values))
         seen, trends = again.values, _trends(crew.device, again.values)
     return [_soak_finding(crew, setting, seen, hours, problems, trends)]
@@ -212,6 +210,13 @@ def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Cal
         return crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
+
+
+def _broken_soak(setting: Setting, called: Called, hours: float) -> Evidence:
+    """A soak that not all ranks ended: one failure in so many chip-hours."""
+    broken = _broken("soak", called, "training", None)
+    figures = _rates(setting, hours, 1, None)
+    return broken.model_copy(update={"figures": figures, "confidence": setting.recipe.qualify.confidence})
 
 
 def _chip_hours(setting: Setting, called: Called) -> float:
