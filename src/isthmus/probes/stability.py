@@ -41,7 +41,7 @@ DEADLINE_S = 300.0
 READY_S = 120.0
 """For loading the trainer on all ranks, before a sign of life can be expected."""
 COLD_STARTS = 3
-LOOKS = 3
+LOOKS = 5
 """How often ranks are looked at before one counts as slow."""
 SAY_EVERY_S = 10.0
 DISK_BYTES_PER_S = 100e6
@@ -111,7 +111,7 @@ def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
     """Whether a rank is slower than its peers at the same work. While one seems so, all are looked at again."""
     rule = stability_rule("straggler")
     on_cpu = crew.device == "cpu"
-    share = 0.05 if on_cpu else 0.5
+    share = 0.02 if on_cpu else 0.5
     arguments = {"size": 128 if on_cpu else 2048, "slices": 60, "share": share, "limit": rule.value}
     seconds: list[list[float]] = [[] for _ in range(crew.world)]
     ratios: list[float] = []
@@ -127,7 +127,7 @@ def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
             seconds[rank] += value["seconds"]
         ratios = training.ratios_to_peers([training.quantile(one, share) for one in seconds])
         slow = [rank for rank, ratio in enumerate(ratios) if ratio > rule.value]
-    own = "the twentieth part that was fastest, since others use the processor too" if on_cpu else "the median"
+    own = "the fiftieth part that was fastest, since others use the processor too" if on_cpu else "the median"
     samples, worst = len(seconds[0]), max(ratios)
     source = f"slowest rank against the median of its peers, {own} of {samples} pieces of equal work"
     figures = {"straggler_ratio": setting.measured(worst, "x", source)}
