@@ -69,7 +69,8 @@ class Report:
         unlisted = sorted({name for one in found for name in one.found.operators["unknown"]})
         shares = "; ".join(f"{one.what}: {one.headline()}" for one in found)
         if waits:
-            return f"possible, waiting for the host's CPU in {', '.join(waits)}. {shares}"
+            how = "possible, but not fit: every step is" if use == "training" else "possible,"
+            return f"{how} waiting for the host's CPU in {', '.join(waits)}. {shares}"
         if unlisted:
             return f"not known of {', '.join(unlisted)}. {shares}"
         return f"possible. {shares}"

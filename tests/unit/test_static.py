@@ -237,8 +237,8 @@ def test_a_planted_fallback_and_a_planted_gap_change_the_shares():
     gap = join("training", "two operators", TWO, chip, with_statuses(profile, mm="none"))
     assert gap.share("none") == pytest.approx(20 / 24)
     assert gap.impossible == ["aten::mm is missing"]
-    served = join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback"))
-    assert finding(served).outcome == "pass"
+    served = finding(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
+    assert served.outcome == "pass" and "on the host's CPU, silently: aten::add.Tensor" in served.detail
 
 
 def test_without_a_peak_there_are_no_shares_of_time():
@@ -432,7 +432,8 @@ def test_a_wheel_takes_the_place_of_the_table(tmp_path: Path):
     assert rows["aten::mul.Tensor"].status == "fallback"
     assert rows["aten::scatter.value"].cautions, "what the vendor documents is kept"
     assert any("changed from native to fallback" in note for note in report.software.notes)
-    assert report.trains and "waiting for the host's CPU" in report.verdict("training")
+    assert report.trains and report.verdict("training").startswith("possible, but not fit: every step is waiting for")
+    assert report.verdict("serving").startswith("possible, waiting for the host's CPU in ")
     library = compile_library("long other(void) { return 0; }", tmp_path / "cann" / "libother.so")
     broken = dataclasses.replace(report, software=software_of(profile_of(CHIP), wheel, library.parent))
     assert not broken.trains and "the import fails" in broken.verdict("training")

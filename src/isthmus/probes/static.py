@@ -397,8 +397,9 @@ def _of_training(
 
 
 def finding(found: StaticCoverage) -> Evidence:
-    """Operators that are missing, or called with a dtype that the chip refuses, fail a use; those that fall back fail
-    training, where every step would wait for them."""
+    """Operators that are missing, or called with a dtype that the chip refuses, fail a use. Those that fall back fail
+    training, where every step of every rank would wait, and are told of serving, as on the chip (probes/software.py).
+    """
     fallback, unlisted = found.found.operators["fallback"], found.found.operators["unknown"]
     failed = bool(found.impossible or (fallback and found.use == "training"))
     outcome: Outcome = "fail" if failed else "unknown" if unlisted else "pass"
