@@ -181,7 +181,7 @@ class Examination:
     looked: list[tuple[Aspect, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found = Findings(self.run.recipe, self.setting.pool)
+        self.found = Findings(self.setting)
 
     def measure(self) -> None:
         """All that can be found out about a pool that is here."""
