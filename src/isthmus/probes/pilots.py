@@ -23,7 +23,7 @@ from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
-from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds, not_applied
+from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds
 from isthmus.probes.workload import Workload
 from isthmus.recipe import Recipe
 from isthmus.records import Outcome
@@ -74,13 +74,16 @@ def hold_against_thresholds(found: Findings, sizes: dict[str, float]) -> None:
     pool = found.pool
     rules = load_thresholds(found.recipe.qualify.thresholds)
     figures = {name: figure for name, figure in found.figures.items() if name in METRICS}
-    found.evidence += apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
-    aside = not_applied(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
-    mine = [rule for rule in rules if rule.chip == pool.chip and rule.metric not in figures]
-    aside += [f"{rule}: {rule.metric} was not measured" for rule in mine]
+    applied = apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    found.evidence += applied.evidence
+    aside = {reason: [*these] for reason, these in applied.aside.items()}
+    for rule in rules:
+        if rule.chip == pool.chip and rule.metric not in figures:
+            aside.setdefault(f"{rule.metric} was not measured", []).append(rule)
     if aside:
-        detail = f"{len(aside)} thresholds were left aside: {'; '.join(aside)}"
-        found.add("thresholds left aside", "compute", "both", "pass", detail, len(aside))
+        count = sum(map(len, aside.values()))
+        reasons = "; ".join(f"{reason}: {', '.join(map(str, these))}" for reason, these in aside.items())
+        found.add("thresholds left aside", "compute", "both", "pass", f"{count} in all. {reasons}", count)
 
 
 def training(found: Findings, work: Workload) -> None:
