@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -328,8 +329,11 @@ def test_tensors_that_torch_cannot_read_are_refused_before_anything_runs(tmp_pat
     torch.save({"t0": torch.ones(400)}, folder / "inputs.pt")
     assert read_case(folder)[1].files == ["size"]
     whole = (folder / "inputs.pt").read_bytes()
-    torch.save(torch.ones(3), folder / "one.pt")
-    for content in (b"", b"nothing", whole[: len(whole) // 2], (folder / "one.pt").read_bytes()):
+    place = whole.index(torch.ones(400).numpy().tobytes()) + 801
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    with zipfile.ZipFile(folder / "other.zip", "w") as other:
+        other.writestr("notes.txt", "no tensors")
+    for content in (b"", b"nothing", whole[: len(whole) // 2], flipped, (folder / "other.zip").read_bytes()):
         (folder / "inputs.pt").write_bytes(content)
         with pytest.raises(IsthmusError, match=r"inputs\.pt: torch cannot read it"):
             read_case(folder)
