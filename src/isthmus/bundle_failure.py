@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -19,7 +21,7 @@ from rich.markup import escape
 
 from isthmus.chips import Vendor, get_chip, vendor_of
 from isthmus.chips.rehearse.faults import parse_fault
-from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Called, Crew
 from isthmus.probes.packing import Packing, pack, script_of, source_of, warnings_of
 from isthmus.probes.reproduction import HEALTHY, REPRODUCED, manner_of
@@ -83,7 +85,11 @@ def execute(
 
 
 def read_case(path: Path) -> tuple[Path, FailureCase]:
-    """The one failure of a folder: of a case, of a pool, of `qualify/`, or of a run. Raises IsthmusError."""
+    """The one failure of a folder: of a case, of a pool, of `qualify/`, or of a run.
+
+    Raises IsthmusError if there is none or several, and for a damaged one: which file it is, what is wrong with it, and
+    what to do.
+    """
     if path.name == FAILURE:
         path = path.parent
     if not path.is_dir():
@@ -96,23 +102,93 @@ def read_case(path: Path) -> tuple[Path, FailureCase]:
             f"bundle, use: isthmus inspect {path}"
         )
     if len(found) > 1:
-        lines = "\n".join(f"  isthmus bundle {file.parent}    # {_load(file).title}" for file in found)
+        lines = "\n".join(f"  isthmus bundle {file.parent}    # {_title(file)}" for file in found)
         raise IsthmusError(f"{path} holds {len(found)} failures. Say which:\n{lines}")
-    return found[0].parent, _load(found[0])
+    case = _load(found[0])
+    for name in case.files:
+        _check_file(found[0], name, case.arguments.get(name))
+    return found[0].parent, case
+
+
+def _title(file: Path) -> str:
+    try:
+        return _load(file).title
+    except IsthmusError as error:
+        return str(error).splitlines()[0]
 
 
 def _load(file: Path) -> FailureCase:
     try:
         case = FailureCase.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise _damaged(file, f"it cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise DamagedFile(f"{file} is not a kept failure: {error}. Qualify the pool again.") from None
+        raise _damaged(file, _what_is_wrong(error)) from None
     if not case.function.startswith(PROBES):
         raise IsthmusError(f"{file} names the function {case.function}; only those of {PROBES}* can be packed.")
-    for name in case.files:
-        value = case.arguments.get(name)
-        if not isinstance(value, str) or Path(value).name != value or not (file.parent / value).is_file():
-            raise IsthmusError(f"{file}: the argument {name!r} must name a file of {file.parent}, not {value!r}.")
+    lacking = [key for reply in case.replies for key in ("rank", "state", "value", "error") if key not in reply]
+    if lacking:
+        raise _damaged(file, f"a reply lacks `{lacking[0]}`")
+    if case.ranks < 1:
+        raise _damaged(file, f"`ranks` is {case.ranks}, and a call needs one at least")
+    try:
+        get_chip(case.chip)
+        for fault in case.planted:
+            parse_fault(fault)
+    except IsthmusError as error:
+        raise _damaged(file, str(error)) from None
     return case
+
+
+def _check_file(file: Path, argument: str, name: object) -> None:
+    """Raise IsthmusError unless an argument of a case names a file of tensors beside it."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise _damaged(file, f"the argument `{argument}` must name a file beside it, not {name!r}")
+    beside = file.parent / name
+    if not beside.is_file():
+        raise _damaged(beside, f"it is not there, and holds what the call in {file.name} was given")
+    if not _holds_tensors(beside):
+        raise _damaged(beside, f"torch cannot read it as the tensors that the call in {file.name} was given")
+
+
+def _holds_tensors(file: Path) -> bool:
+    """Whether a file is whole, by the checksums in it, and one that torch saved. Nothing in it is loaded."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            saved = any(name.endswith("/data.pkl") for name in archive.namelist())
+            return saved and archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError):
+        return False
+
+
+def _damaged(file: Path, what: str) -> IsthmusError:
+    return IsthmusError(
+        f"{file}: {what}\nThe failure was not kept whole, or was changed since. Copy its folder again from where it "
+        "was found, or find it anew: isthmus qualify RUN --again"
+    )
+
+
+_MUST_BE = {"int": "a whole number", "string": "a text", "bool": "true or false", "list": "a list", "dict": "an object"}
+
+
+def _what_is_wrong(error: ValidationError) -> str:
+    """The first thing that is wrong with a kept failure, in a line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first, more = problems[0], len(problems) - 1
+    where, kind = ".".join(map(str, first["loc"])), first["type"]
+    expected = _MUST_BE.get(kind.partition("_")[0], "something else")
+    if kind == "json_invalid":
+        what = f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
+    elif kind == "model_type":
+        what = "it is JSON, and no object"
+    elif kind == "missing":
+        what = f"it lacks `{where}`"
+    elif kind == "extra_forbidden":
+        what = f"it has `{where}`, which no kept failure has"
+    else:
+        given = repr(first["input"])
+        what = f"`{where}` must be {expected}, not {given if len(given) <= 60 else f'{given[:57]}...'}"
+    return what + (f" (and {more} more such)" if more else "")
 
 
 @dataclass

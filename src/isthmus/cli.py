@@ -206,18 +206,33 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
 
 @cli.command("bundle")
 @click.argument("failure", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Beside the failure if absent.")
-@click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="What shrinking may take.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write; reproduce-* in that of the failure else.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1),
+    metavar="S",
+    default=120,
+    show_default=True,
+    help="What running and shrinking it here may take.",
+)
 @click.option("--no-shrink", is_flag=True, help="Pack it as it was found.")
 @click.option(
-    "--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; those it was found on if absent."
+    "--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; as many as found it if absent."
 )
 def bundle_failure(failure: Path, **options: Any) -> None:
     """Pack a failing probe as a small script for the chip's vendor.
 
-    FAILURE is a folder that `isthmus qualify` kept, or the run folder if it holds one failure alone. The script needs
-    only torch and the chip's extension of it; it is shrunk first while it still fails. This has nothing to do with
-    bundles of weights: `isthmus inspect BUNDLE` looks into those, `isthmus handoff` makes them.
+    FAILURE is a folder that `isthmus qualify` kept (RUN/qualify/POOL/failures/...), or the run folder if it holds one
+    failure alone. The script needs only torch and the chip's extension of it; it is shrunk first while it still fails.
+    A folder is written, and the same as .tar.gz.
+
+    This has nothing to do with bundles of weights: `isthmus inspect BUNDLE` looks into those, `isthmus handoff` makes
+    them.
     """
     importlib.import_module("isthmus.bundle_failure").execute(failure, _watch(), **options)
 
@@ -261,11 +276,18 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("--chip", required=True, metavar="CHIP", help="The chip to rehearse; `isthmus chips` lists them.")
-@click.option("--ranks", type=click.IntRange(1), help="Start as many processes, with the variables that torchrun sets.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Start so many processes, with the variables that torchrun sets.",
+)
 @click.option("--strict", is_flag=True, help="Refuse what the chip would run on the host's CPU.")
 @click.option("--noise", is_flag=True, help="Let results vary as the chip's do unless it is told to be deterministic.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@click.option("--fault", "faults", multiple=True, metavar="SPEC", help="Plant a fault, such as crash@rank=1,step=5.")
+@click.option(
+    "--fault", "faults", multiple=True, metavar="SPEC", help="Plant a fault, such as crash@rank=1,step=5; repeatable."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report there.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- python train.py ...")
 def rehearse(command: tuple[str, ...], **options: Any) -> None:
@@ -281,9 +303,14 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("target")
-@click.option("--chip", required=True, help="The chip whose software is asked about; `isthmus chips` lists them.")
 @click.option(
-    "--ranks", type=click.IntRange(1), help="Training processes; those of the recipe's pool of CHIP if absent."
+    "--chip", required=True, metavar="CHIP", help="Whose software is asked about; `isthmus chips` lists them."
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Training processes; those of the recipe's pool of CHIP if absent.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_SET
@@ -291,11 +318,11 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 @click.option("--write-table", type=click.Path(path_type=Path), help="Write the wheel's operators as operators.csv.")
 @click.option("--cann", type=click.Path(path_type=Path), help="An installation, whose symbols the package needs.")
 def coverage(target: str, **options: Any) -> None:
-    """What a chip's software makes of a model's own operators, by share of the time; no chip is needed.
+    """Tell what a chip's software makes of a model's operators; no chip is needed.
 
-    TARGET is a recipe, a run folder, a folder with a config.json, or the name of a preset such as deepseek-v3. Exit
-    code 1 if it cannot be trained there: an operator is missing, or a dtype is refused. Reading a wheel runs its
-    start-up code in a process of its own.
+    TARGET is a recipe, a run folder, a folder with a config.json, or the name of a preset such as deepseek-v3. Shares
+    are of a lower bound of the time. Exit code 1 if it cannot be trained there: an operator is missing, or a dtype or a
+    collective is refused. Reading a wheel runs its start-up code in a process of its own.
     """
     if not importlib.import_module("isthmus.coverage").execute(target, _watch(), **options).trains:
         raise click.exceptions.Exit(1)

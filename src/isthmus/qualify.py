@@ -82,7 +82,7 @@ def execute(
         if pools and name not in pools:
             continue
         if prices:
-            watch.console.print(_price_table(_choice(_setting(run, pool, watch), budget_s)))
+            watch.console.print(_price_table(pool, _choice(_setting(run, pool, watch), budget_s)))
             continue
         records.append(_stored(run, name, again or bool(budget)) or qualify_pool(run, name, watch, budget_s=budget_s))
     return records
@@ -181,7 +181,7 @@ class Examination:
     looked: list[tuple[Aspect, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found = Findings(self.run.recipe, self.setting.pool)
+        self.found = Findings(self.setting)
 
     def measure(self) -> None:
         """All that can be found out about a pool that is here."""
@@ -258,7 +258,7 @@ class Examination:
         shutil.rmtree(self.setting.folder / "failures", ignore_errors=True)
         if not choice.chosen:
             return True
-        self.watch.console.print(_price_table(choice))
+        self.watch.console.print(_price_table(self.setting.pool, choice))
         prices = {probe.name: price for probe, price in choice.chosen}
         with self._crew() as crew, self.watch.count(f"probing {self.setting.pool.name}", len(prices)) as counter:
             self.setting.say = lambda text: counter.advance_to(counter.done, text)
@@ -318,9 +318,12 @@ def _only_rehearsed(item: Evidence) -> Evidence:
     return item.model_copy(update={"outcome": "unknown", "detail": detail, "needed_for": "training"})
 
 
-def _price_table(choice: Choice) -> RenderableType:
-    """What the probes cost and look for, before they run."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"probes, about {choice.seconds:.0f} s", title_justify="left")
+def _price_table(pool: Pool, choice: Choice) -> RenderableType:
+    """What the probes of a pool cost and look for, before they run."""
+    if not choice.chosen and not choice.skipped:
+        return Text(f"{pool}: no probe asks ranks; the tables of its chip are read, and pilots run under its rules\n")
+    title = f"{pool}: {len(choice.chosen)} probes, about {choice.seconds:.0f} s, and then pilots of the run's own work"
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
     for title in ("probe", "question", "price", "looks for"):
         table.add_column(title, overflow="fold", justify="right" if title == "price" else "left")
     for probe, price in choice.chosen:

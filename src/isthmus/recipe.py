@@ -481,10 +481,12 @@ class Recipe(Section):
 
 def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str | None:
     """Why `ranks` processes cannot divide a model as [train] says, or None if they can."""
-    if ranks % (train.replicate * train.expert):
+    product = train.replicate * train.expert
+    if ranks % product:
+        fitting = " or ".join(str(one) for one in (ranks // product * product, -(-ranks // product) * product) if one)
         return (
             f"training on {ranks} rank{'s' * (ranks > 1)} with train.replicate = {train.replicate} and train.expert = "
-            f"{train.expert}: their product must divide the number of ranks"
+            f"{train.expert}: their product must divide the number of ranks, as it does {fitting}"
         )
     if not isinstance(model, DeepseekSection):
         return f"train.expert = {train.expert}, but a dense model has no experts" if train.expert > 1 else None

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 import isthmus
-from isthmus.chips import device_for
+from isthmus.chips import check_tables, device_for
 from isthmus.chips.rehearse import Profile, profile_of
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import SETTINGS, Settings
@@ -115,6 +115,7 @@ def execute(
     Without `ranks` the command runs once, and may start ranks itself. Raises IsthmusError for a chip without tables, a
     fault that cannot be read, or a program that is not there.
     """
+    check_tables(chip)
     profile = profile_of(chip)
     for text in faults:
         if parse_fault(text).rank >= (ranks or math.inf):
@@ -138,6 +139,8 @@ def _program(command: list[str]) -> list[str]:
     name, *arguments = command
     if name in ("python", "python3"):
         return [sys.executable, *arguments]
+    if name.startswith("-"):
+        raise IsthmusError(f"{name} is no option of rehearse; `isthmus rehearse --help` lists them")
     if shutil.which(name) is None:
         raise IsthmusError(f"{name!r} is not a program that can be found; a script is run as `-- python {name}`")
     return command

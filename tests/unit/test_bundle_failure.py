@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from isthmus.bundle_failure import Packed, execute, read_case
 from isthmus.chips import load_chips, vendor_of
 from isthmus.chips._registry import vendors
 from isthmus.cli import cli
-from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
-from isthmus.probes.packing import clashing_names, foreign_imports, runs_needed, write_archive
+from isthmus.probes.packing import clashing_names, foreign_imports, runs_needed, source_of, write_archive
 from isthmus.probes.shrink import Frequency
 from isthmus.probes.surroundings import describe_machine, shown_variables, without_private
 from isthmus.progress import Watch
@@ -270,22 +272,79 @@ def test_the_failure_is_found_in_a_run_folder_and_asked_for_where_there_are_seve
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "said"),
     [
-        ({"function": "os:system"}, IsthmusError, "can be packed"),
-        ({"function": "portable_work:nothing"}, IsthmusError, "no function"),
-        ({"files": ["size"]}, IsthmusError, "must name a file"),
-        ({"files": ["size"], "arguments": {"size": "../failure.json"}}, IsthmusError, "must name a file"),
-        ({"ranks": "many"}, DamagedFile, "not a kept failure"),
-        ({"chip": "nothing"}, IsthmusError, "unknown chip"),
+        ({"function": "os:system"}, "can be packed"),
+        ({"function": "portable_work:nothing"}, "no function"),
+        ({"files": ["size"]}, "`size` must name a file beside it, not 1"),
+        ({"files": ["size"], "arguments": {"size": "../failure.json"}}, "must name a file"),
+        ({"files": ["size"], "arguments": {"size": "inputs.pt"}}, "inputs.pt: it is not there"),
+        ({"ranks": "many"}, "`ranks` must be a whole number, not 'many'"),
+        ({"ranks": 0}, "`ranks` is 0"),
+        ({"title": None, "log": "x"}, "`title` must be a text, not None (and 1 more such)"),
+        ({"arguments": []}, "`arguments` must be an object, not []"),
+        ({"rehearsed": "perhaps"}, "`rehearsed` must be true or false, not 'perhaps'"),
+        ({"verdict": "fit"}, "it has `verdict`, which no kept failure has"),
+        ({"replies": [{"rank": 0}]}, "a reply lacks `state`"),
+        ({"planted": ["crush@rank=1"]}, "unknown kind of fault 'crush'"),
+        ({"chip": "nothing"}, "unknown chip"),
     ],
 )
-def test_a_case_that_cannot_be_packed_is_refused(tmp_path: Path, change: dict, error: type, said: str):
+def test_a_case_that_cannot_be_packed_is_refused(tmp_path: Path, change: dict, said: str):
     folder = keep(tmp_path / "case", "measured", {"size": 1}, ranks=1)
     case = json.loads((folder / "failure.json").read_text())
     (folder / "failure.json").write_text(json.dumps({**case, **change}))
-    with pytest.raises(error, match=said):
+    with pytest.raises(IsthmusError, match=re.escape(said)) as told:
         execute(folder, QUIET, seconds=AMPLE)
+    assert told.value.exit_code == 2 and "pydantic" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is not JSON: EOF"),
+        (b'{"probe": "sums", "title"', "it is not JSON: EOF"),
+        (b"\xff\xfe", "it is not JSON"),
+        (b"[]", "it is JSON, and no object"),
+        (b"{}", "it lacks `probe` (and 10 more such)"),
+    ],
+)
+def test_a_file_that_is_no_kept_failure_is_named_with_what_is_wrong_and_what_to_do(
+    tmp_path: Path, content: bytes, said: str
+):
+    file = tmp_path / "failure.json"
+    file.write_bytes(content)
+    with pytest.raises(IsthmusError) as told:
+        read_case(tmp_path)
+    first, second = str(told.value).splitlines()
+    assert first.startswith(f"{file}: {said}") and "isthmus qualify RUN --again" in second
+    assert told.value.exit_code == 2
+
+
+def test_tensors_that_torch_cannot_read_are_refused_before_anything_runs(tmp_path: Path):
+    folder = keep(tmp_path / "case", "measured", {"size": 1}, ranks=1)
+    case = json.loads((folder / "failure.json").read_text())
+    changed = {**case, "files": ["size"], "arguments": {"size": "inputs.pt"}}
+    (folder / "failure.json").write_text(json.dumps(changed))
+    torch.save({"t0": torch.ones(400)}, folder / "inputs.pt")
+    assert read_case(folder)[1].files == ["size"]
+    whole = (folder / "inputs.pt").read_bytes()
+    place = whole.index(torch.ones(400).numpy().tobytes()) + 801
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    with zipfile.ZipFile(folder / "other.zip", "w") as other:
+        other.writestr("notes.txt", "no tensors")
+    for content in (b"", b"nothing", whole[: len(whole) // 2], flipped, (folder / "other.zip").read_bytes()):
+        (folder / "inputs.pt").write_bytes(content)
+        with pytest.raises(IsthmusError, match=r"inputs\.pt: torch cannot read it"):
+            read_case(folder)
+
+
+def test_a_damaged_failure_beside_a_good_one_is_listed_with_what_is_wrong(tmp_path: Path):
+    for number in ("01", "02"):
+        keep(tmp_path / "failures" / number, "measured", {"size": 1}, ranks=1)
+    (tmp_path / "failures" / "02" / "failure.json").write_text("{")
+    with pytest.raises(IsthmusError, match=r"(?s)# A sum that is wrong.*it is not JSON"):
+        read_case(tmp_path)
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path):
@@ -300,6 +359,12 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path):
 def test_the_help_keeps_the_two_meanings_of_bundle_apart():
     told = " ".join(CliRunner().invoke(cli, ["bundle", "--help"]).output.split())
     assert "FAILURE" in told and "bundles of weights" in told and "isthmus inspect BUNDLE" in told
+
+
+def test_a_probe_of_another_version_is_told():
+    for module in ("isthmus.probes.portable.nothing", "isthmus.probes.portable.traps.nothing"):
+        with pytest.raises(IsthmusError, match="has no such probe"):
+            source_of(f"{module}:f")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,11 @@ def missing(func, *args, **kwargs):
     raise NotImplementedError(f"no kernel for {func.name()}")
 
 
+def forbidden(func, *args, **kwargs):
+    """As an operator without a kernel ends where the vendor's switch is set."""
+    raise RuntimeError(f"The operator '{func.name()}' would compute on CPU, but CPU fallback is disabled")
+
+
 class Slow:
     """Takes 20 ms, the first `times` times."""
 
@@ -205,6 +210,7 @@ WRONG: list[tuple[str, str, Callable[..., Any], str, str]] = [
     ("a wrong place", "aten::topk", after(lambda x: (x[0], x[1].flip(-1) * 0)), "float32", "wrong"),
     ("a flipped bit", "aten::mm", Unsteady(), "float32", "non-deterministic"),
     ("a warning of a fallback", "aten::bmm", warned, "float32", "fallback"),
+    ("a fallback that is forbidden", "aten::bmm", forbidden, "bfloat16", "fallback"),
     ("a missing kernel", "aten::silu", missing, "bfloat16", "error"),
     ("a missing backward kernel", "aten::silu_backward", missing, "float32", "error"),
 ]
@@ -450,6 +456,16 @@ def test_a_planted_fault_is_found_on_its_rank_and_kept_as_one_call(examined, fau
     assert case.title.endswith(kind) and case.planted == [str(parse_fault(fault))]
     assert len(case.arguments["calls"]) == len(case.arguments["dtypes"]) == 1
     assert [reply["value"]["failed"] for reply in case.replies] == [False, True]
+
+
+def test_an_operator_on_the_host_fails_training_and_is_told_of_serving(examined):
+    """Serving gives right answers, later; a wrong one fails both. The static tier says the same of its tables."""
+    for fault, outcomes in (("fallback", ("pass", "fail")), ("dtype-swap", ("fail", "fail"))):
+        found = {one.needed_for: one for one in examined(f"{fault}@rank=1,operator=aten::mm")[0]}
+        assert (found["serving"].outcome, found["training"].outcome) == outcomes, found
+        told = "on the host's CPU, for which serving waits: aten::mm" in found["serving"].detail
+        assert told == (fault == "fallback"), found["serving"].detail
+        assert found["training"].ranks == [1]
 
 
 def test_a_rank_that_dies_or_hangs_in_an_operator_is_a_finding(examined):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
 from types import MappingProxyType
 
@@ -252,9 +253,11 @@ def test_a_fault_that_the_recipe_plants_in_a_rehearsed_pool_is_found(tmp_path: P
 
 def test_only_prices_are_shown_where_they_are_asked_for(tmp_path: Path):
     console = Console(width=200, record=True, file=io.StringIO())
-    assert qualify.execute(small_run(tmp_path), Watch(console), pools=["home"], prices=True) == []
-    text = console.export_text()
-    assert "soak" in text and "known answers" in text and "looks for" in text
+    assert qualify.execute(small_run(tmp_path), Watch(console), prices=True) == []
+    away, home = re.split(r"\n(?=home)", console.export_text())
+    assert "soak" in home and "known answers" in home and "looks for" in home
+    assert re.match(r"home \(cpu\): \d+ probes, about \d+ s, and then pilots", home)
+    assert away.startswith(f"away ({AWAY}, rehearsed): no probe asks ranks") and "looks for" not in away
 
 
 def test_a_pool_that_no_stage_is_placed_on_is_refused_by_name(tmp_path: Path):

@@ -264,7 +264,8 @@ def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
     [
         ([], {}, "after --"),
         (["no-such-program"], {}, "no-such-program"),
-        (["python", "x.py"], {"chip": "mlu590"}, "cannot be rehearsed"),
+        (["python", "x.py"], {"chip": "mlu590"}, "no tables of what the software of mlu590 supports"),
+        (["--strickt", "python", "x.py"], {}, "--strickt is no option of rehearse"),
         (["python", "x.py"], {"faults": ("crash@rank=2",), "ranks": 2}, "not there, of 2"),
         (["python", "x.py"], {"faults": ("explode@rank=0",)}, "unknown kind"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from small import architecture, tiny_architecture
 from small_dense import dense_architecture
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,13 +28,13 @@ from isthmus.chips.rehearse.fused import FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
 from isthmus.chips.wheel import software_of
 from isthmus.cli import cli
-from isthmus.coverage import execute, recipe_of
+from isthmus.coverage import OperatorTable, Report, execute, recipe_of, show
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.probes.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
-from isthmus.probes.static import finding, join, needs_of, sizes_of, static_findings
+from isthmus.probes.static import StaticCoverage, amount, finding, join, needs_of, sizes_of, static_findings
 from isthmus.probes.static_trace import (
     Layout,
     Options,
@@ -224,7 +227,7 @@ def test_shares_of_time_by_hand():
         ("aten::mm", round(20 / 24, 6)),
         ("aten::add.Tensor", round(4 / 24, 6)),
     ]
-    assert found.headline() == "100.0% of the step's time native"
+    assert found.headline() == "100.0% of the time native"
     assert found.rows[0].unrepeatable and not found.rows[1].unrepeatable
 
 
@@ -237,8 +240,8 @@ def test_a_planted_fallback_and_a_planted_gap_change_the_shares():
     gap = join("training", "two operators", TWO, chip, with_statuses(profile, mm="none"))
     assert gap.share("none") == pytest.approx(20 / 24)
     assert gap.impossible == ["aten::mm is missing"]
-    served = join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback"))
-    assert finding(served).outcome == "pass"
+    served = finding(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
+    assert served.outcome == "pass" and "on the host's CPU, silently: aten::add.Tensor" in served.detail
 
 
 def test_without_a_peak_there_are_no_shares_of_time():
@@ -248,6 +251,84 @@ def test_without_a_peak_there_are_no_shares_of_time():
     assert found.rows[0].shares["flops"] == 1.0
     assert found.rows[1].shares["bytes"] == pytest.approx(1.0)
     assert any("no shares of time" in source for source in found.sources)
+
+
+def test_without_a_peak_arithmetic_comes_first_and_then_bytes():
+    """Most of a step's operators do no arithmetic that torch counts: their order, and what is lost, is in the bytes."""
+    sizes = {"aten::cat": 10, "aten::add.Tensor": 40, "aten::mul.Tensor": 30, "aten::bmm": 20}
+    calls = {Call(name, ("bfloat16",), ((8,),), 10**9 * (name == "aten::bmm"), size): 1 for name, size in sizes.items()}
+    profile = with_statuses(profile_of(CHIP), mul_Tensor="fallback")
+    found = join("training", "four operators", Costs(Counter(calls)), chip_with(None, 1000.0), profile)
+    assert [row.operator.removeprefix("aten::") for row in found.rows] == ["bmm", "add.Tensor", "mul.Tensor", "cat"]
+    assert found.headline() == (
+        "100.0% of the arithmetic and 70.0% of the bytes moved native; 0.0% and 30.0% in operators that fall back"
+    )
+    figures = finding(found).figures
+    assert figures["fallback_operators"].value == 1 and figures["fallback_share"].value == 0
+    assert figures["fallback_share_of_bytes"].value == pytest.approx(30.0)
+    assert [line.split() for line in shown(found, 80).splitlines() if line.startswith("aten::add")] == [
+        ["aten::add.Tensor", "native", "0.00", "40.00", "1"]
+    ]
+
+
+def shown(what: StaticCoverage | Report, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    if isinstance(what, Report):
+        show(what, console)
+    else:
+        console.print(OperatorTable(what))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    """A chip with fused operators and rules, one with neither, and one whose peak nobody published."""
+    return {
+        chip: execute("r-nano", Watch(quiet=True), chip=chip, ranks=4, as_json=True, overrides=("train.expert=2",))
+        for chip in (CHIP, "h20", "mi308x")
+    }
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 200])
+def test_names_of_operators_are_never_broken(reports: dict[str, Report], width: int):
+    """Every word that begins as an operator does is one."""
+    for report in reports.values():
+        text = shown(report, width)
+        names = {row.operator for use in report.uses for row in use.rows} | {"aten::_fused_adamw_"}
+        words = {word.strip(",") for word in text.split() if word.startswith("aten::")}
+        assert words <= {name.split(" ")[0] for name in names}
+        assert {row.operator.split(" ")[0] for use in report.uses for row in use.rows[:12]} <= words
+        assert max(map(len, text.splitlines())) <= max(width, 80)
+        assert ("dtypes" in text.split()) == (width >= 100)
+
+
+def test_what_there_is_nothing_to_say_about_is_left_out(reports: dict[str, Report]):
+    bare, ruled = shown(reports["h20"], 100), shown(reports[CHIP], 100)
+    assert "documented rules" not in bare and "no table of fused operators of H20" in bare
+    assert not re.search(r"\b0 more operators", bare + ruled)
+    count, kept = (len([one for one in reports[CHIP].rules if one[1] >= held]) for held in (False, True))
+    assert f"documented rules on shapes: {kept} of {count} are kept, not these" in ruled and kept < count
+    assert "npu::npu_moe_gating_top_k wants experts_per_group > 2 (here 2)" in ruled
+    listed = " ".join(ruled.split())
+    assert listed.count("not deterministic by default aten::") == 3, "told once of all operators of a use"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1.83e12, "B", "1.83 TB"),
+        (41.3e9, "B", "41.3 GB"),
+        (119_000, "B", "119 kB"),
+        (6, "B", "6.00 B"),
+        (9.34, "s", "9.34 s"),
+        (0.159, "s", "159 ms"),
+        (4.76e-6, "s", "4.76 us"),
+        (1234, "s", "1,234 s"),
+    ],
+)
+def test_amounts_by_hand(value: float, unit: str, text: str):
+    assert amount(value, unit) == text
 
 
 def test_a_refused_dtype_makes_a_use_impossible():
@@ -391,15 +472,19 @@ def test_the_verb_prints_a_verdict_and_json():
     report = json.loads(done.output)
     assert report["trains"] and report["rehearsed"]
     assert sum(report["uses"][0]["shares"].values()) == pytest.approx(1.0)
-    shown = CliRunner().invoke(cli, ["coverage", "r-nano", "--chip", CHIP], standalone_mode=False)
-    assert "training: possible." in " ".join(shown.output.split())
+    assert report["verdict"]["training"].startswith("possible. a training step: ")
+    assert all(rule["here"] and rule["source"] for rule in report["rules"])
+    done = CliRunner().invoke(cli, ["coverage", "r-nano", "--chip", CHIP], standalone_mode=False)
+    assert "training: possible a training step: " in " ".join(done.output.split())
 
 
 def test_a_layout_that_does_not_divide_fails_training_and_is_refused_by_the_verb():
     recipe = recipe_with(tiny_architecture(), train=TrainSection(expert=3))
     found = {one.name: one for one in static_findings(recipe, get_chip(CHIP), profile_of(CHIP), ranks=3)}
     assert found["layout"].outcome == "fail" and "train.expert = 3" in found["layout"].detail
-    with pytest.raises(IsthmusError, match=r"train\.expert = 3"):
+    with pytest.raises(IsthmusError, match=r"train\.expert = 3.* as it does 3 or 6$"):
+        execute("r-nano", Watch(quiet=True), chip=CHIP, ranks=4, as_json=True, overrides=("train.expert=3",))
+    with pytest.raises(IsthmusError, match=r"train\.expert = 3 does not divide"):
         execute("r-nano", Watch(quiet=True), chip=CHIP, ranks=3, as_json=True, overrides=("train.expert=3",))
 
 
@@ -415,8 +500,13 @@ def test_a_grouped_product_counts_as_its_parts_do():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(IsthmusError, match="presets: "):
+    with pytest.raises(IsthmusError, match=r"did you mean 'deepseek-v3'\? presets: "):
         recipe_of("deepsek-v3", CHIP, None, ())
+
+
+def test_a_chip_without_tables_is_refused_with_those_that_have_them():
+    with pytest.raises(IsthmusError, match=f"no tables of what the software of cpu supports.*{CHIP}"):
+        execute("r-nano", Watch(quiet=True), chip="cpu", ranks=None, as_json=True)
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="reading a wheel needs a C compiler")
@@ -432,7 +522,8 @@ def test_a_wheel_takes_the_place_of_the_table(tmp_path: Path):
     assert rows["aten::mul.Tensor"].status == "fallback"
     assert rows["aten::scatter.value"].cautions, "what the vendor documents is kept"
     assert any("changed from native to fallback" in note for note in report.software.notes)
-    assert report.trains and "waiting for the host's CPU" in report.verdict("training")
+    assert report.trains and report.verdict("training").startswith("possible, but not fit: every step is waiting for")
+    assert report.verdict("serving").startswith("possible, waiting for the host's CPU in ")
     library = compile_library("long other(void) { return 0; }", tmp_path / "cann" / "libother.so")
     broken = dataclasses.replace(report, software=software_of(profile_of(CHIP), wheel, library.parent))
     assert not broken.trains and "the import fails" in broken.verdict("training")

@@ -9,23 +9,27 @@ import statistics
 from pathlib import Path
 
 import pytest
+from flow_recipe import RECIPE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.chips import load_chips
 from isthmus.errors import IsthmusError
-from isthmus.probes import thresholds
+from isthmus.pools import get_pool
+from isthmus.probes import live_probes, pilots, thresholds
+from isthmus.probes.contract import Setting
+from isthmus.probes.findings import Findings
 from isthmus.probes.thresholds import (
     METRICS,
     Rule,
     apply_thresholds,
     check_sanity,
     load_thresholds,
-    not_applied,
     package_thresholds,
     read_rules,
     unjudged,
 )
+from isthmus.recipe import load_recipe
 from isthmus.run import Figure
 
 CHIPS = load_chips()
@@ -220,14 +224,14 @@ def test_a_file_takes_the_place_of_the_packages_rules_it_names(tmp_path: Path):
 
 def test_figures_of_a_chip_are_judged_by_its_rules():
     own = rules("h20,memory_gbs,,,>= 3000 GB/s,copy,ours", "h100-sxm,memory_gbs,,,>= 2500 GB/s,copy,ours")
-    (good,) = apply_thresholds({"memory_gbs": measured(3200)}, "h20", own)
-    (bad,) = apply_thresholds({"memory_gbs": measured(2800)}, "h20", own)
-    (other,) = apply_thresholds({"memory_gbs": measured(2800)}, "h100-sxm", own)
+    (good,) = apply_thresholds({"memory_gbs": measured(3200)}, "h20", own).evidence
+    (bad,) = apply_thresholds({"memory_gbs": measured(2800)}, "h20", own).evidence
+    (other,) = apply_thresholds({"memory_gbs": measured(2800)}, "h100-sxm", own).evidence
     assert (good.outcome, bad.outcome, other.outcome) == ("pass", "fail", "pass")
     assert (bad.aspect, bad.needed_for, bad.name) == ("compute", "both", "threshold: memory_gbs >= 3,000 GB/s")
     assert "2,800 GB/s (measured)" in bad.detail and "3,000 GB/s (declared)" in bad.detail and "ours" in bad.detail
     assert bad.figures["memory_gbs_threshold"].value == 3000
-    assert apply_thresholds({"matmul_tflops": measured(1, "TFLOPS")}, "h20", own) == []
+    assert apply_thresholds({"matmul_tflops": measured(1, "TFLOPS")}, "h20", own) == ([], {})
 
 
 @given(
@@ -244,7 +248,7 @@ def test_an_interval_passes_or_fails_only_as_a_whole(value: float, wide: float, 
     rule = dataclasses.replace(
         rules("*,latency_8k_p99_us,,,<= 1 us,,x")[0], value=limit, direction=">=" if floor else "<="
     )
-    (found,) = apply_thresholds({"latency_8k_p99_us": figure}, "cpu", [rule])
+    (found,) = apply_thresholds({"latency_8k_p99_us": figure}, "cpu", [rule]).evidence
     shift = 1000.0 if milli else 1.0
     inside = [sample * scale * shift for sample in (low, value, high)]
     keeps = [one >= limit if floor else one <= limit for one in inside]
@@ -252,24 +256,27 @@ def test_an_interval_passes_or_fails_only_as_a_whole(value: float, wide: float, 
 
 
 def test_an_unknown_figure_is_not_a_pass():
-    (found,) = apply_thresholds({"memory_gbs": measured(None)}, "h20", rules("h20,memory_gbs,,,>= 3000 GB/s,,x"))
+    (found,) = apply_thresholds(
+        {"memory_gbs": measured(None)}, "h20", rules("h20,memory_gbs,,,>= 3000 GB/s,,x")
+    ).evidence
     assert found.outcome == "unknown"
 
 
 def test_a_rehearsed_figure_says_nothing_about_the_chip_but_is_compared_with_its_peers():
     figure = Figure.measured(1.0, "GB/s", "a rehearsal", rehearsed=True)
     own = rules("h20,memory_gbs,,,>= 3000 GB/s,,x", "*,memory_gbs,,,>= 0.75 x peers' median,,x")
-    (found,) = apply_thresholds({"memory_gbs": figure}, "h20", own, peers={"memory_gbs": [2.0, 2.1, 1.9]})
+    (found,), aside = apply_thresholds({"memory_gbs": figure}, "h20", own, peers={"memory_gbs": [2.0, 2.1, 1.9]})
     assert found.outcome == "fail" and found.figures["memory_gbs_threshold"].kind == "rehearsed"
     assert found.figures["memory_gbs_threshold"].value == pytest.approx(1.5)
-    (left,) = not_applied({"memory_gbs": figure}, "h20", own, peers={"memory_gbs": [2.0, 2.1, 1.9]})
-    assert "the figure is rehearsed" in left
+    ((reason, left),) = aside.items()
+    assert "the figure is rehearsed" in reason and left == [own[0]]
 
 
 def test_a_rule_holds_only_under_its_conditions():
     own = rules("h100-sxm,all_reduce_bus_gbs,8,16384,>= 460 GB/s,,x")
     figures = {"all_reduce_bus_gbs": measured(100)}
-    (found,) = apply_thresholds(figures, "h100-sxm", own, ranks=8, sizes={"all_reduce_bus_gbs": 16384})
+    (found,), aside = apply_thresholds(figures, "h100-sxm", own, ranks=8, sizes={"all_reduce_bus_gbs": 16384})
+    assert not aside
     assert found.outcome == "fail"
     for other, why in [
         ({"ranks": 4, "sizes": {"all_reduce_bus_gbs": 16384}}, "the figure is of 4 ranks"),
@@ -277,25 +284,50 @@ def test_a_rule_holds_only_under_its_conditions():
         ({"ranks": 8, "sizes": {"all_reduce_bus_gbs": 64}}, "from 16384 MiB on each rank, and the figure is of 64"),
         ({"ranks": 8}, "of unknown size"),
     ]:
-        assert apply_thresholds(figures, "h100-sxm", own, **other) == []
-        (reason,) = not_applied(figures, "h100-sxm", own, **other)
-        assert why in reason
-    assert not_applied(figures, "h100-sxm", own, ranks=8, sizes={"all_reduce_bus_gbs": 16384}) == []
+        evidence, aside = apply_thresholds(figures, "h100-sxm", own, **other)
+        assert evidence == [] and list(aside.values()) == [list(own)]
+        assert why in next(iter(aside))
 
 
 def test_a_median_needs_peers():
     own = rules("*,step_s,,,<= 2 x peers' median,,x")
     slow = {"step_s": measured(2.5, "s")}
-    (found,) = apply_thresholds(slow, "cpu", own, peers={"step_s": [1.0, 1.1, 0.9]})
+    (found,) = apply_thresholds(slow, "cpu", own, peers={"step_s": [1.0, 1.1, 0.9]}).evidence
     assert (found.outcome, found.aspect) == ("fail", "stability")
-    assert apply_thresholds(slow, "cpu", own, peers={"step_s": [1.0]}) == []
-    assert "1 peers are known" in not_applied(slow, "cpu", own, peers={"step_s": [1.0]})[0]
+    for few, known in (({}, 1), ({"step_s": [1.0]}, 2)):
+        evidence, aside = apply_thresholds(slow, "cpu", own, peers=few)
+        assert evidence == [] and list(aside.values()) == [list(own)]
+        assert f"from 3 chips of known rate on (here {known})" in next(iter(aside))
+
+
+def test_who_compares_peers_where_a_rule_cannot_is_a_probe_that_does():
+    """The one that is named for a metric exists, asks several ranks, and looks for what is slow."""
+    probes = {probe.name: probe for probe in live_probes()}
+    for name, metric in METRICS.items():
+        figure = measured(1.0, metric.unit)
+        direction = "<=" if metric.unit in ("us", "s") else ">="
+        own = rules(f"*,{name},,,{direction} {'2' if direction == '<=' else '0.75'} x peers' median,,x")
+        (reason,) = apply_thresholds({name: figure}, "cpu", own).aside
+        told = probes[re.findall(r"the probe `([a-z ]+)` looks", reason)[0]]
+        assert told.min_ranks > 1 and {"slow-rank", "slow-link"} & {*told.finds}
+
+
+def test_a_pool_is_told_which_thresholds_say_nothing_about_it_each_reason_once(tmp_path: Path):
+    recipe = load_recipe(RECIPE, ("pools.home.ranks=2",))
+    setting = Setting(recipe, get_pool(recipe, "home"), CHIPS["cpu"], None, "cpu", tmp_path, tmp_path)
+    found = Findings(setting)
+    found.figures |= {"memory_gbs": measured(10.0), "matmul_tflops": measured(1.0, "TFLOPS")}
+    pilots.hold_against_thresholds(found, {"memory_gbs": 64.0, "matmul_tflops": 512.0})
+    (aside,) = found.evidence
+    assert (aside.name, aside.outcome, aside.samples) == ("thresholds left aside", "pass", 2)
+    assert aside.detail.count("the probe `stragglers` looks for what is slower than the rest") == 1
+    assert "memory_gbs >= 0.75 x peers' median" in aside.detail and "matmul_tflops >= 0.75" in aside.detail
 
 
 def test_the_field_rules_find_a_chip_below_three_quarters_of_its_peers():
     peers = {"memory_gbs": [100.0, 101.0, 99.0]}
     for value, outcome in [(76.0, "pass"), (74.0, "fail")]:
-        (found,) = apply_thresholds({"memory_gbs": measured(value)}, "cpu", load_thresholds(), peers)
+        (found,) = apply_thresholds({"memory_gbs": measured(value)}, "cpu", load_thresholds(), peers).evidence
         assert found.outcome == outcome
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "can_rehearse",
     "check_available",
     "check_names",
+    "check_tables",
     "describe",
     "describe_all",
     "device_for",
@@ -97,12 +98,19 @@ def check_names(recipe: Recipe) -> None:
         get_chip(pool.chip)
         for fault in recipe.pools[name].faults:
             parse_fault(fault)
-        if pool.rehearsed and not can_rehearse(pool.chip):
-            able = ", ".join(slug for slug in load_chips() if can_rehearse(slug))
-            raise IsthmusError(
-                f"the pool {name!r} rehearses {pool.chip}, but there are no tables of what its software supports. "
-                f"Chips that can be rehearsed: {able}. docs/adding-a-chip.md says how to add tables."
-            )
+        if pool.rehearsed:
+            check_tables(pool.chip, f"the pool {name!r} rehearses {pool.chip}, but ")
+
+
+def check_tables(slug: str, why: str = "") -> None:
+    """Raise IsthmusError, with the chips that have them, for a chip without tables of what its software supports."""
+    get_chip(slug)
+    if not can_rehearse(slug):
+        able = ", ".join(one for one in load_chips() if can_rehearse(one))
+        raise IsthmusError(
+            f"{why}there are no tables of what the software of {slug} supports. Chips that can be rehearsed: {able}. "
+            "docs/adding-a-chip.md says how to add tables."
+        )
 
 
 def check_available(recipe: Recipe, pools: Collection[str] = ()) -> None:

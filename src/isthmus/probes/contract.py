@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from isthmus.chips.rehearse import Profile
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.launch.crew import Called, Crew
 from isthmus.pools import Pool
+from isthmus.probes.statistics import median_of
 from isthmus.recipe import Recipe
 from isthmus.records import Aspect, Evidence, FailureCase, Use
 from isthmus.run import Figure, write_atomic
@@ -45,6 +46,12 @@ class Setting:
     ) -> Figure:
         """A figure read off this pool."""
         return Figure.measured(value, unit, source, rehearsed=self.pool.rehearsed, low=low, high=high)
+
+    def median(self, samples: Sequence[float], unit: str, source: str) -> Figure:
+        """The median of a few samples read off this pool, with its interval at the recipe's confidence."""
+        median = median_of(samples, self.recipe.qualify.confidence)
+        source = f"{source}; median of {median.samples}, interval {median.confidence:.0%}"
+        return self.measured(median.value, unit, source, median.low, median.high)
 
     def keep_failure(
         self,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.pools import Pool
-from isthmus.probes.statistics import median_of
+from isthmus.probes.contract import Setting
 from isthmus.recipe import Recipe
 from isthmus.records import Aspect, Evidence, Outcome, Use
 from isthmus.run import Figure
@@ -16,10 +15,17 @@ from isthmus.run import Figure
 class Findings:
     """What is known about a pool so far."""
 
-    recipe: Recipe
-    pool: Pool
+    setting: Setting
     evidence: list[Evidence] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.setting.recipe
+
+    @property
+    def pool(self) -> Pool:
+        return self.setting.pool
 
     def add(
         self,
@@ -42,15 +48,3 @@ class Findings:
                 figures=figures or {},
             )
         )
-
-    def measured(
-        self, value: float, unit: str, source: str, low: float | None = None, high: float | None = None
-    ) -> Figure:
-        """A figure read off this pool."""
-        return Figure.measured(value, unit, source, rehearsed=self.pool.rehearsed, low=low, high=high)
-
-    def median(self, samples: Sequence[float], unit: str, source: str) -> Figure:
-        """The median of a few samples, with its interval at the recipe's confidence."""
-        median = median_of(samples, self.recipe.qualify.confidence)
-        source = f"{source}; median of {median.samples}, interval {median.confidence:.0%}"
-        return self.measured(median.value, unit, source, median.low, median.high)

@@ -70,7 +70,10 @@ class Packing:
 def source_of(function: str) -> str:
     """The source of the file that holds a portable function. Raises IsthmusError if it needs more than torch."""
     module, _, name = function.partition(":")
-    found = importlib.util.find_spec(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of what stands before the last dot
+        found = None
     if found is None or not found.origin or not Path(found.origin).is_file():
         raise IsthmusError(
             f"{module} is not here: this version of Isthmus has no such probe. Use the one that found it."

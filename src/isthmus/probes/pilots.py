@@ -23,7 +23,7 @@ from isthmus.formats.wire import digest
 from isthmus.formats.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
-from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds, not_applied
+from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds
 from isthmus.probes.workload import Workload
 from isthmus.recipe import Recipe
 from isthmus.records import Outcome
@@ -50,14 +50,16 @@ def rates(found: Findings, work: Workload) -> None:
     matmul = matmul_tflops(device, size, section.repeats)
     copy = memory_gbs(device, mebibytes, section.repeats)
     figures = {
-        "matmul_tflops": found.median(matmul, "TFLOPS", f"fp32 matmul of {size} x {size}{threads}"),
-        "memory_gbs": found.median(copy, "GB/s", f"copy of {mebibytes} MiB, read plus written{threads}"),
+        "matmul_tflops": found.setting.median(matmul, "TFLOPS", f"fp32 matmul of {size} x {size}{threads}"),
+        "memory_gbs": found.setting.median(copy, "GB/s", f"copy of {mebibytes} MiB, read plus written{threads}"),
     }
     if not here:
         fast = matmul_tflops(device, size, section.repeats, torch.bfloat16)
-        figures["matmul_bf16_tflops"] = found.median(fast, "TFLOPS", f"bf16 matmul of {size} x {size}")
+        figures["matmul_bf16_tflops"] = found.setting.median(fast, "TFLOPS", f"bf16 matmul of {size} x {size}")
         host = host_device_gbs(device, mebibytes, section.repeats)
-        figures["host_device_gbs"] = found.median(host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip")
+        figures["host_device_gbs"] = found.setting.median(
+            host, "GB/s", f"copy of {mebibytes} MiB of pinned memory to the chip"
+        )
     found.figures.update(figures)
     sizes = {name: float(mebibytes if name.endswith("_gbs") else size) for name in figures}
     found.add("rates", "compute", "both", "pass", "measured", section.repeats, figures)
@@ -72,13 +74,16 @@ def hold_against_thresholds(found: Findings, sizes: dict[str, float]) -> None:
     pool = found.pool
     rules = load_thresholds(found.recipe.qualify.thresholds)
     figures = {name: figure for name, figure in found.figures.items() if name in METRICS}
-    found.evidence += apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
-    aside = not_applied(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
-    mine = [rule for rule in rules if rule.chip == pool.chip and rule.metric not in figures]
-    aside += [f"{rule}: {rule.metric} was not measured" for rule in mine]
+    applied = apply_thresholds(figures, pool.chip, rules, ranks=pool.ranks, sizes=sizes)
+    found.evidence += applied.evidence
+    aside = {reason: [*these] for reason, these in applied.aside.items()}
+    for rule in rules:
+        if rule.chip == pool.chip and rule.metric not in figures:
+            aside.setdefault(f"{rule.metric} was not measured", []).append(rule)
     if aside:
-        detail = f"{len(aside)} thresholds were left aside: {'; '.join(aside)}"
-        found.add("thresholds left aside", "compute", "both", "pass", detail, len(aside))
+        count = sum(map(len, aside.values()))
+        reasons = "; ".join(f"{reason}: {', '.join(map(str, these))}" for reason, these in aside.items())
+        found.add("thresholds left aside", "compute", "both", "pass", f"{count} in all. {reasons}", count)
 
 
 def training(found: Findings, work: Workload) -> None:
@@ -88,14 +93,16 @@ def training(found: Findings, work: Workload) -> None:
     seconds = time_each(
         lambda: losses.append(work.sft_step(len(losses), work.batch(len(losses)))), work.device, steps, warm_up=0
     )
-    step = found.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
+    step = found.setting.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
     prompts, completions = work.lengths()
     examples = f"{len(prompts)} worked examples of this recipe"
     found.figures |= {
         "sft_step_s": step,
-        "prompt_tokens": found.measured(sum(prompts) / len(prompts), "tokens", f"mean of {examples}"),
-        "completion_tokens": found.measured(sum(completions) / len(completions), "tokens", f"mean of {examples}"),
-        "longest_completion_tokens": found.measured(max(completions), "tokens", f"longest of {examples}"),
+        "prompt_tokens": found.setting.measured(sum(prompts) / len(prompts), "tokens", f"mean of {examples}"),
+        "completion_tokens": found.setting.measured(
+            sum(completions) / len(completions), "tokens", f"mean of {examples}"
+        ),
+        "longest_completion_tokens": found.setting.measured(max(completions), "tokens", f"longest of {examples}"),
     }
     outcome: Outcome = "pass" if all(map(math.isfinite, losses)) else "fail"
     detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -108,7 +115,9 @@ def _pace_of_learning(found: Findings, work: Workload) -> None:
     with compute_threads(threads):
         seconds = time_each(lambda: work.learn(batch), work.device, found.recipe.qualify.pilot_steps, warm_up=1)
     source = f"log-probabilities and gradients of {batch.num_tokens} tokens, {threads} threads"
-    found.figures["learn_token_s"] = found.median([one / batch.num_tokens for one in seconds], "s/token", source)
+    found.figures["learn_token_s"] = found.setting.median(
+        [one / batch.num_tokens for one in seconds], "s/token", source
+    )
 
 
 def too_large(recipe: Recipe, chip: Chip, device: str) -> str | None:
@@ -208,10 +217,10 @@ def _engine_paces(found: Findings, work: Workload, folder: Path, form: str) -> d
     per_step, per_token = solve_pace(small, full)
     fixed, growing = f"{source}: share of a step that does not grow with the batch", f"{source}: share that does"
     return {
-        "engine_start_s": found.measured(start, "s", source),
-        "crossing_s": found.median(crossings, "s", f"{source}: export, pack, send, swap"),
-        "decode_step_s": found.measured(per_step, "s/step", fixed),
-        "decode_token_s": found.measured(per_token, "s/token", growing),
+        "engine_start_s": found.setting.measured(start, "s", source),
+        "crossing_s": found.setting.median(crossings, "s", f"{source}: export, pack, send, swap"),
+        "decode_step_s": found.setting.measured(per_step, "s/step", fixed),
+        "decode_token_s": found.setting.measured(per_token, "s/token", growing),
     }
 
 

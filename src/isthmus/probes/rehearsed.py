@@ -14,7 +14,7 @@ COLLECTIVES = (("all_reduce", "sum"), ("all_gather", None), ("broadcast", None))
 def operators(found: Findings, profile: Profile, run: RunFolder) -> None:
     """This run's own work at full size, joined with the tables of the chip."""
     for item in static_findings(found.recipe, get_chip(found.pool.chip), profile, ranks=found.pool.ranks):
-        if item.figures.get("fallback_share") and item.figures["fallback_share"].value:
+        if (operators := item.figures.get("fallback_operators")) and operators.value:
             run.event("qualify", "fallback", what=f"{item.name} on {found.pool}", why=item.detail)
         found.evidence.append(item)
         found.figures |= {name: figure for name, figure in item.figures.items() if name not in found.figures}

@@ -21,6 +21,8 @@ OPERATORS = "isthmus.probes.portable.operators:check_operators"
 TRAPS = "isthmus.probes.portable.traps:check_traps"
 OUT_OF_RANGE = "isthmus.probes.portable.traps:check_out_of_range"
 COMPILED = "isthmus.probes.portable.compiled:check_compiled"
+ON_HOST = "fallback"
+"""The kind of a finding that an operator runs on the host's CPU."""
 REPEATS = 2
 SHOWN = 4
 CASES = 2
@@ -54,7 +56,10 @@ def _rounds(setting: Setting) -> float:
 
 
 def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
-    """Every operator of this recipe's work on every rank, in each dtype, forward and backward."""
+    """Every operator of this recipe's work on every rank, in each dtype, forward and backward.
+
+    One that runs on the host fails training, where every step of every rank would wait, and is told of serving.
+    """
     calls = [*recipe_calls(setting.recipe), *edge_calls(bool(setting.chip.capabilities.grouped_matmul))]
     dtypes = run_dtypes(setting.recipe, setting.chip)
     trusted = trusted_errors(setting.chip.slug)
@@ -67,10 +72,12 @@ def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
     findings = [_Finding(rank, **_fields(one)) for rank, value in enumerate(called.values) for one in value["findings"]]
     findings += _disagreements(called.values, calls)
     keeper = _Keeper(crew, setting, called, arguments)
-    serving = [one for one in findings if one.way == "forward" and "serving" in calls[one.call]["uses"]]
+    served = [one for one in findings if one.way == "forward" and "serving" in calls[one.call]["uses"]]
+    serving = [one for one in served if one.kind != ON_HOST]
+    waits = sorted({one.operator for one in served} - {one.operator for one in serving})
     training = [one for one in findings if one.dtype != "float16"]  # no precision of training computes in it
     return [
-        _evidence(f"{name}: serving", "serving", serving, called, setting, keeper),
+        _evidence(f"{name}: serving", "serving", serving, called, setting, keeper, waits),
         _evidence(f"{name}: training", "training", training, called, setting, keeper),
     ]
 
@@ -121,8 +128,16 @@ def _disagreements(values: list[dict[str, Any]], calls: list[Call]) -> list[_Fin
 
 
 def _evidence(
-    name: str, needed_for: Use, findings: list[_Finding], called: Called, setting: Setting, keeper: _Keeper
+    name: str,
+    needed_for: Use,
+    findings: list[_Finding],
+    called: Called,
+    setting: Setting,
+    keeper: _Keeper,
+    waits: list[str] | None = None,
 ) -> Evidence:
+    """A failing finding, or a passing one. `waits` are operators that run on the host, and do not fail this use."""
+    on_host = f"; on the host's CPU, for which {needed_for} waits: {', '.join(waits)}" if waits else ""
     checked = sum(value["checked"] for value in called.values)
     worst = max((max(one.values()) for value in called.values for one in value["errors"].values()), default=0.0)
     source = f"{checked} calls on {len(called.values)} ranks, error against float64 by what rounding explains"
@@ -136,7 +151,7 @@ def _evidence(
             aspect="software",
             needed_for=needed_for,
             outcome="pass",
-            detail=_passing(called, setting, checked),
+            detail=_passing(called, setting, checked) + on_host,
             samples=checked,
             figures=figures,
         )
@@ -150,7 +165,7 @@ def _evidence(
         aspect="software",
         needed_for=needed_for,
         outcome="fail",
-        detail=detail,
+        detail=detail + on_host,
         samples=checked,
         figures=figures,
         limits=_limits(findings, needed_for, setting),

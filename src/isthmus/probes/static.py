@@ -8,6 +8,7 @@ which nobody publishes, left out. It weighs operators against each other and pre
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
 
 BASES = ("time", "flops", "bytes")
+BASIS_NAMES = {"time": "time", "flops": "arithmetic", "bytes": "bytes moved"}
 COLLECTIVE_NAMES = {
     "all-gather": ("all_gather", None),
     "reduce-scatter": ("reduce_scatter", "sum"),
@@ -63,7 +65,10 @@ class OperatorShare:
 
 @dataclass(frozen=True)
 class StaticCoverage:
-    """A use of the model on a chip. `rows` come with the largest share first; `share` is of `basis`."""
+    """A use of the model on a chip. `rows` come with the largest share of `basis` first; `share` is of `basis`.
+
+    Of a chip whose time is not known, operators of equal arithmetic come with the most bytes first.
+    """
 
     use: Use
     what: str
@@ -76,6 +81,11 @@ class StaticCoverage:
     collectives_refused: str | None
     sources: tuple[str, ...]
     totals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """What shares are told of: time, or else what it would come from."""
+        return (self.basis,) if self.basis == "time" else BASES[BASES.index(self.basis) :]
 
     def share(self, *statuses: Status, basis: str | None = None) -> float:
         """Share of the operators with these statuses."""
@@ -91,28 +101,37 @@ class StaticCoverage:
         return reasons + ([self.collectives_refused] if self.collectives_refused else [])
 
     @property
-    def unrepeatable_share(self) -> float:
-        return sum(row.shares[self.basis] for row in self.rows if row.unrepeatable)
+    def unrepeatable(self) -> list[OperatorShare]:
+        return [row for row in self.rows if row.unrepeatable]
 
     @property
-    def doubtful_share(self) -> float:
-        """Of operators that are native, and of which a caution says that the CPU may run them."""
-        return sum(row.shares[self.basis] for row in self.rows if row.status == "native" and row.may_fall_back)
+    def doubtful(self) -> list[OperatorShare]:
+        """Operators that are native, and of which a caution says that the CPU may run them."""
+        return [row for row in self.rows if row.status == "native" and row.may_fall_back]
+
+    def shares_of(self, rows: Iterable[OperatorShare]) -> list[float]:
+        """What these rows are of each of `bases` together."""
+        chosen = list(rows)
+        return [sum(row.shares[basis] for row in chosen) for basis in self.bases]
 
     def headline(self) -> str:
         """The shares in one sentence."""
-        of = {"time": "the step's time", "flops": "the arithmetic", "bytes": "the bytes moved"}[self.basis]
-        parts = [f"{percent(self.share('native'))} of {of} native"]
-        if made := self.share(*_TIME_IN_PARTS):
-            parts.append(f"{percent(made)} made of other operators")
-        lost: dict[Status, str] = {"fallback": "in operators that fall back", "none": "in operators that are missing"}
+        native = self.shares_of(row for row in self.rows if row.status == "native")
+        named = [f"{percent(share)} of the {BASIS_NAMES[one]}" for share, one in zip(native, self.bases, strict=True)]
+        parts = [f"{' and '.join(named)} native"]
+        made = self.shares_of(row for row in self.rows if row.status in _TIME_IN_PARTS)
+        if any(made):
+            parts.append(f"{_percents(made)} made of other operators")
+        lost: dict[Status, str] = {
+            "fallback": "in operators that fall back",
+            "none": "in operators that are missing",
+            "unknown": "in operators that no table lists",
+        }
         for status, words in lost.items():
             if self.found.operators[status]:
-                parts.append(f"{percent(self.share(status))} {words}")
-        if self.found.operators["unknown"]:
-            parts.append(f"{percent(self.share('unknown'))} in operators that no table lists")
-        if (doubtful := self.doubtful_share) > 0:
-            parts.append(f"{percent(doubtful)} in operators that are documented to fall back in some cases")
+                parts.append(f"{_percents(self.shares_of(row for row in self.rows if row.status == status))} {words}")
+        if any(doubtful := self.shares_of(self.doubtful)):
+            parts.append(f"{_percents(doubtful)} in operators that are documented to fall back in some cases")
         return "; ".join(parts)
 
 
@@ -157,12 +176,13 @@ def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> Sta
     peak, bandwidth = _known(chip.bf16_tflops, 1e12), _known(chip.mem_bw_gbs, 1e9)
     seconds = {call: _seconds(call, peak, bandwidth) for call in costs.calls}
     basis = "time" if peak and bandwidth else "flops" if costs.flops else "bytes"
+    order = BASES[BASES.index(basis) :]
     rows = _rows(costs, seconds, profile, fused_tables_of(chip.slug), found)
     notes, refused = _collective_rules(costs, profile)
     return StaticCoverage(
         use=use,
         what=what,
-        rows=tuple(sorted(rows, key=lambda row: -row.shares[basis])),
+        rows=tuple(sorted(rows, key=lambda row: [*(-row.shares.get(one, 0.0) for one in order), row.operator])),
         basis=basis,
         seconds=sum(row.seconds or 0.0 for row in rows) if basis == "time" else None,
         found=found,
@@ -248,10 +268,20 @@ def _sent(costs: Costs, chip: Chip) -> dict[str, str]:
         domain = _known(chip.scaleup_domain, 1.0)
         link = chip.scaleup_gbs_uni if domain is not None and ranks <= domain else chip.nic_gbs_uni
         rate = _known(link, 1e9)
-        least = f", {sent / rate:,.2g} s at least at the declared {rate / 1e9:g} GB/s" if rate else ""
-        name = f"{kind} of {dtype} among {ranks}"
-        found[name] = f"{name}: {sent / 1e9:,.3g} GB leave each rank{least}"
+        least = f", {amount(sent / rate, 's')} at least at the declared {rate / 1e9:g} GB/s" if rate else ""
+        found[f"{kind} of {dtype} among {ranks} ranks"] = f"{amount(sent, 'B')} leave each rank{least}"
     return found
+
+
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6))
+
+
+def amount(value: float, unit: str) -> str:
+    """Bytes ("B") or seconds ("s") to three digits, in the multiple of the unit that needs the fewest."""
+    usual = [one for one in _PREFIXES if (one[1] >= 1.0 if unit == "B" else one[1] <= 1.0)]
+    prefix, scale = next((one for one in usual if value >= one[1]), usual[-1])
+    digits = max(0, 2 - int(math.log10(value / scale))) if value >= scale else 3
+    return f"{value / scale:,.{digits}f} {prefix}{unit}"
 
 
 def _collective_rules(costs: Costs, profile: Profile) -> tuple[tuple[str, ...], str | None]:
@@ -397,8 +427,9 @@ def _of_training(
 
 
 def finding(found: StaticCoverage) -> Evidence:
-    """Operators that are missing, or called with a dtype that the chip refuses, fail a use; those that fall back fail
-    training, where every step would wait for them."""
+    """Operators that are missing, or called with a dtype that the chip refuses, fail a use. Those that fall back fail
+    training, where every step of every rank would wait, and are told of serving, as on the chip (probes/software.py).
+    """
     fallback, unlisted = found.found.operators["fallback"], found.found.operators["unknown"]
     failed = bool(found.impossible or (fallback and found.use == "training"))
     outcome: Outcome = "fail" if failed else "unknown" if unlisted else "pass"
@@ -408,14 +439,7 @@ def finding(found: StaticCoverage) -> Evidence:
     words += [f"weak with {dtype}: {', '.join(names)}" for dtype, names in found.found.weak_dtypes.items()]
     cautions = [f"{name} ({', '.join(notes)})" for name, notes in found.found.cautions.items()]
     words += [f"documented limits: {', '.join(cautions)}"] if cautions else []
-    source = f"trace of {found.what} at full size, joined with {found.found.source}"
-    share = f"% of {found.basis}"
-    figures = {
-        "operators": Figure.measured(found.found.total, "operators", source, rehearsed=True),
-        "native_share": Figure.measured(100 * found.share("native"), share, source, rehearsed=True),
-        "fallback_share": Figure.measured(100 * found.share("fallback"), share, source, rehearsed=True),
-        "missing_share": Figure.measured(100 * found.share("none"), share, source, rehearsed=True),
-    }
+    figures = _figures(found)
     return Evidence(
         name=f"operators of {found.what}",
         aspect="software",
@@ -425,6 +449,21 @@ def finding(found: StaticCoverage) -> Evidence:
         samples=found.found.total,
         figures=figures,
     )
+
+
+def _figures(found: StaticCoverage) -> dict[str, Figure]:
+    """Numbers of operators, and shares: of the time, or else of the arithmetic, and with a name of their own of the
+    bytes."""
+    source = f"trace of {found.what} at full size, joined with {found.found.source}"
+    counts = {"operators": found.found.total, "fallback_operators": found.found.count("fallback")}
+    figures = {name: Figure.measured(n, "operators", source, rehearsed=True) for name, n in counts.items()}
+    statuses: dict[str, Status] = {"native": "native", "fallback": "fallback", "missing": "none"}
+    for basis in found.bases:
+        end = "" if basis == found.basis else f"_of_{basis}"
+        for name, status in statuses.items():
+            value, unit = 100 * found.share(status, basis=basis), f"% of {BASIS_NAMES[basis]}"
+            figures[f"{name}_share{end}"] = Figure.measured(value, unit, source, rehearsed=True)
+    return figures
 
 
 def _fused_finding(needs: list[NeedFound], use: Use) -> Evidence:
@@ -443,28 +482,39 @@ def _fused_finding(needs: list[NeedFound], use: Use) -> Evidence:
 
 
 def need_sentence(need: NeedFound) -> str:
+    """A need, and what can be used for it, or why what is there cannot."""
+    return f"{need.need}: {need_answer(need)}"
+
+
+def need_answer(need: NeedFound) -> str:
     """What can be used for a need, or why what is there cannot."""
     if need.usable:
-        return f"{need.need}: {', '.join(one.operator for one in need.usable)}"
+        return ", ".join(one.operator for one in need.usable)
     reasons = [f"{one.operator} {_why_not(one, need)}" for one in need.unusable]
-    return f"{need.need}: unfused, for {', '.join(reasons)}"
+    return f"unfused, since {', '.join(reasons)}"
+
+
+def rule_text(rule: ShapeRule) -> str:
+    """A rule in words, such as `row_length multiple of 128`."""
+    return f"{rule.quantity} {rule.rule.replace('_of ', ' of ')}"
 
 
 def _why_not(one: FusedOperator, need: NeedFound) -> str:
     if rules := need.broken.get(one.operator):
-        return "wants " + " and ".join(f"{rule.quantity} {rule.rule}" for rule in rules)
+        return f"wants {' and '.join(map(rule_text, rules))}"
     if need.use == "serving":
         return "is documented for training alone"
     return "has no backward" if one.backward is False else "is documented for serving alone"
 
 
 def _repeatable_finding(training: StaticCoverage) -> Evidence:
-    rows = [row for row in training.rows if row.unrepeatable]
+    rows = training.unrepeatable
     detail = "no operator of the step is listed as giving other bits each time"
     if rows:
+        bases = " and the ".join(BASIS_NAMES[basis] for basis in training.bases)
         detail = (
-            f"{percent(training.unrepeatable_share)} of {training.basis} in operators that are not deterministic "
-            f"unless torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
+            f"{_percents(training.shares_of(rows))} of the {bases} in operators that are not deterministic unless "
+            f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
     return _of_training("deterministic by default", "pass", detail, len(training.rows))
 
@@ -483,6 +533,10 @@ def _dtype_findings(profile: Profile) -> list[Evidence]:
 def percent(share: float) -> str:
     """A share in words that do not round something to nothing."""
     return f"{share:.1%}" if share == 0 or share >= 0.0005 else "under 0.1%"
+
+
+def _percents(shares: Iterable[float]) -> str:
+    return " and ".join(map(percent, shares))
 
 
 def _first(names: tuple[str, ...], most: int = 3) -> str:

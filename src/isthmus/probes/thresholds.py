@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from isthmus.chips import Chip, load_chips
 from isthmus.errors import IsthmusError
@@ -25,6 +25,8 @@ from isthmus.run import Figure
 ANY = "*"
 COLUMNS = ("chip", "metric", "ranks", "at_least", "rule", "conditions", "source")
 LEAST_PEERS = 2
+PEER_PROBES: dict[Aspect, str] = {"compute": "stragglers", "stability": "stragglers", "links": "pairs of ranks"}
+"""The live probe that looks for a rank, or a link, that is slower than its peers."""
 LEAST_SHARE = 0.2
 """A healthy chip reaches at least this share of its declared peak. Of the published floors for the memory of chips in
 the tables, the lowest sound one asks for 0.33 of the peak; those with a slip ask for 0.07, 0.04 and 0.0005."""
@@ -332,6 +334,13 @@ def _typical(rule: Rule, rules: Sequence[Rule]) -> float | None:
 # -- applying ---------------------------------------------------------------------------------------------------------
 
 
+class Applied(NamedTuple):
+    """A finding for each rule that applies, and the rules on the same figures that do not, by the reason."""
+
+    evidence: list[Evidence]
+    aside: dict[str, list[Rule]]
+
+
 def apply_thresholds(
     figures: Mapping[str, Figure],
     chip: str,
@@ -340,39 +349,23 @@ def apply_thresholds(
     *,
     ranks: int | None = None,
     sizes: Mapping[str, float] | None = None,
-) -> list[Evidence]:
-    """One finding for each rule that applies to the figures of a chip or pool.
+) -> Applied:
+    """Hold the figures of a chip or pool against the rules on them.
 
     Figures are by metric. `peers` are the values of the other chips of the pool, in the metric's unit. `sizes` are the
     sizes of the measurements, counted as the metric says. A figure whose interval spans the threshold is `unknown`.
-    Rules that do not apply, and why, are in `not_applied`.
     """
-    return [
-        _judged(figures[rule.metric], rule, peers or {})
-        for rule in _about(figures, chip, rules)
-        if _reason_against(figures[rule.metric], rule, peers or {}, ranks, sizes or {}) is None
-    ]
-
-
-def not_applied(
-    figures: Mapping[str, Figure],
-    chip: str,
-    rules: Sequence[Rule],
-    peers: Mapping[str, Sequence[float]] | None = None,
-    *,
-    ranks: int | None = None,
-    sizes: Mapping[str, float] | None = None,
-) -> list[str]:
-    """The rules on these figures that `apply_thresholds` leaves aside, each with the reason."""
-    reasons = [
-        (rule, _reason_against(figures[rule.metric], rule, peers or {}, ranks, sizes or {}))
-        for rule in _about(figures, chip, rules)
-    ]
-    return [f"{rule}: {reason}" for rule, reason in reasons if reason is not None]
-
-
-def _about(figures: Mapping[str, Figure], chip: str, rules: Sequence[Rule]) -> list[Rule]:
-    return [rule for rule in rules if rule.chip in (chip, ANY) and rule.metric in figures]
+    applied = Applied([], {})
+    for rule in rules:
+        figure = figures.get(rule.metric)
+        if figure is None or rule.chip not in (chip, ANY):
+            continue
+        reason = _reason_against(figure, rule, peers or {}, ranks, sizes or {})
+        if reason is None:
+            applied.evidence.append(_judged(figure, rule, peers or {}))
+        else:
+            applied.aside.setdefault(reason, []).append(rule)
+    return applied
 
 
 def _reason_against(
@@ -383,8 +376,14 @@ def _reason_against(
     sizes: Mapping[str, float],
 ) -> str | None:
     if rule.relative:
-        others = len(peers.get(rule.metric, ()))
-        return None if others >= LEAST_PEERS else f"{others} peers are known, and a median needs {LEAST_PEERS}"
+        known = 1 + len(peers.get(rule.metric, ()))
+        if known > LEAST_PEERS:
+            return None
+        who = PEER_PROBES[METRICS[rule.metric].aspect]
+        return (
+            f"a chip is compared with its peers from {LEAST_PEERS + 1} chips of known rate on (here {known}); among "
+            f"several ranks the probe `{who}` looks for what is slower than the rest"
+        )
     if figure.kind != "measured":
         return f"the figure is {figure.kind}, and only one that is measured says something about the chip"
     if rule.ranks is not None and ranks != rule.ranks:

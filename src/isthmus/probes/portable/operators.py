@@ -147,6 +147,11 @@ class _Study:
         }
 
 
+def _is_of_the_host(text: str) -> bool:
+    """Whether a warning, or an error where the vendor's switch forbids it, says that the host has to compute."""
+    return any(word in text.lower() for word in OFF_DEVICE)
+
+
 def _sentence(finding: dict[str, Any]) -> str:
     return f"{finding['operator']} in {finding['dtype']}, {finding['pass']}: {finding['detail']}"
 
@@ -183,7 +188,7 @@ class _Examination:
                 got, problem = self._attempt(given, device, self.differentiable)
             self._listen(heard)
             if got is None:
-                self._fail(problem[0], "error", problem[1])
+                self._fail(problem[0], "fallback" if _is_of_the_host(problem[1]) else "error", problem[1])
                 return
             with _disable_current_modes():
                 runs.append(_on_host(got))
@@ -301,7 +306,7 @@ class _Examination:
     def _listen(self, heard: list[warnings.WarningMessage]) -> None:
         for one in heard:
             text = " ".join(str(one.message).split())
-            if any(word in text.lower() for word in OFF_DEVICE):
+            if _is_of_the_host(text):
                 self._fail("forward", "fallback", f"runs on the host: {text[:200]}")
                 return
 
