@@ -251,6 +251,67 @@ def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_p
     assert {"aten::_foreach_lerp_.Scalar", "aten::addmm"} <= set(done.report["operators"])
 
 
+HOOKS = """
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+seen = []
+
+def see(name):
+    return lambda gradient: seen.append((name, str(gradient.device)))
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        made = torch.ones(2), torch.zeros_like(gradient), torch.ones(2, device=gradient.device)
+        seen.append(("backward", *(str(one.device) for one in (gradient, x, *made))))
+        return gradient * 2
+
+def work(x, device):
+    layer = nn.Linear(3, 3).to(device)
+    layer.register_full_backward_hook(lambda module, given, got: see("module")(given[0]))
+    layer.weight.register_post_accumulate_grad_hook(lambda weight: see("accumulated")(weight.grad))
+    def model(x):
+        out = Doubled.apply(layer(x))
+        if out.requires_grad:
+            out.register_hook(see("tensor"))
+        return out
+    model(x).sum().backward()
+    torch.autograd.backward(model(x).sum())
+    torch.autograd.grad(model(x).sum(), [x])
+    for reentrant in (False, True):
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+for device in ("npu", "cpu"):
+    work(torch.ones(2, 3, device=device, requires_grad=True), device)
+    print(device, sorted(set(seen)))
+    seen.clear()
+with torch.autograd.graph.save_on_cpu():
+    x = torch.ones(2, 3, device="npu", requires_grad=True)
+    kept = (x * x).sum()
+kept.backward()
+print("gradient", x.grad.device)
+"""
+
+
+def test_hooks_and_custom_functions_of_a_backward_pass_see_where_gradients_are(tmp_path: Path):
+    done = run(tmp_path, HOOKS)
+    assert done.code == 0, done.text
+    for device, name in (("npu", "npu:0"), ("cpu", "cpu")):
+        expected = sorted(
+            [("backward", name, name, "cpu", name, name)] + [(what, name) for what in ("accumulated", "module", "tensor")]
+        )
+        assert f"{device} {expected}" in done.text, done.text
+    assert "gradient npu:0" in done.text
+
+
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text("print('the one that was there')")
     paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from isthmus.chips import device_for, get_chip
 from isthmus.chips.rehearse import profile_of
-from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
+from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal, follow_backward
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import Settings
 from isthmus.chips.rehearse.shims import install
@@ -136,6 +136,7 @@ def start() -> None:
     memory = ChipMemory(device)
     world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     install(chip, profile, memory, world, None if device == "cuda" else f"torch_{device}")
+    follow_backward(memory)
     emulate = Emulation(noise=settings.noise, seed=settings.seed)
     rehearsal = DeviceRehearsal(profile, memory, strict=settings.strict, emulate=emulate)
     rank = int(os.environ.get("RANK", "0"))

@@ -7,6 +7,8 @@ is computed from it is marked too; what concerns the host alone is not judged by
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +26,13 @@ _MARK = "_isthmus_on_chip"
 _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
+class _Here(threading.local):
+    """What a thread is at: how deep in the chip's work, and whether it makes a copy for the host."""
+
+    inside = 0
+    leaving = False
+
+
 class ChipMemory:
     """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own.
 
@@ -35,13 +44,22 @@ class ChipMemory:
         self.index = 0
         self.is_default = False
         self.allocated = self.peak = 0
-        self.inside = 0
-        self.leaving = False
+        self._here = _Here()
 
     @property
     def device(self) -> torch.device:
         """The chip that this process has set."""
         return torch.device(self.kinds[0], self.index)
+
+    @property
+    def works(self) -> bool:
+        """Whether what this thread computes now is the chip's work."""
+        return self._here.inside > 0
+
+    @property
+    def leaving(self) -> bool:
+        """Whether what this thread computes now is a copy for the host."""
+        return self._here.leaving
 
     def names(self, device: object) -> bool:
         """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator."""
@@ -81,20 +99,30 @@ class ChipMemory:
     @contextlib.contextmanager
     def going_home(self) -> Iterator[None]:
         """What is computed here is a copy for the host."""
-        before, self.leaving = self.leaving, True
+        before, self._here.leaving = self._here.leaving, True
         try:
             yield
         finally:
-            self.leaving = before
+            self._here.leaving = before
 
     @contextlib.contextmanager
     def all_here(self) -> Iterator[None]:
         """Everything that is computed here is the chip's work, whatever it starts from."""
-        self.inside += 1
+        self._here.inside += 1
         try:
             yield
         finally:
-            self.inside -= 1
+            self._here.inside -= 1
+
+    @contextlib.contextmanager
+    def as_tensors_say(self) -> Iterator[None]:
+        """What is computed here is the chip's work where its tensors are on the chip: the script's own code, called in
+        the middle of work that is all the chip's."""
+        before, self._here.inside = self._here.inside, 0
+        try:
+            yield
+        finally:
+            self._here.inside = before
 
 
 def _place(tensor: Tensor) -> object:
@@ -147,7 +175,7 @@ class DeviceRehearsal(Rehearsal):
         asked = memory.names(kwargs.get("device"))
         if asked:
             kwargs["device"] = HOST
-        if not (asked or memory.inside or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
+        if not (asked or memory.works or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
             self.tally.host += 1
             return func(*args, **kwargs)
         try:
@@ -194,8 +222,6 @@ class DeviceNames(TorchFunctionMode):
             Tensor.numpy: self._host_only,
             Tensor.__array__: self._host_only,
             Tensor.__repr__: self._show,
-            Tensor.backward: self._backward,
-            torch.autograd.grad: self._grad,
             Tensor.pin_memory: lambda _func, tensor, *args, **kwargs: tensor,
             Tensor.record_stream: lambda *args, **kwargs: None,
             Tensor.get_device: self._get_device,
@@ -212,7 +238,8 @@ class DeviceNames(TorchFunctionMode):
         if self.memory.is_default and kwargs.get("device") is None and func in _device_constructors():
             kwargs = {**kwargs, "device": self.memory.device}
         handler = self._handlers.get(func)
-        return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
+        with self.memory.as_tensors_say() if self.memory.works else contextlib.nullcontext():
+            return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
 
     def _device(self, func: Any, tensor: Tensor, *_: Any) -> torch.device:
         return self.memory.device if self.holds(tensor) else func(tensor)
@@ -278,20 +305,41 @@ class DeviceNames(TorchFunctionMode):
         shown = func(self._move(tensor.detach(), HOST), *args, **kwargs).removesuffix(")")
         return f"{shown}, device='{self.memory.device}'{', requires_grad=True' if tensor.requires_grad else ''})"
 
-    def _backward(self, _func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As Tensor.backward does it, with this mode on for hooks that ask for devices."""
-        names = ("gradient", "retain_graph", "create_graph", "inputs")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        with self._wholly_here((tensor,)), self:
-            torch.autograd.backward(tensor, given.pop("gradient", None), **given)
 
-    def _grad(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._wholly_here((*args, *kwargs.values())):
-            return func(*args, **kwargs)
+def follow_backward(memory: ChipMemory) -> None:
+    """Make all backward passes of this process the chip's that begin there: their formulas also make tensors out of
+    nothing. The script's code that they call, such as hooks, sees devices as it does elsewhere."""
+    run = torch.autograd.graph._engine_run_backward
 
-    def _wholly_here(self, roots: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
-        """All of a backward pass is where it starts: its formulas also make tensors out of nothing."""
-        return self.memory.all_here() if any(map(self.holds, _tensors(roots))) else contextlib.nullcontext()
+    @functools.wraps(run)
+    def run_here(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(map(memory.holds, _tensors(tuple(outputs)))):
+            return run(outputs, *args, **kwargs)
+        with memory.all_here(), DeviceNames(memory):
+            return run(outputs, *args, **kwargs)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        module._engine_run_backward = run_here  # pyright: ignore[reportAttributeAccessIssue]
+    _follow_saved_tensors(memory)
+
+
+def _follow_saved_tensors(memory: ChipMemory) -> None:
+    """Hooks of tensors that are saved for backward are called in the middle of an operator: they see devices too."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    create = hooks.__init__
+
+    def seeing(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def see(value: Any) -> Any:
+            with DeviceNames(memory):
+                return hook(value)
+
+        return see
+
+    @functools.wraps(create)
+    def init(self: Any, pack_hook: Callable[[Any], Any], unpack_hook: Callable[[Any], Any]) -> None:
+        create(self, seeing(pack_hook), seeing(unpack_hook))
+
+    hooks.__init__ = init
 
 
 def _is_device(value: object) -> bool:
