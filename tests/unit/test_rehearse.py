@@ -92,7 +92,7 @@ def test_a_plain_script_trains_as_on_the_cpu_and_is_counted(tmp_path: Path):
     loss, weights = expected_of_plain()
     assert done.code == 0, done.text
     assert f"loss {loss} npu:0 cpu True" in done.text and "can't convert npu:0" in done.text
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    saved = torch.load(tmp_path / "model.pt", map_location="cpu", weights_only=True)
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
     report = done.report
     assert (report["steps"], report["exit_codes"], report["refusals"]) == (4, [0], [])
@@ -310,6 +310,63 @@ def test_hooks_and_custom_functions_of_a_backward_pass_see_where_gradients_are(t
         )
         assert f"{device} {expected}" in done.text, done.text
     assert "gradient npu:0" in done.text
+
+
+COPIES = """
+import copy
+import io
+import pickle
+import torch
+from torch import nn
+
+def again(what, **options):
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, **options)
+
+def places(what):
+    content = what.state_dict() if isinstance(what, nn.Module) else what
+    return sorted({str(one.device) for one in content.values()})
+
+model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).npu()
+model(torch.ones(2, 3, device="npu")).sum().backward()
+optimizer = torch.optim.AdamW(model.parameters())
+optimizer.step()
+state = model.state_dict()
+ways = {
+    "deepcopy": copy.deepcopy(model),
+    "averaged": torch.optim.swa_utils.AveragedModel(model).module,
+    "copy": copy.copy(model),
+    "pickle": pickle.loads(pickle.dumps(model)),
+    "saved": again(state),
+    "to the chip": again(state, map_location="npu:0"),
+    "by a function": again({"a": torch.ones(1)}, map_location=lambda storage, place: storage.npu()),
+    "to the host": again(state, map_location="cpu"),
+    "by a map": again(state, map_location={"npu:0": "cpu"}),
+    "of the host": again({"a": copy.deepcopy(torch.ones(1))}),
+    "optimiser": {k: v for k, v in copy.deepcopy(optimizer.state_dict()["state"][0]).items() if v.dim()},
+}
+for name, found in ways.items():
+    print(name, "is on", *places(found))
+half = copy.deepcopy([state["0.weight"][:2], state["0.weight"][2:]])
+print("shared", half[0].untyped_storage().data_ptr() == half[1].untyped_storage().data_ptr(), half[1].device)
+assert all(torch.equal(ways["deepcopy"].state_dict()[name].cpu(), value.cpu()) for name, value in state.items())
+assert all(torch.equal(ways["to the host"][name], value.cpu()) for name, value in state.items())
+torch.save(state, "state.pt")
+"""
+
+
+def test_copies_are_where_their_originals_are_and_loading_puts_them_where_it_is_told(tmp_path: Path):
+    done = run(tmp_path, COPIES)
+    assert done.code == 0, done.text
+    for way in ("deepcopy", "averaged", "copy", "pickle", "saved", "to the chip", "by a function", "optimiser"):
+        assert f"{way} is on npu:0\n" in done.text, done.text
+    for way in ("to the host", "by a map", "of the host"):
+        assert f"{way} is on cpu\n" in done.text, done.text
+    assert "shared True npu:0" in done.text
+    with pytest.raises(RuntimeError, match="npu:0"):
+        torch.load(tmp_path / "state.pt", weights_only=True)
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

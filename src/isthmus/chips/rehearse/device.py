@@ -74,12 +74,15 @@ class ChipMemory:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Put a tensor that was just made onto the chip."""
-        place = _place(tensor)
+        self.mark(_place(tensor))
+        return tensor
+
+    def mark(self, place: object) -> None:
+        """Put a storage, or what stands for one, onto the chip."""
         if not hasattr(place, _MARK):
             setattr(place, _MARK, True)
             if isinstance(place, torch.UntypedStorage):
                 self._account(place)
-        return tensor
 
     def _account(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -90,10 +93,18 @@ class ChipMemory:
     def _freed(self, size: int) -> None:
         self.allocated -= size
 
-    def restore(self, storage: torch.UntypedStorage, _location: str) -> torch.UntypedStorage:
-        """A `map_location` for torch.load that puts what it reads onto the chip."""
-        setattr(storage, _MARK, True)
-        self._account(storage)
+    def tag(self, storage: object) -> str | None:
+        """The name that torch.save gives to the place of a storage; None if it is not on the chip."""
+        return str(self.device) if hasattr(storage, _MARK) else None
+
+    def restore(self, storage: Any, location: str) -> Any:
+        """What torch.load puts onto the chip, if this is the name of the chip; else None.
+
+        Raises RuntimeError for a device that is not there.
+        """
+        if not self.names(location):
+            return None
+        self.mark(storage)
         return storage
 
     @contextlib.contextmanager

@@ -29,6 +29,9 @@ from isthmus.errors import IsthmusError
 LIBRARY = (2, 11, 1)
 """The version of NCCL that code is told: the newest that the tables of collectives speak of."""
 
+BEFORE_THE_CPU = 5
+"""torch asks who keeps a storage in the order of such numbers; the CPU's own is 10."""
+
 
 class Stream:
     """A queue of work. On the CPU all work is done when it is issued."""
@@ -90,6 +93,7 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extens
     _add_functions(getattr(torch, kind), chip, memory, count)
     _add_to_accelerator(chip, memory, count)
     _map_constructors(memory)
+    _keep_copies(memory)
     if extension is not None:
         _add_extension(extension, kind, chip, profile, memory, count)
 
@@ -240,15 +244,7 @@ def _map_constructors(memory: ChipMemory) -> None:
         def __new__(cls, device: Any = HOST) -> Any:
             return super().__new__(cls, HOST if memory.names(device) else device)  # pyright: ignore[reportCallIssue]
 
-    load = torch.load
-
-    @functools.wraps(load)
-    def load_to_chip(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        place: Any = memory.restore if memory.names(map_location) else map_location
-        return load(f, place, *args, **kwargs)
-
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
-    torch.load = load_to_chip
     for owner, parameter in ((torch.amp.autocast_mode.autocast, "device_type"), (torch.amp.GradScaler, "device")):
         owner.__init__ = _on_host(owner.__init__, memory, parameter)
     set_default = torch.set_default_device
@@ -268,6 +264,29 @@ def _map_constructors(memory: ChipMemory) -> None:
 
     dist.init_process_group = init_process_group
     dist.distributed_c10d.init_process_group = init_process_group
+
+
+def _keep_copies(memory: ChipMemory) -> None:
+    """Copies of storages stay on the chip: those of copy.deepcopy and pickle, and what torch.save writes and torch.load
+    reads, unless it is asked to put it elsewhere."""
+    clone = torch.UntypedStorage.clone
+
+    @functools.wraps(clone)
+    def clone_there(self: torch.UntypedStorage) -> Any:
+        copy = clone(self)
+        if memory.tag(self) is not None:
+            memory.mark(copy)
+        return copy
+
+    def to_chip(self: torch.UntypedStorage, device: Any = None, non_blocking: bool = False) -> Any:
+        memory.names(memory.device if device is None else device)
+        copy = clone(self)
+        memory.mark(copy)
+        return copy
+
+    torch.UntypedStorage.clone = clone_there
+    setattr(torch.UntypedStorage, memory.kinds[0], to_chip)
+    torch.serialization.register_package(BEFORE_THE_CPU, memory.tag, memory.restore)
 
 
 def _on_host(function: Callable[..., None], memory: ChipMemory, parameter: str) -> Callable[..., None]:
