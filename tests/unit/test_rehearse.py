@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,14 @@ import pytest
 import torch
 
 from isthmus import rehearse
+from isthmus.chips.rehearse import Emulation, profile_of
+from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
 from isthmus.errors import IsthmusError
 from isthmus.progress import Watch
 
 ASCEND = "ascend-910b-313t"
+KIND = "ipu"
+"""A type of device whose name torch knows, and for which it starts nothing."""
 
 
 @dataclass
@@ -367,6 +373,53 @@ def test_copies_are_where_their_originals_are_and_loading_puts_them_where_it_is_
     assert "shared True npu:0" in done.text
     with pytest.raises(RuntimeError, match="npu:0"):
         torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@contextlib.contextmanager
+def rehearsed() -> Iterator[DeviceRehearsal]:
+    """This thread's tensors may be on a chip, without a process of their own."""
+    memory = ChipMemory(KIND)
+    with DeviceNames(memory), DeviceRehearsal(profile_of("h800-sxm"), memory, strict=False, emulate=Emulation()) as found:
+        yield found
+
+
+HOSTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros_like": lambda x: torch.zeros_like(x, dtype=torch.float64, device="cpu"),
+    "empty_like": lambda x: torch.empty_like(x, device=torch.device("cpu")).copy_(x),
+    "full_like": lambda x: torch.full_like(x, 3.0, device="cpu"),
+    "new_zeros": lambda x: x.new_zeros(4, device="cpu"),
+    "new_empty": lambda x: x.new_empty((2, 3), device="cpu").copy_(x),
+    "new_full": lambda x: x.new_full((2, 2), 5.0, device="cpu"),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0], device="cpu"),
+    "to": lambda x: x.to("cpu", torch.float64),
+    "cpu": lambda x: x.cpu(),
+    "tensor": lambda x: torch.tensor(x[0, 0], device="cpu"),
+    "as_tensor": lambda x: torch.as_tensor(x, device="cpu"),
+    "asarray": lambda x: torch.asarray(x, dtype=torch.float64, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("way", HOSTS)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_a_result_that_is_asked_for_on_the_host_is_the_hosts(way: str):
+    data = torch.arange(6.0).reshape(2, 3)
+    expected = HOSTS[way](data)
+    with rehearsed() as found:
+        x = data.to(KIND)
+        result = HOSTS[way](x)
+        judged = found.tally.by_operator.copy()
+        later = result + result
+        assert (x.device.type, result.device.type, later.device.type) == (KIND, "cpu", "cpu")
+        assert found.tally.by_operator == judged
+    assert result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def test_a_result_that_is_asked_for_nowhere_is_where_the_data_is():
+    with rehearsed():
+        x = torch.ones(2, device=KIND)
+        made = (torch.zeros_like(x), x.new_zeros(2), x.new_tensor([1.0]), torch.as_tensor(x))
+        assert [one.device.type for one in made] == [KIND] * 4
+        assert torch.ones(2).new_tensor([1.0]).device.type == "cpu"
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

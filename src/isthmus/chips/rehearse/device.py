@@ -27,10 +27,11 @@ _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
 class _Here(threading.local):
-    """What a thread is at: how deep in the chip's work, and whether it makes a copy for the host."""
+    """What a thread is at: how deep in the chip's work, whether it makes a copy for the host, or does the host's work."""
 
     inside = 0
     leaving = False
+    host = False
 
 
 class ChipMemory:
@@ -54,7 +55,7 @@ class ChipMemory:
     @property
     def works(self) -> bool:
         """Whether what this thread computes now is the chip's work."""
-        return self._here.inside > 0
+        return self._here.inside > 0 and not self._here.host
 
     @property
     def leaving(self) -> bool:
@@ -107,6 +108,11 @@ class ChipMemory:
         self.mark(storage)
         return storage
 
+    @property
+    def rests(self) -> bool:
+        """Whether what this thread computes now is the host's work, whatever it starts from."""
+        return self._here.host
+
     @contextlib.contextmanager
     def going_home(self) -> Iterator[None]:
         """What is computed here is a copy for the host."""
@@ -115,6 +121,15 @@ class ChipMemory:
             yield
         finally:
             self._here.leaving = before
+
+    @contextlib.contextmanager
+    def at_host(self) -> Iterator[None]:
+        """Everything that is computed here is the host's work, whatever it starts from."""
+        before, self._here.host = self._here.host, True
+        try:
+            yield
+        finally:
+            self._here.host = before
 
     @contextlib.contextmanager
     def all_here(self) -> Iterator[None]:
@@ -186,7 +201,7 @@ class DeviceRehearsal(Rehearsal):
         asked = memory.names(kwargs.get("device"))
         if asked:
             kwargs["device"] = HOST
-        if not (asked or memory.works or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
+        if memory.rests or not (asked or memory.works or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
             self.tally.host += 1
             return func(*args, **kwargs)
         try:
@@ -249,6 +264,10 @@ class DeviceNames(TorchFunctionMode):
         if self.memory.is_default and kwargs.get("device") is None and func in _device_constructors():
             kwargs = {**kwargs, "device": self.memory.device}
         handler = self._handlers.get(func)
+        device = kwargs.get("device")
+        if handler is None and device is not None and not self.memory.names(device):
+            with self.memory.at_host():
+                return func(*args, **kwargs)
         with self.memory.as_tensors_say() if self.memory.works else contextlib.nullcontext():
             return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
 
@@ -265,12 +284,17 @@ class DeviceNames(TorchFunctionMode):
         return self._move(tensor, self.memory.device)
 
     def _make(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Tensors from data: made on the host, then copied to the chip."""
+        """Tensors from data: made where the data is, then copied to where they are asked for."""
         device = kwargs.pop("device", None)
-        if device is None or not self.memory.names(device):
-            return func(*args, **kwargs, **({} if device is None else {"device": device}))
+        if device is None and func is Tensor.new_tensor and self.holds(args[0]):
+            device = self.memory.device
+        if device is None:
+            return func(*args, **kwargs)
         wants_gradient = kwargs.pop("requires_grad", False)
-        made = self._move(func(*args, **kwargs), self.memory.device)
+        to_chip = self.memory.names(device)
+        made = func(*args, **kwargs) if to_chip else func(*args, **kwargs, device=device)
+        if to_chip or self.holds(made):
+            made = self._move(made, device)
         return made.detach().requires_grad_() if wants_gradient else made
 
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
