@@ -422,6 +422,53 @@ def test_a_result_that_is_asked_for_nowhere_is_where_the_data_is():
         assert torch.ones(2).new_tensor([1.0]).device.type == "cpu"
 
 
+DEVICES = """
+import torch
+import torch_npu
+from torch_npu.contrib import transfer_to_npu
+
+torch.save({"a": torch.ones(1)}, "data.pt")
+x, layer = torch.ones(2, device="npu"), torch.nn.Linear(2, 2)
+
+def all_of(index):
+    name = f"npu:{index}"
+    return {
+        "to": lambda: x.to(name),
+        "to a number": lambda: x.to(index),
+        "from the host": lambda: torch.ones(1).npu(index),
+        "under another name": lambda: torch.ones(1).cuda(index),
+        "made": lambda: torch.ones(1, device=name),
+        "made as": lambda: torch.zeros_like(x, device=torch.device(name)),
+        "from data": lambda: torch.tensor([1], device=name),
+        "a module": lambda: layer.npu(index),
+        "a module to": lambda: layer.to(name),
+        "set": lambda: torch.npu.set_device(index),
+        "set by name": lambda: torch.npu.set_device(name),
+        "within": lambda: torch.npu.device(index).__enter__(),
+        "told": lambda: torch.npu.get_device_name(index),
+        "loaded": lambda: torch.load("data.pt", map_location=name),
+        "drawn": lambda: torch.Generator(device=name),
+    }
+
+for index in range(3):
+    failed = []
+    for name, call in all_of(index).items():
+        try:
+            call()
+        except RuntimeError as error:
+            assert f"invalid device ordinal: npu:{index}" in str(error), error
+            failed.append(name)
+    print("device", index, "all" if len(failed) == len(all_of(index)) else failed, flush=True)
+"""
+
+
+def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(tmp_path: Path):
+    alone, pair = run(tmp_path, DEVICES), run(tmp_path, DEVICES, LOCAL_WORLD_SIZE="2")
+    assert alone.code == pair.code == 0, alone.text + pair.text
+    assert all(f"device {line}\n" in alone.text for line in ("0 []", "1 all", "2 all")), alone.text
+    assert all(f"device {line}\n" in pair.text for line in ("0 []", "1 []", "2 all")), pair.text
+
+
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text("print('the one that was there')")
     paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])

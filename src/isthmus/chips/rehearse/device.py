@@ -35,13 +35,14 @@ class _Here(threading.local):
 
 
 class ChipMemory:
-    """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own.
+    """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own. `count`
+    is how many devices of it this process sees.
 
     `allocated` is the size of the marked storages that are alive, in bytes, `peak` the largest that it was.
     """
 
-    def __init__(self, kind: str):
-        self.kinds = [kind]
+    def __init__(self, kind: str, count: int = 1):
+        self.kinds, self.count = [kind], count
         self.index = 0
         self.is_default = False
         self.allocated = self.peak = 0
@@ -63,11 +64,30 @@ class ChipMemory:
         return self._here.leaving
 
     def names(self, device: object) -> bool:
-        """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator."""
+        """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator.
+
+        Raises RuntimeError for a device of the chip that is not there.
+        """
         if isinstance(device, int) and not isinstance(device, bool):
+            self.checked(device)
             return True
-        kind = device.type if isinstance(device, torch.device) else device
-        return isinstance(kind, str) and kind.partition(":")[0] in self.kinds
+        if not isinstance(device, str | torch.device):
+            return False
+        kind, _, index = str(device).partition(":")
+        if kind not in self.kinds:
+            return False
+        if index.isdecimal():
+            self.checked(int(index))
+        return True
+
+    def checked(self, index: int) -> int:
+        """The index of a device that is there. Raises RuntimeError for another, as the runtime of the chip does."""
+        if not 0 <= index < self.count:
+            raise RuntimeError(
+                f"invalid device ordinal: {self.kinds[0]}:{index}. This process sees {self.count} of the rehearsed devices, "
+                f"numbered from 0. `isthmus rehearse --ranks N`, or LOCAL_WORLD_SIZE=N, makes it N."
+            )
+        return index
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the chip."""
@@ -281,7 +301,8 @@ class DeviceNames(TorchFunctionMode):
         """`x.cuda()` works where the chip answers to that name, and fails elsewhere as it does there."""
         if "cuda" not in self.memory.kinds:
             return func(tensor, *args, **kwargs)
-        return self._move(tensor, self.memory.device)
+        device = args[0] if args else kwargs.get("device")
+        return self._move(tensor, self.memory.device if device is None else device)
 
     def _make(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Tensors from data: made where the data is, then copied to where they are asked for."""

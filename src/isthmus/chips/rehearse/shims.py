@@ -81,8 +81,8 @@ class Event:
         return (later._at - self._at) * 1e3
 
 
-def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extension: str | None) -> None:
-    """Make the chip's device known to torch in this process, `count` devices of it."""
+def install(chip: Chip, profile: Profile, memory: ChipMemory, extension: str | None) -> None:
+    """Make the chip's device known to torch in this process."""
     kind = memory.kinds[0]
     if not hasattr(torch, kind):
         backend_registration.rename_privateuse1_backend(kind)
@@ -90,12 +90,12 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extens
         setattr(torch, kind, module)
         sys.modules[f"torch.{kind}"] = module
         _add_methods(kind, memory)
-    _add_functions(getattr(torch, kind), chip, memory, count)
-    _add_to_accelerator(chip, memory, count)
+    _add_functions(getattr(torch, kind), chip, memory)
+    _add_to_accelerator(chip, memory)
     _map_constructors(memory)
     _keep_copies(memory)
     if extension is not None:
-        _add_extension(extension, kind, chip, profile, memory, count)
+        _add_extension(extension, kind, chip, profile, memory)
 
 
 _PARTS = {
@@ -132,24 +132,26 @@ def _add_methods(kind: str, memory: ChipMemory) -> None:
     setattr(torch.nn.Module, kind, module_to_chip)
 
 
-def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
+def _functions(chip: Chip, memory: ChipMemory) -> dict[str, Any]:
     """The functions of a device module."""
 
     def nothing(*_args: Any, **_options: Any) -> None:
         pass
 
     def set_device(device: Any) -> None:
-        index = device if isinstance(device, int) else torch.device(device).index or 0
-        if not 0 <= index < count:
-            raise RuntimeError(f"there are {count} devices, and no device {index}")
-        memory.index = index
+        memory.index = memory.checked(device if isinstance(device, int) else torch.device(device).index or 0)
 
     def total() -> int:
         if chip.mem_gb is None or chip.mem_gb.value is None:
             raise IsthmusError(f"the memory of {chip.name} is unknown, so the rehearsal cannot tell it")
         return int(chip.mem_gb.value * 1e9)
 
-    def properties(_device: Any = None) -> Any:
+    def name(device: Any = None) -> str:
+        memory.names(device)
+        return chip.name
+
+    def properties(device: Any = None) -> Any:
+        memory.names(device)
         return types.SimpleNamespace(name=chip.name, total_memory=total())
 
     def reset_peak(_device: Any = None) -> None:
@@ -175,7 +177,7 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
         "init": nothing,
         "_lazy_init": nothing,
         "_is_in_bad_fork": lambda: False,
-        "device_count": lambda: count,
+        "device_count": lambda: memory.count,
         "current_device": lambda: memory.index,
         "set_device": set_device,
         "device": device,
@@ -189,7 +191,7 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
         "reset_peak_memory_stats": reset_peak,
         "reset_max_memory_allocated": reset_peak,
         "mem_get_info": lambda *_: (total() - memory.allocated, total()),
-        "get_device_name": lambda *_: chip.name,
+        "get_device_name": name,
         "get_device_properties": properties,
         "manual_seed": seed,
         "manual_seed_all": seed,
@@ -207,8 +209,8 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
     }
 
 
-def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> None:
-    functions = _functions(chip, memory, count)
+def _add_functions(module: Any, chip: Chip, memory: ChipMemory) -> None:
+    functions = _functions(chip, memory)
     for name, function in functions.items():
         setattr(module, name, function)
     _add_parts(module, functions)
@@ -219,8 +221,8 @@ def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> N
         module.get_device_capability = lambda *_: (major, minor)
 
 
-def _add_to_accelerator(chip: Chip, memory: ChipMemory, count: int) -> None:
-    functions = _functions(chip, memory, count)
+def _add_to_accelerator(chip: Chip, memory: ChipMemory) -> None:
+    functions = _functions(chip, memory)
     shared = ("is_available", "device_count", "synchronize", "empty_cache", "memory_allocated", "max_memory_allocated")
     more = {
         "current_accelerator": lambda *_args, **_options: torch.device(memory.kinds[0]),
@@ -259,7 +261,7 @@ def _map_constructors(memory: ChipMemory) -> None:
 
     @functools.wraps(start)
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_id", None)
+        memory.names(kwargs.pop("device_id", None))
         return start(_backend(backend, memory), *args, **kwargs)
 
     dist.init_process_group = init_process_group
@@ -311,7 +313,7 @@ def _backend(asked: str | None, memory: ChipMemory) -> str | None:
     return next((name for kind, name in pairs.items() if kind in memory.kinds), asked)
 
 
-def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int) -> None:
+def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory) -> None:
     """The vendor's package that code imports beside torch. Its own operators have no reference here."""
 
     own: dict[str, Status] = {}
@@ -337,7 +339,7 @@ def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: C
 
     def transfer() -> None:
         memory.kinds.append("cuda")
-        _add_functions(torch.cuda, chip, memory, count)
+        _add_functions(torch.cuda, chip, memory)
 
     sys.meta_path.insert(0, _Transfer(f"{name}.contrib.transfer_to_{kind}", transfer))
 
