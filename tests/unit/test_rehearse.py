@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,6 +469,54 @@ def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(tmp
     assert alone.code == pair.code == 0, alone.text + pair.text
     assert all(f"device {line}\n" in alone.text for line in ("0 []", "1 all", "2 all")), alone.text
     assert all(f"device {line}\n" in pair.text for line in ("0 []", "1 []", "2 all")), pair.text
+
+
+HANGING = """
+import os
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("hccl")
+layer = torch.nn.Linear(4, 4).npu()
+model = torch.nn.parallel.DistributedDataParallel(layer)
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(9):
+    model(torch.ones(2, 4, device="npu")).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_a_rehearsal_that_hangs_is_stopped_by_ctrl_c_and_says_how_far_it_came(tmp_path: Path):
+    """One rank hangs by a fault and the other in a collective, where Ctrl-C does not reach it: a second one does."""
+    (tmp_path / "train.py").write_text(HANGING)
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "isthmus", "rehearse", "--chip", ASCEND, "--json", str(report), "--ranks", "2"]
+    command += ["--fault", "hang@rank=1,step=2", "--", "python", str(tmp_path / "train.py")]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, preexec_fn=_hears_ctrl_c, **options) as process:
+        assert process.stdout is not None
+        lines = []
+        while "planted: hang" not in "".join(lines[-1:]):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        while "KeyboardInterrupt" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        text = "".join(lines) + process.communicate(timeout=60)[0]
+    assert process.returncode == 130, text
+    found = json.loads(report.read_text())
+    assert found["interrupted"] and found["faults"] == ["rank 1: hang at step 2: planted"] and found["steps"] == 2
+    assert found["exit_codes"][0] == -signal.SIGKILL and found["exit_codes"][1] < 0 and found["processes"] == 2
+    assert found["operators"]["aten::addmm"]["calls"] >= 2 and "stopped before its end" in text
+
+
+def _hears_ctrl_c() -> None:
+    """Also where the tests themselves were started to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

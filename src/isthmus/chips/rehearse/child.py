@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -59,13 +60,14 @@ class Steps:
 
 
 class Collectives:
-    """Counts collectives as they begin."""
+    """Counts collectives as they begin. `before` is called each time: a rank may wait for ever in one."""
 
-    def __init__(self) -> None:
-        self.begun = 0
+    def __init__(self, before: Callable[[], None]) -> None:
+        self.begun, self._before = 0, before
 
     def begin_collective(self) -> None:
         self.begun += 1
+        self._before()
 
 
 class Reporter:
@@ -73,7 +75,7 @@ class Reporter:
 
     def __init__(self, settings: Settings, rehearsal: DeviceRehearsal, injector: Any):
         self.settings, self.rehearsal, self.injector = settings, rehearsal, injector
-        self.steps, self.collectives = Steps(), Collectives()
+        self.steps, self.collectives = Steps(), Collectives(self.now_and_then)
         self._pid, self._written = os.getpid(), 0.0
         injector.last_words = lambda: self.write("running")
 
@@ -85,16 +87,21 @@ class Reporter:
         self.steps.last = Counter(self.rehearsal.tally.by_operator)
         if self.steps.done == 1:
             self.steps.first = self.steps.last
-        if time.monotonic() - self._written > EVERY_S:
-            self.write("running")
+        self.now_and_then()
         self.injector.step(self.steps.done)
+
+    def now_and_then(self) -> None:
+        """Write what there is so far, unless that was done a moment ago."""
+        if time.monotonic() - self._written > EVERY_S:
+            self._written = time.monotonic()
+            self.write("running")
 
     def end(self) -> None:
         if os.getpid() == self._pid:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes from the terminal and from the rehearsal.
             self.write("ended")
 
     def write(self, state: _State) -> None:
-        self._written = time.monotonic()
         path = Path(self.settings.folder) / f"{os.getpid()}.json"
         with torch._C.DisableTorchFunction():
             write_atomic(path, json.dumps(self.found(state)).encode())
