@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -517,6 +518,40 @@ def test_a_rehearsal_that_hangs_is_stopped_by_ctrl_c_and_says_how_far_it_came(tm
 def _hears_ctrl_c() -> None:
     """Also where the tests themselves were started to ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+STRUCK = """
+import torch
+
+def products(x):
+    x = x.detach().requires_grad_()
+    forward = x @ x
+    forward.sum().backward()
+    return torch.stack([forward.detach(), x.grad])
+
+data = torch.arange(9.0).reshape(3, 3)
+whole = torch.tensor([[15.0, 18, 21, 42, 54, 66, 69, 90, 111], [12, 21, 30, 15, 24, 33, 18, 27, 36]]).view(2, 3, 3)
+for turn in range(2):
+    print("host", torch.equal(products(data), whole), torch.bmm(data[None], data[None]).sum().item())
+    chip = products(data.npu())
+    print("chip", bool(chip.isnan().any()), torch.equal(products(torch.zeros_like(chip[0], device="cpu")), whole * 0))
+try:
+    torch.bmm(data[None].npu(), data[None].npu())
+except torch.OutOfMemoryError:
+    print("no memory left")
+"""
+
+
+def test_faults_of_operators_strike_what_the_chip_computes_and_not_what_the_host_does(tmp_path: Path):
+    """A product of matrices is one `mm`, and its backward pass two."""
+    kinds = ("nan", "flipped-bit", "small-error", "dtype-swap", "fallback")
+    faults = [f"--fault={kind}@rank=0,operator=aten::mm" for kind in kinds]
+    done = run(tmp_path, STRUCK, *faults, "--fault=out-of-memory@rank=0,operator=aten::bmm")
+    assert done.code == 0, done.text
+    assert done.text.count("host True 486.0\n") == done.text.count("chip True True\n") == 2, done.text
+    assert done.text.count("no memory left") == 1
+    struck = Counter(text.split()[2] for text in done.report["faults"])
+    assert struck == dict.fromkeys(kinds, 6) | {"out-of-memory": 1}
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

@@ -146,7 +146,7 @@ def start() -> None:
     emulate = Emulation(noise=settings.noise, seed=settings.seed)
     rehearsal = DeviceRehearsal(profile, memory, strict=settings.strict, emulate=emulate)
     rank = int(os.environ.get("RANK", "0"))
-    injector = Injector([parse_fault(text) for text in settings.faults], rank)
+    injector = Injector([parse_fault(text) for text in settings.faults], rank, on_chip=lambda: memory.works)
     reporter = Reporter(settings, rehearsal, injector)
     for backend in chip.capabilities.collectives or ():
         if backend != "gloo":
