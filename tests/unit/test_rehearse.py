@@ -78,6 +78,10 @@ try:
     loss.detach().numpy()
 except TypeError as error:
     print("as on a chip:", error)
+try:
+    data.to("npu:1")
+except RuntimeError as error:
+    print("as on a chip:", error)
 """
 
 
@@ -101,6 +105,7 @@ def test_a_plain_script_trains_as_on_the_cpu_and_is_counted(tmp_path: Path):
     loss, weights = expected_of_plain()
     assert done.code == 0, done.text
     assert f"loss {loss} npu:0 cpu True" in done.text and "can't convert npu:0" in done.text
+    assert "invalid device ordinal: npu:1. This process sees 1" in done.text
     saved = torch.load(tmp_path / "model.pt", map_location="cpu", weights_only=True)
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
     report = done.report
@@ -240,6 +245,56 @@ for step in range(4):
     optimizer.step()
     os.write(1, f"rank {rank} step {step} {model.weight.device} {loss.item():.5f}\\n".encode())
 """
+
+
+FLATTENED = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl")
+torch.manual_seed(0)
+layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+model = FullyShardedDataParallel(layers, auto_wrap_policy=ModuleWrapPolicy([torch.nn.Linear]), device_id=rank)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for step in range(3):
+    loss = model(torch.ones(2, 8, device=rank)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    model.clip_grad_norm_(0.5)
+    optimizer.step()
+with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+    places = {str(part.device) for part in model.state_dict().values()}
+config = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):
+    state = model.state_dict()
+os.write(1, f"rank {rank} {places} {sorted(state)} {loss.device}\\n".encode())
+if rank == 0:
+    torch.save(state, "state.pt")
+"""
+
+
+def test_training_with_flattened_shards_ends_as_plain_training_does(tmp_path: Path):
+    """FullyShardedDataParallel, the older of torch's two."""
+    done = run(tmp_path, FLATTENED, "--ranks", "2", chip="h800-sxm")
+    assert done.code == 0, done.text
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.ones(2, 8)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimiser.step()
+    names = sorted(model.state_dict())
+    assert f"rank 0 {{'cuda:0'}} {names} cuda:0\n" in done.text, done.text
+    assert "rank 1 {'cuda:1'} [] cuda:1\n" in done.text, done.text
+    torch.testing.assert_close(torch.load(tmp_path / "state.pt"), dict(model.state_dict()))
+    assert done.report["steps"] == 3 and done.report["operators"]["aten::addmm"]["calls"] == 12
 
 
 def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_path: Path):
@@ -466,10 +521,9 @@ for index in range(3):
 
 
 def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(tmp_path: Path):
-    alone, pair = run(tmp_path, DEVICES), run(tmp_path, DEVICES, LOCAL_WORLD_SIZE="2")
-    assert alone.code == pair.code == 0, alone.text + pair.text
-    assert all(f"device {line}\n" in alone.text for line in ("0 []", "1 all", "2 all")), alone.text
-    assert all(f"device {line}\n" in pair.text for line in ("0 []", "1 []", "2 all")), pair.text
+    done = run(tmp_path, DEVICES, LOCAL_WORLD_SIZE="2")
+    assert done.code == 0, done.text
+    assert all(f"device {line}\n" in done.text for line in ("0 []", "1 []", "2 all")), done.text
 
 
 HANGING = """

@@ -174,7 +174,8 @@ class ChipMemory:
 def _place(tensor: Tensor) -> object:
     """What carries the mark: the storage that views share, or the tensor itself where it has none. The part of a tensor
     that is spread over ranks stands for it."""
-    tensor = getattr(tensor, "_local_tensor", tensor)
+    shards = getattr(tensor, "_local_shards", None)
+    tensor = shards[0].tensor if shards else getattr(tensor, "_local_tensor", tensor)
     return tensor.untyped_storage() if tensor.layout is torch.strided and torch._C._has_storage(tensor) else tensor
 
 
@@ -262,6 +263,7 @@ class DeviceNames(TorchFunctionMode):
         made = dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor), self._make)
         self._handlers: dict[Any, Callable[..., Any]] = {
             **made,
+            torch.device: self._numbered,
             Tensor.to: self._to,
             Tensor.cpu: lambda _func, tensor, *args, **kwargs: self._move(tensor, HOST),
             Tensor.cuda: self._to_own_name,
@@ -269,7 +271,6 @@ class DeviceNames(TorchFunctionMode):
             Tensor.__array__: self._host_only,
             Tensor.__repr__: self._show,
             Tensor.pin_memory: lambda _func, tensor, *args, **kwargs: tensor,
-            Tensor.record_stream: lambda *args, **kwargs: None,
             Tensor.get_device: self._get_device,
             Tensor.device.__get__: self._device,  # pyright: ignore[reportAttributeAccessIssue]
             Tensor.is_cuda.__get__: lambda _func, tensor, *_: self.holds(tensor) and "cuda" in self.memory.kinds,  # pyright: ignore[reportAttributeAccessIssue]
@@ -285,14 +286,23 @@ class DeviceNames(TorchFunctionMode):
             kwargs = {**kwargs, "device": self.memory.device}
         handler = self._handlers.get(func)
         device = kwargs.get("device")
-        if handler is None and device is not None and not self.memory.names(device):
-            with self.memory.at_host():
-                return func(*args, **kwargs)
+        if handler is None and device is not None:
+            if not self.memory.names(device):
+                with self.memory.at_host():
+                    return func(*args, **kwargs)
+            if isinstance(device, int):
+                kwargs = {**kwargs, "device": self.memory.device}
         with self.memory.as_tensors_say() if self.memory.works else contextlib.nullcontext():
             return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
 
     def _device(self, func: Any, tensor: Tensor, *_: Any) -> torch.device:
         return self.memory.device if self.holds(tensor) else func(tensor)
+
+    def _numbered(self, func: Any, *args: Any, **kwargs: Any) -> torch.device:
+        """`torch.device(0)` is of the accelerator."""
+        if args and isinstance(args[0], int):
+            args = (self.memory.kinds[0], *args)
+        return func(*args, **kwargs)
 
     def _get_device(self, func: Any, tensor: Tensor) -> int:
         return self.memory.index if self.holds(tensor) else func(tensor)

@@ -247,6 +247,7 @@ def _map_constructors(memory: ChipMemory) -> None:
             return super().__new__(cls, HOST if memory.names(device) else device)  # pyright: ignore[reportCallIssue]
 
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.record_stream = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
     for owner, parameter in ((torch.amp.autocast_mode.autocast, "device_type"), (torch.amp.GradScaler, "device")):
         owner.__init__ = _on_host(owner.__init__, memory, parameter)
     set_default = torch.set_default_device
