@@ -365,17 +365,6 @@ print("gradient", x.grad.device)
 """
 
 
-def test_hooks_and_custom_functions_of_a_backward_pass_see_where_gradients_are(tmp_path: Path):
-    done = run(tmp_path, HOOKS)
-    assert done.code == 0, done.text
-    for device, name in (("npu", "npu:0"), ("cpu", "cpu")):
-        expected = sorted(
-            [("backward", name, name, "cpu", name, name)] + [(what, name) for what in ("accumulated", "module", "tensor")]
-        )
-        assert f"{device} {expected}" in done.text, done.text
-    assert "gradient npu:0" in done.text
-
-
 COPIES = """
 import copy
 import io
@@ -421,23 +410,85 @@ torch.save(state, "state.pt")
 """
 
 
-def test_copies_are_where_their_originals_are_and_loading_puts_them_where_it_is_told(tmp_path: Path):
-    done = run(tmp_path, COPIES)
+DEVICES = """
+import torch
+import torch_npu
+from torch_npu.contrib import transfer_to_npu
+
+torch.save({"a": torch.ones(1)}, "data.pt")
+x, layer = torch.ones(2, device="npu"), torch.nn.Linear(2, 2)
+
+def all_of(index):
+    name = f"npu:{index}"
+    return {
+        "to": lambda: x.to(name),
+        "to a number": lambda: x.to(index),
+        "from the host": lambda: torch.ones(1).npu(index),
+        "under another name": lambda: torch.ones(1).cuda(index),
+        "made": lambda: torch.ones(1, device=name),
+        "made as": lambda: torch.zeros_like(x, device=torch.device(name)),
+        "from data": lambda: torch.tensor([1], device=name),
+        "a module": lambda: layer.npu(index),
+        "a module to": lambda: layer.to(name),
+        "set": lambda: torch.npu.set_device(index),
+        "set by name": lambda: torch.npu.set_device(name),
+        "within": lambda: torch.npu.device(index).__enter__(),
+        "told": lambda: torch.npu.get_device_name(index),
+        "loaded": lambda: torch.load("data.pt", map_location=name),
+        "drawn": lambda: torch.Generator(device=name),
+    }
+
+for index in range(3):
+    failed = []
+    for name, call in all_of(index).items():
+        try:
+            call()
+        except RuntimeError as error:
+            assert f"invalid device ordinal: npu:{index}" in str(error), error
+            failed.append(name)
+    print("device", index, "all" if len(failed) == len(all_of(index)) else failed, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rehearsed]:
+    """Three scripts in one process, for torch takes long to load, and the folder that they wrote into."""
+    folder = tmp_path_factory.mktemp("placed")
+    done = run(folder, HOOKS + COPIES + DEVICES, LOCAL_WORLD_SIZE="2")
     assert done.code == 0, done.text
+    return folder, done
+
+
+def test_hooks_and_custom_functions_of_a_backward_pass_see_where_gradients_are(placed: tuple[Path, Rehearsed]):
+    _, done = placed
+    for device, name in (("npu", "npu:0"), ("cpu", "cpu")):
+        expected = sorted(
+            [("backward", name, name, "cpu", name, name)]
+            + [(what, name) for what in ("accumulated", "module", "tensor")]
+        )
+        assert f"{device} {expected}" in done.text, done.text
+    assert "gradient npu:0" in done.text
+
+
+def test_copies_are_where_their_originals_are_and_loading_puts_them_where_it_is_told(placed: tuple[Path, Rehearsed]):
+    folder, done = placed
     for way in ("deepcopy", "averaged", "copy", "pickle", "saved", "to the chip", "by a function", "optimiser"):
         assert f"{way} is on npu:0\n" in done.text, done.text
     for way in ("to the host", "by a map", "of the host"):
         assert f"{way} is on cpu\n" in done.text, done.text
     assert "shared True npu:0" in done.text
     with pytest.raises(RuntimeError, match="npu:0"):
-        torch.load(tmp_path / "state.pt", weights_only=True)
+        torch.load(folder / "state.pt", weights_only=True)
 
 
 @contextlib.contextmanager
 def rehearsed() -> Iterator[DeviceRehearsal]:
     """This thread's tensors may be on a chip, without a process of their own."""
     memory = ChipMemory(KIND)
-    with DeviceNames(memory), DeviceRehearsal(profile_of("h800-sxm"), memory, strict=False, emulate=Emulation()) as found:
+    with (
+        DeviceNames(memory),
+        DeviceRehearsal(profile_of("h800-sxm"), memory, strict=False, emulate=Emulation()) as found,
+    ):
         yield found
 
 
@@ -480,49 +531,8 @@ def test_a_result_that_is_asked_for_nowhere_is_where_the_data_is():
         assert torch.ones(2).new_tensor([1.0]).device.type == "cpu"
 
 
-DEVICES = """
-import torch
-import torch_npu
-from torch_npu.contrib import transfer_to_npu
-
-torch.save({"a": torch.ones(1)}, "data.pt")
-x, layer = torch.ones(2, device="npu"), torch.nn.Linear(2, 2)
-
-def all_of(index):
-    name = f"npu:{index}"
-    return {
-        "to": lambda: x.to(name),
-        "to a number": lambda: x.to(index),
-        "from the host": lambda: torch.ones(1).npu(index),
-        "under another name": lambda: torch.ones(1).cuda(index),
-        "made": lambda: torch.ones(1, device=name),
-        "made as": lambda: torch.zeros_like(x, device=torch.device(name)),
-        "from data": lambda: torch.tensor([1], device=name),
-        "a module": lambda: layer.npu(index),
-        "a module to": lambda: layer.to(name),
-        "set": lambda: torch.npu.set_device(index),
-        "set by name": lambda: torch.npu.set_device(name),
-        "within": lambda: torch.npu.device(index).__enter__(),
-        "told": lambda: torch.npu.get_device_name(index),
-        "loaded": lambda: torch.load("data.pt", map_location=name),
-        "drawn": lambda: torch.Generator(device=name),
-    }
-
-for index in range(3):
-    failed = []
-    for name, call in all_of(index).items():
-        try:
-            call()
-        except RuntimeError as error:
-            assert f"invalid device ordinal: npu:{index}" in str(error), error
-            failed.append(name)
-    print("device", index, "all" if len(failed) == len(all_of(index)) else failed, flush=True)
-"""
-
-
-def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(tmp_path: Path):
-    done = run(tmp_path, DEVICES, LOCAL_WORLD_SIZE="2")
-    assert done.code == 0, done.text
+def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(placed: tuple[Path, Rehearsed]):
+    _, done = placed
     assert all(f"device {line}\n" in done.text for line in ("0 []", "1 []", "2 all")), done.text
 
 

@@ -27,7 +27,7 @@ _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
 class _Here(threading.local):
-    """What a thread is at: how deep in the chip's work, whether it makes a copy for the host, or does the host's work."""
+    """What a thread is at: how deep in the chip's work, making a copy for the host, or doing the host's work."""
 
     inside = 0
     leaving = False
@@ -35,9 +35,9 @@ class _Here(threading.local):
 
 
 class ChipMemory:
-    """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own. `count`
-    is how many devices of it this process sees.
+    """Which storages are on the chip.
 
+    `kinds` are the torch device types that name it; the first one is its own. This process sees `count` devices of it.
     `allocated` is the size of the marked storages that are alive, in bytes, `peak` the largest that it was.
     """
 
@@ -84,8 +84,8 @@ class ChipMemory:
         """The index of a device that is there. Raises RuntimeError for another, as the runtime of the chip does."""
         if not 0 <= index < self.count:
             raise RuntimeError(
-                f"invalid device ordinal: {self.kinds[0]}:{index}. This process sees {self.count} of the rehearsed devices, "
-                f"numbered from 0. `isthmus rehearse --ranks N`, or LOCAL_WORLD_SIZE=N, makes it N."
+                f"invalid device ordinal: {self.kinds[0]}:{index}. This process sees {self.count} rehearsed device(s), "
+                "numbered from 0; with `--ranks N`, or LOCAL_WORLD_SIZE=N, it sees N."
             )
         return index
 
