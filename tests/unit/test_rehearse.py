@@ -195,7 +195,7 @@ rank = int(os.environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
 dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
 torch.manual_seed(rank)
-model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank])
+model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank], gradient_as_bucket_view=True)
 optimizer = torch.optim.AdamW(model.parameters())
 for step in range(3):
     loss = model(torch.full((3, 4), rank + 1.0, device="cuda")).square().mean()
@@ -203,6 +203,7 @@ for step in range(3):
     loss.backward()
     optimizer.step()
 weight = model.module.weight.detach()
+assert model.module.weight.grad.device == weight.device, model.module.weight.grad.device
 total = weight.clone()
 dist.all_reduce(total)
 os.write(1, f"rank {rank} {weight.device} {dist.get_backend()} {torch.equal(total, weight * 2)}\\n".encode())

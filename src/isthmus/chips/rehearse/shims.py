@@ -258,6 +258,11 @@ def _map_constructors(memory: ChipMemory) -> None:
         set_default(None if memory.is_default else device)
 
     torch.set_default_device = set_default_device
+    _map_process_groups(memory)
+
+
+def _map_process_groups(memory: ChipMemory) -> None:
+    """What starts groups of processes, and works with them, takes the chip's name too."""
     start = dist.init_process_group
 
     @functools.wraps(start)
@@ -265,6 +270,22 @@ def _map_constructors(memory: ChipMemory) -> None:
         memory.names(kwargs.pop("device_id", None))
         return start(_backend(backend, memory), *args, **kwargs)
 
+    class Reducer(dist.Reducer):
+        """The buckets that DDP gathers gradients in are where its parameters are."""
+
+        def __init__(self, params: list[Tensor], *args: Any, **kwargs: Any):
+            self._on_chip = any(map(memory.holds, params))
+            with self._there():
+                super().__init__(params, *args, **kwargs)
+
+        def _rebuild_buckets(self) -> bool:
+            with self._there():
+                return super()._rebuild_buckets()
+
+        def _there(self) -> contextlib.AbstractContextManager[None]:
+            return memory.all_here() if self._on_chip else contextlib.nullcontext()
+
+    dist.Reducer = Reducer  # pyright: ignore[reportAttributeAccessIssue]
     dist.init_process_group = init_process_group
     dist.distributed_c10d.init_process_group = init_process_group
 
