@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as c10d
 from torch.utils import backend_registration
 
 from isthmus.chips import Chip
@@ -270,7 +271,7 @@ def _map_process_groups(memory: ChipMemory) -> None:
         memory.names(kwargs.pop("device_id", None))
         return start(_backend(backend, memory), *args, **kwargs)
 
-    class Reducer(dist.Reducer):
+    class Reducer(c10d.Reducer):
         """The buckets that DDP gathers gradients in are where its parameters are."""
 
         def __init__(self, params: list[Tensor], *args: Any, **kwargs: Any):
@@ -285,7 +286,7 @@ def _map_process_groups(memory: ChipMemory) -> None:
         def _there(self) -> contextlib.AbstractContextManager[None]:
             return memory.all_here() if self._on_chip else contextlib.nullcontext()
 
-    dist.Reducer = Reducer  # pyright: ignore[reportAttributeAccessIssue]
+    dist.Reducer = Reducer  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     dist.init_process_group = init_process_group
     dist.distributed_c10d.init_process_group = init_process_group
 
