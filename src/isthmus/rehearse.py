@@ -6,6 +6,7 @@ process leaves a report in a folder, and they are put together here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,8 @@ from isthmus.run import write_atomic
 
 LOOK_S = 0.05
 GRACE_S = 10.0
-"""What the other ranks get to end once one has failed."""
+"""What the other ranks get to end once one has failed, and all of them once the user has stopped the rehearsal."""
+INTERRUPTED = 130
 SHOWN = 12
 """Operators that are shown by name; the JSON has all."""
 
@@ -67,6 +69,7 @@ class Report(BaseModel):
     noise: bool
     planted: list[str]
     exit_codes: list[int]
+    interrupted: bool = Field(description="Whether the user stopped it, so that it says how far it came")
     seconds: float
     processes: int = Field(description="Processes that used the chip")
     watched: int = Field(description="Processes that loaded torch under the rehearsal")
@@ -92,7 +95,9 @@ class Report(BaseModel):
 
     @property
     def exit_code(self) -> int:
-        """1 after a refusal, else the first code of a rank that is not 0."""
+        """130 if the user stopped it, 1 after a refusal, else the first code of a rank that is not 0."""
+        if self.interrupted:
+            return INTERRUPTED
         if self.refusals:
             return 1
         return next((code if code > 0 else 128 - code for code in self.exit_codes if code), 0)
@@ -112,7 +117,8 @@ def execute(
 ) -> Report:
     """Run `command` as a chip would run it, print what was found, and write it to `json_file`.
 
-    Without `ranks` the command runs once, and may start ranks itself. Raises IsthmusError for a chip without tables, a
+    Without `ranks` the command runs once, and may start ranks itself. Ctrl-C ends the command, and what was found until
+    then is the report. Raises IsthmusError for a chip without tables, a
     fault that cannot be read, or a program that is not there.
     """
     check_tables(chip)
@@ -123,9 +129,9 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="isthmus-rehearsal-") as folder:
         settings = Settings(chip, folder, strict, noise, seed, faults)
         began = time.monotonic()
-        codes = _run(_program(command), settings, ranks)
+        codes, interrupted = _run(_program(command), settings, ranks)
         found = [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("*.json"))]
-    report = _merged(found, profile, settings, command, codes, time.monotonic() - began)
+    report = _merged(found, profile, settings, command, codes, interrupted, time.monotonic() - began)
     if json_file is not None:
         write_atomic(json_file, report.model_dump_json(indent=2).encode() + b"\n")
     _show(report, watch)
@@ -146,25 +152,58 @@ def _program(command: list[str]) -> list[str]:
     return command
 
 
-def _run(command: list[str], settings: Settings, ranks: int | None) -> list[int]:
-    """The exit codes of the ranks. Once one has failed the others get a moment, and are ended."""
+def _run(command: list[str], settings: Settings, ranks: int | None) -> tuple[list[int], bool]:
+    """The exit codes of the ranks, and whether the user stopped them.
+
+    Once one has failed, or the user presses Ctrl-C, the others get a moment, and are ended.
+    """
     port = _free_port()
     environments = [_environment(settings, rank, ranks, port) for rank in range(ranks or 1)]
     processes = [subprocess.Popen(command, env=environment) for environment in environments]
-    failed: float | None = None
+    interrupted = False
     try:
-        while any(process.poll() is None for process in processes):
-            if failed is None and any(process.returncode for process in processes):
-                failed = time.monotonic()
-            if failed is not None and time.monotonic() - failed > GRACE_S:
-                break
-            time.sleep(LOOK_S)
+        _wait(processes)
+    except KeyboardInterrupt:
+        interrupted = True
+        _interrupt(processes)
     finally:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if failed is not None else signal.SIGINT)
-        codes = [process.wait() for process in processes]
-    return codes
+                process.kill()
+        if interrupted:
+            _kill_left(settings.folder)
+    return [process.wait() for process in processes], interrupted
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or one has failed and the others had a moment."""
+    failed: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed is None and any(process.returncode for process in processes):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > GRACE_S:
+            break
+        time.sleep(LOOK_S)
+
+
+def _interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Pass Ctrl-C on, and give the processes a moment to say what they found; a second Ctrl-C cuts it short."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    until = time.monotonic() + GRACE_S
+    with contextlib.suppress(KeyboardInterrupt):
+        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+            time.sleep(LOOK_S)
+
+
+def _kill_left(folder: str) -> None:
+    """Kill what the command started and left behind: the processes that report into this folder."""
+    for report in Path(folder).glob("*.json"):
+        environment = Path(f"/proc/{report.stem}/environ")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if folder.encode() in environment.read_bytes():
+                os.kill(int(report.stem), signal.SIGKILL)
 
 
 def _free_port() -> int:
@@ -203,7 +242,13 @@ def _source_folder() -> list[str]:
 
 
 def _merged(
-    found: list[dict], profile: Profile, settings: Settings, command: list[str], codes: list[int], seconds: float
+    found: list[dict],
+    profile: Profile,
+    settings: Settings,
+    command: list[str],
+    codes: list[int],
+    interrupted: bool,
+    seconds: float,
 ) -> Report:
     used = [one for one in found if one["operators"] or one["refusals"] or one["collectives"] or one["faults"]]
     stepping = sum(one["steps"] > 0 for one in used)
@@ -224,6 +269,7 @@ def _merged(
         noise=settings.noise,
         planted=list(settings.faults),
         exit_codes=codes,
+        interrupted=interrupted,
         seconds=seconds,
         processes=len(used),
         watched=len(found),
@@ -258,6 +304,8 @@ def _summed(found: list[dict], key: str) -> Counter[str]:
 def _show(report: Report, watch: Watch) -> None:
     title = f"[bold]rehearsal of {report.chip}[/] by the tables of {report.tables}; it does not speak for the vendor"
     watch.console.print(f"\n{title}", highlight=False, soft_wrap=True)
+    if report.interrupted:
+        watch.say("  stopped before its end: it says how far the command came")
     if not report.processes:
         device = device_for(report.chip)
         if not report.watched:

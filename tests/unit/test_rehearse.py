@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +19,14 @@ import pytest
 import torch
 
 from isthmus import rehearse
+from isthmus.chips.rehearse import Emulation, profile_of
+from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
 from isthmus.errors import IsthmusError
 from isthmus.progress import Watch
 
 ASCEND = "ascend-910b-313t"
+KIND = "ipu"
+"""A type of device whose name torch knows, and for which it starts nothing."""
 
 
 @dataclass
@@ -69,6 +78,10 @@ try:
     loss.detach().numpy()
 except TypeError as error:
     print("as on a chip:", error)
+try:
+    data.to("npu:1")
+except RuntimeError as error:
+    print("as on a chip:", error)
 """
 
 
@@ -92,7 +105,8 @@ def test_a_plain_script_trains_as_on_the_cpu_and_is_counted(tmp_path: Path):
     loss, weights = expected_of_plain()
     assert done.code == 0, done.text
     assert f"loss {loss} npu:0 cpu True" in done.text and "can't convert npu:0" in done.text
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert "invalid device ordinal: npu:1. This process sees 1" in done.text
+    saved = torch.load(tmp_path / "model.pt", map_location="cpu", weights_only=True)
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
     report = done.report
     assert (report["steps"], report["exit_codes"], report["refusals"]) == (4, [0], [])
@@ -181,7 +195,7 @@ rank = int(os.environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
 dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
 torch.manual_seed(rank)
-model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank])
+model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank], gradient_as_bucket_view=True)
 optimizer = torch.optim.AdamW(model.parameters())
 for step in range(3):
     loss = model(torch.full((3, 4), rank + 1.0, device="cuda")).square().mean()
@@ -189,6 +203,7 @@ for step in range(3):
     loss.backward()
     optimizer.step()
 weight = model.module.weight.detach()
+assert model.module.weight.grad.device == weight.device, model.module.weight.grad.device
 total = weight.clone()
 dist.all_reduce(total)
 os.write(1, f"rank {rank} {weight.device} {dist.get_backend()} {torch.equal(total, weight * 2)}\\n".encode())
@@ -233,6 +248,56 @@ for step in range(4):
 """
 
 
+FLATTENED = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl")
+torch.manual_seed(0)
+layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+model = FullyShardedDataParallel(layers, auto_wrap_policy=ModuleWrapPolicy([torch.nn.Linear]), device_id=rank)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for step in range(3):
+    loss = model(torch.ones(2, 8, device=rank)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    model.clip_grad_norm_(0.5)
+    optimizer.step()
+with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+    places = {str(part.device) for part in model.state_dict().values()}
+config = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):
+    state = model.state_dict()
+os.write(1, f"rank {rank} {places} {sorted(state)} {loss.device}\\n".encode())
+if rank == 0:
+    torch.save(state, "state.pt")
+"""
+
+
+def test_training_with_flattened_shards_ends_as_plain_training_does(tmp_path: Path):
+    """FullyShardedDataParallel, the older of torch's two."""
+    done = run(tmp_path, FLATTENED, "--ranks", "2", chip="h800-sxm")
+    assert done.code == 0, done.text
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.ones(2, 8)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimiser.step()
+    names = sorted(model.state_dict())
+    assert f"rank 0 {{'cuda:0'}} {names} cuda:0\n" in done.text, done.text
+    assert "rank 1 {'cuda:1'} [] cuda:1\n" in done.text, done.text
+    torch.testing.assert_close(torch.load(tmp_path / "state.pt"), dict(model.state_dict()))
+    assert done.report["steps"] == 3 and done.report["operators"]["aten::addmm"]["calls"] == 12
+
+
 def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_path: Path):
     done = run(tmp_path, SHARDED, "--ranks", "2", "--fault", "crash@rank=1,step=3,size=9")
     torch.manual_seed(0)
@@ -249,6 +314,309 @@ def test_sharded_training_runs_until_the_rank_with_a_planted_crash_is_gone(tmp_p
     assert done.report["exit_codes"][1] == 9 and done.code in done.report["exit_codes"] and done.code != 0
     assert done.report["unfinished"] >= 1 and done.report["planted"] == ["crash@rank=1,step=3,size=9"]
     assert {"aten::_foreach_lerp_.Scalar", "aten::addmm"} <= set(done.report["operators"])
+
+
+HOOKS = """
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+seen = []
+
+def see(name):
+    return lambda gradient: seen.append((name, str(gradient.device)))
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        made = torch.ones(2), torch.zeros_like(gradient), torch.ones(2, device=gradient.device)
+        seen.append(("backward", *(str(one.device) for one in (gradient, x, *made))))
+        return gradient * 2
+
+def work(x, device):
+    layer = nn.Linear(3, 3).to(device)
+    layer.register_full_backward_hook(lambda module, given, got: see("module")(given[0]))
+    layer.weight.register_post_accumulate_grad_hook(lambda weight: see("accumulated")(weight.grad))
+    def model(x):
+        out = Doubled.apply(layer(x))
+        if out.requires_grad:
+            out.register_hook(see("tensor"))
+        return out
+    model(x).sum().backward()
+    torch.autograd.backward(model(x).sum())
+    torch.autograd.grad(model(x).sum(), [x])
+    for reentrant in (False, True):
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+for device in ("npu", "cpu"):
+    work(torch.ones(2, 3, device=device, requires_grad=True), device)
+    print(device, sorted(set(seen)))
+    seen.clear()
+with torch.autograd.graph.save_on_cpu():
+    x = torch.ones(2, 3, device="npu", requires_grad=True)
+    kept = (x * x).sum()
+kept.backward()
+print("gradient", x.grad.device)
+"""
+
+
+COPIES = """
+import copy
+import io
+import pickle
+import torch
+from torch import nn
+
+def again(what, **options):
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, **options)
+
+def places(what):
+    content = what.state_dict() if isinstance(what, nn.Module) else what
+    return sorted({str(one.device) for one in content.values()})
+
+model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).npu()
+model(torch.ones(2, 3, device="npu")).sum().backward()
+optimizer = torch.optim.AdamW(model.parameters())
+optimizer.step()
+state = model.state_dict()
+ways = {
+    "deepcopy": copy.deepcopy(model),
+    "averaged": torch.optim.swa_utils.AveragedModel(model).module,
+    "copy": copy.copy(model),
+    "pickle": pickle.loads(pickle.dumps(model)),
+    "saved": again(state),
+    "to the chip": again(state, map_location="npu:0"),
+    "by a function": again({"a": torch.ones(1)}, map_location=lambda storage, place: storage.npu()),
+    "to the host": again(state, map_location="cpu"),
+    "by a map": again(state, map_location={"npu:0": "cpu"}),
+    "of the host": again({"a": copy.deepcopy(torch.ones(1))}),
+    "optimiser": {k: v for k, v in copy.deepcopy(optimizer.state_dict()["state"][0]).items() if v.dim()},
+}
+for name, found in ways.items():
+    print(name, "is on", *places(found))
+half = copy.deepcopy([state["0.weight"][:2], state["0.weight"][2:]])
+print("shared", half[0].untyped_storage().data_ptr() == half[1].untyped_storage().data_ptr(), half[1].device)
+assert all(torch.equal(ways["deepcopy"].state_dict()[name].cpu(), value.cpu()) for name, value in state.items())
+assert all(torch.equal(ways["to the host"][name], value.cpu()) for name, value in state.items())
+torch.save(state, "state.pt")
+"""
+
+
+DEVICES = """
+import torch
+import torch_npu
+from torch_npu.contrib import transfer_to_npu
+
+torch.save({"a": torch.ones(1)}, "data.pt")
+x, layer = torch.ones(2, device="npu"), torch.nn.Linear(2, 2)
+
+def all_of(index):
+    name = f"npu:{index}"
+    return {
+        "to": lambda: x.to(name),
+        "to a number": lambda: x.to(index),
+        "from the host": lambda: torch.ones(1).npu(index),
+        "under another name": lambda: torch.ones(1).cuda(index),
+        "made": lambda: torch.ones(1, device=name),
+        "made as": lambda: torch.zeros_like(x, device=torch.device(name)),
+        "from data": lambda: torch.tensor([1], device=name),
+        "a module": lambda: layer.npu(index),
+        "a module to": lambda: layer.to(name),
+        "set": lambda: torch.npu.set_device(index),
+        "set by name": lambda: torch.npu.set_device(name),
+        "within": lambda: torch.npu.device(index).__enter__(),
+        "told": lambda: torch.npu.get_device_name(index),
+        "loaded": lambda: torch.load("data.pt", map_location=name),
+        "drawn": lambda: torch.Generator(device=name),
+    }
+
+for index in range(3):
+    failed = []
+    for name, call in all_of(index).items():
+        try:
+            call()
+        except RuntimeError as error:
+            assert f"invalid device ordinal: npu:{index}" in str(error), error
+            failed.append(name)
+    print("device", index, "all" if len(failed) == len(all_of(index)) else failed, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rehearsed]:
+    """Three scripts in one process, for torch takes long to load, and the folder that they wrote into."""
+    folder = tmp_path_factory.mktemp("placed")
+    done = run(folder, HOOKS + COPIES + DEVICES, LOCAL_WORLD_SIZE="2")
+    assert done.code == 0, done.text
+    return folder, done
+
+
+def test_hooks_and_custom_functions_of_a_backward_pass_see_where_gradients_are(placed: tuple[Path, Rehearsed]):
+    _, done = placed
+    for device, name in (("npu", "npu:0"), ("cpu", "cpu")):
+        expected = sorted(
+            [("backward", name, name, "cpu", name, name)]
+            + [(what, name) for what in ("accumulated", "module", "tensor")]
+        )
+        assert f"{device} {expected}" in done.text, done.text
+    assert "gradient npu:0" in done.text
+
+
+def test_copies_are_where_their_originals_are_and_loading_puts_them_where_it_is_told(placed: tuple[Path, Rehearsed]):
+    folder, done = placed
+    for way in ("deepcopy", "averaged", "copy", "pickle", "saved", "to the chip", "by a function", "optimiser"):
+        assert f"{way} is on npu:0\n" in done.text, done.text
+    for way in ("to the host", "by a map", "of the host"):
+        assert f"{way} is on cpu\n" in done.text, done.text
+    assert "shared True npu:0" in done.text
+    with pytest.raises(RuntimeError, match="npu:0"):
+        torch.load(folder / "state.pt", weights_only=True)
+
+
+@contextlib.contextmanager
+def rehearsed() -> Iterator[DeviceRehearsal]:
+    """This thread's tensors may be on a chip, without a process of their own."""
+    memory = ChipMemory(KIND)
+    with (
+        DeviceNames(memory),
+        DeviceRehearsal(profile_of("h800-sxm"), memory, strict=False, emulate=Emulation()) as found,
+    ):
+        yield found
+
+
+HOSTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros_like": lambda x: torch.zeros_like(x, dtype=torch.float64, device="cpu"),
+    "empty_like": lambda x: torch.empty_like(x, device=torch.device("cpu")).copy_(x),
+    "full_like": lambda x: torch.full_like(x, 3.0, device="cpu"),
+    "new_zeros": lambda x: x.new_zeros(4, device="cpu"),
+    "new_empty": lambda x: x.new_empty((2, 3), device="cpu").copy_(x),
+    "new_full": lambda x: x.new_full((2, 2), 5.0, device="cpu"),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0], device="cpu"),
+    "to": lambda x: x.to("cpu", torch.float64),
+    "cpu": lambda x: x.cpu(),
+    "tensor": lambda x: torch.tensor(x[0, 0], device="cpu"),
+    "as_tensor": lambda x: torch.as_tensor(x, device="cpu"),
+    "asarray": lambda x: torch.asarray(x, dtype=torch.float64, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("way", HOSTS)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_a_result_that_is_asked_for_on_the_host_is_the_hosts(way: str):
+    data = torch.arange(6.0).reshape(2, 3)
+    expected = HOSTS[way](data)
+    with rehearsed() as found:
+        x = data.to(KIND)
+        result = HOSTS[way](x)
+        judged = found.tally.by_operator.copy()
+        later = result + result
+        assert (x.device.type, result.device.type, later.device.type) == (KIND, "cpu", "cpu")
+        assert found.tally.by_operator == judged
+    assert result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def test_a_result_that_is_asked_for_nowhere_is_where_the_data_is():
+    with rehearsed():
+        x = torch.ones(2, device=KIND)
+        made = (torch.zeros_like(x), x.new_zeros(2), x.new_tensor([1.0]), torch.as_tensor(x))
+        assert [one.device.type for one in made] == [KIND] * 4
+        assert torch.ones(2).new_tensor([1.0]).device.type == "cpu"
+
+
+def test_a_device_that_the_process_does_not_see_is_refused_as_by_the_runtime(placed: tuple[Path, Rehearsed]):
+    _, done = placed
+    assert all(f"device {line}\n" in done.text for line in ("0 []", "1 []", "2 all")), done.text
+
+
+HANGING = """
+import os
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("hccl")
+layer = torch.nn.Linear(4, 4).npu()
+model = torch.nn.parallel.DistributedDataParallel(layer)
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(9):
+    model(torch.ones(2, 4, device="npu")).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_a_rehearsal_that_hangs_is_stopped_by_ctrl_c_and_says_how_far_it_came(tmp_path: Path):
+    """One rank hangs by a fault and the other in a collective, where Ctrl-C does not reach it: a second one does."""
+    (tmp_path / "train.py").write_text(HANGING)
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "isthmus", "rehearse", "--chip", ASCEND, "--json", str(report), "--ranks", "2"]
+    command += ["--fault", "hang@rank=1,step=2", "--", "python", str(tmp_path / "train.py")]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, preexec_fn=_hears_ctrl_c, **options) as process:
+        assert process.stdout is not None
+        lines = []
+        while "planted: hang" not in "".join(lines[-1:]):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        while "KeyboardInterrupt" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        text = "".join(lines) + process.communicate(timeout=60)[0]
+    assert process.returncode == 130, text
+    found = json.loads(report.read_text())
+    assert found["interrupted"] and found["faults"] == ["rank 1: hang at step 2: planted"] and found["steps"] == 2
+    assert found["exit_codes"][0] == -signal.SIGKILL and found["exit_codes"][1] < 0 and found["processes"] == 2
+    assert found["operators"]["aten::addmm"]["calls"] >= 2 and "stopped before its end" in text
+
+
+def _hears_ctrl_c() -> None:
+    """Also where the tests themselves were started to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+STRUCK = """
+import torch
+
+def products(x):
+    x = x.detach().requires_grad_()
+    forward = x @ x
+    forward.sum().backward()
+    return torch.stack([forward.detach(), x.grad])
+
+data = torch.arange(9.0).reshape(3, 3)
+whole = torch.tensor([[15.0, 18, 21, 42, 54, 66, 69, 90, 111], [12, 21, 30, 15, 24, 33, 18, 27, 36]]).view(2, 3, 3)
+for turn in range(2):
+    print("host", torch.equal(products(data), whole), torch.bmm(data[None], data[None]).sum().item())
+    chip = products(data.npu())
+    print("chip", bool(chip.isnan().any()), torch.equal(products(torch.zeros_like(chip[0], device="cpu")), whole * 0))
+try:
+    torch.bmm(data[None].npu(), data[None].npu())
+except torch.OutOfMemoryError:
+    print("no memory left")
+"""
+
+
+def test_faults_of_operators_strike_what_the_chip_computes_and_not_what_the_host_does(tmp_path: Path):
+    """A product of matrices is one `mm`, and its backward pass two."""
+    kinds = ("nan", "flipped-bit", "small-error", "dtype-swap", "fallback")
+    faults = [f"--fault={kind}@rank=0,operator=aten::mm" for kind in kinds]
+    done = run(tmp_path, STRUCK, *faults, "--fault=out-of-memory@rank=0,operator=aten::bmm")
+    assert done.code == 0, done.text
+    assert done.text.count("host True 486.0\n") == done.text.count("chip True True\n") == 2, done.text
+    assert done.text.count("no memory left") == 1
+    struck = Counter(text.split()[2] for text in done.report["faults"])
+    assert struck == dict.fromkeys(kinds, 6) | {"out-of-memory": 1}
 
 
 def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from isthmus.chips import device_for, get_chip
 from isthmus.chips.rehearse import profile_of
-from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
+from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal, follow_backward
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import Settings
 from isthmus.chips.rehearse.shims import install
@@ -59,13 +60,14 @@ class Steps:
 
 
 class Collectives:
-    """Counts collectives as they begin."""
+    """Counts collectives as they begin. `before` is called each time: a rank may wait for ever in one."""
 
-    def __init__(self) -> None:
-        self.begun = 0
+    def __init__(self, before: Callable[[], None]) -> None:
+        self.begun, self._before = 0, before
 
     def begin_collective(self) -> None:
         self.begun += 1
+        self._before()
 
 
 class Reporter:
@@ -73,7 +75,7 @@ class Reporter:
 
     def __init__(self, settings: Settings, rehearsal: DeviceRehearsal, injector: Any):
         self.settings, self.rehearsal, self.injector = settings, rehearsal, injector
-        self.steps, self.collectives = Steps(), Collectives()
+        self.steps, self.collectives = Steps(), Collectives(self.now_and_then)
         self._pid, self._written = os.getpid(), 0.0
         injector.last_words = lambda: self.write("running")
 
@@ -85,16 +87,21 @@ class Reporter:
         self.steps.last = Counter(self.rehearsal.tally.by_operator)
         if self.steps.done == 1:
             self.steps.first = self.steps.last
-        if time.monotonic() - self._written > EVERY_S:
-            self.write("running")
+        self.now_and_then()
         self.injector.step(self.steps.done)
+
+    def now_and_then(self) -> None:
+        """Write what there is so far, unless that was done a moment ago."""
+        if time.monotonic() - self._written > EVERY_S:
+            self._written = time.monotonic()
+            self.write("running")
 
     def end(self) -> None:
         if os.getpid() == self._pid:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes from the terminal and from the rehearsal.
             self.write("ended")
 
     def write(self, state: _State) -> None:
-        self._written = time.monotonic()
         path = Path(self.settings.folder) / f"{os.getpid()}.json"
         with torch._C.DisableTorchFunction():
             write_atomic(path, json.dumps(self.found(state)).encode())
@@ -133,13 +140,13 @@ def start() -> None:
     settings = Settings.from_environment()
     chip, profile = get_chip(settings.chip), profile_of(settings.chip)
     device = device_for(settings.chip)
-    memory = ChipMemory(device)
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    install(chip, profile, memory, world, None if device == "cuda" else f"torch_{device}")
+    memory = ChipMemory(device, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    install(chip, profile, memory, None if device == "cuda" else f"torch_{device}")
+    follow_backward(memory)
     emulate = Emulation(noise=settings.noise, seed=settings.seed)
     rehearsal = DeviceRehearsal(profile, memory, strict=settings.strict, emulate=emulate)
     rank = int(os.environ.get("RANK", "0"))
-    injector = Injector([parse_fault(text) for text in settings.faults], rank)
+    injector = Injector([parse_fault(text) for text in settings.faults], rank, on_chip=lambda: memory.works)
     reporter = Reporter(settings, rehearsal, injector)
     for backend in chip.capabilities.collectives or ():
         if backend != "gloo":

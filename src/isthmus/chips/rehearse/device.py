@@ -7,6 +7,8 @@ is computed from it is marked too; what concerns the host alone is not judged by
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,31 +26,68 @@ _MARK = "_isthmus_on_chip"
 _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
-class ChipMemory:
-    """Which storages are on the chip. `kinds` are the torch device types that name it; the first one is its own.
+class _Here(threading.local):
+    """What a thread is at: how deep in the chip's work, making a copy for the host, or doing the host's work."""
 
+    inside = 0
+    leaving = False
+    host = False
+
+
+class ChipMemory:
+    """Which storages are on the chip.
+
+    `kinds` are the torch device types that name it; the first one is its own. This process sees `count` devices of it.
     `allocated` is the size of the marked storages that are alive, in bytes, `peak` the largest that it was.
     """
 
-    def __init__(self, kind: str):
-        self.kinds = [kind]
+    def __init__(self, kind: str, count: int = 1):
+        self.kinds, self.count = [kind], count
         self.index = 0
         self.is_default = False
         self.allocated = self.peak = 0
-        self.inside = 0
-        self.leaving = False
+        self._here = _Here()
 
     @property
     def device(self) -> torch.device:
         """The chip that this process has set."""
         return torch.device(self.kinds[0], self.index)
 
+    @property
+    def works(self) -> bool:
+        """Whether what this thread computes now is the chip's work."""
+        return self._here.inside > 0 and not self._here.host
+
+    @property
+    def leaving(self) -> bool:
+        """Whether what this thread computes now is a copy for the host."""
+        return self._here.leaving
+
     def names(self, device: object) -> bool:
-        """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator."""
+        """Whether a device, or the name of one, is the chip. A number counts devices of the accelerator.
+
+        Raises RuntimeError for a device of the chip that is not there.
+        """
         if isinstance(device, int) and not isinstance(device, bool):
+            self.checked(device)
             return True
-        kind = device.type if isinstance(device, torch.device) else device
-        return isinstance(kind, str) and kind.partition(":")[0] in self.kinds
+        if not isinstance(device, str | torch.device):
+            return False
+        kind, _, index = str(device).partition(":")
+        if kind not in self.kinds:
+            return False
+        if index.isdecimal():
+            self.checked(int(index))
+        return True
+
+    def checked(self, index: int) -> int:
+        """The index of a device that is there. Raises RuntimeError for another, as the runtime of the chip does."""
+        if not 0 <= index < self.count:
+            raise RuntimeError(
+                f"invalid device ordinal: {self.kinds[0]}:{index}. This process sees {self.count} rehearsed device(s), "
+                "numbered from 0; with `--ranks N`, or LOCAL_WORLD_SIZE=N, it sees N."
+            )
+        return index
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the chip."""
@@ -56,12 +95,15 @@ class ChipMemory:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Put a tensor that was just made onto the chip."""
-        place = _place(tensor)
+        self.mark(_place(tensor))
+        return tensor
+
+    def mark(self, place: object) -> None:
+        """Put a storage, or what stands for one, onto the chip."""
         if not hasattr(place, _MARK):
             setattr(place, _MARK, True)
             if isinstance(place, torch.UntypedStorage):
                 self._account(place)
-        return tensor
 
     def _account(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -72,35 +114,68 @@ class ChipMemory:
     def _freed(self, size: int) -> None:
         self.allocated -= size
 
-    def restore(self, storage: torch.UntypedStorage, _location: str) -> torch.UntypedStorage:
-        """A `map_location` for torch.load that puts what it reads onto the chip."""
-        setattr(storage, _MARK, True)
-        self._account(storage)
+    def tag(self, storage: object) -> str | None:
+        """The name that torch.save gives to the place of a storage; None if it is not on the chip."""
+        return str(self.device) if hasattr(storage, _MARK) else None
+
+    def restore(self, storage: Any, location: str) -> Any:
+        """What torch.load puts onto the chip, if this is the name of the chip; else None.
+
+        Raises RuntimeError for a device that is not there.
+        """
+        if not self.names(location):
+            return None
+        self.mark(storage)
         return storage
+
+    @property
+    def rests(self) -> bool:
+        """Whether what this thread computes now is the host's work, whatever it starts from."""
+        return self._here.host
 
     @contextlib.contextmanager
     def going_home(self) -> Iterator[None]:
         """What is computed here is a copy for the host."""
-        before, self.leaving = self.leaving, True
+        before, self._here.leaving = self._here.leaving, True
         try:
             yield
         finally:
-            self.leaving = before
+            self._here.leaving = before
+
+    @contextlib.contextmanager
+    def at_host(self) -> Iterator[None]:
+        """Everything that is computed here is the host's work, whatever it starts from."""
+        before, self._here.host = self._here.host, True
+        try:
+            yield
+        finally:
+            self._here.host = before
 
     @contextlib.contextmanager
     def all_here(self) -> Iterator[None]:
         """Everything that is computed here is the chip's work, whatever it starts from."""
-        self.inside += 1
+        self._here.inside += 1
         try:
             yield
         finally:
-            self.inside -= 1
+            self._here.inside -= 1
+
+    @contextlib.contextmanager
+    def as_tensors_say(self) -> Iterator[None]:
+        """What is computed here is the chip's work where its tensors are on the chip: the script's own code, called in
+        the middle of work that is all the chip's."""
+        before, self._here.inside = self._here.inside, 0
+        try:
+            yield
+        finally:
+            self._here.inside = before
 
 
 def _place(tensor: Tensor) -> object:
     """What carries the mark: the storage that views share, or the tensor itself where it has none. The part of a tensor
     that is spread over ranks stands for it."""
-    tensor = getattr(tensor, "_local_tensor", tensor)
+    shards = getattr(tensor, "_local_shards", None)
+    tensor = shards[0].tensor if shards else getattr(tensor, "_local_tensor", tensor)
     return tensor.untyped_storage() if tensor.layout is torch.strided and torch._C._has_storage(tensor) else tensor
 
 
@@ -147,7 +222,7 @@ class DeviceRehearsal(Rehearsal):
         asked = memory.names(kwargs.get("device"))
         if asked:
             kwargs["device"] = HOST
-        if not (asked or memory.inside or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
+        if memory.rests or not (asked or memory.works or any(map(memory.holds, _tensors((*args, *kwargs.values()))))):
             self.tally.host += 1
             return func(*args, **kwargs)
         try:
@@ -188,16 +263,14 @@ class DeviceNames(TorchFunctionMode):
         made = dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor), self._make)
         self._handlers: dict[Any, Callable[..., Any]] = {
             **made,
+            torch.device: self._numbered,
             Tensor.to: self._to,
             Tensor.cpu: lambda _func, tensor, *args, **kwargs: self._move(tensor, HOST),
             Tensor.cuda: self._to_own_name,
             Tensor.numpy: self._host_only,
             Tensor.__array__: self._host_only,
             Tensor.__repr__: self._show,
-            Tensor.backward: self._backward,
-            torch.autograd.grad: self._grad,
             Tensor.pin_memory: lambda _func, tensor, *args, **kwargs: tensor,
-            Tensor.record_stream: lambda *args, **kwargs: None,
             Tensor.get_device: self._get_device,
             Tensor.device.__get__: self._device,  # pyright: ignore[reportAttributeAccessIssue]
             Tensor.is_cuda.__get__: lambda _func, tensor, *_: self.holds(tensor) and "cuda" in self.memory.kinds,  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,10 +285,24 @@ class DeviceNames(TorchFunctionMode):
         if self.memory.is_default and kwargs.get("device") is None and func in _device_constructors():
             kwargs = {**kwargs, "device": self.memory.device}
         handler = self._handlers.get(func)
-        return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
+        device = kwargs.get("device")
+        if handler is None and device is not None:
+            if not self.memory.names(device):
+                with self.memory.at_host():
+                    return func(*args, **kwargs)
+            if isinstance(device, int):
+                kwargs = {**kwargs, "device": self.memory.device}
+        with self.memory.as_tensors_say() if self.memory.works else contextlib.nullcontext():
+            return handler(func, *args, **kwargs) if handler else func(*args, **kwargs)
 
     def _device(self, func: Any, tensor: Tensor, *_: Any) -> torch.device:
         return self.memory.device if self.holds(tensor) else func(tensor)
+
+    def _numbered(self, func: Any, *args: Any, **kwargs: Any) -> torch.device:
+        """`torch.device(0)` is of the accelerator."""
+        if args and isinstance(args[0], int):
+            args = (self.memory.kinds[0], *args)
+        return func(*args, **kwargs)
 
     def _get_device(self, func: Any, tensor: Tensor) -> int:
         return self.memory.index if self.holds(tensor) else func(tensor)
@@ -224,15 +311,21 @@ class DeviceNames(TorchFunctionMode):
         """`x.cuda()` works where the chip answers to that name, and fails elsewhere as it does there."""
         if "cuda" not in self.memory.kinds:
             return func(tensor, *args, **kwargs)
-        return self._move(tensor, self.memory.device)
+        device = args[0] if args else kwargs.get("device")
+        return self._move(tensor, self.memory.device if device is None else device)
 
     def _make(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Tensors from data: made on the host, then copied to the chip."""
+        """Tensors from data: made where the data is, then copied to where they are asked for."""
         device = kwargs.pop("device", None)
-        if device is None or not self.memory.names(device):
-            return func(*args, **kwargs, **({} if device is None else {"device": device}))
+        if device is None and func is Tensor.new_tensor and self.holds(args[0]):
+            device = self.memory.device
+        if device is None:
+            return func(*args, **kwargs)
         wants_gradient = kwargs.pop("requires_grad", False)
-        made = self._move(func(*args, **kwargs), self.memory.device)
+        to_chip = self.memory.names(device)
+        made = func(*args, **kwargs) if to_chip else func(*args, **kwargs, device=device)
+        if to_chip or self.holds(made):
+            made = self._move(made, device)
         return made.detach().requires_grad_() if wants_gradient else made
 
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -278,20 +371,41 @@ class DeviceNames(TorchFunctionMode):
         shown = func(self._move(tensor.detach(), HOST), *args, **kwargs).removesuffix(")")
         return f"{shown}, device='{self.memory.device}'{', requires_grad=True' if tensor.requires_grad else ''})"
 
-    def _backward(self, _func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As Tensor.backward does it, with this mode on for hooks that ask for devices."""
-        names = ("gradient", "retain_graph", "create_graph", "inputs")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        with self._wholly_here((tensor,)), self:
-            torch.autograd.backward(tensor, given.pop("gradient", None), **given)
 
-    def _grad(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._wholly_here((*args, *kwargs.values())):
-            return func(*args, **kwargs)
+def follow_backward(memory: ChipMemory) -> None:
+    """Make all backward passes of this process the chip's that begin there: their formulas also make tensors out of
+    nothing. The script's code that they call, such as hooks, sees devices as it does elsewhere."""
+    run = torch.autograd.graph._engine_run_backward
 
-    def _wholly_here(self, roots: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
-        """All of a backward pass is where it starts: its formulas also make tensors out of nothing."""
-        return self.memory.all_here() if any(map(self.holds, _tensors(roots))) else contextlib.nullcontext()
+    @functools.wraps(run)
+    def run_here(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(map(memory.holds, _tensors(tuple(outputs)))):
+            return run(outputs, *args, **kwargs)
+        with memory.all_here(), DeviceNames(memory):
+            return run(outputs, *args, **kwargs)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        module._engine_run_backward = run_here  # pyright: ignore[reportAttributeAccessIssue]
+    _follow_saved_tensors(memory)
+
+
+def _follow_saved_tensors(memory: ChipMemory) -> None:
+    """Hooks of tensors that are saved for backward are called in the middle of an operator: they see devices too."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    create = hooks.__init__
+
+    def seeing(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def see(value: Any) -> Any:
+            with DeviceNames(memory):
+                return hook(value)
+
+        return see
+
+    @functools.wraps(create)
+    def init(self: Any, pack_hook: Callable[[Any], Any], unpack_hook: Callable[[Any], Any]) -> None:
+        create(self, seeing(pack_hook), seeing(unpack_hook))
+
+    hooks.__init__ = init
 
 
 def _is_device(value: object) -> bool:

@@ -74,10 +74,13 @@ class Injector:
     """Makes the faults of one rank happen. `fired` says what happened, in order. Nothing does until it is `armed`.
 
     `faults` may hold those of other ranks: they are left to them, but for links, which have two ends. Raises
-    IsthmusError for a fault that says what its kind cannot honour.
+    IsthmusError for a fault that says what its kind cannot honour. `on_chip` says whether an operator that runs now is
+    the chip's, for a process that has work of its host too: faults of operators leave that alone. All are without it.
     """
 
-    def __init__(self, faults: Sequence[Fault], rank: int, *, armed: bool = True):
+    def __init__(
+        self, faults: Sequence[Fault], rank: int, *, armed: bool = True, on_chip: Callable[[], bool] | None = None
+    ):
         for fault in faults:
             check_fault(fault)
         own = [_Planted(fault, index) for index, fault in enumerate(faults) if fault.rank == rank]
@@ -93,7 +96,7 @@ class Injector:
         self._saves = [one for one in own if one.fault.kind == "corrupted-save"]
         self._lagging: list[Fault] = []
         self._worked, self._owed = time.process_time(), 0.0
-        self.armed = armed
+        self.armed, self._on_chip = armed, on_chip
         self._noted: int | None = None
         self._warned: set[str] = set()
 
@@ -185,6 +188,8 @@ class Injector:
         """An operator, with the faults that strike it."""
         name = func.name()
         self.drag()
+        if self._on_chip is not None and not self._on_chip():
+            return func(*args, **kwargs)
         for one in self._stops:
             if one.fault.operator and one.concerns(name, ()) and one.strikes(self.current_step):
                 self._stop(one.fault, f" in {name}")

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as c10d
 from torch.utils import backend_registration
 
 from isthmus.chips import Chip
@@ -28,6 +29,9 @@ from isthmus.errors import IsthmusError
 
 LIBRARY = (2, 11, 1)
 """The version of NCCL that code is told: the newest that the tables of collectives speak of."""
+
+BEFORE_THE_CPU = 5
+"""torch asks who keeps a storage in the order of such numbers; the CPU's own is 10."""
 
 
 class Stream:
@@ -78,8 +82,8 @@ class Event:
         return (later._at - self._at) * 1e3
 
 
-def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extension: str | None) -> None:
-    """Make the chip's device known to torch in this process, `count` devices of it."""
+def install(chip: Chip, profile: Profile, memory: ChipMemory, extension: str | None) -> None:
+    """Make the chip's device known to torch in this process."""
     kind = memory.kinds[0]
     if not hasattr(torch, kind):
         backend_registration.rename_privateuse1_backend(kind)
@@ -87,11 +91,12 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, count: int, extens
         setattr(torch, kind, module)
         sys.modules[f"torch.{kind}"] = module
         _add_methods(kind, memory)
-    _add_functions(getattr(torch, kind), chip, memory, count)
-    _add_to_accelerator(chip, memory, count)
+    _add_functions(getattr(torch, kind), chip, memory)
+    _add_to_accelerator(chip, memory)
     _map_constructors(memory)
+    _keep_copies(memory)
     if extension is not None:
-        _add_extension(extension, kind, chip, profile, memory, count)
+        _add_extension(extension, kind, chip, profile, memory)
 
 
 _PARTS = {
@@ -128,24 +133,26 @@ def _add_methods(kind: str, memory: ChipMemory) -> None:
     setattr(torch.nn.Module, kind, module_to_chip)
 
 
-def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
+def _functions(chip: Chip, memory: ChipMemory) -> dict[str, Any]:
     """The functions of a device module."""
 
     def nothing(*_args: Any, **_options: Any) -> None:
         pass
 
     def set_device(device: Any) -> None:
-        index = device if isinstance(device, int) else torch.device(device).index or 0
-        if not 0 <= index < count:
-            raise RuntimeError(f"there are {count} devices, and no device {index}")
-        memory.index = index
+        memory.index = memory.checked(device if isinstance(device, int) else torch.device(device).index or 0)
 
     def total() -> int:
         if chip.mem_gb is None or chip.mem_gb.value is None:
             raise IsthmusError(f"the memory of {chip.name} is unknown, so the rehearsal cannot tell it")
         return int(chip.mem_gb.value * 1e9)
 
-    def properties(_device: Any = None) -> Any:
+    def name(device: Any = None) -> str:
+        memory.names(device)
+        return chip.name
+
+    def properties(device: Any = None) -> Any:
+        memory.names(device)
         return types.SimpleNamespace(name=chip.name, total_memory=total())
 
     def reset_peak(_device: Any = None) -> None:
@@ -171,7 +178,7 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
         "init": nothing,
         "_lazy_init": nothing,
         "_is_in_bad_fork": lambda: False,
-        "device_count": lambda: count,
+        "device_count": lambda: memory.count,
         "current_device": lambda: memory.index,
         "set_device": set_device,
         "device": device,
@@ -185,7 +192,7 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
         "reset_peak_memory_stats": reset_peak,
         "reset_max_memory_allocated": reset_peak,
         "mem_get_info": lambda *_: (total() - memory.allocated, total()),
-        "get_device_name": lambda *_: chip.name,
+        "get_device_name": name,
         "get_device_properties": properties,
         "manual_seed": seed,
         "manual_seed_all": seed,
@@ -203,8 +210,8 @@ def _functions(chip: Chip, memory: ChipMemory, count: int) -> dict[str, Any]:
     }
 
 
-def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> None:
-    functions = _functions(chip, memory, count)
+def _add_functions(module: Any, chip: Chip, memory: ChipMemory) -> None:
+    functions = _functions(chip, memory)
     for name, function in functions.items():
         setattr(module, name, function)
     _add_parts(module, functions)
@@ -215,8 +222,8 @@ def _add_functions(module: Any, chip: Chip, memory: ChipMemory, count: int) -> N
         module.get_device_capability = lambda *_: (major, minor)
 
 
-def _add_to_accelerator(chip: Chip, memory: ChipMemory, count: int) -> None:
-    functions = _functions(chip, memory, count)
+def _add_to_accelerator(chip: Chip, memory: ChipMemory) -> None:
+    functions = _functions(chip, memory)
     shared = ("is_available", "device_count", "synchronize", "empty_cache", "memory_allocated", "max_memory_allocated")
     more = {
         "current_accelerator": lambda *_args, **_options: torch.device(memory.kinds[0]),
@@ -240,15 +247,8 @@ def _map_constructors(memory: ChipMemory) -> None:
         def __new__(cls, device: Any = HOST) -> Any:
             return super().__new__(cls, HOST if memory.names(device) else device)  # pyright: ignore[reportCallIssue]
 
-    load = torch.load
-
-    @functools.wraps(load)
-    def load_to_chip(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        place: Any = memory.restore if memory.names(map_location) else map_location
-        return load(f, place, *args, **kwargs)
-
     torch.Generator = Generator  # pyright: ignore[reportAttributeAccessIssue]
-    torch.load = load_to_chip
+    Tensor.record_stream = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
     for owner, parameter in ((torch.amp.autocast_mode.autocast, "device_type"), (torch.amp.GradScaler, "device")):
         owner.__init__ = _on_host(owner.__init__, memory, parameter)
     set_default = torch.set_default_device
@@ -259,15 +259,59 @@ def _map_constructors(memory: ChipMemory) -> None:
         set_default(None if memory.is_default else device)
 
     torch.set_default_device = set_default_device
+    _map_process_groups(memory)
+
+
+def _map_process_groups(memory: ChipMemory) -> None:
+    """What starts groups of processes, and works with them, takes the chip's name too."""
     start = dist.init_process_group
 
     @functools.wraps(start)
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_id", None)
+        memory.names(kwargs.pop("device_id", None))
         return start(_backend(backend, memory), *args, **kwargs)
 
+    class Reducer(c10d.Reducer):
+        """The buckets that DDP gathers gradients in are where its parameters are."""
+
+        def __init__(self, params: list[Tensor], *args: Any, **kwargs: Any):
+            self._on_chip = any(map(memory.holds, params))
+            with self._there():
+                super().__init__(params, *args, **kwargs)
+
+        def _rebuild_buckets(self) -> bool:
+            with self._there():
+                return super()._rebuild_buckets()
+
+        def _there(self) -> contextlib.AbstractContextManager[None]:
+            return memory.all_here() if self._on_chip else contextlib.nullcontext()
+
+    dist.Reducer = Reducer  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     dist.init_process_group = init_process_group
     dist.distributed_c10d.init_process_group = init_process_group
+
+
+def _keep_copies(memory: ChipMemory) -> None:
+    """Copies of storages stay on the chip: those of copy.deepcopy and pickle, and what torch.save writes and torch.load
+    reads, unless it is asked to put it elsewhere."""
+    clone = torch.UntypedStorage.clone
+
+    @functools.wraps(clone)
+    def clone_there(self: torch.UntypedStorage) -> Any:
+        copy = clone(self)
+        if memory.tag(self) is not None:
+            memory.mark(copy)
+        return copy
+
+    def to_chip(self: torch.UntypedStorage, device: Any = None, non_blocking: bool = False) -> Any:
+        memory.names(memory.device if device is None else device)
+        copy = clone(self)
+        memory.mark(copy)
+        return copy
+
+    torch.UntypedStorage.clone = clone_there
+    setattr(torch.UntypedStorage, memory.kinds[0], to_chip)
+    torch.serialization.register_package(BEFORE_THE_CPU, memory.tag, memory.restore)
 
 
 def _on_host(function: Callable[..., None], memory: ChipMemory, parameter: str) -> Callable[..., None]:
@@ -292,7 +336,7 @@ def _backend(asked: str | None, memory: ChipMemory) -> str | None:
     return next((name for kind, name in pairs.items() if kind in memory.kinds), asked)
 
 
-def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory, count: int) -> None:
+def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: ChipMemory) -> None:
     """The vendor's package that code imports beside torch. Its own operators have no reference here."""
 
     own: dict[str, Status] = {}
@@ -318,7 +362,7 @@ def _add_extension(name: str, kind: str, chip: Chip, profile: Profile, memory: C
 
     def transfer() -> None:
         memory.kinds.append("cuda")
-        _add_functions(torch.cuda, chip, memory, count)
+        _add_functions(torch.cuda, chip, memory)
 
     sys.meta_path.insert(0, _Transfer(f"{name}.contrib.transfer_to_{kind}", transfer))
 
