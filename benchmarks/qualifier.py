@@ -240,6 +240,12 @@ def run(arguments: argparse.Namespace) -> list[Trial]:
     return done
 
 
+def brief(trial: Trial) -> dict[str, Any]:
+    """A trial as it is stored: the number of its probes, whose names the tables have, and nothing that is empty."""
+    filled = {name: value for name, value in asdict(trial).items() if value not in (None, "", [], {}, False)}
+    return {**filled, "probes": len(trial.probes)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=1000)
@@ -271,7 +277,9 @@ def main() -> None:
     if not arguments.quick and arguments.keep is None:
         result = {"groups": rows, "by_rate": rare, "false_alarms_by_probe": alarms}
         stored = {name: value for name, value in vars(arguments).items() if name not in ("keep", "join")}
-        store("qualifier", {"arguments": stored, **result, "trials": [asdict(trial) for trial in done]})
+        if arguments.join is not None:
+            stored = {"joined": [part.name for part in arguments.join]}
+        store("qualifier", {"arguments": stored, **result, "trials": [brief(trial) for trial in done]})
 
 
 if __name__ == "__main__":
