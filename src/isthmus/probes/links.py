@@ -29,6 +29,7 @@ from isthmus.probes.blame import (
 )
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament, within
+from isthmus.probes.portable.training import quantile
 from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, shapes_of
 from isthmus.recipe import DeepseekSection
 from isthmus.records import Evidence, Limit, Outcome
@@ -181,8 +182,7 @@ def _slow_links(
         times = _merged(called, "seconds")
         for link, partner in partners.items():
             best[link] = min(best[link], *times[link])
-            beside = sorted(times[partner])[int(GOOD_SHARE * len(times[partner]))]
-            share[link] = max(beside, usual[link]) / best[link]
+            share[link] = max(quantile(times[partner], GOOD_SHARE), usual[link]) / best[link]
         suspects = {link: value for link, value in suspects.items() if link in partners and share[link] < SLOW}
         if retest + 1 >= CLEAR_RETESTS and all(share[link] < CLEAR for link in suspects):
             break

@@ -27,9 +27,9 @@ _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
 class _Here(threading.local):
-    """What a thread is at: how deep in the chip's work, making a copy for the host, or doing the host's work."""
+    """What a thread is at: in the chip's work, making a copy for the host, or doing the host's work."""
 
-    inside = 0
+    inside = False
     leaving = False
     host = False
 
@@ -56,7 +56,7 @@ class ChipMemory:
     @property
     def works(self) -> bool:
         """Whether what this thread computes now is the chip's work."""
-        return self._here.inside > 0 and not self._here.host
+        return self._here.inside and not self._here.host
 
     @property
     def leaving(self) -> bool:
@@ -133,42 +133,32 @@ class ChipMemory:
         """Whether what this thread computes now is the host's work, whatever it starts from."""
         return self._here.host
 
-    @contextlib.contextmanager
-    def going_home(self) -> Iterator[None]:
+    def going_home(self) -> contextlib.AbstractContextManager[None]:
         """What is computed here is a copy for the host."""
-        before, self._here.leaving = self._here.leaving, True
-        try:
-            yield
-        finally:
-            self._here.leaving = before
+        return self._being(leaving=True)
 
-    @contextlib.contextmanager
-    def at_host(self) -> Iterator[None]:
+    def at_host(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is computed here is the host's work, whatever it starts from."""
-        before, self._here.host = self._here.host, True
-        try:
-            yield
-        finally:
-            self._here.host = before
+        return self._being(host=True)
 
-    @contextlib.contextmanager
-    def all_here(self) -> Iterator[None]:
+    def all_here(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is computed here is the chip's work, whatever it starts from."""
-        self._here.inside += 1
-        try:
-            yield
-        finally:
-            self._here.inside -= 1
+        return self._being(inside=True)
 
-    @contextlib.contextmanager
-    def as_tensors_say(self) -> Iterator[None]:
+    def as_tensors_say(self) -> contextlib.AbstractContextManager[None]:
         """What is computed here is the chip's work where its tensors are on the chip: the script's own code, called in
         the middle of work that is all the chip's."""
-        before, self._here.inside = self._here.inside, 0
+        return self._being(inside=False)
+
+    @contextlib.contextmanager
+    def _being(self, **at: bool) -> Iterator[None]:
+        """This thread is at something else, and then at what it was at before."""
+        before = {name: getattr(self._here, name) for name in at}
+        vars(self._here).update(at)
         try:
             yield
         finally:
-            self._here.inside = before
+            vars(self._here).update(before)
 
 
 def _place(tensor: Tensor) -> object:
