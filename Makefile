@@ -25,23 +25,23 @@ check: $(VENV)/.installed-dev    ## style, types, import direction, rules
 	$(BIN)/pytest tests/rules
 
 bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the documents
-	$(BIN)/python benchmarks/tiny_seeds.py
-	$(BIN)/python benchmarks/rollout.py
-	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/train.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gate.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/emulator.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/formats.py
-	$(BIN)/python benchmarks/convert.py
-	$(BIN)/python benchmarks/deltas.py
-	$(BIN)/python benchmarks/static_tier.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/live_tier.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/host_links.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/qualifier.py
+	$(BIN)/python -m benchmarks.tiny_seeds
+	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.train
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.emulator
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.formats
+	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.deltas
+	$(BIN)/python -m benchmarks.static_tier
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.live_tier
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier
 
 soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

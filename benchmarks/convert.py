@@ -1,6 +1,6 @@
 """Conversion of a 2 GB bf16 checkpoint to W8A8 beside a copy of the same files, in one run.
 
-    python benchmarks/convert.py [--folders DIR ...] [--repeats 3] [--threads 2]
+    python -m benchmarks.convert [--folders DIR ...] [--repeats 3] [--threads 2]
 
 A random deepseek_v3 of 1.08 G parameters in bf16 (five layers, 32 experts of 2048 x 1024, a vocabulary of 32768), in
 files of 1 GB. The rival is `shutil.copyfile` of each file and an fsync. Both find the source in the page cache, both
@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conditions import store
-from isthmus.convert import Options, execute
-from isthmus.formats.assemble import float_layout
-from isthmus.formats.stream import TensorWriter
+from benchmarks.conditions import store
+from isthmus.formats.files.stream import TensorWriter
+from isthmus.formats.parts.assemble import float_layout
 from isthmus.model.config import hf_config
 from isthmus.progress import Watch
-from isthmus.recipe import DeepseekSection
+from isthmus.recipe.schema import DeepseekSection
+from isthmus.tools.convert import Options, execute
 
 ARCHITECTURE = DeepseekSection(
     vocab_size=32768,
@@ -105,7 +105,7 @@ def make(folder: Path) -> int:
 
 def in_a_process(what: str, folder: Path, threads: int, shard_gb: float) -> dict[str, float]:
     os.sync()
-    command = [sys.executable, __file__, "--only", what, "--folders", folder]
+    command = [sys.executable, "-m", "benchmarks.convert", "--only", what, "--folders", folder]
     command += ["--threads", str(threads), "--shard-gb", str(shard_gb)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

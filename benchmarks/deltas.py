@@ -1,11 +1,11 @@
 """What crosses at a step of RL as deltas, against full snapshots: bytes and seconds per step of a real run.
 
-    python benchmarks/deltas.py
+    python -m benchmarks.deltas
 
 r-nano on the tiny recipe, shortened. The supervised model learns by RL three times: with full updates and with deltas,
 both in w8a8, which must give the same weights at every step; and in fp32, writing every version into a shared folder.
 The versions of that folder are then exported in each format, and each difference is encoded and applied with each
-codec; every result is compared by hash. The rival of a delta is all weights as one message (formats/wire.py).
+codec; every result is compared by hash. The rival of a delta is all weights as one message (formats/updates/wire.py).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from unittest import mock
 
 import torch
 
-from conditions import store
-from isthmus import plan, qualify, rl, train
-from isthmus.formats import delta, get_format
-from isthmus.formats.delta import Codec, WeightSet, apply, encode, read_message
-from isthmus.formats.version_folder import advance, next_versions, read_versions
-from isthmus.formats.wire import digest, pack, unpack
+from benchmarks.conditions import store
+from isthmus.formats import get_format
+from isthmus.formats.updates import delta
+from isthmus.formats.updates.delta import Codec, WeightSet, apply, encode, read_message
+from isthmus.formats.updates.version_folder import advance, next_versions, read_versions
+from isthmus.formats.updates.wire import digest, pack, unpack
 from isthmus.progress import Watch
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 from isthmus.run import RunFolder
+from isthmus.stages import plan, qualify, train
+from isthmus.stages.rl import loop as rl
 
 ROOT = Path(__file__).parents[1]
 STEPS, FORM_ELEMENTS = 12, 8_000_000

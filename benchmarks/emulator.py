@@ -1,6 +1,6 @@
 """CPU time of the exact emulators of the quantised formats, against a plain fp32 product of the same matrices.
 
-    python benchmarks/emulator.py [--seconds 0.5]
+    python -m benchmarks.emulator [--seconds 0.5]
 
 One linear layer at a time, without a bias: quantising the inputs, the product and the scales, as in the model that a
 format builds. Contenders take turns within a round and the quickest turn of each counts. Each result of the int8
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditions import store
-from isthmus.formats.float8 import BlockLinear, full_range_scale, quantise_blocks
+from benchmarks.conditions import store
 from isthmus.formats.fp8 import quantise_weight as quantise_fp8
 from isthmus.formats.fp8 import scale_of_rows
-from isthmus.formats.int8 import quantise_rows, quantise_static
 from isthmus.formats.modelslim import asymmetric, quant_bias
 from isthmus.formats.modelslim import quantise_weight as quantise_modelslim
 from isthmus.formats.mxfp8 import power_of_two_scale
+from isthmus.formats.parts.float8 import BlockLinear, full_range_scale, quantise_blocks
+from isthmus.formats.parts.int8 import quantise_rows, quantise_static
 from isthmus.formats.w8a8 import W8A8Linear
 from isthmus.formats.w8a8_static import StaticLinear
 

@@ -1,6 +1,6 @@
 """Output tokens per second and time to the first token of our engine and its rivals, on one checkpoint, in one run.
 
-    ISTHMUS_VLLM_PYTHON=... ISTHMUS_LLAMA_PYTHON=... python benchmarks/engine.py [--threads 1 2] [--quick]
+    ISTHMUS_VLLM_PYTHON=... ISTHMUS_LLAMA_PYTHON=... python -m benchmarks.engine [--threads 1 2] [--quick]
 
 A random deepseek_v3 of 13.5 M parameters in fp32; 64 tokens in, 128 out, greedy, the same prompts for all, none twice.
 The row of the end token in the output head is zero, so that it is never the likeliest and every answer has its length;
@@ -25,14 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conditions import store
+from benchmarks.conditions import store
+from benchmarks.rivals.contestants import RIVALS, Contestant, Isthmus, NotInstalled
+from benchmarks.rivals.load import Answer, Prompts, Request, between_tokens_s, first_token_s, tokens_per_second
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
-from isthmus.formats.bundle import read_bundle, write_bundle
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
-from isthmus.recipe import DeepseekSection
-from rivals.contestants import RIVALS, Contestant, Isthmus, NotInstalled
-from rivals.load import Answer, Prompts, Request, between_tokens_s, first_token_s, tokens_per_second
+from isthmus.recipe.schema import DeepseekSection
 
 ARCHITECTURE = DeepseekSection(
     vocab_size=8192,

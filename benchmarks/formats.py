@@ -1,6 +1,6 @@
 """What each format costs in tokens: emulators against fp32, on a small model with heavy-tailed weights.
 
-    python benchmarks/formats.py [--seeds 3] [--tokens 2048]
+    python -m benchmarks.formats [--seeds 3] [--tokens 2048]
 
 The model has DeepSeek-V3's parts and random weights, drawn from Student's t with three degrees of freedom and, in its
 norms, factors from a log-normal, so that some channels are outliers. Its tokens are random too. For each format: the
@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.formats import format_names, get_format
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-from calibrated import calibrate
+from isthmus.recipe.schema import DeepseekSection
+from tests.support.calibrated import calibrate
 
 ARCHITECTURE = DeepseekSection(
     vocab_size=512,

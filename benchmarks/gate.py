@@ -1,8 +1,8 @@
 """How good the gate is: faults planted in random modules of random models, beside healthy twins, and the field's rules.
 
-    python benchmarks/gate.py                     # 60 models: half an hour of CPU time
-    python benchmarks/gate.py --quick             # 5 models, and no result is stored
-    python benchmarks/gate.py --models 20 --healthy 8 --formats w8a8 bf16
+    python -m benchmarks.gate                     # 60 models: half an hour of CPU time
+    python -m benchmarks.gate --quick             # 5 models, and no result is stored
+    python -m benchmarks.gate --models 20 --healthy 8 --formats w8a8 bf16
 
 Each model crosses in one format, in turn. It is converted, captured and listed as the source's machine does it. Then
 every fault that it can have is planted once, where it happens in the field, and the gate is asked on an imitated bf16
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,11 +29,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-
-from gate_faults import Plant
-from gate_models import random_model
-from gate_rivals import (
+from benchmarks.conditions import store
+from isthmus.formats import format_names, get_format
+from isthmus.parity.paired import wilson_interval
+from tests.support.gate_faults import Plant
+from tests.support.gate_models import random_model
+from tests.support.gate_rivals import (
     Propagated,
     Rival,
     first_difference_rule,
@@ -44,11 +44,18 @@ from gate_rivals import (
     relative_error_rule,
     top1_agreement,
 )
-from gate_run import KINDS, Case, Said, TargetDevice, ask, draw_plant, prepare, right_module, right_operator, target
-
-from conditions import store
-from isthmus.formats import format_names, get_format
-from isthmus.parity.paired import wilson_interval
+from tests.support.gate_run import (
+    KINDS,
+    Case,
+    Said,
+    TargetDevice,
+    ask,
+    draw_plant,
+    prepare,
+    right_module,
+    right_operator,
+    target,
+)
 
 CONFIDENCE = 0.95
 CALIBRATED = 0.99

@@ -1,6 +1,6 @@
 """What a link of this host is: gloo between ranks over the loopback interface, latency and bandwidth.
 
-    python benchmarks/host_links.py
+    python -m benchmarks.host_links
 
 Ranks of a crew exchange messages in pairs, back and forth: one pair alone, and two pairs at once. Latency is half of a
 round with 8 bytes, bandwidth comes from half of a round with 8 MiB. `chips/rehearse/links.py` takes the medians of two
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.launch.crew import Crew
 
 SIZES = (8, 8 * 2**20)
@@ -52,7 +52,7 @@ def measured(ranks: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     with Crew(ranks) as crew:
         for size in SIZES:
-            called = crew.call("host_links:rounds", {"size": size, "count": ROUNDS[size]}, deadline_s=120)
+            called = crew.call("benchmarks.host_links:rounds", {"size": size, "count": ROUNDS[size]}, deadline_s=120)
             found[str(size)] = [seconds for values in called.values for seconds in values]
     small, large = (statistics.median(found[str(size)]) for size in SIZES)
     return {"latency_us": small * 1e6, "bandwidth_gbs": SIZES[1] / (large - small) / 1e9, "seconds": found}

@@ -1,7 +1,7 @@
 """The live tier of software on a device that is here: its errors, its price, and its false alarms.
 
-    python benchmarks/live_tier.py --chip cpu --seeds 100
-    python benchmarks/live_tier.py --chip nvidia-h100-sxm --keep
+    python -m benchmarks.live_tier --chip cpu --seeds 100
+    python -m benchmarks.live_tier --chip nvidia-h100-sxm --keep
 
 Each seed draws other inputs for every operator call of the recipe. A finding on a device that is known to be healthy is
 a false alarm. `--keep` stores the largest errors, which are then what is trusted of an operator, as
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from conditions import conditions, store
+from benchmarks.conditions import conditions, store
 from isthmus.chips import device_for, get_chip
 from isthmus.probes.calls import edge_calls, recipe_calls
 from isthmus.probes.portable.compiled import check_compiled
 from isthmus.probes.portable.operators import check_operators
 from isthmus.probes.portable.traps import check_traps
 from isthmus.probes.software import REPEATS, longest_sum, run_dtypes
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TRUSTED = ROOT / "src" / "isthmus" / "probes" / "trusted"

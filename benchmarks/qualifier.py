@@ -1,9 +1,9 @@
 """How good the qualification is: faults planted in healthy pools, beside the same pools without, and the field's rules.
 
-    python benchmarks/qualifier.py                        # 1,000 healthy pools and 75 of each fault: hours
-    python benchmarks/qualifier.py --quick                # 3 healthy, 1 of each, and no result is stored
-    python benchmarks/qualifier.py --healthy 200 --times 20 --kinds crash nan --keep one.jsonl     # a part of it
-    python benchmarks/qualifier.py --join one.jsonl other.jsonl    # what parts of any --seed saw, as one result
+    python -m benchmarks.qualifier                        # 1,000 healthy pools and 75 of each fault: hours
+    python -m benchmarks.qualifier --quick                # 3 healthy, 1 of each, and no result is stored
+    python -m benchmarks.qualifier --healthy 200 --times 20 --kinds crash nan --keep one.jsonl     # a part of it
+    python -m benchmarks.qualifier --join one.jsonl other.jsonl    # what parts of any --seed saw, as one result
 
 A pool is four ranks on this machine's CPU. Each trial qualifies it once, cheapest probe first, with a soak of one
 second, and counts as found if some finding fails; a faulty pool is not looked at any further then. Where a rank is at
@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,12 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "rivals"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-
-from flow_recipe import RECIPE, SMALL
-
-from conditions import conditions, store
+from benchmarks.conditions import conditions, store
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault
 from isthmus.launch.crew import Crew
@@ -48,8 +42,9 @@ from isthmus.probes import PRELOAD, live_probes, software
 from isthmus.probes.asking import ask
 from isthmus.probes.budget import choose
 from isthmus.probes.contract import Probe, Setting
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
 from isthmus.run import RunFolder
+from tests.support.flow_recipe import RECIPE, SMALL
 
 RANKS = 4
 CONFIDENCE = 0.95
@@ -148,7 +143,9 @@ def setting_in(folder: Path, recipe: Recipe, stall_s: float) -> Setting:
 def ask_rivals(fault: Fault | None) -> dict[str, bool]:
     """What the field's rules say about the same pool."""
     with Crew(RANKS, faults=(fault,) if fault else ()) as crew:
-        called = crew.call("node_check:check", {"size": 256, "numel": 2**16}, deadline_s=30.0, stall_s=5.0)
+        called = crew.call(
+            "benchmarks.rivals.node_check:check", {"size": 256, "numel": 2**16}, deadline_s=30.0, stall_s=5.0
+        )
     if not called.ok:
         return {"node check, 2 x median": True, "straggler score 0.75": True, "crash, hang or NaN alone": True}
     matmul, gather = ([value[key] for value in called.values] for key in ("matmul", "gather"))

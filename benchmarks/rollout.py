@@ -1,6 +1,6 @@
 """Tokens per second of the local engine against transformers.generate, on the same weights, in one run.
 
-    python benchmarks/rollout.py
+    python -m benchmarks.rollout
 
 Random r-nano weights; the prompt and the number of new tokens are fixed, and no sequence stops early. The engine is
 timed through its HTTP contract, as the RL stage uses it; transformers runs in this process. One compute thread each.
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import load_task
 from isthmus.engines import Sampling
 from isthmus.engines.local import LocalEngine
-from isthmus.formats.bundle import write_bundle
+from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 from isthmus.run import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """Step time of training over 1 to 4 ranks on this machine, and the bytes a rank sends against the arithmetic minimum.
 
-    python benchmarks/scaling.py [--models r-nano r-35m]
+    python -m benchmarks.scaling [--models r-nano r-35m]
 
 Ranks are processes with one thread each that torchrun's launcher starts; they speak over gloo on the loopback
 interface. r-35m is r-100m with fewer layers and experts. A step's batch is the same in every layout and full of tokens;
@@ -43,13 +43,13 @@ import torch
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.data.corpus import Document
-from isthmus.formats.assemble import unfilled
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, MixtureOfExperts, Routing
 from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, KINDS, REDUCE_SCATTER, Traffic, loopback_bytes
-from isthmus.recipe import (
+from isthmus.recipe.schema import (
     DeepseekSection,
     ModelSection,
     OptimizerSection,

@@ -1,6 +1,6 @@
 """Thousands of requests of all kinds against one server process, and what must be left of them: nothing.
 
-    OMP_NUM_THREADS=1 python benchmarks/soak.py [--requests 10000]
+    OMP_NUM_THREADS=1 python -m benchmarks.soak [--requests 10000]
 
 A small bundle with random weights is served by `isthmus serve` with a cache that is too small for its batch, a short
 line and a limit per key. Clients send random requests, and some leave early. An administrator exchanges the weights,
@@ -43,15 +43,15 @@ from urllib.parse import urlencode
 import torch
 from tokenizers import Tokenizer as BpeTokenizer
 
-from conditions import store
+from benchmarks.conditions import store
+from benchmarks.soak_requests import COMPLETIONS, LENGTH, VOCAB_SIZE, WORDS, Errand, errand, joined
 from isthmus.data.tokenizer import BOS, EOS, Tokenizer
 from isthmus.formats import get_format
-from isthmus.formats.bundle import write_bundle
-from isthmus.formats.wire import digest, pack, set_sha256
+from isthmus.formats.files.bundle import write_bundle
+from isthmus.formats.updates.wire import digest, pack, set_sha256
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe import DeepseekSection
-from soak_requests import COMPLETIONS, LENGTH, VOCAB_SIZE, WORDS, Errand, errand, joined
+from isthmus.recipe.schema import DeepseekSection
 
 CLIENTS, PATIENCE_S = 20, 120.0
 PROBE_EVERY, UPDATES, MEMORY_EVERY = 20, 40, 25

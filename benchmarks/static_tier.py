@@ -1,6 +1,6 @@
 """The static tier on DeepSeek-V3's 671 billion parameters: seconds, processor time and memory, each case in a process.
 
-    python benchmarks/static_tier.py [--chip ascend-910b-313t] [--repeats 3]
+    python -m benchmarks.static_tier [--chip ascend-910b-313t] [--repeats 3]
 
 A case is what `isthmus coverage deepseek-v3` does once torch and the package are loaded: a training step of one rank
 and two serving passes traced on the meta device and joined with the chip's tables. Once as one chip would hold the
@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from conditions import store
+from benchmarks.conditions import store
 
 CASES: dict[str, dict[str, Any]] = {
     "one rank": {"ranks": 1, "expert": 1},
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def in_a_process(chip: str, name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--chip", chip, "--only", name]
+    command = [sys.executable, "-m", "benchmarks.static_tier", "--chip", chip, "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,9 +61,9 @@ def once(chip_name: str, case: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     from isthmus.chips import get_chip
     from isthmus.chips.rehearse import profile_of
-    from isthmus.coverage import recipe_of
-    from isthmus.probes.static import static_coverage
-    from isthmus.probes.static_trace import Layout
+    from isthmus.probes.static.check import static_coverage
+    from isthmus.probes.static.trace import Layout
+    from isthmus.tools.coverage import recipe_of
 
     recipe = recipe_of("deepseek-v3", chip_name, case["ranks"], (f"train.expert={case['expert']}",))
     chip, profile = get_chip(chip_name), profile_of(chip_name)

@@ -1,6 +1,6 @@
 """The tiny recipe from start to end over several seeds: what RL gains on held-out problems, and what the run costs.
 
-    python benchmarks/tiny_seeds.py --seeds 0 1 2
+    python -m benchmarks.tiny_seeds --seeds 0 1 2
 
 The rival is the same model before RL, on the same problems; the ratio is accuracy after by accuracy before.
 """
@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.records import HandoffRecord, PlanRecord, RlRecord
 from isthmus.run import RunFolder
 

@@ -1,6 +1,6 @@
 """Tokens per second and memory of supervised training, against transformers with the same weights, data and optimiser.
 
-    python benchmarks/train.py [--models r-nano r-100m] [--threads 2]
+    python -m benchmarks.train [--models r-nano r-100m] [--threads 2]
 
 Each contender runs in a process of its own, in turns, and its best step counts. The documents are the tiny recipe's
 worked examples, or for larger models random ones; the loss is on the answers only. transformers runs twice: padded, as
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditions import store
+from benchmarks.conditions import store
 from isthmus.data.corpus import Document, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model, document_mask
 from isthmus.probes.compute import matmul_tflops
-from isthmus.recipe import OptimizerSection, SftSection, TrainSection, load_recipe, preset_architecture
+from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection, load_recipe, preset_architecture
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import pack
 from isthmus.trainer.mesh import Ranks, open_ranks

@@ -1,12 +1,9 @@
 """Settings for all tests: one compute thread, and hypothesis without a deadline on shared machines."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent / "unit"))
 
 import torch
 from hypothesis import settings

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_bundle import write_small_bundle
-from flow_recipe import isthmus
 
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import DamagedFile
-from isthmus.formats.bundle import CHECKSUMS, file_hashes, read_bundle
+from isthmus.formats.files.bundle import CHECKSUMS, file_hashes, read_bundle
 from isthmus.parity.seal import read_verdict, verify_seal
+from tests.support.engine_bundle import write_small_bundle
+from tests.support.flow_recipe import isthmus
 
 
 @pytest.fixture(scope="module")

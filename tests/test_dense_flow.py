@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from flow_recipe import isthmus
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,11 +18,12 @@ from transformers import (
 
 from isthmus.data.tasks import completion_text, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.formats.bundle import read_bundle
-from isthmus.recipe import load_recipe
+from isthmus.formats.files.bundle import read_bundle
+from isthmus.recipe.schema import load_recipe
 from isthmus.records import HandoffRecord, TrainRecord
 from isthmus.run import RunFolder
-from isthmus.serve import Serving, open_service
+from isthmus.stages.serve import Serving, open_service
+from tests.support.flow_recipe import isthmus
 
 RECIPE = """
 name = "distilled"

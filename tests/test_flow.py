@@ -13,10 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from flow_recipe import RECIPE, ROOT, command, isthmus, settings
 
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord
 from isthmus.run import RunFolder
+from tests.support.flow_recipe import RECIPE, ROOT, command, isthmus, settings
 
 
 @pytest.fixture(scope="module")

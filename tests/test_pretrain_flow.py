@@ -9,12 +9,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from flow_recipe import isthmus
-from ranks_recipe import RECIPE, kill_group, planned, start, stop_at, wait_until_nobody_works_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from isthmus.records import HandoffRecord, RlRecord, TrainRecord
 from isthmus.run import RunFolder
+from tests.support.flow_recipe import isthmus
+from tests.support.ranks_recipe import RECIPE, kill_group, planned, start, stop_at, wait_until_nobody_works_on
 
 PRETRAIN = """
 [pretrain]

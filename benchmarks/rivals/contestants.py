@@ -20,9 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from benchmarks.rivals.load import Answer, Client, Request
 from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
-from rivals.load import Answer, Client, Request
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
 
 HERE = Path(__file__).parent
 START_S = 600.0

@@ -16,7 +16,7 @@ import click
 
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
 from isthmus.run import RunFolder
 
 STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")
@@ -106,7 +106,7 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
     opened = _open(target, folder, overrides, before_start=partial(_check_before_start, pools=options["pools"]))
     given = {name: value for name, value in options.items() if value}
     if given:
-        _show(importlib.import_module("isthmus.qualify"), opened, again=again, **given)
+        _show(importlib.import_module("isthmus.stages.qualify"), opened, again=again, **given)
     else:
         _run_stage("qualify", opened, heading="qualify", again=again)
 
@@ -128,7 +128,7 @@ _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, 
 @click.option("--max-mb", type=click.IntRange(1), default=256, show_default=True, help="Size of what is kept.")
 def capture(folder: Path, **options: Any) -> None:
     """Put golden inputs and outputs into a bundle, where its trained weights are."""
-    importlib.import_module("isthmus.capture").execute(folder, watch=_watch(), **options)
+    importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
 
 
 @cli.command()
@@ -145,7 +145,7 @@ def verify(folder: Path, **options: Any) -> None:
 
     Nothing but the folder is needed. A refusal names the module and the operator.
     """
-    importlib.import_module("isthmus.verify").execute(folder, _watch(), **options)
+    importlib.import_module("isthmus.tools.verify").execute(folder, _watch(), **options)
 
 
 @cli.command()
@@ -168,7 +168,7 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
     so is one that no key of that file has signed. RUN is a run folder, or the folder of a sealed bundle. Keys may also
     stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
     """
-    stage = importlib.import_module("isthmus.serve")
+    stage = importlib.import_module("isthmus.stages.serve")
     if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
         stage.execute_bundle(folder, _watch(), overrides, **changes)
     else:
@@ -184,7 +184,7 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 @click.option("--once", is_flag=True, help="End when the engine has what is there now.")
 def follow(folder: Path, **options: Any) -> None:
     """Bring the weights that `[rl] publish = FOLDER` writes to an engine, version by version."""
-    importlib.import_module("isthmus.follow").execute(folder, _watch(), **options)
+    importlib.import_module("isthmus.tools.follow").execute(folder, _watch(), **options)
 
 
 @cli.command("inspect")
@@ -197,7 +197,7 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
 
     Exit code 1 if it is tampered, untrusted, or was refused by its gate.
     """
-    found = importlib.import_module("isthmus.inspect_bundle").execute(
+    found = importlib.import_module("isthmus.tools.inspect").execute(
         folder, _watch(), as_json=as_json, diff=diff, trust=trust
     )
     if found.state not in ("sealed", "unsealed"):
@@ -234,7 +234,7 @@ def bundle_failure(failure: Path, **options: Any) -> None:
     This has nothing to do with bundles of weights: `isthmus inspect BUNDLE` looks into those, `isthmus handoff` makes
     them.
     """
-    importlib.import_module("isthmus.bundle_failure").execute(failure, _watch(), **options)
+    importlib.import_module("isthmus.tools.case").execute(failure, _watch(), **options)
 
 
 @cli.group()
@@ -270,7 +270,7 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     time, unless the model has to be calibrated. FILE has a line {"tokens": [...]} or {"prompt": ..., "completion": ...}
     per sequence, best of the model's own.
     """
-    stage = importlib.import_module("isthmus.convert")
+    stage = importlib.import_module("isthmus.tools.convert")
     stage.execute(source, out, stage.Options(**options), _watch())
 
 
@@ -296,7 +296,7 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
     The script needs no change. Afterwards a report says which operators the chip's software has, runs on the host, or
     lacks. Exit code 1 if something was refused, else the script's own.
     """
-    report = importlib.import_module("isthmus.rehearse").execute(list(command), _watch(), **options)
+    report = importlib.import_module("isthmus.tools.rehearse").execute(list(command), _watch(), **options)
     if report.exit_code:
         raise click.exceptions.Exit(report.exit_code)
 
@@ -324,7 +324,7 @@ def coverage(target: str, **options: Any) -> None:
     are of a lower bound of the time. Exit code 1 if it cannot be trained there: an operator is missing, or a dtype or a
     collective is refused. Reading a wheel runs its start-up code in a process of its own.
     """
-    if not importlib.import_module("isthmus.coverage").execute(target, _watch(), **options).trains:
+    if not importlib.import_module("isthmus.tools.coverage").execute(target, _watch(), **options).trains:
         raise click.exceptions.Exit(1)
 
 
@@ -417,7 +417,7 @@ def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False,
         return
     watch.say(f"[bold]{heading}[/]")
     options = {"again": True} if again and stage == "qualify" else {"profile": True} if profile else {}
-    _show(importlib.import_module(f"isthmus.{stage}"), opened, **options)
+    _show(importlib.import_module(f"isthmus.stages.{stage}"), opened, **options)
 
 
 def _show(module: Any, opened: RunFolder, **options: Any) -> None:

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.recipe import PlacedStage, Recipe
+from isthmus.recipe.schema import PlacedStage, Recipe
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

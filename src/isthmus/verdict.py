@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.chips import device_for, looked_for
 from isthmus.pools import Pool, get_pool
-from isthmus.recipe import Recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Aspect, AspectOutcome, Evidence, Limit, QualifyRecord, Score, Skipped, Verdict
 from isthmus.run import Figure
 

@@ -11,7 +11,7 @@ import torch
 
 from isthmus.algos import algorithm_config, algorithm_names, get_algorithm
 from isthmus.errors import IsthmusError
-from isthmus.recipe import OptimizerSection, RlSection
+from isthmus.recipe.schema import OptimizerSection, RlSection
 
 
 def section(**changes) -> RlSection:

@@ -7,9 +7,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
-from isthmus import follow
 from isthmus.cli import cli
 from isthmus.engines import EngineError, OtherBase, Sampling
 from isthmus.engines.channel import Channel
@@ -17,10 +15,12 @@ from isthmus.engines.local import LocalEngine
 from isthmus.engines.remote import HttpEngine
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.delta import WeightSet, encode
-from isthmus.formats.version_folder import Lost, VersionWriter
-from isthmus.formats.versions import Publisher
-from isthmus.formats.wire import digest, pack, set_sha256
+from isthmus.formats.updates.delta import WeightSet, encode
+from isthmus.formats.updates.publisher import Publisher
+from isthmus.formats.updates.version_folder import Lost, VersionWriter
+from isthmus.formats.updates.wire import digest, pack, set_sha256
+from isthmus.tools import follow
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4]]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
-from isthmus.formats.wire import digest, pack
+from isthmus.formats.updates.wire import digest, pack
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 

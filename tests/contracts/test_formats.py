@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import calibrate
-from engine_bundle import ask, finished, run_core
-from small import GrowingCache, tiny_architecture
 
 import isthmus.formats
-from isthmus.engines.local.engine import Core
+from isthmus.engines.local.core.core import Core
 from isthmus.errors import IsthmusError
-from isthmus.formats import SHARED_PARTS, format_names, get_format, recognise_format
-from isthmus.formats.bundle import read_bundle, read_config, write_bundle
-from isthmus.formats.calibration import Calibration
+from isthmus.formats import format_names, get_format, recognise_format
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.files.bundle import read_bundle, read_config, write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection
+from isthmus.recipe.schema import DeepseekSection
+from tests.support.calibrated import calibrate
+from tests.support.engine_bundle import ask, finished, run_core
+from tests.support.small import GrowingCache, tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=53, initializer_range=0.1)
 CLAMPED = ARCHITECTURE.model_copy(update={"swiglu_limit": 0.5})
@@ -59,10 +59,10 @@ def limit(name: str) -> float:
     return 1e-6 if name == "fp32" else 0.2 if get_format(name).needs_calibration else 0.1
 
 
-def test_each_file_is_a_format_or_a_named_part():
-    files = {module.name for module in pkgutil.iter_modules(isthmus.formats.__path__)}
+def test_each_file_is_a_format():
+    files = {module.name for module in pkgutil.iter_modules(isthmus.formats.__path__) if not module.ispkg}
     plugs = {name for name in files if hasattr(importlib.import_module(f"isthmus.formats.{name}"), "FORMAT")}
-    assert plugs == set(format_names()) == files - SHARED_PARTS
+    assert plugs == set(format_names()) == files
     assert {"fp32", "bf16", "w8a8", "fp8"} <= plugs
 
 

@@ -15,16 +15,16 @@ import subprocess
 
 import pytest
 import torch
-from calibrated import calibrate
-from engine_bundle import small_tokenizer
 
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
-from isthmus.formats.bundle import read_bundle, write_bundle
-from isthmus.formats.wire import digest, pack
+from isthmus.formats.files.bundle import read_bundle, write_bundle
+from isthmus.formats.updates.wire import digest, pack
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection, DenseSection
+from isthmus.recipe.schema import DeepseekSection, DenseSection
+from tests.support.calibrated import calibrate
+from tests.support.engine_bundle import small_tokenizer
 
 PYTHON = os.environ.get("ISTHMUS_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(

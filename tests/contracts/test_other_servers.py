@@ -11,18 +11,18 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
-from other_servers import FakeSgLang, FakeVllm, serving
 
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.channel import Channel
 from isthmus.engines.remote import HttpEngine
-from isthmus.follow import Follower
 from isthmus.formats import get_format
-from isthmus.formats.bundle import read_bundle
-from isthmus.formats.version_folder import VersionWriter
-from isthmus.formats.versions import Publisher
-from isthmus.formats.wire import digest, pack, unpack
+from isthmus.formats.files.bundle import read_bundle
+from isthmus.formats.updates.publisher import Publisher
+from isthmus.formats.updates.version_folder import VersionWriter
+from isthmus.formats.updates.wire import digest, pack, unpack
+from isthmus.tools.follow import Follower
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+from tests.support.other_servers import FakeSgLang, FakeVllm, serving
 
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 MAKES = {"vllm": FakeVllm, "sglang": FakeSgLang}

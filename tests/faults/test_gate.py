@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from gate_models import random_model
-from gate_run import KINDS, Case, TargetDevice, ask, draw_plant, prepare, right_module
+
+from tests.support.gate_models import random_model
+from tests.support.gate_run import KINDS, Case, TargetDevice, ask, draw_plant, prepare, right_module
 
 MODELS = {"w8a8": 27, "bf16": 6}
 """Two small models that can have all faults between them, and the formats in which they cross."""

@@ -7,13 +7,13 @@ import json
 import socket
 
 import pytest
-from engine_bundle import write_small_bundle
-from live_server import PATIENCE_S, ask, greedy, live, wait_until
 
-from isthmus.engines.local import host as host_module
-from isthmus.engines.local import server as server_module
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
+from isthmus.engines.local.api import host as host_module
+from isthmus.engines.local.api import server as server_module
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from tests.support.engine_bundle import write_small_bundle
+from tests.support.live_server import PATIENCE_S, ask, greedy, live, wait_until
 
 ADMIN = "sk-root"
 JSON = "Content-Type: application/json\r\n"

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from flow_recipe import RECIPE, ROOT, command, isthmus, settings
 
 from isthmus.records import RlRecord, TrainRecord
 from isthmus.run import RunFolder
 from isthmus.trainer.checkpoint import load_model_state
+from tests.support.flow_recipe import RECIPE, ROOT, command, isthmus, settings
 
 
 @pytest.fixture(scope="module")

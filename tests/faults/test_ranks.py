@@ -6,16 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from flow_recipe import isthmus
-from ranks_recipe import interrupt_group, kill_second_rank, planned, stop_at, working_on
 
-from isthmus import train
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.local import run_ranks
 from isthmus.progress import Watch
-from isthmus.recipe import RecipeError
+from isthmus.recipe.schema import RecipeError
 from isthmus.records import TrainRecord
 from isthmus.run import RunFolder
+from isthmus.stages import train
+from tests.support.flow_recipe import isthmus
+from tests.support.ranks_recipe import interrupt_group, kill_second_rank, planned, stop_at, working_on
 
 LOSSES = ("loss", "mtp_loss", "balance_loss")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from engine_bundle import write_small_bundle
-from page_browser import Page, start_browser
-from page_server import Scripted, live
 
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from tests.support.engine_bundle import write_small_bundle
+from tests.support.page_browser import Page, start_browser
+from tests.support.page_server import Scripted, live
 
 EXAMPLES = ["Use 1, 2 and 3 to reach 6.", "Use 3, 4 and 5 to reach 23."]
 

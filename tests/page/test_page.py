@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from page_browser import Page, wait
-from page_server import DONE, HANG_UP, ending, event, piece
 from selenium.webdriver.common.keys import Keys
+
+from tests.support.page_browser import Page, wait
+from tests.support.page_server import DONE, HANG_UP, ending, event, piece
 
 PREFIX = "isthmus.conversation."
 DESKTOP, PHONE = (1200, 800), (360, 740)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
-from page_browser import Page, wait
-from page_server import ending, piece
 
-from isthmus.engines.local.server import STATIC
+from isthmus.engines.local.api.server import STATIC
+from tests.support.page_browser import Page, wait
+from tests.support.page_server import ending, piece
 
 PREFIX = "isthmus.conversation."
 POLICY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import os
 import re
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.probes.packing import clashing_names, foreign_imports
-from isthmus.recipe import load_recipe
+from isthmus.probes.cases.packing import clashing_names, foreign_imports
+from isthmus.recipe.schema import load_recipe
 from isthmus.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,8 @@ TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".j
 
 VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
 VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
-DESK = ("cli", "recipe", "run", "records", "progress", "pools", "plan", "report", "forecast", "chips", "algos")
+DESK = ("cli", "recipe.schema", "run", "records", "progress", "pools", "forecast", "chips", "algos")
+DESK_STAGES = ("stages.plan", "stages.report")
 LONGEST_FUNCTION = 80
 QUICK_CPU_SECONDS = 0.5
 TRIES = 5
@@ -95,7 +97,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return RunFolder.create(tmp_path_factory.mktemp("desk") / "run", load_recipe(RECIPE)).path
 
 
-@pytest.mark.parametrize("module", DESK)
+@pytest.mark.parametrize("module", (*DESK, *DESK_STAGES))
 def test_the_desk_never_loads_torch(module: str):
     result = run_python(f"import sys, isthmus.{module}; sys.exit(3 if 'torch' in sys.modules else 0)")
     assert result.returncode != 3, f"importing isthmus.{module} loads torch"
@@ -114,9 +116,9 @@ def test_a_desk_verb_never_loads_torch(verb: str, run_folder: Path):
 
 @pytest.mark.parametrize("verb", ["train", "rl", "handoff", "qualify", "serve"])
 def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
-    assert (SOURCE / f"{verb}.py").is_file()
-    result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.{verb}' in sys.modules else 0)")
-    assert result.returncode == 0, result.stderr or f"isthmus.cli loads isthmus.{verb}"
+    assert importlib.util.find_spec(f"isthmus.stages.{verb}")
+    result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.stages.{verb}' in sys.modules else 0)")
+    assert result.returncode == 0, result.stderr or f"isthmus.cli loads isthmus.stages.{verb}"
 
 
 def cpu_seconds(command: list[str]) -> float:
@@ -178,12 +180,12 @@ def test_no_function_is_long(file: Path):
 PORTABLE = [file for file in PYTHON_FILES if file.parent == SOURCE / "probes" / "portable" and file.stem != "__init__"]
 
 
-@pytest.mark.parametrize("file", [*PORTABLE, SOURCE / "probes" / "reproduction.py"], ids=named)
+@pytest.mark.parametrize("file", [*PORTABLE, SOURCE / "probes" / "cases" / "reproduction.py"], ids=named)
 def test_what_is_given_away_needs_torch_alone(file: Path):
     source = file.read_text(encoding="utf-8")
     assert foreign_imports(source) == [], f"{named(file)} may import torch and the standard library, nothing else"
     if file in PORTABLE:
-        assert clashing_names(source) == [], f"{named(file)} and probes/reproduction.py define the same names"
+        assert clashing_names(source) == [], f"{named(file)} and probes/cases/reproduction.py define the same names"
         assert "from __future__ import annotations\n" in source, f"{named(file)} has to run with older Pythons"
 
 

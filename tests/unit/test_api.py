@@ -13,14 +13,14 @@ from typing import Literal
 import numpy as np
 import openai
 import pytest
-from chat_templates import tokenizer_for
-from engine_bundle import small_model
 from pydantic import BaseModel
-from test_server import call, live, refused
 
-from isthmus.engines.local.engine import Core
-from isthmus.engines.local.scheduler import Finished, PromptToken, Request, Token
-from isthmus.engines.local.service import Identity, Service
+from isthmus.engines.local.api.service import Identity, Service
+from isthmus.engines.local.core.core import Core
+from isthmus.engines.local.core.scheduler import Finished, PromptToken, Request, Token
+from tests.support.chat_templates import tokenizer_for
+from tests.support.engine_bundle import small_model
+from tests.unit.test_server import call, live, refused
 
 CHAT = [{"role": "user", "content": "Weather?"}]
 CITY = {

@@ -9,13 +9,13 @@ import jsonschema
 import openai
 import pytest
 import torch
-from engine_bundle import small_model, small_tokenizer
 from llguidance import LLParserLimits
-from test_server import call, live
 
-from isthmus.engines.local import grammar
-from isthmus.engines.local.engine import Core
-from isthmus.engines.local.service import Identity, Service
+from isthmus.engines.local.api.service import Identity, Service
+from isthmus.engines.local.core import grammar
+from isthmus.engines.local.core.core import Core
+from tests.support.engine_bundle import small_model, small_tokenizer
+from tests.unit.test_server import call, live
 
 CHAT = [{"role": "user", "content": "Use 3, 4 and 5 to reach 23."}]
 SCHEMA = {

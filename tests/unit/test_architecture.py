@@ -8,20 +8,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-import reference
 import torch
-from against_transformers import (
-    in_transformers,
-    is_mtp,
-    published_gradients,
-    randomised,
-    to_published_layout,
-    transformers_gradients,
-)
-from drawn import architectures, yarn_scalings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import GrowingCache, architecture
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
@@ -32,10 +21,21 @@ from isthmus.data.corpus import Document
 from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequencies, softmax_scale
 from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import Router, Routing, Trace, sequence_balance_sums
-from isthmus.recipe import DeepseekSection, OptimizerSection, YarnScaling
+from isthmus.recipe.schema import DeepseekSection, OptimizerSection, YarnScaling
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import train_step
+from tests.support import reference
+from tests.support.against_transformers import (
+    in_transformers,
+    is_mtp,
+    published_gradients,
+    randomised,
+    to_published_layout,
+    transformers_gradients,
+)
+from tests.support.drawn import architectures, yarn_scalings
+from tests.support.small import GrowingCache, architecture
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow_recipe import RECIPE
 
 from isthmus.chips import get_chip, looked_for
 from isthmus.errors import IsthmusError
 from isthmus.pools import get_pool
 from isthmus.probes.budget import choose, parse_seconds
 from isthmus.probes.contract import Probe, Setting
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
+from tests.support.flow_recipe import RECIPE
 
 
 def probe(name: str, aspect: Any, price: float, *finds: Any, min_ranks: int = 1) -> Probe:

@@ -14,23 +14,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import portable_work
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from isthmus import bundle_failure
-from isthmus.bundle_failure import Packed, execute, read_case
 from isthmus.chips import load_chips, vendor_of
 from isthmus.chips._registry import vendors
 from isthmus.cli import cli
 from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
-from isthmus.probes.packing import clashing_names, foreign_imports, runs_needed, source_of, write_archive
-from isthmus.probes.shrink import Frequency
-from isthmus.probes.surroundings import describe_machine, shown_variables, without_private
+from isthmus.probes.cases.packing import clashing_names, foreign_imports, runs_needed, source_of, write_archive
+from isthmus.probes.cases.shrink import Frequency
+from isthmus.probes.cases.surroundings import describe_machine, shown_variables, without_private
 from isthmus.progress import Watch
+from isthmus.tools import case as bundle_failure
+from isthmus.tools.case import Packed, execute, read_case
+from tests.support import portable_work
 
 AMPLE = 1200.0
 """Seconds, for shrinking that ends because nothing gets smaller, however busy the machine is."""
@@ -45,14 +45,14 @@ Keep = Callable[..., Path]
 @pytest.fixture(scope="module", autouse=True)
 def tests_have_probes_of_their_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_failure, "PROBES", "portable_work:")
+        patch.setattr(bundle_failure, "PROBES", "tests.support.portable_work:")
         patch.setattr(bundle_failure, "RUNS", 3)
         yield
 
 
 def keep(folder: Path, name: str, arguments: dict[str, Any], ranks: int, crew: Crew | None = None, **more: Any) -> Path:
     """Call a probe of the tests and keep what came as a case, whatever came."""
-    function = f"portable_work:{name}"
+    function = f"tests.support.portable_work:{name}"
     files = {key: str(folder / arguments[key]) for key in more.get("files", [])}
     with crew or Crew(ranks) as used:
         called = used.call(function, {**arguments, **files}, deadline_s=60, stall_s=1.5)
@@ -275,7 +275,7 @@ def test_the_failure_is_found_in_a_run_folder_and_asked_for_where_there_are_seve
     ("change", "said"),
     [
         ({"function": "os:system"}, "can be packed"),
-        ({"function": "portable_work:nothing"}, "no function"),
+        ({"function": "tests.support.portable_work:nothing"}, "no function"),
         ({"files": ["size"]}, "`size` must name a file beside it, not 1"),
         ({"files": ["size"], "arguments": {"size": "../failure.json"}}, "must name a file"),
         ({"files": ["size"], "arguments": {"size": "inputs.pt"}}, "inputs.pt: it is not there"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_bundle import ask, finished, run_core, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.engines import EngineError
-from isthmus.engines.local.cache import BlockPool, chained_digest
-from isthmus.engines.local.engine import Core
+from isthmus.engines.local.core.cache import BlockPool, chained_digest
+from isthmus.engines.local.core.core import Core
+from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS = -1
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawn import architectures, dense_architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import architecture, tiny_architecture
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.balance import balance
-from isthmus.formats.calibrate import calibrate
-from isthmus.formats.calibration import Calibration
-from isthmus.formats.int8 import quantise_rows
-from isthmus.formats.rounding import gptq_round, round_with_calibration
+from isthmus.formats.calibration.balance import balance
+from isthmus.formats.calibration.calibrate import calibrate
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.calibration.rounding import gptq_round, round_with_calibration
+from isthmus.formats.parts.int8 import quantise_rows
 from isthmus.model.model import Model, causal_mask
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
+from tests.support.drawn import architectures, dense_architectures
+from tests.support.small import architecture, tiny_architecture
 
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None, database=None)
 

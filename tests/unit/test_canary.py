@@ -8,24 +8,24 @@ import math
 
 import pytest
 import torch
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
-from live_server import InBackground, ask, greedy, live, metric, wait_until
 
-from isthmus import serve
-from isthmus.engines.local.access_log import AccessLog
-from isthmus.engines.local.canary import Canary, drift_of
-from isthmus.engines.local.keys import Keyring
-from isthmus.engines.local.scheduler import Finished
-from isthmus.engines.local.server import CanaryPlan, Server
-from isthmus.engines.local.service import load_service
+from isthmus.engines.local.api.access_log import AccessLog
+from isthmus.engines.local.api.canary import Canary, drift_of
+from isthmus.engines.local.api.keys import Keyring
+from isthmus.engines.local.api.server import CanaryPlan, Server
+from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.core.scheduler import Finished
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import read_bundle
-from isthmus.formats.golden import GOLDEN, Golden, GoldenAnswer, make_golden, read_golden, write_golden
-from isthmus.formats.wire import digest, pack
+from isthmus.formats.files.bundle import read_bundle
+from isthmus.formats.files.golden import GOLDEN, Golden, GoldenAnswer, make_golden, read_golden, write_golden
+from isthmus.formats.updates.wire import digest, pack
 from isthmus.parity.seal import verify_seal, write_seal
 from isthmus.progress import Watch
-from isthmus.recipe import ServeSection
+from isthmus.recipe.schema import ServeSection
+from isthmus.stages import serve
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+from tests.support.live_server import InBackground, ask, greedy, live, metric, wait_until
 
 ADMIN = "sesame"
 BOUND = 0.1

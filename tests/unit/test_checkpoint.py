@@ -13,28 +13,14 @@ import time
 
 import pytest
 import torch
-from checkpoint_ranks import (
-    blank,
-    damaged_for_one,
-    differing,
-    flushed_inodes,
-    load_and_compare,
-    missing_on_one,
-    save_then_fail,
-    train_model,
-    whole_state,
-    write_and_hang,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import architecture
-from worlds import in_world, server
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
-from isthmus.recipe import OptimizerSection
+from isthmus.recipe.schema import OptimizerSection
 from isthmus.trainer import checkpoint_files
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
@@ -46,6 +32,20 @@ from isthmus.trainer.checkpoint import (
     rng_state,
 )
 from isthmus.trainer.optimizer import Optimizer
+from tests.support.checkpoint_ranks import (
+    blank,
+    damaged_for_one,
+    differing,
+    flushed_inodes,
+    load_and_compare,
+    missing_on_one,
+    save_then_fail,
+    train_model,
+    whole_state,
+    write_and_hang,
+)
+from tests.support.small import architecture
+from tests.support.worlds import in_world, server
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_recipe import RECIPE
 from rich.console import Console
 
 from isthmus import chips, pools
@@ -23,7 +22,8 @@ from isthmus.chips._detect import match_name
 from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, enforce, profile_of
 from isthmus.errors import IsthmusError
 from isthmus.formats import format_names
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
+from tests.support.flow_recipe import RECIPE
 
 AWAY = "ascend-910b-313t"
 

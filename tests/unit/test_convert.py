@@ -9,21 +9,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from small import architecture
-from small_dense import dense_architecture
-from test_stream import published
 
 from isthmus.cli import cli
-from isthmus.convert import CONVERSION, read_sequences
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats import fp8, get_format
-from isthmus.formats.bundle import read_bundle
-from isthmus.formats.published import dequantise_blocks
+from isthmus.formats.files.bundle import read_bundle
+from isthmus.formats.files.published import dequantise_blocks
 from isthmus.model.model import Model
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
+from isthmus.tools.convert import CONVERSION, read_sequences
+from tests.support.small import architecture
+from tests.support.small_dense import dense_architecture
+from tests.unit.test_stream import published
 
 DENSE = dense_architecture("llama", vocab_size=300)
 DEEPSEEK = architecture(vocab_size=300, q_lora_rank=14)

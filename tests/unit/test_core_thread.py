@@ -6,11 +6,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
-from engine_bundle import ask, finished, run_core, small_model
 
 from isthmus.engines import EngineError
-from isthmus.engines.local.engine import Core
-from isthmus.engines.local.scheduler import Finished, Request
+from isthmus.engines.local.core.core import Core
+from isthmus.engines.local.core.scheduler import Finished, Request
+from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS = -1
 PATIENCE_S = 60.0

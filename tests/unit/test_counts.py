@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import architecture
 
 from isthmus.forecast.count import count_parameters
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection, architecture_from_config
+from isthmus.recipe.schema import DeepseekSection, architecture_from_config
+from tests.support.small import architecture
 
 # DeepSeek-V3's dimensions (its config.json), written out here so that no code of ours is asked.
 LAYERS, DENSE, HIDDEN, VOCABULARY = 61, 3, 7168, 129_280

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import tiny_architecture
-from test_seal import TinyTokenizer
 from torch import Tensor
 
-from isthmus.formats.bundle import read_bundle, write_bundle
+from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
 from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import check_manifest, identity, read_manifest, write_manifest
 from isthmus.parity.steps import Misfit, compare_quantised
+from tests.support.small import tiny_architecture
+from tests.unit.test_seal import TinyTokenizer
 
 ARCHITECTURE = tiny_architecture(hidden_size=16, num_attention_heads=2, v_head_dim=8)
 EXPERT = "model.layers.1.mlp.experts.{}.{}.weight"

@@ -15,7 +15,7 @@ from isthmus.data.jsonl import read_problems
 from isthmus.data.tasks import Problem, completion_text, split_completion
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.recipe import DataSection
+from isthmus.recipe.schema import DataSection
 from isthmus.rewards import countdown, exact
 
 TASK = load(DataSection())

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import delta
-from isthmus.formats.delta import WeightSet, WrongBase, apply, encode, read_message, split_messages
-from isthmus.formats.wire import set_sha256
+from isthmus.formats.updates import delta
+from isthmus.formats.updates.delta import WeightSet, WrongBase, apply, encode, read_message, split_messages
+from isthmus.formats.updates.wire import set_sha256
 
 DTYPES = [
     torch.int8,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawn import dense_architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import GrowingCache
-from small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.engines.local.runner import Trial
+from isthmus.engines.local.core.runner import Trial
 from isthmus.forecast.count import count_parameters, forward_flops
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model, document_mask
-from isthmus.recipe import DenseSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.recipe.schema import DenseSection, RecipeError, architecture_from_config, parse_architecture
+from tests.support.drawn import dense_architectures
+from tests.support.small import GrowingCache
+from tests.support.small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
 
 DRAWN = settings(max_examples=40, deadline=None, derandomize=True)
 

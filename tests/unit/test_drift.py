@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from isthmus import rl
 from isthmus.progress import Watch
+from isthmus.stages.rl import loop as rl
 
 
 @pytest.fixture

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from against_transformers import to_transformers_layout
-from engine_bundle import architecture, ask, finished, run_core, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from isthmus.engines.local.engine import Core
-from isthmus.engines.local.sampler import draw, stream_key, uniforms
-from isthmus.engines.local.scheduler import Request, Token
+from isthmus.engines.local.core.core import Core
+from isthmus.engines.local.core.sampler import draw, stream_key, uniforms
+from isthmus.engines.local.core.scheduler import Request, Token
 from isthmus.model.config import hf_config
+from tests.support.against_transformers import to_transformers_layout
+from tests.support.engine_bundle import architecture, ask, finished, run_core, small_model
 
 NO_EOS = -1
 PROMPTS = [[5, 17, 230], [8] * 11, [44], [3, 9, 27, 81, 243, 129, 87]]

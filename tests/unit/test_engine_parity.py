@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from small import tiny_architecture
 
-from isthmus.formats.golden import TokenScore
+from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
 from isthmus.parity.engine import check_engine, compare_engine
 from isthmus.parity.tokens import TIE_NATS, GoldenSequence
+from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
 

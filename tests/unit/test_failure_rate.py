@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.chips import failure_rates, load_chips, stability_rule
-from isthmus.probes.failure_rate import figures_of_soak, prior_of, target_rate
-from isthmus.probes.statistics import (
+from isthmus.probes.judge.failure_rate import figures_of_soak, prior_of, target_rate
+from isthmus.probes.judge.rates import (
     GammaRate,
     checkpoint_interval,
     exposure_to_show,

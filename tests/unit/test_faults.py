@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_ranks import whole_state
 from safetensors.torch import save_file
-from small import tiny_architecture
 from torch import Tensor, nn
 
 from isthmus.chips.rehearse.damage import damage, round_mantissa
 from isthmus.chips.rehearse.faults import FAULT_KINDS, Fault, check_fault, parse_fault
 from isthmus.chips.rehearse.inject import FALLBACK_S, Injector
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.bundle import verify_files, write_bundle
+from isthmus.formats.files.bundle import verify_files, write_bundle
 from isthmus.launch.crew import Crew
 from isthmus.model.model import Model
 from isthmus.run import write_atomic
 from isthmus.trainer.checkpoint import CheckpointWriter, load_model_state
+from tests.support.checkpoint_ranks import whole_state
+from tests.support.small import tiny_architecture
 
 
 class NoTokenizer:

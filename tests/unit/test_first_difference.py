@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.launch.crew import Crew
-from isthmus.probes.first_difference import (
+from isthmus.probes.cases.first_difference import (
     REPLAY,
     Difference,
     Entry,

@@ -13,18 +13,19 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import tiny_architecture as architecture
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import get_format, wire
-from isthmus.formats.bundle import file_hashes, read_bundle, write_bundle
-from isthmus.formats.int8 import exact_matmul, quantise_rows
+from isthmus.formats import get_format
+from isthmus.formats.files.bundle import file_hashes, read_bundle, write_bundle
+from isthmus.formats.parts.int8 import exact_matmul, quantise_rows
+from isthmus.formats.updates import wire
 from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear, is_quantised
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.recipe import DeepseekSection
+from isthmus.recipe.schema import DeepseekSection
+from tests.support.small import tiny_architecture as architecture
 
 
 def trained_state(arch: DeepseekSection, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,19 +8,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from engine_bundle import small_tokenizer
 from safetensors.torch import load_file
-from small import GrowingCache
-from small import tiny_architecture as architecture
-from small_dense import dense_architecture, randomised
 from transformers import AutoModelForCausalLM
 
 from isthmus.formats import get_format
-from isthmus.formats.bundle import read_bundle, write_bundle
-from isthmus.formats.float8 import BlockLinear, block_matmul, full_range_scale, quantise_blocks, to_e4m3
+from isthmus.formats.files.bundle import read_bundle, write_bundle
+from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.fp8 import quantise_weight, scale_of_rows
-from isthmus.formats.published import Checkpoint, StoredTensors
+from isthmus.formats.parts.float8 import BlockLinear, block_matmul, full_range_scale, quantise_blocks, to_e4m3
 from isthmus.model.model import Model
+from tests.support.engine_bundle import small_tokenizer
+from tests.support.small import GrowingCache
+from tests.support.small import tiny_architecture as architecture
+from tests.support.small_dense import dense_architecture, randomised
 
 
 def heavy(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from against_transformers import in_transformers
-from against_transformers import randomised as randomised_latent
-from engine_bundle import ask, finished, run_core
-from small import architecture
-from small_dense import dense_architecture, randomised, theirs
 
-from isthmus.engines.local.engine import Core
+from isthmus.engines.local.core.core import Core
+from tests.support.against_transformers import in_transformers
+from tests.support.against_transformers import randomised as randomised_latent
+from tests.support.engine_bundle import ask, finished, run_core
+from tests.support.small import architecture
+from tests.support.small_dense import dense_architecture, randomised, theirs
 
 NO_EOS = -1
 PROMPTS, NEW = 100, 12

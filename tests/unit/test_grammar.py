@@ -8,13 +8,13 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from engine_bundle import small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
-from isthmus.engines.local import grammar
-from isthmus.engines.local.grammar import Compiler, GrammarRefused, choice_grammar, json_grammar, regex_grammar
+from isthmus.engines.local.core import grammar
+from isthmus.engines.local.core.grammar import Compiler, GrammarRefused, choice_grammar, json_grammar, regex_grammar
+from tests.support.engine_bundle import small_tokenizer
 
 TOKENIZER = small_tokenizer()
 VOCAB_SIZE = TOKENIZER.vocab_size + 12  # a model may have rows that its tokenizer does not use

@@ -6,12 +6,12 @@ import csv
 from importlib import resources
 
 import pytest
-from fault_work import DTYPES
 
 from isthmus.chips.rehearse.dispatch import short_name
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.links import HOST, Links, LinkShape, route_of
 from isthmus.launch.crew import Called, Crew
+from tests.support.fault_work import DTYPES
 
 CHIP = "ascend-910b-313t"
 WORLD = 3
@@ -24,12 +24,12 @@ def crew():
 
 
 def call(crew: Crew, function: str, **arguments) -> list:
-    return crew.call(f"fault_work:{function}", arguments, deadline_s=120).values
+    return crew.call(f"tests.support.fault_work:{function}", arguments, deadline_s=120).values
 
 
 def with_faults(function: str, *faults: str, world: int = WORLD, stall_s: float | None = None, **arguments) -> Called:
     with Crew(world, faults=[parse_fault(fault) for fault in faults]) as crew:
-        return crew.call(f"fault_work:{function}", arguments, deadline_s=120, stall_s=stall_s)
+        return crew.call(f"tests.support.fault_work:{function}", arguments, deadline_s=120, stall_s=stall_s)
 
 
 @pytest.mark.parametrize("dtype", list(map(short_name, DTYPES)))
@@ -136,8 +136,8 @@ def test_a_connect_time_out_outside_its_range_is_refused(crew: Crew):
 
 def test_a_crew_of_a_rehearsed_chip_has_its_rules():
     with Crew(2, chip=CHIP) as crew:
-        assert crew.call("crew_work:add_up", {"start": 1.0}, deadline_s=60).ok
-        called = crew.call("fault_work:bitwise", deadline_s=60)
+        assert crew.call("tests.support.crew_work:add_up", {"start": 1.0}, deadline_s=60).ok
+        called = crew.call("tests.support.fault_work:bitwise", deadline_s=60)
     assert not called.ok and "RehearsalRefused" in called.describe()
 
 

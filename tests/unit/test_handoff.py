@@ -12,26 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from small import TINY
 
-from isthmus import handoff
 from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import load_task
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import file_hashes, read_bundle
-from isthmus.formats.golden import PROMPTS, read_golden
+from isthmus.formats.files.bundle import file_hashes, read_bundle
+from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
 from isthmus.parity.keys import new_key
 from isthmus.parity.seal import verify_seal
 from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
-from isthmus.recipe import parse_recipe
+from isthmus.recipe.schema import parse_recipe
 from isthmus.records import HandoffRecord, Placement, PlanRecord, RlRecord
 from isthmus.rewards import Reward
 from isthmus.run import Figure, RunFolder, write_atomic
+from isthmus.stages import handoff
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
+from tests.support.small import TINY
 
 RECIPE = {
     "name": "small",

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from small import tiny_architecture
-from test_seal import TinyTokenizer, passed
 
 from isthmus.cli import cli
 from isthmus.errors import IsthmusError
-from isthmus.formats.bundle import write_bundle
-from isthmus.inspect_bundle import compare, inspect
+from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.keys import public_key
@@ -22,6 +19,9 @@ from isthmus.parity.manifest import add_file, write_manifest
 from isthmus.parity.seal import write_seal
 from isthmus.records import Check, LedgerRow, ParityVerdict
 from isthmus.run import Figure
+from isthmus.tools.inspect import compare, inspect
+from tests.support.small import tiny_architecture
+from tests.unit.test_seal import TinyTokenizer, passed
 
 ARCHITECTURE = tiny_architecture()
 NORM = "model.layers.0.input_layernorm.weight"

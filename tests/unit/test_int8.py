@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import tiny_architecture as architecture
 
 from isthmus.formats import get_format
-from isthmus.formats.int8 import exact_matmul, quantise_rows
+from isthmus.formats.parts.int8 import exact_matmul, quantise_rows
 from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear
 from isthmus.model.model import Model
+from tests.support.small import tiny_architecture as architecture
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.engines.local.keys import Keyring, Level, check_exposure
-from isthmus.engines.local.limits import Bucket, KeyBudget, KeyLimits, Rate, Refused
-from isthmus.engines.local.protocol import ApiError
+from isthmus.engines.local.api.keys import Keyring, Level, check_exposure
+from isthmus.engines.local.api.limits import Bucket, KeyBudget, KeyLimits, Rate, Refused
+from isthmus.engines.local.api.protocol import ApiError
 from isthmus.errors import IsthmusError
 
 

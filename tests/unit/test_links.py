@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_recipe import RECIPE, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,8 +24,9 @@ from isthmus.probes import blame, links
 from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
 from isthmus.records import Evidence, FailureCase
+from tests.support.flow_recipe import RECIPE, SMALL
 
 WORK = "isthmus.probes.portable.collectives"
 

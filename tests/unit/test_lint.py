@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import architecture
-from test_seal import TinyTokenizer
 
 from isthmus.chips import load_chips, rules_for
 from isthmus.chips._rules import Rule, _rules
 from isthmus.errors import IsthmusError
-from isthmus.formats.bundle import read_bundle, write_bundle
+from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.lint import BUILT, CONFIGURED, STORED, lint_config, lint_model
 from isthmus.parity.manifest import write_manifest
-from isthmus.recipe import DenseSection, Llama3Scaling, YarnScaling
+from isthmus.recipe.schema import DenseSection, Llama3Scaling, YarnScaling
+from tests.support.small import architecture
+from tests.unit.test_seal import TinyTokenizer
 
 YARN = YarnScaling(
     type="yarn",

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from flow_recipe import RECIPE, SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,11 +25,12 @@ from isthmus.pools import get_pool
 from isthmus.probes import software
 from isthmus.probes.calls import Call, CallRecorder, describe_tensor, edge_calls, recipe_calls, specify
 from isthmus.probes.contract import Setting
-from isthmus.probes.operators import trace_operators
 from isthmus.probes.portable import compiled, operators, traps
+from isthmus.probes.static.operators import trace_operators
 from isthmus.probes.trusted import trusted_errors
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
 from isthmus.records import Evidence, FailureCase
+from tests.support.flow_recipe import RECIPE, SMALL
 
 aten = torch.ops.aten
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from against_transformers import randomised
-from small import architecture
 
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model, causal_mask, document_mask
 from isthmus.model.moe import Dispatch, Experts
+from tests.support.against_transformers import randomised
+from tests.support.small import architecture
 
 
 def test_dispatch_equals_a_loop_over_experts():

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from against_transformers import randomised
-from drawn import architectures, dense_architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import architecture
-from small_dense import randomised as randomised_dense
 
-from isthmus.engines.local import native
-from isthmus.engines.local.batch import Singles, StepBatch
-from isthmus.engines.local.native import NativeModel, NativeUnavailable, load_library, tried_library
-from isthmus.engines.local.runner import Runner
+from isthmus.engines.local.core import native
+from isthmus.engines.local.core.batch import Singles, StepBatch
+from isthmus.engines.local.core.native import NativeModel, NativeUnavailable, load_library, tried_library
+from isthmus.engines.local.core.runner import Runner
 from isthmus.formats import get_format
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection, ModelSection
+from isthmus.recipe.schema import DeepseekSection, ModelSection
+from tests.support.against_transformers import randomised
+from tests.support.drawn import architectures, dense_architectures
+from tests.support.small import architecture
+from tests.support.small_dense import randomised as randomised_dense
 
 SEEDS = st.integers(0, 2**20)
 BLOCK, SPAN = 4, 23

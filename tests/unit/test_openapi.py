@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import schemathesis
-from engine_bundle import write_small_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_server import ask, live
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -18,10 +16,12 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
-from isthmus.engines.local.keys import Keyring
-from isthmus.engines.local.protocol import ChatAsk, CompletionAsk
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
+from isthmus.engines.local.api.keys import Keyring
+from isthmus.engines.local.api.protocol import ChatAsk, CompletionAsk
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from tests.support.engine_bundle import write_small_bundle
+from tests.support.live_server import ask, live
 
 ADMIN, USER = "sk-root", "sk-alice"
 CHECKS = [

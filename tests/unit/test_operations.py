@@ -12,22 +12,22 @@ import subprocess
 import sys
 
 import pytest
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
-from live_server import PATIENCE_S, InBackground, ask, greedy, live, metric, wait_until
 
 from isthmus import __version__
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.access_log import AccessLog
-from isthmus.engines.local.keys import Keyring
-from isthmus.engines.local.limits import KeyLimits, Rate
-from isthmus.engines.local.scheduler import Finished, Request
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
-from isthmus.engines.local.visit import Visit
+from isthmus.engines.local.api.access_log import AccessLog
+from isthmus.engines.local.api.keys import Keyring
+from isthmus.engines.local.api.limits import KeyLimits, Rate
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.api.visit import Visit
+from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
-from isthmus.formats.wire import digest, pack, set_sha256
+from isthmus.formats.updates.wire import digest, pack, set_sha256
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+from tests.support.live_server import PATIENCE_S, InBackground, ask, greedy, live, metric, wait_until
 
 USER, OTHER, ADMIN = "sk-alice", "sk-bob", "sk-root"
 SECRET = "the reef of the three wrecks"

@@ -8,13 +8,13 @@ import random
 
 import pytest
 import torch
-from small import tiny_architecture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.formats import get_format
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers, newcombe_interval, paired_difference, wilson_interval
 from isthmus.parity.tokens import TIE_NATS, GoldenSequence, compare_tokens, completion_log_probabilities
+from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
 

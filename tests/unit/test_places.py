@@ -35,16 +35,16 @@ def places(store):
 
 def test_remote_ranks_answer_crash_and_come_back(places):
     with Crew(WORLD, places=places) as crew:
-        assert crew.call("crew_work:add_up", {"start": 1.0}, deadline_s=60).values == [6.0] * WORLD
-        called = crew.call("crew_work:die", {"who": 1}, deadline_s=60)
+        assert crew.call("tests.support.crew_work:add_up", {"start": 1.0}, deadline_s=60).values == [6.0] * WORLD
+        called = crew.call("tests.support.crew_work:die", {"who": 1}, deadline_s=60)
         assert called.culprits() == [1] and called.replies[1].error == "killed by signal 9"
-        called = crew.call("crew_work:complain", {"who": 2}, deadline_s=60)
+        called = crew.call("tests.support.crew_work:complain", {"who": 2}, deadline_s=60)
         assert called.culprits() == [2] and "this cannot be" in called.replies[2].log
-        assert crew.call("crew_work:add_up", {"start": 0.0}, deadline_s=60).values == [3.0] * WORLD
+        assert crew.call("tests.support.crew_work:add_up", {"start": 0.0}, deadline_s=60).values == [3.0] * WORLD
         assert len(crew.starts) == 3
 
 
 def test_a_remote_rank_that_lags_is_named_and_faults_travel(places):
     with Crew(WORLD, places=places, faults=(Fault("hang", rank=2, step=1),)) as crew:
-        called = crew.call("crew_work:lag", {"who": -1}, deadline_s=60, stall_s=2.0)
+        called = crew.call("tests.support.crew_work:lag", {"who": -1}, deadline_s=60, stall_s=2.0)
         assert not called.ok and called.culprits() == [2]

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_recipe import RECIPE
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus import plan
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.forecast import duration
 from isthmus.forecast.count import count_parameters, forward_flops, training_flops
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe import DeepseekSection, Recipe, load_recipe
+from isthmus.recipe.schema import DeepseekSection, Recipe, load_recipe
 from isthmus.records import PlanRecord, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
+from isthmus.stages import plan
+from tests.support.flow_recipe import RECIPE
 
 PACE = {
     "sft_step_s": 0.5,
@@ -158,7 +158,7 @@ def test_a_missing_verdict_names_the_verb_to_run(tmp_path: Path):
 
 
 def test_the_plan_does_not_load_torch():
-    code = "import sys, isthmus.plan, isthmus.forecast.count; sys.exit('torch' in sys.modules)"
+    code = "import sys, isthmus.stages.plan, isthmus.forecast.count; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

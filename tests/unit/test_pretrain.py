@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import tiny_architecture
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 
@@ -27,6 +26,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model, document_mask
 from isthmus.trainer.pretrain_batch import batch_of_rows
+from tests.support.small import tiny_architecture
 
 LENGTH = 8
 SHARD = 2**13

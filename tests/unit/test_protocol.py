@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.engines.local.protocol import (
+from isthmus.engines.local.api.protocol import (
     ApiError,
     ChatAsk,
     CompletionAsk,

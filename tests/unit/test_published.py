@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from against_transformers import in_transformers
-from against_transformers import randomised as randomised_deepseek
 from safetensors.torch import load_file, save_file
-from small import architecture
-from small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
-from test_seal import passed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.bundle import read_bundle, write_bundle
-from isthmus.formats.published import INDEX, StoredTensors, dequantise_blocks, weight_files
+from isthmus.formats.files.bundle import read_bundle, write_bundle
+from isthmus.formats.files.published import INDEX, StoredTensors, dequantise_blocks, weight_files
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal, write_seal
-from isthmus.recipe import ModelSection, architecture_from_config, parse_architecture
+from isthmus.recipe.schema import ModelSection, architecture_from_config, parse_architecture
 from isthmus.run import sha256_file
 from isthmus.trainer.initial import load_published
+from tests.support.against_transformers import in_transformers
+from tests.support.against_transformers import randomised as randomised_deepseek
+from tests.support.small import architecture
+from tests.support.small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
+from tests.unit.test_seal import passed
 
 TOKENS = torch.randint(80, (2, 30), generator=torch.Generator().manual_seed(0))
 MODELS = {

@@ -11,12 +11,10 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from flow_recipe import RECIPE, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from isthmus import qualify
 from isthmus.chips.rehearse import enforce, profile_of
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.chips.rehearse.tables import Profile, Status
@@ -25,14 +23,16 @@ from isthmus.launch.crew import Crew
 from isthmus.probes import pilots
 from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
 from isthmus.probes.contract import Probe, Setting
-from isthmus.probes.operators import coverage, trace_operators
+from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.pilots import solve_pace
-from isthmus.probes.statistics import median_of, zero_failure_bound
+from isthmus.probes.static.operators import coverage, trace_operators
 from isthmus.progress import Watch
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 from isthmus.records import Aspect, Evidence, Limit, Outcome, QualifyRecord, Verdict
 from isthmus.run import RunFolder
+from isthmus.stages import qualify
 from isthmus.verdict import QUESTIONS, judge
+from tests.support.flow_recipe import RECIPE, SMALL
 
 AWAY = "ascend-910b-313t"
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_ranks_that_crash_end_the_probing_and_no_pilot_runs_in_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def crash(crew: Crew, _setting: Setting) -> list[Evidence]:
-        called = crew.call("crew_work:die", {"who": 0}, deadline_s=30.0)
+        called = crew.call("tests.support.crew_work:die", {"who": 0}, deadline_s=30.0)
         detail = called.describe()
         return [Evidence(name="x", aspect="stability", needed_for="both", outcome="fail", detail=detail)]
 

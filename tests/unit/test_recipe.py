@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from isthmus.recipe import (
+from isthmus.recipe.schema import (
     DeepseekSection,
     DenseSection,
     Recipe,

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus import rehearse
 from isthmus.chips.rehearse import Emulation, profile_of
 from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
 from isthmus.errors import IsthmusError
 from isthmus.progress import Watch
+from isthmus.tools import rehearse
 
 ASCEND = "ascend-910b-313t"
 KIND = "ipu"

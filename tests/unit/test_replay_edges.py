@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import architecture
 
-from isthmus.formats.bundle import read_bundle, write_bundle
+from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet, capture, synthetic_prompts
 from isthmus.parity.replay import Replay, Replayer
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.run import write_atomic
+from tests.support.small import architecture
 
 
 class NoTokenizer:

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from isthmus import records, report
+from isthmus import records
 from isthmus.errors import DamagedFile
 from isthmus.progress import Watch
-from isthmus.recipe import parse_recipe
+from isthmus.recipe.schema import parse_recipe
 from isthmus.report_page import charts, numbers, timing
 from isthmus.run import Figure, RunFolder
+from isthmus.stages import report
 
 START = 1_700_000_000.0
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flow_recipe import RECIPE, SMALL
 
-from isthmus import rl
 from isthmus.data.tasks import load_task as rl_load_task
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
-from isthmus.formats.version_folder import read_versions
+from isthmus.formats.updates.version_folder import read_versions
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 from isthmus.rewards import Reward
 from isthmus.run import RunFolder
+from isthmus.stages.rl import loop as rl
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
+from tests.support.flow_recipe import RECIPE, SMALL
 
 STEPS = 4
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.recipe import Recipe, parse_recipe
+from isthmus.recipe.schema import Recipe, parse_recipe
 from isthmus.records import PlanRecord
 from isthmus.run import Figure, RunFolder, sha256_file, write_atomic
 

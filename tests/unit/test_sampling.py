@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from engine_bundle import ask, finished, run_core, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -18,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from isthmus.engines.local.engine import Core
-from isthmus.engines.local.sampler import Adjustment, adjust, draw
+from isthmus.engines.local.core.core import Core
+from isthmus.engines.local.core.sampler import Adjustment, adjust, draw
+from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS, VOCABULARY = -1, 300
 PROMPT = [5, 17, 230, 17]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import tiny_architecture
 
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.bundle import file_hashes, write_bundle
+from isthmus.formats.files.bundle import file_hashes, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.keys import new_key, public_key, read_trusted
 from isthmus.parity.manifest import add_file, canonical_sha256, write_manifest
 from isthmus.parity.seal import Lineage, Seal, standing, verify_seal, write_seal
 from isthmus.records import Check, ParityVerdict
 from isthmus.run import Figure
+from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, hidden_size=16)
 

@@ -15,27 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_bundle import write_small_bundle
-from flow_recipe import RECIPE
-from live_server import ask, live
 
-from isthmus import serve
 from isthmus.chips.rehearse import RehearsalRefused
-from isthmus.engines.local.keys import Keyring
-from isthmus.engines.local.metrics import Metrics
-from isthmus.engines.local.service import rehearse_steps
+from isthmus.engines.local.api.keys import Keyring
+from isthmus.engines.local.api.metrics import Metrics
+from isthmus.engines.local.api.service import rehearse_steps
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.bundle import read_bundle
-from isthmus.formats.golden import make_golden, write_golden
+from isthmus.formats.files.bundle import read_bundle
+from isthmus.formats.files.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
 from isthmus.parity.keys import new_key
 from isthmus.parity.manifest import add_file
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
-from isthmus.recipe import ServeSection, load_recipe
+from isthmus.recipe.schema import ServeSection, load_recipe
 from isthmus.records import HandoffRecord, ParityVerdict, Placement, PlanRecord
 from isthmus.run import RunFolder
+from isthmus.stages import serve
+from tests.support.engine_bundle import write_small_bundle
+from tests.support.flow_recipe import RECIPE
+from tests.support.live_server import ask, live
 
 GOLDEN_PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
 PARITY = {

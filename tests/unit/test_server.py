@@ -12,18 +12,18 @@ import time
 import openai
 import pytest
 import uvicorn
-from engine_bundle import small_tokenizer, write_small_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines.local.host import bind
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
-from isthmus.engines.local.text import ChannelledText, PlainText, Rules, StopCutter, Vocabulary
+from isthmus.engines.local.api.host import bind
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.api.text import ChannelledText, PlainText, Rules, StopCutter, Vocabulary
 from isthmus.errors import IsthmusError
+from tests.support.engine_bundle import small_tokenizer, write_small_bundle
 
 ADMIN_KEY = "sesame"
 CHAT = [{"role": "user", "content": "Use 3, 4 and 5 to reach 23."}]

@@ -12,19 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from small import tiny_architecture
-from small_dense import dense_architecture
 from torch.distributed.tensor import DTensor
-from worlds import in_world
 
 from isthmus.data.corpus import Document
 from isthmus.errors import IsthmusError
-from isthmus.formats.assemble import unfilled
-from isthmus.formats.published import CONFIG, WEIGHTS
+from isthmus.formats.files.published import CONFIG, WEIGHTS
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.recipe import ModelSection, OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.schema import ModelSection, OptimizerSection, SftSection, TrainSection
 from isthmus.trainer import parallel
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.compiled import compile_parts
@@ -34,6 +31,9 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise, model_state
 from isthmus.trainer.step import train_step
+from tests.support.small import tiny_architecture
+from tests.support.small_dense import dense_architecture
+from tests.support.worlds import in_world
 
 STEPS = 50
 TINY_MODEL = tiny_architecture()

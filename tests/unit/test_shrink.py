@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.launch.crew import Called, Reply
-from isthmus.probes.reproduction import manner_of, same_manner
-from isthmus.probes.shrink import Budget, Call, Judge, ddmin, manner_of_call, shrink, smallest
+from isthmus.probes.cases.reproduction import manner_of, same_manner
+from isthmus.probes.cases.shrink import Budget, Call, Judge, ddmin, manner_of_call, shrink, smallest
 
 WRONG = {"state": "wrong", "errors": []}
 

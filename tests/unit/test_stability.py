@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from flow_recipe import RECIPE, SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,11 +19,12 @@ from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
 from isthmus.probes import PRELOAD, stability
 from isthmus.probes.contract import Setting
+from isthmus.probes.judge.soak_judgement import problems_of, trends_of
 from isthmus.probes.portable import known_answers, training
-from isthmus.probes.soak_judgement import problems_of, trends_of
-from isthmus.recipe import QualifySection, load_recipe
+from isthmus.recipe.schema import QualifySection, load_recipe
 from isthmus.records import Evidence, FailureCase
 from isthmus.run import RunFolder
+from tests.support.flow_recipe import RECIPE, SMALL
 
 
 def alone(**changes: Any) -> SimpleNamespace:

@@ -16,11 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
-from small import architecture, tiny_architecture
-from small_dense import dense_architecture
 from torch.utils.flop_counter import FlopCounterMode
-from vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
-from worlds import in_world
 
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse import Profile, profile_of
@@ -28,14 +24,13 @@ from isthmus.chips.rehearse.fused import FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
 from isthmus.chips.wheel import software_of
 from isthmus.cli import cli
-from isthmus.coverage import OperatorTable, Report, execute, recipe_of, show
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
-from isthmus.formats.assemble import unfilled
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
-from isthmus.probes.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
-from isthmus.probes.static import StaticCoverage, amount, finding, join, needs_of, sizes_of, static_findings
-from isthmus.probes.static_trace import (
+from isthmus.probes.static.check import StaticCoverage, amount, finding, join, needs_of, sizes_of, static_findings
+from isthmus.probes.static.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
+from isthmus.probes.static.trace import (
     Layout,
     Options,
     full_rows,
@@ -46,12 +41,17 @@ from isthmus.probes.static_trace import (
 )
 from isthmus.probes.traffic import ALL_REDUCE, ALL_TO_ALL, Traffic
 from isthmus.progress import Watch
-from isthmus.recipe import ModelSection, OptimizerSection, Recipe, SftSection, TrainSection
+from isthmus.recipe.schema import ModelSection, OptimizerSection, Recipe, SftSection, TrainSection
+from isthmus.tools.coverage import OperatorTable, Report, execute, recipe_of, show
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
+from tests.support.small import architecture, tiny_architecture
+from tests.support.small_dense import dense_architecture
+from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
+from tests.support.worlds import in_world
 
 CHIP = "ascend-910b-313t"
 ADAMW = OptimizerSection(name="adamw", learning_rate=1e-3)

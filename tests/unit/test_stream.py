@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import architecture
-from small_dense import dense_architecture, randomised
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import file_hashes, read_bundle, write_bundle
-from isthmus.formats.int8 import quantise_rows, quantise_weight
-from isthmus.formats.published import Checkpoint, StoredTensors
-from isthmus.formats.stream import KINDS, TensorWriter
+from isthmus.formats.files.bundle import file_hashes, read_bundle, write_bundle
+from isthmus.formats.files.published import Checkpoint, StoredTensors
+from isthmus.formats.files.stream import KINDS, TensorWriter
+from isthmus.formats.parts.int8 import quantise_rows, quantise_weight
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
+from tests.support.small import architecture
+from tests.support.small_dense import dense_architecture, randomised
 
 TYPES = st.sampled_from(list(KINDS.values()))
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -198,10 +198,10 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from small import architecture
-from isthmus.formats.bundle import write_bundle
-from isthmus.formats.published import Checkpoint, StoredTensors
-from test_stream import TinyTokenizer, anonymous_mib
+from tests.support.small import architecture
+from isthmus.formats.files.bundle import write_bundle
+from isthmus.formats.files.published import Checkpoint, StoredTensors
+from tests.unit.test_stream import TinyTokenizer, anonymous_mib
 
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 arch = architecture(**LARGE, num_hidden_layers=layers)
@@ -249,7 +249,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path):
         (folder / "config.json").write_text(json.dumps(config))
         code = PEAK.replace("**LARGE", f"**{LARGE!r}")
         done = subprocess.run(
-            [sys.executable, "-c", code, folder, str(layers)], capture_output=True, text=True, cwd=Path(__file__).parent
+            [sys.executable, "-c", code, folder, str(layers)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
         )
         assert done.returncode == 0, done.stderr
         found.append(float(done.stdout))
@@ -261,8 +264,8 @@ def test_a_model_without_memory_has_its_tables_and_does_not_load_the_compiler():
     code = """
 import sys
 import torch
-from small import architecture
-from isthmus.formats.assemble import unfilled
+from tests.support.small import architecture
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.attention import RotaryTable
 
 model, table = unfilled(architecture()), RotaryTable(architecture())
@@ -270,5 +273,5 @@ assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"
 assert torch.equal(model.model.rotary.cos, table.cos) and torch.equal(model.model.rotary.sin, table.sin)
 assert "torch._dynamo" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr

@@ -9,17 +9,17 @@ import statistics
 from pathlib import Path
 
 import pytest
-from flow_recipe import RECIPE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.chips import load_chips
 from isthmus.errors import IsthmusError
 from isthmus.pools import get_pool
-from isthmus.probes import live_probes, pilots, thresholds
+from isthmus.probes import live_probes, pilots
 from isthmus.probes.contract import Setting
 from isthmus.probes.findings import Findings
-from isthmus.probes.thresholds import (
+from isthmus.probes.judge import thresholds
+from isthmus.probes.judge.thresholds import (
     METRICS,
     Rule,
     apply_thresholds,
@@ -29,8 +29,9 @@ from isthmus.probes.thresholds import (
     read_rules,
     unjudged,
 )
-from isthmus.recipe import load_recipe
+from isthmus.recipe.schema import load_recipe
 from isthmus.run import Figure
+from tests.support.flow_recipe import RECIPE
 
 CHIPS = load_chips()
 UPSTREAM = list(csv.DictReader((Path(__file__).parent / "upstream_floors.csv").read_text().splitlines()))

@@ -7,16 +7,16 @@ import json
 import jsonschema
 import numpy as np
 import pytest
-from chat_templates import DEEPSEEK, FORMATS, HERMES, LLAMA, tokenizer_for
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BpeTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.engines.local.grammar import Compiler, literal
-from isthmus.engines.local.protocol import Function, Message
-from isthmus.engines.local.text import Call, Vocabulary
-from isthmus.engines.local.tools import DeepseekFormat, HermesFormat, LlamaFormat, call_grammar, format_of
+from isthmus.engines.local.api.protocol import Function, Message
+from isthmus.engines.local.api.text import Call, Vocabulary
+from isthmus.engines.local.api.tools import DeepseekFormat, HermesFormat, LlamaFormat, call_grammar, format_of
+from isthmus.engines.local.core.grammar import Compiler, literal
+from tests.support.chat_templates import DEEPSEEK, FORMATS, HERMES, LLAMA, tokenizer_for
 
 CITY = {
     "type": "object",

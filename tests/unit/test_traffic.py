@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from worlds import in_world
 
 from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, Traffic, loopback_bytes
+from tests.support.worlds import in_world
 
 MEGABYTES = 4
 NUMBERS = MEGABYTES * 10**6 // 4

@@ -7,22 +7,22 @@ import math
 
 import pytest
 import torch
-from against_transformers import randomised
 from hypothesis import given
 from hypothesis import strategies as st
-from small import architecture
 from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
-from isthmus.recipe import OptimizerSection, SftSection
+from isthmus.recipe.schema import OptimizerSection, SftSection
 from isthmus.trainer import step as step_module
 from isthmus.trainer.batch import pack
 from isthmus.trainer.correction import mismatch, slope, truncated_importance
 from isthmus.trainer.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
 from isthmus.trainer.parts import Part, parts_of
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step, update_router_bias
+from tests.support.against_transformers import randomised
+from tests.support.small import architecture
 
 OBJECTIVE = SftSection(
     steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), balance_alpha=0.01, bias_update_speed=0.01

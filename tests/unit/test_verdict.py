@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from flow_recipe import RECIPE
 
-from isthmus import plan
 from isthmus.chips import fault_weights, looked_for
 from isthmus.chips.rehearse.faults import FAULT_KINDS
 from isthmus.errors import GateRefused
-from isthmus.recipe import Recipe, load_recipe
+from isthmus.recipe.schema import Recipe, load_recipe
 from isthmus.records import Evidence, Limit, Outcome, QualifyRecord, Skipped, Verdict
 from isthmus.run import Figure
+from isthmus.stages import plan
 from isthmus.verdict import broken_limits, compare, describe_limit, judge, limits_of, outcome_of, scores
+from tests.support.flow_recipe import RECIPE
 
 EP_8 = Limit(setting="train.expert", most=8, reason="all-to-all falls to a third beyond 8 ranks")
 NO_BF16 = Limit(setting="train.precision", excluded=["bf16"], reason="bf16 products lose half of their bits")

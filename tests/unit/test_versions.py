@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.delta import WeightSet, WrongBase
-from isthmus.formats.version_folder import (
+from isthmus.formats.updates.delta import WeightSet, WrongBase
+from isthmus.formats.updates.publisher import Publisher, Receiver, State
+from isthmus.formats.updates.version_folder import (
     LATEST,
     Lost,
     VersionWriter,
@@ -19,7 +20,6 @@ from isthmus.formats.version_folder import (
     read_snapshot,
     read_versions,
 )
-from isthmus.formats.versions import Publisher, Receiver, State
 
 
 def tensors_at(version, seed=0):

@@ -7,22 +7,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from calibrated import calibrate
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from safetensors.torch import load_file
-from small import tiny_architecture as architecture
-from small_dense import dense_architecture, randomised
-from test_format import TinyTokenizer, trained_state
 from transformers import AutoModelForCausalLM
 
 from isthmus.errors import IsthmusError
-from isthmus.formats import get_format, int8
-from isthmus.formats.bundle import read_bundle, write_bundle
-from isthmus.formats.calibration import Calibration
-from isthmus.formats.int8 import quantise_rows, quantise_static
+from isthmus.formats import get_format
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.files.bundle import read_bundle, write_bundle
+from isthmus.formats.parts import int8
+from isthmus.formats.parts.int8 import quantise_rows, quantise_static
 from isthmus.formats.w8a8_static import StaticLinear
+from tests.support.calibrated import calibrate
+from tests.support.small import tiny_architecture as architecture
+from tests.support.small_dense import dense_architecture, randomised
+from tests.unit.test_format import TinyTokenizer, trained_state
 
 TOKENS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
 

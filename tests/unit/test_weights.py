@@ -7,16 +7,16 @@ import threading
 
 import pytest
 import torch
-from engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
-from isthmus.engines.local.protocol import ApiError
-from isthmus.engines.local.scheduler import Finished, Request
-from isthmus.engines.local.service import load_service
-from isthmus.engines.local.weights import WeightUpdates
+from isthmus.engines.local.api.protocol import ApiError
+from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.api.weights import WeightUpdates
+from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
-from isthmus.formats.delta import WeightSet, encode
-from isthmus.formats.wire import digest, pack, set_sha256, unpack
+from isthmus.formats.updates.delta import WeightSet, encode
+from isthmus.formats.updates.wire import digest, pack, set_sha256, unpack
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
 PROMPT = [0, 2, 60, 61, 4]
 

@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from vendor_wheel import FALLBACK, KERNELS, PYTHON, SYSTEM, TORCH, compile_library, vendor_library, write_wheel
 
 from isthmus.chips import wheel
 from isthmus.chips.rehearse import profile_of
@@ -25,6 +24,16 @@ from isthmus.chips.wheel.archive import Wheel, check_loadable
 from isthmus.chips.wheel.elf import read_elf
 from isthmus.chips.wheel.symbols import needs, provides
 from isthmus.errors import IsthmusError
+from tests.support.vendor_wheel import (
+    FALLBACK,
+    KERNELS,
+    PYTHON,
+    SYSTEM,
+    TORCH,
+    compile_library,
+    vendor_library,
+    write_wheel,
+)
 
 REAL = "ISTHMUS_TORCH_NPU_WHEEL"
 TABLE = Path(str(resources.files("isthmus.chips.rehearse") / "ascend" / "operators.csv"))

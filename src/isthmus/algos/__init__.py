@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from pydantic import ValidationError
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe import RlSection, Section
+from isthmus.recipe.schema import RlSection, Section
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from isthmus.chips.rehearse import can_rehearse
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.errors import IsthmusError
 from isthmus.pools import Pool, get_pool, placed_pools
-from isthmus.recipe import Recipe
+from isthmus.recipe.schema import Recipe
 
 __all__ = [
     "FIGURES",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from isthmus.data.tasks import Problem, split
-from isthmus.recipe import DataSection
+from isthmus.recipe.schema import DataSection
 
 MISS, HIT, GIVE_UP = "✗", "✓", "give up"
 NO_ANSWER = "none"

@@ -10,7 +10,7 @@ from typing import Any
 
 from isthmus.data.tasks import Problem
 from isthmus.errors import IsthmusError
-from isthmus.recipe import DataSection
+from isthmus.recipe.schema import DataSection
 
 _KEYS = {"prompt", "answer", "thought"}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from isthmus.data.tokenizer import END_THINK, THINK
-from isthmus.recipe import DataSection, Recipe
+from isthmus.recipe.schema import DataSection, Recipe
 
 
 @dataclass(frozen=True)

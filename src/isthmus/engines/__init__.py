@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
-        """Swap the weights: `payload` as formats/wire.py packs it. If this fails, the old weights go on serving."""
+        """Swap the weights: `payload` as updates/wire.py packs it. If this fails, the old weights go on serving."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class Engine(Protocol):
         ...
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
-        """Change the weights by a message of formats/delta.py; `sha256` is `set_sha256` of the result.
+        """Change the weights by a message of updates/delta.py; `sha256` is `set_sha256` of the result.
 
         Returns the seconds that checking and taking into use took. Raises OtherBase if the engine has other weights
         than those it changes. If this fails, the old weights go on serving.

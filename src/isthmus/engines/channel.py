@@ -14,10 +14,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from isthmus.engines import Engine, OtherBase
-from isthmus.formats.delta import Codec, WeightSet
-from isthmus.formats.version_folder import VersionWriter
-from isthmus.formats.versions import Published, Publisher
-from isthmus.formats.wire import digest, pack
+from isthmus.formats.updates.delta import Codec, WeightSet
+from isthmus.formats.updates.publisher import Published, Publisher
+from isthmus.formats.updates.version_folder import VersionWriter
+from isthmus.formats.updates.wire import digest, pack
 
 Kind = Literal["full", "snapshot", "delta", "fallback"]
 """`full`: deltas are off, or the engine takes none. `snapshot`: one was due. `fallback`: the engine refused a delta."""

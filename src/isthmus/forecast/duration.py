@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.recipe import Recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import QualifyRecord
 from isthmus.run import Figure
 

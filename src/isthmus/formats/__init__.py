@@ -12,22 +12,18 @@ import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from isthmus.formats.calibration import Calibration
+    from isthmus.formats.calibration.ranges import Calibration
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
 DESCRIPTION, MODELSLIM = "quant_model_description.json", "modelslim"
 """ModelSlim's file beside config.json, and the quant_method under which its content is passed on."""
-SHARED_PARTS = frozenset(
-    {"assemble", "balance", "bundle", "calibrate", "calibration", "delta", "float8", "golden", "int8", "published"}
-    | {"quantised", "rounding", "stream", "version_folder", "versions", "wire"}
-)
 
 
 class Format(Protocol):
@@ -82,7 +78,7 @@ class Format(Protocol):
 
 def format_names() -> list[str]:
     """Names of the formats, which are the names of their files; loads none of them."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED_PARTS)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def get_format(name: str) -> Format:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import TensorByTensor, announced_dtype, export_float, fill, float_layout, unfilled
-from isthmus.formats.calibration import Calibration
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.assemble import TensorByTensor, announced_dtype, export_float, fill, float_layout, unfilled
 from isthmus.model.model import Model
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 
 
 class Bf16(TensorByTensor):

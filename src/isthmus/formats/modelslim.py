@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 from isthmus.errors import DamagedFile
 from isthmus.formats import DESCRIPTION, MODELSLIM, Layout
-from isthmus.formats.assemble import TensorByTensor, announced_dtype, export_float, float_layout
-from isthmus.formats.calibration import Calibration, needed
-from isthmus.formats.int8 import LARGEST, SMALLEST_SCALE
-from isthmus.formats.published import mtp_copies
-from isthmus.formats.quantised import build_with
+from isthmus.formats.calibration.ranges import Calibration, needed
+from isthmus.formats.files.published import mtp_copies
+from isthmus.formats.parts.assemble import TensorByTensor, announced_dtype, export_float, float_layout
+from isthmus.formats.parts.int8 import LARGEST, SMALLEST_SCALE
+from isthmus.formats.parts.quantised import build_with
 from isthmus.formats.w8a8 import ATTENTION_PARTS, W8A8Linear, is_quantised
 from isthmus.formats.w8a8_static import StaticLinear
 from isthmus.model.model import Model
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 
 FLOAT, STATIC, DYNAMIC = "FLOAT", "W8A8", "W8A8_DYNAMIC"
 STATIC_PARTS = ("input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale", "weight_offset")

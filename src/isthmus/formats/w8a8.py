@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
-from isthmus.formats.calibration import Calibration
-from isthmus.formats.int8 import quantise_weight, quantised_matmul
-from isthmus.formats.quantised import QuantisedModule
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
+from isthmus.formats.parts.int8 import quantise_weight, quantised_matmul
+from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
-from isthmus.recipe import DeepseekSection, ModelSection
+from isthmus.recipe.schema import DeepseekSection, ModelSection
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")

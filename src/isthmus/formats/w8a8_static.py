@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
-from isthmus.formats.assemble import TensorByTensor, export_float, float_layout
-from isthmus.formats.calibration import Calibration, needed
-from isthmus.formats.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, quantise_static, quantise_weight
-from isthmus.formats.quantised import QuantisedModule, build_with
+from isthmus.formats.calibration.ranges import Calibration, needed
+from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_layout
+from isthmus.formats.parts.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, quantise_static, quantise_weight
+from isthmus.formats.parts.quantised import QuantisedModule, build_with
 from isthmus.formats.w8a8 import announces_int8, int8_config, int8_scheme, is_quantised
 from isthmus.model.model import Model
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 
 ACTIVATIONS = int8_scheme("tensor", dynamic=False)
 

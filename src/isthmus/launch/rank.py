@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _execute(stage: str, run: Path, options: dict[str, bool], rank: int) -> None:
-    module = importlib.import_module(f"isthmus.{stage}")
+    module = importlib.import_module(f"isthmus.stages.{stage}")
     module.execute(RunFolder.open(run), Watch(quiet=rank != 0), **options)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.bundle import SEAL, read_bundle
+from isthmus.formats.files.bundle import SEAL, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
 from isthmus.parity.manifest import add_file

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import get_format
-from isthmus.formats.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
-from isthmus.formats.bundle import Bundle, architecture_of, read_config
-from isthmus.formats.published import COMPUTED, CONFIG, StoredTensors, mtp_copies
+from isthmus.formats.files.bundle import Bundle, architecture_of, read_config
+from isthmus.formats.files.published import COMPUTED, CONFIG, StoredTensors, mtp_copies
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
 from isthmus.model.digest import tensor_sha256
 from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.manifest import Entry, Fate, module_of
 from isthmus.parity.steps import COMPENSATED_STEPS, QUANTISED, Misfit, compare_quantised, within
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 from isthmus.records import Check
 from isthmus.run import Figure
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isthmus.formats.golden import TokenScore
+from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
 from isthmus.parity.spot import LIMIT as MEAN_LIMIT
 from isthmus.parity.spot import LIMIT_SOURCE as MEAN_LIMIT_SOURCE

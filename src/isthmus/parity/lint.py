@@ -17,9 +17,9 @@ from torch import nn
 from isthmus.chips import get_chip, rules_for
 from isthmus.errors import IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
-from isthmus.formats.bundle import architecture_of, read_config
-from isthmus.formats.published import StoredTensors
+from isthmus.formats.files.bundle import architecture_of, read_config
+from isthmus.formats.files.published import StoredTensors
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
 from isthmus.model.attention import LatentAttention, RotaryTable
 from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequencies, softmax_scale
 from isthmus.model.dense import GroupedQueryAttention
@@ -32,7 +32,7 @@ from isthmus.parity.manifest import (
     module_of,
     read_manifest,
 )
-from isthmus.recipe import (
+from isthmus.recipe.schema import (
     DeepseekSection,
     DenseSection,
     ModelSection,

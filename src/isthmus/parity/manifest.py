@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from isthmus import __version__
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.bundle import CHECKSUMS, SEAL, architecture_of, file_hashes, read_config, read_object
-from isthmus.formats.published import StoredTensors
+from isthmus.formats.files.bundle import CHECKSUMS, SEAL, architecture_of, file_hashes, read_config, read_object
+from isthmus.formats.files.published import StoredTensors
 from isthmus.model.digest import tensor_sha256
-from isthmus.recipe import ModelSection
+from isthmus.recipe.schema import ModelSection
 from isthmus.records import Check, Part
 from isthmus.run import sha256_file, write_atomic
 
@@ -163,7 +163,7 @@ def module_of(name: str) -> str:
 
 
 def identity(hashes: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 of a set of tensors: over a line `NAME HASH` for each in the order of names, as in formats/wire.py."""
+    """SHA-256 of a set of tensors: over a line `NAME HASH` for each in the order of names, as in updates/wire.py."""
     lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

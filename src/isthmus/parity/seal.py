@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.bundle import CHECKSUMS, SEAL, file_hashes, read_config
+from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, read_config
 from isthmus.parity.keys import is_signed, public_key, sign
 from isthmus.parity.manifest import (
     MANIFEST,

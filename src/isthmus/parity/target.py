@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.formats.bundle import Bundle
-from isthmus.formats.quantised import QuantisedModule
+from isthmus.formats.files.bundle import Bundle
+from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, Router

@@ -18,7 +18,7 @@ import torch
 from isthmus import __version__
 from isthmus.chips.rehearse import enforce
 from isthmus.errors import DamagedFile
-from isthmus.formats.bundle import Bundle, read_bundle
+from isthmus.formats.files.bundle import Bundle, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from isthmus.chips.rehearse.dispatch import OperatorWatch, short_name
 from isthmus.data.corpus import Document
-from isthmus.engines.local.runner import Trial
+from isthmus.engines.local.core.runner import Trial
 from isthmus.model.model import Model
-from isthmus.recipe import DenseSection, ModelSection, Recipe
+from isthmus.recipe.schema import DenseSection, ModelSection, Recipe
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs, train_step

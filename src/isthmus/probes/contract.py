@@ -16,8 +16,8 @@ from isthmus.chips.rehearse import Profile
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.launch.crew import Called, Crew
 from isthmus.pools import Pool
-from isthmus.probes.statistics import median_of
-from isthmus.recipe import Recipe
+from isthmus.probes.judge.rates import median_of
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Aspect, Evidence, FailureCase, Use
 from isthmus.run import Figure, write_atomic
 

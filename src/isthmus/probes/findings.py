@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from isthmus.pools import Pool
 from isthmus.probes.contract import Setting
-from isthmus.recipe import Recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Aspect, Evidence, Outcome, Use
 from isthmus.run import Figure
 

@@ -18,14 +18,14 @@ from isthmus.engines import Engine, EngineError, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import get_format
-from isthmus.formats.bundle import write_bundle
-from isthmus.formats.wire import digest
-from isthmus.formats.wire import pack as pack_wire
+from isthmus.formats.files.bundle import write_bundle
+from isthmus.formats.updates.wire import digest
+from isthmus.formats.updates.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
-from isthmus.probes.thresholds import METRICS, apply_thresholds, load_thresholds
+from isthmus.probes.judge.thresholds import METRICS, apply_thresholds, load_thresholds
 from isthmus.probes.workload import Workload
-from isthmus.recipe import Recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
 

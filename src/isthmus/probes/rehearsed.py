@@ -5,7 +5,7 @@ from __future__ import annotations
 from isthmus.chips import get_chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.probes.findings import Findings
-from isthmus.probes.static import static_findings
+from isthmus.probes.static.check import static_findings
 from isthmus.run import Figure, RunFolder
 
 COLLECTIVES = (("all_reduce", "sum"), ("all_gather", None), ("broadcast", None))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from isthmus.model.model import Model
-from isthmus.recipe import DeepseekSection, Recipe
+from isthmus.recipe.schema import DeepseekSection, Recipe
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
 

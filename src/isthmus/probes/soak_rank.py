@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from isthmus.data.corpus import run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.errors import DamagedFile
-from isthmus.formats.assemble import unfilled
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.launch.crew_rank import Rank
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
-from isthmus.probes.first_difference import first_difference, keep_operator
+from isthmus.probes.cases.first_difference import first_difference, keep_operator
 from isthmus.probes.portable import known_answers, training
-from isthmus.recipe import Recipe, TrainSection, layout_problem
+from isthmus.recipe.schema import Recipe, TrainSection, layout_problem
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_latest, rng_state

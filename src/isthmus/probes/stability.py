@@ -23,10 +23,10 @@ from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew
 from isthmus.probes.contract import Probe, Setting
-from isthmus.probes.failure_rate import figures_of_soak
+from isthmus.probes.judge.failure_rate import figures_of_soak
+from isthmus.probes.judge.rates import median_of, zero_failure_bound
+from isthmus.probes.judge.soak_judgement import Problem, Trend, problems_of, trends_of
 from isthmus.probes.portable import training
-from isthmus.probes.soak_judgement import Problem, Trend, problems_of, trends_of
-from isthmus.probes.statistics import median_of, zero_failure_bound
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure, RunFolder
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
-from isthmus.engines.local.runner import Trial
+from isthmus.engines.local.core.runner import Trial
 from isthmus.model.model import Model
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import Batch, pack

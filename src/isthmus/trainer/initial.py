@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from isthmus.formats.published import Checkpoint, StoredTensors
+from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.model.model import Model
 from isthmus.trainer.parts import Receiver
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from isthmus.model.documents import Rows
 from isthmus.model.model import Model
 from isthmus.model.moe import MixtureOfExperts, evenly
-from isthmus.recipe import TrainSection
+from isthmus.recipe.schema import TrainSection
 from isthmus.trainer.mesh import Meshes, Ranks, make_meshes
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from isthmus.formats.assemble import EMBEDDING, HEAD
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, published
 

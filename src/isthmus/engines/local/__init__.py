@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from isthmus.engines import EngineError
-from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.engines.remote import HttpEngine
 
 START_TIMEOUT_S = 120.0

@@ -13,11 +13,11 @@ import sys
 import threading
 from pathlib import Path
 
-from isthmus.engines.local.host import bind, run_app
-from isthmus.engines.local.keys import ADMIN_KEY, API_KEYS, Keyring, check_exposure
-from isthmus.engines.local.options import DEFAULT_OPTIONS, EngineOptions
-from isthmus.engines.local.server import Server
-from isthmus.engines.local.service import load_service
+from isthmus.engines.local.api.host import bind, run_app
+from isthmus.engines.local.api.keys import ADMIN_KEY, API_KEYS, Keyring, check_exposure
+from isthmus.engines.local.api.server import Server
+from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.errors import IsthmusError
 
 

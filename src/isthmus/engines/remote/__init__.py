@@ -12,7 +12,7 @@ from isthmus.engines import Completion, Sampling
 from isthmus.engines.remote.dialect import Dialect
 from isthmus.engines.remote.recognise import recognise
 from isthmus.engines.remote.transport import Transport
-from isthmus.formats.golden import TokenScore
+from isthmus.formats.files.golden import TokenScore
 
 TIMEOUT_S = 600.0
 START_WAIT_S = 60.0
@@ -64,7 +64,7 @@ class HttpEngine:
         return self._server.score(sequences) if sequences else []
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
-        """Swap the weights: `payload` as formats/wire.py packs it. A message that is damaged or does not fit changes
+        """Swap the weights: `payload` as updates/wire.py packs it. A message that is damaged or does not fit changes
         nothing."""
         self._server.update(payload, version, sha256)
 
@@ -74,7 +74,7 @@ class HttpEngine:
         return self._server.takes_deltas
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
-        """Change the weights by the parts of a message of formats/delta.py; seconds from the last part to the end.
+        """Change the weights by the parts of a message of updates/delta.py; seconds from the last part to the end.
 
         Raises OtherBase if the server has other weights than those that it changes.
         """

@@ -11,9 +11,9 @@ from typing import Protocol
 
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.errors import IsthmusError
-from isthmus.formats.bundle import with_other_weights
-from isthmus.formats.golden import TokenScore
-from isthmus.formats.wire import unpack
+from isthmus.formats.files.bundle import with_other_weights
+from isthmus.formats.files.golden import TokenScore
+from isthmus.formats.updates.wire import unpack
 
 _SEED_BITS = 48
 

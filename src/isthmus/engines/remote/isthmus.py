@@ -11,8 +11,8 @@ from isthmus.engines import Completion, OtherBase, Sampling
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Refused, Transport
-from isthmus.formats.golden import TokenScore
-from isthmus.formats.wire import digest
+from isthmus.formats.files.golden import TokenScore
+from isthmus.formats.updates.wire import digest
 
 BYTES = "application/octet-stream"
 

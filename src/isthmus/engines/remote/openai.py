@@ -11,7 +11,7 @@ from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.engines.remote.dialect import Weights, WholeWeights, prompt_seeds
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Transport
-from isthmus.formats.golden import TokenScore
+from isthmus.formats.files.golden import TokenScore
 
 CONNECTIONS = 64
 SCORED_AT_ONCE = 16

@@ -20,7 +20,7 @@ from isthmus.engines.remote.dialect import Exchange, Weights, WholeWeights, prom
 from isthmus.engines.remote.openai import finish_reason
 from isthmus.engines.remote.probe import PROBE_PROMPTS, TOP, check_logprobs
 from isthmus.engines.remote.transport import Refused, Transport
-from isthmus.formats.golden import TokenScore
+from isthmus.formats.files.golden import TokenScore
 
 
 class SgLang(WholeWeights):

@@ -1,0 +1,289 @@
+"""From a request on the wire to samples of the core, and from their tokens to finished choices."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from isthmus.engines import EngineError
+from isthmus.engines.local.api.prepare import Prepared
+from isthmus.engines.local.api.protocol import DEFAULT_COMPLETION_TOKENS, ApiError, Ask, ChatAsk, CompletionAsk
+from isthmus.engines.local.api.service import Service
+from isthmus.engines.local.api.text import Call, ChannelledText, Delta, PlainText, Rules, Writer
+from isthmus.engines.local.api.visit import Visit
+from isthmus.engines.local.core.grammar import GrammarConstraint
+from isthmus.engines.local.core.scheduler import Constraint, Finished, PromptToken, Request, Token, TopLogprobs
+
+
+@dataclass
+class Drawn:
+    """Tokens with their log-probabilities; `top` has the alternatives of each, or nothing if none were asked for."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[TopLogprobs] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, step: Token) -> None:
+        self.tokens.append(step.token)
+        self.logprobs.append(step.logprob)
+        self.top.append(step.top)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A finished choice. `stop_reason` is the stop string or token of `stop_token_ids` that ended it, if one did."""
+
+    index: int
+    reasoning: str
+    content: str
+    calls: list[Call]
+    drawn: Drawn
+    finish_reason: str
+    stop_reason: str | int | None
+    version: int
+    last_version: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream shows next of one choice: new text and calls, their tokens, and at the end the whole choice.
+
+    `first_call` is the index of the first of the calls in it.
+    """
+
+    index: int
+    parts: list[Delta | Call]
+    drawn: Drawn
+    choice: Choice | None = None
+    first_call: int = 0
+
+
+class Exchange:
+    """One request on its way through the core. `visit` hears what happens to its samples."""
+
+    def __init__(
+        self,
+        service: Service,
+        ask: Ask,
+        prepared: Prepared,
+        visit: Visit,
+        constraint: Constraint | None = None,
+    ):
+        self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
+        self._calls = prepared.calls
+        self._constraint, self._wanted_by = constraint, prepared.wanted_by
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
+        rules = self._rules()
+        self._writers = [self._writer(self.prompts[index // ask.n], rules) for index in range(self.size)]
+        self._drawn = [Drawn() for _ in range(self.size)]
+        self._parts: list[list[Delta | Call]] = [[] for _ in range(self.size)]
+        self._called = [0] * self.size
+        self._cached = [0] * len(self.prompts)
+        self.prompt_tokens: list[list[PromptToken] | None] = [None] * len(self.prompts)
+        self._request = self._make_request()
+
+    @property
+    def size(self) -> int:
+        """Number of choices."""
+        return len(self.prompts) * self.ask.n
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far, of all choices."""
+        return sum(map(len, self._drawn))
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thinking so far, of all choices."""
+        return sum(writer.reasoning_tokens for writer in self._writers)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that came from the prefix cache, each prompt counted once."""
+        return sum(self._cached)
+
+    async def choices(self) -> list[Choice]:
+        """All choices in order, when the last is done."""
+        finished = [piece.choice async for piece in self.pieces() if piece.choice is not None]
+        return sorted(finished, key=lambda choice: choice.index)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The stream. Whoever leaves it early aborts what still runs. Raises ApiError if the core fails."""
+        open_choices = self.size
+        self._submit()
+        try:
+            while open_choices:
+                event = await self._events.get()
+                if isinstance(event, Finished):
+                    open_choices -= 1
+                    yield self._finish(event)
+                elif not self._writers[event.choice].stopped:
+                    yield self._advance(event)
+        finally:
+            if open_choices:
+                self.service.core.end(self._request)
+
+    def _make_request(self) -> Request:
+        ask, service = self.ask, self.service
+        echoed = ask.logprobs if isinstance(ask, CompletionAsk) and ask.echo else None
+        prompt_logprobs = max((count for count in (ask.prompt_logprobs, echoed) if count is not None), default=None)
+        return Request(
+            self.prompts,
+            self._deliver,
+            token_limit(service, ask, self.prompts),
+            n=ask.n,
+            temperature=service.default_temperature if ask.temperature is None else ask.temperature,
+            top_p=ask.top_p,
+            top_k=min(max(ask.top_k, 0), service.architecture.vocab_size),
+            min_p=ask.min_p,
+            presence_penalty=ask.presence_penalty,
+            frequency_penalty=ask.frequency_penalty,
+            repetition_penalty=ask.repetition_penalty,
+            logit_bias=ask.logit_bias,
+            stop_tokens=frozenset(ask.stop_token_ids),
+            ignore_eos=ask.ignore_eos,
+            min_tokens=ask.min_tokens,
+            seed=secrets.randbits(63) if ask.seed is None else ask.seed,
+            seeds=ask.seeds if isinstance(ask, CompletionAsk) else None,
+            top_logprobs=alternatives(ask),
+            prompt_logprobs=prompt_logprobs,
+            constraint=self._constraint,
+            stream=ask.stream or bool(ask.stop) or (self._calls is not None and not self._calls.parallel),
+        )
+
+    def _submit(self) -> None:
+        try:
+            self.service.core.submit(self._request)
+        except EngineError as error:
+            raise ApiError(str(error), status=503) from None
+        self.visit.submitted(self._request)
+
+    def _deliver(self, event: Token | Finished) -> None:
+        """Called from the engine's thread."""
+        self.visit.tell(event)
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _advance(self, step: Token) -> Piece:
+        writer = self._writers[step.choice]
+        parts = writer.push(step.token)
+        self._drawn[step.choice].add(step)
+        if writer.stopped:
+            self.service.core.end(self._request, step.choice, "stop")
+        return self._piece(step.choice, parts, Drawn([step.token], [step.logprob], [step.top]))
+
+    def _finish(self, end: Finished) -> Piece:
+        writer = self._writers[end.choice]
+        self._raise_if_failed(end, writer)
+        if not self._request.stream:
+            self._drawn[end.choice] = Drawn(end.tokens, end.logprobs, end.top)
+            self._parts[end.choice] = writer.push_all(end.tokens)
+        prompt, sample = divmod(end.choice, self.ask.n)
+        if sample == 0:
+            self._cached[prompt], self.prompt_tokens[prompt] = end.cached_tokens, end.prompt_tokens
+        piece = self._piece(end.choice, writer.finish(), Drawn())
+        return replace(piece, choice=self._choice(end, writer))
+
+    def _piece(self, index: int, parts: list[Delta | Call], drawn: Drawn) -> Piece:
+        self._parts[index] += parts
+        earlier = self._called[index]
+        self._called[index] += sum(isinstance(part, Call) for part in parts)
+        return Piece(index, parts, drawn, first_call=earlier)
+
+    def _raise_if_failed(self, end: Finished, writer: Writer) -> None:
+        if isinstance(self._constraint, GrammarConstraint) and self._constraint.failures:
+            reason = self._constraint.failures[0]
+            raise ApiError(
+                f"the answer's format became too costly to follow: {reason}",
+                param=self._wanted_by,
+                code="format_too_complex",
+            )
+        if end.finish_reason == "error" and not writer.stopped:
+            if all(map(math.isfinite, end.logprobs)):
+                raise ApiError("the engine could not follow the answer's format; its log says why", status=500)
+            raise ApiError("the model's output is not a number: its weights are damaged", status=500)
+        if end.finish_reason == "abort":
+            raise ApiError(self.visit.refusal or "the engine stopped before this request was done", status=503)
+
+    def _choice(self, end: Finished, writer: Writer) -> Choice:
+        texts, calls = {"reasoning": "", "content": ""}, []
+        for part in self._parts[end.choice]:
+            if isinstance(part, Call):
+                calls.append(part)
+            else:
+                texts[part.channel] += part.text
+        reason = "stop" if writer.stopped else end.finish_reason
+        return Choice(
+            end.choice,
+            texts["reasoning"],
+            texts["content"],
+            calls,
+            self._drawn[end.choice],
+            "tool_calls" if calls and reason == "stop" else reason,
+            writer.stop or end.stop_token,
+            end.version,
+            end.last_version,
+        )
+
+    def _rules(self) -> Rules:
+        ask = self.ask
+        ends = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else {self.service.tokenizer.eos_id})
+        return Rules(
+            ask.stop,
+            keep_stop=ask.include_stop_str_in_output,
+            ends=frozenset() if ask.include_stop_str_in_output else ends,
+            skip_special=ask.skip_special_tokens,
+            shown=frozenset() if self._calls is None else self._calls.marks,
+        )
+
+    def _writer(self, prompt: list[int], rules: Rules) -> Writer:
+        vocabulary = self.service.vocabulary
+        if not isinstance(self.ask, ChatAsk):
+            return PlainText(vocabulary, rules)
+        reader = None if self._calls is None else self._calls.reader()
+        return ChannelledText(vocabulary, rules, vocabulary.opens_thinking(prompt), reader)
+
+
+def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:
+    """Tokens that each choice may have. Raises ApiError (400) if a prompt is empty or does not leave room for them."""
+    length = service.core.length
+    field = "messages" if isinstance(ask, ChatAsk) else "prompt"
+    longest = max(map(len, prompts), default=0)
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ApiError("a prompt must have at least one token", param=field, code="invalid_value")
+    if longest >= length:
+        raise ApiError(
+            f"this model's sequences have at most {length} tokens, and the prompt has {longest}; shorten it",
+            param=field,
+            code="context_length_exceeded",
+        )
+    limit = ask.limit if ask.limit is not None else _default_limit(service, ask, length - longest)
+    if ask.min_tokens > limit:
+        raise ApiError(f"min_tokens is {ask.min_tokens}, and at most {limit} are generated", param="min_tokens")
+    if longest + limit > length:
+        raise ApiError(
+            f"this model's sequences have at most {length} tokens; the prompt has {longest}, so at most "
+            f"{length - longest} can be generated, and {limit} were asked for",
+            param="max_completion_tokens" if isinstance(ask, ChatAsk) else "max_tokens",
+            code="context_length_exceeded",
+        )
+    return limit
+
+
+def alternatives(ask: Ask) -> int:
+    """How many likeliest tokens to report beside each drawn one."""
+    if isinstance(ask, ChatAsk):
+        return ask.top_logprobs or 0
+    return (ask.logprobs or 0) if isinstance(ask, CompletionAsk) else 0
+
+
+def _default_limit(service: Service, ask: Ask, room: int) -> int:
+    if isinstance(ask, ChatAsk):
+        return min(room, service.default_tokens or room)
+    return min(room, DEFAULT_COMPLETION_TOKENS)

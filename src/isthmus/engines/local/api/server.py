@@ -1,0 +1,632 @@
+"""The HTTP face of an engine: OpenAI's completions and chat, health and metrics, and its administrator's routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from isthmus import __version__
+from isthmus.engines.local.api.access_log import AccessLog
+from isthmus.engines.local.api.admission import Gate, note_error, refuse
+from isthmus.engines.local.api.answers import Exchange
+from isthmus.engines.local.api.canary import Canary, Report
+from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
+from isthmus.engines.local.api.limits import KeyLimits
+from isthmus.engines.local.api.metrics import Metrics
+from isthmus.engines.local.api.openapi import EVENTS, JSON, TEXT, Handler, Operation, document, file_operation
+from isthmus.engines.local.api.prepare import (
+    Prepared,
+    chat_prompt,
+    check_prompt_tokens,
+    encode_text,
+    prepare_chat,
+    prepare_completion,
+)
+from isthmus.engines.local.api.protocol import (
+    ApiError,
+    Ask,
+    AskType,
+    ChatAsk,
+    CompletionAsk,
+    DetokenizeAsk,
+    FinishUpdateQuery,
+    PauseQuery,
+    StartUpdateQuery,
+    TokenizeAsk,
+    TokenizeChatAsk,
+    UpdateWeightsQuery,
+    check_options,
+    envelope,
+    load,
+    parse,
+    read,
+    usage,
+)
+from isthmus.engines.local.api.responses import (
+    chat_choice,
+    chat_opening,
+    chat_piece,
+    completion_choice,
+    completion_piece,
+    echo,
+    prompt_logprobs,
+)
+from isthmus.engines.local.api.service import Service
+from isthmus.engines.local.api.visit import CURRENT
+from isthmus.engines.local.api.weights import WeightUpdates
+from isthmus.errors import IsthmusError
+from isthmus.formats.files.bundle import Bundle
+
+MAX_BODY_BYTES = 64 << 20
+BODY_S = 120.0
+NO_LIMITS = KeyLimits()
+POLL_S = 0.02
+EXPIRE_EVERY_S = 5.0
+STATIC = Path(__file__).parents[1] / "page"
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+ResultType = TypeVar("ResultType")
+
+
+@dataclass(frozen=True)
+class CanaryPlan:
+    """When golden prompts are replayed, how far they may drift (nats), and where the sealed bundle is read again.
+
+    Without `sealed_bundle` an alarm changes nothing. Without `every_s` canaries run only when asked for.
+    """
+
+    every_s: float | None
+    bound: float
+    sealed_bundle: Callable[[], Bundle] | None = None
+    tell: Callable[[Report], None] = lambda _report: None
+
+
+class Server:
+    """The routes of one service.
+
+    The routes of administrators exist if there is an admin key: the one in `keys`, or `admin_key`.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        admin_key: str | None = None,
+        keys: Keyring | None = None,
+        limits: KeyLimits = NO_LIMITS,
+        log: AccessLog | None = None,
+        canary: CanaryPlan | None = None,
+        page: bool = False,
+    ):
+        self.service = service
+        self.metrics = Metrics(service)
+        keys = keys or Keyring([])
+        self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
+        self.log = log or AccessLog(None)
+        self.gate = Gate(service, self.metrics, self.keys, limits, self.log)
+        self.updates = WeightUpdates(service)
+        self.canary = self._canary(canary) if canary and service.golden and service.golden.answers else None
+        self._canary_every_s = canary.every_s if canary else None
+        self._page = page
+        self._end_of_pause: asyncio.TimerHandle | None = None
+        self._document: dict[str, Any] = {}
+
+    def app(self) -> Starlette:
+        """The ASGI application. Its end stops the core."""
+        operations = self._operations()
+        self._document = document(operations, users_need_keys=self.keys.has_users)
+        routes = [Route(one.path, one.handler, methods=[one.method]) for one in operations]
+        handlers: dict[Any, Any] = {
+            ApiError: _refuse,
+            IsthmusError: _refuse_plainly,
+            HTTPException: _refuse_route,
+            ClientDisconnect: _gone,
+        }
+        gate = Middleware(self.gate.middleware, {one.path: one.level for one in operations})
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan, middleware=[gate])
+
+    def _operations(self) -> list[Operation]:
+        user, public = Level.USER, Level.PUBLIC
+        busy, streams, tokenizes = (429, 500, 503), (JSON, EVENTS), (TokenizeAsk, TokenizeChatAsk)
+        operations = [
+            Operation(user, "POST", "/v1/completions", self.completions, (CompletionAsk,), gives=streams, also=busy),
+            Operation(user, "POST", "/v1/chat/completions", self.chat, (ChatAsk,), gives=streams, also=busy),
+            Operation(user, "GET", "/v1/models", self.models),
+            Operation(user, "POST", "/tokenize", self.tokenize, tokenizes),
+            Operation(user, "POST", "/detokenize", self.detokenize, (DetokenizeAsk,)),
+            Operation(user, "GET", "/metrics", self.prometheus, gives=(TEXT,)),
+            Operation(public, "GET", "/health", self.health, also=(503,)),
+            Operation(public, "GET", "/ready", self.ready, also=(503,)),
+            Operation(public, "GET", "/ping", self.ping, gives=(), also=(503,)),
+            Operation(public, "GET", "/version", self.version),
+            Operation(public, "GET", "/openapi.json", self.openapi),
+        ]
+        if self.keys.has_admin:
+            operations += self._admin_operations()
+        if self._page:
+            operations.append(Operation(public, "GET", "/examples", self.examples, form="array"))
+            operations.append(file_operation("/", "index.html", _file("index.html")))
+            files = sorted(STATIC.iterdir())
+            operations += [file_operation(f"/{path.name}", path.name, _file(path.name)) for path in files]
+        return operations
+
+    def _admin_operations(self) -> list[Operation]:
+        def post(path: str, handler: Handler, **more: Any) -> Operation:
+            return Operation(Level.ADMIN, "POST", path, handler, **more)
+
+        def get(path: str, handler: Handler, **more: Any) -> Operation:
+            return Operation(Level.ADMIN, "GET", path, handler, **more)
+
+        update, refused = UpdateWeightsQuery, (400, 409)
+        return [
+            post("/pause", self.pause, query=PauseQuery),
+            post("/resume", self.resume),
+            post("/start_weight_update", self.start_weight_update, query=StartUpdateQuery, also=refused),
+            post("/update_weights", self.update_weights, query=update, takes_bytes=True, also=refused),
+            post("/finish_weight_update", self.finish_weight_update, query=FinishUpdateQuery, also=refused),
+            post("/abort_weight_update", self.abort_weight_update),
+            get("/weight_info", self.weight_info),
+            get("/usage", self.usage),
+            get("/canary", self.canary_report, also=(404,)),
+            post("/canary/run", self.run_canary, also=(404,)),
+        ]
+
+    async def completions(self, request: Request) -> Response:
+        """Texts or token ids go on."""
+        ask = parse(CompletionAsk, await _json_body(request))
+        self._check(ask)
+        exchange = await self._exchange(ask, prepare_completion(self.service, ask))
+        if ask.stream:
+            return _event_stream(self._completion_chunks(ask, exchange))
+        choices = await _unless_disconnected(request, exchange.choices())
+        vocabulary, prompts = self.service.vocabulary, exchange.prompts
+        shown = [
+            completion_choice(ask, vocabulary, prompts[c.index // ask.n], c, exchange.prompt_tokens[c.index // ask.n])
+            for c in choices
+        ]
+        return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
+
+    async def chat(self, request: Request) -> Response:
+        """A turn of a conversation."""
+        ask = parse(ChatAsk, await _json_body(request))
+        self._check(ask)
+        exchange = await self._exchange(ask, prepare_chat(self.service, ask))
+        if ask.stream:
+            return _event_stream(self._chat_chunks(ask, exchange))
+        choices = await _unless_disconnected(request, exchange.choices())
+        body = self._envelope("chat.completion") | {
+            "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
+            "usage": self._count(exchange),
+        }
+        if ask.prompt_logprobs is not None:
+            tokens = exchange.prompt_tokens[0] or []
+            body["prompt_logprobs"] = prompt_logprobs(self.service.vocabulary, tokens, ask.prompt_logprobs)
+        if ask.return_token_ids:
+            body["prompt_token_ids"] = exchange.prompts[0]
+        return JSONResponse(body)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation, in vLLM's shape."""
+        content = load(await _json_body(request))
+        if "messages" in content:
+            ask = read(TokenizeChatAsk, content)
+            self._check_model(ask.model)
+            tokens = chat_prompt(self.service, ask, with_tools=bool(ask.tools))
+        else:
+            ask = read(TokenizeAsk, content)
+            self._check_model(ask.model)
+            tokens = encode_text(self.service, ask.prompt, "prompt")
+        texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
+        body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
+        return JSONResponse(body)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, special ones included, in vLLM's shape."""
+        ask = parse(DetokenizeAsk, await _json_body(request))
+        self._check_model(ask.model)
+        check_prompt_tokens(self.service, [ask.tokens], "tokens")
+        return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
+
+    async def models(self, _request: Request) -> Response:
+        """The one model that is served."""
+        identity = self.service.identity
+        model = {
+            "id": identity.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "isthmus",
+            "max_model_len": self.service.core.length,
+        }
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def health(self, _request: Request) -> Response:
+        """What is served, and whether the engine works."""
+        core, identity = self.service.core, self.service.identity
+        body = {
+            "status": "ok" if core.failure is None else "failed",
+            "engine": "isthmus",
+            "model": identity.model,
+            "format": identity.format,
+            "seal": identity.seal,
+            "state": identity.state,
+            "signer": identity.signer,
+            "pool": identity.pool,
+            "rehearsal": self._rehearsal(),
+            "kernels": core.kernels,
+            "weight_version": core.version,
+            "max_model_len": core.length,
+            "running": core.running,
+            "waiting": core.waiting,
+        }
+        return JSONResponse(body, status_code=200 if core.failure is None else 503)
+
+    async def prometheus(self, _request: Request) -> Response:
+        """Metrics in Prometheus' format, under vLLM's names."""
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, _request: Request) -> Response:
+        """This document."""
+        return JSONResponse(self._document)
+
+    async def examples(self, _request: Request) -> Response:
+        """Prompts to try."""
+        return JSONResponse(self.service.examples)
+
+    async def ready(self, _request: Request) -> Response:
+        """Whether requests should be sent here."""
+        state = self.gate.state
+        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+
+    async def ping(self, _request: Request) -> Response:
+        """Whether the engine works."""
+        return Response(status_code=200 if self.service.core.failure is None else 503)
+
+    async def version(self, _request: Request) -> Response:
+        """The version of this software."""
+        return JSONResponse({"version": __version__})
+
+    async def pause(self, request: Request) -> Response:
+        """Stop between two steps. See docs/serving.md for the modes."""
+        query = _query(PauseQuery, request)
+        if query.mode == "wait":
+            await _unless_disconnected(request, self._let_all_finish())
+        await run_in_threadpool(self.service.core.pause)
+        self._cancel_end_of_pause()
+        if query.seconds is not None:
+            self._end_of_pause = asyncio.get_running_loop().call_later(query.seconds, self._resume)
+        self.log.event("pause", mode=query.mode, seconds=query.seconds)
+        return JSONResponse({"paused": True, "running": self.service.core.running})
+
+    async def resume(self, _request: Request) -> Response:
+        """End a pause."""
+        self._resume()
+        return JSONResponse({"paused": False})
+
+    async def weight_info(self, _request: Request) -> Response:
+        """The weights in use, the open update, and what became of the last one."""
+        info = await run_in_threadpool(self.updates.info)
+        return JSONResponse(info | {"paused": self.service.core.paused})
+
+    async def start_weight_update(self, request: Request) -> Response:
+        """The version and what it changes stand in the query; nothing is sent yet."""
+        query = _query(StartUpdateQuery, request)
+        status = await self._change_weights(
+            self.updates.start,
+            query.version,
+            query.mode,
+            base_version=query.base_version,
+            format_name=query.format,
+            abort=query.abort == "true",
+        )
+        return JSONResponse({"update": status})
+
+    async def update_weights(self, request: Request) -> Response:
+        """The body is what updates/wire.py packs; its `sha256` stands in the query.
+
+        Within a started update it is one part of the new weights, otherwise all of them, and takes their `version`.
+        """
+        query = _query(UpdateWeightsQuery, request)
+        payload, version, sha256 = await request.body(), query.version, query.sha256
+        if version is None or self.updates.knows(version):
+            return JSONResponse({"update": await self._change_weights(self.updates.add, payload, sha256, version)})
+        return JSONResponse(await self._take_weights(self.updates.at_once, payload, version, sha256))
+
+    async def finish_weight_update(self, request: Request) -> Response:
+        """Check everything that was sent and take it into use between two steps."""
+        query = _query(FinishUpdateQuery, request)
+        return JSONResponse(await self._take_weights(self.updates.finish, query.version, query.sha256))
+
+    async def abort_weight_update(self, _request: Request) -> Response:
+        """Give up the open update."""
+        return JSONResponse(await self._change_weights(self.updates.abort))
+
+    async def usage(self, _request: Request) -> Response:
+        """Requests, refusals and tokens of each key."""
+        return JSONResponse({"keys": self.gate.usage()})
+
+    async def canary_report(self, _request: Request) -> Response:
+        """The last canary."""
+        last = self._require_canary().last
+        return JSONResponse({"last": last.shown() if last else None})
+
+    async def run_canary(self, _request: Request) -> Response:
+        """Run a canary now."""
+        report = await run_in_threadpool(self._require_canary().run)
+        return JSONResponse({"last": report.shown()})
+
+    async def _change_weights(
+        self, change: Callable[..., dict[str, Any]], *args: Any, **options: Any
+    ) -> dict[str, Any]:
+        try:
+            return await run_in_threadpool(change, *args, **options)
+        except IsthmusError as error:
+            self.metrics.refused_updates.inc()
+            self.log.event("weight update refused", reason=str(error), version=self.service.core.version)
+            raise
+
+    async def _take_weights(self, change: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        revision = self.service.revision
+        taken = await self._change_weights(change, *args)
+        if self.service.revision != revision:
+            self.metrics.weight_updates.inc()
+            self.log.event("weight update", version=taken["version"], sha256=taken["sha256"])
+        return taken
+
+    async def _let_all_finish(self) -> None:
+        """Hold new requests back until none runs. If this is cancelled, they go on."""
+        self.gate.close()
+        try:
+            while self.gate.unfinished or self.service.core.running or self.service.core.waiting:
+                await asyncio.sleep(POLL_S)
+        except asyncio.CancelledError:
+            self.gate.open()
+            raise
+
+    def _resume(self) -> None:
+        self._cancel_end_of_pause()
+        self.service.core.resume()
+        self.gate.open()
+        self.log.event("resume")
+
+    def _cancel_end_of_pause(self) -> None:
+        if self._end_of_pause is not None:
+            self._end_of_pause.cancel()
+            self._end_of_pause = None
+
+    def _canary(self, plan: CanaryPlan) -> Canary:
+        assert self.service.golden is not None
+
+        def tell(report: Report) -> None:
+            self._note_canary(report)
+            plan.tell(report)
+
+        def roll_back(reason: str) -> None:
+            assert plan.sealed_bundle is not None
+            self._roll_back(plan.sealed_bundle, reason)
+
+        return Canary(
+            self.service,
+            self.service.golden,
+            bound=plan.bound,
+            roll_back=roll_back if plan.sealed_bundle else None,
+            tell=tell,
+            quiet=lambda: self.gate.state != "ready",
+        )
+
+    def _note_canary(self, report: Report) -> None:
+        self.metrics.canary_ran(report.outcome)
+        self.metrics.canary_drift.set(float("nan") if report.drift is None else report.drift)
+        self.metrics.canary_alarm.set(report.outcome == "drift")
+        self.gate.damaged = report.outcome == "drift" and report.rolled_back
+        self.log.event("canary", **report.shown())
+
+    def _roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
+        """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""
+        bundle, core = sealed_bundle(), self.service.core
+        was_paused = core.paused
+        core.pause()
+        try:
+            self.gate.end_all("the weights were found damaged and the sealed ones were brought back; send it again")
+            self.updates.replace(lambda: self.service.restore(bundle), reason)
+        finally:
+            if not was_paused:
+                core.resume()
+        self.metrics.rollbacks.inc()
+        self.log.event("rollback", reason=reason, version=core.version)
+
+    def _require_canary(self) -> Canary:
+        if self.canary is None:
+            raise ApiError("no canaries here: this bundle has no golden answers, or they are switched off", status=404)
+        return self.canary
+
+    async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
+        head, vocabulary = self._envelope("text_completion"), self.service.vocabulary
+        offsets = [0] * exchange.size
+        for index in range(exchange.size if ask.echo else 0):
+            text = echo(ask, vocabulary, exchange.prompts[index // ask.n], index)
+            shown = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+            yield head | {"choices": [shown]} | _no_usage(ask)
+        async for piece in exchange.pieces():
+            shown = completion_piece(ask, vocabulary, piece, offsets[piece.index])
+            offsets[piece.index] += sum(len(vocabulary.text_of(token)) for token in piece.drawn.tokens)
+            if shown["text"] or len(piece.drawn) or piece.choice:
+                yield head | {"choices": [shown]} | _no_usage(ask)
+        if ask.include_usage:
+            yield head | {"choices": [], "usage": self._count(exchange)}
+
+    async def _chat_chunks(self, ask: ChatAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
+        head = self._envelope("chat.completion.chunk")
+        for index in range(exchange.size):
+            yield head | {"choices": [chat_opening(index)]} | _no_usage(ask)
+        async for piece in exchange.pieces():
+            shown = chat_piece(ask, self.service.vocabulary, piece)
+            if shown is not None:
+                yield head | {"choices": [shown]} | _no_usage(ask)
+        if ask.include_usage:
+            yield head | {"choices": [], "usage": self._count(exchange)}
+
+    async def _exchange(self, ask: Ask, prepared: Prepared) -> Exchange:
+        constraint = None
+        if prepared.grammar is not None:
+            constraint = await run_in_threadpool(prepared.constraint, self.service)
+        exchange = Exchange(self.service, ask, prepared, CURRENT.get(), constraint)
+        self.gate.admit(prepared.prompts, ask.n)
+        return exchange
+
+    def _check(self, ask: Ask) -> None:
+        check_options(ask)
+        self._check_model(ask.model)
+        self.gate.check_line()
+
+    def _check_model(self, asked: str | None) -> None:
+        known = self.service.identity.model
+        if asked is not None and asked != known:
+            message = f"the model {asked!r} does not exist here; this server has {known!r}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+
+    def _count(self, exchange: Exchange) -> dict[str, Any]:
+        reasoning = exchange.reasoning_tokens if isinstance(exchange.ask, ChatAsk) else None
+        prompt_tokens = sum(map(len, exchange.prompts))
+        return usage(prompt_tokens, exchange.generated, exchange.cached_tokens, reasoning)
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return envelope(kind, self.service.identity.model, self.service.fingerprint)
+
+    def _rehearsal(self) -> dict[str, Any] | None:
+        identity = self.service.identity
+        if identity.rehearsed is None:
+            return None
+        return {"chip": identity.rehearsed, "statement": identity.statement, "operators": self.service.rehearsal}
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(self._expire_updates())
+        if self.canary is not None and self._canary_every_s is not None:
+            self.canary.start(self._canary_every_s)
+        yield
+        expiring.cancel()
+        if self.canary is not None:
+            self.canary.stop()
+        await run_in_threadpool(self.service.core.stop)
+
+    async def _expire_updates(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            await run_in_threadpool(self.updates.expire)
+
+
+def _file(name: str) -> Handler:
+    async def send(_request: Request) -> Response:
+        return FileResponse(STATIC / name, headers=PAGE_HEADERS)
+
+    return send
+
+
+async def _json_body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind != "application/json":
+        raise ApiError(f"send Content-Type: application/json (this request has {kind or 'none'!r})", status=415)
+    body = bytearray()
+    _check_size(int(request.headers.get("content-length", 0)))
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                _check_size(len(body))
+    except TimeoutError:
+        raise ApiError(f"the body was not here after {BODY_S:g} s", status=408) from None
+    return bytes(body)
+
+
+def _check_size(length: int) -> None:
+    if length > MAX_BODY_BYTES:
+        raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[ResultType]) -> ResultType:
+    """The result of `work`; if the client goes away first, the work is cancelled."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event_stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+    return StreamingResponse(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Server-sent events. The status is already sent, so a failure half way is an event too."""
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except ApiError as error:
+        note_error(error)
+        yield _event(error.body())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _no_usage(ask: Ask) -> dict[str, None]:
+    return {"usage": None} if ask.include_usage else {}
+
+
+def _query(kind: type[AskType], request: Request) -> AskType:
+    """The parameters of the query. Raises ApiError (400) that names the first at fault."""
+    given = request.query_params.multi_items()
+    fields = dict(given)
+    if len(fields) < len(given):
+        raise ApiError("a parameter stands twice in the query")
+    return read(kind, fields)
+
+
+async def _refuse(_request: Request, error: ApiError) -> Response:
+    return refuse(error)
+
+
+async def _refuse_plainly(_request: Request, error: IsthmusError) -> Response:
+    return refuse(ApiError(str(error)))
+
+
+async def _refuse_route(_request: Request, error: HTTPException) -> Response:
+    answer = refuse(ApiError(error.detail, status=error.status_code))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _gone(_request: Request, _error: ClientDisconnect) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,206 @@
+"""A bundle brought to life: the core, its tokenizer, what it says about itself, and how its weights are exchanged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.chips.rehearse import enforce
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines.local.api.text import Vocabulary
+from isthmus.engines.local.core.core import Core
+from isthmus.engines.local.core.grammar import Compiler
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.runner import Trial
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
+from isthmus.formats.files.golden import Golden, read_golden
+from isthmus.model.model import Model
+from isthmus.recipe.schema import ModelSection
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+LONGEST_SEQUENCE = 8192
+STATES = ("sealed", "unsealed", "untrusted", "tampered", "refused")
+"""What a bundle is, by its seal: see parity/seal.py."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a server says it is. `rehearsed` names the chip whose rules were enforced, if any.
+
+    `seal` is the id of a seal that holds, `signer` the public key that signed it. `state` is one of STATES.
+    """
+
+    model: str
+    format: str
+    seal: str | None = None
+    pool: str | None = None
+    rehearsed: str | None = None
+    state: str = "unsealed"
+    signer: str | None = None
+
+    @property
+    def statement(self) -> str | None:
+        """What has to be said wherever the server shows numbers."""
+        return f"rehearsed on CPU with the rules of {self.rehearsed}" if self.rehearsed else None
+
+
+@dataclass
+class Service:
+    """A running engine on one bundle.
+
+    `tensors` are the weights in use, as stored: what a delta update adds to. The model's own tensors are views of them
+    where the format allows it (fp32); otherwise they are held beside it. `is_original` says whether they are the
+    bundle's; `revision` counts the exchanges of weights. Prompt tokens may wait up to `max_waiting_tokens`.
+    """
+
+    identity: Identity
+    architecture: ModelSection
+    core: Core
+    tokenizer: Tokenizer
+    tensors: dict[str, Tensor]
+    weights_sha256: str
+    rehearsal: dict[str, int] | None = None
+    examples: list[str] = field(default_factory=list)
+    golden: Golden | None = None
+    default_tokens: int | None = None
+    default_temperature: float = 1.0
+    max_waiting: int = 4096
+    max_waiting_tokens: int | None = None
+    is_original: bool = True
+    revision: int = 0
+
+    def __post_init__(self) -> None:
+        self.vocabulary = Vocabulary(self.tokenizer)
+        self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
+        self.layout = layout_of(self.tensors)
+        self.bundle_version = self.core.version
+
+    @property
+    def fingerprint(self) -> str:
+        """Seal, or the state of a bundle without one, and weight version: what `system_fingerprint` carries."""
+        return f"{self.identity.seal or self.identity.state}-v{self.core.version}"
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the weights in use are those that the seal vouches for."""
+        return self.is_original and self.identity.seal is not None
+
+    def exchange(self, tensors: dict[str, Tensor], version: int, sha256: str) -> None:
+        """Take new weights into use between two steps. Raises IsthmusError if they do not fit; the old ones go on then.
+
+        One caller at a time: WeightUpdates sees to it.
+        """
+        compare_layouts(self.layout, layout_of(tensors))
+        check_finite(tensors)
+        self._take(tensors, version, sha256, is_original=False)
+
+    def restore(self, bundle: Bundle) -> None:
+        """Go back to the weights of the bundle that this service was started with."""
+        compare_layouts(self.layout, layout_of(bundle.tensors))
+        self._take(bundle.tensors, self.bundle_version, weights_sha256(bundle.folder), is_original=True)
+
+    def _take(self, tensors: dict[str, Tensor], version: int, sha256: str, *, is_original: bool) -> None:
+        model = get_format(self.identity.format).build(self.architecture, tensors)
+        self.core.swap(model, version)
+        self.revision += 1
+        self.tensors, self.weights_sha256, self.is_original = tensors, sha256, is_original
+
+
+def load_service(
+    folder: Path,
+    *,
+    model_name: str | None = None,
+    seal: str | None = None,
+    pool: str | None = None,
+    rehearse: str | None = None,
+    slots: int = 256,
+    threads: int = 1,
+    options: EngineOptions = DEFAULT_OPTIONS,
+    state: str | None = None,
+    signer: str | None = None,
+) -> Service:
+    """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served.
+
+    `state` is one of STATES; if absent, what follows from whether there is a `seal`. The files of a bundle whose state
+    is "tampered" are not held against their hashes again: whoever serves it knows that they differ.
+    """
+    torch.set_num_threads(threads)
+    state = state or ("sealed" if seal else "unsealed")
+    bundle = read_bundle(folder, check_files=state != "tampered")
+    tokenizer = Tokenizer.load(folder)
+    model = bundle.build()
+    rehearsal = rehearse_steps(model, rehearse) if rehearse else None
+    length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **asdict(options))
+    core.start()
+    identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse, state, signer)
+    return Service(
+        identity,
+        bundle.architecture,
+        core,
+        tokenizer,
+        bundle.tensors,
+        weights_sha256(folder),
+        rehearsal,
+        read_examples(folder),
+        read_golden(folder),
+    )
+
+
+def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
+    """Run a prefill and decode steps under the rules of a chip that is not here; calls by how the chip runs them.
+
+    Raises RehearsalRefused if an operator or a dtype is not allowed there.
+    """
+    trial = Trial(model, sequences=2, length=8)
+    with torch.inference_mode(), enforce(chip) as rehearsal:
+        trial.prefill([[0, 1, 2], [1]])
+        trial.decode(torch.tensor([1, 2]))
+        trial.decode(torch.tensor([1, 0]))
+    return {str(status): calls for status, calls in rehearsal.tally.calls.items()}
+
+
+def layout_of(tensors: dict[str, Tensor]) -> Layout:
+    """Dtype and shape of every tensor."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def compare_layouts(expected: Layout, found: Layout) -> None:
+    """Raise DamagedFile that names the tensors in which new weights do not fit the served bundle."""
+    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            wrong.append(f"{name} is {_describe(found[name])} and should be {_describe(expected[name])}")
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise DamagedFile(f"the new weights do not fit the served bundle: {'; '.join(sorted(wrong)[:4])}{more}")
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Raise DamagedFile that names a tensor with a value that is not a number or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DamagedFile(f"{name} has values that are infinite or not a number")
+
+
+def read_examples(folder: Path) -> list[str]:
+    """Prompts to try, from the bundle's examples.json (a list of strings), which it need not have."""
+    path = folder / "examples.json"
+    if not path.is_file():
+        return []
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise IsthmusError(f"{path} must be a JSON list of strings")
+    return content
+
+
+def _describe(kind: tuple[torch.dtype, tuple[int, ...]]) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')}{list(kind[1])}"

@@ -1,0 +1,1 @@
+"""Folders on the disk: bundles, published checkpoints, and reading and writing them tensor by tensor."""

@@ -1,0 +1,296 @@
+"""A bundle: a folder in Hugging Face layout that transformers, vLLM and SGLang load, with a hash for each of its files.
+
+The copies of the embedding and of the output head that published DeepSeek checkpoints keep in their MTP layer are
+written, and dropped when read, after checking that they equal the shared tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats import DESCRIPTION, MODELSLIM, Format, Layout, get_format, recognise_format
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.files.published import (
+    CONFIG,
+    INDEX,
+    SHARD_BYTES,
+    WEIGHTS,
+    StoredTensors,
+    mtp_copies,
+    weight_files,
+    write_tensors,
+)
+from isthmus.formats.files.stream import TensorWriter, described, shown
+from isthmus.model.config import hf_config
+from isthmus.model.model import Model
+from isthmus.recipe.schema import ModelSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.run import new_folder, sha256_file, write_atomic
+
+CHECKSUMS, SEAL = "checksums.json", "seal.json"
+
+
+class TokenizerFiles(Protocol):
+    """What a bundle needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | list[int]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory: `tensors` as stored, without the MTP layer's copies."""
+
+    folder: Path
+    format: str
+    architecture: ModelSection
+    tensors: dict[str, Tensor]
+
+    def build(self) -> Model:
+        """A model that computes on the CPU with the numerics of the format."""
+        return get_format(self.format).build(self.architecture, self.tensors)
+
+
+def write_bundle(
+    folder: Path,
+    format_name: str,
+    state: Mapping[str, Tensor],
+    architecture: ModelSection,
+    tokenizer: TokenizerFiles,
+    shard_bytes: int = SHARD_BYTES,
+    calibration: Calibration | None = None,
+    refine: Callable[[dict[str, Tensor]], None] = lambda _stored: None,
+    threads: int = 1,
+    advance: Callable[[int], None] = lambda _done: None,
+) -> None:
+    """Write `state` (float, published names) as a bundle. A reader sees the whole folder or none of it.
+
+    Each tensor is asked of `state` once, made into what is stored, written, and dropped, `threads` of them at a time: a
+    state that reads tensors when asked is never in memory whole. `refine` may change the values of what is stored of
+    each; `advance` is called with the number of finished tensors. Weights of more than `shard_bytes` are written as
+    several files and an index. An existing bundle at `folder` is replaced. generation_config.json holds no sampling
+    defaults: an engine that read them (vLLM does) would sample from another distribution than the one it is asked for.
+
+    Raises DamagedFile if the state does not fit the architecture, IsthmusError if the format lacks a calibration.
+    """
+    chosen = get_format(format_name)
+    config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    quantization = chosen.quantization_config(architecture)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+    def stored(name: str) -> dict[str, Tensor]:
+        found = chosen.export_one(name, state[name], architecture, calibration)
+        refine(found)
+        return found
+
+    with new_folder(folder) as new:
+        layout = _in_order_of(state, chosen.layout(architecture))
+        copies = mtp_copies(architecture)
+        layout |= {copy: layout[name] for copy, name in copies.items()}
+        with TensorWriter(new, layout, shard_bytes, _misfit(folder, chosen)) as writer:
+            _stream(writer, state, stored, copies, threads, advance)
+        write_atomic(new / CONFIG, _json(config))
+        write_atomic(new / "generation_config.json", _json(token_ids))
+        for name, content in chosen.extra_files(architecture).items():
+            write_atomic(new / name, content)
+        tokenizer.save(new)
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new, known=writer.hashes)))
+
+
+def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -> None:
+    """Write at `folder` the bundle `source` with other tensors of the same format, as `Format.export` gives them.
+
+    Raises IsthmusError if `source` is no bundle, DamagedFile if the tensors do not fit its architecture.
+    """
+    if not (source / CONFIG).is_file():
+        raise IsthmusError(f"{source} is not a bundle: it has no {CONFIG}")
+    config = read_config(source)
+    architecture = architecture_of(source, config)
+    _compare_with_layout(folder, recognise_format(config), architecture, tensors)
+    replaced = {CHECKSUMS, SEAL, INDEX, *(path.name for path in weight_files(source))}
+    with new_folder(folder) as new:
+        for path in source.iterdir():
+            if path.is_file() and path.name not in replaced:
+                shutil.copyfile(path, new / path.name)
+        copies = {copy: tensors[name] for copy, name in mtp_copies(architecture).items()}
+        hashes = write_tensors(new, {**tensors, **copies})
+        write_atomic(new / CHECKSUMS, _json(file_hashes(new, known=hashes)))
+
+
+def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
+    """Read a bundle, checking every file against its hash and every tensor against the architecture.
+
+    Without `check_files` the hashes are left out, for whoever wants to see what a changed bundle does.
+
+    Raises IsthmusError if this is no bundle, DamagedFile if a file or a tensor is missing, unexpected or changed.
+    """
+    if not (folder / CONFIG).is_file():
+        raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
+    if check_files:
+        verify_files(folder)
+    config = read_config(folder)
+    chosen = recognise_format(config)
+    architecture = architecture_of(folder, config)
+    tensors = _without_copies(folder, _load_tensors(folder), architecture)
+    _compare_with_layout(folder, chosen, architecture, tensors)
+    return Bundle(folder, chosen.name, architecture, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the quantisation that the folder announces elsewhere, for `recognise_format`.
+
+    ModelSlim describes it in quant_model_description.json and leaves config.json without a `quantization_config`: the
+    description, with the quant_method "modelslim", stands in its place. Raises IsthmusError if the folder is no bundle,
+    DamagedFile if config.json is no JSON object or there are both.
+    """
+    if not (folder / CONFIG).is_file():
+        raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
+    config = read_object(folder / CONFIG)
+    if (folder / DESCRIPTION).is_file():
+        if config.get("quantization_config"):
+            raise DamagedFile(f"{folder} announces its quantisation twice, in {CONFIG} and in {DESCRIPTION}")
+        config["quantization_config"] = {"quant_method": MODELSLIM, **read_object(folder / DESCRIPTION)}
+    return config
+
+
+def file_hashes(
+    folder: Path, without: tuple[str, ...] = (CHECKSUMS, SEAL), known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """SHA-256 of every file of a bundle by its path in the folder; the files that hold hashes are left out.
+
+    Those of files whose hash is `known` are taken from there.
+    """
+    known = known or {}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {name: known.get(name) or sha256_file(folder / name) for name in names if name not in without}
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights as they lie on the disk: of their file, or of the hashes of their files in order."""
+    hashes = [sha256_file(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _stream(
+    writer: TensorWriter,
+    state: Mapping[str, Tensor],
+    stored: Callable[[str], dict[str, Tensor]],
+    copies: dict[str, str],
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write what is stored of each tensor of a state, with the copies that the MTP layer keeps."""
+    copies_of = {name: [copy for copy, original in copies.items() if original == name] for name in copies.values()}
+
+    def write(name: str) -> None:
+        for one, tensor in stored(name).items():
+            for target in (one, *copies_of.get(one, ())):
+                writer.write(target, tensor)
+
+    if threads == 1:
+        for done, name in enumerate(state, start=1):
+            write(name)
+            advance(done)
+    else:
+        with ThreadPoolExecutor(threads) as workers:
+            for done, _ in enumerate(workers.map(write, state), start=1):
+                advance(done)
+    writer.finish()
+
+
+def _in_order_of(state: Mapping[str, Tensor], layout: Layout) -> Layout:
+    """The layout in the order in which a state's modules come, so that what is read together lies together."""
+    place: dict[str, int] = {}
+    for name in state:
+        place.setdefault(_module(name), len(place))
+    return dict(sorted(layout.items(), key=lambda entry: place.get(_module(entry[0]), len(place))))
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def architecture_of(folder: Path, config: dict[str, Any]) -> ModelSection:
+    """The architecture that a config.json describes. Raises IsthmusError naming the key that is not understood."""
+    try:
+        return parse_architecture(architecture_from_config(config))
+    except RecipeError as error:
+        raise IsthmusError(f"{folder / CONFIG}: {error}") from None
+
+
+def _without_copies(folder: Path, stored: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+    copies = mtp_copies(architecture)
+    for copy, original in copies.items():
+        if copy in stored and original in stored and not torch.equal(stored[copy], stored[original]):
+            raise DamagedFile(f"{folder}: {copy} differs from {original}, which the MTP layer shares")
+    return {name: tensor for name, tensor in stored.items() if name not in copies}
+
+
+def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSection, tensors: dict[str, Tensor]) -> None:
+    expected = chosen.layout(architecture)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if found[name] != expected[name]:
+            problems.append(f"{name} is {described(*found[name])} and should be {described(*expected[name])}")
+    if problems:
+        raise DamagedFile(f"{_misfit(folder, chosen)}: {shown(sorted(problems))}")
+
+
+def _misfit(folder: Path, chosen: Format) -> str:
+    return f"the tensors of {folder} do not fit its architecture in format {chosen.name}"
+
+
+def verify_files(folder: Path) -> None:
+    """Raise DamagedFile if a file of a bundle is missing, added, or not what it was when the bundle was written."""
+    if not (folder / CHECKSUMS).is_file():
+        raise DamagedFile(f"{folder} has no {CHECKSUMS}: it was not written by isthmus, or not copied whole")
+    recorded, found = read_object(folder / CHECKSUMS), file_hashes(folder)
+    for name, sha256 in recorded.items():
+        if name not in found:
+            raise DamagedFile(f"{folder / name} is missing; copy the bundle again or repeat the hand-off")
+        if found[name] != sha256:
+            raise DamagedFile(f"{folder / name} does not match its hash; copy the bundle again or repeat the hand-off")
+    unknown = sorted(found.keys() - recorded.keys())
+    if unknown:
+        raise DamagedFile(f"{folder / unknown[0]} does not belong to this bundle; remove it")
+
+
+def _load_tensors(folder: Path) -> dict[str, Tensor]:
+    with StoredTensors(folder) as stored:
+        if not stored.names:
+            raise DamagedFile(f"{folder / WEIGHTS} is missing")
+        return {name: stored.read(name) for name in stored.names}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a bundle. Raises DamagedFile if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} is not a JSON object")
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=2).encode() + b"\n"

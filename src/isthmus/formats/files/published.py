@@ -1,0 +1,375 @@
+"""Weights in Hugging Face layout: one safetensors file, or several and an index, read tensor by tensor.
+
+DeepSeek's fp8 checkpoints are read too: `X.weight` in float8_e4m3fn, and `X.weight_scale_inv` with one fp32 factor per
+block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats.files.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD, unfilled
+from isthmus.recipe.schema import DeepseekSection, ModelSection
+
+CONFIG = "config.json"
+SHARD_BYTES = 5_000_000_000
+SCALE = "_scale_inv"
+COMPUTED = ".rotary_emb.inv_freq"
+"""Old Llama checkpoints store the inverse frequencies, which config.json says already."""
+
+
+class StoredTensors:
+    """The tensors of a folder by name; each is read when it is asked for. A context manager: files stay open in it.
+
+    Opening raises IsthmusError if the folder holds no weights, and DamagedFile naming the file that is missing or not
+    whole, the tensor that a file holds and the index does not name, or the reverse.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._places: dict[str, tuple[int, int, int]] = {}
+        try:
+            self._file_of = self._find()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """All names, file by file: the order in which reading is fastest."""
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The dtype as safetensors writes it: "F32", "BF16", "F8_E4M3", ..."""
+        return self._slice(name).get_dtype()
+
+    def size(self, name: str) -> int:
+        """Bytes of the tensor in its file."""
+        return self._places[name][2]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored, in memory of its own. From any thread."""
+        kind, shape = self.kind(name), self.shape(name)
+        if kind not in KINDS:
+            raise DamagedFile(f"{self.folder / self._file_of[name]}: {name} has the type {kind}, which is not read")
+        descriptor, start, size = self._places[name]
+        content = torch.empty(size, dtype=torch.uint8)
+        view = content.numpy().data
+        while len(view):
+            count = os.preadv(descriptor, [view], start)
+            if not count:
+                raise DamagedFile(f"{self.folder / self._file_of[name]} ends within {name}")
+            view, start = view[count:], start + count
+        return content.view(KINDS[kind]).reshape(shape)
+
+    def _slice(self, name: str) -> Any:
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def _find(self) -> dict[str, str]:
+        files = _weight_files(self.folder)
+        index = _read_index(self.folder)
+        file_of: dict[str, str] = {}
+        for file in files:
+            for name in self._names_in(file):
+                if name in file_of:
+                    raise DamagedFile(f"{self.folder}: both {file_of[name]} and {file} hold {name}")
+                file_of[name] = file
+        problems = [f"{name} is in {file}, not in {INDEX}" for name, file in file_of.items() if name not in index]
+        problems += [f"{file} does not hold {name}" for name, file in index.items() if file_of.get(name) != file]
+        if index and problems:
+            raise DamagedFile(f"{self.folder} does not fit its {INDEX}: {shown(problems)}")
+        return file_of
+
+    def _names_in(self, file: str) -> list[str]:
+        try:
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        except SafetensorError as error:
+            raise DamagedFile(f"{self.folder / file} is not a whole safetensors file: {error}") from None
+        except FileNotFoundError:
+            raise DamagedFile(f"{self.folder / file} is missing") from None
+        self._find_places(file)
+        return list(self._open[file].keys())
+
+    def _find_places(self, file: str) -> None:
+        """Where each tensor lies. The library, which has checked the header, maps files and does not say."""
+        descriptor = os.open(self.folder / file, os.O_RDONLY)
+        self._stack.callback(os.close, descriptor)
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        header = json.loads(os.pread(descriptor, length, 8))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                self._places[name] = descriptor, 8 + length + begin, end - begin
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, in order; empty if there are none."""
+    return [folder / name for name in _weight_files(folder)]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if index := _read_index(folder):
+        files = sorted(set(index.values()))
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            count = sum(file in missing for file in index.values())
+            raise DamagedFile(f"{folder} lacks {shown(missing)}, named in {INDEX} for {count} tensors")
+        return files
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File of each tensor by the index; empty if there is none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is no index of safetensors files: {error!r}") from None
+    plain = isinstance(weight_map, dict) and all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    )
+    if not plain or not weight_map:
+        raise DamagedFile(f"{path}: weight_map must give each tensor the name of a file in the same folder")
+    return weight_map
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Write tensors as `TensorWriter` does; the SHA-256 of each file by its name."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorWriter(folder, layout, shard_bytes, f"the tensors of {folder}") as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+    return writer.hashes
+
+
+def mtp_copies(architecture: ModelSection) -> dict[str, str]:
+    """Names of the copies that published checkpoints keep in the MTP layer, and of the tensors they copy."""
+    if not architecture.num_nextn_predict_layers:
+        return {}
+    prefix = f"model.layers.{architecture.num_hidden_layers}"
+    head = EMBEDDING if architecture.tie_word_embeddings else HEAD
+    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": head}
+
+
+@dataclass
+class Checkpoint:
+    """A published checkpoint of float or fp8 weights, checked against an architecture but not yet read.
+
+    `left_out` says in words which stored tensors the architecture does not use, for whoever tells the user; `dropped`
+    gives each of them its reason.
+    """
+
+    stored: StoredTensors
+    architecture: ModelSection
+    left_out: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._block = _fp8_block(self.stored.folder)
+        self._used = self._select()
+        self._check()
+
+    def tensors(self, wants: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that `wants` names under their published names, one at a time, fp8 dequantised to fp32.
+
+        Raises DamagedFile if a copy of a shared tensor differs from it.
+        """
+        self._compare_copies()
+        for name in self._names():
+            if wants(name):
+                yield name, self._float(name)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The same tensors as a mapping, in the order of the files, that reads each whenever it is asked for it.
+
+        Raises DamagedFile if a copy of a shared tensor differs from it.
+        """
+        self._compare_copies()
+        return _CheckpointState(self)
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block of fp8 weights; None if the weights are float."""
+        return self._block
+
+    def scales(self) -> Iterator[tuple[str, Tensor]]:
+        """The scales of the fp8 weights by the weight's name, one at a time."""
+        for name in self._used:
+            if name.endswith(SCALE):
+                yield name.removesuffix(SCALE), self.stored.read(name)
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A weight in fp8 as it is stored: e4m3 [M, K] and the scales of its blocks. None if it is float."""
+        return (self.stored.read(name), self.stored.read(f"{name}{SCALE}")) if f"{name}{SCALE}" in self.stored else None
+
+    def copies(self) -> dict[str, str]:
+        """The stored names that are copies of another tensor, and of which: they are carried by that one."""
+        return {copy: original for copy, original in self._copies.items() if copy in self.stored}
+
+    def _names(self) -> list[str]:
+        copies = self._copies
+        return [name for name in self._used if name not in copies and not name.endswith(SCALE)]
+
+    def _select(self) -> list[str]:
+        """The stored names that this architecture uses; notes the others that are known."""
+        names = self.stored.names
+        computed = [name for name in names if name.endswith(COMPUTED)]
+        mtp = [] if self.architecture.num_nextn_predict_layers else [name for name in names if self._of_mtp(name)]
+        for chosen, what, reason in (
+            (computed, f"tensors *{COMPUTED}", "computed from config.json"),
+            (mtp, "tensors of the MTP layer", "num_nextn_predict_layers = 0"),
+        ):
+            if chosen:
+                self.left_out.append(f"{len(chosen)} {what}: {reason}")
+                self.dropped |= dict.fromkeys(chosen, reason)
+        return [name for name in names if name not in self.dropped]
+
+    @property
+    def _mtp_prefix(self) -> str:
+        return f"model.layers.{self.architecture.num_hidden_layers}."
+
+    def _of_mtp(self, name: str) -> bool:
+        return isinstance(self.architecture, DeepseekSection) and name.startswith(self._mtp_prefix)
+
+    @property
+    def _copies(self) -> dict[str, str]:
+        tied = {HEAD: EMBEDDING} if self.architecture.tie_word_embeddings else {}
+        return {**mtp_copies(self.architecture), **tied}
+
+    def _check(self) -> None:
+        expected = {name: tuple(t.shape) for name, t in unfilled(self.architecture).state_dict().items()}
+        wanted = {name: shape for name, shape in expected.items() if name not in self._copies}
+        used = set(self._used)
+        missing = [name for name in wanted if name not in used]
+        if missing and all(map(self._of_mtp, missing)) and not any(map(self._of_mtp, used)):
+            raise IsthmusError(
+                f"{self.stored.folder} has no tensor of the MTP layer, {self._mtp_prefix}*, and "
+                "num_nextn_predict_layers is 1: set num_nextn_predict_layers = 0 in [model]"
+            )
+        problems = [f"missing {name}" for name in missing]
+        for name in self._used:
+            if name.endswith(SCALE):
+                problems += self._scale_problems(name)
+            elif name in self._copies:
+                problems += self._shape_problems(name, expected.get(self._copies[name]))
+            else:
+                problems += self._shape_problems(name, wanted.get(name))
+        if problems:
+            raise IsthmusError(f"{self.stored.folder} does not fit its architecture: {shown(sorted(problems))}")
+
+    def _shape_problems(self, name: str, shape: tuple[int, ...] | None) -> list[str]:
+        if shape is None:
+            return [f"unexpected {name}"]
+        found, kind = self.stored.shape(name), self.stored.kind(name)
+        if found != shape:
+            return [f"{name} is {list(found)} and should be {list(shape)}"]
+        if kind == "F8_E4M3":
+            return [] if f"{name}{SCALE}" in self.stored else [f"{name} is fp8, and {name}{SCALE} is missing"]
+        return [] if kind in ("F64", "F32", "F16", "BF16") else [f"{name} is quantised ({kind}), which is not read"]
+
+    def _scale_problems(self, name: str) -> list[str]:
+        weight = name.removesuffix(SCALE)
+        if weight not in self.stored or self.stored.kind(weight) != "F8_E4M3":
+            return [f"unexpected {name}"]
+        if self._block is None:
+            return [f"{weight} is fp8, and {CONFIG} has no quantization_config of fp8"]
+        blocks = [-(-size // block) for size, block in zip(self.stored.shape(weight), self._block, strict=False)]
+        found = list(self.stored.shape(name))
+        return [] if found == blocks else [f"{name} is {found} and should be {blocks}"]
+
+    def _float(self, name: str) -> Tensor:
+        tensor = self.stored.read(name)
+        if self.stored.kind(name) != "F8_E4M3":
+            return tensor
+        assert self._block is not None, "checked when the checkpoint was opened"
+        return dequantise_blocks(tensor, self.stored.read(f"{name}{SCALE}"), self._block)
+
+    def _compare_copies(self) -> None:
+        for copy, original in self._copies.items():
+            if copy in self.stored and not torch.equal(self._float(copy).float(), self._float(original).float()):
+                raise DamagedFile(f"{self.stored.folder}: {copy} differs from {original}, which it is a copy of")
+
+
+class _CheckpointState(Mapping[str, Tensor]):
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._known = dict.fromkeys(checkpoint._names())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._checkpoint._float(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight [M, N] times the factor of its block, in fp32; scale [ceil(M / block[0]), ceil(N / block[1])]."""
+    rows, columns = block
+    values = weight.to(torch.float32)
+    for index, factors in enumerate(scale.to(torch.float32)):
+        wide = factors.repeat_interleave(columns)[: values.shape[1]]
+        values[index * rows : (index + 1) * rows] *= wide
+    return values
+
+
+def _fp8_block(folder: Path) -> tuple[int, int] | None:
+    """Block size of a checkpoint in DeepSeek's fp8; None if its weights are float. Raises IsthmusError for others."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise IsthmusError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise IsthmusError(
+            f"{path} announces quantisation {quantization.get('quant_method')!r} with weight_block_size {block!r}. "
+            "What is read is float weights, or fp8 with a scale per block: use the unquantised checkpoint"
+        )
+    return int(block[0]), int(block[1])

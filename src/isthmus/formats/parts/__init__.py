@@ -1,0 +1,1 @@
+"""What several formats share: quantised layers, number types and the assembly of a model from stored tensors."""

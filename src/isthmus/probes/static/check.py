@@ -1,0 +1,544 @@
+"""The static software tier: what a chip's software makes of a recipe's own model, by share of the time; no chip needed.
+
+A trace at full size (probes/static/trace.py) is joined with the tables of the chip. A call's time is what its
+arithmetic needs at the chip's declared bf16 peak, or its bytes at the declared memory bandwidth, whichever is longer
+(the roofline model, Williams, Waterman and Patterson, CACM 52(4), 2009): a lower bound, with the overhead of launches,
+which nobody publishes, left out. It weighs operators against each other and predicts no speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from isthmus.chips import Chip
+from isthmus.chips.rehearse import Profile, RehearsalRefused
+from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, fused_tables_of
+from isthmus.chips.rehearse.tables import Status
+from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
+from isthmus.probes.static.operators import Coverage, Trace, coverage
+from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
+from isthmus.recipe.schema import DeepseekSection, DenseSection, ModelSection, Recipe, layout_problem
+from isthmus.records import Evidence, Limit, Outcome, Use
+from isthmus.run import Figure
+
+BASES = ("time", "flops", "bytes")
+BASIS_NAMES = {"time": "time", "flops": "arithmetic", "bytes": "bytes moved"}
+COLLECTIVE_NAMES = {
+    "all-gather": ("all_gather", None),
+    "reduce-scatter": ("reduce_scatter", "sum"),
+    "all-reduce": ("all_reduce", "sum"),
+    "all-to-all": ("all_to_all", None),
+}
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+_TIME_IN_PARTS: tuple[Status, ...] = ("generic", "decomposes")
+
+
+@dataclass(frozen=True)
+class OperatorShare:
+    """One operator of a trace: what the chip does with it, and its shares of the whole.
+
+    `shares` has the keys of `BASES`; time is absent where the chip's peak or its bandwidth is not known. For an
+    operator that falls back the share is what it would take on the chip: the least that it costs.
+    """
+
+    operator: str
+    status: Status
+    dtypes: tuple[str, ...]
+    calls: int
+    flops: int
+    bytes: int
+    seconds: float | None
+    shares: dict[str, float]
+    cautions: tuple[str, ...] = ()
+    unrepeatable: str | None = None
+    refused: tuple[str, ...] = ()
+
+    @property
+    def may_fall_back(self) -> bool:
+        return any("cpu" in caution for caution in self.cautions)
+
+
+@dataclass(frozen=True)
+class StaticCoverage:
+    """A use of the model on a chip. `rows` come with the largest share of `basis` first; `share` is of `basis`.
+
+    Of a chip whose time is not known, operators of equal arithmetic come with the most bytes first.
+    """
+
+    use: Use
+    what: str
+    rows: tuple[OperatorShare, ...]
+    basis: str
+    seconds: float | None
+    found: Coverage
+    collectives: dict[str, str]
+    collective_notes: tuple[str, ...]
+    collectives_refused: str | None
+    sources: tuple[str, ...]
+    totals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """What shares are told of: time, or else what it would come from."""
+        return (self.basis,) if self.basis == "time" else BASES[BASES.index(self.basis) :]
+
+    def share(self, *statuses: Status, basis: str | None = None) -> float:
+        """Share of the operators with these statuses."""
+        return sum(row.shares[basis or self.basis] for row in self.rows if row.status in statuses)
+
+    @property
+    def impossible(self) -> list[str]:
+        """Why this use cannot run at all; empty if it can."""
+        reasons = [f"{name} is missing" for name in self.found.operators["none"]]
+        reasons += [
+            f"{dtype} is refused ({_first(names)})" for dtype, names in sorted(self.found.refused_dtypes.items())
+        ]
+        return reasons + ([self.collectives_refused] if self.collectives_refused else [])
+
+    @property
+    def unrepeatable(self) -> list[OperatorShare]:
+        return [row for row in self.rows if row.unrepeatable]
+
+    @property
+    def doubtful(self) -> list[OperatorShare]:
+        """Operators that are native, and of which a caution says that the CPU may run them."""
+        return [row for row in self.rows if row.status == "native" and row.may_fall_back]
+
+    def shares_of(self, rows: Iterable[OperatorShare]) -> list[float]:
+        """What these rows are of each of `bases` together."""
+        chosen = list(rows)
+        return [sum(row.shares[basis] for row in chosen) for basis in self.bases]
+
+    def headline(self) -> str:
+        """The shares in one sentence."""
+        native = self.shares_of(row for row in self.rows if row.status == "native")
+        named = [f"{percent(share)} of the {BASIS_NAMES[one]}" for share, one in zip(native, self.bases, strict=True)]
+        parts = [f"{' and '.join(named)} native"]
+        made = self.shares_of(row for row in self.rows if row.status in _TIME_IN_PARTS)
+        if any(made):
+            parts.append(f"{_percents(made)} made of other operators")
+        lost: dict[Status, str] = {
+            "fallback": "in operators that fall back",
+            "none": "in operators that are missing",
+            "unknown": "in operators that no table lists",
+        }
+        for status, words in lost.items():
+            if self.found.operators[status]:
+                parts.append(f"{_percents(self.shares_of(row for row in self.rows if row.status == status))} {words}")
+        if any(doubtful := self.shares_of(self.doubtful)):
+            parts.append(f"{_percents(doubtful)} in operators that are documented to fall back in some cases")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class NeedFound:
+    """What a chip offers for one need of the model in one use: fused operators that serve it, and others that do not.
+
+    `broken` are the rules that the model does not keep, by operator.
+    """
+
+    need: str
+    use: Use
+    usable: tuple[FusedOperator, ...]
+    unusable: tuple[FusedOperator, ...]
+    broken: dict[str, tuple[ShapeRule, ...]]
+
+
+def static_coverage(
+    recipe: Recipe, chip: Chip, profile: Profile, layout: Layout, *, every_layer: bool = False
+) -> list[StaticCoverage]:
+    """A training step of one rank of `layout`, and serving on one chip, joined with the tables of `chip`."""
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    whole = next((name for name in WHOLE_ATTENTION if profile.status(name) == "native"), None)
+    grouped = bool(chip.capabilities.grouped_matmul) and dtype == torch.bfloat16
+    options = Options(dtype, whole, grouped, every_layer)
+    training = sum(training_costs(recipe, layout, options).values(), Costs())
+    serving = serving_costs(recipe, options)
+    step = "a training step" if layout.ranks == 1 else f"a training step of one of {layout.ranks} ranks"
+    return [
+        join("training", step, training, chip, profile),
+        join("serving", "a prompt", serving["prefill"], chip, profile),
+        join("serving", "a decoded token of each sequence", serving["decode"], chip, profile),
+    ]
+
+
+def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> StaticCoverage:
+    """A trace with what the chip's tables say of each of its operators."""
+    trace = Trace(costs.operators(), {name: set() for name in costs.operators()})
+    for call in costs.calls:
+        trace.dtypes[call.operator].update(call.dtypes)
+    found = coverage(_without_gradients(trace, profile), profile)
+    peak, bandwidth = _known(chip.bf16_tflops, 1e12), _known(chip.mem_bw_gbs, 1e9)
+    seconds = {call: _seconds(call, peak, bandwidth) for call in costs.calls}
+    basis = "time" if peak and bandwidth else "flops" if costs.flops else "bytes"
+    order = BASES[BASES.index(basis) :]
+    rows = _rows(costs, seconds, profile, fused_tables_of(chip.slug), found)
+    notes, refused = _collective_rules(costs, profile)
+    return StaticCoverage(
+        use=use,
+        what=what,
+        rows=tuple(sorted(rows, key=lambda row: [*(-row.shares.get(one, 0.0) for one in order), row.operator])),
+        basis=basis,
+        seconds=sum(row.seconds or 0.0 for row in rows) if basis == "time" else None,
+        found=found,
+        collectives=_sent(costs, chip),
+        collective_notes=notes,
+        collectives_refused=refused,
+        sources=_sources(chip, found),
+        totals={"flops": costs.flops, "bytes": costs.bytes},
+    )
+
+
+def _known(figure: Figure | None, unit: float) -> float | None:
+    return figure.value * unit if figure is not None and figure.value is not None else None
+
+
+def _seconds(call: Call, peak: float | None, bandwidth: float | None) -> float | None:
+    return max(call.flops / peak, call.bytes / bandwidth) if peak and bandwidth else None
+
+
+def _without_gradients(trace: Trace, profile: Profile) -> Trace:
+    """A whole operator's gradient is no operator of its own: the table knows it by the operator's name."""
+    calls: Counter[str] = Counter()
+    dtypes: dict[str, set[str]] = {}
+    for name, count in trace.calls.items():
+        own = _listed_name(name, profile)
+        calls[own] += count
+        dtypes.setdefault(own, set()).update(trace.dtypes[name])
+    return Trace(calls, dtypes)
+
+
+def _listed_name(name: str, profile: Profile) -> str:
+    own = name.removesuffix(BACKWARD)
+    return next((one for one in (name, f"{own}_backward") if own != name and one in profile.operators), own)
+
+
+def _rows(
+    costs: Costs, seconds: dict[Call, float | None], profile: Profile, tables: FusedTables, found: Coverage
+) -> list[OperatorShare]:
+    by_operator: dict[str, list[tuple[Call, int]]] = {}
+    for call, count in costs.calls.items():
+        by_operator.setdefault(call.operator, []).append((call, count))
+    times = {call: (seconds[call] or 0.0) * count for call, count in costs.calls.items()}
+    timed = any(one is not None for one in seconds.values())
+    totals = {"flops": costs.flops, "bytes": costs.bytes, "time": sum(times.values())}
+    unrepeatable = {one.operator: f"{one.named_as}: {one.source}" for one in tables.unrepeatable}
+    rows = []
+    for name, calls in by_operator.items():
+        own = {
+            "flops": sum(call.flops * count for call, count in calls),
+            "bytes": sum(call.bytes * count for call, count in calls),
+            "time": sum(times[call] for call, _ in calls),
+        }
+        listed = _listed_name(name, profile)
+        bases = BASES if timed else BASES[1:]
+        rows.append(
+            OperatorShare(
+                operator=name,
+                status=profile.status(listed),
+                dtypes=tuple(sorted({dtype for call, _ in calls for dtype in call.dtypes})),
+                calls=sum(count for _, count in calls),
+                flops=int(own["flops"]),
+                bytes=int(own["bytes"]),
+                seconds=own["time"] if timed else None,
+                shares={basis: own[basis] / totals[basis] if totals[basis] else 0.0 for basis in bases},
+                cautions=found.cautions.get(listed, ()),
+                unrepeatable=unrepeatable.get(name),
+                refused=tuple(dtype for dtype, names in found.refused_dtypes.items() if listed in names),
+            )
+        )
+    return rows
+
+
+def _sent(costs: Costs, chip: Chip) -> dict[str, str]:
+    """By kind of collective, dtype and size of group: the bytes that leave a rank, and what they take at least.
+
+    A group that is larger than what the chip's own link joins is counted at the rate of the network.
+    """
+    totals: Counter[tuple[str, str, int]] = Counter()
+    for one, count in costs.collectives.items():
+        totals[one.kind, one.dtype, one.ranks] += one.sent * count  # pyright: ignore[reportArgumentType]
+    found = {}
+    for (kind, dtype, ranks), sent in sorted(totals.items()):
+        domain = _known(chip.scaleup_domain, 1.0)
+        link = chip.scaleup_gbs_uni if domain is not None and ranks <= domain else chip.nic_gbs_uni
+        rate = _known(link, 1e9)
+        least = f", {amount(sent / rate, 's')} at least at the declared {rate / 1e9:g} GB/s" if rate else ""
+        found[f"{kind} of {dtype} among {ranks} ranks"] = f"{amount(sent, 'B')} leave each rank{least}"
+    return found
+
+
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6))
+
+
+def amount(value: float, unit: str) -> str:
+    """Bytes ("B") or seconds ("s") to three digits, in the multiple of the unit that needs the fewest."""
+    usual = [one for one in _PREFIXES if (one[1] >= 1.0 if unit == "B" else one[1] <= 1.0)]
+    prefix, scale = next((one for one in usual if value >= one[1]), usual[-1])
+    digits = max(0, 2 - int(math.log10(value / scale))) if value >= scale else 3
+    return f"{value / scale:,.{digits}f} {prefix}{unit}"
+
+
+def _collective_rules(costs: Costs, profile: Profile) -> tuple[tuple[str, ...], str | None]:
+    """In what the chip's collectives differ from the reference, and why it refuses one, if it does."""
+    notes: list[str] = []
+    try:
+        for one in sorted({(one.kind, one.dtype) for one in costs.collectives}):
+            name, reduction = COLLECTIVE_NAMES[one[0]]
+            notes += profile.check_collective(name, one[1], reduction)
+    except RehearsalRefused as refusal:
+        return tuple(dict.fromkeys(notes)), str(refusal)
+    return tuple(dict.fromkeys(notes)), None
+
+
+def _sources(chip: Chip, found: Coverage) -> tuple[str, ...]:
+    figures = [("bf16 peak", chip.bf16_tflops), ("memory bandwidth", chip.mem_bw_gbs)]
+    known = [f"{name} {figure}" for name, figure in figures if figure is not None]
+    missing = [name for name, figure in figures if figure is None or figure.value is None]
+    lacking = [f"no {' and no '.join(missing)} of {chip.name} is known, so there are no shares of time"]
+    return (found.source, *known, *(lacking if missing else []))
+
+
+def sizes_of(recipe: Recipe, layout: Layout) -> dict[str, float]:
+    """The sizes that shape rules speak of, by name. What a model does not have is absent."""
+    a = recipe.model
+    rows = recipe.train.rows_per_microbatch or 1
+    length = recipe.pretrain.row_length if recipe.pretrain else min(LONGEST_ROW, a.max_position_embeddings)
+    sizes: dict[str, float] = {
+        "hidden_size": a.hidden_size,
+        "vocab_size": a.vocab_size,
+        "num_attention_heads": a.num_attention_heads,
+        "row_length": length,
+        "heads_times_rows": a.num_attention_heads * rows,
+        "rows_per_loss": rows * length,
+        "decode_batch": recipe.serve.max_batch,
+        "train.expert": layout.expert,
+    }
+    return sizes | (_mixture_sizes(a, layout, rows * length) if isinstance(a, DeepseekSection) else _dense_sizes(a))
+
+
+def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str, float]:
+    group = a.n_routed_experts // a.n_group
+    own: dict[str, float] = {} if a.q_lora_rank is None else {"q_lora_rank": a.q_lora_rank}
+    return own | {
+        "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim,
+        "v_head_dim": a.v_head_dim,
+        "rope_dim": a.qk_rope_head_dim,
+        "qk_rope_head_dim": a.qk_rope_head_dim,
+        "qk_nope_head_dim": a.qk_nope_head_dim,
+        "kv_lora_rank": a.kv_lora_rank,
+        "num_key_value_heads": a.num_attention_heads,
+        "n_routed_experts": a.n_routed_experts,
+        "num_experts_per_tok": a.num_experts_per_tok,
+        "n_group": a.n_group,
+        "topk_group": a.topk_group,
+        "experts_per_group": group,
+        "experts_aligned_to_32": -(-group // 32) * 32 * a.n_group,
+        "reachable_experts": a.topk_group * group,
+        "local_experts": a.n_routed_experts // layout.expert,
+        "routed_rows": tokens * a.num_experts_per_tok,
+    }
+
+
+def _dense_sizes(a: ModelSection) -> dict[str, float]:
+    assert isinstance(a, DenseSection)
+    return {
+        "head_dim": a.head_size,
+        "v_head_dim": a.head_size,
+        "rope_dim": a.head_size,
+        "dense_head_dim": a.head_size,
+        "num_key_value_heads": a.num_key_value_heads,
+        "query_groups": a.num_attention_heads / a.num_key_value_heads,
+    }
+
+
+DENSE_NEEDS = ("attention", "rms norm", "rope", "swiglu", "cross entropy", "W8A8", "optimiser")
+MIXTURE_NEEDS = (*DENSE_NEEDS[:5], "gating", "permutation", "grouped matmul", "dispatch and combine", *DENSE_NEEDS[5:])
+_NOT_IN_TRAINING = ("W8A8",)
+_NOT_IN_SERVING = ("cross entropy", "optimiser")
+
+
+def needs_of(recipe: Recipe, layout: Layout, chip: Chip, profile: Profile, use: Use) -> list[NeedFound]:
+    """For each need of the model the fused operators of the chip that this use can take, and those that it cannot.
+
+    An operator counts only where the chip's software has it. One whose documented shape rules the model breaks is
+    unusable, with the rules that say so.
+    """
+    tables, sizes = fused_tables_of(chip.slug), sizes_of(recipe, layout)
+    known = [one for one in tables.operators if profile.status(one.operator) == "native"]
+    broken = {one.operator: broken_rules(tables.rules, one.operator, sizes) for one in known}
+    left_out = _NOT_IN_TRAINING if use == "training" else _NOT_IN_SERVING
+    needs = MIXTURE_NEEDS if isinstance(recipe.model, DeepseekSection) else DENSE_NEEDS
+    if layout.expert == 1:
+        needs = tuple(need for need in needs if need != "dispatch and combine")
+    found = []
+    for need in needs:
+        if need in left_out:
+            continue
+        offered = [one for one in known if one.need == need and one.use in (use, "both")]
+        usable = [one for one in offered if one.serves(use) and not broken[one.operator]]
+        others = [one for one in offered if one not in usable]
+        rules = {one.operator: broken[one.operator] for one in offered if broken[one.operator]}
+        found.append(NeedFound(need, use, tuple(usable), tuple(others), rules))
+    return found
+
+
+def broken_rules(rules: Iterable[ShapeRule], operator: str, sizes: dict[str, float]) -> tuple[ShapeRule, ...]:
+    """The rules on an operator that these sizes break. A rule on something that the model does not have is kept."""
+    return tuple(rule for rule in rules if rule.operator == operator and rule.holds(sizes) is False)
+
+
+def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int = 1) -> list[Evidence]:
+    """The findings of the static tier for `isthmus qualify`, training and serving apart.
+
+    Ranks that cannot divide the model are a failing finding, and the step of one rank is looked at.
+    """
+    problem = layout_problem(recipe.model, recipe.train, ranks)
+    layout = Layout() if problem else Layout.of(recipe.model, recipe.train, ranks)
+    found = static_coverage(recipe, chip, profile, layout)
+    findings = [finding(one) for one in found]
+    if fused_tables_of(chip.slug).operators:
+        findings += [
+            _fused_finding(needs_of(recipe, layout, chip, profile, use), use) for use in ("training", "serving")
+        ]
+    if problem:
+        findings.append(_of_training("layout", "fail", problem))
+    training = next(one for one in found if one.use == "training")
+    return [*findings, _repeatable_finding(training), *_dtype_findings(profile)]
+
+
+def _of_training(
+    name: str, outcome: Outcome, detail: str, samples: int = 0, limits: list[Limit] | None = None
+) -> Evidence:
+    return Evidence(
+        name=name,
+        aspect="software",
+        needed_for="training",
+        outcome=outcome,
+        detail=detail,
+        samples=samples,
+        limits=limits or [],
+    )
+
+
+def finding(found: StaticCoverage) -> Evidence:
+    """Operators that are missing, or called with a dtype that the chip refuses, fail a use. Those that fall back fail
+    training, where every step of every rank would wait, and are told of serving, as on the chip (probes/software.py).
+    """
+    fallback, unlisted = found.found.operators["fallback"], found.found.operators["unknown"]
+    failed = bool(found.impossible or (fallback and found.use == "training"))
+    outcome: Outcome = "fail" if failed else "unknown" if unlisted else "pass"
+    words = [found.headline(), *found.impossible]
+    words += [f"on the host's CPU, silently: {', '.join(fallback)}"] if fallback else []
+    words += [f"not in the table: {', '.join(unlisted)}"] if unlisted else []
+    words += [f"weak with {dtype}: {', '.join(names)}" for dtype, names in found.found.weak_dtypes.items()]
+    cautions = [f"{name} ({', '.join(notes)})" for name, notes in found.found.cautions.items()]
+    words += [f"documented limits: {', '.join(cautions)}"] if cautions else []
+    figures = _figures(found)
+    return Evidence(
+        name=f"operators of {found.what}",
+        aspect="software",
+        needed_for=found.use,
+        outcome=outcome,
+        detail="; ".join(words),
+        samples=found.found.total,
+        figures=figures,
+    )
+
+
+def _figures(found: StaticCoverage) -> dict[str, Figure]:
+    """Numbers of operators, and shares: of the time, or else of the arithmetic, and with a name of their own of the
+    bytes."""
+    source = f"trace of {found.what} at full size, joined with {found.found.source}"
+    counts = {"operators": found.found.total, "fallback_operators": found.found.count("fallback")}
+    figures = {name: Figure.measured(n, "operators", source, rehearsed=True) for name, n in counts.items()}
+    statuses: dict[str, Status] = {"native": "native", "fallback": "fallback", "missing": "none"}
+    for basis in found.bases:
+        end = "" if basis == found.basis else f"_of_{basis}"
+        for name, status in statuses.items():
+            value, unit = 100 * found.share(status, basis=basis), f"% of {BASIS_NAMES[basis]}"
+            figures[f"{name}_share{end}"] = Figure.measured(value, unit, source, rehearsed=True)
+    return figures
+
+
+def _fused_finding(needs: list[NeedFound], use: Use) -> Evidence:
+    """Fused operators cost speed where they are not there, and nothing else: a model runs without them."""
+    words = [need_sentence(need) for need in needs if need.usable or need.unusable]
+    bare = [need.need for need in needs if not need.usable and not need.unusable]
+    words += [f"nothing fused is known for {', '.join(bare)}"] if bare else []
+    return Evidence(
+        name=f"fused operators for {use}",
+        aspect="software",
+        needed_for=use,
+        outcome="pass",
+        detail="; ".join(words),
+        samples=len(needs),
+    )
+
+
+def need_sentence(need: NeedFound) -> str:
+    """A need, and what can be used for it, or why what is there cannot."""
+    return f"{need.need}: {need_answer(need)}"
+
+
+def need_answer(need: NeedFound) -> str:
+    """What can be used for a need, or why what is there cannot."""
+    if need.usable:
+        return ", ".join(one.operator for one in need.usable)
+    reasons = [f"{one.operator} {_why_not(one, need)}" for one in need.unusable]
+    return f"unfused, since {', '.join(reasons)}"
+
+
+def rule_text(rule: ShapeRule) -> str:
+    """A rule in words, such as `row_length multiple of 128`."""
+    return f"{rule.quantity} {rule.rule.replace('_of ', ' of ')}"
+
+
+def _why_not(one: FusedOperator, need: NeedFound) -> str:
+    if rules := need.broken.get(one.operator):
+        return f"wants {' and '.join(map(rule_text, rules))}"
+    if need.use == "serving":
+        return "is documented for training alone"
+    return "has no backward" if one.backward is False else "is documented for serving alone"
+
+
+def _repeatable_finding(training: StaticCoverage) -> Evidence:
+    rows = training.unrepeatable
+    detail = "no operator of the step is listed as giving other bits each time"
+    if rows:
+        bases = " and the ".join(BASIS_NAMES[basis] for basis in training.bases)
+        detail = (
+            f"{_percents(training.shares_of(rows))} of the {bases} in operators that are not deterministic unless "
+            f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
+        )
+    return _of_training("deterministic by default", "pass", detail, len(training.rows))
+
+
+def _dtype_findings(profile: Profile) -> list[Evidence]:
+    """A precision that the chip refuses is a limit on training, which the other precisions keep to."""
+    refused = {dtype: rule for dtype, rule in profile.dtypes.items() if rule.action == "refuse"}
+    if not refused:
+        return []
+    reasons = {_PRECISIONS[dtype]: rule.behaviour for dtype, rule in refused.items() if dtype in _PRECISIONS}
+    limits = [Limit(setting="train.precision", excluded=[name], reason=reason) for name, reason in reasons.items()]
+    detail = "; ".join(f"{dtype}: {rule.behaviour} ({rule.standing})" for dtype, rule in refused.items())
+    return [_of_training("refused dtypes", "fail" if limits else "pass", detail, len(refused), limits)]
+
+
+def percent(share: float) -> str:
+    """A share in words that do not round something to nothing."""
+    return f"{share:.1%}" if share == 0 or share >= 0.0005 else "under 0.1%"
+
+
+def _percents(shares: Iterable[float]) -> str:
+    return " and ".join(map(percent, shares))
+
+
+def _first(names: tuple[str, ...], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

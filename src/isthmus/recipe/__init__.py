@@ -1,0 +1,1 @@
+"""The recipe: a strict TOML file that says everything a run does."""

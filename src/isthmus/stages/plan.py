@@ -1,0 +1,160 @@
+"""Which stage runs on which pool: the recipe's order, cut by what each pool was found fit for.
+
+Training needs a `fit` from a pool that is present: a rehearsal can refuse a pool, never vouch for it. Rollouts and
+serving need `serve-only` or better, because the parity gate stands behind them. A pool that is fit with limits is good
+for a recipe that keeps to them.
+"""
+
+from __future__ import annotations
+
+import time
+import typing
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from isthmus.errors import GateRefused
+from isthmus.forecast.duration import estimate, total
+from isthmus.pools import placed_pools
+from isthmus.progress import Watch
+from isthmus.recipe.schema import PlacedStage, Recipe
+from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection
+from isthmus.run import Figure, RunFolder
+from isthmus.verdict import broken_limits, describe_limit
+
+NAME = "plan"
+_NEEDS = {
+    "train": "training needs a `fit` from a pool that is present, or a `fit with limits` and a recipe within them",
+    "rollout": "rollouts need `serve-only` or better",
+    "serve": "serving needs `serve-only` or better",
+}
+
+
+def execute(run: RunFolder, watch: Watch) -> PlanRecord:
+    """Place every stage, say what was rejected and why, and estimate how long it all takes."""
+    started = time.time()
+    run.event(NAME, "start")
+    qualified = {
+        pool.name: run.require_record(f"qualify/{pool.name}", QualifyRecord, "qualify")
+        for pool in placed_pools(run.recipe)
+    }
+    placements, rejected = place(run.recipe, qualified)
+    pool_of = {placement.stage: placement.pool for placement in placements}
+    parts = {
+        "qualify": _spent(qualified),
+        **estimate(run.recipe, qualified[pool_of["train"]], qualified[pool_of["rollout"]]),
+    }
+    record = PlanRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=started,
+        ended=time.time(),
+        placements=placements,
+        rejected=rejected,
+        estimate={**parts, "total": total(parts)},
+    )
+    run.write_record(NAME, record)
+    run.event(NAME, "end", seconds=round(record.seconds, 3))
+    watch.say("  " + ", ".join(f"{stage} on [bold]{pool}[/]" for stage, pool in pool_of.items()))
+    return record
+
+
+def place(recipe: Recipe, qualified: Mapping[str, QualifyRecord]) -> tuple[list[Placement], list[Rejection]]:
+    """The first acceptable pool of each stage's order. Raises GateRefused, with every reason, if a stage has none."""
+    placements: list[Placement] = []
+    rejected: list[Rejection] = []
+    for stage in typing.get_args(PlacedStage):
+        order: list[str] = getattr(recipe.place, stage)
+        objections = {name: objection(stage, qualified[name], recipe) for name in order}
+        chosen = next((name for name in order if objections[name] is None), None)
+        if chosen is None:
+            raise GateRefused(_nowhere(stage, order, objections, qualified))
+        placements.append(Placement(stage=stage, pool=chosen, reason=_reason(order, chosen, qualified[chosen])))
+        rejected += [_rejection(stage, name, chosen, objections[name]) for name in order if name != chosen]
+    return placements, rejected
+
+
+def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
+    """Why a stage may not run on a pool; None if it may."""
+    use = "training" if stage == "train" else "serving"
+    accepted = ("fit", "fit with limits") if use == "training" else ("fit", "fit with limits", "serve-only")
+    if use == "training" and (pool.rehearsed or not pool.present):
+        return (
+            f"it is rehearsed, and a rehearsal can refuse a pool, never vouch for it; its verdict is `{pool.verdict}`"
+        )
+    if pool.verdict not in accepted:
+        return f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
+    elsewhere = {"rollout": "handoff.", "serve": "rl."}.get(stage)
+    limits = [limit for limit in pool.limits if elsewhere is None or not limit.setting.startswith(elsewhere)]
+    broken = broken_limits(limits, recipe, pool.pool, use)
+    return (
+        f"its verdict is `{pool.verdict}`, and the recipe does not keep to it: {'; '.join(broken)}" if broken else None
+    )
+
+
+def _first_reason(pool: QualifyRecord) -> str:
+    return pool.reasons[0] if pool.reasons else "no reason was recorded"
+
+
+def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
+    found = f"{'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`"
+    gate = ", and the parity gate stands behind it" if pool.verdict == "serve-only" else ""
+    kept = f", which the recipe keeps to ({'; '.join(map(describe_limit, pool.limits))})" if pool.limits else ""
+    if order[0] == chosen:
+        return f"the recipe's first choice, {found}{kept}{gate}"
+    earlier = ", ".join(order[: order.index(chosen)])
+    return f"{found}{kept}{gate}; the recipe would rather have had {earlier}"
+
+
+def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:
+    return Rejection(
+        stage=stage, pool=name, reason=why or f"acceptable, but {chosen} comes first in the recipe's order"
+    )
+
+
+def _nowhere(
+    stage: str, order: list[str], objections: Mapping[str, str | None], qualified: Mapping[str, QualifyRecord]
+) -> str:
+    lines = [f"no pool of place.{stage} is acceptable: {_NEEDS[stage]}."]
+    lines += [f"  {name} ({qualified[name].chip}): {objections[name]}" for name in order]
+    untried = f'add a pool that is present to place.{stage}, for example one with chip = "cpu"'
+    lines.append(
+        f"Either {untried}, or mend what the verdict names and qualify again; `isthmus chips` lists the known chips."
+    )
+    return "\n".join(lines)
+
+
+def _spent(qualified: Mapping[str, QualifyRecord]) -> Figure:
+    """Qualification is over when the plan is made: what it took."""
+    seconds = sum(record.seconds for record in qualified.values())
+    source = f"records of {', '.join(qualified)}, already done"
+    return Figure(value=seconds, unit="s", kind="measured", source=source)
+
+
+def render(record: PlanRecord) -> RenderableType:
+    """Placements, what lost and why, and the estimate."""
+    placed = Table(box=box.SIMPLE_HEAD)
+    for title in ("stage", "pool", "why"):
+        placed.add_column(title, overflow="fold")
+    for placement in record.placements:
+        placed.add_row(f"[bold]{placement.stage}[/]", f"[green]{escape(placement.pool)}[/]", escape(placement.reason))
+    for rejection in record.rejected:
+        placed.add_row(rejection.stage, f"[red]not {escape(rejection.pool)}[/]", escape(rejection.reason), style="dim")
+    return Group(placed, _render_estimate(record.estimate))
+
+
+def _render_estimate(parts: Mapping[str, Figure]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="estimate", title_justify="left", title_style="bold")
+    for title in ("stage", "P50", "P10", "P90", "kind"):
+        table.add_column(title, justify="left" if title in ("stage", "kind") else "right")
+    for stage, figure in parts.items():
+        table.add_row(stage, *(_seconds(value) for value in (figure.value, figure.low, figure.high)), figure.kind)
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f} s" if value < 600 else f"{value / 60:,.0f} min"

@@ -1,0 +1,1 @@
+"""What a person does beside a run: one verb a file."""

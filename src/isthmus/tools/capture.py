@@ -1,0 +1,109 @@
+"""Capture: golden inputs and outputs go into a bundle where the trained weights are, for the target to replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats.files.bundle import CONFIG, Bundle, read_bundle
+from isthmus.formats.files.published import Checkpoint, StoredTensors
+from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
+from isthmus.parity.coverage import check_coverage
+from isthmus.parity.manifest import write_manifest
+from isthmus.progress import Watch
+from isthmus.recipe.schema import ModelSection
+from isthmus.records import Check
+
+CONVERSION = "conversion.json"
+SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
+
+
+def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, max_mb: int, watch: Watch) -> GoldenList:
+    """Check that every weight of `source` is in the bundle, and write its golden inputs and its manifest.
+
+    Raises GateRefused if a weight is not, IsthmusError if there are no prompts or the source does not fit.
+    """
+    bundle = read_bundle(folder)
+    weights = source_weights(source, bundle.architecture)
+    watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
+    entries, checks = check_coverage(weights, folder, compensated=compensated_modules(bundle))
+    require(checks, folder)
+    if synthetic:
+        chosen = synthetic_prompts(bundle.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
+        origin = "random tokens"
+    elif prompts is not None:
+        chosen, origin = read_prompts(prompts, folder), prompts.name
+    else:
+        raise IsthmusError(
+            "say what the model is to be asked: --prompts FILE.jsonl with lines that have `tokens`, or `prompt` and "
+            "`completion`; or --synthetic for random tokens. Who has the bundle can read its golden prompts"
+        )
+    options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
+    with watch.count("capture", len(bundle.tensors)) as counter:
+        listed = capture(
+            folder, weights, chosen, options, lambda done, total: counter.advance_to(done * counter.total // total)
+        )
+    write_manifest(folder, coverage=entries, architecture=bundle.architecture)
+    rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
+    watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}{', bounded' if listed.bounded else ''}")
+    if not synthetic:
+        watch.say(f"  [yellow]the prompts of {origin} are in the bundle, and who has it can read them[/]")
+    watch.say(f"  next, on the machine of the target: isthmus verify {folder}")
+    return listed
+
+
+def compensated_modules(bundle: Bundle) -> list[str]:
+    """The modules whose rounding makes up for errors of others, by the bundle's own account of its conversion.
+
+    Raises IsthmusError for balanced weights: what balancing made of each tensor is not in the bundle.
+    """
+    path = bundle.folder / CONVERSION
+    told = json.loads(path.read_bytes()) if path.is_file() else {}
+    if told.get("balance_alpha") is not None:
+        raise IsthmusError(
+            f"{bundle.folder} was balanced, and its weights cannot be compared with their source any more. Convert it "
+            "without --balance, or let `isthmus handoff`, with balance = true, convert and check at once"
+        )
+    if told.get("rounding") != "gptq":
+        return []
+    return [name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8]
+
+
+def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor]:
+    """Float weights of a checkpoint in Hugging Face layout, fp8 dequantised, by published name."""
+    if not (source / CONFIG).is_file():
+        raise IsthmusError(f"{source} is no checkpoint: it has no {CONFIG}. --source names the trained weights")
+    with StoredTensors(source) as stored:
+        return dict(Checkpoint(stored, architecture).tensors())
+
+
+def read_prompts(path: Path, bundle: Path) -> list[list[int]]:
+    """Token ids of a JSONL file. Raises IsthmusError that names the line of the first fault."""
+    tokenizer: Tokenizer | None = None
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            tokens = entry.get("tokens")
+            if tokens is None:
+                tokenizer = tokenizer or Tokenizer.load(bundle)
+                tokens = tokenizer.encode(entry["prompt"]) + tokenizer.encode(entry.get("completion", ""))
+            found.append([int(token) for token in tokens])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IsthmusError(
+                f"{path}, line {number}: {error!r}. A line is an object with `tokens`, or `prompt` and `completion`"
+            ) from None
+    return found
+
+
+def require(checks: list[Check], folder: Path) -> None:
+    """Raise GateRefused with what failed."""
+    failed = [check for check in checks if check.outcome == "fail"]
+    if failed:
+        lines = "\n".join(f"  {check.name}: {check.detail}" for check in failed[:8])
+        raise GateRefused(f"{folder} is not what its source became:\n{lines}\nConvert it again.")

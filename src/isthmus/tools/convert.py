@@ -1,0 +1,369 @@
+"""Conversion of a published checkpoint into a bundle of another format, tensor by tensor.
+
+Memory holds a few tensors, whatever the model's size. Where a calibration is needed, the float model is built once and
+must fit into memory. The bundle says in conversion.json where each tensor of the source went that it does not carry
+under its own name. It is not sealed: no gate has compared it with its source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats import Format, fp8, get_format, mxfp8
+from isthmus.formats.calibration.balance import ALPHA, balance
+from isthmus.formats.calibration.calibrate import calibrate
+from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.calibration.rounding import round_with_calibration
+from isthmus.formats.files.bundle import CHECKSUMS, verify_files, write_bundle
+from isthmus.formats.files.published import CONFIG, SCALE, Checkpoint, StoredTensors
+from isthmus.formats.parts.float8 import E4M3
+from isthmus.progress import Watch
+from isthmus.recipe.schema import ModelSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.run import write_atomic
+
+CONVERSION = "conversion.json"
+GENERATION = "generation_config.json"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+MOST_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `isthmus convert` can be told."""
+
+    format_name: str
+    calibrate: Path | None = None
+    calibrate_tokens: int | None = None
+    balance: bool = False
+    rounding: str = "nearest"
+    requantise: bool = False
+    shard_gb: float = 5.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The tokenizer of the source, file by file, and what became of its tensors."""
+
+    folder: Path
+    conversion: dict[str, Any]
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._ids.get("bos_token_id")
+
+    @property
+    def eos_id(self) -> int | list[int]:
+        return self._ids["eos_token_id"]
+
+    @cached_property
+    def _ids(self) -> dict[str, Any]:
+        found = {**_read_json(self.folder / CONFIG), **_read_json(self.folder / GENERATION, optional=True)}
+        if found.get("eos_token_id") is None:
+            raise IsthmusError(
+                f"neither {CONFIG} nor {GENERATION} of {self.folder} has an eos_token_id; write it there"
+            )
+        return found
+
+    def save(self, folder: Path) -> None:
+        for name in COPIED:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        write_atomic(folder / CONVERSION, json.dumps(self.conversion, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
+    """Write the bundle `out`. Raises IsthmusError, saying what to write instead, where an option does not fit."""
+    chosen = get_format(options.format_name)
+    _check_folders(source, out)
+    architecture = _architecture(source)
+    _check_options(options, chosen, architecture)
+    _check_scale_rule(source, chosen)
+    if (source / CHECKSUMS).is_file():
+        verify_files(source)
+    with StoredTensors(source) as stored:
+        checkpoint = Checkpoint(stored, architecture)
+        _check_blocks(checkpoint, options)
+        for line in checkpoint.left_out:
+            watch.say(f"  not carried: {escape(line)}")
+        conversion: dict[str, Any] = {
+            "source": source.resolve().name,
+            "format": chosen.name,
+            "dropped": checkpoint.dropped,
+            "merged": _merged(checkpoint),
+            "rounding": options.rounding,
+            "requantised": options.requantise,
+            "balance_alpha": ALPHA if options.balance else None,
+            "calibration_tokens": None,
+            "calibration_unseen": [],
+        }
+        state, calibration = _prepare(checkpoint, options, conversion, watch)
+        files = SourceFiles(source, conversion)
+        _write(out, options, checkpoint, state, calibration, files, watch)
+    watch.say(f"  wrote {escape(str(out))} in {chosen.name}. It is [bold]not sealed[/]: nothing has compared it yet.")
+    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
+    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+
+
+def read_sequences(path: Path, folder: Path, most: int | None = None) -> list[list[int]]:
+    """Token sequences of a JSONL file, up to `most` tokens in all; texts go through the tokenizer of `folder`.
+
+    Raises IsthmusError that names the file and the line of the first fault.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise IsthmusError(f"no calibration file at {path}") from None
+    except UnicodeDecodeError as error:
+        raise IsthmusError(f"{path} is not UTF-8 text: {error}") from None
+    tokenizer: Tokenizer | None = None
+    sequences: list[list[int]] = []
+    left = most
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or left == 0:
+            continue
+        row = _row(line, f"{path}:{number}")
+        tokens = row.get("tokens")
+        if tokens is None:
+            tokenizer = tokenizer or Tokenizer.load(folder)
+            tokens = tokenizer.encode(row["prompt"] + row["completion"])
+        sequences.append(tokens if left is None else tokens[:left])
+        left = None if left is None else left - len(sequences[-1])
+    if not any(sequences):
+        raise IsthmusError(f"{path} holds no tokens")
+    return sequences
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise IsthmusError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    keys = row.keys() if isinstance(row, dict) else set()
+    if keys == {"tokens"} and isinstance(row["tokens"], list) and all(type(one) is int for one in row["tokens"]):
+        return row
+    if keys == {"prompt", "completion"} and all(isinstance(text, str) for text in row.values()):
+        return row
+    raise IsthmusError(f'{where}: a line must be {{"tokens": [numbers]}} or {{"prompt": text, "completion": text}}')
+
+
+def _check_scale_rule(source: Path, chosen: Format) -> None:
+    """fp8 that stays fp8 keeps its weights; a checkpoint may ask for another rule of the scales of activations."""
+    quantisation = json.loads((source / CONFIG).read_bytes()).get("quantization_config") or {}
+    if chosen.name == "fp8" and quantisation.get("scale_fmt") is not None:
+        raise IsthmusError(
+            f"{source / CONFIG} has scale_fmt = {quantisation['scale_fmt']!r}: activations get scales by a rule that "
+            "the format fp8 does not have here. Serve it as it is, or convert it to another format"
+        )
+
+
+def _check_folders(source: Path, out: Path) -> None:
+    if (source / "recipe.json").is_file():
+        raise IsthmusError(f"{source} is a run folder: `isthmus handoff {source}` writes and seals its bundles")
+    if not source.is_dir():
+        raise IsthmusError(f"there is no checkpoint folder at {source}")
+    here, there = source.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise IsthmusError(f"{out} and {source} lie in each other; name another folder for the bundle")
+    if out.exists() and not (out / CHECKSUMS).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise IsthmusError(f"{out} exists and is no bundle; it is not overwritten. Name another folder")
+
+
+def _architecture(source: Path) -> ModelSection:
+    try:
+        return parse_architecture(architecture_from_config(_read_json(source / CONFIG)))
+    except RecipeError as error:
+        raise IsthmusError(f"{source / CONFIG}: {error}") from None
+
+
+def _check_options(options: Options, chosen: Format, architecture: ModelSection) -> None:
+    types = {dtype for dtype, _ in chosen.layout(architecture).values()}
+    if options.balance and all(dtype in (torch.float32, torch.bfloat16) for dtype in types):
+        raise IsthmusError(f"--balance is for quantised formats; {chosen.name} stores floats and gains nothing")
+    if options.rounding == "gptq" and torch.int8 not in types:
+        raise IsthmusError(f"--rounding gptq is for int8 weights, which {chosen.name} does not store")
+    needed = _calibrated(options, chosen)
+    if needed and options.calibrate is None:
+        raise IsthmusError(
+            f"{needed} needs to see what the model computes: give --calibrate FILE.jsonl, with a line "
+            '{"tokens": [...]} or {"prompt": ..., "completion": ...} for each sequence, best of the model\'s own'
+        )
+    if options.calibrate is not None and not needed:
+        raise IsthmusError(f"{chosen.name} with rounding to the nearest uses no calibration; leave --calibrate out")
+    if options.calibrate_tokens is not None and options.calibrate is None:
+        raise IsthmusError("--calibrate-tokens says how much of --calibrate to use; give that as well")
+
+
+def _calibrated(options: Options, chosen: Format) -> str:
+    """What needs the calibration; empty if nothing does."""
+    if chosen.needs_calibration:
+        return f"the format {chosen.name}"
+    return "--balance" if options.balance else "--rounding gptq" if options.rounding == "gptq" else ""
+
+
+def _check_blocks(checkpoint: Checkpoint, options: Options) -> None:
+    """Refuse what would round fp8 weights a second time into MXFP8 without having been asked to."""
+    wanted = options.format_name == "mxfp8" and checkpoint.block is not None
+    if options.requantise and not wanted:
+        raise IsthmusError("--requantise is for fp8 checkpoints that become mxfp8; leave it out")
+    if not wanted or options.requantise:
+        return
+    if options.balance:
+        raise IsthmusError("--balance changes the weights, which fp8 has rounded already: give --requantise as well")
+    if checkpoint.block != (fp8.BLOCK, fp8.BLOCK):
+        raise IsthmusError(f"blocks of {checkpoint.block} are not those of MXFP8's exact path: give --requantise")
+    for name, scale in checkpoint.scales():
+        mxfp8.check_lossless(name, scale)
+
+
+def _carry_blocks(stored: dict[str, Tensor], checkpoint: Checkpoint, options: Options) -> None:
+    """Give what is stored of an fp8 weight the numbers of the source, where the format has them, unrounded."""
+    for name, tensor in list(stored.items()):
+        blocks = checkpoint.blocks(name) if tensor.dtype == E4M3 else None
+        if blocks is None:
+            continue
+        if options.format_name == "mxfp8":
+            stored[name], stored[f"{name}_scale"] = mxfp8.from_fp8_blocks(name, *blocks, requantise=options.requantise)
+        elif options.format_name == "fp8":
+            stored[name], stored[f"{name}{SCALE}"] = blocks[0], blocks[1].float()
+
+
+def _merged(checkpoint: Checkpoint) -> dict[str, str]:
+    """The stored names that are carried by another: copies, and the scales of fp8 weights."""
+    names = checkpoint.stored.names
+    scales = {name: name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
+    return {name: into for name, into in {**scales, **checkpoint.copies()}.items() if name not in checkpoint.dropped}
+
+
+def _prepare(
+    checkpoint: Checkpoint, options: Options, conversion: dict[str, Any], watch: Watch
+) -> tuple[Mapping[str, Tensor], Calibration | None]:
+    """The state to export, balanced if that is wanted, and the calibration of what is exported."""
+    state: Mapping[str, Tensor] = checkpoint.state()
+    if options.calibrate is None:
+        return state, None
+    sequences = read_sequences(options.calibrate, checkpoint.stored.folder, options.calibrate_tokens)
+    room = checkpoint.architecture.max_position_embeddings
+    rows = [sequence[:room] for sequence in sequences if sequence]
+    calibration = _calibrate(state, checkpoint, rows, options, watch)
+    if options.balance:
+        whole = {name: tensor.float() for name, tensor in state.items()}
+        state = balance(whole, checkpoint.architecture, calibration)
+        calibration = _calibrate(state, checkpoint, rows, options, watch)
+    conversion["calibration_tokens"] = calibration.tokens
+    conversion["calibration_unseen"] = list(calibration.unseen)
+    if calibration.unseen:
+        watch.say(
+            f"  {len(calibration.unseen)} modules of experts saw no token: their ranges are those of all experts of "
+            "their layer. More calibration text would reach them"
+        )
+    return state, calibration
+
+
+def _calibrate(
+    state: Mapping[str, Tensor], checkpoint: Checkpoint, rows: list[list[int]], options: Options, watch: Watch
+) -> Calibration:
+    tokens, vocabulary = [token for row in rows for token in row], checkpoint.architecture.vocab_size
+    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise IsthmusError(f"{options.calibrate} holds tokens that are not among the model's {vocabulary}")
+    watch.say(f"  {len(tokens):,} tokens calibrate the float model")
+    model = get_format("fp32").build(checkpoint.architecture, {name: tensor.float() for name, tensor in state.items()})
+    return calibrate(model, rows, gram=options.rounding == "gptq")
+
+
+def _write(
+    out: Path,
+    options: Options,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    calibration: Calibration | None,
+    files: SourceFiles,
+    watch: Watch,
+) -> None:
+    began = time.monotonic()
+    finished = _running_sizes(checkpoint.stored, state)
+    with watch.count("converting", len(state)) as counter, _one_thread_each():
+
+        def advance(done: int) -> None:
+            rate = finished[done - 1] / max(time.monotonic() - began, 1e-9)
+            counter.advance_to(done, f"{rate / 1e6:,.0f} MB/s")
+
+        def refine(stored: dict[str, Tensor]) -> None:
+            if options.rounding == "gptq" and calibration is not None:
+                round_with_calibration(stored, state, calibration)
+            if checkpoint.block == (fp8.BLOCK, fp8.BLOCK) and not options.balance:
+                _carry_blocks(stored, checkpoint, options)
+
+        write_bundle(
+            out,
+            options.format_name,
+            state,
+            checkpoint.architecture,
+            files,
+            max(1, int(options.shard_gb * 1e9)),
+            calibration,
+            refine,
+            options.threads or min(MOST_THREADS, os.cpu_count() or 1),
+            advance,
+        )
+    seconds = time.monotonic() - began
+    size = finished[-1] if finished else 0
+    watch.say(f"  {size / 1e9:,.2f} GB in {seconds:,.1f} s: {size / 1e6 / seconds:,.0f} MB/s of the source")
+
+
+def _running_sizes(stored: StoredTensors, state: Mapping[str, Tensor]) -> list[int]:
+    """Bytes of the source up to and with each tensor."""
+    sizes, total = [], 0
+    for name in state:
+        total += stored.size(name)
+        sizes.append(total)
+    return sizes
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Tensors are converted side by side; each needs no threads of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise IsthmusError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} is not a JSON object")
+    return content

@@ -1,0 +1,269 @@
+"""Inspect: what a bundle is, what was found out about it, and who vouches for it. Reads a folder, changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats import recognise_format
+from isthmus.formats.files.bundle import read_config
+from isthmus.formats.files.published import StoredTensors, weight_files
+from isthmus.parity.keys import read_trusted
+from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
+from isthmus.parity.seal import Lineage, State, read_verdict, standing
+from isthmus.progress import Watch
+from isthmus.records import Check, LedgerRow, ParityVerdict
+
+WORST_ROWS = 8
+SHOWN_TENSORS = 40
+STYLES: dict[str, str] = {
+    "sealed": "bold green",
+    "unsealed": "yellow",
+    "untrusted": "bold red",
+    "tampered": "bold red",
+    "refused": "bold red",
+    "pass": "green",
+    "fail": "bold red",
+    "refuse": "bold red",
+    "unknown": "yellow",
+}
+
+
+class Inspection(BaseModel):
+    """What `isthmus inspect` found. Sizes in bytes; `signature` says in words what it is worth; hashes in hexadecimal.
+    `problems` are files that are there and cannot be read.
+
+    `checks` and `ledger` are those of verdict.json, without one the checks of the seal. The ledger has its worst rows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    state: State
+    reason: str
+    problems: list[str]
+    format: str
+    bytes: int
+    files: int
+    tensors: dict[str, int]
+    content: str | None
+    seal: str | None
+    signature: str
+    verdict: str | None
+    culprit: str | None
+    operator: str | None
+    checks: list[dict[str, str | None]]
+    ledger: list[LedgerRow]
+    lineage: dict[str, str]
+    manifest: str | None
+    source: str | None
+    coverage: dict[str, int]
+    parent: str | None
+
+
+class Difference(BaseModel):
+    """How two bundles differ, by the hashes of their tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    other: str
+    same: int
+    changed: list[str]
+    only_here: list[str]
+    only_there: list[str]
+
+
+def execute(
+    folder: Path, watch: Watch, *, as_json: bool = False, diff: Path | None = None, trust: Path | None = None
+) -> Inspection:
+    """Show a bundle, and how it differs from `diff`. `trust`: a file of public keys, one of which must have signed.
+
+    Raises IsthmusError if there is no bundle.
+    """
+    found = inspect(folder, read_trusted(trust) if trust else None)
+    difference = compare(folder, diff) if diff is not None else None
+    if as_json:
+        content = found.model_dump(mode="json")
+        content |= {"diff": difference.model_dump(mode="json")} if difference else {}
+        watch.console.print(json.dumps(content, indent=2), highlight=False, markup=False, soft_wrap=True)
+    else:
+        watch.console.print(render(found))
+        if difference is not None:
+            watch.console.print(render_difference(difference))
+    return found
+
+
+def inspect(folder: Path, trusted: list[str] | None = None) -> Inspection:
+    """Everything that the folder says of itself, and whether it is true."""
+    config = read_config(folder)
+    where = standing(folder, trusted=trusted)
+    verdict, manifest, problems = _read(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    checks: list[dict[str, str | None]] = [_shown(check) for check in verdict.checks] if verdict else []
+    if not checks and where.seal is not None:
+        checks = [{"name": name, "found": said} for name, said in where.seal.checks.items()]
+    lineage = where.seal.lineage if where.seal else Lineage()
+    return Inspection(
+        folder=str(folder),
+        state=where.state,
+        reason=where.reason,
+        problems=problems,
+        format=_format_name(config),
+        bytes=sum(path.stat().st_size for path in paths),
+        files=len(paths),
+        tensors=_kinds(folder),
+        content=where.seal.content if where.seal else None,
+        seal=where.seal.id if where.seal else None,
+        signature=_signature(where.seal.signer if where.seal else None, where.state, trusted),
+        verdict=verdict.verdict if verdict else (where.seal.verdict if where.seal else None),
+        culprit=verdict.culprit if verdict else None,
+        operator=verdict.operator if verdict else None,
+        checks=checks,
+        ledger=_worst(verdict.ledger) if verdict else [],
+        lineage={key: value for key, value in lineage.model_dump().items() if value is not None},
+        manifest=manifest.id if manifest else None,
+        source=manifest.source if manifest else None,
+        coverage=dict(Counter(entry.fate for entry in manifest.coverage)) if manifest else {},
+        parent=where.seal.parent if where.seal else (manifest.parent if manifest else None),
+    )
+
+
+def compare(folder: Path, other: Path) -> Difference:
+    """Which tensors differ between two bundles, by the hashes of their manifests, or of the tensors without one."""
+    here, there = _hashes(folder), _hashes(other)
+    shared = here.keys() & there.keys()
+    changed = sorted(name for name in shared if here[name] != there[name])
+    return Difference(
+        other=str(other),
+        same=len(shared) - len(changed),
+        changed=changed,
+        only_here=sorted(here.keys() - there.keys()),
+        only_there=sorted(there.keys() - here.keys()),
+    )
+
+
+def render(found: Inspection) -> RenderableType:
+    """An inspection for a person."""
+    table = Table(title=found.folder, title_justify="left", show_header=False)
+    table.add_column("what", style="dim", no_wrap=True)
+    table.add_column("is", overflow="fold")
+    table.add_row("state", Text(found.state, style=STYLES[found.state]))
+    if found.reason:
+        table.add_row("why", Text(found.reason))
+    for problem in found.problems:
+        table.add_row("problem", Text(problem, style="bold red"))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found.tensors.items())
+    rows = {
+        "format": found.format,
+        "size": f"{found.bytes:,} bytes in {found.files} files",
+        "tensors": kinds,
+        "verdict": found.verdict or "none: no gate has been asked",
+        "culprit": " / ".join(filter(None, (found.culprit, found.operator))),
+        "seal": found.seal or "none that holds",
+        "signature": found.signature,
+        "content": found.content or "",
+        "parent": found.parent or "none",
+        "manifest": found.manifest or "none",
+        "source": found.source or "",
+        "coverage": ", ".join(f"{count} {fate}" for fate, count in found.coverage.items()),
+        **{key.replace("_", " "): value for key, value in found.lineage.items() if key != "source_sha256"},
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value, style=STYLES.get(value, "")))
+    return Group(table, *_details(found))
+
+
+def _details(found: Inspection) -> Iterable[RenderableType]:
+    if found.checks:
+        table = Table(title="checks", title_justify="left")
+        for column in ("layer", "check", "outcome", "found", "module"):
+            table.add_column(column, overflow="fold")
+        for check in found.checks:
+            cells = (check.get(key) or "" for key in ("layer", "name", "outcome", "found", "module"))
+            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+        yield table
+    if found.ledger:
+        table = Table(title="error ledger, worst first", title_justify="left")
+        for column in ("module", "kind", "quantisation", "chip", "floor"):
+            table.add_column(column, overflow="fold")
+        for row in found.ledger:
+            figures = ("-" if value is None else f"{value:.3g}" for value in (row.quantisation, row.chip, row.floor))
+            table.add_row(row.module, row.kind, *figures)
+        yield table
+
+
+def render_difference(difference: Difference) -> RenderableType:
+    """A difference for a person."""
+    table = Table(title=f"against {difference.other}: {difference.same} tensors are the same", title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("difference")
+    rows = [(name, "changed") for name in difference.changed]
+    rows += [(name, "only here") for name in difference.only_here]
+    rows += [(name, "only there") for name in difference.only_there]
+    for name, what in rows[:SHOWN_TENSORS]:
+        table.add_row(Text(name), what)
+    if len(rows) > SHOWN_TENSORS:
+        table.add_row(f"and {len(rows) - SHOWN_TENSORS} more; --json lists all", "")
+    return table
+
+
+def _read(folder: Path) -> tuple[ParityVerdict | None, Manifest | None, list[str]]:
+    """Verdict and manifest, and which of them is there and cannot be read."""
+    verdict, manifest, problems = None, None, []
+    try:
+        verdict = read_verdict(folder)
+    except DamagedFile as error:
+        problems.append(str(error))
+    try:
+        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    except DamagedFile as error:
+        problems.append(str(error))
+    return verdict, manifest, problems
+
+
+def _signature(signer: str | None, state: State, trusted: list[str] | None) -> str:
+    if signer is None:
+        return "none"
+    if trusted is None:
+        return f"by {signer}; whether to trust it was not asked (--trust FILE)"
+    return f"by {signer}, {'who is trusted' if state == 'sealed' else 'who is not trusted'}"
+
+
+def _shown(check: Check) -> dict[str, str | None]:
+    found = " of ".join(str(figure) for figure in (check.figure, check.limit) if figure is not None) or check.detail
+    return {"layer": check.layer, "name": check.name, "outcome": check.outcome, "found": found, "module": check.module}
+
+
+def _worst(ledger: list[LedgerRow]) -> list[LedgerRow]:
+    return sorted(ledger, key=lambda row: max(row.quantisation or 0.0, row.chip or 0.0), reverse=True)[:WORST_ROWS]
+
+
+def _format_name(config: dict[str, Any]) -> str:
+    try:
+        return recognise_format(config).name
+    except IsthmusError as error:
+        return f"unknown: {error}"
+
+
+def _kinds(folder: Path) -> dict[str, int]:
+    """How many tensors there are of each dtype, in the words of safetensors."""
+    if not weight_files(folder):
+        return {}
+    with StoredTensors(folder) as stored:
+        return dict(Counter(stored.kind(name) for name in stored.names).most_common())
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    if not (folder / MANIFEST).is_file():
+        return tensor_hashes(folder)
+    return read_manifest(folder).tensors
