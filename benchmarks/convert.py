@@ -31,7 +31,7 @@ from isthmus.formats.files.stream import TensorWriter
 from isthmus.formats.parts.assemble import float_layout
 from isthmus.model.config import hf_config
 from isthmus.progress import Watch
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from isthmus.tools.convert import Options, execute
 
 ARCHITECTURE = DeepseekSection(

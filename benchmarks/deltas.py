@@ -28,7 +28,7 @@ from isthmus.formats.updates.delta import Codec, WeightSet, apply, encode, read_
 from isthmus.formats.updates.version_folder import advance, next_versions, read_versions
 from isthmus.formats.updates.wire import digest, pack, unpack
 from isthmus.progress import Watch
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
 from isthmus.stages import plan, qualify, train
 from isthmus.stages.rl import loop as rl

@@ -32,7 +32,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 ARCHITECTURE = DeepseekSection(
     vocab_size=8192,

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.conditions import store
 from isthmus.formats import format_names, get_format
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support.calibrated import calibrate
 
 ARCHITECTURE = DeepseekSection(

@@ -28,7 +28,7 @@ from isthmus.probes.portable.compiled import check_compiled
 from isthmus.probes.portable.operators import check_operators
 from isthmus.probes.portable.traps import check_traps
 from isthmus.probes.software import REPEATS, longest_sum, run_dtypes
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TRUSTED = ROOT / "src" / "isthmus" / "probes" / "trusted"

@@ -42,7 +42,8 @@ from isthmus.probes import PRELOAD, live_probes, software
 from isthmus.probes.asking import ask
 from isthmus.probes.budget import choose
 from isthmus.probes.contract import Probe, Setting
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.run import RunFolder
 from tests.support.flow_recipe import RECIPE, SMALL
 

@@ -22,7 +22,7 @@ from isthmus.engines import Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
 
 ROOT = Path(__file__).parents[1]

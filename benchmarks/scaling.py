@@ -49,14 +49,9 @@ from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, MixtureOfExperts, Routing
 from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, KINDS, REDUCE_SCATTER, Traffic, loopback_bytes
-from isthmus.recipe.schema import (
-    DeepseekSection,
-    ModelSection,
-    OptimizerSection,
-    SftSection,
-    TrainSection,
-    preset_architecture,
-)
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.recipe.read import preset_architecture
+from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.mesh import Ranks, open_ranks
 from isthmus.trainer.optimizer import Optimizer

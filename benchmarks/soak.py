@@ -51,7 +51,7 @@ from isthmus.formats.files.bundle import write_bundle
 from isthmus.formats.updates.wire import digest, pack, set_sha256
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 CLIENTS, PATIENCE_S = 20, 120.0
 PROBE_EVERY, UPDATES, MEMORY_EVERY = 20, 40, 25

@@ -30,7 +30,8 @@ from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model, document_mask
 from isthmus.probes.compute import matmul_tflops
-from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection, load_recipe, preset_architecture
+from isthmus.recipe.read import load_recipe, preset_architecture
+from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import pack
 from isthmus.trainer.mesh import Ranks, open_ranks

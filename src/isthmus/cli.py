@@ -16,7 +16,8 @@ import click
 
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.run import RunFolder
 
 STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")

@@ -1,5 +1,8 @@
 """The errors a user can meet. Each says what happened, why, and what to write instead."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class IsthmusError(Exception):
     """Wrong usage or bad input: the command ends with exit code 2."""
@@ -22,3 +25,14 @@ class RanksFailed(IsthmusError):
 
     def __init__(self, message: str):
         super().__init__(f"{message}\nRun the same command again to go on from the last checkpoint.")
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a message about an unknown word: names that it may mean, else `otherwise`, or all that are known."""
+    names = sorted(known)
+    begun = [name for name in names if word and name.startswith(word.lower())]
+    if close := begun[:4] or difflib.get_close_matches(word.lower(), names, n=1):
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    if otherwise is None and names:
+        otherwise = f"known: {', '.join(names)}"
+    return f"; {otherwise}" if otherwise else ""

@@ -21,7 +21,8 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.recipe.schema import Recipe, resolved_recipe
+from isthmus.recipe.read import resolved_recipe
+from isthmus.recipe.schema import Recipe
 
 Kind = Literal["measured", "declared", "forecast", "rehearsed"]
 _WEAKEST_LAST: tuple[Kind, ...] = ("measured", "declared", "forecast", "rehearsed")

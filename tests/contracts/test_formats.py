@@ -16,7 +16,7 @@ from isthmus.formats import format_names, get_format, recognise_format
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.bundle import read_bundle, read_config, write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support.calibrated import calibrate
 from tests.support.engine_bundle import ask, finished, run_core
 from tests.support.small import GrowingCache, tiny_architecture

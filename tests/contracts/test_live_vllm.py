@@ -22,7 +22,7 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.updates.wire import digest, pack
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection, DenseSection
+from isthmus.recipe.architecture import DeepseekSection, DenseSection
 from tests.support.calibrated import calibrate
 from tests.support.engine_bundle import small_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.local import run_ranks
 from isthmus.progress import Watch
-from isthmus.recipe.schema import RecipeError
+from isthmus.recipe.section import RecipeError
 from isthmus.records import TrainRecord
 from isthmus.run import RunFolder
 from isthmus.stages import train

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.probes.cases.packing import clashing_names, foreign_imports
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".j
 
 VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
 VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
-DESK = ("cli", "recipe.schema", "run", "records", "progress", "pools", "forecast", "chips", "algos")
+DESK = ("cli", "recipe.read", "run", "records", "progress", "pools", "forecast", "chips", "algos")
 DESK_STAGES = ("stages.plan", "stages.report")
 LONGEST_FUNCTION = 80
 QUICK_CPU_SECONDS = 0.5

@@ -8,7 +8,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 
 def randomised(arch: DeepseekSection, seed: int, lowest_bias: float = 0.0) -> Model:

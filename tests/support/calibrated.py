@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.quantised import build_with
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 
 class Watched(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from isthmus.recipe.schema import DeepseekSection, DenseSection, YarnScaling
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, YarnScaling
 from tests.support.small import architecture
 from tests.support.small_dense import LLAMA3_ROPE, dense_architecture
 

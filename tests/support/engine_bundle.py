@@ -9,7 +9,7 @@ from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support import small
 
 TEXTS = ["Use 3, 4 and 5 to reach 23.", "3 + 4 * 5 = 23, the answer is found", "wörter: naïve café ✓ ✗"] * 3

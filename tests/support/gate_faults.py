@@ -23,7 +23,7 @@ from isthmus.model.model import Model
 from isthmus.model.moe import MixtureOfExperts, Router
 from isthmus.model.mtp import MtpLayer
 from isthmus.parity.target import build_target
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support.gate_models import RandomModel
 
 Stored = dict[str, Tensor]

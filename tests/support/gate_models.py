@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.formats.parts.assemble import HEAD
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection, DenseSection, Llama3Scaling, ModelSection, YarnScaling
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, Llama3Scaling, ModelSection, YarnScaling
 
 PROMPTS, PROMPT_TOKENS = 4, 24
 RL_STEP = 2e-3

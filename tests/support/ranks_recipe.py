@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.records import Placement, PlanRecord
 from isthmus.run import RunFolder
 from tests.support.flow_recipe import ROOT, command

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from isthmus.recipe.schema import DeepseekSection, YarnScaling
+from isthmus.recipe.architecture import DeepseekSection, YarnScaling
 
 Weights = dict[str, Tensor]
 

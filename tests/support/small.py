@@ -6,7 +6,7 @@ import torch
 
 from isthmus.model.attention import attend_entries
 from isthmus.model.model import causal_mask
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 SMALL = {
     "vocab_size": 97,

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DenseSection
+from isthmus.recipe.architecture import DenseSection
 
 LLAMA3_ROPE = {
     "factor": 4.0,

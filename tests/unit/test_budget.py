@@ -12,7 +12,7 @@ from isthmus.errors import IsthmusError
 from isthmus.pools import get_pool
 from isthmus.probes.budget import choose, parse_seconds
 from isthmus.probes.contract import Probe, Setting
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from tests.support.flow_recipe import RECIPE
 
 

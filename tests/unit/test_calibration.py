@@ -16,7 +16,7 @@ from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import gptq_round, round_with_calibration
 from isthmus.formats.parts.int8 import quantise_rows
 from isthmus.model.model import Model, causal_mask
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 from tests.support.drawn import architectures, dense_architectures
 from tests.support.small import architecture, tiny_architecture
 

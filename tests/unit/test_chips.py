@@ -22,7 +22,8 @@ from isthmus.chips._detect import match_name
 from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, enforce, profile_of
 from isthmus.errors import IsthmusError
 from isthmus.formats import format_names
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from tests.support.flow_recipe import RECIPE
 
 AWAY = "ascend-910b-313t"
@@ -95,7 +96,7 @@ import sys
 from pathlib import Path
 from isthmus import chips
 from isthmus.chips.rehearse import profile_of
-from isthmus.recipe import load_recipe
+from isthmus.recipe.read import load_recipe
 chips.describe("h800-sxm")
 profile_of("{AWAY}")
 chips.check_available(load_recipe(Path({str(RECIPE)!r})))

@@ -19,7 +19,7 @@ from isthmus.formats.files.published import dequantise_blocks
 from isthmus.model.model import Model
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 from isthmus.tools.convert import CONVERSION, read_sequences
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from isthmus.forecast.count import count_parameters
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection, architecture_from_config
+from isthmus.recipe.architecture import DeepseekSection, architecture_from_config
 from tests.support.small import architecture
 
 # DeepSeek-V3's dimensions (its config.json), written out here so that no code of ours is asked.

@@ -24,7 +24,7 @@ from isthmus.formats.updates import wire
 from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear, is_quantised
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support.small import tiny_architecture as architecture
 
 

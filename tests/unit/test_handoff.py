@@ -25,7 +25,7 @@ from isthmus.parity.keys import new_key
 from isthmus.parity.seal import verify_seal
 from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
-from isthmus.recipe.schema import parse_recipe
+from isthmus.recipe.read import parse_recipe
 from isthmus.records import HandoffRecord, Placement, PlanRecord, RlRecord
 from isthmus.rewards import Reward
 from isthmus.run import Figure, RunFolder, write_atomic

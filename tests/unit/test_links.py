@@ -24,7 +24,8 @@ from isthmus.probes import blame, links
 from isthmus.probes.contract import Setting
 from isthmus.probes.portable import collectives
 from isthmus.probes.shapes import shapes_of
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, FailureCase
 from tests.support.flow_recipe import RECIPE, SMALL
 

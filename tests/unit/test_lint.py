@@ -16,7 +16,7 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.lint import BUILT, CONFIGURED, STORED, lint_config, lint_model
 from isthmus.parity.manifest import write_manifest
-from isthmus.recipe.schema import DenseSection, Llama3Scaling, YarnScaling
+from isthmus.recipe.architecture import DenseSection, Llama3Scaling, YarnScaling
 from tests.support.small import architecture
 from tests.unit.test_seal import TinyTokenizer
 

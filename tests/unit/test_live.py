@@ -28,7 +28,8 @@ from isthmus.probes.contract import Setting
 from isthmus.probes.portable import compiled, operators, traps
 from isthmus.probes.static.operators import trace_operators
 from isthmus.probes.trusted import trusted_errors
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, FailureCase
 from tests.support.flow_recipe import RECIPE, SMALL
 

@@ -17,7 +17,7 @@ from isthmus.engines.local.core.native import NativeModel, NativeUnavailable, lo
 from isthmus.engines.local.core.runner import Runner
 from isthmus.formats import get_format
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
 from tests.support.against_transformers import randomised
 from tests.support.drawn import architectures, dense_architectures
 from tests.support.small import architecture

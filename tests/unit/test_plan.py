@@ -18,7 +18,9 @@ from isthmus.forecast.count import count_parameters, forward_flops, training_flo
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe.schema import DeepseekSection, Recipe, load_recipe
+from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import PlanRecord, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import plan

@@ -18,7 +18,7 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.files.published import INDEX, StoredTensors, dequantise_blocks, weight_files
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal, write_seal
-from isthmus.recipe.schema import ModelSection, architecture_from_config, parse_architecture
+from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.run import sha256_file
 from isthmus.trainer.initial import load_published
 from tests.support.against_transformers import in_transformers

@@ -27,7 +27,7 @@ from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.pilots import solve_pace
 from isthmus.probes.static.operators import coverage, trace_operators
 from isthmus.progress import Watch
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.records import Aspect, Evidence, Limit, Outcome, QualifyRecord, Verdict
 from isthmus.run import RunFolder
 from isthmus.stages import qualify

@@ -12,17 +12,10 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from isthmus.recipe.schema import (
-    DeepseekSection,
-    DenseSection,
-    Recipe,
-    RecipeError,
-    ServeSection,
-    load_recipe,
-    override_serve,
-    parse_recipe,
-    preset_names,
-)
+from isthmus.recipe.architecture import DeepseekSection, DenseSection
+from isthmus.recipe.read import load_recipe, override_serve, parse_recipe, preset_names
+from isthmus.recipe.schema import Recipe, ServeSection
+from isthmus.recipe.section import RecipeError
 
 TEXT = """
 name = "small"

@@ -17,7 +17,7 @@ from rich.console import Console
 from isthmus import records
 from isthmus.errors import DamagedFile
 from isthmus.progress import Watch
-from isthmus.recipe.schema import parse_recipe
+from isthmus.recipe.read import parse_recipe
 from isthmus.report_page import charts, numbers, timing
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import report

@@ -16,7 +16,7 @@ from isthmus.errors import GateRefused
 from isthmus.formats.updates.version_folder import read_versions
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.rewards import Reward
 from isthmus.run import RunFolder
 from isthmus.stages.rl import loop as rl

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.recipe.schema import Recipe, parse_recipe
+from isthmus.recipe.read import parse_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import PlanRecord
 from isthmus.run import Figure, RunFolder, sha256_file, write_atomic
 

@@ -29,7 +29,8 @@ from isthmus.parity.manifest import add_file
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
-from isthmus.recipe.schema import ServeSection, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import ServeSection
 from isthmus.records import HandoffRecord, ParityVerdict, Placement, PlanRecord
 from isthmus.run import RunFolder
 from isthmus.stages import serve

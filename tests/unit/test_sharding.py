@@ -21,7 +21,8 @@ from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.recipe.schema import ModelSection, OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.trainer import parallel
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.compiled import compile_parts

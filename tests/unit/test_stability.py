@@ -21,7 +21,8 @@ from isthmus.probes import PRELOAD, stability
 from isthmus.probes.contract import Setting
 from isthmus.probes.judge.soak_judgement import problems_of, trends_of
 from isthmus.probes.portable import known_answers, training
-from isthmus.recipe.schema import QualifySection, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import QualifySection
 from isthmus.records import Evidence, FailureCase
 from isthmus.run import RunFolder
 from tests.support.flow_recipe import RECIPE, SMALL

@@ -41,7 +41,8 @@ from isthmus.probes.static.trace import (
 )
 from isthmus.probes.traffic import ALL_REDUCE, ALL_TO_ALL, Traffic
 from isthmus.progress import Watch
-from isthmus.recipe.schema import ModelSection, OptimizerSection, Recipe, SftSection, TrainSection
+from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
 from isthmus.tools.coverage import OperatorTable, Report, execute, recipe_of, show
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer

@@ -29,7 +29,7 @@ from isthmus.probes.judge.thresholds import (
     read_rules,
     unjudged,
 )
-from isthmus.recipe.schema import load_recipe
+from isthmus.recipe.read import load_recipe
 from isthmus.run import Figure
 from tests.support.flow_recipe import RECIPE
 

@@ -9,7 +9,8 @@ import pytest
 from isthmus.chips import fault_weights, looked_for
 from isthmus.chips.rehearse.faults import FAULT_KINDS
 from isthmus.errors import GateRefused
-from isthmus.recipe.schema import Recipe, load_recipe
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Outcome, QualifyRecord, Skipped, Verdict
 from isthmus.run import Figure
 from isthmus.stages import plan

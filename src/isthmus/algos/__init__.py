@@ -5,7 +5,6 @@ These files do not import torch when they are loaded, so that the desk can check
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydantic import ValidationError
 
-from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import RlSection, Section
+from isthmus.errors import IsthmusError, suggestion
+from isthmus.recipe.schema import RlSection
+from isthmus.recipe.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +56,7 @@ def get_algorithm(name: str) -> Algorithm:
     """The algorithm in the file of that name; raises IsthmusError with a suggestion if there is none."""
     names = algorithm_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        raise IsthmusError(
-            f"unknown RL algorithm {name!r}; "
-            + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}")
-        )
+        raise IsthmusError(f"unknown RL algorithm {name!r}{suggestion(name, names)}")
     return cast(Algorithm, importlib.import_module(f"{__name__}.{name}"))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from isthmus.algos import Loss
-from isthmus.recipe.schema import Section
+from isthmus.recipe.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
 from types import MappingProxyType
 
 from isthmus.chips._facts import Chip, Vendor
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, suggestion
 
 PACKAGE = "isthmus.chips"
 
@@ -32,10 +31,8 @@ def get_chip(slug: str) -> Chip:
     """The facts of one chip. Raises IsthmusError with the nearest name for one that is not known."""
     chips = load_chips()
     if slug not in chips:
-        begun = [known for known in chips if known.startswith(slug.lower())]
-        close = begun or difflib.get_close_matches(slug.lower(), chips, n=1, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close[:4]))}? " if close else ""
-        raise IsthmusError(f"unknown chip {slug!r}; {hint}`isthmus chips` lists all {len(chips)}")
+        listed = f"`isthmus chips` lists all {len(chips)}"
+        raise IsthmusError(f"unknown chip {slug!r}{suggestion(slug, chips, listed)}")
     return chips[slug]
 
 

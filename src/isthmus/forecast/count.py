@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.recipe.schema import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ computes on the CPU with the numerics of the format. `fp32` is the reference of 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
-from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import ModelSection
+from isthmus.errors import IsthmusError, suggestion
+from isthmus.recipe.architecture import ModelSection
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +90,7 @@ def check_format_name(name: str) -> None:
     """Raise IsthmusError with a suggestion if there is no format of that name; loads nothing."""
     names = format_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-        raise IsthmusError(f"unknown format {name!r}; {hint}")
+        raise IsthmusError(f"unknown format {name!r}{suggestion(name, names)}")
 
 
 def recognise_format(config: dict[str, Any]) -> Format:

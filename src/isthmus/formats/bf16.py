@@ -15,7 +15,7 @@ from isthmus.formats import Layout
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.assemble import TensorByTensor, announced_dtype, export_float, fill, float_layout, unfilled
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 
 class Bf16(TensorByTensor):

@@ -26,7 +26,7 @@ from isthmus.formats.parts.float8 import E4M3, BlockLinear, full_range_scale, to
 from isthmus.formats.parts.quantised import build_with
 from isthmus.formats.w8a8 import ATTENTION_PARTS, MLP_PARTS
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 BLOCK = 128
 PARTS = frozenset((*MLP_PARTS, *ATTENTION_PARTS, "kv_b_proj"))

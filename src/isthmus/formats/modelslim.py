@@ -34,7 +34,7 @@ from isthmus.formats.parts.quantised import build_with
 from isthmus.formats.w8a8 import ATTENTION_PARTS, W8A8Linear, is_quantised
 from isthmus.formats.w8a8_static import StaticLinear
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 FLOAT, STATIC, DYNAMIC = "FLOAT", "W8A8", "W8A8_DYNAMIC"
 STATIC_PARTS = ("input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale", "weight_offset")

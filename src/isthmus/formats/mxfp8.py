@@ -29,7 +29,7 @@ from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_l
 from isthmus.formats.parts.float8 import E4M3, BlockLinear, quantise_blocks
 from isthmus.formats.parts.quantised import build_with
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 BLOCK, BIAS, EMAX = 32, 127, 8
 _MANTISSA_BITS = 23

@@ -27,7 +27,7 @@ from isthmus.formats.parts.int8 import quantise_weight, quantised_matmul
 from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
-from isthmus.recipe.schema import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")

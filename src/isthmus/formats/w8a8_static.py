@@ -19,7 +19,7 @@ from isthmus.formats.parts.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, qu
 from isthmus.formats.parts.quantised import QuantisedModule, build_with
 from isthmus.formats.w8a8 import announces_int8, int8_config, int8_scheme, is_quantised
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 ACTIVATIONS = int8_scheme("tensor", dynamic=False)
 

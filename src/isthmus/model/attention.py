@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from isthmus.model.config import rope_amplitude, rope_inverse_frequencies, softmax_scale
 from isthmus.model.documents import Documents, attention
-from isthmus.recipe.schema import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 Mask = Tensor | Documents
 """What a token may attend to: an additive mask, or the documents of packed rows, in which attention is causal."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from isthmus.recipe.schema import DeepseekSection, DenseSection, Llama3Scaling, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, Llama3Scaling, ModelSection
 
 _CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 

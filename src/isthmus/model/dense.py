@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isthmus.model.attention import EntryLayout, LayerCache, Mask, Rotation, attend
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.moe import GatedMlp
-from isthmus.recipe.schema import DenseSection
+from isthmus.recipe.architecture import DenseSection
 
 
 def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:

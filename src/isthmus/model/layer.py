@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.model.attention import LatentAttention, LayerCache, Mask, RMSNorm, Rotation
 from isthmus.model.moe import GatedMlp, MixtureOfExperts, Routing, Trace
-from isthmus.recipe.schema import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 
 class ResidualLayer(nn.Module):

@@ -14,7 +14,7 @@ from isthmus.model.dense import DenseLayer
 from isthmus.model.layer import DecoderLayer, ResidualLayer
 from isthmus.model.moe import Experts, MixtureOfExperts, Router, Trace
 from isthmus.model.mtp import MtpLayer
-from isthmus.recipe.schema import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
 
 Result = TypeVar("Result")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.model.documents import Rows
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:

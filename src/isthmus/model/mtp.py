@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isthmus.model.attention import LayerCache, Mask, RMSNorm, Rotation
 from isthmus.model.layer import DecoderLayer
 from isthmus.model.moe import Trace
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 
 
 class SharedHead(nn.Module):

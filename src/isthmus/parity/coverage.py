@@ -26,7 +26,7 @@ from isthmus.model.digest import tensor_sha256
 from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.manifest import Entry, Fate, module_of
 from isthmus.parity.steps import COMPENSATED_STEPS, QUANTISED, Misfit, compare_quantised, within
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
 from isthmus.run import Figure
 

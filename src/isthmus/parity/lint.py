@@ -32,7 +32,7 @@ from isthmus.parity.manifest import (
     module_of,
     read_manifest,
 )
-from isthmus.recipe.schema import (
+from isthmus.recipe.architecture import (
     DeepseekSection,
     DenseSection,
     ModelSection,

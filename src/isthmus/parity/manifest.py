@@ -22,7 +22,7 @@ from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CHECKSUMS, SEAL, architecture_of, file_hashes, read_config, read_object
 from isthmus.formats.files.published import StoredTensors
 from isthmus.model.digest import tensor_sha256
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check, Part
 from isthmus.run import sha256_file, write_atomic
 

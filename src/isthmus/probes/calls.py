@@ -20,7 +20,8 @@ from isthmus.chips.rehearse.dispatch import OperatorWatch, short_name
 from isthmus.data.corpus import Document
 from isthmus.engines.local.core.runner import Trial
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DenseSection, ModelSection, Recipe
+from isthmus.recipe.architecture import DenseSection, ModelSection
+from isthmus.recipe.schema import Recipe
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs, train_step

@@ -31,7 +31,7 @@ from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament, within
 from isthmus.probes.portable.training import quantile
 from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, shapes_of
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from isthmus.records import Evidence, Limit, Outcome
 from isthmus.run import Figure
 from isthmus.verdict import PAIR_OF_RANKS

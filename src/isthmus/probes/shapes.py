@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from isthmus.model.model import Model
-from isthmus.recipe.schema import DeepseekSection, Recipe
+from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.schema import Recipe
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
 

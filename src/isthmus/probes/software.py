@@ -14,7 +14,8 @@ from isthmus.pools import available_cores
 from isthmus.probes.calls import Call, edge_calls, recipe_calls
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.trusted import trusted_errors
-from isthmus.recipe.schema import DenseSection, Recipe
+from isthmus.recipe.architecture import DenseSection
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Use
 
 OPERATORS = "isthmus.probes.portable.operators:check_operators"

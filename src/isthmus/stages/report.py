@@ -20,7 +20,7 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from isthmus.progress import Watch
-from isthmus.recipe.schema import DeepseekSection
+from isthmus.recipe.architecture import DeepseekSection
 from isthmus.records import HandoffRecord, LedgerRow, PlanRecord, QualifyRecord, RlRecord, TrainRecord
 from isthmus.report_page import charts, numbers, pools, timing
 from isthmus.report_page.charts import Mark, Series

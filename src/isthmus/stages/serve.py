@@ -32,7 +32,8 @@ from isthmus.parity.keys import read_trusted
 from isthmus.parity.seal import Standing, standing, verify_seal
 from isthmus.pools import Pool, default_threads, get_pool
 from isthmus.progress import Watch
-from isthmus.recipe.schema import ServeSection, override_serve
+from isthmus.recipe.read import override_serve
+from isthmus.recipe.schema import ServeSection
 from isthmus.records import HandoffRecord, PlanRecord
 from isthmus.run import RunFolder
 

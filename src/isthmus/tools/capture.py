@@ -16,7 +16,7 @@ from isthmus.parity.capture import CaptureOptions, GoldenList, capture, syntheti
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import write_manifest
 from isthmus.progress import Watch
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
 
 CONVERSION = "conversion.json"

@@ -33,7 +33,8 @@ from isthmus.formats.files.bundle import CHECKSUMS, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, SCALE, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.progress import Watch
-from isthmus.recipe.schema import ModelSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
+from isthmus.recipe.section import RecipeError
 from isthmus.run import write_atomic
 
 CONVERSION = "conversion.json"

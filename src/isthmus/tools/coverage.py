@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from isthmus.chips.rehearse import profile_of
 from isthmus.chips.rehearse.fused import ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import STATUSES
 from isthmus.chips.wheel import Software, software_of
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, suggestion
 from isthmus.probes.static.check import (
     BASIS_NAMES,
     NeedFound,
@@ -37,7 +36,8 @@ from isthmus.probes.static.check import (
 )
 from isthmus.probes.static.trace import Layout
 from isthmus.progress import Watch
-from isthmus.recipe.schema import Recipe, apply_override, load_recipe, parse_recipe, preset_names
+from isthmus.recipe.read import apply_override, load_recipe, parse_recipe, preset_names
+from isthmus.recipe.schema import Recipe
 from isthmus.records import Use
 from isthmus.run import RunFolder
 
@@ -157,10 +157,9 @@ def recipe_of(target: str, chip: str, ranks: int | None, overrides: tuple[str, .
         return _recipe_around(path.resolve().name, {"from": str(path.resolve())}, chip, ranks, overrides)
     if target in preset_names():
         return _recipe_around(target, {"preset": target}, chip, ranks, overrides)
-    close = difflib.get_close_matches(target, preset_names(), n=1)
     raise IsthmusError(
-        f"{target} is no recipe (a .toml file), no run folder, no folder with a config.json, and no preset; "
-        f"{f'did you mean {close[0]!r}? ' if close else ''}presets: {', '.join(preset_names())}"
+        f"{target} is no recipe (a .toml file), no run folder, no folder with a config.json, and no preset"
+        + suggestion(target, preset_names(), f"presets: {', '.join(preset_names())}")
     )
 
 

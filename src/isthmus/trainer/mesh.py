@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import DeepseekSection, DenseSection, TrainSection, layout_problem
+from isthmus.recipe.architecture import DeepseekSection, DenseSection
+from isthmus.recipe.schema import TrainSection, layout_problem
 
 PATIENCE = timedelta(hours=2)
 """For what one rank does alone while others wait: training a tokenizer, writing a large checkpoint."""

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace, sequence_balance_sums
-from isthmus.recipe.schema import DeepseekSection, TextSection
+from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.schema import TextSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.mesh import Ranks, alone
 from isthmus.trainer.optimizer import Optimizer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.recipe.schema import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
 
 ALPHA = 0.5
 LARGEST = 1e4

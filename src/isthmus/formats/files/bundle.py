@@ -34,7 +34,8 @@ from isthmus.formats.files.published import (
 from isthmus.formats.files.stream import TensorWriter, described, shown
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection, RecipeError, architecture_from_config, parse_architecture
+from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
+from isthmus.recipe.section import RecipeError
 from isthmus.run import new_folder, sha256_file, write_atomic
 
 CHECKSUMS, SEAL = "checksums.json", "seal.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.files.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD, unfilled
-from isthmus.recipe.schema import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000

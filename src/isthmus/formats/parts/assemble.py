@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from isthmus.formats import Layout
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROUTER_BIAS = "e_score_correction_bias"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.formats.parts.assemble import fill, unfilled
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 MakeLinear = Callable[[str, int, bool], "nn.Module | None"]
 """Path of a linear module, its inputs and whether it has a bias, to the quantised one; None if it stays in float."""

@@ -7,7 +7,6 @@ A rule is data, never code: `>= 228 GB/s`, `<= 40 us`, `>= 0.75 x peers' median`
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
 import re
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from isthmus.chips import Chip, load_chips
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, suggestion
 from isthmus.records import Aspect, Evidence, Outcome, Use
 from isthmus.run import Figure
 
@@ -165,9 +164,9 @@ def read_rules(text: str, name: str, chips: Mapping[str, Chip]) -> tuple[Rule, .
 def _rule(row: dict[str, str], where: str, chips: Mapping[str, Chip]) -> Rule:
     chip, metric = row["chip"].strip(), row["metric"].strip()
     if metric not in METRICS:
-        raise IsthmusError(f"{where}: unknown metric {metric!r}; {_nearest(metric, METRICS)}")
+        raise IsthmusError(f"{where}: unknown metric {metric!r}{suggestion(metric, METRICS)}")
     if chip != ANY and chip not in chips:
-        raise IsthmusError(f"{where}: unknown chip {chip!r}; {_nearest(chip, chips)}; {ANY} stands for any")
+        raise IsthmusError(f"{where}: unknown chip {chip!r}{suggestion(chip, chips)}; {ANY} stands for any")
     if not row["source"].strip():
         raise IsthmusError(f"{where}: the threshold of {metric} has no source; say who found it, and how")
     direction, value, relative = _parsed(row["rule"].strip(), METRICS[metric].unit, where)
@@ -210,11 +209,6 @@ def _number(text: str, column: str, where: str) -> float | None:
     if not re.fullmatch(r"\d+(\.\d+)?", text.strip()) or float(text) <= 0:
         raise IsthmusError(f"{where}: {column} must be a number above 0, or empty, not {text!r}")
     return float(text)
-
-
-def _nearest(word: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 # -- sanity -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from isthmus.chips.rehearse.tables import Status
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.static.operators import Coverage, Trace, coverage
 from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
-from isthmus.recipe.schema import DeepseekSection, DenseSection, ModelSection, Recipe, layout_problem
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.schema import Recipe, layout_problem
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
 

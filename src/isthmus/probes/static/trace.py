@@ -31,7 +31,8 @@ from isthmus.model.model import Model
 from isthmus.model.moe import MixtureOfExperts, Routing
 from isthmus.probes.static.costs import OUTSIDE, Call, Collective, CostRecorder, Costs
 from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
-from isthmus.recipe.schema import DeepseekSection, ModelSection, Recipe, TextSection, TrainSection, layout_problem
+from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.recipe.schema import Recipe, TextSection, TrainSection, layout_problem
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import TokenExchange

@@ -22,7 +22,7 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
 from isthmus.model.model import Model
-from isthmus.recipe.schema import ModelSection
+from isthmus.recipe.architecture import ModelSection
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LONGEST_SEQUENCE = 8192

@@ -1,0 +1,140 @@
+"""From a TOML file, presets and overrides to a checked recipe."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+
+from isthmus.errors import suggestion
+from isthmus.recipe.architecture import DeepseekSection, DenseSection, parse_architecture, read_architecture
+from isthmus.recipe.explain import explain
+from isthmus.recipe.schema import Recipe, ServeSection
+from isthmus.recipe.section import RecipeError
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override (`a.b=c`), resolve and check a recipe. Raises RecipeError with what to write instead."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}{_nearby_recipes(path)}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; a recipe is a .toml file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, origin=path)
+
+
+def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
+    """Check a recipe given as nested dictionaries. Paths in it are relative to the folder of `origin`."""
+    model = tree.get("model")
+    if isinstance(model, dict):
+        tree = {**tree, "model": _resolve_model(model, origin)}
+    for section in ("data", "pretrain", "rl", "serve", "qualify"):
+        if isinstance(tree.get(section), dict):
+            tree = {**tree, section: _resolve_files(tree[section], origin)}
+    return resolved_recipe(tree, origin)
+
+
+def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
+    """Check a recipe whose presets are already merged, as a run folder stores it."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"{origin or 'the recipe'} is not a valid recipe:", Recipe)) from None
+
+
+def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:
+    """A [serve] with `changes` that are not None, then with `serve.key=value` overrides."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    tree: dict[str, Any] = {"serve": {**section.model_dump(), **given}}
+    for override in overrides:
+        if not override.strip().startswith("serve."):
+            raise RecipeError(f"--set {override!r}: a server can only be given other keys of [serve]")
+        apply_override(tree, override)
+    try:
+        return ServeSection.model_validate(tree["serve"])
+    except ValidationError as error:
+        raise RecipeError(explain(error, "[serve] is not valid:", ServeSection, ("serve",))) from None
+
+
+def preset_architecture(name: str, **changes: Any) -> DeepseekSection | DenseSection:
+    """An architecture that ships with the package, with some of its keys changed."""
+    return parse_architecture({**_read_preset(name), **changes})
+
+
+def preset_names() -> list[str]:
+    """Names of the architectures that ship with the package."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("isthmus.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def _resolve_model(section: dict[str, Any], origin: Path | None) -> dict[str, Any]:
+    if "preset" in section and "from" in section:
+        raise RecipeError("[model] has both preset and from; keep one")
+    if "preset" in section:
+        return {**_read_preset(section["preset"]), **section}
+    if "from" in section:
+        folder = Path(section["from"])
+        if origin is not None and not folder.is_absolute():
+            folder = origin.parent / folder
+        return {**read_architecture(folder), **section, "from": str(folder.resolve())}
+    return section
+
+
+def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, Any]:
+    """Paths relative to the recipe made absolute."""
+    folder = origin.parent if origin else Path()
+    files = {key: str((folder / value).resolve()) for key, value in section.items() if _is_path(key)}
+    return {**section, **files}
+
+
+def _is_path(key: str) -> bool:
+    return key in ("folder", "publish", "thresholds") or key.endswith("_file")
+
+
+def _read_preset(name: Any) -> dict[str, Any]:
+    entry = resources.files("isthmus.presets") / f"{name}.toml"
+    if not entry.is_file():
+        raise RecipeError(f"unknown model preset {name!r}{suggestion(str(name), preset_names())}")
+    return tomllib.loads(entry.read_text(encoding="utf-8"))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a recipe given as nested dictionaries, from `section.key=value`. Raises RecipeError."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {override!r}: write --set section.key=value")
+    node = tree
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} is a value, not a section")
+    node[last] = _override_value(text.strip())
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nearby_recipes(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    names = [str(candidate) for candidate in sorted(folder.glob("*.toml"))]
+    return f"; did you mean one of: {', '.join(names)}?" if names else ""
