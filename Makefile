@@ -6,7 +6,7 @@ TESTERS ?= 2
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test check bench soak serve install install-dev clean
+.PHONY: run test check style types imports rules bench soak serve install install-dev clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
@@ -17,11 +17,19 @@ serve: $(VENV)/.installed        ## chat with the model that `make run` made
 test: $(VENV)/.installed-dev     ## install, then run the tests
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile
 
-check: $(VENV)/.installed-dev    ## style, types, import direction, rules
+check: style types imports rules ## all four of them; `pre-commit install` runs them on each commit
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
+
+types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
+
+rules: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/rules
 
 bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the documents
