@@ -92,6 +92,30 @@ def float_layout(architecture: ModelSection, dtype: torch.dtype) -> Layout:
     }
 
 
+class FloatFormat(TensorByTensor):
+    """Stores weights in one float dtype, without a quantiser, and computes with them in fp32."""
+
+    def __init__(self, name: str, stored: torch.dtype):
+        self.name, self._stored, self.dtype = name, stored, str(stored).removeprefix("torch.")
+
+    def export_one(
+        self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
+    ) -> dict[str, Tensor]:
+        return export_float(name, tensor, architecture, self._stored)
+
+    def layout(self, architecture: ModelSection) -> Layout:
+        return float_layout(architecture, self._stored)
+
+    def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
+        return None
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        return announced_dtype(config) == self.dtype and not config.get("quantization_config")
+
+    def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
+        return fill(unfilled(architecture), {name: tensor.float() for name, tensor in tensors.items()})
+
+
 def announced_dtype(config: dict[str, Any]) -> str | None:
     """The dtype in a config.json, under its old or its new key, without the prefix `torch.`."""
     dtype = config.get("torch_dtype", config.get("dtype"))
