@@ -3,10 +3,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/tiny.toml
 TESTERS ?= 2
+VENDORED := markdown-it@15.0.3/dist/browser/markdown-it.umd.min.js temml@0.13.5/dist/temml.min.js
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test check style types imports rules bench soak serve install install-dev clean
+.PHONY: run test check style types imports rules bench soak serve install install-dev vendor clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
@@ -62,6 +63,12 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
+
+vendor:                          ## fetch the chat page's libraries anew; then mend vendor/NOTICE.txt
+	for file in $(VENDORED); do \
+		tar --extract --to-stdout --file "$$(npm pack --silent --pack-destination /tmp $${file%%/*} | sed s:^:/tmp/:)" package/$${file#*/} \
+			> src/isthmus/engines/local/page/vendor/$${file##*/} || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -51,3 +51,25 @@ def page(driver, url, server):
     yield page
     assert page.complaints() == []
     assert not server.scripts, "a script was not asked for"
+
+
+@pytest.fixture(scope="module")
+def in_page(driver, url):
+    """The value of an async function's body that has the page's modules at hand."""
+    page = Page(driver, url)
+    page.open()
+    return page.later
+
+
+@pytest.fixture
+def rendered(in_page):
+    """A function from markdown texts to the page's HTML for them."""
+    code = """
+        const { render } = await import("/markdown.js");
+        return given[0].map((text) => {
+          const root = document.createElement("div");
+          root.append(render(text));
+          return root.innerHTML;
+        });
+        """
+    return lambda texts: in_page(code, texts)

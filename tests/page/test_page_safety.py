@@ -1,11 +1,12 @@
-"""What a model, a user or the storage can put on the page: text, and the elements of markdown.js. Nothing else runs."""
+"""What a model, a user or the storage can put on the page: text, and the elements of two files. Nothing else runs."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
 import re
 import time
+import tomllib
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 from markdown_it import MarkdownIt
 
 from isthmus.engines.local.api.server import STATIC
-from tests.support.page_browser import Page, wait
+from tests.support.page_browser import wait
 from tests.support.page_server import ending, piece
 
 PREFIX = "isthmus.conversation."
+LIBRARIES = ("markdown-it.umd.min.js", "temml.min.js")
+FILES = sorted(path.relative_to(STATIC).as_posix() for path in STATIC.rglob("*") if path.is_file())
+MARKUP = r"innerHTML|outerHTML|insertAdjacentHTML|setHTMLUnsafe|createContextualFragment|document\.write"
 POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
@@ -73,9 +77,118 @@ PAYLOADS = [
     f"{{{{constructor.constructor('{RUN}')()}}}}${{{RUN}}}",
     "\u202ehttps://evil.example\u202c \u0000 \ufeff",
 ]
+HOSTILE_FORMULAS = [
+    rf"\href{{javascript:{RUN}}}{{x}}",
+    r"\href{https://evil.example/}{x} \url{https://evil.example/}",
+    rf"\url{{javascript:{RUN}}}",
+    r"\htmlClass{main}{x}",
+    r"\class{copy-code}{x}",
+    r"\id{prompt}{x} \htmlId{prompt}{x} \cssId{prompt}{x}",
+    r"\htmlStyle{position: fixed; inset: 0}{x} \style{position: fixed}{x}",
+    rf"\htmlData{{a=b}}{{x}} \data{{onclick={RUN}}}{{x}}",
+    r"\includegraphics[height=9em]{https://evil.example/pixel.png}",
+    r"\label{prompt} x \tag{<img src=x>} \ref{prompt} \eqref{prompt}",
+    rf"\text{{<script>{RUN}</script>}} <svg onload={RUN}> \verb|<img src=x onerror={RUN}>|",
+    rf"\color{{red;background:url(https://evil.example/)}} x \textcolor{{expression({RUN})}}{{x}}",
+    r"\colorbox{url(https://evil.example/)}{x}",
+    rf"\unicode{{x3c}} \char`< \operatorname{{<img src=x onerror={RUN}>}} \mathchoice{{<b>}}{{<b>}}{{<b>}}{{<b>}}",
+    r"\toggle{a}{b}\endtoggle",
+    r"\texttip{x}{<b>y</b>} \mathtip{x}{y}",
+    r"\rule{99999em}{99999em} \rule[-99999em]{1e30em}{99999cm}",
+    r"\kern-99999em x \hspace{-99999pt} x \raisebox{-99999em}{x} \mathllap{xxxxxxxx} \smash{x} \\[99999em] y",
+    r"\def\a{\a\a}\a",
+    r"\def\a#1{#1#1#1#1}\a{\a{\a{\a{\a{\a{\a{\a{x}}}}}}}}",
+    r"\newcommand{\a}{\href{javascript:1}{x}}\a \gdef\frac{x} \let\sqrt\href \global\def\sum{y}",
+    r"\begin{array}{" + "c" * 500 + r"} x \end{array}",
+    r"\__proto__ \constructor \hasOwnProperty \begin{__proto__} x \end{__proto__} \begin{constructor}",
+    r"\left( \frac{1}{ \begin{matrix} & \\ \end{pmatrix} } } {",
+]
+LARGE_FORMULAS = [
+    r"\def\a{" + "x" * 1500 + "}" + r"\a" * 990,
+    r"\newcommand\a{" + r"\frac12" * 150 + "}" + r"\a" * 900,
+    "{" * 1900 + "}" * 1900,
+    r"\sqrt{" * 500 + "}" * 500,
+    r"\sqrt{" * 55 + "}" * 55,
+    r"\frac{1}{1+" * 25 + "x" + "}" * 25,
+    r"\left(" * 300 + r"\right)" * 300,
+    r"\overbrace{" * 25 + "x" + "}" * 25,
+    "x^{" * 900 + "}" * 900,
+    r"\frac" * 700,
+    r"\dots" * 700,
+    r"\begin{matrix}" * 100 + r"\end{matrix}" * 100,
+    r"\begin{matrix}" + "&" * 1800 + r"\\" * 900 + r"\end{matrix}",
+    "x+" * 1999 + "y",
+    "x+" * 25_000 + "y",
+    r"\Huge" * 700 + " x",
+    r"\not" * 1300,
+]
+PAYLOADS += [f"${formula}$" for formula in HOSTILE_FORMULAS]
+PAYLOADS += [f"$$\n{formula}\n$$" for formula in HOSTILE_FORMULAS]
+PAYLOADS += [rf"\({formula}\) and \[{formula}" for formula in HOSTILE_FORMULAS]
 TEXT_ELEMENTS = {"A", "BR", "CODE", "DEL", "EM", "STRONG"}
 BLOCK_ELEMENTS = {"BLOCKQUOTE", "BUTTON", "DIV", "H3", "H4", "H5", "H6", "HR", "LI", "OL", "P", "PRE", "SPAN", "UL"}
 TABLE_ELEMENTS = {"TABLE", "TBODY", "TD", "TH", "THEAD", "TR"}
+MATHS_ELEMENTS = {
+    "math",
+    "menclose",
+    "mfrac",
+    "mi",
+    "mmultiscripts",
+    "mn",
+    "mo",
+    "mover",
+    "mpadded",
+    "mphantom",
+    "mprescripts",
+    "mroot",
+    "mrow",
+    "mspace",
+    "msqrt",
+    "mstyle",
+    "msub",
+    "msubsup",
+    "msup",
+    "mtable",
+    "mtd",
+    "mtext",
+    "mtr",
+    "munder",
+    "munderover",
+    "none",
+}
+MATHS_ATTRIBUTES = {
+    "alttext",
+    "class",
+    "columnspan",
+    "depth",
+    "display",
+    "displaystyle",
+    "fence",
+    "form",
+    "height",
+    "largeop",
+    "linethickness",
+    "lspace",
+    "mathbackground",
+    "mathcolor",
+    "mathsize",
+    "mathvariant",
+    "maxsize",
+    "minsize",
+    "movablelimits",
+    "rspace",
+    "scriptlevel",
+    "separator",
+    "stretchy",
+    "style",
+    "symmetric",
+    "voffset",
+    "width",
+}
+MATHS_STYLES = re.compile(
+    r"(border(-(top|right|bottom|left))?(-(color|style|width|image.*))?|color|font-weight|margin-left|math-depth"
+    r"|padding(-(top|right|bottom|left))?|text-align|width)"
+)
 ATTRIBUTES = {
     "class",
     "href",
@@ -99,38 +212,56 @@ def check_harmless(page):
     assert not found["hacked"] and not found["foreign"] and not found["inPlain"] and not found["fetched"]
     assert set(found["elements"]) <= TEXT_ELEMENTS | BLOCK_ELEMENTS | TABLE_ELEMENTS
     assert set(found["attributes"]) <= ATTRIBUTES
+    assert set(found["mathsElements"]) <= MATHS_ELEMENTS and set(found["mathsAttributes"]) <= MATHS_ATTRIBUTES
+    assert [name for name in found["styles"] if not MATHS_STYLES.fullmatch(name)] == []
+    assert all(name.startswith("tml-") or name in ("upstrike", "downstrike") for name in found["mathsClasses"])
+    assert not found["escaped"], "a formula paints outside of its answer"
     assert set(found["addresses"]) <= {"http:", "https:", "mailto:"}
     assert set(found["rels"]) <= {"noopener noreferrer nofollow _blank"}
-    assert found["scripts"] == ["theme.js", "chat.js"]
-
-
-@pytest.fixture(scope="module")
-def in_page(driver, url):
-    """The value of an async function's body that has the page's modules at hand."""
-    page = Page(driver, url)
-    page.open()
-    return page.later
+    assert found["scripts"] == ["theme.js", *(f"vendor/{name}" for name in LIBRARIES), "chat.js"]
 
 
 # The policy
 
 
-@pytest.mark.parametrize("path", ["", *sorted(file.name for file in STATIC.iterdir())])
+@pytest.mark.parametrize("path", ["", *FILES])
 def test_every_file_of_the_page_comes_with_the_policy(url, path):
     with urllib.request.urlopen(f"{url}/{path}") as answer:
         assert answer.status == 200
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert policy == POLICY
     assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain", "": "text/html"}
+    assert answer.headers["content-type"].startswith(kinds.get(path.rpartition(".")[2], "text/html"))
 
 
-@pytest.mark.parametrize("file", sorted(STATIC.iterdir()), ids=lambda file: file.name)
-def test_the_files_ask_nobody_else_and_take_no_text_for_markup(file):
-    text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("vendor/")])
+def test_the_files_ask_nobody_else_and_take_no_text_for_markup(name):
+    text = (STATIC / name).read_text(encoding="utf-8")
+    for namespace in ("http://www.w3.org/2000/svg", "http://www.w3.org/1998/Math/MathML"):
+        text = text.replace(namespace, "")
     assert "://" not in text, "an address of another server"
-    markup = r"innerHTML|outerHTML|insertAdjacentHTML|setHTMLUnsafe|createContextualFragment|document\.write"
-    assert not re.search(rf"{markup}|\beval\(|new Function", text)
+    assert not re.search(rf"{MARKUP}|\beval\(|new Function", text)
     assert not re.search(r"\bstyle=|<style|\son[a-z]+=\"", text)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_libraries_are_those_of_the_notice_and_take_no_text_for_markup(name):
+    """Their addresses are namespaces, and the scheme that markdown-it puts before a bare domain."""
+    content = (STATIC / "vendor" / name).read_bytes()
+    notice = (STATIC / "vendor" / "NOTICE.txt").read_text(encoding="utf-8")
+    assert re.search(rf"file +{re.escape(name)}\n(.+\n)+sha256 +{hashlib.sha256(content).hexdigest()}\n", notice)
+    text = content.decode("utf-8")
+    assert not re.search(rf"{MARKUP}|\beval\(|new Function|XMLHttpRequest|WebSocket", text)
+    assert not re.search(r"://(?!www\.w3\.org/|\$\{|/)", text)
+
+
+def test_the_package_carries_every_file_of_the_page():
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["isthmus"]
+    package = STATIC.parents[2]
+    carried = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {STATIC / name for name in FILES} <= carried
 
 
 def test_the_policy_stops_what_would_get_past_the_page(page):
@@ -308,6 +439,7 @@ SAMPLES = [
     "- a\n  - b\n    - c\n  - d\n- e",
     "1. a\n   - b\n   - c\n2. d\n   1. e\n   2. f",
     "- a\n\n- b\n\n- c",
+    "1. a\n\n2. b\n\n3. c\n\n10) d",
     "- a\n\n  second paragraph\n- b",
     "- a\nlazy line\n- b",
     "- ```\n  code\n  ```\n- # heading\n- > quote",
@@ -331,20 +463,6 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def rendered(in_page):
-    """A function from markdown texts to the page's HTML for them."""
-    code = """
-        const { render } = await import("/markdown.js");
-        return given[0].map((text) => {
-          const root = document.createElement("div");
-          root.append(render(text));
-          return root.innerHTML;
-        });
-        """
-    return lambda texts: in_page(code, texts)
-
-
 def test_markdown_is_what_another_implementation_makes_of_it(rendered):
     other = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     wrong = []
@@ -360,14 +478,15 @@ def test_markdown_is_what_another_implementation_makes_of_it(rendered):
     ("text", "html"),
     [
         ("3*4*5 = 60 and 2**3**2", "<p>3*4*5 = 60 and 2**3**2</p>"),
-        ("$x_1 * y_1$ and $a_2 * b_2$", "<p>$x_1 * y_1$ and $a_2 * b_2$</p>"),
-        (r"\(a_1 * b_1 * c\) and \[x_1\]", r"<p>\(a_1 * b_1 * c\) and \[x_1\]</p>"),
-        ("$$\na_1 * b_1\n$$", '<p class="verbatim">$$\na_1 * b_1\n$$</p>'),
         ("it costs $5 and *not* $6", "<p>it costs $5 and <em>not</em> $6</p>"),
         ("a<br>b<BR/>c", "<p>a<br>b<br>c</p>"),
         ("- [x] done\n- [ ] open", '<ul><li class="task">☑ done</li><li class="task">☐ open</li></ul>'),
         ("1. a\n  - b", "<ol><li>a<ul><li>b</li></ul></li></ol>"),
         ("这是**重点**内容", "<p>这是<strong>重点</strong>内容</p>"),
+        ("这是**“重点”。**内容", "<p>这是<strong>“重点”。</strong>内容</p>"),
+        ("text\n---", "<p>text</p><hr>"),
+        ("    four spaces", "<p>four spaces</p>"),
+        ("[x][1]\n\n[1]: https://", "<p>[x][1]</p><p>[1]: https://</p>"),
     ],
 )
 def test_where_the_page_goes_its_own_way(rendered, text, html):
@@ -384,26 +503,43 @@ def test_addresses_become_links_and_images_only_links(rendered):
     assert "<img" not in html
 
 
-def test_a_growing_text_ends_as_the_whole_text_does(in_page):
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_a_growing_text_ends_as_the_whole_text_does(in_page, size):
     """However a text is cut into pieces, and without touching the nodes of blocks that stand."""
-    text = "\n\n".join(SAMPLES)
-    cuts = sorted(random.Random(0).sample(range(1, len(text)), 300))
     same, kept = in_page(
         """
-        const { MarkdownView, render } = await import("/markdown.js"), [text, cuts] = given;
+        const { MarkdownView, render } = await import("/markdown.js"), [text, size] = given;
         const root = document.createElement("div"), whole = document.createElement("div");
-        const view = new MarkdownView(root);
-        for (const cut of cuts.slice(0, 100)) view.update(text.slice(0, cut));
-        const first = root.firstElementChild;
-        for (const cut of cuts.slice(100)) view.update(text.slice(0, cut));
+        const view = new MarkdownView(root), half = text.length / 2;
+        let first = null;
+        for (let cut = size; cut < text.length; cut += size) {
+          view.update(text.slice(0, cut));
+          if (cut > half) first ??= root.firstElementChild;
+        }
         view.update(text);
         whole.append(render(text));
         return [root.innerHTML === whole.innerHTML, root.firstElementChild === first];
         """,
-        text,
-        cuts,
+        "\n\n".join(SAMPLES),
+        size,
     )
     assert same and kept
+
+
+def test_a_growing_list_keeps_the_items_that_stand(in_page):
+    kept = in_page(
+        """
+        const { MarkdownView } = await import("/markdown.js"), root = document.createElement("div");
+        const view = new MarkdownView(root);
+        view.update("- a\\n- b\\n- c");
+        const before = [...root.querySelectorAll("li")];
+        view.update("- a\\n- b\\n- changed\\n- new");
+        const tight = [...root.querySelectorAll("li")].map((item, place) => item === before[place]);
+        view.update("- a\\n- b\\n- changed\\n- new\\n\\n- loose");
+        return [tight, root.querySelectorAll("li > p").length];
+        """
+    )
+    assert kept == [[True, True, False, False], 5]
 
 
 @pytest.mark.parametrize("text", ["> " * 99 + "end", "- " * 99 + "end"])
@@ -433,10 +569,40 @@ def test_what_is_nested_too_deep_is_text(rendered, text):
         "-" * 50_000 + "a",
         "\\" * 50_001,
         "```\n" * 20_000,
+        "$a " * 16_000,
+        "$\\$" * 16_000,
+        r"\(" * 100_000,
+        r"\[" * 25_000,
+        "$$a" * 16_000,
+        "\\[\n" * 16_000 + r"\] a",
+        "$$\n" * 16_000 + "a",
+        "1. a\n  - b\n" * 4_000,
+        "1. " * 16_000,
     ],
-    ids=range(18),
+    ids=lambda text: None,
 )
 def test_no_text_holds_the_page_up(rendered, text):
     began = time.monotonic()
     assert rendered([text])
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("formula", LARGE_FORMULAS, ids=lambda formula: None)
+@pytest.mark.parametrize("opening", ["$", "$$"])
+def test_no_formula_holds_the_page_up(in_page, formula, opening):
+    """Neither its nodes nor their layout."""
+    began = time.monotonic()
+    height = in_page(
+        """
+        const { render } = await import("/markdown.js"), root = document.createElement("div");
+        root.className = "content";
+        root.append(render(given[0]));
+        document.getElementById("log").append(root);
+        const { height } = root.getBoundingClientRect();
+        root.remove();
+        return height;
+        """,
+        f"{opening}{formula}{opening}",
+    )
+    assert isinstance(height, int | float), height
+    assert time.monotonic() - began < 10

@@ -41,8 +41,12 @@ def named(path: Path) -> str:
 
 
 def source_text_files() -> list[Path]:
+    """What we write. The chat page's libraries are others' (`define.amd` is theirs), held by their hashes."""
+    others = SOURCE / "engines" / "local" / "page" / "vendor"
     return [
-        file for file in sorted(SOURCE.rglob("*")) if file.suffix in TEXT_SUFFIXES and "__pycache__" not in file.parts
+        file
+        for file in sorted(SOURCE.rglob("*"))
+        if file.suffix in TEXT_SUFFIXES and "__pycache__" not in file.parts and others not in file.parents
     ]
 
 

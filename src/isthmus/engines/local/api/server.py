@@ -165,8 +165,8 @@ class Server:
         if self._page:
             operations.append(Operation(public, "GET", "/examples", self.examples, form="array"))
             operations.append(file_operation("/", "index.html", _file("index.html")))
-            files = sorted(STATIC.iterdir())
-            operations += [file_operation(f"/{path.name}", path.name, _file(path.name)) for path in files]
+            names = sorted(path.relative_to(STATIC).as_posix() for path in STATIC.rglob("*") if path.is_file())
+            operations += [file_operation(f"/{name}", name, _file(name)) for name in names]
         return operations
 
     def _admin_operations(self) -> list[Operation]:

@@ -193,9 +193,16 @@ export class TurnView {
   }
 
   #announce(nodes) {
-    for (const node of nodes.slice(this.#announced)) announce((node.querySelector("code") ?? node).textContent);
+    for (const node of nodes.slice(this.#announced)) announce(spoken(node));
     this.#announced = Math.max(this.#announced, nodes.length);
   }
+}
+
+/** The text of a block without its buttons, and with formulas as they were written. */
+function spoken(node) {
+  const copy = (node.matches(".code") ? node.querySelector("pre") : node).cloneNode(true);
+  for (const formula of copy.querySelectorAll("math")) formula.replaceWith(formula.getAttribute("alttext"));
+  return copy.textContent;
 }
 
 function figures({ usage, seconds, firstSeconds }) {
