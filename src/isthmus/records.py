@@ -190,6 +190,8 @@ class RlRecord(Record):
 
 Layer = Literal["files", "coverage", "config", "modules", "tokens", "engine", "task"]
 """The layers of the parity gate, cheapest first."""
+CheckOutcome = Literal["pass", "caution", "fail", "unknown"]
+"""`unknown`: it was measured, and what was found does not tell. `caution`: a known risk that was not measured."""
 
 
 class Check(Part):
@@ -200,9 +202,9 @@ class Check(Part):
 
     layer: Layer
     name: str
-    outcome: Outcome
-    figure: Figure | None
-    limit: Figure | None
+    outcome: CheckOutcome
+    figure: Figure | None = None
+    limit: Figure | None = None
     detail: str
     module: str | None = None
     operator: str | None = None
@@ -220,6 +222,11 @@ class LedgerRow(Part):
     quantisation: float | None
     chip: float | None
     floor: float | None
+
+    @property
+    def cost(self) -> float:
+        """Both costs together: the error from the trained weights to the target is no larger."""
+        return (self.quantisation or 0.0) + (self.chip or 0.0)
 
 
 class ParityVerdict(Part):

@@ -25,6 +25,7 @@ from isthmus.formats.files.published import CONFIG, mtp_copies, weight_files, wr
 from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
+from isthmus.parity.gate import refuses
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.target import DTYPES
 from isthmus.parity.verify import Limits, Target, verify_bundle
@@ -193,7 +194,7 @@ def _refusal(look: Callable[[], Sequence[Check]]) -> Said:
         found = TENSOR_NAME.search(str(error))
         module = found.group().rpartition(".")[0] if found else None
         return Said(True, "files" if isinstance(error, DamagedFile) else "config", module, None, str(error))
-    failed = [check for check in checks if check.outcome == "fail"]
+    failed = list(filter(refuses, checks))
     if not failed:
         return Said(False)
     named = next((check for check in failed if check.module is not None), failed[0])

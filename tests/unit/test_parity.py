@@ -59,7 +59,7 @@ def test_token_parity_equals_sums_written_out():
     assert found.near_ties == pytest.approx(sum(ties), abs=2)
     assert found.near_ties + found.flips == round(len(kls) * (1 - found.top1_agreement)) > 0
     assert found.mean_abs_dlogp == pytest.approx(sum(gaps) / len(gaps), rel=0.02)
-    assert 0 < found.kl_low < found.mean_kl < found.kl_high
+    assert found.kl_interval and 0 < found.kl_interval[0] < found.mean_kl < found.kl_interval[1]
 
 
 def chosen_experts(model: Model, tokens: list[int]) -> list[list[set[int]]]:

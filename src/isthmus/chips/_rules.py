@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from importlib import resources
 from typing import Any, Literal, cast
 
-Breach = Literal["fail", "unknown"]
+Breach = Literal["fail", "caution"]
 Standing = Literal["documented", "read in code", "assumed"]
 
 
@@ -18,7 +18,7 @@ class Rule:
     """`key` of the architecture, or `format`, must be one of `allowed` on the `chips` whose slugs match.
 
     `allowed` is a list of values, `<=N`, `none`, or values with `!` in front that are not allowed. A breach is `fail`
-    where the target cannot run it, and `unknown` where it is a risk.
+    where the target cannot run it, and `caution` where it is a risk.
     """
 
     chips: str

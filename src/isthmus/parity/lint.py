@@ -39,7 +39,7 @@ from isthmus.recipe.architecture import (
     architecture_from_config,
     parse_architecture,
 )
-from isthmus.records import Check, Outcome
+from isthmus.records import Check, CheckOutcome
 
 CONFIGURED = "config.json says what the source's does"
 STORED = "config.json fits the stored tensors"
@@ -58,7 +58,8 @@ TABLE_SLACK = 4.0
 def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, chip: str | None = None) -> list[Check]:
     """Checks of layer "config" of a bundle. `architecture` is the source's, the manifest's if absent; `chip` a slug.
 
-    A difference from the source is `fail`. What the chip cannot run is `fail`, what is a risk there `unknown`.
+    A difference from the source is `fail`, and `unknown` where there is no source to compare with. What the chip cannot
+    run is `fail`, what is a risk there `caution`, as is a number that is left to the defaults of other readers.
     Raises IsthmusError if this is no bundle, or the chip is not known.
     """
     config = read_config(bundle_folder)
@@ -117,7 +118,7 @@ def _configured(config: dict[str, Any], found: ModelSection, expected: ModelSect
     )
     if absent:
         what = f"config.json leaves {', '.join(absent)} to the defaults of whoever reads it"
-        return [_check(CONFIGURED, "unknown", what)]
+        return [_check(CONFIGURED, "caution", what)]
     return [_check(CONFIGURED, "pass", f"{len(written)} keys, rope and routing among them")]
 
 
@@ -211,7 +212,7 @@ def _target(config: dict[str, Any], found: ModelSection, slug: str) -> list[Chec
     ]
     dtypes, dtype = chip.capabilities.dtypes, _DTYPE_OF.get(name, "int8")
     if dtypes is not None and dtype not in dtypes and not any(check.outcome == "fail" for check in checks):
-        checks.append(_check(TARGET, "unknown", f"{name} on {slug}: no rate in {dtype} is published for it"))
+        checks.append(_check(TARGET, "caution", f"{name} on {slug}: no rate in {dtype} is published for it"))
     return checks or [_check(TARGET, "pass", f"no rule for {slug} speaks against it")]
 
 
@@ -274,5 +275,5 @@ def _listed(name: str, problems: list[Problem], well: str) -> list[Check]:
     return [_check(name, "fail", detail, module) for module, detail in problems]
 
 
-def _check(name: str, outcome: Outcome, detail: str, module: str | None = None) -> Check:
-    return Check(layer="config", name=name, outcome=outcome, figure=None, limit=None, detail=detail, module=module)
+def _check(name: str, outcome: CheckOutcome, detail: str, module: str | None = None) -> Check:
+    return Check(layer="config", name=name, outcome=outcome, detail=detail, module=module)

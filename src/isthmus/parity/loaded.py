@@ -32,8 +32,6 @@ def check_loaded(emulator: Model, target: Model) -> list[Check]:
                 layer="modules",
                 name=NAME,
                 outcome="fail",
-                figure=None,
-                limit=None,
                 detail=f"{path} {problem}",
                 module=module,
                 operator=operator,
@@ -41,7 +39,7 @@ def check_loaded(emulator: Model, target: Model) -> list[Check]:
     if failed:
         return list(failed.values())
     detail = f"all {len(expected)} tensors of the target are the emulator's"
-    return [Check(layer="modules", name=NAME, outcome="pass", figure=None, limit=None, detail=detail)]
+    return [Check(layer="modules", name=NAME, outcome="pass", detail=detail)]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

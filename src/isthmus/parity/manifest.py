@@ -202,4 +202,4 @@ def read_checksums(bundle_folder: Path) -> dict[str, str]:
 
 
 def _check(outcome: Literal["pass", "fail"], detail: str, module: str | None) -> Check:
-    return Check(layer="files", name=NAME, outcome=outcome, figure=None, limit=None, detail=detail, module=module)
+    return Check(layer="files", name=NAME, outcome=outcome, detail=detail, module=module)

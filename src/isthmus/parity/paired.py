@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from isthmus.parity.gate import at_least
 from isthmus.records import Outcome
 
 
@@ -32,10 +33,8 @@ class PairedAccuracy:
     confidence: float
 
     def verdict(self, margin: float) -> Outcome:
-        """`pass`: not worse by `margin` or more. `fail`: worse by more. `unknown`: the answers do not tell."""
-        if self.low > -margin:
-            return "pass"
-        return "fail" if self.high < -margin else "unknown"
+        """`pass`: not worse by more than `margin`. `fail`: worse by more as counted. `unknown`: too few answers."""
+        return at_least(-margin, self.difference, (self.low, self.high), samples=self.problems)
 
     @property
     def discordance(self) -> float:

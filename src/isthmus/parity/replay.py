@@ -249,8 +249,8 @@ class Replayer:
             LedgerRow(
                 module=block.path,
                 kind=block.kind,
-                quantisation=quantisation if math.isfinite(quantisation) else None,
-                chip=chip if math.isfinite(chip) else None,
+                quantisation=quantisation if e.numel() and math.isfinite(quantisation) else None,
+                chip=chip if e.numel() and math.isfinite(chip) else None,
                 floor=floor,
             )
         )

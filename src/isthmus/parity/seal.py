@@ -19,6 +19,7 @@ from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, read_config
+from isthmus.parity.gate import refusal, refuses
 from isthmus.parity.keys import is_signed, public_key, sign
 from isthmus.parity.manifest import (
     MANIFEST,
@@ -111,12 +112,14 @@ def write_seal(
 ) -> Seal:
     """Seal a bundle that passed, and sign the seal if there is a key.
 
-    `parent` is the manifest's if absent. Raises GateRefused if the verdict, or that of verdict.json, is not `pass`;
-    DamagedFile if the bundle does not match its checksums or its manifest.
+    `parent` is the manifest's if absent. Raises GateRefused if the verdict, or that of verdict.json, is not `pass`, or
+    a check of either refuses; DamagedFile if the bundle does not match its checksums or its manifest.
     """
     said = read_verdict(bundle_folder)
     if verdict != "pass" or (said is not None and said.verdict != "pass"):
         raise GateRefused(f"{bundle_folder} is not sealed: the parity verdict is 'refuse'")
+    if refusing := list(filter(refuses, [*checks, *(said.checks if said else ())])):
+        raise GateRefused(refusal(f"{bundle_folder} is not sealed: not every check passed.", refusing))
     chosen, files = recognise_format(read_config(bundle_folder)), _whole_files(bundle_folder)
     tensors = tensor_hashes(bundle_folder)
     manifest = read_manifest(bundle_folder) if MANIFEST in files else None

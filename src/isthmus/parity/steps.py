@@ -206,7 +206,7 @@ def _add(
     if compensated is None and top <= 1 + SLACK:
         return worst._replace(share=max(worst.share, top))
     if compensated is not None:
-        off = (error > compensated * wide * (1 + SLACK)) | (
+        off = ~(error <= compensated * wide * (1 + SLACK)) | (
             share.square().mean(1, keepdim=True).sqrt() / 2 > COMPENSATED_MEAN
         )
     else:

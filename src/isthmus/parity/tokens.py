@@ -5,6 +5,7 @@ Shapes: B sequences of a batch, N completion tokens of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class GoldenSequence:
 class TokenParity:
     """KL(reference || candidate) in nats per completion token, mean with its interval over sequences, and the largest.
 
+    The KL is infinite if the candidate's output is no number, and NaN if there is nothing to compare. `kl_interval` is
+    None for fewer than two sequences.
     `near_ties` and `flips` are the positions where the first choices differ: between choices that the reference holds
     nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
     Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts.
@@ -41,8 +44,7 @@ class TokenParity:
     sequences: int
     tokens: int
     mean_kl: float
-    kl_low: float
-    kl_high: float
+    kl_interval: tuple[float, float] | None
     max_kl: float
     top1_agreement: float
     near_ties: int
@@ -91,6 +93,8 @@ def compare_tokens(
     The candidate runs inside `candidate_context()`, on whatever device it is on; its logits are compared outside, on
     the CPU and in float64.
     """
+    if not sequences:
+        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0)
     sequences = sorted(sequences, key=lambda sequence: len(sequence.prompt) + len(sequence.completion))
     batches = [
         _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
@@ -99,13 +103,12 @@ def compare_tokens(
     agrees = torch.cat([batch.agrees for batch in batches])
     near_tie = torch.cat([batch.near_tie for batch in batches])
     router_flips = torch.cat([batch.router_flips for batch in batches])
-    low, high = _bootstrap(kl, torch.cat([batch.sequence for batch in batches]), len(sequences), confidence)
+    of_sequence = torch.cat([batch.sequence for batch in batches])
     return TokenParity(
         sequences=len(sequences),
         tokens=len(kl),
         mean_kl=kl.mean().item(),
-        kl_low=low,
-        kl_high=high,
+        kl_interval=interval_of_mean(kl, of_sequence, len(sequences), confidence),
         max_kl=kl.max().item(),
         top1_agreement=agrees.double().mean().item(),
         near_ties=int(near_tie.sum()),
@@ -159,8 +162,9 @@ def _compare_batch(
     preference = (expected.gather(-1, first) - expected.gather(-1, other)).squeeze(-1)
     taken = _completion_tokens(batch)[:, None]
     lengths = torch.tensor([len(sequence.completion) for sequence in batch])
+    kl = (expected.exp() * (expected - found)).sum(-1)
     return _Positions(
-        kl=(expected.exp() * (expected - found)).sum(-1),
+        kl=kl.where(kl.isfinite(), math.inf),
         agrees=agrees,
         near_tie=~agrees & (preference < TIE_NATS),
         abs_dlogp=(expected - found).gather(-1, taken).squeeze(-1).abs(),
@@ -186,8 +190,13 @@ def _batches(sequences: list[GoldenSequence]) -> Iterator[tuple[int, list[Golden
         yield start, sequences[start : start + BATCH]
 
 
-def _bootstrap(values: Tensor, sequence: Tensor, count: int, confidence: float) -> tuple[float, float]:
-    """Percentile interval of the mean (Efron and Tibshirani 1993, 13.3), whole sequences resampled, always alike."""
+def interval_of_mean(values: Tensor, sequence: Tensor, count: int, confidence: float) -> tuple[float, float] | None:
+    """Percentile interval of the mean (Efron and Tibshirani 1993, 13.3), whole sequences resampled, always alike.
+
+    `values` and the number of the sequence that each belongs to are [N]. None for fewer than two sequences.
+    """
+    if count < 2:
+        return None
     sums = torch.zeros(count, dtype=torch.float64).index_add(0, sequence, values)
     lengths = torch.bincount(sequence, minlength=count).double()
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))

@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from isthmus import __version__
 from isthmus.chips.rehearse import enforce
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import Bundle, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
+from isthmus.parity.gate import at_most, check_kl, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import check_loaded
 from isthmus.parity.manifest import add_file, check_manifest
@@ -82,26 +83,27 @@ def verify_bundle(
     `build` makes the target's model instead of `build_target`. Raises IsthmusError if the folder is no bundle, was not
     captured, or the device is not here.
     """
-    target, limits, started = target or Target(), limits or Limits(), time.time()
+    target, limits = target or Target(), limits or Limits()
+    judged = partial(judge, target=str(target), rehearsed=target.rehearse is not None, started=time.time())
     checks = check_manifest(folder)
     try:
         bundle = read_bundle(folder)
     except DamagedFile as error:
-        checks.append(_failure("files", "the bundle is whole", str(error)))
-        return _verdict(target, checks, [], started)
+        checks.append(Check(layer="files", name="the bundle is whole", outcome="fail", detail=str(error)))
+        return judged(checks)
     checks += lint_config(folder, chip=target.rehearse)
-    if any(check.outcome == "fail" for check in checks):
-        return _verdict(target, checks, [], started)
+    if any(map(refuses, checks)):
+        return judged(checks)
     golden, emulator = GoldenSet(folder), bundle.build()
-    checks += _check_emulator(golden, emulator)
+    checks.append(_check_emulator(golden, emulator))
     replayer = Replayer(golden, emulator, healthy_twin(bundle, DTYPES[target.dtype]), DTYPES[target.dtype])
     model = build(bundle) if build else build_target(bundle, target.device, DTYPES[target.dtype])
     checks += lint_model(model, bundle.architecture) + check_loaded(emulator, model)
     context = target.context()
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context)
-    checks += _check_modules(found, target) + _check_quantisation(found.ledger, limits)
-    checks += _check_tokens(golden, bundle, emulator, model, target, limits)
-    return _verdict(target, checks, found.ledger, started)
+    checks += [*check_modules(found, target), check_quantisation(found.ledger, limits)]
+    checks.append(_check_tokens(golden, bundle, emulator, model, target, limits))
+    return judged(checks, ledger=found.ledger)
 
 
 def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
@@ -109,31 +111,8 @@ def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
     add_file(folder, VERDICT, verdict.model_dump_json(indent=2).encode() + b"\n")
 
 
-def _verdict(target: Target, checks: list[Check], ledger: list[LedgerRow], started: float) -> ParityVerdict:
-    """Refused by any check that did not pass; the culprit is the module of the first that names one."""
-    failed = [check for check in checks if check.outcome == "fail"]
-    named = next((check for check in failed if check.module), None)
-    return ParityVerdict(
-        verdict="refuse" if failed else "pass",
-        target=str(target),
-        rehearsed=target.rehearse is not None,
-        checks=checks,
-        ledger=ledger,
-        culprit=named.module if named else None,
-        operator=named.operator if named else None,
-        isthmus=__version__,
-        torch=torch.__version__,
-        started=started,
-        ended=time.time(),
-    )
-
-
-def _failure(layer: str, name: str, detail: str, module: str | None = None) -> Check:
-    return Check(layer=layer, name=name, outcome="fail", figure=None, limit=None, detail=detail, module=module)  # pyright: ignore
-
-
 @torch.inference_mode()
-def _check_emulator(golden: GoldenSet, emulator: Model) -> list[Check]:
+def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
     """This host's emulator on the golden inputs, against what the source's emulator made of them."""
     worst: tuple[float, Block | None] = (0.0, None)
     for block in blocks_of(emulator):
@@ -141,30 +120,22 @@ def _check_emulator(golden: GoldenSet, emulator: Model) -> list[Check]:
         found, _ = run_block(emulator, block, stored.input)
         worst = max(worst, (relative_error(found, stored.output), block), key=lambda pair: pair[0])
     error, block = worst
-    figure = None
-    if math.isfinite(error):
-        source = "all blocks on their golden inputs, emulator of this host against that of the source"
-        figure = Figure.measured(error, "relative error", source, rehearsed=False)
-    limit = Figure(
-        value=SAME_EMULATOR, unit="relative error", kind="declared", source="isthmus.parity.verify.SAME_EMULATOR"
+    outcome = at_most(SAME_EMULATOR, error)
+    source = "all blocks on their golden inputs, emulator of this host against that of the source"
+    return Check(
+        layer="modules",
+        name="the emulator is the source's",
+        outcome=outcome,
+        figure=finite(error, "relative error", source, rehearsed=False),
+        limit=declared(SAME_EMULATOR, "relative error", "isthmus.parity.verify.SAME_EMULATOR"),
+        detail="what was carried means here what it meant there",
+        module=None if outcome == "pass" or block is None else block.path,
     )
-    passed = error <= SAME_EMULATOR
-    return [
-        Check(
-            layer="modules",
-            name="the emulator is the source's",
-            outcome="pass" if passed else "fail",
-            figure=figure,
-            limit=limit,
-            detail="what was carried means here what it meant there",
-            module=None if passed or block is None else block.path,
-        )
-    ]
 
 
-def _check_modules(found: Replay, target: Target) -> list[Check]:
+def check_modules(found: Replay, target: Target) -> list[Check]:
     """One check that passes, or one for each module at fault, the most telling first."""
-    limit = Figure(value=LIMIT, unit="times the floor", kind="declared", source="isthmus.parity.replay.LIMIT")
+    limit = declared(LIMIT, "times the floor", "isthmus.parity.replay.LIMIT")
     if not found.faults:
         ratio, worst = found.worst
         where = f"{worst.path}{f', {worst.operator}' if worst.operator else ''}"
@@ -190,15 +161,13 @@ def _amount(ratio: float, measure: Measure) -> str:
 def _module_check(
     outcome: Outcome, ratio: float, limit: Figure, detail: str, target: Target, measure: Measure | None = None
 ) -> Check:
-    source = f"golden inputs replayed on {target}"
-    figure = None
-    if math.isfinite(ratio):
-        figure = Figure.measured(ratio, "times the floor", source, rehearsed=target.rehearse is not None)
     return Check(
         layer="modules",
         name="module replay",
         outcome=outcome,
-        figure=figure,
+        figure=finite(
+            ratio, "times the floor", f"golden inputs replayed on {target}", rehearsed=target.rehearse is not None
+        ),
         limit=limit,
         detail=detail,
         module=measure.path if measure else None,
@@ -206,65 +175,47 @@ def _module_check(
     )
 
 
-def _check_quantisation(ledger: list[LedgerRow], limits: Limits) -> list[Check]:
-    rows = [row for row in ledger if row.quantisation is not None]
-    if not rows:
-        return []
-    worst = max(rows, key=lambda row: row.quantisation or 0.0)
-    assert worst.quantisation is not None
-    passed = worst.quantisation <= limits.max_module_error
-    source = f"golden input of {worst.module}, trained weights against the emulator"
-    return [
-        Check(
-            layer="modules",
-            name="what quantisation costs a block",
-            outcome="pass" if passed else "fail",
-            figure=Figure.measured(worst.quantisation, "relative error", source, rehearsed=False),
-            limit=Figure(value=limits.max_module_error, unit="relative error", kind="declared", source=limits.source),
-            detail=f"the largest of {len(rows)} blocks, {worst.module}",
-            module=None if passed else worst.module,
-        )
-    ]
+def check_quantisation(ledger: list[LedgerRow], limits: Limits) -> Check:
+    """Whether the block that lost most by quantisation is within its budget; unknown if none could be measured."""
+    name, limit = "what quantisation costs a block", declared(limits.max_module_error, "relative error", limits.source)
+    costs = [(row.quantisation, row.module) for row in ledger if row.quantisation is not None]
+    if not costs:
+        detail = "of no block could it be measured"
+        return Check(layer="modules", name=name, outcome="unknown", limit=limit, detail=detail)
+    cost, module = max(costs)
+    outcome = at_most(limits.max_module_error, cost)
+    source = f"golden input of {module}, trained weights against the emulator"
+    return Check(
+        layer="modules",
+        name=name,
+        outcome=outcome,
+        figure=finite(cost, "relative error", source, rehearsed=False),
+        limit=limit,
+        detail=f"the largest of {len(costs)} blocks, {module}",
+        module=None if outcome == "pass" else module,
+    )
 
 
 def _check_tokens(
     golden: GoldenSet, bundle: Bundle, emulator: Model, model: Model, target: Target, limits: Limits
-) -> list[Check]:
+) -> Check:
     """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
     sequences, context = golden.listed.golden_sequences(), target.context()
     twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
     floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
     allowed = max(limits.max_chip_kl, LIMIT * floor)
-    source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
-    rehearsed = target.rehearse is not None
     granted = ""
     if allowed > limits.max_chip_kl:
         granted = f"; a healthy twin is at {floor:.3g}, and {LIMIT:g} times that is granted"
-    detail = f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}"
-    finite = math.isfinite(found.mean_kl)
-    figure = None
-    if finite:
-        figure = Figure.measured(
-            found.mean_kl, "nats/token", source, rehearsed=rehearsed, low=found.kl_low, high=found.kl_high
-        )
-    return [
-        Check(
-            layer="tokens",
-            name="mean KL, emulator to target",
-            outcome=_within(found, allowed) if finite else "fail",
-            figure=figure,
-            limit=Figure(value=allowed, unit="nats/token", kind="declared", source=limits.source),
-            detail=detail,
-        )
-    ]
-
-
-def _within(found: TokenParity, allowed: float) -> Outcome:
-    """Refused only if the whole interval is above what is allowed: in a few tokens one router flip moves the mean."""
-    if found.kl_low > allowed:
-        return "fail"
-    return "pass" if found.mean_kl <= allowed else "unknown"
+    return check_kl(
+        "mean KL, emulator to target",
+        found,
+        declared(allowed, "nats/token", limits.source),
+        f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}",
+        f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}",
+        rehearsed=target.rehearse is not None,
+    )
 
 
 def _flips(found: TokenParity) -> str:

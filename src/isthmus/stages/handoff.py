@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from rich.table import Table
@@ -36,18 +37,20 @@ from isthmus.formats.calibration.rounding import round_with_calibration
 from isthmus.formats.files.bundle import Bundle, read_bundle, write_bundle
 from isthmus.formats.files.golden import make_golden, write_golden
 from isthmus.model.model import Model
+from isthmus.parity import engine as engine_parity
+from isthmus.parity import gate
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.lint import lint_config
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.paired import compare_answers
 from isthmus.parity.seal import Lineage, write_seal
-from isthmus.parity.spot import LIMIT, LIMIT_SOURCE
-from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens, completion_log_probabilities
+from isthmus.parity.tokens import GoldenSequence, compare_tokens, completion_log_probabilities
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
-from isthmus.records import Check, HandoffRecord, Layer, Outcome, ParityVerdict, PlanRecord, RlRecord
+from isthmus.recipe.schema import HandoffSection
+from isthmus.records import Check, HandoffRecord, ParityVerdict, PlanRecord, RlRecord
 from isthmus.rewards import get_reward
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.checkpoint import load_model_state
@@ -55,14 +58,59 @@ from isthmus.trainer.checkpoint import load_model_state
 NAME = "handoff"
 REFERENCE, PLAIN = "fp32", "bf16"
 SAMPLES_PER_PROBLEM = 2
-MUST_BE_KNOWN = ("tokens", "engine", "task")
-"""Layers in which "unknown" refuses: more samples would tell. In the others it is a risk, and said."""
-STYLES: dict[Outcome, str] = {"pass": "green", "fail": "bold red", "unknown": "yellow"}
+
+Answers = list[list[Completion]]
+
+
+def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
+    """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if one refuses."""
+    started = time.time()
+    crossing = Crossing.of(run)
+    run.event(NAME, "start", pool=crossing.target.name, source_pool=crossing.source.name)
+    (run.path / "parity.json").unlink(missing_ok=True)
+    engines, examination = Engines(crossing), Examination(crossing, watch)
+    with reference_bundle(crossing) as reference:
+        written = Writer(crossing, engines, watch).write_all(reference)
+        target = written[crossing.section.format].bundle
+        if examination.can_run(target):
+            watch.say(f"  {len(crossing.problems)} held-out problems, answered by the reference and by the target")
+            expected, found = engines.answer_both(reference, target)
+            golden = crossing.golden_sequences(expected)
+            for one in written.values():
+                examination.verify(one, golden)
+            model = reference.build()
+            for one in written.values():
+                examination.compare_tokens(model, one.bundle, golden)
+            examination.compare_engine(target, found)
+            examination.compare_accuracy(target, expected, found)
+        examination.write_events()
+    record = conclude(crossing, written, examination, started)
+    if record.verdict == "refuse":
+        watch.console.print(render(record))
+        raise GateRefused(refusal(run, record))
+    watch.say(f"  sealed {record.bundles[record.format]} as {record.seal_id}")
+    return record
+
+
+def render(record: HandoffRecord) -> Table:
+    """The parity table."""
+    title = f"parity of {record.format} for pool {record.target_pool}: {record.verdict}"
+    return gate.check_table(title, map(gate.shown, record.checks))
+
+
+def refusal(run: RunFolder, record: HandoffRecord) -> str:
+    """Why nothing is sealed, and what may help."""
+    opening = "the hand-off is refused; no bundle is sealed."
+    return (
+        f"{gate.refusal(opening, record.checks, record.culprit, record.operator)}\n"
+        f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass, and more problems\n"
+        "or golden prompts where nothing was shown: change [handoff], [rl] or [sft] and use a new run folder."
+    )
 
 
 @dataclass(frozen=True)
-class Session:
-    """What the checks work on. `source` trained the weights, `target` is to serve them."""
+class Crossing:
+    """What crosses, and between which pools: `source` trained the weights, `target` is to serve them."""
 
     run: RunFolder
     rl: RlRecord
@@ -73,397 +121,319 @@ class Session:
     source: Pool
     target: Pool
 
+    @classmethod
+    def of(cls, run: RunFolder) -> Crossing:
+        plan = run.require_record("plan", PlanRecord, "plan")
+        rl = run.require_record("rl", RlRecord, "rl")
+        source, target = get_pool(run.recipe, rl.train_pool), get_pool(run.recipe, plan.pool_of("serve"))
+        task = load_task(run.recipe)
+        problems = task.heldout[: run.recipe.handoff.heldout_problems]
+        state = load_model_state(run.path / rl.checkpoint, rl.checkpoint_sha256)
+        return cls(run, rl, task, run_tokenizer(run, task), problems, state, source, target)
+
     @property
+    def section(self) -> HandoffSection:
+        return self.run.recipe.handoff
+
+    @cached_property
     def prompts(self) -> list[list[int]]:
         return [prompt_ids(self.tokenizer, problem) for problem in self.problems]
 
+    def chip_of(self, bundle: Bundle) -> str | None:
+        """The chip whose rules the bundle has to keep here."""
+        of_target = bundle.format == self.section.format
+        return self.target.chip if of_target and self.target.rehearsed else None
 
-@dataclass
-class Findings:
-    """What the checks found, in their order, figures beside them, and the verdict on each bundle by its format."""
-
-    checks: list[Check]
-    figures: dict[str, Figure]
-    verdicts: dict[str, ParityVerdict] = field(default_factory=dict)
-
-    def add(self, layer: Layer, name: str, outcome: Outcome, figure: Figure, limit: Figure, detail: str) -> None:
-        self.checks.append(Check(layer=layer, name=name, outcome=outcome, figure=figure, limit=limit, detail=detail))
-
-
-Answers = list[list[Completion]]
+    def golden_sequences(self, answers: Answers) -> list[GoldenSequence]:
+        """The first answer to each of the first golden prompts."""
+        count = self.section.golden_prompts
+        pairs = zip(self.prompts[:count], answers[:count], strict=True)
+        return [GoldenSequence(prompt, group[0].tokens) for prompt, group in pairs]
 
 
-def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
-    """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if a check fails."""
-    started = time.time()
-    session = _open_session(run)
-    run.event(NAME, "start", pool=session.target.name, source_pool=session.source.name)
-    (run.path / "parity.json").unlink(missing_ok=True)
-    folder = run.path / NAME / REFERENCE
+@contextmanager
+def reference_bundle(crossing: Crossing) -> Iterator[Bundle]:
+    """The trained weights in fp32, as long as they are needed."""
+    folder = crossing.run.path / NAME / REFERENCE
     try:
-        write_bundle(folder, REFERENCE, session.state, run.recipe.model, session.tokenizer)
-        findings, bundles = _prove(session, read_bundle(folder), watch)
+        write_bundle(folder, REFERENCE, crossing.state, crossing.run.recipe.model, crossing.tokenizer)
+        yield read_bundle(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    record = _conclude(session, bundles, findings, started)
-    run.write_record("parity", record)
-    run.event(NAME, "verdict", verdict=record.verdict, seal_id=record.seal_id)
-    run.event(NAME, "end", seconds=round(record.seconds, 3))
-    if record.verdict == "refuse":
-        watch.console.print(render(record))
-        raise GateRefused(_refusal(run, record))
-    watch.say(f"  sealed {record.bundles[record.format]} as {record.seal_id}")
-    return record
 
 
-def render(record: HandoffRecord) -> Table:
-    """The parity table."""
-    table = Table(
-        title=f"parity of {record.format} for pool {record.target_pool}: {record.verdict}", title_justify="left"
-    )
-    for column in ("check", "outcome", "found", "limit"):
-        table.add_column(column, overflow="fold")
-    for check in record.checks:
-        outcome = f"[{STYLES[check.outcome]}]{check.outcome}[/]"
-        table.add_row(check.name, outcome, str(check.figure or "-"), str(check.limit or "-"))
-    return table
+class Engines:
+    """Let engines on the pools of a crossing answer prompts."""
 
+    def __init__(self, crossing: Crossing):
+        self.crossing = crossing
 
-def _open_session(run: RunFolder) -> Session:
-    plan = run.require_record("plan", PlanRecord, "plan")
-    rl = run.require_record("rl", RlRecord, "rl")
-    source, target = get_pool(run.recipe, rl.train_pool), get_pool(run.recipe, plan.pool_of("serve"))
-    task = load_task(run.recipe)
-    problems = task.heldout[: run.recipe.handoff.heldout_problems]
-    state = load_model_state(run.path / rl.checkpoint, rl.checkpoint_sha256)
-    return Session(run, rl, task, run_tokenizer(run, task), problems, state, source, target)
+    def answer_both(self, reference: Bundle, target: Bundle) -> tuple[Answers, Answers]:
+        """Both at once, each with half of the threads of its pool: here the pools share one machine."""
+        crossing = self.crossing
+        with ThreadPoolExecutor(max_workers=2) as workers:
+            first = workers.submit(self.answer, reference, crossing.source, crossing.prompts)
+            second = workers.submit(self.answer, target, crossing.target, crossing.prompts)
+            return first.result(), second.result()
+
+    def answer(self, bundle: Bundle, pool: Pool, prompts: list[list[int]]) -> Answers:
+        run = self.crossing.run
+        sampling = Sampling(run.recipe.rl.max_new_tokens, run.recipe.rl.temperature, n=SAMPLES_PER_PROBLEM)
+        seeds = [seeded("handoff", run.recipe.seed, str(prompt)).getrandbits(48) for prompt in prompts]
+        log = run.path / NAME / f"engine-{bundle.format}.log"
+        rehearse = pool.chip if pool.rehearsed else None
+        with LocalEngine(bundle.folder, threads=max(1, pool.threads // 2), rehearse=rehearse, log=log) as engine:
+            report_kernels(partial(run.event, NAME), engine.kernels)
+            return engine.generate(prompts, sampling, seeds)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The weights as they are stored: balanced and calibrated, where the recipe asks for it or the format needs it.
+class Written:
+    """A bundle as read back from the disk, and the trained weights after balancing, the same where there is none."""
 
-    `balanced` are the trained weights after balancing, and the same where there is none.
-    """
-
+    bundle: Bundle
     balanced: dict[str, Tensor]
-    calibration: Calibration | None = None
 
 
-def _prove(session: Session, reference: Bundle, watch: Watch) -> tuple[Findings, dict[str, Bundle]]:
-    """Write the bundles, and put every check to them."""
-    run, section = session.run, session.run.recipe.handoff
-    prepared = {PLAIN: Prepared(session.state)} | {section.format: _prepare(session, reference, watch)}
-    bundles = {name: _write(session, name, one, watch) for name, one in prepared.items()}
-    target, findings = bundles[section.format], Findings([], {})
-    if not _can_run(session, target, findings):
-        return findings, bundles
-    watch.say(f"  {len(session.problems)} held-out problems, answered by the reference and by the target")
-    expected, found = _both_answer(session, reference, target)
-    golden = _sequences(session, expected)
-    for name, bundle in bundles.items():
-        _verify(session, bundle, prepared[name], golden, findings, watch)
-    model = reference.build()
-    for bundle in bundles.values():
-        _check_tokens(session, model, bundle, golden, findings)
-    _check_engine(session, target, found, findings)
-    _check_accuracy(session, target, expected, found, findings)
-    for check in findings.checks:
-        run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
-    return findings, bundles
+class Writer:
+    """Writes the bundles of a crossing, calibrated and balanced where the recipe asks for it or the format needs it."""
+
+    def __init__(self, crossing: Crossing, engines: Engines, watch: Watch):
+        self.crossing, self.engines, self.watch = crossing, engines, watch
+
+    def write_all(self, reference: Bundle) -> dict[str, Written]:
+        """The plain bundle and the target's, by format."""
+        prepared = {PLAIN: (self.crossing.state, None)} | {self.crossing.section.format: self._prepare(reference)}
+        return {name: self._write(name, *one) for name, one in prepared.items()}
+
+    def _prepare(self, reference: Bundle) -> tuple[dict[str, Tensor], Calibration | None]:
+        """Calibrate on the reference's answers to training problems, and balance, if that is wanted."""
+        crossing, section, run = self.crossing, self.crossing.section, self.crossing.run
+        by_inputs = section.rounding == "gptq"
+        if not (get_format(section.format).needs_calibration or section.balance or by_inputs):
+            return crossing.state, None
+        problems = crossing.task.train[: section.calibration_prompts]
+        prompts = [prompt_ids(crossing.tokenizer, problem) for problem in problems]
+        self.watch.say(f"  {len(prompts)} training problems, answered by the reference, calibrate {section.format}")
+        answers = self.engines.answer(reference, crossing.source, prompts)
+        texts = [[*prompt, *one.tokens] for prompt, group in zip(prompts, answers, strict=True) for one in group]
+        balanced, calibration = crossing.state, calibrate(reference.build(), texts, gram=by_inputs)
+        if section.balance:
+            balanced = balance(crossing.state, run.recipe.model, calibration)
+            float_format = get_format(REFERENCE)
+            stored = float_format.export(balanced, run.recipe.model)
+            calibration = calibrate(float_format.build(run.recipe.model, stored), texts, gram=by_inputs)
+        for path in calibration.unseen:
+            run.event(NAME, "fallback", what=f"the calibration of {path}", why="no token of the text reached it")
+        return balanced, calibration
+
+    def _write(self, name: str, balanced: dict[str, Tensor], calibration: Calibration | None) -> Written:
+        run = self.crossing.run
+        folder = run.path / "bundle" / name
+
+        def refine(stored: dict[str, Tensor]) -> None:
+            if calibration is not None and self.crossing.section.rounding == "gptq":
+                round_with_calibration(stored, balanced, calibration)
+
+        tokenizer = self.crossing.tokenizer
+        write_bundle(folder, name, balanced, run.recipe.model, tokenizer, calibration=calibration, refine=refine)
+        bundle = read_bundle(folder)
+        self.watch.say(f"  wrote {folder.relative_to(run.path)}: {len(bundle.tensors)} tensors")
+        return Written(bundle, balanced)
 
 
-def _can_run(session: Session, target: Bundle, findings: Findings) -> bool:
-    """Whether nothing that is known of the target's chip forbids this bundle; if something does, it is a finding."""
-    checks = lint_config(target.folder, session.run.recipe.model, _chip(session, target))
-    failed = [check for check in checks if check.outcome == "fail"]
-    findings.checks += [check.model_copy(update={"name": f"{target.format}: {check.name}"}) for check in failed]
-    for check in failed:
-        session.run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
-    return not failed
+class Examination:
+    """Puts the checks to the bundles. `checks` are in their order, `verdicts` on each bundle by its format."""
 
+    def __init__(self, crossing: Crossing, watch: Watch):
+        self.crossing, self.watch = crossing, watch
+        self.checks: list[Check] = []
+        self.figures: dict[str, Figure] = {}
+        self.verdicts: dict[str, ParityVerdict] = {}
 
-def _chip(session: Session, bundle: Bundle) -> str | None:
-    """The chip whose rules the bundle has to keep here."""
-    of_target = bundle.format == session.run.recipe.handoff.format
-    return session.target.chip if of_target and session.target.rehearsed else None
+    def can_run(self, target: Bundle) -> bool:
+        """Whether nothing known of the target's chip forbids this bundle; if something does, it is a finding."""
+        checks = lint_config(target.folder, self.crossing.run.recipe.model, self.crossing.chip_of(target))
+        refusing = list(filter(gate.refuses, checks))
+        self._add(target, refusing)
+        return not refusing
 
-
-def _prepare(session: Session, reference: Bundle, watch: Watch) -> Prepared:
-    """Calibrate on the reference's answers to training problems, and balance, if that is wanted."""
-    section = session.run.recipe.handoff
-    by_inputs = section.rounding == "gptq"
-    if not (get_format(section.format).needs_calibration or section.balance or by_inputs):
-        return Prepared(session.state)
-    problems = session.task.train[: section.calibration_prompts]
-    prompts = [prompt_ids(session.tokenizer, problem) for problem in problems]
-    watch.say(f"  {len(prompts)} training problems, answered by the reference, calibrate {section.format}")
-    answers = _answer(session, reference, session.source, prompts)
-    texts = [[*prompt, *one.tokens] for prompt, group in zip(prompts, answers, strict=True) for one in group]
-    model, balanced = reference.build(), session.state
-    calibration = calibrate(model, texts, gram=by_inputs)
-    if section.balance:
-        balanced = balance(session.state, session.run.recipe.model, calibration)
-        float_format = get_format(REFERENCE)
-        stored = float_format.export(balanced, session.run.recipe.model)
-        calibration = calibrate(float_format.build(session.run.recipe.model, stored), texts, gram=by_inputs)
-    for path in calibration.unseen:
-        session.run.event(NAME, "fallback", what=f"the calibration of {path}", why="no token of the text reached it")
-    return Prepared(balanced, calibration)
-
-
-def _write(session: Session, name: str, prepared: Prepared, watch: Watch) -> Bundle:
-    """A bundle, as read back from the disk: what is checked is what is stored."""
-    run = session.run
-    folder = run.path / "bundle" / name
-
-    def refine(stored: dict[str, Tensor]) -> None:
-        if prepared.calibration is not None and run.recipe.handoff.rounding == "gptq":
-            round_with_calibration(stored, prepared.balanced, prepared.calibration)
-
-    write_bundle(
-        folder,
-        name,
-        prepared.balanced,
-        run.recipe.model,
-        session.tokenizer,
-        calibration=prepared.calibration,
-        refine=refine,
-    )
-    bundle = read_bundle(folder)
-    watch.say(f"  wrote {folder.relative_to(run.path)}: {len(bundle.tensors)} tensors")
-    return bundle
-
-
-def _verify(
-    session: Session,
-    bundle: Bundle,
-    prepared: Prepared,
-    golden: list[GoldenSequence],
-    findings: Findings,
-    watch: Watch,
-) -> None:
-    """Follow every weight into the bundle, capture golden inputs, and verify it as its target would."""
-    section, folder = session.run.recipe.handoff, bundle.folder
-    moved = prepared.balanced is not session.state
-    rounded = [name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8]
-    entries, checks = check_coverage(
-        session.state,
-        folder,
-        **({"balance": lambda name, _tensor: prepared.balanced[name]} if moved else {}),
-        compensated=rounded if section.rounding == "gptq" else (),
-    )
-    write_golden(folder, make_golden(bundle, session.prompts, session.tokenizer.eos_id))
-    texts = [[*one.prompt, *one.completion] for one in golden]
-    options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
-    capture(folder, prepared.balanced, texts, options)
-    write_manifest(folder, coverage=entries, architecture=session.run.recipe.model)
-    limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, "recipe, [handoff]")
-    with watch.count(f"verify {bundle.format}", 1) as counter:
-        verdict = verify_bundle(
-            folder, target=Target(rehearse=_chip(session, bundle)), limits=limits, tell=counter.tell
+    def verify(self, written: Written, golden: list[GoldenSequence]) -> None:
+        """Follow every weight into the bundle, capture golden inputs, and verify it as its target would."""
+        crossing, section, bundle = self.crossing, self.crossing.section, written.bundle
+        folder, balanced, started = bundle.folder, written.balanced, time.time()
+        moved = {} if balanced is crossing.state else {"balance": lambda name, _tensor: balanced[name]}
+        rounded = [
+            name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8
+        ]
+        compensated = rounded if section.rounding == "gptq" else ()
+        entries, checks = check_coverage(crossing.state, folder, **moved, compensated=compensated)
+        write_golden(folder, make_golden(bundle, crossing.prompts, crossing.tokenizer.eos_id))
+        texts = [[*one.prompt, *one.completion] for one in golden]
+        options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
+        capture(folder, balanced, texts, options)
+        write_manifest(folder, coverage=entries, architecture=crossing.run.recipe.model)
+        limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, "recipe, [handoff]")
+        target = Target(rehearse=crossing.chip_of(bundle))
+        with self.watch.count(f"verify {bundle.format}", 1) as counter:
+            found = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
+        verdict = gate.judge(
+            [*checks, *found.checks],
+            target=found.target,
+            rehearsed=found.rehearsed,
+            ledger=found.ledger,
+            started=started,
         )
-    verdict = verdict.model_copy(update={"checks": [*checks, *verdict.checks]})
-    if any(check.outcome == "fail" for check in checks):
-        culprit = next((check.module for check in checks if check.module), None)
-        verdict = verdict.model_copy(update={"verdict": "refuse", "culprit": culprit})
-    write_verdict(folder, verdict)
-    findings.verdicts[bundle.format] = verdict
-    for check in verdict.checks:
-        findings.checks.append(check.model_copy(update={"name": f"{bundle.format}: {check.name}"}))
+        write_verdict(folder, verdict)
+        self.verdicts[bundle.format] = verdict
+        self._add(bundle, verdict.checks)
+
+    def compare_tokens(self, reference: Model, bundle: Bundle, golden: list[GoldenSequence]) -> None:
+        """Golden sequences, fp32 reference against the bundle."""
+        section, chip = self.crossing.section, self.crossing.chip_of(bundle)
+        rehearsal = enforce(chip) if chip else nullcontext()
+        found = compare_tokens(
+            reference, bundle.build(), golden, confidence=section.confidence, candidate_context=lambda: rehearsal
+        )
+        if isinstance(rehearsal, Rehearsal) and (names := rehearsal.tally.names("fallback")):
+            why = f"on {self.crossing.target.chip} these operators run on the host's CPU"
+            self.crossing.run.event(NAME, "fallback", what=", ".join(names), why=why)
+        rehearsed, where = chip is not None, f"on the CPU by the rules of {chip}" if chip else "on the CPU"
+        source = (
+            f"{found.sequences} golden sequences of the fp32 reference, {found.tokens} tokens, teacher-forced {where}"
+        )
+        detail = (
+            f"KL(fp32 || {bundle.format}), interval at {section.confidence:.0%} over sequences; largest "
+            f"{found.max_kl:.3g}"
+        )
+        limit = gate.declared(section.max_mean_kl, "nats/token", _key("max_mean_kl"))
+        least, of_least = section.min_top1_agreement, _key("min_top1_agreement")
+        kl = gate.check_kl("mean KL", found, limit, source, detail, rehearsed=rehearsed)
+        top1 = gate.check_top1("top-1 agreement", found, least, of_least, source, rehearsed=rehearsed)
+        self._add(bundle, [kl, top1])
+        beside = {
+            "max_kl": (found.max_kl, "nats"),
+            "near_ties": (found.near_ties, "tokens"),
+            "flips": (found.flips, "tokens"),
+            "mean_abs_dlogp": (found.mean_abs_dlogp, "nats/token"),
+        }
+        for name, (value, unit) in beside.items():
+            if (figure := gate.finite(value, unit, source, rehearsed=rehearsed)) is not None:
+                self.figures[f"{bundle.format}.{name}"] = figure
+
+    def compare_engine(self, target: Bundle, answers: Answers) -> None:
+        """What the engine says it sampled from, against the bundle's model on the CPU: the chip's share of the gap."""
+        crossing, sequences = self.crossing, self.crossing.golden_sequences(answers)
+        expected = completion_log_probabilities(target.build(), sequences, crossing.run.recipe.rl.temperature)
+        said = torch.tensor([value for group in answers[: len(sequences)] for value in group[0].logprobs]).double()
+        check = engine_parity.check_gap(
+            engine_parity.NAME,
+            engine_parity.measure_gap(said, expected),
+            len(sequences),
+            f"{len(sequences)} answers of the engine on pool {crossing.target}, {len(said)} tokens",
+            "log-probabilities of the engine's own tokens, against the same bundle on the CPU, without caches",
+            rehearsed=crossing.target.rehearsed,
+        )
+        self._add(target, [check])
+
+    def compare_accuracy(self, target: Bundle, expected: Answers, answers: Answers) -> None:
+        """Held-out problems, answered by the reference and by the target."""
+        crossing, section = self.crossing, self.crossing.section
+        found = compare_answers(self._correct(expected), self._correct(answers), section.confidence)
+        source = (
+            f"{found.problems} held-out problems, {SAMPLES_PER_PROBLEM} answers each at temperature "
+            f"{crossing.run.recipe.rl.temperature:g}, the same random numbers on both sides"
+        )
+        margin = section.max_accuracy_drop
+        check = Check(
+            layer="task",
+            name="accuracy, target minus reference",
+            outcome=found.verdict(margin),
+            figure=Figure.measured(
+                100 * found.difference,
+                "points",
+                source,
+                rehearsed=crossing.target.rehearsed,
+                low=100 * found.low,
+                high=100 * found.high,
+            ),
+            limit=gate.declared(-100 * margin, "points", _key("max_accuracy_drop")),
+            detail=f"right only by the reference {found.only_reference}, only by the target {found.only_candidate}, of "
+            f"{found.answers}; passes if the interval (Newcombe's method 10, {section.confidence:.0%}) is above the "
+            f"limit. An equally good target passes with {found.power(margin):.0%}; "
+            f"{found.problems_for(0.8, margin)} problems would give 80%",
+        )
+        self._add(target, [check])
+        for name, value, pool in (
+            ("reference", found.reference, crossing.source),
+            ("target", found.candidate, crossing.target),
+        ):
+            accuracy = Figure.measured(100 * value, "%", source, rehearsed=pool.rehearsed)
+            self.figures[f"accuracy.{name}"] = accuracy
+
+    def write_events(self) -> None:
+        """Every finding, as an event of the run."""
+        for check in self.checks:
+            self.crossing.run.event(NAME, "check", name=check.name, outcome=check.outcome, detail=check.detail)
+
+    def _correct(self, answers: Answers) -> list[list[bool]]:
+        reward, tokenizer = get_reward(self.crossing.task.reward), self.crossing.tokenizer
+        return [
+            [reward.score(problem, tokenizer.decode(one.tokens)).accuracy == 1.0 for one in group]
+            for problem, group in zip(self.crossing.problems, answers, strict=True)
+        ]
+
+    def _add(self, bundle: Bundle, checks: list[Check]) -> None:
+        self.checks += [check.model_copy(update={"name": f"{bundle.format}: {check.name}"}) for check in checks]
 
 
-def _conclude(session: Session, bundles: dict[str, Bundle], findings: Findings, started: float) -> HandoffRecord:
-    """The record; if every check passed, the bundles get their golden answers and are sealed."""
-    run = session.run
-    culprit = next((verdict for verdict in findings.verdicts.values() if verdict.verdict == "refuse"), None)
+def conclude(
+    crossing: Crossing, written: dict[str, Written], examination: Examination, started: float
+) -> HandoffRecord:
+    """Write the record; if no check refuses, the bundles are sealed first."""
+    run, verdicts, chosen = crossing.run, examination.verdicts, crossing.section.format
+    refused = next((verdict for verdict in verdicts.values() if verdict.verdict == "refuse"), None)
     record = HandoffRecord(
         recipe_sha256=run.recipe.digest(),
         started=started,
         ended=time.time(),
-        source_pool=session.source.name,
-        target_pool=session.target.name,
-        format=run.recipe.handoff.format,
-        verdict="refuse" if any(map(_refuses, findings.checks)) else "pass",
-        checks=findings.checks,
-        bundles={name: str(bundle.folder.relative_to(run.path)) for name, bundle in bundles.items()},
+        source_pool=crossing.source.name,
+        target_pool=crossing.target.name,
+        format=chosen,
+        verdict="refuse" if any(map(gate.refuses, examination.checks)) else "pass",
+        checks=examination.checks,
+        bundles={name: str(one.bundle.folder.relative_to(run.path)) for name, one in written.items()},
         seal_id=None,
-        figures=findings.figures,
-        ledger=verdict.ledger if (verdict := findings.verdicts.get(run.recipe.handoff.format)) else [],
-        culprit=culprit.culprit if culprit else None,
-        operator=culprit.operator if culprit else None,
+        figures=examination.figures,
+        ledger=verdicts[chosen].ledger if chosen in verdicts else [],
+        culprit=refused.culprit if refused else None,
+        operator=refused.operator if refused else None,
     )
-    if record.verdict == "refuse":
-        return record
+    if record.verdict == "pass":
+        seals = seal_all(crossing, written, record)
+        record = record.model_copy(update={"seal_id": seals[chosen]})
+    run.write_record("parity", record)
+    run.event(NAME, "verdict", verdict=record.verdict, seal_id=record.seal_id)
+    run.event(NAME, "end", seconds=round(record.seconds, 3))
+    return record
+
+
+def seal_all(crossing: Crossing, written: dict[str, Written], record: HandoffRecord) -> dict[str, str]:
+    """Seal the bundles of a record that passes; the ids of their seals by format."""
     lineage = Lineage(
-        checkpoint_sha256=session.rl.checkpoint_sha256,
+        checkpoint_sha256=crossing.rl.checkpoint_sha256,
         recipe_sha256=record.recipe_sha256,
         source_pool=record.source_pool,
         target_pool=record.target_pool,
     )
-    seals = {}
-    for name, bundle in bundles.items():
-        seals[name] = write_seal(
-            bundle.folder,
-            verdict=record.verdict,
-            checks=record.checks,
-            lineage=lineage,
-            sign_key=run.recipe.handoff.sign_key,
-        )
-    return record.model_copy(update={"seal_id": seals[record.format].id})
-
-
-def _both_answer(session: Session, reference: Bundle, target: Bundle) -> tuple[Answers, Answers]:
-    """Both engines at once, each with half of the threads of its pool: here the pools share one machine."""
-    with ThreadPoolExecutor(max_workers=2) as workers:
-        first = workers.submit(_answer, session, reference, session.source, session.prompts)
-        second = workers.submit(_answer, session, target, session.target, session.prompts)
-        return first.result(), second.result()
-
-
-def _answer(session: Session, bundle: Bundle, pool: Pool, prompts: list[list[int]]) -> Answers:
-    section = session.run.recipe.rl
-    sampling = Sampling(section.max_new_tokens, section.temperature, n=SAMPLES_PER_PROBLEM)
-    seeds = [seeded("handoff", session.run.recipe.seed, str(prompt)).getrandbits(48) for prompt in prompts]
-    log = session.run.path / NAME / f"engine-{bundle.format}.log"
-    rehearse = pool.chip if pool.rehearsed else None
-    with LocalEngine(bundle.folder, threads=max(1, pool.threads // 2), rehearse=rehearse, log=log) as engine:
-        report_kernels(partial(session.run.event, NAME), engine.kernels)
-        return engine.generate(prompts, sampling, seeds)
-
-
-def _sequences(session: Session, answers: Answers) -> list[GoldenSequence]:
-    """The first answer to each of the first golden prompts."""
-    count = session.run.recipe.handoff.golden_prompts
-    pairs = zip(session.prompts[:count], answers[:count], strict=True)
-    return [GoldenSequence(prompt, group[0].tokens) for prompt, group in pairs]
-
-
-def _check_tokens(
-    session: Session, reference: Model, bundle: Bundle, golden: list[GoldenSequence], findings: Findings
-) -> None:
-    section = session.run.recipe.handoff
-    chip = _chip(session, bundle)
-    rehearsal = enforce(chip) if chip else nullcontext()
-    found = compare_tokens(
-        reference, bundle.build(), golden, confidence=section.confidence, candidate_context=lambda: rehearsal
-    )
-    if isinstance(rehearsal, Rehearsal):
-        _report_fallbacks(session, rehearsal)
-    where = f"on the CPU by the rules of {chip}" if chip else "on the CPU"
-    source = f"{found.sequences} golden sequences of the fp32 reference, {found.tokens} tokens, teacher-forced {where}"
-
-    def figure(value: float, unit: str, low: float | None = None, high: float | None = None) -> Figure:
-        return Figure.measured(value, unit, source, rehearsed=chip is not None, low=low, high=high)
-
-    findings.add(
-        "tokens",
-        f"{bundle.format}: mean KL",
-        _within(found, section.max_mean_kl),
-        figure(found.mean_kl, "nats/token", found.kl_low, found.kl_high),
-        _limit(section.max_mean_kl, "nats/token", "max_mean_kl"),
-        f"KL(fp32 || {bundle.format}), interval at {section.confidence:.0%} over sequences; largest {found.max_kl:.3g}",
-    )
-    findings.add(
-        "tokens",
-        f"{bundle.format}: top-1 agreement",
-        "pass" if found.top1_agreement >= section.min_top1_agreement else "fail",
-        figure(100 * found.top1_agreement, "%"),
-        _limit(100 * section.min_top1_agreement, "%", "min_top1_agreement"),
-        f"of the first choices that differ, {found.near_ties} are near-ties of the reference, {found.flips} are not; "
-        f"{found.router_flips} of {found.router_choices} router choices differ",
-    )
-    findings.figures |= {
-        f"{bundle.format}.max_kl": figure(found.max_kl, "nats"),
-        f"{bundle.format}.near_ties": figure(found.near_ties, "tokens"),
-        f"{bundle.format}.flips": figure(found.flips, "tokens"),
-        f"{bundle.format}.mean_abs_dlogp": figure(found.mean_abs_dlogp, "nats/token"),
+    key = crossing.section.sign_key
+    return {
+        name: write_seal(
+            one.bundle.folder, verdict=record.verdict, checks=record.checks, lineage=lineage, sign_key=key
+        ).id
+        for name, one in written.items()
     }
 
 
-def _check_engine(session: Session, target: Bundle, answers: Answers, findings: Findings) -> None:
-    """What the engine says it sampled from, against the bundle's model on the CPU: the chip's share of the gap."""
-    sequences = _sequences(session, answers)
-    temperature = session.run.recipe.rl.temperature
-    expected = completion_log_probabilities(target.build(), sequences, temperature)
-    said = torch.tensor([value for group in answers[: len(sequences)] for value in group[0].logprobs]).double()
-    gap = (said - expected).abs().mean().item()
-    source = f"{len(sequences)} answers of the engine on pool {session.target}, {len(said)} tokens"
-    findings.add(
-        "engine",
-        f"{target.format}: mean |Δlogp|, engine against emulator",
-        "pass" if gap <= LIMIT else "fail",
-        Figure.measured(gap, "nats/token", source, rehearsed=session.target.rehearsed),
-        Figure(value=LIMIT, unit="nats/token", kind="declared", source=LIMIT_SOURCE),
-        "log-probabilities of the engine's own tokens, against the same bundle on the CPU, without caches",
-    )
-
-
-def _check_accuracy(session: Session, target: Bundle, expected: Answers, answers: Answers, findings: Findings) -> None:
-    section = session.run.recipe.handoff
-    found = compare_answers(_correct(session, expected), _correct(session, answers), section.confidence)
-    source = (
-        f"{found.problems} held-out problems, {SAMPLES_PER_PROBLEM} answers each at temperature "
-        f"{session.run.recipe.rl.temperature:g}, the same random numbers on both sides"
-    )
-
-    def figure(value: float, unit: str, pool: Pool, low: float | None = None, high: float | None = None) -> Figure:
-        return Figure.measured(100 * value, unit, source, rehearsed=pool.rehearsed, low=low, high=high)
-
-    findings.add(
-        "task",
-        f"{target.format}: accuracy, target minus reference",
-        found.verdict(section.max_accuracy_drop),
-        figure(found.difference, "points", session.target, 100 * found.low, 100 * found.high),
-        _limit(-100 * section.max_accuracy_drop, "points", "max_accuracy_drop"),
-        f"right only by the reference {found.only_reference}, only by the target {found.only_candidate}, of "
-        f"{found.answers}; passes if the interval (Newcombe's method 10, {section.confidence:.0%}) is above the limit. "
-        f"An equally good target passes with {found.power(section.max_accuracy_drop):.0%}; "
-        f"{found.problems_for(0.8, section.max_accuracy_drop)} problems would give 80%",
-    )
-    findings.figures["accuracy.reference"] = figure(found.reference, "%", session.source)
-    findings.figures["accuracy.target"] = figure(found.candidate, "%", session.target)
-
-
-def _correct(session: Session, answers: Answers) -> list[list[bool]]:
-    reward = get_reward(session.task.reward)
-    return [
-        [reward.score(problem, session.tokenizer.decode(one.tokens)).accuracy == 1.0 for one in group]
-        for problem, group in zip(session.problems, answers, strict=True)
-    ]
-
-
-def _refuses(check: Check) -> bool:
-    return check.outcome == "fail" or (check.outcome == "unknown" and check.layer in MUST_BE_KNOWN)
-
-
-def _within(found: TokenParity, limit: float) -> Outcome:
-    """A mean KL passes if its whole interval is below the limit."""
-    if found.kl_high <= limit:
-        return "pass"
-    return "fail" if found.mean_kl > limit else "unknown"
-
-
-def _limit(value: float, unit: str, key: str) -> Figure:
-    return Figure(value=value, unit=unit, kind="declared", source=f"recipe, [handoff] {key}")
-
-
-def _report_fallbacks(session: Session, rehearsal: Rehearsal) -> None:
-    if names := rehearsal.tally.names("fallback"):
-        why = f"on {session.target.chip} these operators run on the host's CPU"
-        session.run.event(NAME, "fallback", what=", ".join(names), why=why)
-
-
-def _refusal(run: RunFolder, record: HandoffRecord) -> str:
-    lines = ["the hand-off is refused; no bundle is sealed."]
-    for check in record.checks:
-        if not _refuses(check):
-            continue
-        shown = "not shown to be within" if check.outcome == "unknown" else "outside"
-        found = f"{check.figure} is {shown} the limit {check.limit}; " if check.figure and check.limit else ""
-        lines.append(f"  {check.name}: {found}{check.detail}")
-    if record.culprit:
-        lines.append(f"The fault is in {record.culprit}{f', operator {record.operator}' if record.operator else ''}.")
-    lines.append(f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass:")
-    lines.append("change [handoff], [rl] or [sft] in the recipe and use a new run folder.")
-    return "\n".join(lines)
+def _key(name: str) -> str:
+    return f"recipe, [handoff] {name}"

@@ -238,7 +238,7 @@ def heldout(dossier: Dossier) -> list[Mark]:
 def costliest(dossier: Dossier) -> list[LedgerRow]:
     """The modules that lost most on the way, of both costs together."""
     rows = dossier.handoff.ledger if dossier.handoff else []
-    return sorted(rows, key=lambda row: (row.quantisation or 0.0) + (row.chip or 0.0), reverse=True)[:LEDGER_ROWS]
+    return sorted(rows, key=lambda row: row.cost, reverse=True)[:LEDGER_ROWS]
 
 
 def computed_figures(dossier: Dossier) -> dict[str, Figure]:

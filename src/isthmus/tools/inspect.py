@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import read_config
 from isthmus.formats.files.published import StoredTensors, weight_files
+from isthmus.parity.gate import STYLES as OUTCOMES
+from isthmus.parity.gate import check_table, costliest, ledger_table, shown
 from isthmus.parity.keys import read_trusted
 from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing
 from isthmus.progress import Watch
-from isthmus.records import Check, LedgerRow, ParityVerdict
+from isthmus.records import LedgerRow, ParityVerdict
 
-WORST_ROWS = 8
 SHOWN_TENSORS = 40
 STYLES: dict[str, str] = {
     "sealed": "bold green",
@@ -31,10 +31,7 @@ STYLES: dict[str, str] = {
     "untrusted": "bold red",
     "tampered": "bold red",
     "refused": "bold red",
-    "pass": "green",
-    "fail": "bold red",
-    "refuse": "bold red",
-    "unknown": "yellow",
+    **OUTCOMES,
 }
 
 
@@ -108,7 +105,7 @@ def inspect(folder: Path, trusted: list[str] | None = None) -> Inspection:
     where = standing(folder, trusted=trusted)
     verdict, manifest, problems = _read(folder)
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    checks: list[dict[str, str | None]] = [_shown(check) for check in verdict.checks] if verdict else []
+    checks: list[dict[str, str | None]] = [shown(check) for check in verdict.checks] if verdict else []
     if not checks and where.seal is not None:
         checks = [{"name": name, "found": said} for name, said in where.seal.checks.items()]
     lineage = where.seal.lineage if where.seal else Lineage()
@@ -128,7 +125,7 @@ def inspect(folder: Path, trusted: list[str] | None = None) -> Inspection:
         culprit=verdict.culprit if verdict else None,
         operator=verdict.operator if verdict else None,
         checks=checks,
-        ledger=_worst(verdict.ledger) if verdict else [],
+        ledger=costliest(verdict.ledger) if verdict else [],
         lineage={key: value for key, value in lineage.model_dump().items() if value is not None},
         manifest=manifest.id if manifest else None,
         source=manifest.source if manifest else None,
@@ -180,26 +177,8 @@ def render(found: Inspection) -> RenderableType:
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(value, style=STYLES.get(value, "")))
-    return Group(table, *_details(found))
-
-
-def _details(found: Inspection) -> Iterable[RenderableType]:
-    if found.checks:
-        table = Table(title="checks", title_justify="left")
-        for column in ("layer", "check", "outcome", "found", "module"):
-            table.add_column(column, overflow="fold")
-        for check in found.checks:
-            cells = (check.get(key) or "" for key in ("layer", "name", "outcome", "found", "module"))
-            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
-        yield table
-    if found.ledger:
-        table = Table(title="error ledger, worst first", title_justify="left")
-        for column in ("module", "kind", "quantisation", "chip", "floor"):
-            table.add_column(column, overflow="fold")
-        for row in found.ledger:
-            figures = ("-" if value is None else f"{value:.3g}" for value in (row.quantisation, row.chip, row.floor))
-            table.add_row(row.module, row.kind, *figures)
-        yield table
+    tables = [check_table("checks", found.checks)] if found.checks else []
+    return Group(table, *tables, *([ledger_table(found.ledger)] if found.ledger else []))
 
 
 def render_difference(difference: Difference) -> RenderableType:
@@ -237,15 +216,6 @@ def _signature(signer: str | None, state: State, trusted: list[str] | None) -> s
     if trusted is None:
         return f"by {signer}; whether to trust it was not asked (--trust FILE)"
     return f"by {signer}, {'who is trusted' if state == 'sealed' else 'who is not trusted'}"
-
-
-def _shown(check: Check) -> dict[str, str | None]:
-    found = " of ".join(str(figure) for figure in (check.figure, check.limit) if figure is not None) or check.detail
-    return {"layer": check.layer, "name": check.name, "outcome": check.outcome, "found": found, "module": check.module}
-
-
-def _worst(ledger: list[LedgerRow]) -> list[LedgerRow]:
-    return sorted(ledger, key=lambda row: max(row.quantisation or 0.0, row.chip or 0.0), reverse=True)[:WORST_ROWS]
 
 
 def _format_name(config: dict[str, Any]) -> str:

@@ -9,23 +9,26 @@ import time
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from isthmus import __version__
 from isthmus.engines.remote import HttpEngine
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import SEAL, read_bundle
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
+from isthmus.parity.gate import check_table, costliest, judge, ledger_table, refusal, shown
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.parity.target import DTYPES
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.progress import Watch
-from isthmus.records import ParityVerdict
+from isthmus.records import Check, ParityVerdict
 
-STYLES = {"pass": "green", "fail": "bold red", "unknown": "yellow"}
-LEDGER_ROWS = 6
+BEHIND_A_URL = Check(
+    layer="modules",
+    name="modules, whole distributions, and what config.json sets",
+    outcome="caution",
+    detail="were not looked at: the API of an engine shows log-probabilities of tokens and nothing else",
+)
 
 
 def execute(
@@ -40,7 +43,7 @@ def execute(
     max_chip_kl: float,
     sign_key: Path | None,
 ) -> ParityVerdict:
-    """Verify, say what was found, write the verdict and seal. Raises GateRefused if a check failed."""
+    """Verify, say what was found, write the verdict and seal. Raises GateRefused unless every check passed."""
     if dtype not in DTYPES:
         raise IsthmusError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if (folder / SEAL).exists():
@@ -53,10 +56,13 @@ def execute(
         with watch.count("blocks", 1) as counter:
             limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
             verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
-    show(verdict, watch)
+    watch.console.print(check_table(f"parity on {verdict.target}: {verdict.verdict}", map(shown, verdict.checks)))
+    if verdict.ledger:
+        watch.console.print(ledger_table(costliest(verdict.ledger)))
     write_verdict(folder, verdict)
     if verdict.verdict == "refuse":
-        raise GateRefused(refusal(folder, verdict))
+        opening = f"{folder} is refused, and not sealed."
+        raise GateRefused(refusal(opening, verdict.checks, verdict.culprit, verdict.operator))
     seal = write_seal(
         folder, verdict="pass", checks=verdict.checks, lineage=Lineage(target_pool=verdict.target), sign_key=sign_key
     )
@@ -72,59 +78,11 @@ def verify_url(folder: Path, url: str, api_key: str | None) -> ParityVerdict:
     engine = HttpEngine(url, api_key)
     engine.start(folder)
     found = compare_engine(engine.score, bundle.build(), golden.listed.golden_sequences())
-    checks += check_engine(found, f"{engine.server} at {url}")
-    return ParityVerdict(
-        verdict="refuse" if any(check.outcome == "fail" for check in checks) else "pass",
-        target=f"{engine.server} at {url}",
-        rehearsed=False,
-        checks=checks,
-        ledger=[],
-        culprit=None,
-        operator=None,
-        isthmus=__version__,
-        torch=torch.__version__,
-        started=started,
-        ended=time.time(),
-    )
+    where = f"{engine.server} at {url}"
+    return judge([*checks, BEHIND_A_URL, *check_engine(found, where)], target=where, rehearsed=False, started=started)
 
 
 def default_device() -> str:
     """The accelerator of this machine as torch knows it, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
-
-
-def show(verdict: ParityVerdict, watch: Watch) -> None:
-    """The checks, and the costliest blocks."""
-    table = Table(title=f"parity on {verdict.target}: {verdict.verdict}", title_justify="left")
-    for column in ("layer", "check", "outcome", "found", "limit"):
-        table.add_column(column, overflow="fold")
-    for check in verdict.checks:
-        outcome = f"[{STYLES[check.outcome]}]{check.outcome}[/]"
-        table.add_row(check.layer, check.name, outcome, str(check.figure or "-"), str(check.limit or "-"))
-        if check.outcome != "pass":
-            table.add_row("", f"[dim]{check.detail}[/]", "", "", "")
-    watch.console.print(table)
-    if not verdict.ledger:
-        return
-    ledger = Table(title="error ledger, the costliest blocks", title_justify="left")
-    for column in ("block", "quantisation", "chip", "floor of the chip"):
-        ledger.add_column(column, overflow="fold")
-    rows = sorted(verdict.ledger, key=lambda row: (row.quantisation or 0.0) + (row.chip or 0.0), reverse=True)
-    for row in rows[:LEDGER_ROWS]:
-        values = (
-            f"{100 * value:.3g} %" if value is not None else "-" for value in (row.quantisation, row.chip, row.floor)
-        )
-        ledger.add_row(row.module, *values)
-    watch.console.print(ledger)
-
-
-def refusal(folder: Path, verdict: ParityVerdict) -> str:
-    """Why, in words, and where the fault is."""
-    lines = [f"{folder} is refused, and not sealed."]
-    if verdict.culprit:
-        lines.append(
-            f"The fault is in {verdict.culprit}{f', operator {verdict.operator}' if verdict.operator else ''}."
-        )
-    lines += [f"  {check.name}: {check.detail}" for check in verdict.checks if check.outcome == "fail"]
-    return "\n".join(lines)

@@ -34,8 +34,8 @@ from isthmus.errors import DamagedFile, GateRefused
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
+from isthmus.parity.engine import LIMIT, LIMIT_SOURCE, Gap, spot_gap
 from isthmus.parity.paired import paired_difference, wilson_interval
-from isthmus.parity.spot import LIMIT, LIMIT_SOURCE, Gap, spot_gap
 from isthmus.parity.trend import trend
 from isthmus.pools import get_pool
 from isthmus.progress import Counter, Watch

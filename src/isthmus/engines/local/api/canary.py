@@ -20,6 +20,7 @@ from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.core.scheduler import Finished, Request, Token
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.golden import Golden, GoldenAnswer
+from isthmus.parity.gate import at_most
 
 Outcome = Literal["ok", "drift", "not applicable", "failed"]
 ANSWER_S = 600.0
@@ -132,7 +133,7 @@ class Canary:
         drifts = [drift_of(answer, sample) for answer, sample in zip(self.golden.answers, samples, strict=True)]
         drift, tokens = max(drifts), sum(len(sample.tokens) for sample in samples)
         found = {"drift": drift, "prompts": len(samples), "tokens": tokens}
-        if drift <= self.bound:
+        if at_most(self.bound, drift) == "pass":
             return report("ok", f"within {self.bound:g} nats of the golden answers", **found)
         worst = drifts.index(drift)
         reason = f"the answer to golden prompt {worst} drifted by {drift:.4g} nats; the bound is {self.bound:g}"
@@ -180,7 +181,10 @@ def drift_of(golden: GoldenAnswer, sample: Finished) -> float:
             return max(drift, golden.margins[place])
         if sample.tokens[place] != token:
             runner_up = golden.logprobs[place] - golden.margins[place]
-            return max(drift, golden.margins[place], abs(sample.logprobs[place] - runner_up))
-        gap = abs(sample.logprobs[place] - golden.logprobs[place])
-        drift = max(drift, gap if math.isfinite(gap) else math.inf)
+            return max(drift, golden.margins[place], _size(sample.logprobs[place] - runner_up))
+        drift = max(drift, _size(sample.logprobs[place] - golden.logprobs[place]))
     return drift
+
+
+def _size(gap: float) -> float:
+    return abs(gap) if math.isfinite(gap) else math.inf

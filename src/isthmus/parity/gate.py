@@ -1,0 +1,171 @@
+"""The gate: how a figure is held against its limit, what refuses, and how it is told.
+
+The hand-off, `isthmus verify`, `isthmus inspect` and the canary judge by it. Nothing is sealed that was not shown to
+pass: a check that could not conclude refuses as one that failed does. A caution is no measurement: it says what is
+known to go wrong elsewhere, is shown with the others, and refuses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from isthmus import __version__
+from isthmus.parity.tokens import TokenParity
+from isthmus.records import Check, CheckOutcome, LedgerRow, Outcome, ParityVerdict
+from isthmus.run import Figure
+
+FEWEST_SAMPLES = 2
+"""Of fewer independent samples, a mean has no interval."""
+WORST_ROWS = 8
+STYLES: dict[str, str] = {
+    "pass": "green",
+    "caution": "yellow",
+    "fail": "bold red",
+    "unknown": "bold yellow",
+    "refuse": "bold red",
+}
+_AGAINST_LIMIT: dict[CheckOutcome, str] = {"fail": "outside", "unknown": "not shown to be within"}
+
+
+def at_most(
+    limit: float, value: float, interval: tuple[float, float] | None = None, *, samples: int | None = None
+) -> Outcome:
+    """`pass` only if the value and its whole interval are at or below the limit, `fail` if the value is above it.
+
+    What is between is `unknown`, and so are a value or an interval that is no number, and a mean over fewer than
+    FEWEST_SAMPLES. `samples` is None for what is no mean: a maximum, or a difference that leaves nothing to chance.
+    """
+    if value > limit:
+        return "fail"
+    enough = samples is None or samples >= FEWEST_SAMPLES
+    known = all(map(math.isfinite, (value, *(interval or ()))))
+    return "pass" if enough and known and max(value, *(interval or (value,))) <= limit else "unknown"
+
+
+def at_least(
+    limit: float, value: float, interval: tuple[float, float] | None = None, *, samples: int | None = None
+) -> Outcome:
+    """The same for a lower limit: `pass` only if the whole interval is at or above it, `fail` if the value is below."""
+    mirrored = (-interval[1], -interval[0]) if interval else None
+    return at_most(-limit, -value, mirrored, samples=samples)
+
+
+def finite(
+    value: float, unit: str, source: str, *, rehearsed: bool, interval: tuple[float, float] | None = None
+) -> Figure | None:
+    """The figure that was measured; None if it is no number."""
+    if not all(map(math.isfinite, (value, *(interval or ())))):
+        return None
+    low, high = interval or (None, None)
+    return Figure.measured(value, unit, source, rehearsed=rehearsed, low=low, high=high)
+
+
+def declared(value: float, unit: str, source: str) -> Figure:
+    """A limit, and where it stands."""
+    return Figure(value=value, unit=unit, kind="declared", source=source)
+
+
+def check_kl(name: str, found: TokenParity, limit: Figure, source: str, detail: str, *, rehearsed: bool) -> Check:
+    """Whether the mean KL of golden sequences is within its limit, by its interval over the sequences."""
+    assert limit.value is not None
+    return Check(
+        layer="tokens",
+        name=name,
+        outcome=at_most(limit.value, found.mean_kl, found.kl_interval, samples=found.sequences),
+        figure=finite(found.mean_kl, "nats/token", source, rehearsed=rehearsed, interval=found.kl_interval),
+        limit=limit,
+        detail=detail,
+    )
+
+
+def check_top1(name: str, found: TokenParity, least: float, of_least: str, source: str, *, rehearsed: bool) -> Check:
+    """Whether the share of first choices that agree reaches `least`, whose source is `of_least`."""
+    return Check(
+        layer="tokens",
+        name=name,
+        outcome=at_least(least, found.top1_agreement, samples=found.sequences),
+        figure=finite(100 * found.top1_agreement, "%", source, rehearsed=rehearsed),
+        limit=declared(100 * least, "%", of_least),
+        detail=f"of the first choices that differ, {found.near_ties} are near-ties of the reference, {found.flips} are "
+        f"not; {found.router_flips} of {found.router_choices} router choices differ",
+    )
+
+
+def refuses(check: Check) -> bool:
+    """Whether a bundle with this finding must not be sealed, whatever its layer."""
+    return check.outcome in ("fail", "unknown")
+
+
+def judge(
+    checks: Sequence[Check], *, target: str, rehearsed: bool, ledger: Sequence[LedgerRow] = (), started: float
+) -> ParityVerdict:
+    """The verdict on a bundle. The culprit is the module of the first refusing check that names one."""
+    refusing = [check for check in checks if refuses(check)]
+    named = next((check for check in refusing if check.module), None)
+    return ParityVerdict(
+        verdict="refuse" if refusing else "pass",
+        target=target,
+        rehearsed=rehearsed,
+        checks=list(checks),
+        ledger=list(ledger),
+        culprit=named.module if named else None,
+        operator=named.operator if named else None,
+        isthmus=__version__,
+        torch=torch.__version__,
+        started=started,
+        ended=time.time(),
+    )
+
+
+def refusal(opening: str, checks: Iterable[Check], culprit: str | None = None, operator: str | None = None) -> str:
+    """Why, in words: every check that refuses with what it found, and where the fault is."""
+    lines = [opening]
+    for check in filter(refuses, checks):
+        against = f"is {_AGAINST_LIMIT[check.outcome]} the limit {check.limit}; "
+        found = f"{check.figure} {against}" if check.figure and check.limit else ""
+        lines.append(f"  {check.name}: {found}{check.detail}")
+    if culprit:
+        lines.append(f"The fault is in {culprit}{f', operator {operator}' if operator else ''}.")
+    return "\n".join(lines)
+
+
+def shown(check: Check) -> dict[str, str | None]:
+    """A check as a row of a table: what was found, of which limit, and the detail where it did not pass."""
+    figures = " of ".join(str(figure) for figure in (check.figure, check.limit) if figure is not None)
+    found = figures or check.detail
+    if figures and check.outcome != "pass" and check.detail:
+        found = f"{figures}; {check.detail}"
+    return {"layer": check.layer, "name": check.name, "outcome": check.outcome, "found": found, "module": check.module}
+
+
+def check_table(title: str, rows: Iterable[Mapping[str, str | None]]) -> Table:
+    """Findings for a person, each as `shown` gives it."""
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", "check", "outcome", "found", "module"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cells = (row.get(key) or "" for key in ("layer", "name", "outcome", "found", "module"))
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+    return table
+
+
+def ledger_table(rows: Iterable[LedgerRow]) -> Table:
+    """Rows of the error ledger for a person."""
+    table = Table(title="error ledger, the costliest blocks", title_justify="left")
+    for column in ("block", "kind", "quantisation", "chip", "floor of the chip"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        costs = (row.quantisation, row.chip, row.floor)
+        table.add_row(row.module, row.kind, *("-" if cost is None else f"{100 * cost:.3g} %" for cost in costs))
+    return table
+
+
+def costliest(ledger: Iterable[LedgerRow], count: int = WORST_ROWS) -> list[LedgerRow]:
+    """The rows that lost most on the way."""
+    return sorted(ledger, key=lambda row: row.cost, reverse=True)[:count]

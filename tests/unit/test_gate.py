@@ -1,0 +1,335 @@
+"""What the gate makes of a figure, layer by layer: at its limit, on either side of it, and where nothing is told."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.cli import main
+from isthmus.engines.local.api.canary import drift_of
+from isthmus.engines.local.core.scheduler import Finished
+from isthmus.errors import GateRefused
+from isthmus.formats.files.bundle import write_bundle
+from isthmus.formats.files.golden import GoldenAnswer
+from isthmus.model.model import Model
+from isthmus.parity import gate
+from isthmus.parity.capture import capture
+from isthmus.parity.coverage import check_coverage
+from isthmus.parity.engine import LIMIT, TOP1_LIMIT, EngineParity, Gap, check_engine, measure_gap
+from isthmus.parity.gate import at_least, at_most, check_kl, check_table, check_top1, declared, judge, refusal, shown
+from isthmus.parity.lint import lint_config
+from isthmus.parity.manifest import write_manifest
+from isthmus.parity.paired import PairedAccuracy
+from isthmus.parity.replay import LIMIT as FLOORS
+from isthmus.parity.replay import Floors, Measure, Replay
+from isthmus.parity.seal import read_verdict, write_seal
+from isthmus.parity.tokens import TokenParity, interval_of_mean
+from isthmus.parity.verify import Limits, Target, check_modules, check_quantisation, write_verdict
+from isthmus.records import Check, LedgerRow
+from isthmus.tools import verify
+from tests.support.small import tiny_architecture
+from tests.unit.test_seal import TinyTokenizer
+
+LAYERS = ("files", "coverage", "config", "modules", "tokens", "engine", "task")
+ARCHITECTURE = tiny_architecture()
+BUDGET = 0.01
+ABOVE, BELOW = math.nextafter(BUDGET, 1), math.nextafter(BUDGET, 0)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "outcome"),
+    [
+        (BUDGET, (BELOW, BUDGET), "pass"),
+        (BELOW, (0.0, BELOW), "pass"),
+        (0.005, (0.002, ABOVE), "unknown"),
+        (BUDGET, (BUDGET, ABOVE), "unknown"),
+        (ABOVE, (0.002, 0.02), "fail"),
+        (0.03, (0.004, 0.06), "fail"),
+        (0.03, (0.02, 0.06), "fail"),
+        (BUDGET, None, "pass"),
+        (BELOW, None, "pass"),
+        (ABOVE, None, "fail"),
+        (math.nan, (0.0, BELOW), "unknown"),
+        (0.005, (math.nan, math.nan), "unknown"),
+        (0.005, (0.002, math.nan), "unknown"),
+        (0.005, (-math.inf, BELOW), "unknown"),
+        (math.nan, None, "unknown"),
+        (math.inf, None, "fail"),
+        (-math.inf, None, "unknown"),
+    ],
+)
+def test_an_upper_limit_holds_for_the_whole_interval(value, interval, outcome):
+    assert at_most(BUDGET, value, interval, samples=9) == outcome
+    mirrored = (-interval[1], -interval[0]) if interval else None
+    assert at_least(-BUDGET, -value, mirrored, samples=9) == outcome
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_mean_of_one_sample_never_passes(samples):
+    assert at_most(BUDGET, 0.0, samples=samples) == "unknown"
+    assert at_most(BUDGET, ABOVE, samples=samples) == "fail"
+    assert at_least(BUDGET, 1.0, samples=samples) == "unknown"
+
+
+@given(st.floats(), st.floats(), st.floats(), st.floats(), st.floats(0, 9), st.integers(0, 5) | st.none())
+def test_what_passes_is_all_within_and_a_wider_interval_never_helps(limit, value, low, high, wider, samples):
+    outcome = at_most(limit, value, (low, high), samples=samples)
+    if outcome == "pass":
+        assert max(value, low, high) <= limit and samples not in (0, 1)
+        assert all(map(math.isfinite, (value, low, high)))
+    else:
+        assert at_most(limit, value, (low - wider, high + wider), samples=samples) != "pass"
+    assert at_most(limit, value, (low, high), samples=1) != "pass"
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda values: max(values) > 1e-3),
+    st.integers(2, 4),
+    st.floats(1.001, 4),
+)
+def test_fewer_samples_of_the_same_mean_and_spread_are_never_easier_to_pass(values, times, room):
+    """The same sequences once, and several times over: one mean and one spread, of fewer and of more samples."""
+    mean = sum(values) / len(values)
+    limit = mean * room
+
+    def outcome(samples: list[float]) -> str:
+        interval = interval_of_mean(torch.tensor(samples).double(), torch.arange(len(samples)), len(samples), 0.95)
+        return at_most(limit, mean, interval, samples=len(samples))
+
+    few, many = outcome(values), outcome(values * times)
+    assert few != "pass" or many == "pass"
+    assert len(values) > 1 or few == "unknown"
+
+
+def test_more_samples_of_one_kind_come_to_pass():
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.rand(4096, generator=chance).double() ** 4
+    highs = []
+    for count in (4, 16, 64, 256, 1024, 4096):
+        centred = drawn[:count] - drawn[:count].mean() + 0.2
+        found = interval_of_mean(centred, torch.arange(count), count, 0.95)
+        assert found is not None
+        highs.append(found[1])
+    assert all(earlier > later for earlier, later in pairwise(highs))
+
+
+def tokens(mean: float, interval, sequences: int = 8, top1: float = 1.0) -> TokenParity:
+    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0)
+
+
+def kl(found: TokenParity) -> Check:
+    return check_kl("mean KL", found, declared(BUDGET, "nats/token", "a test"), "a test", "because", rehearsed=False)
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome", "has_figure"),
+    [
+        (tokens(BUDGET, (0.002, BUDGET)), "pass", True),
+        (tokens(BELOW, (0.002, BELOW)), "pass", True),
+        (tokens(ABOVE, (0.002, ABOVE)), "fail", True),
+        (tokens(0.005, (0.002, 0.02)), "unknown", True),
+        (tokens(0.03, (0.002, 0.09)), "fail", True),
+        (tokens(0.001, None, sequences=1), "unknown", True),
+        (tokens(math.nan, None, sequences=0), "unknown", False),
+        (tokens(math.inf, (math.nan, math.nan)), "fail", False),
+    ],
+)
+def test_tokens(found, outcome, has_figure):
+    check = kl(found)
+    assert (check.layer, check.outcome, check.figure is not None) == ("tokens", outcome, has_figure)
+
+
+@pytest.mark.parametrize(
+    ("share", "sequences", "outcome"),
+    [
+        (0.9, 8, "pass"),
+        (math.nextafter(0.9, 0), 8, "fail"),
+        (1.0, 1, "unknown"),
+        (math.nan, 0, "unknown"),
+    ],
+)
+def test_first_choices(share, sequences, outcome):
+    found = tokens(0.0, (0.0, 0.0), sequences, share)
+    assert check_top1("top-1", found, 0.9, "a test", "a test", rehearsed=False).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("mean", "flips", "sequences", "outcomes"),
+    [
+        (LIMIT, 5, 8, ["pass", "pass"]),
+        (math.nextafter(LIMIT, 1), 6, 8, ["fail", "fail"]),
+        (0.0, 0, 1, ["unknown", "unknown"]),
+        (math.inf, 0, 8, ["fail", "pass"]),
+    ],
+)
+def test_an_engine(mean, flips, sequences, outcomes):
+    assert TOP1_LIMIT == 0.95
+    found = EngineParity(sequences, Gap(100, mean, mean), 0, flips)
+    assert [check.outcome for check in check_engine(found, "a server")] == outcomes
+
+
+def test_an_engine_that_was_asked_nothing_has_not_passed():
+    found = EngineParity(0, measure_gap(torch.zeros(0).double(), torch.zeros(0).double()), 0, 0)
+    assert [check.outcome for check in check_engine(found, "a server")] == ["unknown", "unknown"]
+    assert found.gap.is_over and Gap(2, math.nan, 0.0).is_over and not Gap(2, LIMIT, 1.0).is_over
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "problems", "outcome"),
+    [
+        (0.0, -0.05, 100, "pass"),
+        (0.0, math.nextafter(-0.05, -1), 100, "unknown"),
+        (-0.05, -0.08, 100, "unknown"),
+        (math.nextafter(-0.05, -1), -0.08, 100, "fail"),
+        (0.0, 0.0, 1, "unknown"),
+    ],
+)
+def test_the_task(difference, low, problems, outcome):
+    found = PairedAccuracy(problems, problems, 0.5, 0.5, 0, 0, 1.0, difference, low, 0.1, 0.95)
+    assert found.verdict(0.05) == outcome
+
+
+def replay(value: float) -> Replay:
+    return Replay([Measure("model.layers.0.mlp", None, "mlp", value)], Floors({"mlp": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [(FLOORS, "pass"), (0.0, "pass"), (math.nextafter(FLOORS, 4), "fail"), (math.inf, "fail"), (math.nan, "fail")],
+)
+def test_modules(value, outcome):
+    (check,) = check_modules(replay(value), Target())
+    assert check.outcome == outcome and (check.module is None) == (outcome == "pass")
+
+
+def cost(value: float | None) -> LedgerRow:
+    return LedgerRow(module="model.layers.0.mlp", kind="mlp", quantisation=value, chip=None, floor=None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outcome"),
+    [
+        ([cost(0.25), cost(0.1)], "pass"),
+        ([cost(0.1), cost(math.nextafter(0.25, 1))], "fail"),
+        ([cost(None)], "unknown"),
+        ([], "unknown"),
+    ],
+)
+def test_what_quantisation_costs(rows, outcome):
+    assert check_quantisation(rows, Limits(max_module_error=0.25)).outcome == outcome
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return Model(ARCHITECTURE).initialise(0).state_dict()
+
+
+@pytest.fixture
+def bundle(tmp_path, state) -> Path:
+    folder = tmp_path / "b"
+    write_bundle(folder, "w8a8", state, ARCHITECTURE, TinyTokenizer())
+    return folder
+
+
+def test_coverage_of_nothing_is_no_coverage(bundle, state):
+    entries, checks = check_coverage({}, bundle)
+    assert not entries and all(map(gate.refuses, checks))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    broken = state | {name: torch.full_like(state[name], math.nan)}
+    for compensated in ((), (name.removesuffix(".weight"),)):
+        assert any(map(gate.refuses, check_coverage(broken, bundle, compensated=compensated)[1]))
+
+
+def test_a_configuration_without_a_source_is_unknown_and_a_risk_of_the_chip_is_a_caution(bundle):
+    (first, *_) = lint_config(bundle)
+    assert first.outcome == "unknown" and gate.refuses(first)
+    risks = [check for check in lint_config(bundle, ARCHITECTURE, "ascend-910b-313t") if check.outcome != "pass"]
+    assert {check.outcome for check in risks} == {"caution"} and not any(map(gate.refuses, risks))
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Runs the command line as a user does: the exit code, and what stands on stderr."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*words: object) -> tuple[object, str]:
+        monkeypatch.setattr("sys.argv", ["isthmus", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+def finding(layer: str, outcome: str) -> Check:
+    return Check.model_validate({"layer": layer, "name": "a question", "outcome": outcome, "detail": "no answer"})
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_may_be_unknown(layer, bundle):
+    checks = [finding(layer, "pass"), finding(layer, "caution")]
+    assert judge(checks, target="cpu", rehearsed=False, started=0.0).verdict == "pass"
+    for outcome in ("unknown", "fail"):
+        assert judge([*checks, finding(layer, outcome)], target="cpu", rehearsed=False, started=0.0).verdict == "refuse"
+        with pytest.raises(GateRefused, match="a question: no answer"):
+            write_seal(bundle, verdict="pass", checks=[finding(layer, outcome)])
+    write_verdict(
+        bundle,
+        judge([], target="cpu", rehearsed=False, started=0.0).model_copy(
+            update={"checks": [finding(layer, "unknown")]}
+        ),
+    )
+    with pytest.raises(GateRefused, match="a question: no answer"):
+        write_seal(bundle, verdict="pass")
+    assert not (bundle / "seal.json").exists()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_verify_seals_nothing_that_a_layer_could_not_tell(layer, bundle, ended, monkeypatch):
+    checks = [finding("files", "pass"), finding(layer, "unknown")]
+    found = judge(checks, target="cpu", rehearsed=False, started=0.0)
+    monkeypatch.setattr(verify, "verify_bundle", lambda *_args, **_options: found)
+    code, told = ended("verify", bundle)
+    assert code == 1 and "a question: no answer" in told
+    said = read_verdict(bundle)
+    assert said is not None and said.verdict == "refuse" and not (bundle / "seal.json").exists()
+
+
+def test_verify_with_one_golden_sequence_ends_with_1_and_without_a_seal(bundle, state, ended):
+    entries, _ = check_coverage(state, bundle)
+    capture(bundle, state, [list(range(2, 14))])
+    write_manifest(bundle, coverage=entries, architecture=ARCHITECTURE)
+    code, told = ended("verify", bundle, "--device", "cpu")
+    assert code == 1 and "not shown to be within" in told
+    said = read_verdict(bundle)
+    assert said is not None and [c.name for c in said.checks if c.outcome != "pass"] == ["mean KL, emulator to target"]
+    assert not (bundle / "seal.json").exists()
+
+
+def test_a_refusal_says_what_was_found_and_where_the_fault_is():
+    failed = kl(tokens(0.03, (0.002, 0.09)))
+    text = refusal("it is refused.", [failed, kl(tokens(0.005, (0.002, 0.02))), finding("config", "caution")], "m", "o")
+    first, outside, between, last = text.splitlines()
+    assert first == "it is refused." and last == "The fault is in m, operator o."
+    assert "0.03 [0.002, 0.09] nats/token (measured) is outside the limit 0.01" in outside
+    assert "0.005 [0.002, 0.02] nats/token (measured) is not shown to be within the limit 0.01" in between
+
+
+def test_the_table_shows_every_check_and_why_one_did_not_pass():
+    rows = [shown(check) for check in (finding("config", "caution"), kl(tokens(0.03, (0.002, 0.09))))]
+    assert rows[0]["found"] == "no answer" and str(rows[1]["found"]).endswith("; because")
+    assert check_table("parity", rows).row_count == 2
+
+
+@pytest.mark.parametrize("logprobs", [[math.nan, -1.0], [-0.5, math.nan]])
+def test_a_canary_that_gets_no_number_has_drifted(logprobs):
+    golden = GoldenAnswer(prompt=[1], tokens=[4, 5], logprobs=[-0.5, -1.0], margins=[0.01, 0.01])
+    for written in ([4, 5], [4, 6]):
+        assert drift_of(golden, Finished(0, written, logprobs, [], "length", 0, 0, 0.0, 0.0)) == math.inf
