@@ -141,13 +141,13 @@ class Rollouts:
         path = self._path(step)
         if not path.exists():
             return
-        self._next = Future()
         try:
-            self._next.set_result(_ROLLOUT.validate_json(path.read_bytes()))
+            stored = _ROLLOUT.validate_json(path.read_bytes())
         except ValidationError as error:
-            raise DamagedFile(
-                f"{path} cannot be read ({error}). Delete it: its samples are then generated anew."
-            ) from None
+            advice = "Delete it: its samples are then generated anew."
+            raise DamagedFile(f"{path} cannot be read ({error}). {advice}") from None
+        self._next = Future()
+        self._next.set_result(stored)
 
     def _path(self, step: int) -> Path:
         return self.run.path / NAME / f"rollout-{step:06d}.json"

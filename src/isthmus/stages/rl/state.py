@@ -17,10 +17,10 @@ from isthmus.trainer.checkpoint import (
     SavedCheckpoint,
     TrainingState,
     load_model_state,
+    resume,
     rng_state,
 )
 from isthmus.trainer.optimizer import Optimizer
-from isthmus.trainer.resume import resume
 
 NAME = "rl"
 
