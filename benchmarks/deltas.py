@@ -30,8 +30,7 @@ from isthmus.formats.updates.wire import digest, pack, unpack
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
-from isthmus.stages import plan, qualify, train
-from isthmus.stages.rl import loop as rl
+from isthmus.stages import plan, qualify, rl, train
 
 ROOT = Path(__file__).parents[1]
 STEPS, FORM_ELEMENTS = 12, 8_000_000

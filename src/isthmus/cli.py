@@ -16,6 +16,7 @@ import click
 
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.pools import placed_pools
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.run import RunFolder
@@ -441,8 +442,8 @@ def _is_done(stage: str, opened: RunFolder) -> bool:
     if stage == "report":
         return False
     if stage == "qualify":
-        pools = {pool for order in opened.recipe.place.model_dump().values() for pool in order}
-        return all(opened.read_record(f"qualify/{pool}", records.QualifyRecord) for pool in pools)
+        pools = placed_pools(opened.recipe)
+        return all(opened.read_record(f"qualify/{pool.name}", records.QualifyRecord) for pool in pools)
     if stage == "handoff":
         record = opened.read_record("parity", records.HandoffRecord)
         return record is not None and record.verdict == "pass"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from isthmus.chips import device_for, looked_for
+from isthmus.chips import device_of, looked_for
 from isthmus.pools import Pool, get_pool
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Aspect, AspectOutcome, Evidence, Limit, QualifyRecord, Score, Skipped, Verdict
@@ -113,8 +113,8 @@ def setting_value(recipe: Recipe, pool: Pool, setting: str) -> object:
 
     The precision of training, where the recipe leaves it open, is what `train` would choose on this pool.
     """
-    if setting == "train.precision" and recipe.train.precision is None:
-        return "fp32" if pool.rehearsed or device_for(pool.chip) == "cpu" else "bf16"
+    if setting == "train.precision":
+        return recipe.train.precision_on(device_of(pool))
     section, _, key = setting.partition(".")
     holder = pool if section == "pool" else getattr(recipe, section, None)
     for name in key.split("."):

@@ -25,7 +25,7 @@ from isthmus.data.text_files import cut_text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model, document_mask
-from isthmus.trainer.pretrain_batch import batch_of_rows
+from isthmus.trainer.batch import batch_of_rows
 from tests.support.small import tiny_architecture
 
 LENGTH = 8

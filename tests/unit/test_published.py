@@ -20,7 +20,7 @@ from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal, write_seal
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.run import sha256_file
-from isthmus.trainer.initial import load_published
+from isthmus.trainer.parts import load_published
 from tests.support.against_transformers import in_transformers
 from tests.support.against_transformers import randomised as randomised_deepseek
 from tests.support.small import architecture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from isthmus.data.tasks import load_task as rl_load_task
+from isthmus.data.tasks import load_task
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
 from isthmus.formats.updates.version_folder import read_versions
@@ -19,19 +18,20 @@ from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
 from isthmus.rewards import Reward
 from isthmus.run import RunFolder
-from isthmus.stages.rl import loop as rl
+from isthmus.stages.rl import loop
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 from tests.support.flow_recipe import RECIPE, SMALL
 
 STEPS = 4
+QUIET = Watch(quiet=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def data_made_once():
     """All runs of this file have the same problems and the same tokenizer."""
     with pytest.MonkeyPatch.context() as patch:
-        load_task = functools.cache(lambda _: rl_load_task(recipe_of({})))
-        patch.setattr(rl, "load_task", lambda _recipe: load_task(None))
+        task = load_task(recipe_of({}))
+        patch.setattr(loop, "load_task", lambda _recipe: task)
         yield
 
 
@@ -41,7 +41,7 @@ def recipe_of(changes):
 
 
 @contextlib.contextmanager
-def session_in(folder, **changes):
+def shores_in(folder, **changes):
     """The stage as it stands before its loop, on a model that has learnt nothing; rewards are drawn from the texts."""
     run = RunFolder.create(folder, recipe_of(changes))
     model = Model(run.recipe.model).initialise(0)
@@ -50,16 +50,16 @@ def session_in(folder, **changes):
     saved = writer.finish()
     plan = SimpleNamespace(pool_of={"train": "home", "rollout": "away"}.__getitem__)
     train = SimpleNamespace(checkpoint=str(saved.folder.relative_to(folder)), checkpoint_sha256=saved.sha256)
-    with rl._open_session(run, plan, train, Watch(quiet=True)) as session:
-        session.reward = SimpleNamespace(score=lambda _problem, text: Reward(float(len(text) % 2), 0.0))
-        yield session
+    with loop.open_shores(run, plan, train, QUIET) as shores:
+        shores.rollouts.reward = SimpleNamespace(score=lambda _problem, text: Reward(float(len(text) % 2), 0.0))
+        yield shores
 
 
 def learn(folder, **changes):
-    with session_in(folder, **changes) as session:
-        rl._loop(session, session.watch)
-        state = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
-    return session.run.events("rl", "step"), state
+    with shores_in(folder, **changes) as shores:
+        loop.learn(shores, QUIET)
+        weights = {name: tensor.clone() for name, tensor in shores.state.weights().items()}
+    return shores.state.run.events("rl", "step"), weights
 
 
 def test_deltas_teach_exactly_what_full_updates_teach(tmp_path):
@@ -93,8 +93,8 @@ def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypa
 
 
 def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monkeypatch):
-    with session_in(tmp_path / "run", **{"rl.staleness": 0}) as session:
-        generate = session.engine.generate
+    with shores_in(tmp_path / "run", **{"rl.staleness": 0}) as shores:
+        generate = shores.rollouts.engine.generate
 
         def wrong(*args):
             return [
@@ -102,10 +102,10 @@ def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monk
                 for group in generate(*args)
             ]
 
-        monkeypatch.setattr(session.engine, "generate", wrong)
+        monkeypatch.setattr(shores.rollouts.engine, "generate", wrong)
         with pytest.raises(GateRefused, match=r"at version 2 .* in 2 checks in a row.*must not generate"):
-            rl._loop(session, session.watch)
-    alarms = session.run.events("rl", "alarm")
+            loop.learn(shores, QUIET)
+    alarms = shores.state.run.events("rl", "alarm")
     assert [alarm["weight_version"] for alarm in alarms] == [1, 2]
     assert all(alarm["gap_after_snapshot"] == pytest.approx(0.2, abs=1e-3) for alarm in alarms)
 

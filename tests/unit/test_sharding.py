@@ -26,11 +26,10 @@ from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.trainer import parallel
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.compiled import compile_parts
-from isthmus.trainer.initial import load_published
 from isthmus.trainer.mesh import Ranks, alone, check_layout
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
-from isthmus.trainer.parts import initialise, model_state
+from isthmus.trainer.parts import initialise, load_published, model_state
 from isthmus.trainer.step import train_step
 from tests.support.small import tiny_architecture
 from tests.support.small_dense import dense_architecture

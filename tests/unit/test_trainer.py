@@ -17,7 +17,7 @@ from isthmus.model.model import Model
 from isthmus.recipe.schema import OptimizerSection, SftSection
 from isthmus.trainer import step as step_module
 from isthmus.trainer.batch import pack
-from isthmus.trainer.correction import mismatch, slope, truncated_importance
+from isthmus.trainer.correction import mismatch, truncated_importance
 from isthmus.trainer.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
 from isthmus.trainer.parts import Part, parts_of
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step, update_router_bias
@@ -235,8 +235,3 @@ def test_k3_estimates_the_kl_divergence():
     drawn = torch.multinomial(p, 200_000, replacement=True)
     exact = (p * (p / q).log()).sum().item()
     assert mismatch(q.log()[drawn], p.log()[drawn]).k3 == pytest.approx(exact, rel=0.05)
-
-
-def test_slope():
-    assert slope([1.0, 2.0]) is None
-    assert slope([1.0, 3.0, 5.0, 7.0]) == pytest.approx(2.0)

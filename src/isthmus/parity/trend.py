@@ -15,6 +15,8 @@ from functools import cache
 from itertools import combinations
 from statistics import mean, median
 
+from isthmus.slopes import pairwise_slopes
+
 BLOCK = 4
 WINDOW = 32 * BLOCK
 """Only the last crossings count: what rose long ago and is flat now is no trend."""
@@ -57,9 +59,8 @@ def trend(gaps: Sequence[float]) -> Trend | None:
     blocks = [mean(recent[start : start + BLOCK]) for start in range(len(recent) % BLOCK, len(recent), BLOCK)]
     if len(blocks) < FEWEST_BLOCKS or not all(map(math.isfinite, blocks)):
         return None
-    pairs = list(combinations(enumerate(blocks), 2))
-    slope = median((later - earlier) / (j - i) for (i, earlier), (j, later) in pairs) / BLOCK
-    rising = sum((later > earlier) - (later < earlier) for (_, earlier), (_, later) in pairs)
+    slope = median(pairwise_slopes(blocks)) / BLOCK
+    rising = sum((later > earlier) - (later < earlier) for earlier, later in combinations(blocks, 2))
     return Trend(len(gaps), blocks[-1], slope, _probability_of_rising(len(blocks), rising))
 
 

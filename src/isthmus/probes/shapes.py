@@ -121,8 +121,7 @@ def _units(recipe: Recipe, expert: int) -> Counter[tuple[str, int, bool]]:
 
 def compute_dtype(recipe: Recipe, device: str) -> str:
     """What forward and backward compute in, and so what is gathered and exchanged."""
-    precision = recipe.train.precision or ("fp32" if device == "cpu" else "bf16")
-    return {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    return {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision_on(device)]
 
 
 def capped(shape: Shape, most_bytes: int | None) -> Shape:

@@ -334,7 +334,7 @@ def _model(recipe: Recipe, ranks: Ranks, section: TrainSection) -> Model:
     if ranks.device.type != "cpu":
         torch.accelerator.set_device_index(ranks.device)
     model = unfilled(recipe.model)
-    precision = section.precision or ("fp32" if ranks.device.type == "cpu" else "bf16")
+    precision = section.precision_on(ranks.device.type)
     if recipe.train.activation_checkpointing:
         model.recompute_activations()
     if ranks.grouped:

@@ -141,6 +141,10 @@ class TrainSection(Section):
     expert: Positive = 1
     tensorboard: bool = False
 
+    def precision_on(self, device: str) -> Literal["fp32", "bf16"]:
+        """What is chosen on a torch device type."""
+        return self.precision or ("fp32" if device == "cpu" else "bf16")
+
 
 class RlSection(Section):
     """Reinforcement learning with verifiable rewards. `[rl.options]` are the algorithm's own, checked in its file."""

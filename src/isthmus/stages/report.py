@@ -19,6 +19,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
+from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
 from isthmus.records import HandoffRecord, LedgerRow, PlanRecord, QualifyRecord, RlRecord, TrainRecord
@@ -149,21 +150,16 @@ def execute(run: RunFolder, watch: Watch) -> Path:
 
 def read_dossier(run: RunFolder) -> Dossier:
     """Read every record and event that the run folder has."""
+    names = [pool.name for pool in placed_pools(run.recipe)]
     return Dossier(
         run=run,
-        qualify={pool: run.read_record(f"qualify/{pool}", QualifyRecord) for pool in placed_pools(run)},
+        qualify={pool: run.read_record(f"qualify/{pool}", QualifyRecord) for pool in names},
         plan=run.read_record("plan", PlanRecord),
         train=run.read_record("train", TrainRecord),
         rl=run.read_record("rl", RlRecord),
         handoff=run.read_record("parity", HandoffRecord),
         events=run.events(),
     )
-
-
-def placed_pools(run: RunFolder) -> list[str]:
-    """The pools that a stage may be placed on, in the order of the recipe: the ones that need a verdict."""
-    named = {pool for order in run.recipe.place.model_dump().values() for pool in order}
-    return [pool for pool in run.recipe.pools if pool in named]
 
 
 def compose(dossier: Dossier) -> str:

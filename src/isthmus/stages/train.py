@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ import torch
 from isthmus.chips import Chip, device_of, get_chip
 from isthmus.data.corpus import run_tokenizer, sft_documents
 from isthmus.data.pretrain import TokenStream
-from isthmus.data.tasks import load_task
+from isthmus.data.tasks import Task, load_task
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import training_flops
 from isthmus.formats.parts.assemble import unfilled
@@ -29,25 +29,17 @@ from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Counter, Watch
-from isthmus.recipe.schema import TextSection
+from isthmus.recipe.schema import PretrainSection, Recipe, TextSection
 from isthmus.records import PlanRecord, TrainRecord
 from isthmus.run import Figure, RunFolder
-from isthmus.trainer.batch import ROW_LENGTH, Batch, pack
-from isthmus.trainer.checkpoint import (
-    CheckpointWriter,
-    SavedCheckpoint,
-    TrainingState,
-    rng_state,
-)
+from isthmus.trainer.batch import ROW_LENGTH, Batch, batch_of_rows, pack
+from isthmus.trainer.checkpoint import CheckpointWriter, SavedCheckpoint, TrainingState, resume, rng_state
 from isthmus.trainer.compiled import compile_parts
-from isthmus.trainer.initial import load_published
 from isthmus.trainer.mesh import Ranks, check_layout, launched_world, open_ranks
 from isthmus.trainer.observe import Profiler, TensorBoard, expert_imbalance, mfu, peak_memory, profiler
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
-from isthmus.trainer.parts import initialise, model_state
-from isthmus.trainer.pretrain_batch import batch_of_rows
-from isthmus.trainer.resume import resume
+from isthmus.trainer.parts import initialise, load_published, model_state
 from isthmus.trainer.step import StepLosses, train_step
 
 NAME, PRETRAIN = "train", "pretrain"
@@ -68,26 +60,20 @@ class Phase:
     """Identifies the order of the data: a position means something only in the same order."""
 
 
-@dataclass
-class Session:
-    """What the loop works on."""
+@dataclass(frozen=True)
+class Voice:
+    """Speaks for all ranks: what the first says is written and shown."""
 
     run: RunFolder
     watch: Watch
-    pool: Pool
-    chip: Chip
-    ranks: Ranks
-    precision: str
-    model: Model
-    profiler: Profiler | None = None
-    board: TensorBoard | None = None
+    is_first: bool
 
     def event(self, event: str, **fields: Any) -> None:
-        if self.ranks.is_first:
+        if self.is_first:
             self.run.event(NAME, event, **fields)
 
     def say(self, text: str) -> None:
-        if self.ranks.is_first:
+        if self.is_first:
             self.watch.say(text)
 
 
@@ -102,218 +88,228 @@ def execute(run: RunFolder, watch: Watch, *, profile: bool = False) -> TrainReco
     if pool.ranks > 1 and launched_world() is None:
         run_ranks(NAME, run.path, {"profile": profile}, pool.ranks, run.path / NAME / "ranks")
         return run.require_record(NAME, TrainRecord, NAME)
-    with _open_session(run, watch, pool, profile) as session:
-        saved = [_train(session, phase) for phase in _phases(session)]
-        if session.ranks.is_first:
-            record = _record(session, started, saved[-1])
-            run.write_record(NAME, record)
-            run.event(NAME, "end", seconds=round(record.seconds, 3))
-        session.ranks.wait()
+    device, chip = device_of(pool), get_chip(pool.chip)
+    precision = run.recipe.train.precision_on(device)
+    if device == "cpu":
+        torch.set_num_threads(max(1, pool.threads // (launched_world() or 1)))
+    torch.manual_seed(run.recipe.seed)
+    with open_ranks(device, grouped=precision != "fp32") as ranks:
+        voice = Voice(run, watch, ranks.is_first)
+        voice.event("start", pool=pool.name, ranks=ranks.world, precision=precision)
+        model = prepared_model(run.recipe, chip, ranks, precision, voice)
+        with _traced(run, voice, profile) as tracing:
+            gauges = Gauges(run, pool, chip, precision, ranks, tracing)
+            saved = [Training(phase, model, ranks, voice, gauges).finish() for phase in _phases(run, ranks)]
+            if ranks.is_first:
+                record = _record(run, pool, started, saved[-1])
+                run.write_record(NAME, record)
+                run.event(NAME, "end", seconds=round(record.seconds, 3))
+            ranks.wait()
     return run.require_record(NAME, TrainRecord, NAME)
 
 
-@contextmanager
-def _open_session(run: RunFolder, watch: Watch, pool: Pool, profile: bool) -> Iterator[Session]:
-    section, device_type = run.recipe.train, device_of(pool)
-    precision = section.precision or ("fp32" if device_type == "cpu" else "bf16")
-    if device_type == "cpu":
-        torch.set_num_threads(max(1, pool.threads // (launched_world() or 1)))
-    torch.manual_seed(run.recipe.seed)
-    with open_ranks(device_type, grouped=precision != "fp32") as ranks:
-        session = Session(run, watch, pool, get_chip(pool.chip), ranks, precision, unfilled(run.recipe.model))
-        session.event("start", pool=pool.name, ranks=ranks.world, precision=precision)
-        _prepare(session)
-        if profile and ranks.is_first:
-            with profiler(run.path / "profile" / f"{NAME}.json", *TRACED_STEPS) as session.profiler:
-                yield session
-            _report_trace(session, session.profiler)
-        else:
-            yield session
-
-
-def _report_trace(session: Session, tracing: Profiler) -> None:
-    if tracing.written is None:
-        session.event(
-            "fallback", what="no trace", why=f"a trace needs more than {sum(TRACED_STEPS[:2])} steps to train"
-        )
-    session.say(f"  trace: {tracing.written or 'none, there were too few steps left to train'}")
-
-
-def _prepare(session: Session) -> None:
-    """Make the model what it is as training starts: sharded, if there is a group of ranks, and filled."""
-    model, ranks, recipe = session.model, session.ranks, session.run.recipe
+def prepared_model(recipe: Recipe, chip: Chip, ranks: Ranks, precision: str, voice: Voice) -> Model:
+    """The model as training starts: sharded, if there is a group of ranks, and filled."""
+    model = unfilled(recipe.model)
     if recipe.train.activation_checkpointing:
         model.recompute_activations()
     if recipe.train.compile:
         compile_parts(model)
-    _choose_expert_kernels(session)
+    _choose_expert_kernels(model, chip, ranks, precision, voice)
     if ranks.grouped:
-        distribute(model, ranks, recipe.train, torch.bfloat16 if session.precision == "bf16" else torch.float32)
+        distribute(model, ranks, recipe.train, torch.bfloat16 if precision == "bf16" else torch.float32)
     materialise(model, ranks.device)
     if recipe.model.from_ is None:
         initialise(model, recipe.seed)
-        return
+        return model
     for left_out in load_published(model, recipe.model.from_):
-        session.event("fallback", what=left_out, why="the recipe's model does without it")
+        voice.event("fallback", what=left_out, why="the recipe's model does without it")
+    return model
 
 
-def _choose_expert_kernels(session: Session) -> None:
+def _choose_expert_kernels(model: Model, chip: Chip, ranks: Ranks, precision: str, voice: Voice) -> None:
     """One grouped kernel for all experts where the chip has it. The other way needs the counts on the host."""
-    experts = [module for module in session.model.modules() if isinstance(module, Experts)]
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
     aligned = all(module.aligned for module in experts)
-    grouped = bool(session.chip.capabilities.grouped_matmul) and session.precision == "bf16" and aligned
+    grouped = bool(chip.capabilities.grouped_matmul) and precision == "bf16" and aligned
     for module in experts:
         module.grouped = grouped
-    if experts and not grouped and session.ranks.device.type != "cpu":
-        why = f"no grouped product in {session.precision} is known for {session.chip.name}"
+    if experts and not grouped and ranks.device.type != "cpu":
+        why = f"no grouped product in {precision} is known for {chip.name}"
         why = why if aligned else "hidden_size and moe_intermediate_size must be multiples of 8 for a grouped product"
-        session.event("fallback", what="a matrix product for each expert", why=why)
-
-
-def _phases(session: Session) -> list[Phase]:
-    run = session.run
-    task = load_task(run.recipe)
-    if session.ranks.is_first:
-        run_tokenizer(run, task)
-    session.ranks.wait()
-    tokenizer = run_tokenizer(run, task)
-    first, world = session.ranks.rank, session.ranks.world
-
-    row_length = ROW_LENGTH if run.recipe.train.rows_per_microbatch else None
-
-    def sft_rows(step: int) -> Batch:
-        whole = pack(sft_documents(run, task, tokenizer, step), row_length, multiple_of=world)
-        return whole.select(range(first, len(whole.tokens), world))
-
-    sft = Phase(NAME, "SFT", "step", run.recipe.sft, sft_rows, f"seed {run.recipe.seed}")
-    section = run.recipe.pretrain
-    if section is None:
-        return [sft]
-    stream = TokenStream(
-        section.folder,
-        tokenizer,
-        section.row_length,
-        run.recipe.seed,
-        run.path / PRETRAIN / "tokens",
-        first_of_node=session.ranks.first_of_node,
-    )
-
-    def text_rows(step: int) -> Batch:
-        row = step * section.rows_per_step
-        stream.prepare(row, section.rows_per_step)
-        count = len(range(first, section.rows_per_step, world))
-        return batch_of_rows(stream.rows(row + first, count, world)) if count else Batch.empty(section.row_length)
-
-    return [Phase(PRETRAIN, "pretraining", "pretrain-step", section, text_rows, stream.fingerprint), sft]
-
-
-def _train(session: Session, phase: Phase) -> SavedCheckpoint:
-    """All steps of a phase that are not done yet. Returns its last checkpoint."""
-    section, ranks = phase.section, session.ranks
-    shared_by = session.run.recipe.train.replicate
-    optimizer = Optimizer(session.model, section.optimizer, section.steps, ranks, shared_by)
-    root = session.run.path / "checkpoints" / phase.name
-    writer = CheckpointWriter(root, section.keep_checkpoints, ranks.storage)
-    done = _resume(session, phase, optimizer, root)
-    if done is not None and done.step == section.steps:
-        return done
-    step = done.step if done else 0
-    with _tensorboard(session, phase, step), session.watch.count(phase.title, section.steps) as counter:
-        counter.advance_to(step)
-        while step < section.steps:
-            _one_step(session, phase, optimizer, step, counter)
-            step += 1
-            if step % section.checkpoint_every == 0 or step == section.steps:
-                writer.save(step, _state(session, phase, optimizer))
-    saved = writer.finish()
-    assert saved is not None
-    return saved
+        voice.event("fallback", what="a matrix product for each expert", why=why)
 
 
 @contextmanager
-def _tensorboard(session: Session, phase: Phase, step: int) -> Iterator[None]:
-    if not session.run.recipe.train.tensorboard or not session.ranks.is_first:
-        yield
+def _traced(run: RunFolder, voice: Voice, asked: bool) -> Iterator[Profiler | None]:
+    """A trace of the first rank, if it is asked for, and what became of it."""
+    if not asked or not voice.is_first:
+        yield None
         return
-    session.board = TensorBoard(session.run.path / NAME / "tensorboard" / phase.name, first_step=step + 1)
-    with closing(session.board):
-        yield
+    with profiler(run.path / "profile" / f"{NAME}.json", *TRACED_STEPS) as tracing:
+        yield tracing
+    if tracing.written is None:
+        voice.event("fallback", what="no trace", why=f"a trace needs more than {sum(TRACED_STEPS[:2])} steps to train")
+    voice.say(f"  trace: {tracing.written or 'none, there were too few steps left to train'}")
 
 
-def _state(session: Session, phase: Phase, optimizer: Optimizer) -> TrainingState:
-    extra = {"data": phase.data, "rng": rng_state(session.ranks.device)}
-    return TrainingState(model_state(session.model), optimizer.state(), extra)
+def _phases(run: RunFolder, ranks: Ranks) -> list[Phase]:
+    task = load_task(run.recipe)
+    if ranks.is_first:
+        run_tokenizer(run, task)
+    ranks.wait()
+    tokenizer = run_tokenizer(run, task)
+    sft = sft_phase(run, ranks, task, tokenizer)
+    return [sft] if run.recipe.pretrain is None else [pretrain_phase(run, run.recipe.pretrain, ranks, tokenizer), sft]
 
 
-def _resume(session: Session, phase: Phase, optimizer: Optimizer, root: Path) -> SavedCheckpoint | None:
-    """Load the newest whole checkpoint of a phase into model and optimiser; None if there is none."""
-    state, ranks = _state(session, phase, optimizer), session.ranks
-    event = partial(session.event, phase=phase.name)
-    loaded = resume(root, state, ranks.storage, ranks.device, event, session.say)
-    if loaded is None:
-        return None
-    if loaded.extra["data"] != phase.data:
-        raise IsthmusError(
-            f"{loaded.folder} was trained on other data than the recipe now reads: the files, the tokenizer or their "
-            "order have changed, so its position in them means nothing. Restore the data, or start a new run folder."
+def sft_phase(run: RunFolder, ranks: Ranks, task: Task, tokenizer: Tokenizer) -> Phase:
+    """Supervised fine-tuning on the task's worked examples."""
+    row_length = ROW_LENGTH if run.recipe.train.rows_per_microbatch else None
+
+    def rows(step: int) -> Batch:
+        whole = pack(sft_documents(run, task, tokenizer, step), row_length, multiple_of=ranks.world)
+        return whole.select(range(ranks.rank, len(whole.tokens), ranks.world))
+
+    return Phase(NAME, "SFT", "step", run.recipe.sft, rows, f"seed {run.recipe.seed}")
+
+
+def pretrain_phase(run: RunFolder, section: PretrainSection, ranks: Ranks, tokenizer: Tokenizer) -> Phase:
+    """Next-token prediction on a folder of text."""
+    folder, seed, cache = section.folder, run.recipe.seed, run.path / PRETRAIN / "tokens"
+    stream = TokenStream(folder, tokenizer, section.row_length, seed, cache, first_of_node=ranks.first_of_node)
+
+    def rows(step: int) -> Batch:
+        row = step * section.rows_per_step
+        stream.prepare(row, section.rows_per_step)
+        count = len(range(ranks.rank, section.rows_per_step, ranks.world))
+        if not count:
+            return Batch.empty(section.row_length)
+        return batch_of_rows(stream.rows(row + ranks.rank, count, ranks.world))
+
+    return Phase(PRETRAIN, "pretraining", "pretrain-step", section, rows, stream.fingerprint)
+
+
+class Training:
+    """One phase under way: its optimiser and its checkpoints."""
+
+    def __init__(self, phase: Phase, model: Model, ranks: Ranks, voice: Voice, gauges: Gauges):
+        self.phase, self.model, self.ranks, self.voice, self.gauges = phase, model, ranks, voice, gauges
+        self.section, self.recipe = phase.section, voice.run.recipe
+        shared_by = self.recipe.train.replicate
+        self.optimizer = Optimizer(model, self.section.optimizer, self.section.steps, ranks, shared_by)
+        root = voice.run.path / "checkpoints" / phase.name
+        self.checkpoints = CheckpointWriter(root, self.section.keep_checkpoints, ranks.storage)
+
+    def finish(self) -> SavedCheckpoint:
+        """All steps that are not done yet. Returns the last checkpoint."""
+        done = self._resume()
+        if done is not None and done.step == self.section.steps:
+            return done
+        step = done.step if done else 0
+        with (
+            self.gauges.curves(self.phase.name, first_step=step + 1),
+            self.voice.watch.count(self.phase.title, self.section.steps) as counter,
+        ):
+            counter.advance_to(step)
+            while step < self.section.steps:
+                self._step(step, counter)
+                step += 1
+                if step % self.section.checkpoint_every == 0 or step == self.section.steps:
+                    self.checkpoints.save(step, self._state())
+        saved = self.checkpoints.finish()
+        assert saved is not None
+        return saved
+
+    def _step(self, step: int, counter: Counter) -> None:
+        began = time.perf_counter()
+        batch = self.phase.batch(step)
+        rows_at_once = self.recipe.train.rows_per_microbatch
+        losses, gradient_norm = train_step(
+            self.model, self.optimizer, batch, self.section, step, self.ranks, rows_at_once
         )
-    session.event("resume", phase=phase.name, from_step=loaded.step)
-    session.say(f"  continuing {phase.title} from the checkpoint at step {loaded.step}")
-    return SavedCheckpoint(loaded.folder, loaded.step, loaded.sha256)
+        seconds = time.perf_counter() - began
+        self.gauges.trace_step()
+        if not self.ranks.is_first:
+            return
+        losses = losses.on_host()
+        rate = self.section.optimizer.learning_rate * self.optimizer.schedule(step)
+        measures = self.gauges.measures(losses, batch.mean_context, seconds)
+        measures |= {"grad_norm": round(gradient_norm, 4), "learning_rate": rate}
+        self.gauges.tell(self.phase, step + 1, losses, measures)
+        counter.advance_to(step + 1, _status(losses, measures))
+
+    def _state(self) -> TrainingState:
+        extra = {"data": self.phase.data, "rng": rng_state(self.ranks.device)}
+        return TrainingState(model_state(self.model), self.optimizer.state(), extra)
+
+    def _resume(self) -> SavedCheckpoint | None:
+        """Load the newest whole checkpoint of the phase into model and optimiser; None if there is none."""
+        event = partial(self.voice.event, phase=self.phase.name)
+        root, ranks = self.checkpoints.root, self.ranks
+        loaded = resume(root, self._state(), ranks.storage, ranks.device, event, self.voice.say)
+        if loaded is None:
+            return None
+        if loaded.extra["data"] != self.phase.data:
+            raise IsthmusError(
+                f"{loaded.folder} was trained on other data than the recipe now reads: the files, the tokenizer or "
+                "their order have changed, so its position in them means nothing. Restore the data, or start a new "
+                "run folder."
+            )
+        event("resume", from_step=loaded.step)
+        self.voice.say(f"  continuing {self.phase.title} from the checkpoint at step {loaded.step}")
+        return SavedCheckpoint(loaded.folder, loaded.step, loaded.sha256)
 
 
-def _one_step(session: Session, phase: Phase, optimizer: Optimizer, step: int, counter: Counter) -> None:
-    began = time.perf_counter()
-    batch = phase.batch(step)
-    losses, gradient_norm = train_step(
-        session.model,
-        optimizer,
-        batch,
-        phase.section,
-        step,
-        session.ranks,
-        session.run.recipe.train.rows_per_microbatch,
-    )
-    seconds = time.perf_counter() - began
-    if session.profiler is not None:
-        session.profiler.step()
-    if not session.ranks.is_first:
-        return
-    losses = losses.on_host()
-    rate = phase.section.optimizer.learning_rate * optimizer.schedule(step)
-    measures = _measures(session, losses, batch.mean_context, seconds)
-    measures |= {"grad_norm": round(gradient_norm, 4), "learning_rate": rate}
-    _report(session, phase, step + 1, losses, measures)
-    counter.advance_to(step + 1, _status(losses, measures))
+@dataclass
+class Gauges:
+    """What one sees of a step beside its losses, as the first rank sees it."""
 
+    run: RunFolder
+    pool: Pool
+    chip: Chip
+    precision: str
+    ranks: Ranks
+    tracing: Profiler | None
+    board: TensorBoard | None = None
 
-def _measures(session: Session, losses: StepLosses, context: float, seconds: float) -> dict[str, float | None]:
-    """What one sees of a step beside its losses. Memory is that of the first rank."""
-    rate = _measured(session, losses.tokens / seconds, "tokens/s", "one step")
-    flops = training_flops(session.run.recipe.model, context)
-    share = mfu(rate, flops, session.chip, session.precision, session.ranks.world)
-    memory = peak_memory(session.ranks.device)
-    return {
-        "tokens": losses.tokens,
-        "seconds": round(seconds, 4),
-        "tokens_per_s": round(losses.tokens / seconds, 1),
-        "mfu": share and share.value,
-        "memory_gib": memory and round(memory / 2**30, 3),
-        "expert_imbalance": expert_imbalance(losses.loads),
-    }
+    @contextmanager
+    def curves(self, phase: str, first_step: int) -> Iterator[None]:
+        """Draw a phase for TensorBoard from a step on, if the recipe wants it."""
+        if not self.run.recipe.train.tensorboard or not self.ranks.is_first:
+            yield
+            return
+        self.board = TensorBoard(self.run.path / NAME / "tensorboard" / phase, first_step)
+        with closing(self.board):
+            yield
 
+    def trace_step(self) -> None:
+        if self.tracing is not None:
+            self.tracing.step()
 
-def _report(session: Session, phase: Phase, step: int, losses: StepLosses, measures: dict[str, float | None]) -> None:
-    values = {
-        "loss": round(losses.loss, 7),
-        "mtp_loss": round(losses.mtp_loss, 7),
-        "balance_loss": round(losses.balance_loss, 7),
-        **measures,
-    }
-    loads = [[round(share, 4) for share in (load / load.sum().clamp(min=1)).tolist()] for load in losses.loads]
-    session.run.event(NAME, phase.event, step=step, expert_load=loads, ranks=session.ranks.world, **values)
-    if session.board is not None:
-        session.board.step(phase.name, step, values)
+    def measures(self, losses: StepLosses, context: float, seconds: float) -> dict[str, float | None]:
+        """Of a step in which tokens attended to `context` others on average. Memory is that of the first rank."""
+        rate = Figure.measured(losses.tokens / seconds, "tokens/s", "one step", rehearsed=self.pool.rehearsed)
+        flops = training_flops(self.run.recipe.model, context)
+        share = mfu(rate, flops, self.chip, self.precision, self.ranks.world)
+        memory = peak_memory(self.ranks.device)
+        return {
+            "tokens": losses.tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(losses.tokens / seconds, 1),
+            "mfu": share and share.value,
+            "memory_gib": memory and round(memory / 2**30, 3),
+            "expert_imbalance": expert_imbalance(losses.loads),
+        }
+
+    def tell(self, phase: Phase, step: int, losses: StepLosses, measures: dict[str, float | None]) -> None:
+        """The event of a step, and its points on the curves."""
+        names = ("loss", "mtp_loss", "balance_loss")
+        values = {name: round(getattr(losses, name), 7) for name in names} | measures
+        loads = [[round(share, 4) for share in (load / load.sum().clamp(min=1)).tolist()] for load in losses.loads]
+        self.run.event(NAME, phase.event, step=step, expert_load=loads, ranks=self.ranks.world, **values)
+        if self.board is not None:
+            self.board.step(phase.name, step, values)
 
 
 def _status(losses: StepLosses, measures: dict[str, float | None]) -> str:
@@ -326,29 +322,23 @@ def _status(losses: StepLosses, measures: dict[str, float | None]) -> str:
     return "  ".join(shown)
 
 
-def _measured(session: Session, value: float, unit: str, source: str) -> Figure:
-    return Figure.measured(value, unit, source, rehearsed=session.pool.rehearsed)
-
-
-def _record(session: Session, started: float, saved: SavedCheckpoint) -> TrainRecord:
-    run, whole = session.run, unfilled(session.run.recipe.model)
+def _record(run: RunFolder, pool: Pool, started: float, saved: SavedCheckpoint) -> TrainRecord:
     last = run.events(NAME, "step")[-1]
-    source = f"step {saved.step} of supervised fine-tuning on pool {session.pool.name}, events.jsonl"
-    figures = {
-        "loss": _measured(session, last["loss"], "nats/token", source),
-        "tokens_per_s": _measured(session, last["tokens_per_s"], "tokens/s", source),
-        "parameters": _measured(
-            session, sum(p.numel() for p in whole.parameters()), "parameters", "counted on the model"
-        ),
+    source = f"step {saved.step} of supervised fine-tuning on pool {pool.name}, events.jsonl"
+    parameters = sum(parameter.numel() for parameter in unfilled(run.recipe.model).parameters())
+    found = {
+        "loss": (last["loss"], "nats/token", source),
+        "tokens_per_s": (last["tokens_per_s"], "tokens/s", source),
+        "parameters": (parameters, "parameters", "counted on the model"),
     }
     return TrainRecord(
         recipe_sha256=run.recipe.digest(),
         started=started,
         ended=time.time(),
-        pool=session.pool.name,
+        pool=pool.name,
         steps=saved.step,
         resumed_from=[event["from_step"] for event in run.events(NAME, "resume")],
         checkpoint=str(saved.folder.relative_to(run.path)),
         checkpoint_sha256=saved.sha256,
-        figures=figures,
+        figures={name: Figure.measured(*one, rehearsed=pool.rehearsed) for name, one in found.items()},
     )

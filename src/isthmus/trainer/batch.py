@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
+from isthmus.data.pretrain import Rows
 
 ROW_LENGTH = 256
 """Tokens of a row that is part of a microbatch, about, unless a document is longer."""
@@ -127,3 +128,16 @@ def _fill(documents: Sequence[Document], rows: list[list[int]], width: int) -> B
             target_mask[row, start + item.prompt_length : end] = True
             start = end
     return Batch(tokens, positions, document, target_mask)
+
+
+def batch_of_rows(rows: Rows) -> Batch:
+    """The batch [rows, row_length]: positions count from 0 in each document, and all but its first token are targets.
+
+    The first token of a row is never a target, for nothing before it is in the row.
+    """
+    tokens, document = torch.from_numpy(rows.tokens), torch.from_numpy(rows.document)
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    index = torch.arange(tokens.shape[1]).expand_as(tokens)
+    positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+    return Batch(tokens, positions, document, ~begins)

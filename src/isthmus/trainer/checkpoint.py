@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.markup import escape
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.default_planner import (
@@ -226,6 +227,33 @@ def _load(folder: Path, state: TrainingState, group: ProcessGroup | None) -> Loa
     _check_nothing_is_left_out(folder, manifest, wanted, group)
     _vote(lambda: _fill(folder, manifest, wanted), group)
     return LoadedCheckpoint(folder, manifest.step, manifest.extra, sha256, manifest.torch)
+
+
+def resume(
+    root: Path,
+    state: TrainingState,
+    group: ProcessGroup | None,
+    device: torch.device,
+    event: Callable[..., None],
+    say: Callable[[str], None],
+) -> LoadedCheckpoint | None:
+    """Fill `state` and the random generators as `load_latest` does; None if there is no checkpoint.
+
+    `event` takes the name of an event and its fields, `say` a line for the user. Raises as `load_latest`.
+    """
+
+    def damaged(message: str) -> None:
+        event("fallback", what=f"the checkpoint before a damaged one: {message}", why="the newest is damaged")
+        say(f"  [yellow]{escape(message)}[/]; trying the one before it")
+
+    loaded = load_latest(root, state, group, damaged)
+    if loaded is None:
+        return None
+    if not restore_rng(loaded.extra["rng"], device):
+        event("fallback", what="a new random state", why=f"{loaded.folder} was written on another kind of chip")
+    if loaded.torch != torch.__version__:
+        event("torch-changed", before=loaded.torch, now=torch.__version__)
+    return loaded
 
 
 def load_model_state(folder: Path, sha256: str) -> dict[str, Tensor]:

@@ -44,13 +44,3 @@ def truncated_importance(trainer: Tensor, engine: Tensor, cap: float) -> Correct
     """Weights min(p_trainer / p_engine, cap) of log-probabilities [N]."""
     ratio = (trainer - engine).exp()
     return Correction(ratio.clamp(max=cap), ratio.mean().item(), (ratio > cap).float().mean().item())
-
-
-def slope(values: list[float]) -> float | None:
-    """Least-squares slope per step of a series; None for fewer than three values."""
-    count = len(values)
-    if count < 3:
-        return None
-    mean_x, mean_y = (count - 1) / 2, sum(values) / count
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in enumerate(values))
-    return covariance / sum((x - mean_x) ** 2 for x in range(count))

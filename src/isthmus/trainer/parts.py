@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, published
@@ -104,6 +106,21 @@ def initialise(model: Model, seed: int) -> None:
         receive(name, value)
     for router in model.routers():
         router.e_score_correction_bias.zero_()
+
+
+def load_published(model: Model, folder: Path) -> list[str]:
+    """Fill `model`, or what this rank holds of it, from a checkpoint in Hugging Face layout, tensor by tensor.
+
+    Returns in words what the folder holds beyond the model, such as an MTP layer that the recipe does without: the
+    caller tells the user. Raises IsthmusError naming missing, extra, mis-shaped or quantised tensors, and DamagedFile
+    naming a file that is missing or not whole; the model is untouched then.
+    """
+    with StoredTensors(folder) as stored:
+        checkpoint = Checkpoint(stored, model.architecture)
+        receive = Receiver(model)
+        for name, tensor in checkpoint.tensors(receive.wants):
+            receive(name, tensor)
+        return checkpoint.left_out
 
 
 class Receiver:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from isthmus.slopes import pairwise_slopes
+
 
 @dataclass(frozen=True)
 class Median:
@@ -138,7 +140,7 @@ def theil_sen(values: Sequence[float], confidence: float) -> Slope:
     statistics (N -+ z sqrt(n (n - 1)(2n + 5) / 18)) / 2. Needs at least three values.
     """
     n = len(values)
-    slopes = sorted((values[j] - values[i]) / (j - i) for i in range(n) for j in range(i + 1, n))
+    slopes = pairwise_slopes(values)
     reach = statistics.NormalDist().inv_cdf((1.0 + confidence) / 2.0) * math.sqrt(n * (n - 1) * (2 * n + 5) / 18.0)
     first = max(0, math.floor((len(slopes) - reach) / 2.0))
     last = min(len(slopes) - 1, math.ceil((len(slopes) + reach) / 2.0))

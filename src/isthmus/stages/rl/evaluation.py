@@ -1,0 +1,175 @@
+"""What RL was worth: the held-out problems before and after it, and the record of the stage."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isthmus.data.tasks import seeded
+from isthmus.engines import Completion, Sampling
+from isthmus.parity.paired import paired_difference, wilson_interval
+from isthmus.records import PlanRecord, RlRecord
+from isthmus.run import Figure, RunFolder, write_atomic
+from isthmus.stages.rl.rollout import Rollouts
+from isthmus.stages.rl.state import NAME
+from isthmus.trainer.checkpoint import SavedCheckpoint
+
+PER_STEP = {
+    "mismatch_abs": ("mismatch_abs", 1, "nats/token"),
+    "mismatch_k3": ("mismatch_k3", 1, "nats/token"),
+    "importance_clipped": ("importance_clipped", 100, "%"),
+    "update_bytes": ("update_bytes", 1, "B/step"),
+    "update_ratio": ("update_ratio", 100, "% of a full update"),
+    "rollout_tokens_per_s": ("tokens_per_s", 1, "tokens/s"),
+}
+"""Figures of the record that are means over steps: the key in their events, the scale, and the unit."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out results, problem by problem in the order of the task."""
+
+    correct: list[bool]
+    tokens: list[int]
+    texts: list[str]
+    greedy_correct: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def greedy_accuracy(self) -> float:
+        return sum(self.greedy_correct) / len(self.greedy_correct)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self.tokens) / len(self.tokens)
+
+
+def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str], None]) -> Evaluation:
+    """Held-out problems through the engine, sampled and greedy; stored, so that a continued run does not repeat it."""
+    path = run.path / NAME / f"heldout-{which}.json"
+    if path.exists():
+        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+    say(f"  held-out problems {which} RL")
+    section = run.recipe.rl
+    problems = rollouts.task.heldout[: section.heldout_problems]
+    prompts = rollouts.prompts(problems)
+    seeds = [seeded("heldout", run.recipe.seed, problem.id).getrandbits(48) for problem in problems]
+
+    def answers(temperature: float) -> list[Completion]:
+        groups = rollouts.engine.generate(prompts, Sampling(section.max_new_tokens, temperature), seeds)
+        return [group[0] for group in groups]
+
+    def right(answers: list[Completion]) -> list[bool]:
+        pairs = zip(problems, answers, strict=True)
+        return [rollouts.score(problem, answer).accuracy == 1.0 for problem, answer in pairs]
+
+    began = time.perf_counter()
+    sampled, greedy = answers(section.temperature), answers(0.0)
+    texts = [rollouts.tokenizer.decode(answer.tokens) for answer in sampled]
+    result = Evaluation(right(sampled), [len(answer.tokens) for answer in sampled], texts, right(greedy))
+    write_atomic(path, json.dumps(result.__dict__).encode())
+    run.event(
+        NAME,
+        "evaluate",
+        which=which,
+        problems=len(problems),
+        accuracy=round(result.accuracy, 5),
+        greedy_accuracy=round(result.greedy_accuracy, 5),
+        completion_tokens=round(result.mean_tokens, 3),
+        seconds=round(time.perf_counter() - began, 3),
+    )
+    return result
+
+
+class Comparison:
+    """The held-out problems before and after RL, as figures."""
+
+    def __init__(self, run: RunFolder, plan: PlanRecord, before: Evaluation, after: Evaluation):
+        self.run, self.plan, self.before, self.after = run, plan, before, after
+        self.away = plan.pool_of("rollout")
+        self.rehearsed = run.recipe.pools[self.away].rehearsed
+        self.count = len(before.correct)
+        self.source = (
+            f"{self.count} held-out problems, one sample each at temperature {run.recipe.rl.temperature}, "
+            f"generated on pool {self.away}"
+        )
+        self.steps = run.events(NAME, "step")
+
+    def record(self, started: float, saved: SavedCheckpoint) -> RlRecord:
+        """The record of a stage that ends now, with its last checkpoint."""
+        before, after = self.before, self.after
+        sample_before, sample_after = self._telling_example()
+        return RlRecord(
+            recipe_sha256=self.run.recipe.digest(),
+            started=started,
+            ended=time.time(),
+            train_pool=self.plan.pool_of("train"),
+            rollout_pool=self.away,
+            rollout_rehearsed=self.rehearsed,
+            algorithm=self.run.recipe.rl.algorithm,
+            steps=saved.step,
+            resumed_from=[event["from_step"] for event in self.run.events(NAME, "resume")],
+            checkpoint=str(saved.folder.relative_to(self.run.path)),
+            checkpoint_sha256=saved.sha256,
+            weight_version=saved.step,
+            heldout_problems=self.count,
+            accuracy_before=self._accuracy(before),
+            accuracy_after=self._accuracy(after),
+            accuracy_gain=self._gain(),
+            thought_tokens_before=self._figure(before.mean_tokens, "tokens/completion", self.source),
+            thought_tokens_after=self._figure(after.mean_tokens, "tokens/completion", self.source),
+            figures=self._greedy() | self._per_step(),
+            sample_before=sample_before,
+            sample_after=sample_after,
+        )
+
+    def _figure(self, value: float, unit: str, source: str, *interval: float) -> Figure:
+        low, high = interval or (None, None)
+        return Figure.measured(value, unit, source, rehearsed=self.rehearsed, low=low, high=high)
+
+    def _accuracy(self, evaluation: Evaluation) -> Figure:
+        low, high = wilson_interval(evaluation.accuracy, self.count, 0.95)
+        source = f"{self.source}, 95% Wilson interval"
+        return self._figure(100 * evaluation.accuracy, "%", source, 100 * low, 100 * high)
+
+    def _gain(self) -> Figure:
+        gain, low, high = paired_difference(self.before.correct, self.after.correct, 0.95)
+        source = f"{self.source}, paired by problem, 95% interval"
+        return self._figure(100 * gain, "points", source, 100 * low, 100 * high)
+
+    def _greedy(self) -> dict[str, Figure]:
+        source = f"{self.count} held-out problems, greedy"
+        return {
+            f"greedy_accuracy_{which}": self._figure(100 * one.greedy_accuracy, "%", source)
+            for which, one in (("before", self.before), ("after", self.after))
+        }
+
+    def _per_step(self) -> dict[str, Figure]:
+        """Means over the steps; `parity_gap`, the chip's side of the gap, only if versions were checked."""
+        source = f"mean over {len(self.steps)} steps, events.jsonl"
+        gaps = self._values("parity_gap")
+        checked = f"mean over {len(gaps)} versions, engine against the exact model of the format, events.jsonl"
+        figures = {
+            name: self._figure(scale * self._mean(key), unit, source) for name, (key, scale, unit) in PER_STEP.items()
+        }
+        if gaps:
+            figures["parity_gap"] = self._figure(self._mean("parity_gap"), "nats/token", checked)
+        return figures
+
+    def _mean(self, key: str) -> float:
+        values = self._values(key)
+        return sum(values) / max(len(values), 1)
+
+    def _values(self, key: str) -> list[float]:
+        return [event[key] for event in self.steps if event.get(key) is not None]
+
+    def _telling_example(self) -> tuple[str, str]:
+        """One held-out problem as it was answered before and after: the first that RL turned from wrong to right."""
+        pairs = zip(self.before.correct, self.after.correct, strict=True)
+        index = next((i for i, (old, new) in enumerate(pairs) if new and not old), 0)
+        return self.before.texts[index], self.after.texts[index]

@@ -1,0 +1,153 @@
+"""Rollouts: what the engine wrote for the prompts of a step, and what it earned."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from isthmus.data.corpus import prompt_ids
+from isthmus.data.tasks import Problem, Task, seeded
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines import Completion, Engine, Sampling
+from isthmus.errors import DamagedFile
+from isthmus.rewards import Reward, RewardModule
+from isthmus.run import RunFolder, write_atomic
+from isthmus.stages.rl.state import NAME
+
+
+@dataclass
+class Rollout:
+    """Samples of one step: G completions for each of P prompts, with their rewards [P, G]."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    completions: list[list[Completion]]
+    rewards: list[list[Reward]]
+    seconds: float
+
+    @property
+    def flat(self) -> list[tuple[int, Completion]]:
+        """(prompt index, completion), sample by sample."""
+        return [(index, one) for index, group in enumerate(self.completions) for one in group]
+
+    @property
+    def version(self) -> int:
+        return min(completion.version for _, completion in self.flat)
+
+    @property
+    def accuracy(self) -> float:
+        scored = [one.accuracy for group in self.rewards for one in group]
+        return sum(scored) / len(scored)
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.tokens / len(self.flat)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(one.tokens) for _, one in self.flat)
+
+    def totals(self, format_reward: float) -> Tensor:
+        """[P, G], what is maximised: the accuracy, and the format by its weight."""
+        return torch.tensor([[one.total(format_reward) for one in group] for group in self.rewards])
+
+    def shown(self) -> dict[str, Any]:
+        """For an event."""
+        formats = [one.format for group in self.rewards for one in group]
+        cut = sum(one.finish_reason == "length" for _, one in self.flat)
+        return {
+            "accuracy": round(self.accuracy, 5),
+            "format": round(sum(formats) / len(formats), 5),
+            "completion_tokens": round(self.mean_tokens, 3),
+            "truncated": cut / len(formats),
+            "tokens": self.tokens,
+            "tokens_per_s": round(self.tokens / self.seconds, 1),
+            "rollout_s": round(self.seconds, 4),
+        }
+
+
+_ROLLOUT = TypeAdapter(Rollout)
+
+
+@dataclass
+class Rollouts:
+    """The engine at work on the task, step by step.
+
+    With `staleness` it generates the next step's samples in the background while this step's are learnt from: those
+    come from the weights of one step before, and a checkpoint keeps them, for a continued run has other weights.
+    """
+
+    run: RunFolder
+    task: Task
+    tokenizer: Tokenizer
+    reward: RewardModule
+    engine: Engine
+    background: Executor
+    _next: Future[Rollout] | None = None
+
+    def take(self, step: int) -> Rollout:
+        """The samples of a step. The next ones are begun, if they may lag behind."""
+        rollout = self._next.result() if self._next else self.generate(step)
+        section = self.run.recipe.rl
+        begun = section.staleness and step + 1 < section.steps
+        self._next = self.background.submit(self.generate, step + 1) if begun else None
+        return rollout
+
+    def wait(self) -> None:
+        """Until the engine is idle: weights cross between two rollouts, never within one."""
+        if self._next is not None:
+            self._next.result()
+
+    def generate(self, step: int) -> Rollout:
+        """Samples for the prompts of a step; prompts and sampling depend on the seed and the step alone."""
+        began = time.perf_counter()
+        section = self.run.recipe.rl
+        chance = seeded("rl", self.run.recipe.seed, step)
+        problems = chance.choices(self.task.train, k=section.prompts_per_step)
+        seeds = [chance.getrandbits(48) for _ in problems]
+        prompts = self.prompts(problems)
+        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt)
+        completions = self.engine.generate(prompts, sampling, seeds)
+        rewards = [
+            [self.score(problem, one) for one in group] for problem, group in zip(problems, completions, strict=True)
+        ]
+        return Rollout(problems, prompts, completions, rewards, time.perf_counter() - began)
+
+    def prompts(self, problems: list[Problem]) -> list[list[int]]:
+        return [prompt_ids(self.tokenizer, problem) for problem in problems]
+
+    def score(self, problem: Problem, completion: Completion) -> Reward:
+        return self.reward.score(problem, self.tokenizer.decode(completion.tokens))
+
+    def store(self, step: int) -> None:
+        """Keep the samples that older weights generated for this step: a continued run learns from the same ones."""
+        path, section = self._path(step), self.run.recipe.rl
+        if self._next is not None:
+            write_atomic(path, _ROLLOUT.dump_json(self._next.result()))
+        oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
+        for stored in path.parent.glob("rollout-*.json"):
+            if stored.name < oldest.name:
+                stored.unlink()
+
+    def restore(self, step: int) -> None:
+        """Take up the samples that were stored for this step, if there are any. Raises DamagedFile."""
+        path = self._path(step)
+        if not path.exists():
+            return
+        try:
+            stored = _ROLLOUT.validate_json(path.read_bytes())
+        except ValidationError as error:
+            advice = "Delete it: its samples are then generated anew."
+            raise DamagedFile(f"{path} cannot be read ({error}). {advice}") from None
+        self._next = Future()
+        self._next.set_result(stored)
+
+    def _path(self, step: int) -> Path:
+        return self.run.path / NAME / f"rollout-{step:06d}.json"
