@@ -28,7 +28,7 @@ from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
-from isthmus.probes.static.check import StaticCoverage, amount, finding, join, needs_of, sizes_of, static_findings
+from isthmus.probes.static.check import StaticCoverage, amount, finding_of, join, needs_of, sizes_of, static_findings
 from isthmus.probes.static.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
 from isthmus.probes.static.trace import (
     Layout,
@@ -237,11 +237,11 @@ def test_a_planted_fallback_and_a_planted_gap_change_the_shares():
     slow = join("training", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback"))
     assert slow.share("fallback") == pytest.approx(4 / 24)
     assert "16.7% in operators that fall back" in slow.headline()
-    assert finding(slow).outcome == "fail" and not slow.impossible
+    assert finding_of(slow).outcome == "fail" and not slow.impossible
     gap = join("training", "two operators", TWO, chip, with_statuses(profile, mm="none"))
     assert gap.share("none") == pytest.approx(20 / 24)
     assert gap.impossible == ["aten::mm is missing"]
-    served = finding(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
+    served = finding_of(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
     assert served.outcome == "pass" and "on the host's CPU, silently: aten::add.Tensor" in served.detail
 
 
@@ -264,7 +264,7 @@ def test_without_a_peak_arithmetic_comes_first_and_then_bytes():
     assert found.headline() == (
         "100.0% of the arithmetic and 70.0% of the bytes moved native; 0.0% and 30.0% in operators that fall back"
     )
-    figures = finding(found).figures
+    figures = finding_of(found).figures
     assert figures["fallback_operators"].value == 1 and figures["fallback_share"].value == 0
     assert figures["fallback_share_of_bytes"].value == pytest.approx(30.0)
     assert [line.split() for line in shown(found, 80).splitlines() if line.startswith("aten::add")] == [

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from isthmus.chips import Chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
+from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.static.operators import Coverage, Trace, coverage
 from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
@@ -36,6 +38,7 @@ COLLECTIVE_NAMES = {
     "all-to-all": ("all_to_all", None),
 }
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+_finding = partial(finding, aspect="software")
 _TIME_IN_PARTS: tuple[Status, ...] = ("generic", "decomposes")
 
 
@@ -402,32 +405,18 @@ def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int 
     problem = layout_problem(recipe.model, recipe.train, ranks)
     layout = Layout() if problem else Layout.of(recipe.model, recipe.train, ranks)
     found = static_coverage(recipe, chip, profile, layout)
-    findings = [finding(one) for one in found]
+    findings = [finding_of(one) for one in found]
     if fused_tables_of(chip.slug).operators:
         findings += [
             _fused_finding(needs_of(recipe, layout, chip, profile, use), use) for use in ("training", "serving")
         ]
     if problem:
-        findings.append(_of_training("layout", "fail", problem))
+        findings.append(_finding("layout", "fail", problem, needed_for="training"))
     training = next(one for one in found if one.use == "training")
     return [*findings, _repeatable_finding(training), *_dtype_findings(profile)]
 
 
-def _of_training(
-    name: str, outcome: Outcome, detail: str, samples: int = 0, limits: list[Limit] | None = None
-) -> Evidence:
-    return Evidence(
-        name=name,
-        aspect="software",
-        needed_for="training",
-        outcome=outcome,
-        detail=detail,
-        samples=samples,
-        limits=limits or [],
-    )
-
-
-def finding(found: StaticCoverage) -> Evidence:
+def finding_of(found: StaticCoverage) -> Evidence:
     """Operators that are missing, or called with a dtype that the chip refuses, fail a use. Those that fall back fail
     training, where every step of every rank would wait, and are told of serving, as on the chip (probes/software.py).
     """
@@ -440,16 +429,8 @@ def finding(found: StaticCoverage) -> Evidence:
     words += [f"weak with {dtype}: {', '.join(names)}" for dtype, names in found.found.weak_dtypes.items()]
     cautions = [f"{name} ({', '.join(notes)})" for name, notes in found.found.cautions.items()]
     words += [f"documented limits: {', '.join(cautions)}"] if cautions else []
-    figures = _figures(found)
-    return Evidence(
-        name=f"operators of {found.what}",
-        aspect="software",
-        needed_for=found.use,
-        outcome=outcome,
-        detail="; ".join(words),
-        samples=found.found.total,
-        figures=figures,
-    )
+    name = f"operators of {found.what}"
+    return _finding(name, outcome, "; ".join(words), found.found.total, _figures(found), needed_for=found.use)
 
 
 def _figures(found: StaticCoverage) -> dict[str, Figure]:
@@ -472,14 +453,7 @@ def _fused_finding(needs: list[NeedFound], use: Use) -> Evidence:
     words = [need_sentence(need) for need in needs if need.usable or need.unusable]
     bare = [need.need for need in needs if not need.usable and not need.unusable]
     words += [f"nothing fused is known for {', '.join(bare)}"] if bare else []
-    return Evidence(
-        name=f"fused operators for {use}",
-        aspect="software",
-        needed_for=use,
-        outcome="pass",
-        detail="; ".join(words),
-        samples=len(needs),
-    )
+    return _finding(f"fused operators for {use}", "pass", "; ".join(words), len(needs), needed_for=use)
 
 
 def need_sentence(need: NeedFound) -> str:
@@ -517,7 +491,7 @@ def _repeatable_finding(training: StaticCoverage) -> Evidence:
             f"{_percents(training.shares_of(rows))} of the {bases} in operators that are not deterministic unless "
             f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
-    return _of_training("deterministic by default", "pass", detail, len(training.rows))
+    return _finding("deterministic by default", "pass", detail, len(training.rows), needed_for="training")
 
 
 def _dtype_findings(profile: Profile) -> list[Evidence]:
@@ -528,7 +502,8 @@ def _dtype_findings(profile: Profile) -> list[Evidence]:
     reasons = {_PRECISIONS[dtype]: rule.behaviour for dtype, rule in refused.items() if dtype in _PRECISIONS}
     limits = [Limit(setting="train.precision", excluded=[name], reason=reason) for name, reason in reasons.items()]
     detail = "; ".join(f"{dtype}: {rule.behaviour} ({rule.standing})" for dtype, rule in refused.items())
-    return [_of_training("refused dtypes", "fail" if limits else "pass", detail, len(refused), limits)]
+    outcome = "fail" if limits else "pass"
+    return [_finding("refused dtypes", outcome, detail, len(refused), limits=limits, needed_for="training")]
 
 
 def percent(share: float) -> str:
