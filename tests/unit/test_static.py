@@ -29,7 +29,16 @@ from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.probes.static.check import StaticCoverage, amount, finding_of, join, needs_of, sizes_of, static_findings
-from isthmus.probes.static.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
+from isthmus.probes.static.costs import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    ATTENTION,
+    BACKWARD,
+    Call,
+    CostRecorder,
+    Costs,
+    record_costs,
+)
 from isthmus.probes.static.trace import (
     Layout,
     Options,
@@ -39,7 +48,6 @@ from isthmus.probes.static.trace import (
     step_costs,
     training_costs,
 )
-from isthmus.probes.traffic import ALL_REDUCE, ALL_TO_ALL, Traffic
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
@@ -51,6 +59,7 @@ from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
 from tests.support.small import architecture, tiny_architecture
 from tests.support.small_dense import dense_architecture
+from tests.support.traffic import Traffic
 from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
 from tests.support.worlds import in_world
 
