@@ -37,7 +37,6 @@ from isthmus.probes.static.costs import (
     Call,
     CostRecorder,
     Costs,
-    record_costs,
 )
 from isthmus.probes.static.trace import (
     Layout,
@@ -59,6 +58,7 @@ from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
 from tests.support.small import architecture, tiny_architecture
 from tests.support.small_dense import dense_architecture
+from tests.support.traced import record_costs
 from tests.support.traffic import Traffic
 from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
 from tests.support.worlds import in_world
@@ -510,7 +510,7 @@ def test_a_grouped_product_counts_as_its_parts_do():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(IsthmusError, match=r"did you mean 'deepseek-v3'\? presets: "):
+    with pytest.raises(IsthmusError, match=r"no preset; did you mean 'deepseek-v3'\?$"):
         recipe_of("deepsek-v3", CHIP, None, ())
 
 

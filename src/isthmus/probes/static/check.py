@@ -22,7 +22,7 @@ from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, 
 from isthmus.chips.rehearse.tables import Status
 from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
-from isthmus.probes.static.operators import Coverage, Trace, coverage
+from isthmus.probes.static.operators import Support, support_of
 from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
 from isthmus.recipe.schema import Recipe, layout_problem
@@ -79,7 +79,7 @@ class StaticCoverage:
     rows: tuple[OperatorShare, ...]
     basis: str
     seconds: float | None
-    found: Coverage
+    found: Support
     collectives: dict[str, str]
     collective_notes: tuple[str, ...]
     collectives_refused: str | None
@@ -173,10 +173,7 @@ def static_coverage(
 
 def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> StaticCoverage:
     """A trace with what the chip's tables say of each of its operators."""
-    trace = Trace(costs.operators(), {name: set() for name in costs.operators()})
-    for call in costs.calls:
-        trace.dtypes[call.operator].update(call.dtypes)
-    found = coverage(_without_gradients(trace, profile), profile)
+    found = support_of(_called(costs, profile), profile)
     peak, bandwidth = _known(chip.bf16_tflops, 1e12), _known(chip.mem_bw_gbs, 1e9)
     seconds = {call: _seconds(call, peak, bandwidth) for call in costs.calls}
     basis = "time" if peak and bandwidth else "flops" if costs.flops else "bytes"
@@ -206,15 +203,12 @@ def _seconds(call: Call, peak: float | None, bandwidth: float | None) -> float |
     return max(call.flops / peak, call.bytes / bandwidth) if peak and bandwidth else None
 
 
-def _without_gradients(trace: Trace, profile: Profile) -> Trace:
-    """A whole operator's gradient is no operator of its own: the table knows it by the operator's name."""
-    calls: Counter[str] = Counter()
-    dtypes: dict[str, set[str]] = {}
-    for name, count in trace.calls.items():
-        own = _listed_name(name, profile)
-        calls[own] += count
-        dtypes.setdefault(own, set()).update(trace.dtypes[name])
-    return Trace(calls, dtypes)
+def _called(costs: Costs, profile: Profile) -> dict[str, set[str]]:
+    """The dtypes of each operator, by the name that the table knows it by: a whole operator's gradient has none."""
+    called: dict[str, set[str]] = {}
+    for call in costs.calls:
+        called.setdefault(_listed_name(call.operator, profile), set()).update(call.dtypes)
+    return called
 
 
 def _listed_name(name: str, profile: Profile) -> str:
@@ -223,7 +217,7 @@ def _listed_name(name: str, profile: Profile) -> str:
 
 
 def _rows(
-    costs: Costs, seconds: dict[Call, float | None], profile: Profile, tables: FusedTables, found: Coverage
+    costs: Costs, seconds: dict[Call, float | None], profile: Profile, tables: FusedTables, found: Support
 ) -> list[OperatorShare]:
     by_operator: dict[str, list[tuple[Call, int]]] = {}
     for call, count in costs.calls.items():
@@ -300,7 +294,7 @@ def _collective_rules(costs: Costs, profile: Profile) -> tuple[tuple[str, ...], 
     return tuple(dict.fromkeys(notes)), None
 
 
-def _sources(chip: Chip, found: Coverage) -> tuple[str, ...]:
+def _sources(chip: Chip, found: Support) -> tuple[str, ...]:
     figures = [("bf16 peak", chip.bf16_tflops), ("memory bandwidth", chip.mem_bw_gbs)]
     known = [f"{name} {figure}" for name, figure in figures if figure is not None]
     missing = [name for name, figure in figures if figure is None or figure.value is None]

@@ -6,7 +6,7 @@ The work may run on the meta device, which has shapes and no values: then a mode
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -210,14 +210,6 @@ def _whole_call(name: str, tensors: tuple[Tensor, ...], flops: int) -> Call:
     dtypes = dict.fromkeys(short_name(tensor.dtype) for tensor in tensors)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     return Call(name, tuple(dtypes), shapes, flops, sum(map(_size, tensors)))
-
-
-def record_costs(work: Callable[[], object], device: str = "meta", *, whole_attention: str | None = None) -> Costs:
-    """Run `work` and return what its calls on `device` cost."""
-    recorder = CostRecorder(device, whole_attention=whole_attention)
-    with recorder.watching():
-        work()
-    return recorder.total()
 
 
 def _tensors(values: Any) -> list[Tensor]:
