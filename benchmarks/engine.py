@@ -33,6 +33,7 @@ from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe.architecture import DeepseekSection
+from tests.support.plain import mtp_logits
 
 ARCHITECTURE = DeepseekSection(
     vocab_size=8192,
@@ -164,7 +165,7 @@ def accepted_share(model: Model) -> float:
     positions = torch.arange(tokens.shape[1]).unsqueeze(0)
     with torch.inference_mode():
         hidden = model.hidden(tokens)
-        drafted = model.mtp_logits(hidden, tokens, positions, causal_mask(tokens.shape[1])).argmax(-1)
+        drafted = mtp_logits(model, hidden, tokens, positions, causal_mask(tokens.shape[1])).argmax(-1)
         own = model.logits(hidden).argmax(-1)
     return (own[:, 1:] == drafted).float().mean().item()
 

@@ -48,9 +48,8 @@ from isthmus.data.corpus import Document
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, MixtureOfExperts, Routing
-from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, KINDS, REDUCE_SCATTER, Traffic, loopback_bytes
+from isthmus.probes.static.costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 from isthmus.recipe.architecture import DeepseekSection, ModelSection
-from isthmus.recipe.read import preset_architecture
 from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.mesh import Ranks, open_ranks
@@ -58,6 +57,8 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import train_step
+from tests.support.presets import preset_architecture
+from tests.support.traffic import KINDS, Traffic, loopback_bytes
 
 STEPS = 4
 SECTION = SftSection(steps=1000, optimizer=OptimizerSection(name="adamw", learning_rate=1e-4))

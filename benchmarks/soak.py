@@ -48,7 +48,8 @@ from benchmarks.soak_requests import COMPLETIONS, LENGTH, VOCAB_SIZE, WORDS, Err
 from isthmus.data.tokenizer import BOS, EOS, Tokenizer
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
-from isthmus.formats.updates.wire import digest, pack, set_sha256
+from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.wire import digest, pack
 from isthmus.model.model import Model
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
@@ -246,7 +247,7 @@ class Soak:
         for part in (names[::2], names[1::2]):
             message = pack({name: tensors[name] for name in part})
             self._admin("/update_weights", message, sha256=digest(message))
-        self._admin("/finish_weight_update", version=self.version + 1, sha256=set_sha256(tensors))
+        self._admin("/finish_weight_update", version=self.version + 1, sha256=WeightSet.of(0, tensors).sha256)
         self._admin("/resume")
         self._updated()
 

@@ -28,9 +28,9 @@ from isthmus.data.corpus import Document, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
-from isthmus.model.model import Model, document_mask
+from isthmus.model.model import Model
 from isthmus.probes.compute import matmul_tflops
-from isthmus.recipe.read import load_recipe, preset_architecture
+from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import pack
@@ -39,6 +39,8 @@ from isthmus.trainer.observe import peak_memory
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute
 from isthmus.trainer.step import train_step
+from tests.support.plain import document_mask
+from tests.support.presets import preset_architecture
 
 ROOT = Path(__file__).parents[1]
 STEPS, ROUNDS = 4, 2

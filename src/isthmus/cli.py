@@ -206,7 +206,7 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
         raise click.exceptions.Exit(1)
 
 
-@cli.command("bundle")
+@cli.command()
 @click.argument("failure", type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -226,15 +226,12 @@ def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path |
 @click.option(
     "--ranks", type=click.IntRange(1), metavar="N", help="Ranks to start from; as many as found it if absent."
 )
-def bundle_failure(failure: Path, **options: Any) -> None:
+def case(failure: Path, **options: Any) -> None:
     """Pack a failing probe as a small script for the chip's vendor.
 
     FAILURE is a folder that `isthmus qualify` kept (RUN/qualify/POOL/failures/...), or the run folder if it holds one
     failure alone. The script needs only torch and the chip's extension of it; it is shrunk first while it still fails.
     A folder is written, and the same as .tar.gz.
-
-    This has nothing to do with bundles of weights: `isthmus inspect BUNDLE` looks into those, `isthmus handoff` makes
-    them.
     """
     importlib.import_module("isthmus.tools.case").execute(failure, _watch(), **options)
 

@@ -42,7 +42,7 @@ class Evidence(Part):
     """One finding about a pool. `needed_for` says which use of the pool it bears on.
 
     A failing finding that `limits` describe completely does not make the pool unfit: it is fit within them.
-    `failure` is the folder of a case that `isthmus bundle` packs, relative to the run folder.
+    `failure` is the folder of a case that `isthmus case` packs, relative to the run folder.
     """
 
     name: str

@@ -18,7 +18,7 @@ from isthmus.formats import get_format
 from isthmus.formats.updates.delta import WeightSet, encode
 from isthmus.formats.updates.publisher import Publisher
 from isthmus.formats.updates.version_folder import Lost, VersionWriter
-from isthmus.formats.updates.wire import digest, pack, set_sha256
+from isthmus.formats.updates.wire import digest, pack
 from isthmus.tools import follow
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
@@ -71,7 +71,7 @@ def expected(version):
 
 
 def sha_at(version):
-    return set_sha256(tensors_at(version))
+    return WeightSet.of(0, tensors_at(version)).sha256
 
 
 def start_at(engine, version):

@@ -218,6 +218,19 @@ def test_imports_go_one_way():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("file", PYTHON_FILES, ids=named)
+def test_nothing_of_isthmus_is_imported_inside_a_function(file: Path):
+    functions = [node for node in nodes(file) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    found = [
+        f"{named(file)}:{node.lineno}: {ast.unparse(node)}"
+        for function in functions
+        for node in ast.walk(function)
+        if (isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == "isthmus"))
+        or (isinstance(node, ast.Import) and any(one.name.partition(".")[0] == "isthmus" for one in node.names))
+    ]
+    assert not found, "\n".join(found)
+
+
 def layered_modules() -> set[str]:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"

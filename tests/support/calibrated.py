@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.quantised import build_with
 from isthmus.recipe.architecture import ModelSection
+from tests.support.plain import mtp_logits
 
 
 class Watched(nn.Module):
@@ -46,6 +47,6 @@ def calibrate(state: dict[str, Tensor], architecture: ModelSection, tokens: Tens
         if model.mtp_layer is not None:
             positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
             mask = torch.full((tokens.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-            model.mtp_logits(hidden, tokens, positions, mask)
+            mtp_logits(model, hidden, tokens, positions, mask)
     low, high = ({path: getattr(one, side) for path, one in watched.items()} for side in ("low", "high"))
     return Calibration(low, high, tokens=tokens.numel())

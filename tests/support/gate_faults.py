@@ -25,6 +25,7 @@ from isthmus.model.mtp import MtpLayer
 from isthmus.parity.target import build_target
 from isthmus.recipe.architecture import DeepseekSection
 from tests.support.gate_models import RandomModel
+from tests.support.plain import mtp_logits
 
 Stored = dict[str, Tensor]
 UNSYNCED_STEPS = 20
@@ -113,7 +114,7 @@ def outputs(model: Model, prompts: Tensor) -> Tensor:
     if model.mtp_layer is not None:
         positions = torch.arange(prompts.shape[1]).expand(prompts.shape)
         mask = torch.full((prompts.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-        parts.append(model.mtp_logits(hidden, prompts, positions, mask).flatten())
+        parts.append(mtp_logits(model, hidden, prompts, positions, mask).flatten())
     return torch.cat(parts)
 
 

@@ -36,6 +36,7 @@ from tests.support.against_transformers import (
     transformers_gradients,
 )
 from tests.support.drawn import architectures, yarn_scalings
+from tests.support.plain import mtp_logits
 from tests.support.small import GrowingCache, architecture
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -193,7 +194,7 @@ def test_multi_token_prediction_equals_its_formulas_in_float64(
     with float64():
         model, tokens = randomised(arch, seed), random_tokens(seed, rows=1, length=8)
         states = model.hidden(tokens)
-        logits = model.mtp_logits(states, tokens, torch.arange(8)[None], causal_mask(8))
+        logits = mtp_logits(model, states, tokens, torch.arange(8)[None], causal_mask(8))
         weights = double_weights(model)
         expected = reference.mtp_logits(weights, arch, tokens[0])[None]
         torch.testing.assert_close(

@@ -18,6 +18,7 @@ from isthmus.formats.parts.int8 import quantise_rows
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe.architecture import ModelSection
 from tests.support.drawn import architectures, dense_architectures
+from tests.support.plain import mtp_logits
 from tests.support.small import architecture, tiny_architecture
 
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None, database=None)
@@ -50,7 +51,7 @@ def outputs(model: Model, tokens: Tensor) -> Tensor:
     parts = [model.logits(hidden).flatten()]
     if model.mtp_layer is not None:
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        parts.append(model.mtp_logits(hidden, tokens, positions, causal_mask(tokens.shape[1])).flatten())
+        parts.append(mtp_logits(model, hidden, tokens, positions, causal_mask(tokens.shape[1])).flatten())
     return torch.cat(parts)
 
 

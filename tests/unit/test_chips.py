@@ -19,7 +19,8 @@ from rich.console import Console
 from isthmus import chips, pools
 from isthmus.chips import amd, ascend, cambricon, metax, nvidia
 from isthmus.chips._detect import match_name
-from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, enforce, profile_of
+from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, profile_of
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import IsthmusError
 from isthmus.formats import format_names
 from isthmus.recipe.read import load_recipe

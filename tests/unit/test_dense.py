@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.engines.local.core.runner import Trial
 from isthmus.forecast.count import count_parameters, forward_flops
 from isthmus.model.documents import Documents
-from isthmus.model.model import Model, document_mask
+from isthmus.model.model import Model
 from isthmus.recipe.architecture import DenseSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError
 from tests.support.drawn import dense_architectures
+from tests.support.plain import document_mask
 from tests.support.small import GrowingCache
 from tests.support.small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isthmus.model import documents as module
 from isthmus.model.documents import Documents, attention
-from isthmus.model.model import document_mask
+from tests.support.plain import document_mask
 
 
 @st.composite

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from isthmus import chips
-from isthmus.chips.rehearse import Emulation, RehearsalRefused, enforce, profile_of
-from isthmus.chips.rehearse.dispatch import Rehearsal
+from isthmus.chips.rehearse import Emulation, RehearsalRefused, profile_of
+from isthmus.chips.rehearse.dispatch import Rehearsal, enforce
 
 ASCEND = "ascend-910b-313t"
 SILENT = Emulation()

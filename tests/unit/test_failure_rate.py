@@ -21,7 +21,6 @@ from isthmus.probes.judge.rates import (
     gamma_cdf,
     gamma_quantile,
     poisson_bounds,
-    rate_upper_bound,
     theil_sen,
 )
 from isthmus.run import Figure
@@ -45,7 +44,7 @@ def test_the_incomplete_gamma_function_is_torchs_and_quantiles_invert_it(shape: 
 def test_what_a_soak_without_a_failure_excludes(chips: int, hours: int, bound: float):
     low, high = poisson_bounds(0, chips * hours, 0.95)
     assert low == 0.0 and high == pytest.approx(bound, rel=0.03)
-    assert high == pytest.approx(rate_upper_bound(0, chips * hours, 0.95), rel=1e-9)
+    assert high == pytest.approx(-math.log(0.05) / (chips * hours), rel=1e-9)
 
 
 @pytest.mark.parametrize(("failures", "low", "high"), [(1, 0.0253, 5.572), (3, 0.6187, 8.767), (10, 4.795, 18.39)])
@@ -53,11 +52,14 @@ def test_exact_intervals_are_those_of_garwoods_table(failures: int, low: float, 
     assert poisson_bounds(failures, 1.0, 0.95) == pytest.approx((low, high), rel=1e-3)
 
 
-def test_at_the_upper_bound_so_few_failures_are_just_improbable():
-    for failures in range(6):
-        mean = 100.0 * rate_upper_bound(failures, 100.0, 0.9)
-        tail = sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(failures + 1))
-        assert tail == pytest.approx(0.1, rel=1e-9)
+def test_at_the_bounds_so_few_and_so_many_failures_are_just_improbable():
+    def at_most(failures: int, mean: float) -> float:
+        return sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(failures + 1))
+
+    for failures in range(1, 6):
+        low, high = poisson_bounds(failures, 100.0, 0.8)
+        assert at_most(failures, 100.0 * high) == pytest.approx(0.1, rel=1e-9)
+        assert at_most(failures - 1, 100.0 * low) == pytest.approx(0.9, rel=1e-9)
 
 
 def test_the_rate_of_the_largest_published_run_takes_152000_chip_hours_to_show():

@@ -10,6 +10,7 @@ from isthmus.engines.local.core.core import Core
 from tests.support.against_transformers import in_transformers
 from tests.support.against_transformers import randomised as randomised_latent
 from tests.support.engine_bundle import ask, finished, run_core
+from tests.support.plain import mtp_logits
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture, randomised, theirs
 
@@ -160,7 +161,7 @@ def test_drafts_are_those_of_multi_token_prediction():
     with torch.no_grad():
         length = tokens.shape[1]
         mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        expected = model.mtp_logits(model.hidden(tokens), tokens, torch.arange(length)[None], mask)[0]
+        expected = mtp_logits(model, model.hidden(tokens), tokens, torch.arange(length)[None], mask)[0]
     assert len(drafts) >= 15
     for drawn, logits in drafts.items():
         torch.testing.assert_close(logits, expected[len(prompt) + drawn - 2], atol=1e-4, rtol=1e-3)

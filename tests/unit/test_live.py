@@ -26,12 +26,12 @@ from isthmus.probes import software
 from isthmus.probes.calls import Call, CallRecorder, describe_tensor, edge_calls, recipe_calls, specify
 from isthmus.probes.contract import Setting
 from isthmus.probes.portable import compiled, operators, traps
-from isthmus.probes.static.operators import trace_operators
 from isthmus.probes.trusted import trusted_errors
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, FailureCase
 from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.traced import record_costs
 
 aten = torch.ops.aten
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -147,7 +147,9 @@ def test_what_is_recorded_is_what_runs_and_json(calls: list[Call]):
 
     with CallRecorder() as recorder:
         work()
-    assert {call["operator"] for call in recorder.calls()} == set(trace_operators(work).calls) - {"aten::randn"}
+    assert {call["operator"] for call in recorder.calls()} == set(record_costs(work, "cpu").operators()) - {
+        "aten::randn"
+    }
     assert json.loads(json.dumps(calls)) == calls
     wanted = {"aten::mm", "aten::_softmax_backward_data", "aten::topk", "aten::_fused_adamw_", "aten::index_copy_"}
     assert wanted <= {call["operator"] for call in calls}

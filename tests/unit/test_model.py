@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from isthmus.model.documents import Documents
-from isthmus.model.model import Model, causal_mask, document_mask
+from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import Dispatch, Experts
 from tests.support.against_transformers import randomised
+from tests.support.plain import document_mask, mtp_logits
 from tests.support.small import architecture
 
 
@@ -64,10 +65,10 @@ def test_mtp_predicts_the_token_after_next_from_the_next():
     model = randomised(arch, seed=7)
     tokens = torch.randint(97, (1, 12))
     positions, mask = torch.arange(12)[None], causal_mask(12)
-    logits = model.mtp_logits(model.hidden(tokens), tokens, positions, mask)
+    logits = mtp_logits(model, model.hidden(tokens), tokens, positions, mask)
     assert logits.shape == (1, 11, 97)
     changed = tokens.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 97
-    other = model.mtp_logits(model.hidden(changed), changed, positions, mask)
+    other = mtp_logits(model, model.hidden(changed), changed, positions, mask)
     torch.testing.assert_close(logits[:, :7], other[:, :7], atol=1e-5, rtol=1e-5)
     assert (logits[:, 7] - other[:, 7]).abs().max() > 1e-2

@@ -25,7 +25,8 @@ from isthmus.engines.local.api.visit import Visit
 from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
-from isthmus.formats.updates.wire import digest, pack, set_sha256
+from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.wire import digest, pack
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 from tests.support.live_server import PATIENCE_S, InBackground, ask, greedy, live, metric, wait_until
 
@@ -411,7 +412,7 @@ def test_an_update_in_parts_over_the_wire(served, tmp_path):
     flipped[-1] ^= 1
     assert ask(port, "POST", f"/update_weights?sha256={digest(payload)}", bytes(flipped), ADMIN)[0] == 400
     assert ask(port, "POST", "/start_weight_update?version=5", key=ADMIN)[0] == 409
-    finish = f"/finish_weight_update?version=4&sha256={set_sha256(new)}"
+    finish = f"/finish_weight_update?version=4&sha256={WeightSet.of(0, new).sha256}"
     for _ in range(2):
         status, _, content = ask(port, "POST", finish, key=ADMIN)
         assert (status, content["version"]) == (200, 4)

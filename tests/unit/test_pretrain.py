@@ -24,8 +24,9 @@ from isthmus.data.shards import tokenizer_sha256
 from isthmus.data.text_files import cut_text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.model.model import Model, document_mask
+from isthmus.model.model import Model
 from isthmus.trainer.batch import batch_of_rows
+from tests.support.plain import document_mask
 from tests.support.small import tiny_architecture
 
 LENGTH = 8

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from isthmus.chips.rehearse import enforce, profile_of
+from isthmus.chips.rehearse import profile_of
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.errors import IsthmusError
@@ -25,7 +26,7 @@ from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.pilots import solve_pace
-from isthmus.probes.static.operators import coverage, trace_operators
+from isthmus.probes.static.operators import support_of
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
 from isthmus.records import Aspect, Evidence, Limit, Outcome, QualifyRecord, Verdict
@@ -33,6 +34,7 @@ from isthmus.run import RunFolder
 from isthmus.stages import qualify
 from isthmus.verdict import QUESTIONS, judge
 from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.traced import record_costs
 
 AWAY = "ascend-910b-313t"
 CPU = torch.device("cpu")
@@ -310,24 +312,12 @@ def test_noise_never_makes_a_pace_negative():
     assert solve_pace((48, 768, 0.001), (48, 9600, 1.0)) == (0.0, pytest.approx(1 / 9600))
 
 
-def test_a_trace_has_the_forward_and_the_backward_pass():
-    x = torch.ones(2, 3, requires_grad=True)
-    forward = trace_operators(lambda: torch.nn.functional.silu(x))
-    both = trace_operators(lambda: torch.nn.functional.silu(x).sum().backward())
-    assert set(forward.calls) == {"aten::silu"} and forward.dtypes == {"aten::silu": {"float32"}}
-    assert both.calls["aten::silu_backward"] == 1
-
-
-def test_a_trace_is_joined_with_the_table():
-    def work() -> None:
-        x = torch.ones(2, 3)
-        torch.nextafter(x @ x.T, torch.ones(2, 2)).to(torch.float64)
-
-    found = coverage(trace_operators(work), profile_of(AWAY))
+def test_what_is_called_is_joined_with_the_table():
+    called = {"aten::mm": {"float32"}, "aten::nextafter": {"float32"}, "aten::_to_copy": {"float32", "float64"}}
+    found = support_of(called, profile_of(AWAY))
     assert found.operators["fallback"] == ("aten::nextafter",) and "aten::mm" in found.operators["native"]
     assert found.refused_dtypes == {"float64": ("aten::_to_copy",)}
-    assert found.total == sum(found.count(status) for status in found.operators)
-    assert 0 < found.native_share < 1
+    assert found.total == sum(found.count(status) for status in found.operators) == 3
 
 
 def test_trace_and_rehearsal_see_the_same_operators():
@@ -337,8 +327,8 @@ def test_trace_and_rehearsal_see_the_same_operators():
         layer.zero_grad()
         layer(torch.ones(2, 4)).softmax(-1).square().sum().backward()
 
-    trace = trace_operators(work)
+    traced = record_costs(work, "cpu").operators()
     with enforce(AWAY) as rehearsal:
         work()
-    assert set(trace.calls) == set(rehearsal.tally.operators)
-    assert sum(trace.calls.values()) == sum(rehearsal.tally.calls.values())
+    assert set(traced) == set(rehearsal.tally.operators)
+    assert sum(traced.values()) == sum(rehearsal.tally.calls.values())

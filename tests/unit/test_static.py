@@ -28,8 +28,16 @@ from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
-from isthmus.probes.static.check import StaticCoverage, amount, finding, join, needs_of, sizes_of, static_findings
-from isthmus.probes.static.costs import ATTENTION, BACKWARD, Call, CostRecorder, Costs, record_costs
+from isthmus.probes.static.check import StaticCoverage, amount, finding_of, join, needs_of, sizes_of, static_findings
+from isthmus.probes.static.costs import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    ATTENTION,
+    BACKWARD,
+    Call,
+    CostRecorder,
+    Costs,
+)
 from isthmus.probes.static.trace import (
     Layout,
     Options,
@@ -39,7 +47,6 @@ from isthmus.probes.static.trace import (
     step_costs,
     training_costs,
 )
-from isthmus.probes.traffic import ALL_REDUCE, ALL_TO_ALL, Traffic
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
@@ -51,6 +58,8 @@ from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
 from tests.support.small import architecture, tiny_architecture
 from tests.support.small_dense import dense_architecture
+from tests.support.traced import record_costs
+from tests.support.traffic import Traffic
 from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
 from tests.support.worlds import in_world
 
@@ -237,11 +246,11 @@ def test_a_planted_fallback_and_a_planted_gap_change_the_shares():
     slow = join("training", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback"))
     assert slow.share("fallback") == pytest.approx(4 / 24)
     assert "16.7% in operators that fall back" in slow.headline()
-    assert finding(slow).outcome == "fail" and not slow.impossible
+    assert finding_of(slow).outcome == "fail" and not slow.impossible
     gap = join("training", "two operators", TWO, chip, with_statuses(profile, mm="none"))
     assert gap.share("none") == pytest.approx(20 / 24)
     assert gap.impossible == ["aten::mm is missing"]
-    served = finding(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
+    served = finding_of(join("serving", "two operators", TWO, chip, with_statuses(profile, add_Tensor="fallback")))
     assert served.outcome == "pass" and "on the host's CPU, silently: aten::add.Tensor" in served.detail
 
 
@@ -264,7 +273,7 @@ def test_without_a_peak_arithmetic_comes_first_and_then_bytes():
     assert found.headline() == (
         "100.0% of the arithmetic and 70.0% of the bytes moved native; 0.0% and 30.0% in operators that fall back"
     )
-    figures = finding(found).figures
+    figures = finding_of(found).figures
     assert figures["fallback_operators"].value == 1 and figures["fallback_share"].value == 0
     assert figures["fallback_share_of_bytes"].value == pytest.approx(30.0)
     assert [line.split() for line in shown(found, 80).splitlines() if line.startswith("aten::add")] == [
@@ -501,7 +510,7 @@ def test_a_grouped_product_counts_as_its_parts_do():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(IsthmusError, match=r"did you mean 'deepseek-v3'\? presets: "):
+    with pytest.raises(IsthmusError, match=r"no preset; did you mean 'deepseek-v3'\?$"):
         recipe_of("deepsek-v3", CHIP, None, ())
 
 

@@ -27,7 +27,6 @@ from isthmus.probes.judge.thresholds import (
     load_thresholds,
     package_thresholds,
     read_rules,
-    unjudged,
 )
 from isthmus.recipe.read import load_recipe
 from isthmus.run import Figure
@@ -44,6 +43,9 @@ def rules(*lines: str) -> tuple[Rule, ...]:
 
 def measured(value: float | None, unit: str = "GB/s", low: float | None = None, high: float | None = None) -> Figure:
     return Figure(value=value, unit=unit, kind="measured", source="a test", low=low, high=high)
+
+
+UNJUDGED = [("mi308x", "matmul_fp8_tflops"), ("mi308x", "matmul_int8_tops")]
 
 
 def absolute() -> list[Rule]:
@@ -106,7 +108,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
 def test_every_rule_of_the_package_makes_sense_and_has_a_source():
     assert check_sanity(package_thresholds(), CHIPS) == []
     assert all(rule.source for rule in package_thresholds())
-    assert {rule.chip for rule in unjudged(package_thresholds(), CHIPS)} == {"mi308x"}
 
 
 def test_of_the_floors_published_for_known_chips_exactly_the_slips_are_found():
@@ -127,15 +128,21 @@ def test_memory_floors_of_the_package_are_those_published():
         assert rule.value == published[sku]
 
 
-@pytest.mark.parametrize(
-    "rule", [one for one in absolute() if one not in unjudged(package_thresholds(), CHIPS)], ids=str
-)
+@pytest.mark.parametrize("rule", [one for one in absolute() if (one.chip, one.metric) not in UNJUDGED], ids=str)
 @pytest.mark.parametrize("factor", [1000.0, 1 / 1000])
 def test_a_slip_of_the_unit_in_any_rule_is_found(rule: Rule, factor: float):
     slipped = dataclasses.replace(rule, value=rule.value * factor)
     (problem,) = check_sanity([slipped], CHIPS, beside=package_thresholds())
     assert ("no plausible chip passes it" if factor > 1 else "no plausible chip fails it") in problem
     assert rule.source in problem and str(slipped) in problem
+
+
+def test_two_rules_of_the_mi308x_alone_nobody_can_judge():
+    """No fact is declared of it that they could be held against, and no other chip has a rule of their kind."""
+    beside = package_thresholds()
+    slipped = [dataclasses.replace(rule, value=rule.value * 1000) for rule in absolute()]
+    silent = [rule for rule in slipped if check_sanity([rule], CHIPS, beside=beside) == []]
+    assert [(rule.chip, rule.metric) for rule in silent] == UNJUDGED
 
 
 def test_a_floor_above_the_declared_peak_is_found_and_one_below_is_not():
@@ -183,10 +190,9 @@ def test_a_floor_above_a_ceiling_is_found():
 
 def test_where_nothing_is_declared_other_chips_rules_are_the_measure():
     lone = rules("ascend-910b-313t,host_device_gbs,,,>= 0.02 GB/s,,x")
-    assert check_sanity(lone, CHIPS) == [] and unjudged(lone, CHIPS) == list(lone)
+    assert check_sanity(lone, CHIPS) == []
     (problem,) = check_sanity(lone, CHIPS, beside=package_thresholds())
     assert "other chips' thresholds are about 48 GB/s" in problem
-    assert unjudged(lone, CHIPS, beside=package_thresholds()) == []
 
 
 def test_the_constants_hold_for_the_tables():

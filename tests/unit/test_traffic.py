@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, Traffic, loopback_bytes
+from isthmus.probes.static.costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from tests.support.traffic import Traffic, loopback_bytes
 from tests.support.worlds import in_world
 
 MEGABYTES = 4

@@ -22,6 +22,7 @@ from isthmus.trainer.optimizer import Muon, Optimizer, is_hidden_matrix, orthogo
 from isthmus.trainer.parts import Part, parts_of
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step, update_router_bias
 from tests.support.against_transformers import randomised
+from tests.support.plain import mtp_logits
 from tests.support.small import architecture
 
 OBJECTIVE = SftSection(
@@ -71,7 +72,7 @@ def test_losses_of_packed_documents_equal_those_of_single_ones():
         total += F.cross_entropy(logits[start - 1 : -1], tokens[0, start:], reduction="sum").item()
         count += length - start
         mask = torch.full((length, length), -math.inf).triu(1)[None, None]
-        mtp = model.mtp_logits(model.hidden(tokens), tokens, torch.arange(length)[None], mask)[0]
+        mtp = mtp_logits(model, model.hidden(tokens), tokens, torch.arange(length)[None], mask)[0]
         for target in range(max(start, 2), length):
             mtp_total += F.cross_entropy(mtp[target - 2], tokens[0, target]).item()
             mtp_count += 1

@@ -1,15 +1,13 @@
-"""Versions on their way: whatever is lost, doubled or overtaken, the receiver is right or says what it needs."""
+"""Versions on their way: what a publisher keeps, and a folder from which followers take what they can."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.updates.delta import WeightSet, WrongBase
-from isthmus.formats.updates.publisher import Publisher, Receiver, State
+from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.publisher import Publisher
 from isthmus.formats.updates.version_folder import (
     LATEST,
     Lost,
@@ -37,76 +35,6 @@ def tensors_at(version, seed=0):
 
 def publish(publisher, version, seed=0):
     return publisher.publish(version, tensors_at(version, seed))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_receiver_ends_with_the_right_weights_or_says_what_it_needs(seed):
-    chance = random.Random(seed)
-    publisher = Publisher(snapshot_every=5, keep=4, part_bytes=chance.choice([1, 1 << 20]))
-    receiver, wire, right = Receiver(), [], {}
-    for version in range(12):
-        published = publish(publisher, version)
-        right[version] = published.weights.sha256
-        parts = list(published.delta or []) + (publisher.snapshot() if published.snapshot_due else [])
-        wire += [part for part in parts for _ in range(chance.choice([0, 1, 1, 1, 2]))]
-        place = max(0, len(wire) - 8)
-        tail = wire[place:]
-        chance.shuffle(tail)
-        wire[place:] = tail
-        while len(wire) > 4:
-            receiver.receive(wire.pop(0))
-    for payload in wire:
-        receiver.receive(payload)
-    if receiver.weights is not None:
-        assert receiver.weights.sha256 == right[receiver.version]
-    if receiver.version != 11:
-        assert receiver.needs is not None or receiver.newest == receiver.version
-    held = receiver.weights
-    for payload in publisher.messages_for(receiver.version, held.sha256 if held else None):
-        receiver.receive(payload)
-    assert (receiver.version, receiver.state, receiver.needs) == (11, State.CURRENT, None)
-    assert receiver.weights is not None and receiver.weights.sha256 == right[11]
-
-
-def test_the_states_of_a_receiver():
-    publisher, receiver = Publisher(snapshot_every=100), Receiver()
-    publish(publisher, 0)
-    first = publisher.snapshot()
-    later = [publish(publisher, version).delta for version in (1, 2, 3)]
-    assert all(len(delta or []) == 1 for delta in later)
-    one, two, three = ((delta or [])[0] for delta in later)
-    assert (receiver.receive(two), receiver.needs) == (State.EMPTY, "a snapshot")
-    assert receiver.receive(first[0]) is State.GAP
-    assert receiver.receive(three) is State.GAP and "version 0, up to version 3" in str(receiver.needs)
-    assert receiver.receive(one) is State.CURRENT and receiver.version == 3
-    assert receiver.receive(two) is State.CURRENT and receiver.version == 3
-
-
-def test_damage_and_another_history_change_nothing():
-    publisher, other = Publisher(snapshot_every=100), Publisher(snapshot_every=100)
-    receiver = Receiver()
-    publish(publisher, 0)
-    publish(other, 0, seed=1)
-    receiver.receive(publisher.snapshot()[0])
-    held = receiver.weights
-    foreign = publish(other, 1, seed=1).delta
-    with pytest.raises(WrongBase, match="send a snapshot"):
-        receiver.receive(foreign[0])
-    good = publish(publisher, 1).delta[0]
-    with pytest.raises(DamagedFile):
-        receiver.receive(good[:-1] + bytes([good[-1] ^ 1]))
-    assert receiver.weights is held
-    assert receiver.receive(good) is State.CURRENT and receiver.version == 1
-
-
-def test_a_receiver_that_is_too_far_behind_gets_a_snapshot():
-    publisher = Publisher(snapshot_every=100, keep=2)
-    shas = [publish(publisher, version).weights.sha256 for version in range(6)]
-    short = publisher.messages_for(3, shas[3])
-    assert len(short) == 2
-    assert len(publisher.messages_for(2, shas[2])) == len(publisher.messages_for(None, None)) == 1
-    assert publisher.messages_for(3, shas[2]) == publisher.snapshot()
-    assert publisher.messages_for(5, shas[5]) == []
 
 
 def test_a_publisher_keeps_its_own_copy():

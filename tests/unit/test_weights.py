@@ -15,7 +15,7 @@ from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
 from isthmus.formats.updates.delta import WeightSet, encode
-from isthmus.formats.updates.wire import digest, pack, set_sha256, unpack
+from isthmus.formats.updates.wire import digest, pack, unpack
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
 PROMPT = [0, 2, 60, 61, 4]
@@ -105,8 +105,8 @@ def test_a_full_update_is_seen_at_its_end_and_not_before(service, updates):
         updates.add(payload, sha256)
         assert answer(service) == before
     assert updates.info()["update"]["missing"] == 0 and updates.info()["version"] == 0
-    taken = updates.finish(7, set_sha256(new))
-    assert taken == {"version": 7, "sha256": set_sha256(new)}
+    taken = updates.finish(7, WeightSet.of(0, new).sha256)
+    assert taken == {"version": 7, "sha256": WeightSet.of(0, new).sha256}
     assert answer(service) == (expected(service, new), (7, 7))
     info = updates.info()
     assert (info["version"], info["update"], info["sealed"]) == (7, None, False)
@@ -120,7 +120,7 @@ def test_a_delta_keeps_what_it_does_not_name(service, updates):
     updates.start(3, "delta", base_version=0)
     send(updates, changed)
     whole = old | changed
-    updates.finish(3, set_sha256(whole))
+    updates.finish(3, WeightSet.of(0, whole).sha256)
     assert answer(service) == (expected(service, whole), (3, 3))
     updates.start(4, "delta", base_version=3)
     send(updates, {name: tensor for name, tensor in new.items() if name not in changed})
@@ -132,10 +132,10 @@ def test_the_hash_of_a_set_does_not_depend_on_how_it_was_sent(service):
     tensors = dict(service.tensors)
     split = [unpack(payload, sha256) for payload, sha256 in messages(tensors, size=3)]
     merged = dict(itertools.chain.from_iterable(part.items() for part in reversed(split)))
-    assert set_sha256(merged) == set_sha256(tensors)
+    assert WeightSet.of(0, merged).sha256 == WeightSet.of(0, tensors).sha256
     name = next(iter(tensors))
-    assert set_sha256({**tensors, name: tensors[name] + 1}) != set_sha256(tensors)
-    assert set_sha256({f"{n}x": t for n, t in tensors.items()}) != set_sha256(tensors)
+    assert WeightSet.of(0, {**tensors, name: tensors[name] + 1}).sha256 != WeightSet.of(0, tensors).sha256
+    assert WeightSet.of(0, {f"{n}x": t for n, t in tensors.items()}).sha256 != WeightSet.of(0, tensors).sha256
 
 
 def test_wrong_orders_are_refused_with_what_to_do(service, updates):
@@ -214,9 +214,9 @@ def test_lost_messages_can_be_sent_again(service, updates):
         first = updates.add(payload, sha256)
         assert updates.add(payload, sha256) == first, "a message that comes twice changes nothing"
     assert set(known) < {sha256 for _, sha256 in parts}
-    taken = updates.finish(2, set_sha256(new))
+    taken = updates.finish(2, WeightSet.of(0, new).sha256)
     revision = service.revision
-    assert updates.finish(2, set_sha256(new)) == taken, "so does a finish whose answer was lost"
+    assert updates.finish(2, WeightSet.of(0, new).sha256) == taken, "so does a finish whose answer was lost"
     assert service.revision == revision
     refuse(409, "no_update", updates.finish, 2, "0" * 64)
 
@@ -235,7 +235,7 @@ def test_weights_that_are_not_the_announced_ones_are_not_taken(service, updates)
     updates.start(2)
     send(updates, tensors_of(1))
     with pytest.raises(DamagedFile, match="given up"):
-        updates.finish(2, set_sha256(tensors_of(2)))
+        updates.finish(2, WeightSet.of(0, tensors_of(2)).sha256)
     assert answer(service) == before and updates.info()["update"] is None
     assert updates.info()["last_update"]["outcome"] == "abandoned"
 
@@ -265,7 +265,7 @@ def test_a_sender_that_falls_silent_is_given_up(service):
         updates.add(payload, sha256)
     clock.now += 61
     updates.expire()
-    assert not updates.in_use and "silent" in updates.info()["last_update"]["reason"]
+    assert updates.info()["update"] is None and "silent" in updates.info()["last_update"]["reason"]
     refuse(409, "no_update", updates.add, *parts[3])
     updates.start(2)
     updates.abort()
@@ -295,12 +295,12 @@ def test_a_delta_of_elements_gives_the_whole_and_can_be_sent_again(service, upda
         before = answer(service)
         updates.add(payload, sha256)
         assert answer(service) == before
-    assert updates.finish(2, set_sha256(new)) == {"version": 2, "sha256": set_sha256(new)}
+    assert updates.finish(2, WeightSet.of(0, new).sha256) == {"version": 2, "sha256": WeightSet.of(0, new).sha256}
     assert answer(service) == (expected(service, new), (2, 2))
     back = elements(base, new, 3, 2)
     updates.start(3, "delta", base_version=2)
     updates.add(*back[0])
-    updates.finish(3, set_sha256(base))
+    updates.finish(3, WeightSet.of(0, base).sha256)
     assert answer(service) == (expected(service, base), (3, 3))
 
 

@@ -67,7 +67,7 @@ class Channel:
     ):
         self.engine, self.deltas, self.folder, self.tell = engine, deltas, folder, tell
         self.fallbacks = 0
-        self._publisher = Publisher(snapshot_every=snapshot_every, keep=1, codec=codec)
+        self._publisher = Publisher(snapshot_every=snapshot_every, codec=codec)
         self._has: tuple[int, str] | None = None
         self._uses_deltas = deltas and engine.takes_deltas
         if deltas and not engine.takes_deltas:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from isthmus.chips.rehearse import enforce, profile_of
+from isthmus.chips.rehearse import profile_of
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.chips.rehearse.faults import Fault
 from isthmus.chips.rehearse.group import rehearse_backend
 from isthmus.chips.rehearse.inject import CollectiveCount, Injector

@@ -114,16 +114,10 @@ class Model(nn.Module):
         """Logits of states [..., D] before the final norm."""
         return self.lm_head(self.model.norm(hidden))
 
-    def mtp_logits(
-        self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Mask, trace: Trace | None = None
-    ) -> Tensor:
-        """Logits [B, T - 1, vocab] of token i + 2, from the states [B, T, D] of tokens [B, T]."""
-        return self.lm_head(self.mtp_states(hidden, tokens, positions, mask, trace)[:, :-1])
-
     def mtp_states(
         self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Mask, trace: Trace | None = None
     ) -> Tensor:
-        """What `mtp_logits` puts through the output head, [B, T, D]; the last position, with no next token, is void."""
+        """States [B, T, D] for the output head, each with what comes after the next token; the last one is void."""
         return self.mtp_next(hidden, tokens.roll(-1, dims=1), positions, mask, trace)
 
     def mtp_next(
@@ -166,10 +160,3 @@ class Model(nn.Module):
 def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
     """Additive mask [1, 1, T, T]: 0 where a token may look, -inf where not."""
     return torch.full((length, length), float("-inf"), device=device).triu(1)[None, None]
-
-
-def document_mask(document: Tensor) -> Tensor:
-    """Additive mask [B, 1, T, T] for packed rows: causal, and only within a document. `document` [B, T] holds ids."""
-    same = document.unsqueeze(-1) == document.unsqueeze(-2)
-    allowed = same & torch.ones_like(same).tril()
-    return torch.zeros(allowed.shape, device=document.device).masked_fill(~allowed, float("-inf")).unsqueeze(1)

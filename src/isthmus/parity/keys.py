@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from isthmus.errors import IsthmusError
 from isthmus.run import explain_io_errors
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 _PUBLIC = re.compile(r"ed25519:[0-9a-f]{64}")
 _PREFIX = "ed25519:"
-Result = TypeVar("Result")
 
 
 def new_key(path: Path) -> str:
@@ -28,13 +26,9 @@ def new_key(path: Path) -> str:
 
     Raises IsthmusError if there is a file already: a key that is lost cannot be made again.
     """
-
-    def generate(ed25519: Any, serialization: Any) -> tuple[bytes, str]:
-        key = ed25519.Ed25519PrivateKey.generate()
-        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-        return key.private_bytes(encoding, form, serialization.NoEncryption()), _public(key)
-
-    content, public = _with_library(generate)
+    key = Ed25519PrivateKey.generate()
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    content = key.private_bytes(encoding, form, serialization.NoEncryption())
     with explain_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -43,7 +37,7 @@ def new_key(path: Path) -> str:
             raise IsthmusError(f"{path} exists, and a key is never written over; name another file") from None
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-    return public
+    return _public(key)
 
 
 def public_key(path: Path) -> str:
@@ -58,20 +52,14 @@ def sign(path: Path, message: bytes) -> str:
 
 def is_signed(public: str, signature: str, message: bytes) -> bool:
     """Whether `signature` is that of `message` by the owner of a public key. Malformed ones are not."""
-
-    def verify(ed25519: Any, _serialization: Any) -> bool:
-        from cryptography.exceptions import InvalidSignature
-
-        if not _PUBLIC.fullmatch(public):
-            return False
-        try:
-            key = ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public.removeprefix(_PREFIX)))
-            key.verify(bytes.fromhex(signature), message)
-        except (ValueError, InvalidSignature):
-            return False
-        return True
-
-    return _with_library(verify)
+    if not _PUBLIC.fullmatch(public):
+        return False
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public.removeprefix(_PREFIX)))
+        key.verify(bytes.fromhex(signature), message)
+    except (ValueError, InvalidSignature):
+        return False
+    return True
 
 
 def read_trusted(path: Path) -> list[str]:
@@ -106,28 +94,14 @@ def _load(path: Path) -> Ed25519PrivateKey:
             raise IsthmusError(f"there is no key at {path}; `isthmus key new {path}` makes one") from None
     if stat.S_IMODE(mode) & 0o077:
         raise IsthmusError(f"others may read the private key {path}: chmod 600 {path}")
-
-    def load(ed25519: Any, serialization: Any) -> Ed25519PrivateKey:
-        try:
-            key = serialization.load_pem_private_key(content, password=None)
-        except (ValueError, TypeError) as error:
-            raise IsthmusError(f"{path} is no private key: {error}") from None
-        if not isinstance(key, ed25519.Ed25519PrivateKey):
-            raise IsthmusError(f"{path} is a private key of another kind; seals are signed with Ed25519")
-        return key
-
-    return _with_library(load)
+    try:
+        key = serialization.load_pem_private_key(content, password=None)
+    except (ValueError, TypeError) as error:
+        raise IsthmusError(f"{path} is no private key: {error}") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise IsthmusError(f"{path} is a private key of another kind; seals are signed with Ed25519")
+    return key
 
 
 def _public(key: Ed25519PrivateKey) -> str:
     return _PREFIX + key.public_key().public_bytes_raw().hex()
-
-
-def _with_library(work: Callable[[Any, Any], Result]) -> Result:
-    """work(ed25519, serialization), the modules of the library. It is loaded here, because few commands need it."""
-    try:
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError:
-        raise IsthmusError("signatures need the package cryptography: pip install cryptography") from None
-    return work(ed25519, serialization)

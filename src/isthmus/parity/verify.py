@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import Bundle, read_bundle
 from isthmus.model.model import Model

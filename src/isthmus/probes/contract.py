@@ -65,7 +65,7 @@ class Setting:
         expected: str,
         observed: str,
     ) -> str:
-        """Write a failing call as a case that `isthmus bundle` can pack. Returns its folder, relative to the run's."""
+        """Write a failing call as a case that `isthmus case` can pack. Returns its folder, relative to the run's."""
         case = FailureCase(
             probe=probe,
             title=title,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from isthmus.pools import Pool
 from isthmus.probes.contract import Setting
 from isthmus.recipe.schema import Recipe
-from isthmus.records import Aspect, Evidence, Outcome, Use
+from isthmus.records import Aspect, Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
 
 
@@ -37,14 +38,39 @@ class Findings:
         samples: int = 0,
         figures: dict[str, Figure] | None = None,
     ) -> None:
-        self.evidence.append(
-            Evidence(
-                name=name,
-                aspect=aspect,
-                needed_for=needed_for,
-                outcome=outcome,
-                detail=detail,
-                samples=samples,
-                figures=figures or {},
-            )
-        )
+        self.evidence.append(finding(name, outcome, detail, samples, figures, aspect=aspect, needed_for=needed_for))
+
+
+def finding(
+    name: str,
+    outcome: Outcome,
+    detail: str,
+    samples: int = 0,
+    figures: dict[str, Figure] | None = None,
+    limits: Sequence[Limit] = (),
+    ranks: Sequence[int] = (),
+    failure: str | None = None,
+    confidence: float | None = None,
+    *,
+    aspect: Aspect,
+    needed_for: Use,
+) -> Evidence:
+    """One finding; a module of probes binds its aspect. `failure` is the folder of a kept case."""
+    return Evidence(
+        name=name,
+        aspect=aspect,
+        needed_for=needed_for,
+        outcome=outcome,
+        detail=detail,
+        samples=samples,
+        confidence=confidence,
+        figures=figures or {},
+        limits=list(limits),
+        ranks=list(ranks),
+        failure=failure,
+    )
+
+
+def without_ranks(ranks: Iterable[int], reason: str, needed_for: Use = "training") -> Limit:
+    """What a pool is fit within where only these ranks are at fault."""
+    return Limit(setting="pool.ranks", excluded=[str(rank) for rank in ranks], reason=reason, needed_for=needed_for)

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -28,11 +29,12 @@ from isthmus.probes.blame import (
     summed_up,
 )
 from isthmus.probes.contract import Probe, Setting
+from isthmus.probes.findings import finding, without_ranks
 from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament, within
 from isthmus.probes.portable.training import quantile
 from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, shapes_of
 from isthmus.recipe.architecture import DeepseekSection
-from isthmus.records import Evidence, Limit, Outcome
+from isthmus.records import Evidence, Limit
 from isthmus.run import Figure
 from isthmus.verdict import PAIR_OF_RANKS
 
@@ -60,6 +62,7 @@ COMMUNICATORS = 8
 JOINING = "communicator"
 """What ranks of a crew do before their first call: without a communicator no pair can be tried."""
 MATRIX_RANKS = 16
+_finding = partial(finding, aspect="links", needed_for="training")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def look_at_pairs(crew: Crew, setting: Setting) -> list[Evidence]:
     if slow:
         found = _slow_evidence(crew, setting, summary, figures, slow, domain)
     else:
-        found = _evidence("pairs of ranks", "pass", summary, sum(map(len, seconds.values())), figures)
+        found = _finding("pairs of ranks", "pass", summary, sum(map(len, seconds.values())), figures)
     return [found, _latency(setting, latency)]
 
 
@@ -151,7 +154,7 @@ def _latency(setting: Setting, latency: dict[str, list[float]]) -> Evidence:
         "latency_8k_p50_us": setting.measured(p50, "us", source),
         "latency_8k_p99_us": setting.measured(p99, "us", source),
     }
-    return _evidence("latency", "pass", f"8 KB: p50 {p50:.3g} us, p99 {p99:.3g} us", len(trips), figures)
+    return _finding("latency", "pass", f"8 KB: p50 {p50:.3g} us, p99 {p99:.3g} us", len(trips), figures)
 
 
 def _slow_links(
@@ -248,7 +251,7 @@ def _slow_evidence(
     expected = f"every link at {SLOW:.0%} of the pace of the others or more"
     failure = _keep(crew, setting, called, name, f"slow: {blame}", "pairs", arguments, expected, listed)
     samples = RETESTS * TURNS * TRANSFERS * len(slow)
-    return _evidence(name, "fail", detail, samples, figures, _without(crew, blame, "slow"), blame.everyone, failure)
+    return _finding(name, "fail", detail, samples, figures, _without(crew, blame, "slow"), blame.everyone, failure)
 
 
 # -- collectives ------------------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def look_at_results(crew: Crew, setting: Setting) -> list[Evidence]:
             failure = failure or _keep_wrong(crew, setting, called, name, "verified", arguments)
     if wrong:
         return [_wrong_results(crew, name, wrong, checked, failure)]
-    return [_evidence(name, "pass", f"{checked} elements of {len(_checks())} kinds of collectives, all exact", checked)]
+    return [_finding(name, "pass", f"{checked} elements of {len(_checks())} kinds of collectives, all exact", checked)]
 
 
 def _wrong_results(
@@ -290,7 +293,7 @@ def _wrong_results(
     if not limits and all(kind.startswith("all_to_all") for kind in wrong):
         limits = [_experts(1, "the results of an all-to-all are wrong")]
     detail += f"; at fault: {blame}" if blame else ""
-    return _evidence(name, "fail", detail, checked, {}, limits, blame.everyone, failure)
+    return _finding(name, "fail", detail, checked, {}, limits, blame.everyone, failure)
 
 
 def _checks() -> list[tuple[str, str, str]]:
@@ -319,7 +322,7 @@ def look_at_shapes(crew: Crew, setting: Setting) -> list[Evidence]:
     pace = ", ".join(f"{key.removesuffix('_bus_gbs')} {figure.value:.3g} GB/s" for key, figure in figures.items())
     cut = [shape.cut for shape in chosen.values() if shape.cut]
     detail = f"bus bandwidth: {pace}" + (f"; {', '.join(cut)}" if cut else "")
-    return [_evidence(name, "pass", detail, samples, figures)]
+    return [_finding(name, "pass", detail, samples, figures)]
 
 
 def _timed_arguments(setting: Setting, crew: Crew, shape: Shape) -> dict[str, Any]:
@@ -362,11 +365,11 @@ def look_at_exchange(crew: Crew, setting: Setting) -> list[Evidence]:
         if pace[size] < FALL * max(pace.values()) and _stays_slow(crew, setting, arguments, pace, size):
             detail = f"bus bandwidth falls from {max(pace.values()):.3g} GB/s to {pace[size]:.3g} among {size} ranks"
             limit = _experts(reached, detail)
-            return [_evidence(name, "fail", f"{detail}; fit for EP <= {reached}", len(pace), figures, [limit])]
+            return [_finding(name, "fail", f"{detail}; fit for EP <= {reached}", len(pace), figures, [limit])]
         reached = size
     listed = ", ".join(f"{size} ranks {value:.3g}" for size, value in pace.items())
     repeats = effort_of(setting).repeats
-    return [_evidence(name, "pass", f"bus bandwidth in GB/s: {listed}", repeats * len(pace), figures)]
+    return [_finding(name, "pass", f"bus bandwidth in GB/s: {listed}", repeats * len(pace), figures)]
 
 
 def group_sizes(setting: Setting, world: int) -> list[int]:
@@ -420,10 +423,10 @@ def look_at_set_up(crew: Crew, setting: Setting) -> list[Evidence]:
     figures = {"communicator_s": setting.measured(median, "s", source, low=min(seconds), high=longest)}
     detail = f"median {median:.3g} s, longest {longest:.3g} s; ranks wait {timeout:g} s for each other"
     if longest <= LATE * timeout:
-        return [_evidence(name, "pass", detail, len(seconds), figures)]
+        return [_finding(name, "pass", detail, len(seconds), figures)]
     detail += f": more than {LATE:.0%} of that leaves too little for ranks that start at different times"
     failure = _keep(crew, setting, called, name, "slow set-up", "set_up", arguments, f"<= {LATE * timeout} s", detail)
-    return [_evidence(name, "fail", detail, len(seconds), figures, failure=failure)]
+    return [_finding(name, "fail", detail, len(seconds), figures, failure=failure)]
 
 
 def look_at_concurrency(crew: Crew, setting: Setting) -> list[Evidence]:
@@ -436,7 +439,7 @@ def look_at_concurrency(crew: Crew, setting: Setting) -> list[Evidence]:
             return [bad]
         checked += sum(value["checked"] for value in called.values)
     detail = f"{checked} elements exact with two communicators in turn, and with sums beside matrix products"
-    return [_evidence(name, "pass", detail, checked)]
+    return [_finding(name, "pass", detail, checked)]
 
 
 # -- what went wrong --------------------------------------------------------------------------------------------------
@@ -480,7 +483,7 @@ def _bad_call(
     detail = _wrong_detail(called.values) + (f"; at fault: {blame}" if blame else "")
     checked = sum(value["checked"] for value in called.values)
     limits = _without(crew, blame, "wrong results")
-    return _evidence(name, "fail", detail, checked, {}, limits, blame.everyone, failure)
+    return _finding(name, "fail", detail, checked, {}, limits, blame.everyone, failure)
 
 
 def _broken(
@@ -492,7 +495,7 @@ def _broken(
     blame = _who(crew, setting, called)
     how = "crashed" if "crashed" in states else "hangs" if "hung" in states else "failed"
     detail = f"{function} {how}: {what}" + (f"; at fault: {blame}" if blame else "")
-    return _evidence(name, "fail", detail, 0, {}, _without(crew, blame, how), blame.everyone, failure)
+    return _finding(name, "fail", detail, 0, {}, _without(crew, blame, how), blame.everyone, failure)
 
 
 def _who(crew: Crew, setting: Setting, called: Called) -> Blame:
@@ -516,7 +519,7 @@ def _without(crew: Crew, blame: Blame, why: str) -> list[Limit]:
         left = [link for link in left if not out & set(link)]
     if not out or crew.world - len(out) < 2:
         return []
-    return [Limit(setting="pool.ranks", excluded=[str(rank) for rank in sorted(out)], reason=f"{blame}: {why}")]
+    return [without_ranks(sorted(out), f"{blame}: {why}")]
 
 
 def _experts(most: int, reason: str) -> Limit:
@@ -568,30 +571,6 @@ def _call(
 
 def _merged(called: Called, key: str) -> dict[str, list[float]]:
     return {link: times for value in called.values for link, times in value[key].items()}
-
-
-def _evidence(
-    name: str,
-    outcome: Outcome,
-    detail: str,
-    samples: int,
-    figures: dict[str, Figure] | None = None,
-    limits: list[Limit] | None = None,
-    ranks: list[int] | None = None,
-    failure: str | None = None,
-) -> Evidence:
-    return Evidence(
-        name=name,
-        aspect="links",
-        needed_for="training",
-        outcome=outcome,
-        detail=detail,
-        samples=samples,
-        figures=figures or {},
-        limits=limits or [],
-        ranks=ranks or [],
-        failure=failure,
-    )
 
 
 def render_matrix(evidence: Evidence) -> Table | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from isthmus.chips import Chip
@@ -13,6 +14,7 @@ from isthmus.launch.crew import Called, Crew
 from isthmus.pools import available_cores
 from isthmus.probes.calls import Call, edge_calls, recipe_calls
 from isthmus.probes.contract import Probe, Setting
+from isthmus.probes.findings import finding
 from isthmus.probes.trusted import trusted_errors
 from isthmus.recipe.architecture import DenseSection
 from isthmus.recipe.schema import Recipe
@@ -34,6 +36,7 @@ CALLS = 370
 """Calls that are recorded of the tiny recipe."""
 DEADLINE_S, COMPILE_DEADLINE_S = 600.0, 240.0
 LONGEST_SUM = 1 << 15
+_finding = partial(finding, aspect="software")
 
 
 def run_dtypes(recipe: Recipe, chip: Chip) -> list[str]:
@@ -70,7 +73,7 @@ def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
     name = "operators on the chip"
     if not called.ok:
         return [_broken(crew, setting, called, name, OPERATORS, arguments)]
-    findings = [_Finding(rank, **_fields(one)) for rank, value in enumerate(called.values) for one in value["findings"]]
+    findings = [_Failure(rank, **_fields(one)) for rank, value in enumerate(called.values) for one in value["findings"]]
     findings += _disagreements(called.values, calls)
     keeper = _Keeper(crew, setting, called, arguments)
     served = [one for one in findings if one.way == "forward" and "serving" in calls[one.call]["uses"]]
@@ -78,13 +81,13 @@ def check_operators(crew: Crew, setting: Setting) -> list[Evidence]:
     waits = sorted({one.operator for one in served} - {one.operator for one in serving})
     training = [one for one in findings if one.dtype != "float16"]  # no precision of training computes in it
     return [
-        _evidence(f"{name}: serving", "serving", serving, called, setting, keeper, waits),
-        _evidence(f"{name}: training", "training", training, called, setting, keeper),
+        _finding_of(f"{name}: serving", "serving", serving, called, setting, keeper, waits),
+        _finding_of(f"{name}: training", "training", training, called, setting, keeper),
     ]
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _Failure:
     """One operator that failed on one rank; `call` is its number."""
 
     rank: int
@@ -103,7 +106,7 @@ def _fields(found: dict[str, Any]) -> dict[str, Any]:
     return {"way": found["pass"], **{name: found[name] for name in ("call", "operator", "dtype", "kind", "detail")}}
 
 
-def _disagreements(values: list[dict[str, Any]], calls: list[Call]) -> list[_Finding]:
+def _disagreements(values: list[dict[str, Any]], calls: list[Call]) -> list[_Failure]:
     """Ranks whose results have other bits than those of most ranks: equal chips must agree.
 
     Where an operator gives other bits each time, and that was noted, its ranks cannot agree and are not compared.
@@ -124,14 +127,14 @@ def _disagreements(values: list[dict[str, Any]], calls: list[Call]) -> list[_Fin
                     f"{agree} other ranks" if 2 * agree > len(values) else "the other ranks"
                 )
                 operator = calls[int(number)]["operator"]
-                found.append(_Finding(rank, int(number), operator, dtype, way, "disagreement", text))
+                found.append(_Failure(rank, int(number), operator, dtype, way, "disagreement", text))
     return found
 
 
-def _evidence(
+def _finding_of(
     name: str,
     needed_for: Use,
-    findings: list[_Finding],
+    findings: list[_Failure],
     called: Called,
     setting: Setting,
     keeper: _Keeper,
@@ -147,36 +150,20 @@ def _evidence(
     if math.isfinite(closest):
         figures["closest_to_its_limit"] = setting.measured(100.0 * closest, "% of a limit", source)
     if not findings:
-        return Evidence(
-            name=name,
-            aspect="software",
-            needed_for=needed_for,
-            outcome="pass",
-            detail=_passing(called, setting, checked) + on_host,
-            samples=checked,
-            figures=figures,
-        )
+        detail = _passing(called, setting, checked) + on_host
+        return _finding(name, "pass", detail, checked, figures, needed_for=needed_for)
     operators = sorted({one.operator for one in findings})
     shown = "; ".join(map(str, _first_of_each(findings)[:SHOWN]))
     detail = (
         f"{len(operators)} operators fail ({', '.join(operators[:8])}{', ...' if len(operators) > 8 else ''}): {shown}"
     )
-    return Evidence(
-        name=name,
-        aspect="software",
-        needed_for=needed_for,
-        outcome="fail",
-        detail=detail + on_host,
-        samples=checked,
-        figures=figures,
-        limits=_limits(findings, needed_for, setting),
-        ranks=sorted({one.rank for one in findings}),
-        failure=keeper.keep(_first_of_each(findings)),
-    )
+    limits, ranks = _limits(findings, needed_for, setting), sorted({one.rank for one in findings})
+    failure = keeper.keep(_first_of_each(findings))
+    return _finding(name, "fail", detail + on_host, checked, figures, limits, ranks, failure, needed_for=needed_for)
 
 
-def _first_of_each(findings: list[_Finding]) -> list[_Finding]:
-    first: dict[str, _Finding] = {}
+def _first_of_each(findings: list[_Failure]) -> list[_Failure]:
+    first: dict[str, _Failure] = {}
     for one in findings:
         first.setdefault(one.operator, one)
     return list(first.values())
@@ -206,7 +193,7 @@ def _settings(dtype: str, use: Use) -> list[tuple[str, str]]:
     return [(key, name) for key in ("rl.rollout_format", "handoff.format") for name in formats]
 
 
-def _limits(findings: list[_Finding], needed_for: Use, setting: Setting) -> list[Limit]:
+def _limits(findings: list[_Failure], needed_for: Use, setting: Setting) -> list[Limit]:
     """If one dtype of several is at fault, and not the one that all work needs, the pool is fit without it.
 
     fp32 is in every run: norms, routers and optimisers compute in it.
@@ -232,7 +219,7 @@ class _Keeper:
     arguments: dict[str, Any]
     kept: dict[int, str] | None = None
 
-    def keep(self, findings: list[_Finding]) -> str:
+    def keep(self, findings: list[_Failure]) -> str:
         """The folder of the case of the first finding. Cases of a few more are written beside it."""
         self.kept = self.kept or {}
         for one in findings[:CASES]:
@@ -240,7 +227,7 @@ class _Keeper:
                 self.kept[one.call] = self._write(one)
         return self.kept[findings[0].call]
 
-    def _write(self, finding: _Finding) -> str:
+    def _write(self, finding: _Failure) -> str:
         trusted = self.arguments["trusted"]
         if trusted is not None:
             trusted = {
@@ -282,15 +269,7 @@ def _broken(
         expected="an answer from every rank",
         observed=called.describe(),
     )
-    return Evidence(
-        name=name,
-        aspect="software",
-        needed_for=use,
-        outcome="fail",
-        detail=called.describe(),
-        ranks=called.culprits(),
-        failure=failure,
-    )
+    return _finding(name, "fail", called.describe(), ranks=called.culprits(), failure=failure, needed_for=use)
 
 
 def longest_sum(recipe: Recipe) -> int:
@@ -337,16 +316,9 @@ def _traps_for(
         )
     if aside and use == "both":
         detail += f"; nothing here depends on it, but {'; '.join(dict.fromkeys(aside))}"
-    return Evidence(
-        name=f"traps of {use}" if use == "training" else "traps",
-        aspect="software",
-        needed_for=use,
-        outcome="fail" if bad else "pass",
-        detail=detail,
-        samples=len(mine),
-        ranks=sorted({rank for rank, _ in bad}),
-        failure=failure,
-    )
+    name, ranks = f"traps of {use}" if use == "training" else "traps", sorted({rank for rank, _ in bad})
+    outcome = "fail" if bad else "pass"
+    return _finding(name, outcome, detail, len(mine), ranks=ranks, failure=failure, needed_for=use)
 
 
 def _out_of_range(crew: Crew, setting: Setting) -> Evidence:
@@ -373,16 +345,10 @@ def _out_of_range(crew: Crew, setting: Setting) -> Evidence:
             observed=bad[0],
         )
     told = called.values[0]["error"] if called.ok else f"the process ends ({called.describe()})"
-    return Evidence(
-        name=name,
-        aspect="software",
-        needed_for="training",
-        outcome="fail" if bad else "pass",
-        detail="; ".join(bad) or f"a target that is no class gives an error: {told}",
-        samples=crew.world,
-        ranks=[rank for rank, value in enumerate(called.values) if value["failed"]] if called.ok else [],
-        failure=failure,
-    )
+    detail = "; ".join(bad) or f"a target that is no class gives an error: {told}"
+    ranks = [rank for rank, value in enumerate(called.values) if value["failed"]] if called.ok else []
+    outcome = "fail" if bad else "pass"
+    return _finding(name, outcome, detail, crew.world, ranks=ranks, failure=failure, needed_for="training")
 
 
 def check_compiled(crew: Crew, setting: Setting) -> list[Evidence]:
@@ -415,19 +381,10 @@ def check_compiled(crew: Crew, setting: Setting) -> list[Evidence]:
             observed=value["detail"],
         )
     worst = max((compiled for _, compiled in value["errors"].values()), default=0.0)
-    return [
-        Evidence(
-            name=name,
-            aspect="software",
-            needed_for="training",
-            outcome="fail" if value["failed"] else "pass",
-            detail=value["detail"] or f"a gated block and its gradients, compiled, are within {worst:.1g} of float64",
-            samples=len(value["errors"]),
-            limits=limits if value["failed"] else [],
-            ranks=[0] if value["failed"] else [],
-            failure=failure,
-        )
-    ]
+    detail = value["detail"] or f"a gated block and its gradients, compiled, are within {worst:.1g} of float64"
+    outcome, limits, ranks = ("fail", limits, [0]) if value["failed"] else ("pass", [], [])
+    samples = len(value["errors"])
+    return [_finding(name, outcome, detail, samples, None, limits, ranks, failure, needed_for="training")]
 
 
 def _not_compared(name: str, why: str, setting: Setting) -> Evidence:
@@ -435,7 +392,7 @@ def _not_compared(name: str, why: str, setting: Setting) -> Evidence:
     compiles = setting.recipe.train.compile
     detail = f"not checked: {why}" + ("" if compiles else "; this recipe does not compile")
     outcome = "unknown" if compiles else "pass"
-    return Evidence(name=name, aspect="software", needed_for="training", outcome=outcome, detail=detail)
+    return _finding(name, outcome, detail, needed_for="training")
 
 
 PROBES: tuple[Probe, ...] = (

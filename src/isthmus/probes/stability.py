@@ -23,11 +23,12 @@ from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew
 from isthmus.probes.contract import Probe, Setting
+from isthmus.probes.findings import finding, without_ranks
 from isthmus.probes.judge.failure_rate import figures_of_soak
 from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.judge.soak_judgement import Problem, Trend, problems_of, trends_of
 from isthmus.probes.portable import training
-from isthmus.records import Evidence, Limit, Outcome, Use
+from isthmus.records import Evidence, Use
 from isthmus.run import Figure, RunFolder
 
 KNOWN_ANSWERS = "isthmus.probes.portable.known_answers:products"
@@ -49,6 +50,7 @@ DISK_BYTES_PER_S = 100e6
 STATE_BYTES = 16
 """Per parameter: weight, gradient and two moments in fp32."""
 _HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+_finding = partial(finding, aspect="stability")
 
 
 def known_answers(crew: Crew, setting: Setting) -> list[Evidence]:
@@ -92,19 +94,19 @@ def _trials(
     called = crew.call(function, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
     keep = partial(_keep, crew, setting, called, name, function, arguments, expected)
     if not called.ok:
-        return _broken(name, called, needed_for, keep)
+        return _broken(name, called, needed_for, keep())
     failing = [rank for rank, value in enumerate(called.values) if value["failed"]]
     samples = sum(value["trials"] for value in called.values)
     if failing:
         detail = "; ".join(called.values[rank]["detail"] for rank in failing[:3])
-        return _finding(name, needed_for, "fail", detail, samples, ranks=failing, keep=keep, world=crew.world)
+        return _failing(name, needed_for, detail, failing, crew.world, keep(), samples)
     confidence = setting.recipe.qualify.confidence
     bound = zero_failure_bound(samples, confidence)
     source = f"{samples} trials without a failure; {confidence:.0%} upper bound 1 - (1 - c)^(1/n)"
     rate = setting.measured(0.0, "% per trial", source, low=0.0, high=100 * bound)
     figures = {f"{name.replace(' ', '_')}_failure_rate": rate}
     detail = f"{samples} {what}: no failure; a rate below {bound:.2g} per trial could have stayed unseen"
-    return _finding(name, needed_for, "pass", detail, samples, figures, confidence)
+    return _finding(name, "pass", detail, samples, figures, confidence=confidence, needed_for=needed_for)
 
 
 def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
@@ -122,7 +124,7 @@ def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
         called = crew.call(PACE, arguments, deadline_s=DEADLINE_S, stall_s=setting.stall_s)
         keep = partial(_keep, crew, setting, called, "stragglers", PACE, arguments, "ranks that are equally fast")
         if not called.ok:
-            return [_broken("stragglers", called, "training", keep)]
+            return [_broken("stragglers", called, "training", keep())]
         for rank, value in enumerate(called.values):
             seconds[rank] += value["seconds"]
         ratios = training.ratios_to_peers([training.quantile(one, share) for one in seconds])
@@ -134,11 +136,12 @@ def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
     if slow:
         times = ", ".join(f"rank {rank} takes {ratios[rank]:.3g}" for rank in slow)
         detail = f"{times} times as long as its peers, in {looks} looks; above {rule.value:.3g} is slow ({rule.source})"
-        return [_finding("stragglers", "training", "fail", detail, samples, figures, None, slow, keep, crew.world)]
+        failure = keep() if keep is not None else None
+        return [_failing("stragglers", "training", detail, slow, crew.world, failure, samples, figures)]
     detail = (
         f"the slowest rank takes {worst:.2f} times as long as its peers; below {rule.value:.3g} is not seen as slow"
     )
-    return [_finding("stragglers", "training", "pass", detail, samples, figures)]
+    return [_finding("stragglers", "pass", detail, samples, figures, needed_for="training")]
 
 
 def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list[Evidence]:
@@ -152,18 +155,17 @@ def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list
             return [_broken(f"cold start {number + 1} of {starts}", called, "both", None)]
         seconds.append(time.perf_counter() - began)
     slowest = max(value for start in crew.starts[-starts:] for value in start)
-    median = median_of(seconds, setting.recipe.qualify.confidence)
+    confidence = setting.recipe.qualify.confidence
+    median = median_of(seconds, confidence)
     source = f"ranks and communicator, median of {starts} cold starts, interval {median.confidence:.0%}"
     figures = {
         "cold_start_s": setting.measured(median.value, "s", source, median.low, median.high),
         "cold_communicator_s": setting.measured(slowest, "s", f"slowest rank of {starts} cold starts"),
     }
-    bound = zero_failure_bound(starts, setting.recipe.qualify.confidence)
+    bound = zero_failure_bound(starts, confidence)
     detail = f"{starts} of {starts} cold starts in {max(seconds):.2g} s at most; a rate below {bound:.2g} per start"
     detail += " could have stayed unseen"
-    return [
-        _finding("cold starts", "both", "pass", detail, starts, figures, setting.recipe.qualify.confidence),
-    ]
+    return [_finding("cold starts", "pass", detail, starts, figures, confidence=confidence, needed_for="both")]
 
 
 def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
@@ -281,8 +283,7 @@ def _soak_finding(
         detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in problems)
         ranks = sorted({rank for problem in problems for rank in problem.ranks})
         kept = next((one["kept"] for one in seen if one["kept"]), None)
-        keep = None if kept is None else lambda: kept
-        return _finding("soak", "training", "fail", detail, steps, figures, confidence, ranks, keep, crew.world)
+        return _failing("soak", "training", detail, ranks, crew.world, kept, steps, figures, confidence)
     step_bound = zero_failure_bound(steps * crew.world, confidence)
     detail = (
         f"{steps} real steps on {crew.world} ranks {first['layout']}, "
@@ -290,7 +291,7 @@ def _soak_finding(
         f"{sum(one['known'] for one in seen)} known answers, {len(saves)} saves read back and equal; loss "
         f"{first['losses'][0]:.3f} to {first['losses'][-1]:.3f}. {_power(setting, figures, step_bound, trends)}"
     )
-    return _finding("soak", "training", "pass", detail, steps, figures, confidence)
+    return _finding("soak", "pass", detail, steps, figures, confidence=confidence, needed_for="training")
 
 
 def _power(setting: Setting, figures: dict[str, Figure], step_bound: float, trends: dict[str, list[Trend]]) -> str:
@@ -348,46 +349,28 @@ def _keep(
     )
 
 
-def _broken(name: str, called: Called, needed_for: Use, keep: Callable[[], str] | None) -> Evidence:
+def _broken(name: str, called: Called, needed_for: Use, failure: str | None) -> Evidence:
     """A call that not all ranks answered. What the ranks at fault did is said, and not what became of the others."""
     ranks = called.culprits()
     at_fault = Called([reply for reply in called.replies if reply.rank in ranks], called.seconds)
-    world = len(called.replies)
-    return _finding(name, needed_for, "fail", at_fault.describe(), ranks=ranks, keep=keep, world=world)
+    return _failing(name, needed_for, at_fault.describe(), ranks, len(called.replies), failure)
 
 
-def _finding(
+def _failing(
     name: str,
     needed_for: Use,
-    outcome: Outcome,
     detail: str,
+    ranks: Sequence[int],
+    world: int,
+    failure: str | None,
     samples: int = 0,
     figures: dict[str, Figure] | None = None,
     confidence: float | None = None,
-    ranks: Sequence[int] = (),
-    keep: Callable[[], str] | None = None,
-    world: int | None = None,
 ) -> Evidence:
-    """A finding about stability. Where `world` is given and fewer than half of the ranks are at fault, the pool is fit
-    without them."""
-    limits = []
-    if world is not None and 0 < len(ranks) < world / 2:
-        reason = f"{name}: {detail}"[:200]
-        excluded = [str(rank) for rank in ranks]
-        limits = [Limit(setting="pool.ranks", excluded=excluded, reason=reason, needed_for=needed_for)]
-    return Evidence(
-        name=name,
-        aspect="stability",
-        needed_for=needed_for,
-        outcome=outcome,
-        detail=detail,
-        samples=samples,
-        confidence=confidence,
-        figures=figures or {},
-        limits=limits,
-        ranks=list(ranks),
-        failure=keep() if keep is not None else None,
-    )
+    """A failing finding. Where fewer than half of the ranks are at fault, the pool is fit without them."""
+    few = 0 < len(ranks) < world / 2
+    limits = [without_ranks(ranks, f"{name}: {detail}"[:200], needed_for)] if few else []
+    return _finding(name, "fail", detail, samples, figures, limits, ranks, failure, confidence, needed_for=needed_for)
 
 
 _ANY_CALL: tuple[FaultKind, ...] = ("crash", "hang", "out-of-memory")

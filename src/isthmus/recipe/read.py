@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from isthmus.errors import suggestion
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, parse_architecture, read_architecture
+from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.explain import explain
 from isthmus.recipe.schema import Recipe, ServeSection
 from isthmus.recipe.section import RecipeError
@@ -66,11 +66,6 @@ def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **cha
         return ServeSection.model_validate(tree["serve"])
     except ValidationError as error:
         raise RecipeError(explain(error, "[serve] is not valid:", ServeSection, ("serve",))) from None
-
-
-def preset_architecture(name: str, **changes: Any) -> DeepseekSection | DenseSection:
-    """An architecture that ships with the package, with some of its keys changed."""
-    return parse_architecture({**_read_preset(name), **changes})
 
 
 def preset_names() -> list[str]:

@@ -21,8 +21,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from isthmus.chips.rehearse import enforce
-from isthmus.chips.rehearse.dispatch import Rehearsal
+from isthmus.chips.rehearse.dispatch import Rehearsal, enforce
 from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer

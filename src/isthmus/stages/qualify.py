@@ -23,7 +23,8 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 from torch.distributed.rendezvous import rendezvous
 
 from isthmus.chips import check_available, check_names, device_of, get_chip
-from isthmus.chips.rehearse import enforce, profile_of
+from isthmus.chips.rehearse import profile_of
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.chips.rehearse.faults import Fault, parse_fault
 from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
@@ -342,7 +343,7 @@ def render(record: QualifyRecord) -> RenderableType:
     for title in ("finding", "needed for", "outcome", "detail"):
         table.add_column(title, overflow="fold")
     for item in record.evidence:
-        detail = item.detail + (f" [isthmus bundle {item.failure}]" if item.failure else "")
+        detail = item.detail + (f" [isthmus case {item.failure}]" if item.failure else "")
         table.add_row(item.name, item.needed_for, f"[{colour[item.outcome]}]{item.outcome}[/]", escape(detail))
     lines = [f"   {score.aspect}: {_score(score)}" for score in record.scores]
     lines += [f"   limit: {describe_limit(limit)} ({limit.reason})" for limit in record.limits]

@@ -1,4 +1,4 @@
-"""Bundle: a failing probe as a small script that needs torch alone, for the engineers of a chip's vendor."""
+"""Case: a failing probe as a small script that needs torch alone, for the engineers of a chip's vendor."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def read_case(path: Path) -> tuple[Path, FailureCase]:
         path = path.parent
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise IsthmusError(f"{path} {what}. Name the folder of a failure, or a run folder: isthmus bundle RUN")
+        raise IsthmusError(f"{path} {what}. Name the folder of a failure, or a run folder: isthmus case RUN")
     found = sorted({file for place in PLACES for file in path.glob(f"{place}{FAILURE}")})
     if not found:
         raise IsthmusError(
@@ -102,7 +102,7 @@ def read_case(path: Path) -> tuple[Path, FailureCase]:
             f"bundle, use: isthmus inspect {path}"
         )
     if len(found) > 1:
-        lines = "\n".join(f"  isthmus bundle {file.parent}    # {_title(file)}" for file in found)
+        lines = "\n".join(f"  isthmus case {file.parent}    # {_title(file)}" for file in found)
         raise IsthmusError(f"{path} holds {len(found)} failures. Say which:\n{lines}")
     case = _load(found[0])
     for name in case.files:
@@ -410,7 +410,7 @@ def _doubts(study: Study, exit_code: int | None) -> list[str]:
 
 def _try(packing: Packing, study: Study) -> tuple[int | None, str]:
     """Run the packed script as the vendor's engineer will. Returns its exit code and what it printed."""
-    with tempfile.TemporaryDirectory(prefix="isthmus-bundle-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="isthmus-case-") as temporary:
         script = Path(temporary, "reproduce.py")
         script.write_text(script_of(packing), encoding="utf-8")
         for name in packing.case.files:

@@ -3,21 +3,16 @@
 Each folder with tables is one family of chips: its operators, dtypes, collectives, links, failure rates and numerics,
 every row with a source and a standing (documented, read in code, assumed). A rehearsal finds out what would break; it
 never speaks for the vendor.
-Loading this package does not load torch; `enforce` does.
+Loading this package does not load torch; what enforces the rules, in dispatch.py, does.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from isthmus.chips._registry import get_chip, vendor_of
 from isthmus.chips.rehearse.tables import Emulation, Profile, RehearsalRefused, Tally, families, load_profile
 from isthmus.errors import IsthmusError
 
-if TYPE_CHECKING:
-    from isthmus.chips.rehearse.dispatch import Rehearsal
-
-__all__ = ["Emulation", "Profile", "RehearsalRefused", "Tally", "can_rehearse", "enforce", "profile_of"]
+__all__ = ["Emulation", "Profile", "RehearsalRefused", "Tally", "can_rehearse", "profile_of"]
 
 
 def can_rehearse(chip: str) -> bool:
@@ -31,16 +26,3 @@ def profile_of(chip: str) -> Profile:
     if family is None or family not in families():
         raise IsthmusError(f"{chip} cannot be rehearsed: there are no tables of what its software supports")
     return load_profile(chip, family, get_chip(chip).generation)
-
-
-def enforce(chip: str, *, strict: bool = False, emulate: Emulation | None = None) -> Rehearsal:
-    """A context in which this thread's tensor work obeys a chip's tables; its `tally` counts what ran.
-
-    Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with
-    `strict`, or with the vendor's own switch set in the environment, also at an operator that the chip would silently
-    run on the host's CPU. What the chip would do silently is refused too, unless `emulate` says to do it. Enter it for
-    the work that the chip is to do: building a model is the host's work.
-    """
-    from isthmus.chips.rehearse.dispatch import Rehearsal
-
-    return Rehearsal(profile_of(chip), strict=strict, emulate=emulate)

@@ -27,6 +27,8 @@ from isthmus.chips import device_for, get_chip
 from isthmus.chips.rehearse import profile_of
 from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal, follow_backward
 from isthmus.chips.rehearse.faults import parse_fault
+from isthmus.chips.rehearse.group import rehearse_backend
+from isthmus.chips.rehearse.inject import Injector
 from isthmus.chips.rehearse.settings import Settings
 from isthmus.chips.rehearse.shims import install
 from isthmus.chips.rehearse.tables import Emulation, RehearsalRefused
@@ -73,7 +75,7 @@ class Collectives:
 class Reporter:
     """Writes what a process found."""
 
-    def __init__(self, settings: Settings, rehearsal: DeviceRehearsal, injector: Any):
+    def __init__(self, settings: Settings, rehearsal: DeviceRehearsal, injector: Injector):
         self.settings, self.rehearsal, self.injector = settings, rehearsal, injector
         self.steps, self.collectives = Steps(), Collectives(self.now_and_then)
         self._pid, self._written = os.getpid(), 0.0
@@ -134,9 +136,6 @@ class Reporter:
 
 def start() -> None:
     """Begin the rehearsal that the environment names, in this thread and in all that it starts."""
-    from isthmus.chips.rehearse.group import rehearse_backend
-    from isthmus.chips.rehearse.inject import Injector
-
     settings = Settings.from_environment()
     chip, profile = get_chip(settings.chip), profile_of(settings.chip)
     device = device_for(settings.chip)
@@ -160,7 +159,7 @@ def start() -> None:
     _follow_threads(lambda: _enter(memory, rehearsal.another(), injector))
 
 
-def _enter(memory: ChipMemory, rehearsal: DeviceRehearsal, injector: Any) -> None:
+def _enter(memory: ChipMemory, rehearsal: DeviceRehearsal, injector: Injector) -> None:
     """Enter the modes of a thread, for as long as it lives."""
     for mode in (DeviceNames(memory), injector.operators(), rehearsal):
         mode.__enter__()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isthmus.chips.rehearse import profile_of
 from isthmus.chips.rehearse.tables import (
     MEANING,
     DtypeRule,
@@ -185,6 +186,17 @@ class Rehearsal(OperatorWatch):
             first.copy_(_reordered(first, _terms(args), self._noise))
             self.tally.varied[operator] += 1
         return result
+
+
+def enforce(chip: str, *, strict: bool = False, emulate: Emulation | None = None) -> Rehearsal:
+    """A context in which this thread's tensor work obeys a chip's tables; its `tally` counts what ran.
+
+    Raises RehearsalRefused, naming operator and dtypes, at an operator or dtype that the chip does not have; with
+    `strict`, or with the vendor's own switch set in the environment, also at an operator that the chip would silently
+    run on the host's CPU. What the chip would do silently is refused too, unless `emulate` says to do it. Enter it for
+    the work that the chip is to do: building a model is the host's work.
+    """
+    return Rehearsal(profile_of(chip), strict=strict, emulate=emulate)
 
 
 _EMULATED: tuple[NumericKind, ...] = ("argument", "argument_caution", "uninitialised", "non_deterministic")

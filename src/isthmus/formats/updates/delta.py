@@ -20,7 +20,6 @@ with little-endian lengths; the header is compressed JSON. One message may be sp
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import struct
 import zlib
@@ -31,10 +30,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.updates.wire import set_sha256_of
+from isthmus.formats.updates.wire import set_sha256
 from isthmus.model.digest import tensor_sha256
 
 Codec = Literal["zstd", "zlib"]
@@ -74,7 +74,7 @@ class WeightSet:
     @cached_property
     def sha256(self) -> str:
         """`set_sha256` of the tensors."""
-        return set_sha256_of(self.hashes)
+        return set_sha256(self.hashes)
 
     @property
     def nbytes(self) -> int:
@@ -382,7 +382,7 @@ def _smaller(plane: bytes, codec: Codec, squeeze: Callable[[bytes], bytes]) -> t
 
 def _compressor(codec: Codec) -> Callable[[bytes], bytes]:
     if codec == "zstd":
-        return _zstandard().ZstdCompressor(level=_LEVELS["zstd"]).compress
+        return zstandard.ZstdCompressor(level=_LEVELS["zstd"]).compress
     return lambda plain: zlib.compress(plain, _LEVELS["zlib"])
 
 
@@ -405,7 +405,6 @@ def _decompress(codec: str, packed: bytes, length: int) -> bytes:
 
 
 def _decompress_zstd(packed: bytes, length: int) -> bytes:
-    zstandard = _zstandard()
     try:
         announced = zstandard.get_frame_parameters(packed).content_size
         if announced != length:
@@ -413,16 +412,6 @@ def _decompress_zstd(packed: bytes, length: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(packed, max_output_size=length)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
-
-
-def _zstandard() -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ModuleNotFoundError:
-        raise IsthmusError(
-            "weight deltas are compressed with zstd, and the package zstandard is missing here: pip install "
-            'zstandard, or set [rl] update_codec = "zlib" on the side that trains'
-        ) from None
 
 
 def _assemble(header: Header, streams: list[bytes], codec: Codec) -> bytes:

@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isthmus.errors import DamagedFile
-from isthmus.model.digest import tensor_sha256
 
 
 def pack(tensors: dict[str, Tensor]) -> bytes:
@@ -22,16 +21,11 @@ def digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def set_sha256(tensors: dict[str, Tensor]) -> str:
+def set_sha256(hashes: dict[str, str]) -> str:
     """SHA-256 of a whole set of tensors, hexadecimal, however it was split into messages.
 
     It covers one line `NAME HASH` per tensor in the order of names, with the hashes of model/digest.py.
     """
-    return set_sha256_of({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
-
-
-def set_sha256_of(hashes: dict[str, str]) -> str:
-    """`set_sha256` of tensors whose hashes are known, by name."""
     return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Where two runs of the same step part ways: the first operator with equal inputs and unequal outputs.
 
 A step that does not give the same bits twice says nothing about which kernel is to blame. This names it, and keeps its
-inputs, so that `isthmus bundle` can pack that operator alone.
+inputs, so that `isthmus case` can pack that operator alone.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def keep_operator(
     ranks: int = 1,
     planted: Sequence[str] = (),
 ) -> Path:
-    """Write the operator that is to blame as a case that `isthmus bundle` packs. Returns its folder.
+    """Write the operator that is to blame as a case that `isthmus case` packs. Returns its folder.
 
     `kept` are its arguments, as `first_difference` returns them. Raises ValueError for arguments that no file holds.
     """

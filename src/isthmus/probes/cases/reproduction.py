@@ -1,6 +1,6 @@
 """Runs one call of a portable probe on its own ranks, and says whether a known failure shows: 0 no, 1 yes, 2 undecided.
 
-`isthmus bundle` packs everything below the mark as it is, behind the probe's source. So this file needs torch and the
+`isthmus case` packs everything below the mark as it is, behind the probe's source. So this file needs torch and the
 standard library alone, and runs with versions of torch and Python older than the project's own.
 """
 

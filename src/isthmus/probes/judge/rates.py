@@ -55,11 +55,6 @@ def poisson_bounds(failures: int, exposure: float, confidence: float) -> tuple[f
     return low / exposure, high / exposure
 
 
-def rate_upper_bound(failures: int, exposure: float, confidence: float) -> float:
-    """One-sided upper bound of a rate: what `failures` in `exposure` exclude with `confidence`, whatever the prior."""
-    return gamma_quantile(confidence, failures + 1) / exposure
-
-
 def exposure_to_show(rate: float, confidence: float) -> float:
     """Exposure without a failure after which a rate above `rate` is excluded with `confidence`: -ln(1 - c) / rate."""
     return -math.log1p(-confidence) / rate

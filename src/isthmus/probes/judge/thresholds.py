@@ -221,8 +221,8 @@ def check_sanity(rules: Sequence[Rule], chips: Mapping[str, Chip], beside: Seque
     MOST_OF_LINE times a link that may add up on its way). A pair of chips in a full mesh has one of the links, and
     chips beyond the domain of a link have the network. Where nothing is declared, a value is plausible within
     MOST_APART of the median of the rules on the same metric for other chips, `beside` included. A multiple of the
-    peers' median must let the median chip pass, and may not be looser than 1 / LEAST_SHARE. What cannot be judged is in
-    `unjudged`.
+    peers' median must let the median chip pass, and may not be looser than 1 / LEAST_SHARE. What cannot be judged is
+    accepted.
     """
     problems = [
         f"{rule}: {doubt} (source: {rule.source})" for rule in rules if (doubt := _doubt(rule, rules, chips, beside))
@@ -235,15 +235,6 @@ def check_sanity(rules: Sequence[Rule], chips: Mapping[str, Chip], beside: Seque
         if rule.direction == "<=" and not rule.relative and floor is not None and floor.value > rule.value:
             problems.append(f"{rule}: none passes this and {floor} (sources: {rule.source}; {floor.source})")
     return problems
-
-
-def unjudged(rules: Sequence[Rule], chips: Mapping[str, Chip], beside: Sequence[Rule] = ()) -> list[Rule]:
-    """The rules of which nobody can say whether they make sense: no declared fact, and no rules for other chips."""
-    return [
-        rule
-        for rule in rules
-        if not rule.relative and _plausible(rule, chips) is None and _typical(rule, (*rules, *beside)) is None
-    ]
 
 
 def _doubt(rule: Rule, rules: Sequence[Rule], chips: Mapping[str, Chip], beside: Sequence[Rule]) -> str | None:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,8 +20,9 @@ from isthmus.chips import Chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
+from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
-from isthmus.probes.static.operators import Coverage, Trace, coverage
+from isthmus.probes.static.operators import Support, support_of
 from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
 from isthmus.recipe.schema import Recipe, layout_problem
@@ -36,6 +38,7 @@ COLLECTIVE_NAMES = {
     "all-to-all": ("all_to_all", None),
 }
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+_finding = partial(finding, aspect="software")
 _TIME_IN_PARTS: tuple[Status, ...] = ("generic", "decomposes")
 
 
@@ -76,7 +79,7 @@ class StaticCoverage:
     rows: tuple[OperatorShare, ...]
     basis: str
     seconds: float | None
-    found: Coverage
+    found: Support
     collectives: dict[str, str]
     collective_notes: tuple[str, ...]
     collectives_refused: str | None
@@ -170,10 +173,7 @@ def static_coverage(
 
 def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> StaticCoverage:
     """A trace with what the chip's tables say of each of its operators."""
-    trace = Trace(costs.operators(), {name: set() for name in costs.operators()})
-    for call in costs.calls:
-        trace.dtypes[call.operator].update(call.dtypes)
-    found = coverage(_without_gradients(trace, profile), profile)
+    found = support_of(_called(costs, profile), profile)
     peak, bandwidth = _known(chip.bf16_tflops, 1e12), _known(chip.mem_bw_gbs, 1e9)
     seconds = {call: _seconds(call, peak, bandwidth) for call in costs.calls}
     basis = "time" if peak and bandwidth else "flops" if costs.flops else "bytes"
@@ -203,15 +203,12 @@ def _seconds(call: Call, peak: float | None, bandwidth: float | None) -> float |
     return max(call.flops / peak, call.bytes / bandwidth) if peak and bandwidth else None
 
 
-def _without_gradients(trace: Trace, profile: Profile) -> Trace:
-    """A whole operator's gradient is no operator of its own: the table knows it by the operator's name."""
-    calls: Counter[str] = Counter()
-    dtypes: dict[str, set[str]] = {}
-    for name, count in trace.calls.items():
-        own = _listed_name(name, profile)
-        calls[own] += count
-        dtypes.setdefault(own, set()).update(trace.dtypes[name])
-    return Trace(calls, dtypes)
+def _called(costs: Costs, profile: Profile) -> dict[str, set[str]]:
+    """The dtypes of each operator, by the name that the table knows it by: a whole operator's gradient has none."""
+    called: dict[str, set[str]] = {}
+    for call in costs.calls:
+        called.setdefault(_listed_name(call.operator, profile), set()).update(call.dtypes)
+    return called
 
 
 def _listed_name(name: str, profile: Profile) -> str:
@@ -220,7 +217,7 @@ def _listed_name(name: str, profile: Profile) -> str:
 
 
 def _rows(
-    costs: Costs, seconds: dict[Call, float | None], profile: Profile, tables: FusedTables, found: Coverage
+    costs: Costs, seconds: dict[Call, float | None], profile: Profile, tables: FusedTables, found: Support
 ) -> list[OperatorShare]:
     by_operator: dict[str, list[tuple[Call, int]]] = {}
     for call, count in costs.calls.items():
@@ -297,7 +294,7 @@ def _collective_rules(costs: Costs, profile: Profile) -> tuple[tuple[str, ...], 
     return tuple(dict.fromkeys(notes)), None
 
 
-def _sources(chip: Chip, found: Coverage) -> tuple[str, ...]:
+def _sources(chip: Chip, found: Support) -> tuple[str, ...]:
     figures = [("bf16 peak", chip.bf16_tflops), ("memory bandwidth", chip.mem_bw_gbs)]
     known = [f"{name} {figure}" for name, figure in figures if figure is not None]
     missing = [name for name, figure in figures if figure is None or figure.value is None]
@@ -402,32 +399,18 @@ def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int 
     problem = layout_problem(recipe.model, recipe.train, ranks)
     layout = Layout() if problem else Layout.of(recipe.model, recipe.train, ranks)
     found = static_coverage(recipe, chip, profile, layout)
-    findings = [finding(one) for one in found]
+    findings = [finding_of(one) for one in found]
     if fused_tables_of(chip.slug).operators:
         findings += [
             _fused_finding(needs_of(recipe, layout, chip, profile, use), use) for use in ("training", "serving")
         ]
     if problem:
-        findings.append(_of_training("layout", "fail", problem))
+        findings.append(_finding("layout", "fail", problem, needed_for="training"))
     training = next(one for one in found if one.use == "training")
     return [*findings, _repeatable_finding(training), *_dtype_findings(profile)]
 
 
-def _of_training(
-    name: str, outcome: Outcome, detail: str, samples: int = 0, limits: list[Limit] | None = None
-) -> Evidence:
-    return Evidence(
-        name=name,
-        aspect="software",
-        needed_for="training",
-        outcome=outcome,
-        detail=detail,
-        samples=samples,
-        limits=limits or [],
-    )
-
-
-def finding(found: StaticCoverage) -> Evidence:
+def finding_of(found: StaticCoverage) -> Evidence:
     """Operators that are missing, or called with a dtype that the chip refuses, fail a use. Those that fall back fail
     training, where every step of every rank would wait, and are told of serving, as on the chip (probes/software.py).
     """
@@ -440,16 +423,8 @@ def finding(found: StaticCoverage) -> Evidence:
     words += [f"weak with {dtype}: {', '.join(names)}" for dtype, names in found.found.weak_dtypes.items()]
     cautions = [f"{name} ({', '.join(notes)})" for name, notes in found.found.cautions.items()]
     words += [f"documented limits: {', '.join(cautions)}"] if cautions else []
-    figures = _figures(found)
-    return Evidence(
-        name=f"operators of {found.what}",
-        aspect="software",
-        needed_for=found.use,
-        outcome=outcome,
-        detail="; ".join(words),
-        samples=found.found.total,
-        figures=figures,
-    )
+    name = f"operators of {found.what}"
+    return _finding(name, outcome, "; ".join(words), found.found.total, _figures(found), needed_for=found.use)
 
 
 def _figures(found: StaticCoverage) -> dict[str, Figure]:
@@ -472,14 +447,7 @@ def _fused_finding(needs: list[NeedFound], use: Use) -> Evidence:
     words = [need_sentence(need) for need in needs if need.usable or need.unusable]
     bare = [need.need for need in needs if not need.usable and not need.unusable]
     words += [f"nothing fused is known for {', '.join(bare)}"] if bare else []
-    return Evidence(
-        name=f"fused operators for {use}",
-        aspect="software",
-        needed_for=use,
-        outcome="pass",
-        detail="; ".join(words),
-        samples=len(needs),
-    )
+    return _finding(f"fused operators for {use}", "pass", "; ".join(words), len(needs), needed_for=use)
 
 
 def need_sentence(need: NeedFound) -> str:
@@ -517,7 +485,7 @@ def _repeatable_finding(training: StaticCoverage) -> Evidence:
             f"{_percents(training.shares_of(rows))} of the {bases} in operators that are not deterministic unless "
             f"torch.use_deterministic_algorithms is on: {', '.join(row.operator for row in rows)}"
         )
-    return _of_training("deterministic by default", "pass", detail, len(training.rows))
+    return _finding("deterministic by default", "pass", detail, len(training.rows), needed_for="training")
 
 
 def _dtype_findings(profile: Profile) -> list[Evidence]:
@@ -528,7 +496,8 @@ def _dtype_findings(profile: Profile) -> list[Evidence]:
     reasons = {_PRECISIONS[dtype]: rule.behaviour for dtype, rule in refused.items() if dtype in _PRECISIONS}
     limits = [Limit(setting="train.precision", excluded=[name], reason=reason) for name, reason in reasons.items()]
     detail = "; ".join(f"{dtype}: {rule.behaviour} ({rule.standing})" for dtype, rule in refused.items())
-    return [_of_training("refused dtypes", "fail" if limits else "pass", detail, len(refused), limits)]
+    outcome = "fail" if limits else "pass"
+    return [_finding("refused dtypes", outcome, detail, len(refused), limits=limits, needed_for="training")]
 
 
 def percent(share: float) -> str:

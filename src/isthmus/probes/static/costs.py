@@ -6,7 +6,7 @@ The work may run on the meta device, which has shapes and no values: then a mode
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from isthmus.chips.rehearse.dispatch import OperatorWatch, is_composite, short_name
 
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
 ATTENTION = "aten::scaled_dot_product_attention"
 WHOLE_ATTENTION = (ATTENTION, "aten::_scaled_dot_product_flash_attention")
 """Operators for which a chip's software may have a kernel that computes attention in one piece."""
@@ -58,7 +59,12 @@ class Call(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective of a group of `ranks`, and the bytes that leave this rank: see probes/traffic.py for `sent`."""
+    """A collective of a group of `ranks`. `sent`: the bytes that leave this rank.
+
+    They are what the algorithm that sends least needs (Patarasu and Yuan, J. Parallel Distrib. Comput. 69, 2009): of
+    an input of B bytes (n - 1) B for an all-gather, (n - 1)/n B for a reduce-scatter, 2 (n - 1)/n B for an all-reduce.
+    A backend may send more.
+    """
 
     kind: str
     dtype: str
@@ -204,14 +210,6 @@ def _whole_call(name: str, tensors: tuple[Tensor, ...], flops: int) -> Call:
     dtypes = dict.fromkeys(short_name(tensor.dtype) for tensor in tensors)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     return Call(name, tuple(dtypes), shapes, flops, sum(map(_size, tensors)))
-
-
-def record_costs(work: Callable[[], object], device: str = "meta", *, whole_attention: str | None = None) -> Costs:
-    """Run `work` and return what its calls on `device` cost."""
-    recorder = CostRecorder(device, whole_attention=whole_attention)
-    with recorder.watching():
-        work()
-    return recorder.total()
 
 
 def _tensors(values: Any) -> list[Tensor]:

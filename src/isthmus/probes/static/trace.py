@@ -29,8 +29,17 @@ from isthmus.model.documents import Documents
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model
 from isthmus.model.moe import MixtureOfExperts, Routing
-from isthmus.probes.static.costs import OUTSIDE, Call, Collective, CostRecorder, Costs
-from isthmus.probes.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from isthmus.probes.static.costs import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    OUTSIDE,
+    REDUCE_SCATTER,
+    Call,
+    Collective,
+    CostRecorder,
+    Costs,
+)
 from isthmus.recipe.architecture import DeepseekSection, ModelSection
 from isthmus.recipe.schema import Recipe, TextSection, TrainSection, layout_problem
 from isthmus.trainer.batch import Batch

@@ -41,9 +41,8 @@ class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         sys.meta_path.remove(self)
         module.__spec__.loader = module.__loader__ = self._loader  # pyright: ignore[reportOptionalMemberAccess]
         self._loader.exec_module(module)
-        from isthmus.chips.rehearse.child import start
-
-        start()
+        # Loaded only now: every Python that starts under a rehearsal runs this file, and few of them import torch.
+        importlib.import_module("isthmus.chips.rehearse.child").start()
 
 
 def _import_what_is_hidden() -> None:

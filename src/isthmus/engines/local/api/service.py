@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.chips.rehearse import enforce
+from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.text import Vocabulary
 from isthmus.engines.local.core.core import Core

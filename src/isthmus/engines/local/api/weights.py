@@ -19,7 +19,7 @@ from isthmus.engines.local.api.protocol import ApiError
 from isthmus.engines.local.api.service import Service, check_finite, compare_layouts, layout_of
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.updates.delta import WrongBase, check_base, decode, is_message, read_message
-from isthmus.formats.updates.wire import digest, set_sha256_of, unpack
+from isthmus.formats.updates.wire import digest, set_sha256, unpack
 from isthmus.model.digest import tensor_sha256
 
 Mode = Literal["full", "delta"]
@@ -136,7 +136,7 @@ class WeightUpdates:
             kept = self._hashes_in_use() if staging.mode == "delta" else {}
             arrived = {name: staging.hashes.get(name) or tensor_sha256(one) for name, one in staging.tensors.items()}
             hashes = {**kept, **arrived}
-            found = set_sha256_of(hashes)
+            found = set_sha256(hashes)
             if sha256 is not None and found != sha256:
                 self._give_up(f"its SHA-256 was {found[:16]}..., {sha256[:16]}... was announced")
                 raise DamagedFile(
@@ -170,11 +170,6 @@ class WeightUpdates:
             self._give_up(reason)
             restore()
             self.last = {"version": self.service.core.version, "outcome": "restored", "reason": reason}
-
-    @property
-    def in_use(self) -> bool:
-        """Whether an update is open."""
-        return self._staging is not None
 
     def knows(self, version: int) -> bool:
         """Whether the open update is that to `version`."""
@@ -216,7 +211,7 @@ class WeightUpdates:
                 "wrong_version",
             )
         try:
-            check_base(header, self.service.core.version, set_sha256_of(self._hashes_in_use()))
+            check_base(header, self.service.core.version, set_sha256(self._hashes_in_use()))
         except WrongBase as error:
             raise _conflict(str(error), "wrong_base") from None
         tensors = decode(message, self.service.tensors)

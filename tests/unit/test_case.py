@@ -28,7 +28,7 @@ from isthmus.probes.cases.packing import clashing_names, foreign_imports, runs_n
 from isthmus.probes.cases.shrink import Frequency
 from isthmus.probes.cases.surroundings import describe_machine, shown_variables, without_private
 from isthmus.progress import Watch
-from isthmus.tools import case as bundle_failure
+from isthmus.tools import case
 from isthmus.tools.case import Packed, execute, read_case
 from tests.support import portable_work
 
@@ -45,8 +45,8 @@ Keep = Callable[..., Path]
 @pytest.fixture(scope="module", autouse=True)
 def tests_have_probes_of_their_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_failure, "PROBES", "tests.support.portable_work:")
-        patch.setattr(bundle_failure, "RUNS", 3)
+        patch.setattr(case, "PROBES", "tests.support.portable_work:")
+        patch.setattr(case, "RUNS", 3)
         yield
 
 
@@ -57,7 +57,7 @@ def keep(folder: Path, name: str, arguments: dict[str, Any], ranks: int, crew: C
     with crew or Crew(ranks) as used:
         called = used.call(function, {**arguments, **files}, deadline_s=60, stall_s=1.5)
     replies = [{**vars(one), "beat": str(one.beat)} for one in called.replies]
-    case = {
+    kept = {
         "probe": "sums",
         "title": "A sum that is wrong",
         "function": function,
@@ -74,7 +74,7 @@ def keep(folder: Path, name: str, arguments: dict[str, Any], ranks: int, crew: C
         "log": [line for one in called.replies for line in one.log.splitlines()],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failure.json").write_text(json.dumps({**case, **more}), encoding="utf-8")
+    (folder / "failure.json").write_text(json.dumps({**kept, **more}), encoding="utf-8")
     return folder
 
 
@@ -173,7 +173,7 @@ def test_crashes_errors_and_hangs_shrink_to_the_ranks_and_steps_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str
 ):
     for name, value in {"STALL_S": 5.0, "HANG_S": 3.0, "RUNS": 1}.items():
-        monkeypatch.setattr(bundle_failure, name, value)
+        monkeypatch.setattr(case, name, value)
     folder = keep(tmp_path / how, "end", {"how": how, "who": 1, "steps": 9}, ranks=3)
     found = execute(folder, QUIET, seconds=AMPLE)
     assert found.call.ranks == 2 and 4 <= found.call.arguments["steps"] < 9
@@ -292,8 +292,8 @@ def test_the_failure_is_found_in_a_run_folder_and_asked_for_where_there_are_seve
 )
 def test_a_case_that_cannot_be_packed_is_refused(tmp_path: Path, change: dict, said: str):
     folder = keep(tmp_path / "case", "measured", {"size": 1}, ranks=1)
-    case = json.loads((folder / "failure.json").read_text())
-    (folder / "failure.json").write_text(json.dumps({**case, **change}))
+    kept = json.loads((folder / "failure.json").read_text())
+    (folder / "failure.json").write_text(json.dumps({**kept, **change}))
     with pytest.raises(IsthmusError, match=re.escape(said)) as told:
         execute(folder, QUIET, seconds=AMPLE)
     assert told.value.exit_code == 2 and "pydantic" not in str(told.value)
@@ -323,8 +323,8 @@ def test_a_file_that_is_no_kept_failure_is_named_with_what_is_wrong_and_what_to_
 
 def test_tensors_that_torch_cannot_read_are_refused_before_anything_runs(tmp_path: Path):
     folder = keep(tmp_path / "case", "measured", {"size": 1}, ranks=1)
-    case = json.loads((folder / "failure.json").read_text())
-    changed = {**case, "files": ["size"], "arguments": {"size": "inputs.pt"}}
+    kept = json.loads((folder / "failure.json").read_text())
+    changed = {**kept, "files": ["size"], "arguments": {"size": "inputs.pt"}}
     (folder / "failure.json").write_text(json.dumps(changed))
     torch.save({"t0": torch.ones(400)}, folder / "inputs.pt")
     assert read_case(folder)[1].files == ["size"]
@@ -356,9 +356,9 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_the_help_keeps_the_two_meanings_of_bundle_apart():
-    told = " ".join(CliRunner().invoke(cli, ["bundle", "--help"]).output.split())
-    assert "FAILURE" in told and "bundles of weights" in told and "isthmus inspect BUNDLE" in told
+def test_the_command_looks_into_the_folder_that_it_is_given(tmp_path: Path):
+    result = CliRunner().invoke(cli, ["case", str(tmp_path)])
+    assert isinstance(result.exception, IsthmusError) and "holds no failure.json" in str(result.exception)
 
 
 def test_a_probe_of_another_version_is_told():

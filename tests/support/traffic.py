@@ -1,4 +1,4 @@
-"""The collectives that a process issues, and the bytes that each makes it send at least."""
+"""The collectives that a process really issues, and the bytes that each makes it send at least."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
+from isthmus.probes.static.costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+
 KINDS = (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL)
 _PAYLOADS = {
     "c10d::_allgather_base_": (ALL_GATHER, "input_tensor"),
@@ -41,9 +42,7 @@ _BARRIERS = {"c10d::barrier", "c10d::monitored_barrier_"}
 class Collective:
     """One collective of a group of `ranks`. `payload`: bytes of what this rank puts in; `sent`: bytes that leave it.
 
-    `sent` is what the algorithm that sends least needs (Patarasu and Yuan, J. Parallel Distrib. Comput. 69, 2009): of
-    an input of B bytes (n - 1) B for an all-gather, (n - 1)/n B for a reduce-scatter, 2 (n - 1)/n B for an all-reduce.
-    For an all-to-all it is what is addressed to other ranks. A backend may send more.
+    `sent` is counted as in probes/static/costs.py; for an all-to-all it is what is addressed to other ranks.
     """
 
     kind: str
