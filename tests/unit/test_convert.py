@@ -15,7 +15,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats import fp8, get_format
 from isthmus.formats.files.bundle import read_bundle
-from isthmus.formats.files.published import dequantise_blocks
+from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.coverage import check_coverage

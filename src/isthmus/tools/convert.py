@@ -30,8 +30,9 @@ from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import round_with_calibration
 from isthmus.formats.files.bundle import CHECKSUMS, verify_files, write_bundle
-from isthmus.formats.files.published import CONFIG, SCALE, Checkpoint, StoredTensors
+from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
+from isthmus.formats.parts.names import SCALE
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError
