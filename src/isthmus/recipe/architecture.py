@@ -253,9 +253,9 @@ _ROPE_KINDS: dict[str, tuple[str, type[YarnScaling | Llama3Scaling]]] = {
 
 
 def _refuse_unsupported(config: dict[str, Any], only: dict[str, tuple[Any, ...]]) -> None:
-    for key, supported in only.items():
-        if key in config and config[key] not in supported:
-            raise RecipeError(f"{key} = {config[key]!r} is not supported; supported: {supported[0]!r}")
+    for name, supported in only.items():
+        if name in config and config[name] not in supported:
+            raise RecipeError(f"{name} = {config[name]!r} is not supported; supported: {supported[0]!r}")
     windowed = [layer for layer in config.get("layer_types") or [] if layer != "full_attention"]
     if windowed:
         raise RecipeError(f"layer_types has {windowed[0]!r}; supported: 'full_attention' in every layer")

@@ -203,7 +203,7 @@ class HandoffSection(Section):
     sign_key: Path | None = key(None, "private Ed25519 key that signs the seal; unsigned if absent")
 
 
-class EngineSection(Section):
+class EngineOptions(Section):
     """How the local engine works on a bundle, whatever the bundle is."""
 
     block_size: Tokens = key(16, "tokens per block of the cache")
@@ -216,7 +216,7 @@ class EngineSection(Section):
     batch_invariant: bool = key(False, "the same bits in any company, and slower")
 
 
-class ServeSection(EngineSection):
+class ServeSection(EngineOptions):
     """The API server and its chat page; docs/serving.md says more about each key."""
 
     host: str = key("127.0.0.1", "address to listen on")
