@@ -29,10 +29,11 @@ from benchmarks.conditions import store
 from benchmarks.rivals.contestants import RIVALS, Contestant, Isthmus, NotInstalled
 from benchmarks.rivals.load import Answer, Prompts, Request, between_tokens_s, first_token_s, tokens_per_second
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.schema import EngineOptions
 from tests.support.plain import mtp_logits
 
 ARCHITECTURE = DeepseekSection(

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 
 from benchmarks.rivals.load import Answer, Client, Request
 from isthmus.engines.local import LocalEngine
-from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS
+from isthmus.recipe.schema import EngineOptions
 
 HERE = Path(__file__).parent
 START_S = 600.0

@@ -327,6 +327,14 @@ def coverage(target: str, **options: Any) -> None:
         raise click.exceptions.Exit(1)
 
 
+@cli.command("recipe")
+@click.argument("place", required=False, metavar="[SECTION[.KEY]]")
+@click.option("--markdown", is_flag=True, help="Print all of it as docs/recipe.md has it.")
+def explain_recipe(place: str | None, markdown: bool) -> None:
+    """Show what may stand in a recipe: sections, or the keys of one with type, unit, default and meaning."""
+    click.echo(importlib.import_module("isthmus.tools.recipe").execute(place, markdown))
+
+
 @cli.command()
 @click.argument("name", required=False)
 def chips(name: str | None) -> None:

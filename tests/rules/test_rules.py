@@ -30,7 +30,7 @@ TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".j
 VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
 VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
 DESK = ("cli", "recipe.read", "run", "records", "progress", "pools", "forecast", "chips", "algos")
-DESK_STAGES = ("stages.plan", "stages.report")
+DESK_STAGES = ("stages.plan", "stages.report", "tools.recipe")
 LONGEST_FUNCTION = 80
 QUICK_CPU_SECONDS = 0.5
 TRIES = 5
@@ -108,7 +108,7 @@ def test_the_desk_never_loads_torch(module: str):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["chips", "run --dry-run RECIPE", "report RUN"])
+@pytest.mark.parametrize("verb", ["chips", "recipe rl", "recipe --markdown", "run --dry-run RECIPE", "report RUN"])
 def test_a_desk_verb_never_loads_torch(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
     call = "import sys; from isthmus.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
@@ -134,7 +134,9 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("verb", ["--help", "chips", "run --dry-run RECIPE", "report RUN"])
+@pytest.mark.parametrize(
+    "verb", ["--help", "chips", "recipe", "recipe --markdown", "run --dry-run RECIPE", "report RUN"]
+)
 def test_the_desk_answers_at_once(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
     best = min(cpu_seconds(isthmus(*arguments)) for _ in range(TRIES))

@@ -21,7 +21,8 @@ import torch
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import CHECKSUMS, file_hashes, write_bundle
-from isthmus.formats.files.published import CONFIG, mtp_copies, weight_files, write_tensors
+from isthmus.formats.files.published import CONFIG, weight_files, write_tensors
+from isthmus.formats.parts.names import mtp_copies
 from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage

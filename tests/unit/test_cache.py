@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from isthmus.engines import EngineError
 from isthmus.engines.local.core.cache import BlockPool, chained_digest
 from isthmus.engines.local.core.core import Core
+from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS = -1
@@ -49,7 +50,7 @@ def test_a_digest_stands_for_all_tokens_before():
 
 
 def test_a_second_prompt_computes_only_what_is_new():
-    core = Core(small_model(1), eos_id=NO_EOS, block_size=4)
+    core = Core(small_model(1), eos_id=NO_EOS, options=EngineOptions(block_size=4))
     computed = []
     hidden = core.runner.hidden
     core.runner.hidden = lambda batch: computed.append(len(batch)) or hidden(batch)
@@ -66,7 +67,7 @@ def test_a_second_prompt_computes_only_what_is_new():
 
 
 def test_a_conversation_finds_the_answer_that_was_generated():
-    core = Core(small_model(2), eos_id=NO_EOS, block_size=4)
+    core = Core(small_model(2), eos_id=NO_EOS, options=EngineOptions(block_size=4))
     prompt = list(range(20, 30))
     answer = generate(core, [prompt], 11, temperature=0.0)[0].tokens
     after = generate(core, [[*prompt, *answer, 5, 6]], 2, temperature=0.0)[0]
@@ -74,7 +75,7 @@ def test_a_conversation_finds_the_answer_that_was_generated():
 
 
 def test_the_same_prompt_computes_its_last_token_again():
-    core = Core(small_model(2), eos_id=NO_EOS, block_size=4)
+    core = Core(small_model(2), eos_id=NO_EOS, options=EngineOptions(block_size=4))
     first = generate(core, [[9] * 8], 4, temperature=0.0)[0]
     second = generate(core, [[9] * 8], 4, temperature=0.0)[0]
     assert second.cached_tokens == 4 and second.tokens == first.tokens
@@ -82,7 +83,7 @@ def test_the_same_prompt_computes_its_last_token_again():
 
 def test_new_weights_find_nothing_of_the_old():
     old, new = small_model(3), small_model(4)
-    core = Core(old, eos_id=NO_EOS, block_size=4)
+    core = Core(old, eos_id=NO_EOS, options=EngineOptions(block_size=4))
     prompt = list(range(20, 40))
     running, events = ask([prompt], 12, temperature=0.0)
     core.submit(running)
@@ -100,7 +101,7 @@ def test_new_weights_find_nothing_of_the_old():
 
 
 def test_without_the_prefix_cache_nothing_is_found():
-    core = Core(small_model(1), eos_id=NO_EOS, block_size=4, prefix_cache=False)
+    core = Core(small_model(1), eos_id=NO_EOS, options=EngineOptions(block_size=4, prefix_cache=False))
     generate(core, [[9] * 20], 2)
     assert generate(core, [[9] * 20], 2)[0].cached_tokens == 0 and core.counters.prefix_queries == 0
 
@@ -110,7 +111,9 @@ def test_preempted_samples_lose_nothing(temperature: float):
     model = small_model(5)
     prompts = [[i + 2] * (1 + 3 * i) for i in range(9)]
     options = {"temperature": temperature, "n": 2, "seed": 8, "stream": True, "top_logprobs": 1}
-    roomy, tight = (Core(model, eos_id=NO_EOS, block_size=4, cache_tokens=tokens) for tokens in (2000, 96))
+    roomy, tight = (
+        Core(model, eos_id=NO_EOS, options=EngineOptions(block_size=4, cache_tokens=tokens)) for tokens in (2000, 96)
+    )
     expected = generate(roomy, prompts, 25, **options)
     request, events = ask(prompts, 25, **options)
     run_core(tight, request)
@@ -123,7 +126,7 @@ def test_preempted_samples_lose_nothing(temperature: float):
 
 
 def test_the_first_to_come_is_never_sent_back():
-    core = Core(small_model(6), eos_id=NO_EOS, block_size=4, cache_tokens=96)
+    core = Core(small_model(6), eos_id=NO_EOS, options=EngineOptions(block_size=4, cache_tokens=96))
     first, events = ask([[5] * 10], 60)
     others, _ = ask([[7] * 20], 60, n=6)
     order = []
@@ -141,7 +144,7 @@ def test_the_first_to_come_is_never_sent_back():
 def test_a_job_that_is_dropped_leaves_nothing_that_is_no_number():
     model = small_model(8)
     model.model.embed_tokens.weight[13] = float("nan")
-    core = Core(model, eos_id=NO_EOS, block_size=4, chunk_tokens=8, slots=2)
+    core = Core(model, eos_id=NO_EOS, slots=2, options=EngineOptions(block_size=4, chunk_tokens=8))
     doomed, events = ask([[13] * 30], 4)
     core.submit(doomed)
     with torch.inference_mode():
@@ -156,14 +159,16 @@ def test_a_job_that_is_dropped_leaves_nothing_that_is_no_number():
 
 def test_a_cache_that_cannot_hold_one_sequence_is_refused():
     with pytest.raises(EngineError, match="cannot hold one sequence of 96; give it 96 or more"):
-        Core(small_model(1), eos_id=NO_EOS, cache_tokens=64)
+        Core(small_model(1), eos_id=NO_EOS, options=EngineOptions(cache_tokens=64))
 
 
 def test_numbers_that_are_none_stay_in_their_sequence_whoever_had_its_row_before():
     """The short sequence takes a row whose last owner held the blocks that the spoilt one gets now."""
     model = small_model(1)
     model.model.embed_tokens.weight[7] = float("nan")
-    core = Core(model, eos_id=NO_EOS, block_size=4, cache_tokens=192, length=48, prefix_cache=False)
+    core = Core(
+        model, eos_id=NO_EOS, length=48, options=EngineOptions(block_size=4, cache_tokens=192, prefix_cache=False)
+    )
     generate(core, [[5] * 40], 4)
     short, short_events = ask([[3, 4]], 20)
     for request in (short, ask([[8] * 24], 1)[0], ask([[6] * 34], 12)[0]):
@@ -183,10 +188,12 @@ def test_whatever_comes_and_goes_no_block_is_lost(data):
         small_model(7),
         eos_id=data.draw(st.sampled_from([NO_EOS, 5])),
         slots=data.draw(st.integers(1, 6)),
-        block_size=data.draw(st.sampled_from([1, 3, 8])),
-        cache_tokens=data.draw(st.sampled_from([97, 128, 400])) // 1 + 8,
-        chunk_tokens=data.draw(st.sampled_from([1, 9, 64])),
-        speculate=data.draw(st.booleans()),
+        options=EngineOptions(
+            block_size=data.draw(st.sampled_from([1, 3, 8])),
+            cache_tokens=data.draw(st.sampled_from([97, 128, 400])) // 1 + 8,
+            chunk_tokens=data.draw(st.sampled_from([1, 9, 64])),
+            speculate=data.draw(st.booleans()),
+        ),
     )
     open_requests, all_events = [], []
     with torch.inference_mode():
@@ -220,7 +227,7 @@ def test_whatever_comes_and_goes_no_block_is_lost(data):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_sample_whose_prompt_spans_an_update_says_so(cached):
-    core = Core(small_model(), eos_id=1, slots=4, length=64, block_size=4, chunk_tokens=8)
+    core = Core(small_model(), eos_id=1, slots=4, length=64, options=EngineOptions(block_size=4, chunk_tokens=8))
     prompt, later = list(range(2, 34)), list(range(40, 72))
     if cached:
         run_core(core, ask([prompt[:16] + later], 1)[0])

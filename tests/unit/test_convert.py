@@ -15,12 +15,13 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats import fp8, get_format
 from isthmus.formats.files.bundle import read_bundle
-from isthmus.formats.files.published import dequantise_blocks
+from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.model.model import Model
+from isthmus.parity.capture import GoldenSet
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
 from isthmus.recipe.architecture import ModelSection
-from isthmus.tools.convert import CONVERSION, read_sequences
+from isthmus.tools.convert import CONVERSION
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture
 from tests.unit.test_stream import published
@@ -49,7 +50,11 @@ def checkpoint(folder: Path, model: Model, dtype: torch.dtype = torch.bfloat16) 
 
 def convert(*arguments: object) -> str:
     """What the command prints; its error is raised."""
-    result = CliRunner().invoke(cli, ["convert", *map(str, arguments)], standalone_mode=False)
+    return invoke("convert", *arguments)
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
     if result.exception is not None:
         raise result.exception
     return " ".join(result.output.split())
@@ -151,7 +156,7 @@ def test_experts_that_saw_nothing_are_said(tmp_path: Path):
         (["--format", "bf16", "--rounding", "gptq", "--calibrate", "x"], "gptq is for int8 weights"),
         (["--format", "w8a8", "--calibrate", "x"], "uses no calibration; leave --calibrate out"),
         (["--format", "w8a8", "--calibrate-tokens", "5"], "give that as well"),
-        (["--format", "w8a8", "--balance", "--calibrate", "absent.jsonl"], "no calibration file at absent.jsonl"),
+        (["--format", "w8a8", "--balance", "--calibrate", "absent.jsonl"], "no prompts file at absent.jsonl"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, arguments, words):
@@ -197,18 +202,39 @@ def test_a_bundle_is_a_source_and_is_replaced_but_not_if_it_is_damaged_or_quanti
 
 def test_calibration_text_goes_through_the_tokenizer_and_stops_at_the_limit(tmp_path: Path):
     checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
-    text = {"prompt": "a calibration ", "completion": "text of words"}
-    file = calibration_file(tmp_path, text, {"tokens": [1, 2, 3]}, {"tokens": [4]})
-    words = Tokenizer.load(tmp_path / "c").encode("a calibration text of words")
-    assert read_sequences(file, tmp_path / "c") == [words, [1, 2, 3], [4]]
-    assert read_sequences(file, tmp_path / "c", len(words) + 2) == [words, [1, 2]]
+    text = {"prompt": "a calibration ", "completion": "text of words", "id": 7}
+    file = calibration_file(tmp_path, text, {"tokens": [1, 2, 3]})
+    asked = ("--format", "w8a8_static", "--calibrate", file)
+    convert(tmp_path / "c", tmp_path / "all", *asked)
+    convert(tmp_path / "c", tmp_path / "some", *asked, "--calibrate-tokens", "5")
+    told = [json.loads((tmp_path / name / CONVERSION).read_bytes())["calibration_tokens"] for name in ("all", "some")]
+    words = sum(len(Tokenizer.load(tmp_path / "c").encode(text[key])) for key in ("prompt", "completion"))
+    assert told == [words + 3, 5]
 
 
-@pytest.mark.parametrize("row", [{"tokens": ["a"]}, {"tokens": [True]}, {"prompt": "a"}, [1], {"tokens": [1], "id": 3}])
+@pytest.mark.parametrize("row", [{"tokens": [1.0]}, {"tokens": [9999]}, {"completion": "a"}, [1]])
 def test_a_wrong_line_of_the_calibration_is_named(tmp_path: Path, row):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
     file = calibration_file(tmp_path, {"tokens": [1]}, row)
-    with pytest.raises(IsthmusError, match=r"calibration\.jsonl:2: a line must be"):
-        read_sequences(file, tmp_path)
+    with pytest.raises(IsthmusError, match=r"calibration\.jsonl:2: "):
+        convert(tmp_path / "c", tmp_path / "out", "--format", "w8a8_static", "--calibrate", file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_capture_reads_the_same_file_as_convert(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    text = {"prompt": "a calibration ", "completion": "text\u2028of words", "id": 7}
+    file = calibration_file(tmp_path, {"tokens": [1, 2, 3]}, text)
+    convert(tmp_path / "c", tmp_path / "b", "--format", "w8a8_static", "--calibrate", file)
+    asked = ["capture", tmp_path / "b", "--source", tmp_path / "c", "--prompts", file]
+    invoke(*asked)
+    tokenizer = Tokenizer.load(tmp_path / "c")
+    words = tokenizer.encode(text["prompt"]) + tokenizer.encode(text["completion"])
+    expected = [([1], [2, 3]), (words[: len(words) // 2], words[len(words) // 2 :])]
+    assert GoldenSet(tmp_path / "b").listed.sequences == expected
+    calibration_file(tmp_path, {"tokens": [1, 2]}, {"tokens": [1.9, 2]})
+    with pytest.raises(IsthmusError, match=r"calibration\.jsonl:2: `tokens` must hold integers alone"):
+        invoke(*asked)
 
 
 def fp8_checkpoint(folder: Path, round_scale) -> dict[str, torch.Tensor]:

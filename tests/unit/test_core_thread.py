@@ -10,6 +10,7 @@ import pytest
 from isthmus.engines import EngineError
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.scheduler import Finished, Request
+from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS = -1
@@ -17,7 +18,7 @@ PATIENCE_S = 60.0
 
 
 def started(**options) -> Core:
-    core = Core(small_model(1), eos_id=NO_EOS, **options)
+    core = Core(small_model(1), eos_id=NO_EOS, options=EngineOptions(**options))
     core.start()
     return core
 
@@ -156,7 +157,7 @@ def test_a_token_that_is_drawn_from_no_numbers_is_not_streamed():
 def test_a_prompt_whose_scores_are_no_numbers_is_an_error():
     model = small_model(1)
     model.model.embed_tokens.weight[7] = float("nan")
-    core = Core(model, eos_id=NO_EOS, block_size=4)
+    core = Core(model, eos_id=NO_EOS, options=EngineOptions(block_size=4))
     (good, good_events), (spoilt, events) = (ask([[token] * 9], 0, prompt_logprobs=1) for token in (5, 7))
     run_core(core, good, spoilt)
     assert [finished(seen)[0].finish_reason for seen in (good_events, events)] == ["length", "error"]

@@ -13,6 +13,7 @@ from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.sampler import draw, stream_key, uniforms
 from isthmus.engines.local.core.scheduler import Request, Token
 from isthmus.model.config import hf_config
+from isthmus.recipe.schema import EngineOptions
 from tests.support.against_transformers import to_transformers_layout
 from tests.support.engine_bundle import architecture, ask, finished, run_core, small_model
 
@@ -184,7 +185,7 @@ def test_top_alternatives_are_those_of_the_sampled_distribution():
 def test_more_samples_than_slots_and_prefill_room_all_finish():
     model = small_model(7)
     eos = generate(Core(model, eos_id=NO_EOS), [[2]], 20, seed=3)[0].tokens[5]
-    core = Core(model, eos_id=eos, slots=3, chunk_tokens=12)
+    core = Core(model, eos_id=eos, slots=3, options=EngineOptions(chunk_tokens=12))
     prompts = [[i + 2] * (1 + i % 9) for i in range(11)]
     samples = generate(core, prompts, 20, n=5, seed=3)
     assert [sample.choice for sample in samples] == list(range(55))

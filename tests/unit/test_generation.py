@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from isthmus.engines.local.core.core import Core
+from isthmus.recipe.schema import EngineOptions
 from tests.support.against_transformers import in_transformers
 from tests.support.against_transformers import randomised as randomised_latent
 from tests.support.engine_bundle import ask, finished, run_core
@@ -61,7 +62,8 @@ def prompts(vocabulary: int) -> list[list[int]]:
 def made(model, options) -> Core:
     options = dict(options)
     native = options.pop("native", True)
-    core = Core(model, eos_id=NO_EOS, length=80, **options)
+    slots = options.pop("slots", 256)
+    core = Core(model, eos_id=NO_EOS, length=80, slots=slots, options=EngineOptions(**options))
     if not native:
         core.runner.native = None
     return core
@@ -121,7 +123,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(share: float, temperatur
     request, events = ask(asked, 40, **options)
     run_core(plain, request)
     expected = finished(events)
-    drafting = Core(model, eos_id=NO_EOS, speculate=True)
+    drafting = Core(model, eos_id=NO_EOS, options=EngineOptions(speculate=True))
     oracle(drafting, {sample.choice: sample.tokens for sample in expected}, share)
     request, streamed = ask(asked, 40, **options)
     run_core(drafting, request)
@@ -145,7 +147,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(share: float, temperatur
 def test_drafts_are_those_of_multi_token_prediction():
     """Against the model's own MTP over the whole sequence, without a cache."""
     model = latent_model(4)
-    core = Core(model, eos_id=NO_EOS, speculate=True, chunk_tokens=16)
+    core = Core(model, eos_id=NO_EOS, options=EngineOptions(speculate=True, chunk_tokens=16))
     drafts = {}
     draft = core.steps.draft
 
@@ -170,7 +172,7 @@ def test_drafts_are_those_of_multi_token_prediction():
 def test_frequencies_of_drafted_tokens_follow_the_model():
     """Second and third tokens of 1,500 samples with drafts that are often right, against their exact distribution."""
     model = latent_model(5, vocab_size=8, initializer_range=0.1)
-    core = Core(model, eos_id=NO_EOS, speculate=True, slots=8)
+    core = Core(model, eos_id=NO_EOS, slots=8, options=EngineOptions(speculate=True))
     request, events = ask([[1, 2]], 3, n=1500, seed=1)
     generator = np.random.default_rng(2)
     core.steps.draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(
@@ -200,10 +202,7 @@ def test_batch_invariance_is_bitwise(native: bool, kind: str):
     asked = [[5, 17, 30], [8] * 21, [44], [3, 9, 27, 81, 43, 29, 87]]
 
     def run(options, *requests):
-        core = Core(model, eos_id=NO_EOS, length=80, block_size=4, batch_invariant=True, **options)
-        if not native:
-            core.runner.native = None
-        run_core(core, *requests)
+        run_core(made(model, {"block_size": 4, "batch_invariant": True, "native": native, **options}), *requests)
 
     alone = []
     for index, prompt in enumerate(asked):

@@ -17,10 +17,10 @@ from test_fp8 import decoded, heavy
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
-from isthmus.formats.files.published import dequantise_blocks
 from isthmus.formats.fp8 import quantise_weight
 from isthmus.formats.mxfp8 import exponents, from_fp8_blocks, power_of_two_scale, powers
 from isthmus.formats.parts.float8 import BlockLinear, quantise_blocks
+from isthmus.formats.parts.names import dequantise_blocks
 from tests.support.small import tiny_architecture as architecture
 from tests.unit.test_format import TinyTokenizer, module_tree, trained_state
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.files.bundle import read_bundle, write_bundle
-from isthmus.formats.files.published import INDEX, StoredTensors, dequantise_blocks, weight_files
+from isthmus.formats.files.published import INDEX, StoredTensors, weight_files
+from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal, write_seal
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture

@@ -19,6 +19,7 @@ from transformers import (
 
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.sampler import Adjustment, adjust, draw
+from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import ask, finished, run_core, small_model
 
 NO_EOS, VOCABULARY = -1, 300
@@ -112,7 +113,7 @@ def test_a_frequency_penalty_ends_repetition():
 @pytest.mark.parametrize("speculate", [False, True])
 def test_penalties_count_what_the_draft_has_added(speculate: bool):
     """Every token, with a penalty that forbids repeating, occurs once: a draft counts too."""
-    core = Core(small_model(2, vocab_size=40), eos_id=NO_EOS, speculate=speculate)
+    core = Core(small_model(2, vocab_size=40), eos_id=NO_EOS, options=EngineOptions(speculate=speculate))
     if speculate:
         core.steps.draft = lambda rows, logits: core.scheduler.rows.draft.__setitem__(
             rows, 39 - core.scheduler.rows.drawn[rows]
@@ -167,7 +168,7 @@ class EvensState:
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_a_constraint_is_kept_by_every_sample(speculate: bool):
-    core = Core(small_model(3), eos_id=NO_EOS, speculate=speculate)
+    core = Core(small_model(3), eos_id=NO_EOS, options=EngineOptions(speculate=speculate))
     samples = generate([PROMPT, [9]], 20, core, n=3, seed=1, constraint=Evens())
     for sample in samples:
         assert sample.finish_reason == "stop" and len(sample.tokens) == 5
@@ -178,7 +179,7 @@ def test_a_constraint_is_kept_by_every_sample(speculate: bool):
 def test_log_probabilities_of_prompts_are_those_of_the_model():
     model = small_model(4)
     prompts = [[5, 17, 230, 17, 9, 200, 3] * 4, [8], [44, 45]]
-    core = Core(model, eos_id=NO_EOS, chunk_tokens=11, block_size=4)
+    core = Core(model, eos_id=NO_EOS, options=EngineOptions(chunk_tokens=11, block_size=4))
     generate([prompts[0]], 2, core)
     for new in (0, 3):
         samples = generate(prompts, new, core, n=2, prompt_logprobs=2, temperature=0.0)

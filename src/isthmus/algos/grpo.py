@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from isthmus.algos import Loss
-from isthmus.recipe.section import Section
+from isthmus.recipe.section import Number, Section, key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +19,11 @@ if TYPE_CHECKING:
 class Config(Section):
     """`token-mean` weighs all tokens of the step equally (DAPO), `sample-mean` all samples (the original GRPO)."""
 
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
-    divide_by_std: bool = True
-    std_epsilon: float = Field(default=1e-6, gt=0)
-    aggregation: Literal["token-mean", "sample-mean"] = "token-mean"
+    clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
+    clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
+    divide_by_std: bool = key(True, "divide advantages by the deviation in their group")
+    std_epsilon: Number = key(1e-6, "added to that deviation", gt=0)
+    aggregation: Literal["token-mean", "sample-mean"] = key("token-mean", "of the tokens' losses")
 
 
 def advantages(rewards: Tensor, config: Config) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.data.json_lines import read_objects
 from isthmus.data.tasks import Problem
 from isthmus.errors import IsthmusError
 from isthmus.recipe.schema import DataSection
@@ -41,26 +41,13 @@ def load(section: DataSection) -> JsonlTask:
 
 def read_problems(path: Path) -> list[Problem]:
     """The problems of one file, in order."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise IsthmusError(f"no data file at {path}") from None
-    except UnicodeDecodeError as error:
-        raise IsthmusError(f"{path} is not UTF-8 text: {error}") from None
-    problems = [_problem(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    problems = [_problem(where, row) for where, row in read_objects(path, "data")]
     if not problems:
         raise IsthmusError(f"{path} holds no problems")
     return problems
 
 
-def _problem(path: Path, number: int, line: str) -> Problem:
-    where = f"{path}:{number}"
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise IsthmusError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise IsthmusError(f"{where}: a line must be an object with the keys prompt and answer")
+def _problem(where: str, row: dict[str, Any]) -> Problem:
     for key in ("prompt", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise IsthmusError(f"{where}: {key!r} must be a text that is not empty")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from isthmus.data.json_lines import check_text, parse_object
 from isthmus.errors import IsthmusError
 
 BLOCK_BYTES = 2**20
@@ -146,22 +146,12 @@ def _json_texts(file: IO[bytes], end: int, piece: TextPiece) -> Iterator[str]:
 
 def _text_in(line: bytes) -> str:
     """The text of a line; raises ValueError that says what is wrong with it."""
-    try:
-        row: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ValueError('a line must be an object with the key "text"')
+    row = parse_object(line)
     text = row.get("text")
     if not isinstance(text, str):
         found = ", ".join(map(repr, sorted(row))) or "none"
         raise ValueError(f'the key "text" must hold the document, a text; the keys here are {found}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text has half of a surrogate pair at character {error.start}") from None
+    check_text(text)
     return text
 
 

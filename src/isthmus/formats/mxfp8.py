@@ -21,12 +21,12 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.formats import Layout
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.formats.files.published import dequantise_blocks
 from isthmus.formats.fp8 import BLOCK as FP8_BLOCK
 from isthmus.formats.fp8 import is_quantised as has_fp8_name
 from isthmus.formats.fp8 import scale_of_rows
 from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_layout
 from isthmus.formats.parts.float8 import E4M3, BlockLinear, quantise_blocks
+from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.formats.parts.quantised import build_with
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, architecture_of, read_config
-from isthmus.formats.files.published import COMPUTED, CONFIG, StoredTensors, mtp_copies
+from isthmus.formats.files.published import COMPUTED, CONFIG, StoredTensors
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
+from isthmus.formats.parts.names import mtp_copies
 from isthmus.model.digest import tensor_sha256
 from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.manifest import Entry, Fate, module_of

@@ -8,39 +8,32 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from isthmus.recipe.explain import explain
-from isthmus.recipe.section import Positive, RecipeError, Section
+from isthmus.recipe.section import Count, Number, RecipeError, Section, Tokens, Unit, Whole, key
 
 
 class YarnScaling(Section):
     """YaRN position scaling (arXiv 2309.00071), with the key names of a DeepSeek-V3 `config.json`."""
 
-    type: Literal["yarn"] = "yarn"
-    factor: float = Field(gt=1.0)
-    original_max_position_embeddings: Positive
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    type: Literal["yarn"] = key("yarn", "the kind of scaling")
+    factor: Number = Field(gt=1.0, description="by how much longer the context becomes")
+    original_max_position_embeddings: Tokens = Field(description="context length before the scaling")
+    beta_fast: Number = key(32.0, "turns over that context from which on a frequency stays as it is")
+    beta_slow: Number = key(1.0, "turns over that context up to which a frequency is scaled fully")
+    mscale: Number = key(1.0, "growth of cosines and sines with the factor, over that of mscale_all_dim")
+    mscale_all_dim: Number = key(1.0, "growth of the attention scores with the factor, squared")
 
 
 class Llama3Scaling(Section):
     """Llama 3's position scaling, with the key names of its `config.json`."""
 
-    type: Literal["llama3"] = "llama3"
-    factor: float = Field(gt=1.0)
-    low_freq_factor: float = Field(gt=0.0)
-    high_freq_factor: float = Field(gt=0.0)
-    original_max_position_embeddings: Positive
+    type: Literal["llama3"] = key("llama3", "the kind of scaling")
+    factor: Number = Field(gt=1.0, description="divisor of the low frequencies")
+    low_freq_factor: Number = Field(gt=0.0, description="turns over the old context up to which a frequency is low")
+    high_freq_factor: Number = Field(gt=0.0, description="turns over it from which on a frequency stays as it is")
+    original_max_position_embeddings: Tokens = Field(description="context length before the scaling")
 
     @model_validator(mode="after")
     def _bands_in_order(self) -> Self:
@@ -52,24 +45,23 @@ class Llama3Scaling(Section):
 class ModelSection(Section):
     """The architecture, with the key names of a Hugging Face `config.json`; here, what all architectures have.
 
-    `preset` names a file in `isthmus/presets`; `from` names a folder with a checkpoint in that layout. Further keys
-    override what either gives.
+    `preset` or `from` gives every key that is required; further keys override what either gives.
     """
 
-    model_type: str
-    preset: str | None = None
-    from_: Path | None = Field(default=None, alias="from")
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_nextn_predict_layers: Literal[0, 1] = 0
-    max_position_embeddings: Positive
-    rope_theta: float = Field(default=10000.0, gt=0)
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+    model_type: str = Field(description="family of the architecture, which says what further keys there are")
+    preset: str | None = key(None, "an architecture that ships with the package, such as r-nano")
+    from_: Path | None = key(None, "folder of a checkpoint: its config.json and weights", alias="from")
+    vocab_size: Tokens = Field(description="rows of the embedding; the tokenizer may have fewer tokens")
+    hidden_size: Count = Field(description="width of the residual stream")
+    intermediate_size: Count = Field(description="inner width of a dense MLP")
+    num_hidden_layers: Count = Field(description="layers, without the one for multi-token prediction")
+    num_attention_heads: Count = Field(description="heads of the queries")
+    num_nextn_predict_layers: Annotated[Literal[0, 1], Unit("1")] = key(0, "layers for multi-token prediction")
+    max_position_embeddings: Tokens = Field(description="longest sequence")
+    rope_theta: Number = key(10000.0, "base of the rotary frequencies", gt=0)
+    rms_norm_eps: Number = key(1e-6, "added to the mean square in norms")
+    initializer_range: Number = key(0.02, "standard deviation of new weights")
+    tie_word_embeddings: bool = key(False, "use the embedding as the output head too")
 
     @property
     @abstractmethod
@@ -80,25 +72,25 @@ class ModelSection(Section):
 class DeepseekSection(ModelSection):
     """DeepSeek-V3: latent attention, a fine-grained mixture of experts, multi-token prediction."""
 
-    model_type: Literal["deepseek_v3"] = "deepseek_v3"  # pyright: ignore[reportIncompatibleVariableOverride]
-    moe_intermediate_size: Positive
-    q_lora_rank: Positive | None = None
-    kv_lora_rank: Positive
-    qk_nope_head_dim: Positive
-    qk_rope_head_dim: Positive
-    v_head_dim: Positive
-    n_routed_experts: Positive
-    n_shared_experts: Positive = 1
-    num_experts_per_tok: Positive
-    n_group: Positive = 1
-    topk_group: Positive = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    first_k_dense_replace: int = Field(default=1, ge=0)
-    swiglu_limit: float | None = Field(default=None, gt=0, description="clamp in front of SwiGLU, as DeepSeek-V4 has")
-    num_nextn_predict_layers: Literal[0, 1] = 1
-    rope_scaling: YarnScaling | None = None
+    model_type: Literal["deepseek_v3"] = key("deepseek_v3", "family of the architecture")  # pyright: ignore[reportIncompatibleVariableOverride]
+    moe_intermediate_size: Count = Field(description="inner width of an expert")
+    q_lora_rank: Count | None = key(None, "width of the latent of queries; no latent if absent")
+    kv_lora_rank: Count = Field(description="width of the latent of keys and values, which is cached")
+    qk_nope_head_dim: Count = Field(description="width of a head's queries and keys without positions")
+    qk_rope_head_dim: Count = Field(description="width of a head's queries and keys with rotary positions")
+    v_head_dim: Count = Field(description="width of a head's values")
+    n_routed_experts: Count = Field(description="experts of a layer among which the router chooses")
+    n_shared_experts: Count = key(1, "experts of a layer that see every token")
+    num_experts_per_tok: Count = Field(description="routed experts that a token goes to")
+    n_group: Count = key(1, "groups of routed experts")
+    topk_group: Count = key(1, "groups that a token may go to")
+    norm_topk_prob: bool = key(True, "divide the weights of a token's experts by their sum")
+    routed_scaling_factor: Number = key(1.0, "factor on the weights of the routed experts")
+    scoring_func: Literal["sigmoid", "softmax"] = key("sigmoid", "what makes scores of router outputs")
+    first_k_dense_replace: Whole = key(1, "first layers that have a dense MLP", ge=0)
+    swiglu_limit: Number | None = key(None, "clamp in front of SwiGLU, as DeepSeek-V4 has; none if absent", gt=0)
+    num_nextn_predict_layers: Annotated[Literal[0, 1], Unit("1")] = key(1, "layers for multi-token prediction")
+    rope_scaling: YarnScaling | None = key(None, "extension of the context; none if absent")
 
     @property
     def cache_width(self) -> int:
@@ -127,13 +119,13 @@ class DeepseekSection(ModelSection):
 class DenseSection(ModelSection):
     """Qwen2 and Llama 3, the dense models that R1 was distilled into: grouped-query attention and a gated MLP."""
 
-    model_type: Literal["qwen2", "llama"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    num_key_value_heads: Positive
-    head_dim: Positive | None = Field(default=None, description="hidden_size / num_attention_heads if absent")
-    attention_bias: bool | None = Field(
-        default=None, description="of llama, on all four projections; qwen2 always has biases on q, k and v"
+    model_type: Literal["qwen2", "llama"] = Field(description="family of the architecture")  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_key_value_heads: Count = Field(description="heads of keys and values, each shared by several of the queries")
+    head_dim: Count | None = key(None, "width of a head; hidden_size / num_attention_heads if absent")
+    attention_bias: bool | None = key(
+        None, "of llama: biases on all four projections; qwen2 always has them on q, k and v"
     )
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | None = key(None, "extension of the context; none if absent")
 
     @property
     def head_size(self) -> int:
@@ -261,9 +253,9 @@ _ROPE_KINDS: dict[str, tuple[str, type[YarnScaling | Llama3Scaling]]] = {
 
 
 def _refuse_unsupported(config: dict[str, Any], only: dict[str, tuple[Any, ...]]) -> None:
-    for key, supported in only.items():
-        if key in config and config[key] not in supported:
-            raise RecipeError(f"{key} = {config[key]!r} is not supported; supported: {supported[0]!r}")
+    for name, supported in only.items():
+        if name in config and config[name] not in supported:
+            raise RecipeError(f"{name} = {config[name]!r} is not supported; supported: {supported[0]!r}")
     windowed = [layer for layer in config.get("layer_types") or [] if layer != "full_attention"]
     if windowed:
         raise RecipeError(f"layer_types has {windowed[0]!r}; supported: 'full_attention' in every layer")

@@ -12,30 +12,41 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from isthmus.recipe.architecture import Architecture, DeepseekSection, ModelSection
-from isthmus.recipe.section import Positive, Section, Share
+from isthmus.recipe.section import (
+    Count,
+    Nats,
+    Number,
+    Positive,
+    Seconds,
+    Section,
+    Share,
+    Steps,
+    Tokens,
+    Unit,
+    Whole,
+    key,
+)
 
+Mebibytes = Annotated[Positive, Unit("MiB")]
+Problems = Annotated[Positive, Unit("problems")]
+Prompts = Annotated[Positive, Unit("prompts")]
+Rows = Annotated[Positive, Unit("rows")]
+Versions = Annotated[Positive, Unit("versions")]
 PlacedStage = Literal["train", "rollout", "serve"]
 
 
 class PoolSection(Section):
     """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU."""
 
-    chip: str
-    count: Positive = 1
-    ranks: Positive | None = Field(default=None, description="training processes; one per chip if absent")
-    rehearsed: bool = False
-    threads: Positive | None = Field(
-        default=None, description="compute threads of a process on a CPU; chosen if absent"
-    )
-    faults: list[str] = Field(
-        default_factory=list, description="faults that a rehearsal plants, such as `hang@rank=1,step=3`"
-    )
+    chip: str = Field(description="the kind of chip; `isthmus chips` lists them")
+    count: Count = key(1, "chips")
+    ranks: Count | None = key(None, "training processes; one per chip if absent")
+    rehearsed: bool = key(False, "the chip is not here: its rules are enforced on the CPU")
+    threads: Count | None = key(None, "compute threads of a process on a CPU; chosen if absent")
+    faults: list[str] = key([], "faults that a rehearsal plants, such as `hang@rank=1,step=3`")
 
     @model_validator(mode="after")
     def _faults_only_in_a_rehearsal(self) -> Self:
@@ -47,24 +58,24 @@ class PoolSection(Section):
 class PlaceSection(Section):
     """Pools in order of preference for each placed stage."""
 
-    train: list[str] = Field(min_length=1)
-    rollout: list[str] = Field(min_length=1)
-    serve: list[str] = Field(min_length=1)
+    train: list[str] = Field(min_length=1, description="pools for pretraining, supervised tuning and the learner of RL")
+    rollout: list[str] = Field(min_length=1, description="pools for the engine that generates the samples of RL")
+    serve: list[str] = Field(min_length=1, description="pools for the bundle that the hand-off makes")
 
 
 class DataSection(Section):
     """The task. `countdown` is generated; `jsonl` reads the user's own prompts and answers."""
 
-    task: Literal["countdown", "jsonl"] = "countdown"
-    numbers: Literal[3] = 3
-    largest: int = Field(default=12, ge=2, le=99)
-    largest_target: int = Field(default=40, ge=1, le=999)
-    heldout_share: Share = 0.2
-    teacher_hit: Share = Field(default=0.2, description="chance that the teacher's next try is a solution on purpose")
-    teacher_give_up: Share = Field(default=0.35, description="chance that the teacher gives up after a miss")
-    teacher_patient: Share = Field(default=0.05, description="share of problems tried at random until one fits")
-    train_file: Path | None = None
-    heldout_file: Path | None = None
+    task: Literal["countdown", "jsonl"] = key("countdown", "what the problems are")
+    numbers: Annotated[Literal[3], Unit("1")] = key(3, "of countdown: numbers of a problem")
+    largest: Whole = key(12, "of countdown: the largest of the numbers", ge=2, le=99)
+    largest_target: Whole = key(40, "of countdown: the largest target", ge=1, le=999)
+    heldout_share: Share = key(0.2, "of countdown: share of the problems that is never trained on")
+    teacher_hit: Share = key(0.2, "chance that the teacher's next try is a solution on purpose")
+    teacher_give_up: Share = key(0.35, "chance that the teacher gives up after a miss")
+    teacher_patient: Share = key(0.05, "share of problems tried at random until one fits")
+    train_file: Path | None = key(None, "of jsonl: lines with `prompt`, `answer` and, for supervised tuning, `thought`")
+    heldout_file: Path | None = key(None, "of jsonl: such lines that are never trained on")
 
     @model_validator(mode="after")
     def _files_for_jsonl(self) -> Self:
@@ -76,18 +87,16 @@ class DataSection(Section):
 class OptimizerSection(Section):
     """Muon on the matrices, AdamW on the rest; `name = "adamw"` uses AdamW for all."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = Field(gt=0)
-    matrix_learning_rate: float | None = Field(default=None, gt=0)
-    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_share: Share = Field(
-        default=0.0, description="share of the steps, at the end, over which the rate falls to its final value"
-    )
-    decay: Literal["linear", "cosine"] = "linear"
-    final_rate: Share = Field(default=0.0, description="the rate at the end, as a share of the learning rate")
-    gradient_clip: float = Field(default=1.0, gt=0)
+    name: Literal["muon", "adamw"] = key("muon", "what updates the hidden matrices")
+    learning_rate: Number = Field(gt=0, description="rate of AdamW after the warm-up")
+    matrix_learning_rate: Number | None = key(None, "rate of Muon after the warm-up; muon needs it", gt=0)
+    betas: tuple[Share, Share] = key((0.9, 0.95), "how much AdamW keeps of its two moments at a step")
+    weight_decay: Number = key(0.0, "decoupled: a step takes this times its rate off each weight", ge=0)
+    warmup_steps: Annotated[int, Unit("steps")] = key(0, "steps over which the rate rises linearly", ge=0)
+    decay_share: Share = key(0.0, "share of the steps, at the end, over which the rate falls to its final value")
+    decay: Literal["linear", "cosine"] = key("linear", "how the rate falls")
+    final_rate: Share = key(0.0, "the rate at the end, as a share of the learning rate")
+    gradient_clip: Number = key(1.0, "largest norm of the whole gradient; a longer one is scaled", gt=0)
 
     @model_validator(mode="after")
     def _muon_needs_its_rate(self) -> Self:
@@ -99,27 +108,27 @@ class OptimizerSection(Section):
 class TextSection(Section):
     """What every training on text has."""
 
-    steps: Positive
-    optimizer: OptimizerSection
-    mtp_weight: float = Field(default=0.3, ge=0)
-    balance_alpha: float = Field(default=1e-4, ge=0)
-    bias_update_speed: float = Field(default=1e-3, ge=0)
-    checkpoint_every: Positive = 100
-    keep_checkpoints: Positive = 2
+    steps: Steps = Field(description="updates in all")
+    optimizer: OptimizerSection = Field(description="what turns gradients into updates")
+    mtp_weight: Number = key(0.3, "weight of multi-token prediction in the loss; 0: not trained", ge=0)
+    balance_alpha: Number = key(1e-4, "weight of the sequence-wise balance of experts in the loss", ge=0)
+    bias_update_speed: Number = key(1e-3, "step of a router's biases towards balance", ge=0)
+    checkpoint_every: Steps = key(100, "steps between two checkpoints")
+    keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
 
 
 class SftSection(TextSection):
     """Supervised fine-tuning on chains of thought."""
 
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, Unit("examples")] = key(64, "worked examples of a step, on all ranks")
 
 
 class PretrainSection(TextSection):
     """Next-token prediction on a folder of text or of token shards, before supervised fine-tuning."""
 
-    folder: Path
-    rows_per_step: Positive = 64
-    row_length: Annotated[int, Field(ge=8)] = 512
+    folder: Path = Field(description="*.txt, *.jsonl with `text`, or token shards")
+    rows_per_step: Rows = key(64, "packed rows of a step, on all ranks")
+    row_length: Annotated[int, Unit("tokens")] = key(512, "length of a packed row", ge=8)
 
 
 class TrainSection(Section):
@@ -129,17 +138,15 @@ class TrainSection(Section):
     sharded, and the routed experts are spread over `expert` chips that exchange tokens.
     """
 
-    precision: Literal["fp32", "bf16"] | None = Field(
-        default=None, description="of forward and backward; the master weights are fp32. bf16 if absent, fp32 on a CPU"
+    precision: Literal["fp32", "bf16"] | None = key(
+        None, "of forward and backward; the master weights are fp32. bf16 if absent, fp32 on a CPU"
     )
-    rows_per_microbatch: Positive | None = Field(
-        default=None, description="packed rows that a chip computes at once; all of its rows if absent"
-    )
-    activation_checkpointing: bool = Field(default=False, description="compute layers again in the backward pass")
-    compile: bool = Field(default=False, description="torch.compile norms, projections, MLPs and routers")
-    replicate: Positive = 1
-    expert: Positive = 1
-    tensorboard: bool = False
+    rows_per_microbatch: Rows | None = key(None, "packed rows that a chip computes at once; all of its rows if absent")
+    activation_checkpointing: bool = key(False, "compute layers again in the backward pass")
+    compile: bool = key(False, "torch.compile norms, projections, MLPs and routers")
+    replicate: Count = key(1, "groups of ranks that hold the whole model each")
+    expert: Count = key(1, "ranks over which the routed experts of a layer are spread")
+    tensorboard: bool = key(False, "write the curves for TensorBoard as well, into the run folder")
 
     def precision_on(self, device: str) -> Literal["fp32", "bf16"]:
         """What is chosen on a torch device type."""
@@ -149,117 +156,138 @@ class TrainSection(Section):
 class RlSection(Section):
     """Reinforcement learning with verifiable rewards. `[rl.options]` are the algorithm's own, checked in its file."""
 
-    algorithm: str = "grpo"
-    options: dict[str, Any] = Field(default_factory=dict)
-    steps: Positive
-    prompts_per_step: Positive = 32
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Positive = 1
-    temperature: float = Field(default=1.0, gt=0)
-    max_new_tokens: Positive = 128
-    optimizer: OptimizerSection
-    importance_cap: float = Field(default=2.0, gt=0, description="truncation of the trainer/engine probability ratio")
-    drift_budget: float = Field(default=0.05, gt=0, description="mismatch, nats per token, that a run may drift to")
-    format_reward: float = Field(default=0.1, ge=0)
-    rollout_format: str = "w8a8"
-    staleness: Literal[0, 1] = Field(default=0, description="versions by which samples may lag behind the trainer")
-    update: Literal["delta", "full"] = Field(default="delta", description="what crosses at a step: changes, or all")
-    update_codec: Literal["zstd", "zlib"] = Field(default="zstd", description="compression of deltas")
-    snapshot_every: Positive = Field(default=32, description="versions after which all weights are sent again")
-    publish: Path | None = Field(default=None, description="a folder for `isthmus follow` that receives every version")
-    parity_tokens: Annotated[int, Field(ge=0)] = Field(
-        default=8, description="tokens of each of two prompts that check an engine's new weights; 0: no check"
+    algorithm: str = key("grpo", "what makes a loss of rewards: a file in isthmus/algos")
+    options: dict[str, Any] = key({}, "options of the algorithm")
+    steps: Steps = Field(description="rollouts in all, each followed by its updates")
+    prompts_per_step: Prompts = key(32, "prompts of a rollout")
+    samples_per_prompt: Annotated[int, Unit("samples")] = key(8, "samples of each prompt, its group", ge=2)
+    updates_per_rollout: Count = key(1, "optimiser steps on the samples of a rollout, each on a part")
+    temperature: Number = key(1.0, "temperature of the distribution that is sampled, and learnt", gt=0)
+    max_new_tokens: Tokens = key(128, "longest completion of a sample")
+    optimizer: OptimizerSection = Field(description="what turns gradients into updates")
+    importance_cap: Number = key(2.0, "truncation of the trainer/engine probability ratio", gt=0)
+    drift_budget: Nats = key(0.05, "mismatch that a run may drift to before an alarm")
+    format_reward: Number = key(0.1, "reward of a completion in the right form; a right answer gets 1", ge=0)
+    rollout_format: str = key("w8a8", "format of the weights that generate, a file in isthmus/formats")
+    staleness: Annotated[Literal[0, 1], Unit("versions")] = key(
+        0, "versions by which samples may lag behind the trainer; 1: they are generated while it learns"
     )
-    parity_every: Positive = Field(default=1, description="versions between two such checks")
-    parity_strikes: Positive = Field(default=2, description="failed checks in a row after which the stage is refused")
-    checkpoint_every: Positive = 10
-    keep_checkpoints: Positive = 2
-    heldout_problems: Positive = 500
+    update: Literal["delta", "full"] = key("delta", "what crosses at a step: changes, or all weights")
+    update_codec: Literal["zstd", "zlib"] = key("zstd", "compression of deltas")
+    snapshot_every: Versions = key(32, "versions after which all weights are sent again")
+    publish: Path | None = key(None, "a folder for `isthmus follow` that receives every version")
+    parity_tokens: Annotated[int, Unit("tokens")] = key(
+        8, "tokens of each of two prompts that check an engine's new weights; 0: no check", ge=0
+    )
+    parity_every: Versions = key(1, "versions between two such checks")
+    parity_strikes: Count = key(2, "failed checks in a row after which the stage is refused")
+    checkpoint_every: Steps = key(10, "steps between two checkpoints")
+    keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
+    heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
 
 
 class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md says more about each key."""
 
-    format: str = "w8a8"
-    balance: bool = Field(default=False, description="move the range of outlier channels into the weights before int8")
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    calibration_prompts: Positive = Field(default=64, description="training prompts whose answers calibrate a format")
-    capture_mb: Positive = Field(default=256, description="size of the golden inputs and outputs in a bundle")
-    golden_prompts: Positive = 64
-    heldout_problems: Positive = 500
-    max_mean_kl: float = Field(default=0.02, gt=0, description="nats per token, bundle against the fp32 reference")
-    max_chip_kl: float = Field(default=0.01, gt=0, description="nats per token, target against the exact emulator")
-    max_module_error: float = Field(default=0.25, gt=0, description="of a block's output by quantisation, relative")
-    min_top1_agreement: Share = 0.95
-    max_accuracy_drop: Share = Field(default=0.05, description="non-inferiority margin on the held-out task")
-    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    sign_key: Path | None = Field(default=None, description="private Ed25519 key that signs the seal")
+    format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
+    balance: bool = key(False, "move the range of outlier channels into the weights before int8")
+    rounding: Literal["nearest", "gptq"] = key(
+        "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
+    )
+    calibration_prompts: Prompts = key(64, "training prompts whose answers calibrate a format")
+    capture_mb: Mebibytes = key(256, "size of the golden inputs and outputs in a bundle")
+    golden_prompts: Prompts = key(64, "held-out problems whose answers are compared token by token")
+    heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
+    max_mean_kl: Nats = key(0.02, "mean KL of the bundle against the fp32 reference")
+    max_chip_kl: Nats = key(0.01, "mean KL of the target against the exact emulator")
+    max_module_error: Number = key(0.25, "relative error of a block's output by quantisation", gt=0)
+    min_top1_agreement: Share = key(0.95, "share of tokens with the reference's first choice")
+    max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task")
+    confidence: Number = key(0.95, "confidence of the intervals that are held against limits", gt=0.5, lt=1.0)
+    sign_key: Path | None = key(None, "private Ed25519 key that signs the seal; unsigned if absent")
 
 
-class ServeSection(Section):
+class EngineOptions(Section):
+    """How the local engine works on a bundle, whatever the bundle is."""
+
+    block_size: Tokens = key(16, "tokens per block of the cache")
+    cache_tokens: Tokens | None = key(
+        None, "tokens in the cache; if absent, sequences of full length that fill it, within 2 GiB"
+    )
+    chunk_tokens: Tokens = key(512, "tokens of one pass")
+    prefix_cache: bool = key(True, "use the cache again for prompts that begin alike")
+    speculate: bool = key(False, "draft tokens by multi-token prediction; the answers stay the same")
+    batch_invariant: bool = key(False, "the same bits in any company, and slower")
+
+
+class ServeSection(EngineOptions):
     """The API server and its chat page; docs/serving.md says more about each key."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    max_batch: Positive = 32
-    max_new_tokens: Positive = 256
-    temperature: float = Field(default=0.6, ge=0)
-    block_size: Positive = Field(default=16, description="tokens per block of the cache")
-    cache_tokens: Positive | None = Field(default=None, description="None: max_batch sequences of full length")
-    chunk_tokens: Positive = Field(default=512, description="prompt tokens that one step computes at most")
-    prefix_cache: bool = True
-    speculate: bool = False
-    batch_invariant: bool = False
-    key_file: Path | None = None
-    allow_open: bool = Field(default=False, description="listen beyond this machine without user keys")
-    allow_unsealed: bool = Field(default=False, description="serve what no seal vouches for, and say so everywhere")
-    trusted_keys: Path | None = Field(default=None, description="public keys, one of which must have signed the seal")
-    max_waiting: Positive = Field(default=4096, description="samples in the line")
-    max_waiting_tokens: Positive | None = Field(default=None, description="prompt tokens in the line")
-    requests_per_minute: Positive | None = Field(default=None, description="of each key")
-    tokens_per_minute: Positive | None = Field(default=None, description="of each key, prompts and completions")
-    concurrent_requests: Positive | None = Field(default=None, description="of each key")
-    drain_seconds: float = Field(default=30.0, ge=0)
-    access_log: str | None = Field(default=None, description="a file, stdout, stderr or none; None: the run folder")
-    access_log_mib: Positive = Field(default=64, description="size at which the file is rotated")
-    log_prompts: bool = False
-    canary_minutes: float = Field(default=15.0, ge=0, description="0: only when the administrator asks for one")
-    canary_bound: float = Field(default=0.1, gt=0, description="nats by which a log-probability may drift")
-    on_drift: Literal["alarm", "rollback"] = "alarm"
+    host: str = key("127.0.0.1", "address to listen on")
+    port: Whole = key(8000, "port to listen on; 0: a free one", ge=0, le=65535)
+    max_batch: Annotated[Positive, Unit("samples")] = key(32, "samples that run at the same time")
+    max_new_tokens: Tokens = key(256, "longest answer where a request does not say")
+    temperature: Number = key(0.6, "temperature where a request does not say; 0: the likeliest token", ge=0)
+    key_file: Path | None = key(None, "API keys, a line `name key` each; $ISTHMUS_API_KEYS has more")
+    allow_open: bool = key(False, "listen beyond this machine without user keys")
+    allow_unsealed: bool = key(False, "serve what no seal vouches for, and say so everywhere")
+    trusted_keys: Path | None = key(None, "public keys, one of which must have signed the seal")
+    max_waiting: Annotated[Positive, Unit("samples")] = key(4096, "samples in the line; more are refused")
+    max_waiting_tokens: Tokens | None = key(None, "tokens of prompts in the line; no limit if absent")
+    requests_per_minute: Annotated[Positive, Unit("requests/min")] | None = key(
+        None, "requests of each key; no limit if absent"
+    )
+    tokens_per_minute: Annotated[Positive, Unit("tokens/min")] | None = key(
+        None, "prompt and completion tokens of each key; no limit if absent"
+    )
+    concurrent_requests: Annotated[Positive, Unit("requests")] | None = key(
+        None, "unanswered requests of each key; no limit if absent"
+    )
+    drain_seconds: Seconds = key(30.0, "time that running requests get after SIGTERM or Ctrl-C", ge=0)
+    access_log: str | None = key(None, "a file, stdout, stderr or none; in the run folder if absent")
+    access_log_mib: Mebibytes = key(64, "size at which the access log is rotated")
+    log_prompts: bool = key(False, "write prompts and answers into the access log")
+    canary_minutes: Annotated[float, Unit("min")] = key(
+        15.0, "time between two canaries; 0: only when the administrator asks for one", ge=0
+    )
+    canary_bound: Annotated[float, Unit("nats")] = key(0.1, "how far a log-probability may drift", gt=0)
+    on_drift: Literal["alarm", "rollback"] = key(
+        "alarm", "what a canary that drifts leads to; rollback also goes back to the sealed bundle"
+    )
 
 
 class QualifySection(Section):
     """How much a qualification measures."""
 
-    matmul_size: Positive = 512
-    memory_mib: Positive = 64
-    repeats: Annotated[int, Field(ge=3)] = 10
-    pilot_steps: Annotated[int, Field(ge=2)] = 4
-    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    budget: str | None = Field(
-        default=None, description="time for the probes of a pool, such as 30s; no limit if absent"
-    )
-    soak_s: float = Field(default=12.0, gt=0, description="seconds of real training steps in the soak")
-    thresholds: Path | None = Field(default=None, description="a CSV of floors and ceilings beside the package's")
-    stall_s: float = Field(default=20.0, gt=0, description="seconds without a sign of life after which a rank hangs")
+    matmul_size: Count = key(512, "rows and columns of a timed product; more on accelerators")
+    memory_mib: Mebibytes = key(64, "size of a timed copy; more on accelerators")
+    repeats: Whole = key(10, "times that an operation is timed", ge=3)
+    pilot_steps: Annotated[int, Unit("steps")] = key(4, "timed steps of training this model", ge=2)
+    confidence: Number = key(0.95, "confidence of intervals, and of bounds on what never failed", gt=0.5, lt=1.0)
+    budget: str | None = key(None, "time for the probes of a pool, such as 30s; no limit if absent")
+    soak_s: Seconds = key(12.0, "time of real training steps in the soak", gt=0)
+    thresholds: Path | None = key(None, "a CSV of floors and ceilings beside the package's")
+    stall_s: Seconds = key(20.0, "time without a sign of life after which a rank hangs", gt=0)
 
 
 class Recipe(Section):
     """A whole recipe, resolved: presets merged and defaults filled in."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
-    model: Architecture
-    pools: dict[str, PoolSection] = Field(min_length=1)
-    place: PlaceSection
-    data: DataSection = DataSection()
-    qualify: QualifySection = QualifySection()
-    train: TrainSection = TrainSection()
-    pretrain: PretrainSection | None = None
-    sft: SftSection
-    rl: RlSection
-    handoff: HandoffSection = HandoffSection()
-    serve: ServeSection = ServeSection()
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name of the run; its folder is runs/NAME if none is given"
+    )
+    seed: Whole = key(0, "seed of every random choice", ge=0)
+    model: Architecture = Field(description="the architecture")
+    pools: dict[str, PoolSection] = Field(min_length=1, description="what there is to compute on, by name")
+    place: PlaceSection = Field(description="which pools do what")
+    data: DataSection = key(DataSection(), "the task")
+    qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
+    train: TrainSection = key(TrainSection(), "how training computes")
+    pretrain: PretrainSection | None = key(None, "training on text before the other; none if absent")
+    sft: SftSection = Field(description="supervised fine-tuning")
+    rl: RlSection = Field(description="reinforcement learning")
+    handoff: HandoffSection = key(HandoffSection(), "the gate")
+    serve: ServeSection = key(ServeSection(), "the server")
 
     @model_validator(mode="after")
     def _places_name_pools(self) -> Self:

@@ -11,7 +11,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from isthmus.engines.local.api.keys import Keyring, check_exposure
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.server import CanaryPlan, Server
 from isthmus.engines.local.api.service import Service, load_service
-from isthmus.engines.local.core.options import EngineOptions
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import Bundle, read_bundle
 from isthmus.parity.keys import read_trusted
@@ -148,7 +147,7 @@ def open_service(folder: Path, serving: Serving) -> Service:
         rehearse=serving.rehearse,
         slots=section.max_batch,
         threads=serving.threads,
-        options=EngineOptions(**section.model_dump(include={option.name for option in fields(EngineOptions)})),
+        options=section,
         state=found.state,
         signer=found.seal.signer if found.seal else None,
     )

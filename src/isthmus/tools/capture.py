@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import CONFIG, Bundle, read_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
@@ -37,11 +37,12 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
         chosen = synthetic_prompts(bundle.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
         origin = "random tokens"
     elif prompts is not None:
-        chosen, origin = read_prompts(prompts, folder), prompts.name
+        chosen = PromptFile(prompts, folder, bundle.architecture.vocab_size).sequences()
+        origin = prompts.name
     else:
         raise IsthmusError(
-            "say what the model is to be asked: --prompts FILE.jsonl with lines that have `tokens`, or `prompt` and "
-            "`completion`; or --synthetic for random tokens. Who has the bundle can read its golden prompts"
+            f"say what the model is to be asked: --prompts FILE.jsonl, where a line is {FORM}; or --synthetic for "
+            "random tokens. Who has the bundle can read its golden prompts"
         )
     options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
     with watch.count("capture", len(bundle.tensors)) as counter:
@@ -80,25 +81,6 @@ def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor
         raise IsthmusError(f"{source} is no checkpoint: it has no {CONFIG}. --source names the trained weights")
     with StoredTensors(source) as stored:
         return dict(Checkpoint(stored, architecture).tensors())
-
-
-def read_prompts(path: Path, bundle: Path) -> list[list[int]]:
-    """Token ids of a JSONL file. Raises IsthmusError that names the line of the first fault."""
-    tokenizer: Tokenizer | None = None
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            tokens = entry.get("tokens")
-            if tokens is None:
-                tokenizer = tokenizer or Tokenizer.load(bundle)
-                tokens = tokenizer.encode(entry["prompt"]) + tokenizer.encode(entry.get("completion", ""))
-            found.append([int(token) for token in tokens])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IsthmusError(
-                f"{path}, line {number}: {error!r}. A line is an object with `tokens`, or `prompt` and `completion`"
-            ) from None
-    return found
 
 
 def require(checks: list[Check], folder: Path) -> None:

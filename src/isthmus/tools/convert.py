@@ -22,7 +22,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, fp8, get_format, mxfp8
 from isthmus.formats.calibration.balance import ALPHA, balance
@@ -30,8 +30,9 @@ from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import round_with_calibration
 from isthmus.formats.files.bundle import CHECKSUMS, verify_files, write_bundle
-from isthmus.formats.files.published import CONFIG, SCALE, Checkpoint, StoredTensors
+from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
+from isthmus.formats.parts.names import SCALE
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError
@@ -130,48 +131,6 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
     watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
 
 
-def read_sequences(path: Path, folder: Path, most: int | None = None) -> list[list[int]]:
-    """Token sequences of a JSONL file, up to `most` tokens in all; texts go through the tokenizer of `folder`.
-
-    Raises IsthmusError that names the file and the line of the first fault.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise IsthmusError(f"no calibration file at {path}") from None
-    except UnicodeDecodeError as error:
-        raise IsthmusError(f"{path} is not UTF-8 text: {error}") from None
-    tokenizer: Tokenizer | None = None
-    sequences: list[list[int]] = []
-    left = most
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or left == 0:
-            continue
-        row = _row(line, f"{path}:{number}")
-        tokens = row.get("tokens")
-        if tokens is None:
-            tokenizer = tokenizer or Tokenizer.load(folder)
-            tokens = tokenizer.encode(row["prompt"] + row["completion"])
-        sequences.append(tokens if left is None else tokens[:left])
-        left = None if left is None else left - len(sequences[-1])
-    if not any(sequences):
-        raise IsthmusError(f"{path} holds no tokens")
-    return sequences
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise IsthmusError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    keys = row.keys() if isinstance(row, dict) else set()
-    if keys == {"tokens"} and isinstance(row["tokens"], list) and all(type(one) is int for one in row["tokens"]):
-        return row
-    if keys == {"prompt", "completion"} and all(isinstance(text, str) for text in row.values()):
-        return row
-    raise IsthmusError(f'{where}: a line must be {{"tokens": [numbers]}} or {{"prompt": text, "completion": text}}')
-
-
 def _check_scale_rule(source: Path, chosen: Format) -> None:
     """fp8 that stays fp8 keeps its weights; a checkpoint may ask for another rule of the scales of activations."""
     quantisation = json.loads((source / CONFIG).read_bytes()).get("quantization_config") or {}
@@ -210,8 +169,8 @@ def _check_options(options: Options, chosen: Format, architecture: ModelSection)
     needed = _calibrated(options, chosen)
     if needed and options.calibrate is None:
         raise IsthmusError(
-            f"{needed} needs to see what the model computes: give --calibrate FILE.jsonl, with a line "
-            '{"tokens": [...]} or {"prompt": ..., "completion": ...} for each sequence, best of the model\'s own'
+            f"{needed} needs to see what the model computes: give --calibrate FILE.jsonl, with a line for each "
+            f"sequence, best of the model's own: {FORM}"
         )
     if options.calibrate is not None and not needed:
         raise IsthmusError(f"{chosen.name} with rounding to the nearest uses no calibration; leave --calibrate out")
@@ -267,13 +226,14 @@ def _prepare(
     state: Mapping[str, Tensor] = checkpoint.state()
     if options.calibrate is None:
         return state, None
-    sequences = read_sequences(options.calibrate, checkpoint.stored.folder, options.calibrate_tokens)
-    room = checkpoint.architecture.max_position_embeddings
-    rows = [sequence[:room] for sequence in sequences if sequence]
+    architecture = checkpoint.architecture
+    prompts = PromptFile(options.calibrate, checkpoint.stored.folder, architecture.vocab_size)
+    sequences = prompts.sequences(options.calibrate_tokens)
+    rows = [sequence[: architecture.max_position_embeddings] for sequence in sequences]
     calibration = _calibrate(state, checkpoint, rows, options, watch)
     if options.balance:
         whole = {name: tensor.float() for name, tensor in state.items()}
-        state = balance(whole, checkpoint.architecture, calibration)
+        state = balance(whole, architecture, calibration)
         calibration = _calibrate(state, checkpoint, rows, options, watch)
     conversion["calibration_tokens"] = calibration.tokens
     conversion["calibration_unseen"] = list(calibration.unseen)
@@ -288,10 +248,7 @@ def _prepare(
 def _calibrate(
     state: Mapping[str, Tensor], checkpoint: Checkpoint, rows: list[list[int]], options: Options, watch: Watch
 ) -> Calibration:
-    tokens, vocabulary = [token for row in rows for token in row], checkpoint.architecture.vocab_size
-    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-        raise IsthmusError(f"{options.calibrate} holds tokens that are not among the model's {vocabulary}")
-    watch.say(f"  {len(tokens):,} tokens calibrate the float model")
+    watch.say(f"  {sum(map(len, rows)):,} tokens calibrate the float model")
     model = get_format("fp32").build(checkpoint.architecture, {name: tensor.float() for name, tensor in state.items()})
     return calibrate(model, rows, gram=options.rounding == "gptq")
 

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from isthmus.engines import EngineError
-from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS, flags
 from isthmus.engines.remote import HttpEngine
+from isthmus.recipe.schema import EngineOptions
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
@@ -115,7 +116,7 @@ class LocalEngine(HttpEngine):
     def _command(self, bundle_folder: Path) -> list[str]:
         command = [sys.executable, "-m", "isthmus.engines.local", "--bundle", str(bundle_folder), "--port", "0"]
         command += ["--threads", str(self.threads), "--slots", str(self.slots), "--admin", "--follow-stdin"]
-        command += self.options.flags()
+        command += flags(self.options)
         return command + (["--rehearse", self.rehearse] if self.rehearse else [])
 
     def _environment(self) -> dict[str, str]:

@@ -17,13 +17,13 @@ from isthmus.engines.local.api.host import bind, run_app
 from isthmus.engines.local.api.keys import ADMIN_KEY, API_KEYS, Keyring, check_exposure
 from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import load_service
-from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import add_flags, read_flags
 from isthmus.errors import IsthmusError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the engine until it is told to stop. Returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     if options.follow_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     try:
@@ -45,14 +45,7 @@ def _serve(options: argparse.Namespace) -> int:
         rehearse=options.rehearse,
         slots=options.slots,
         threads=options.threads,
-        options=EngineOptions(
-            block_size=options.block_size,
-            cache_tokens=options.cache_tokens,
-            chunk_tokens=options.chunk_tokens,
-            prefix_cache=not options.no_prefix_cache,
-            speculate=options.speculate,
-            batch_invariant=options.batch_invariant,
-        ),
+        options=read_flags(options),
     )
     server = Server(service, keys=keys)
     url = f"http://{options.host}:{listener.getsockname()[1]}"
@@ -73,20 +66,14 @@ def _exit_with_stdin() -> None:
     os._exit(0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m isthmus.engines.local", description="Serve a bundle over HTTP.")
     parser.add_argument("--bundle", type=Path, required=True, help="folder written by the hand-off")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--threads", type=int, default=1, help="compute threads")
     parser.add_argument("--slots", type=int, default=256, help="samples that run at the same time")
-    default = DEFAULT_OPTIONS
-    parser.add_argument("--block-size", type=int, default=default.block_size, help="tokens per block of the cache")
-    parser.add_argument("--cache-tokens", type=int, help="tokens in the cache; what the slots need, within 2 GiB")
-    parser.add_argument("--chunk-tokens", type=int, default=default.chunk_tokens, help="tokens of one pass")
-    parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
-    parser.add_argument("--speculate", action="store_true", help="draft tokens by multi-token prediction")
-    parser.add_argument("--batch-invariant", action="store_true", help="the same bits in any company, and slower")
+    add_flags(parser)
     parser.add_argument("--model-name", help="name in the API; the folder's name if absent")
     parser.add_argument("--rehearse", metavar="CHIP", help="refuse to start unless the rules of this chip allow it")
     parser.add_argument("--admin", action="store_true", help=f"allow weight updates to the bearer of ${ADMIN_KEY}")

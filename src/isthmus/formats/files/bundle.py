@@ -27,11 +27,11 @@ from isthmus.formats.files.published import (
     SHARD_BYTES,
     WEIGHTS,
     StoredTensors,
-    mtp_copies,
     weight_files,
     write_tensors,
 )
 from isthmus.formats.files.stream import TensorWriter, described, shown
+from isthmus.formats.parts.names import mtp_copies
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture

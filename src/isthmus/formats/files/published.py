@@ -22,11 +22,11 @@ from torch import Tensor
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.files.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD, unfilled
+from isthmus.formats.parts.names import SCALE, dequantise_blocks, mtp_copies
 from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
-SCALE = "_scale_inv"
 COMPUTED = ".rotary_emb.inv_freq"
 """Old Llama checkpoints store the inverse frequencies, which config.json says already."""
 
@@ -174,15 +174,6 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = S
             writer.write(name, tensor)
         writer.finish()
     return writer.hashes
-
-
-def mtp_copies(architecture: ModelSection) -> dict[str, str]:
-    """Names of the copies that published checkpoints keep in the MTP layer, and of the tensors they copy."""
-    if not architecture.num_nextn_predict_layers:
-        return {}
-    prefix = f"model.layers.{architecture.num_hidden_layers}"
-    head = EMBEDDING if architecture.tie_word_embeddings else HEAD
-    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": head}
 
 
 @dataclass
@@ -342,16 +333,6 @@ class _CheckpointState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._known)
-
-
-def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """weight [M, N] times the factor of its block, in fp32; scale [ceil(M / block[0]), ceil(N / block[1])]."""
-    rows, columns = block
-    values = weight.to(torch.float32)
-    for index, factors in enumerate(scale.to(torch.float32)):
-        wide = factors.repeat_interleave(columns)[: values.shape[1]]
-        values[index * rows : (index + 1) * rows] *= wide
-    return values
 
 
 def _fp8_block(folder: Path) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.text import Vocabulary
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.grammar import Compiler
-from isthmus.engines.local.core.options import DEFAULT_OPTIONS, EngineOptions
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
@@ -23,6 +23,7 @@ from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.schema import EngineOptions
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LONGEST_SEQUENCE = 8192
@@ -138,7 +139,7 @@ def load_service(
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
     length = min(bundle.architecture.max_position_embeddings, LONGEST_SEQUENCE)
-    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, **asdict(options))
+    core = Core(model, eos_id=tokenizer.eos_id, slots=slots, length=length, threads=threads, options=options)
     core.start()
     identity = Identity(model_name or folder.resolve().name, bundle.format, seal, pool, rehearse, state, signer)
     return Service(

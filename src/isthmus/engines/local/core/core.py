@@ -16,11 +16,13 @@ import torch
 
 from isthmus.engines import EngineError
 from isthmus.engines.local.core.cache import blocks_for
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Runner
 from isthmus.engines.local.core.scheduler import Counters, Finished, Request, Sample, Scheduler
 from isthmus.engines.local.core.steps import Steps
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
+from isthmus.recipe.schema import EngineOptions
 
 CACHE_BYTES = 2 << 30
 """The cache takes no more than this unless it is told to, but always enough for one sequence of full length."""
@@ -31,10 +33,7 @@ REFUSALS = (IsthmusError, RuntimeError, MemoryError, AttributeError, TypeError, 
 class Core:
     """A model that answers requests. `length` bounds prompt and completion together, in tokens.
 
-    `slots` bounds the samples that run at once, `cache_tokens` the tokens in the cache, `chunk_tokens` those of one
-    pass. With `speculate` the multi-token prediction of the model drafts tokens, which changes nothing that is
-    generated. With `batch_invariant` the same request gives the same tokens alone and in any company, bit for bit, and
-    slower.
+    `slots` bounds the samples that run at once. Raises EngineError for an option that does not fit the model.
     """
 
     def __init__(
@@ -46,47 +45,40 @@ class Core:
         slots: int = 256,
         length: int | None = None,
         threads: int = 1,
-        block_size: int = 16,
-        cache_tokens: int | None = None,
-        chunk_tokens: int = 512,
-        prefix_cache: bool = True,
-        speculate: bool = False,
-        batch_invariant: bool = False,
+        options: EngineOptions = DEFAULT_OPTIONS,
     ):
         self.length = length or model.architecture.max_position_embeddings
         self.slots, self.threads = slots, threads
-        if speculate and model.mtp_layer is None:
+        if options.speculate and model.mtp_layer is None:
             raise EngineError("this model has no layer for multi-token prediction, which speculation needs")
-        blocks = self._blocks(model, block_size, cache_tokens, layers=model.architecture.num_hidden_layers + speculate)
         self.runner = Runner(
-            model, blocks + 1, block_size, drafts=speculate, row_by_row=batch_invariant, threads=threads
+            model,
+            self._blocks(model, options) + 1,
+            options.block_size,
+            drafts=options.speculate,
+            row_by_row=options.batch_invariant,
+            threads=threads,
         )
-        self.scheduler = Scheduler(
-            self.runner.store,
-            slots=slots,
-            length=self.length,
-            chunk_tokens=chunk_tokens,
-            prefix_cache=prefix_cache,
-            eos_id=eos_id,
-        )
-        self.steps = Steps(self.runner, self.scheduler, eos_id=eos_id, version=version, speculate=speculate)
+        self.scheduler = Scheduler(self.runner.store, options, slots=slots, length=self.length, eos_id=eos_id)
+        self.steps = Steps(self.runner, self.scheduler, eos_id=eos_id, version=version, speculate=options.speculate)
         self.observers: list[Callable[[Finished], None]] = []
         self.failure: BaseException | None = None
         self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._door, self._stopping, self._ended, self._paused = threading.Lock(), False, False, False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
-    def _blocks(self, model: Model, block_size: int, cache_tokens: int | None, layers: int) -> int:
+    def _blocks(self, model: Model, options: EngineOptions) -> int:
         """Blocks of the cache. Raises EngineError if it could not hold one sequence of full length."""
-        least = blocks_for(self.length, block_size)
-        if cache_tokens is not None:
-            if cache_tokens // block_size < least:
+        size, layers = options.block_size, model.architecture.num_hidden_layers + options.speculate
+        least = blocks_for(self.length, size)
+        if options.cache_tokens is not None:
+            if options.cache_tokens // size < least:
                 raise EngineError(
-                    f"a cache of {cache_tokens} tokens cannot hold one sequence of {self.length}; give it "
-                    f"{least * block_size} or more, or shorten the sequences"
+                    f"a cache of {options.cache_tokens} tokens cannot hold one sequence of {self.length}; give it "
+                    f"{least * size} or more, or shorten the sequences"
                 )
-            return cache_tokens // block_size
-        block_bytes = model.architecture.cache_width * model.lm_head.weight.element_size() * layers * block_size
+            return options.cache_tokens // size
+        block_bytes = model.architecture.cache_width * model.lm_head.weight.element_size() * layers * size
         return max(least, min(least * self.slots, CACHE_BYTES // block_bytes))
 
     @property

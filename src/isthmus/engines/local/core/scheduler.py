@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from isthmus.engines.local.core.cache import NULL_BLOCK, BlockPool, PagedStore, blocks_for, chained_digest
 from isthmus.engines.local.core.sampler import stream_key
+from isthmus.recipe.schema import EngineOptions
 
 TopLogprobs = list[tuple[int, float]]
 
@@ -325,10 +326,8 @@ class Rows:
 class Scheduler:
     """The waiting line, the jobs and the rows, and the blocks that they hold."""
 
-    def __init__(
-        self, store: PagedStore, *, slots: int, length: int, chunk_tokens: int, prefix_cache: bool, eos_id: int
-    ):
-        self.store, self.slots, self.chunk_tokens, self.prefix_cache = store, slots, chunk_tokens, prefix_cache
+    def __init__(self, store: PagedStore, options: EngineOptions, *, slots: int, length: int, eos_id: int):
+        self.store, self.options, self.slots = store, options, slots
         self.eos_id, self.block_size = eos_id, store.block_size
         self.pool = BlockPool(store.blocks)
         self.rows = Rows(slots, length, blocks_for(length, store.block_size))
@@ -352,7 +351,7 @@ class Scheduler:
     def schedule(self) -> list[tuple[Job, int]]:
         """Make room for the next token of every row, and say how many tokens of which jobs run beside them."""
         self._grow_rows()
-        budget = max(self.chunk_tokens - len(self.rows), self.block_size)
+        budget = max(self.options.chunk_tokens - len(self.rows), self.block_size)
         work: list[tuple[Job, int]] = []
         for job in self._jobs_in_turn():
             count = min(budget, job.remaining)
@@ -365,7 +364,7 @@ class Scheduler:
     def advance(self, job: Job, count: int) -> None:
         """Note that so many more tokens of a job are in the cache."""
         job.computed += count
-        if self.prefix_cache and job.reusable:
+        if self.options.prefix_cache and job.reusable:
             for index in range(len(job.digests), job.computed // self.block_size):
                 self._register(job.digests, job.sequence, index, job.table[index])
 
@@ -387,7 +386,7 @@ class Scheduler:
 
     def register_rows(self) -> None:
         """Make the blocks that rows have filled known to later prompts."""
-        if not self.prefix_cache:
+        if not self.options.prefix_cache:
             return
         rows = self.rows
         full = (rows.totals() - 1) // self.block_size
@@ -474,7 +473,7 @@ class Scheduler:
         """Digests and blocks of the longest beginning that is in the cache; the last token is always computed."""
         digests: list[bytes] = []
         table: list[int] = []
-        if not self.prefix_cache or sample.wants_prompt:
+        if not self.options.prefix_cache or sample.wants_prompt:
             return digests, table
         before = b""
         for start in range(0, len(sequence) - self.block_size, self.block_size):
@@ -487,7 +486,7 @@ class Scheduler:
         return digests, table
 
     def _note_prefix(self, sample: Sample, length: int, blocks: int) -> None:
-        if self.prefix_cache and not sample.tokens:
+        if self.options.prefix_cache and not sample.tokens:
             sample.cached_tokens = blocks * self.block_size
             self.counters.prefix_queries += length
             self.counters.prefix_hits += sample.cached_tokens

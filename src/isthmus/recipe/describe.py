@@ -1,0 +1,145 @@
+"""The schema of a recipe as tables of keys, for who writes one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from isthmus.recipe.explain import section_in, tagged_in
+from isthmus.recipe.schema import Recipe
+from isthmus.recipe.section import Section, Unit
+
+NAME = "NAME"
+"""Stands in a path for a name that the user chooses."""
+_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+_BOUNDS = {Gt: "> {.gt:g}", Ge: ">= {.ge:g}", Lt: "< {.lt:g}", Le: "<= {.le:g}"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a table. `unit` is that of a number, `1` for a pure one; `default` is TOML, `required` or `absent`."""
+
+    name: str
+    type: str
+    unit: str | None
+    default: str
+    about: str
+
+    @property
+    def shown_unit(self) -> str:
+        return "" if self.unit in (None, "1") else str(self.unit)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a recipe by its path, such as `rl.optimizer`; `when` is the setting under which it has these keys."""
+
+    path: str
+    when: str
+    about: str
+    keys: list[Key]
+
+    @property
+    def title(self) -> str:
+        return f"[{self.path}]" + (f" with {self.when}" if self.when else "")
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of what it is about."""
+        return self.about.partition(". ")[0].rstrip(".")
+
+
+Options = Mapping[str, Mapping[str, type[Section]]]
+"""Sections for tables that the schema leaves open, by path and by the setting under which they count."""
+
+
+def tables(options: Options) -> list[Table]:
+    """Every table, a table before those within it; the first one has the keys that are in no section."""
+    return list(_tables(Recipe, "", "", options))
+
+
+def _tables(section: type[Section], path: str, when: str, options: Options) -> Iterator[Table]:
+    yield _table(section, path, when, section.model_fields)
+    yield from _within(section.model_fields, path, when, options)
+
+
+def _within(fields: Mapping[str, FieldInfo], path: str, when: str, options: Options) -> Iterator[Table]:
+    for name, field in fields.items():
+        below = f"{path}.{name}".removeprefix(".")
+        for setting, section in options.get(below, {}).items():
+            yield from _tables(section, below, setting, options)
+        if members := tagged_in(field.annotation):
+            yield from _union([found for one in members.values() if (found := section_in(one))], below, options)
+        elif section := section_in(field.annotation):
+            named = typing.get_origin(field.annotation) is dict
+            yield from _tables(section, f"{below}.{NAME}" if named else below, when, options)
+
+
+def _union(members: list[type[Section]], path: str, options: Options) -> Iterator[Table]:
+    """What all members have, then what each has of its own or otherwise; a `model_type` tells them apart."""
+    base = next(one for one in members[0].__mro__ if all(issubclass(member, one) for member in members))
+    assert issubclass(base, Section)
+    shared = {name: str(field) for name, field in base.model_fields.items()}
+    own = [{n: f for n, f in one.model_fields.items() if shared.get(n) != str(f)} for one in members]
+    yield _table(base, path, "", {n: f for n, f in base.model_fields.items() if not all(n in one for one in own)})
+    for section, fields in zip(members, own, strict=True):
+        when = f"model_type = {_type(section.model_fields['model_type'].annotation)}"
+        yield _table(section, path, when, fields)
+        yield from _within(fields, path, when, options)
+
+
+def _table(section: type[Section], path: str, when: str, fields: Mapping[str, FieldInfo]) -> Table:
+    about = " ".join((inspect.getdoc(section) or "").split())
+    return Table(path, when, about, [_key(name, field) for name, field in fields.items()])
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    markers = [*_markers(field.annotation), *field.metadata]
+    units = [one.name for one in markers if isinstance(one, Unit)]
+    kind = " ".join([_type(field.annotation), *_bounds(markers)])
+    return Key(field.alias or name, kind, units[-1] if units else None, _default(field), field.description or "")
+
+
+def _markers(annotation: Any) -> Iterator[Any]:
+    """What Annotated says anywhere within an annotation."""
+    yield from getattr(annotation, "__metadata__", ())
+    for argument in typing.get_args(annotation):
+        if section_in(argument) is None:
+            yield from _markers(argument)
+
+
+def _bounds(markers: list[Any]) -> list[str]:
+    flat = [one for marker in markers for one in (marker.metadata if isinstance(marker, FieldInfo) else [marker])]
+    found = [text.format(one) for kind, text in _BOUNDS.items() for one in flat if isinstance(one, kind)]
+    return [" and ".join(dict.fromkeys(found))] if found else []
+
+
+def _type(annotation: Any) -> str:
+    arguments = [one for one in typing.get_args(annotation) if one is not type(None)]
+    origin = typing.get_origin(annotation)
+    if section_in(annotation) or origin is dict:
+        return "table"
+    if origin is Literal:
+        return " or ".join(map(json.dumps, arguments))
+    if origin is list:
+        return f"list of {_type(arguments[0])}s"
+    if origin is tuple:
+        return f"{len(arguments)} {_type(arguments[0])}s"
+    return _type(arguments[0]) if arguments else _TYPES[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if field.is_required():
+        return "required"
+    if value is None:
+        return "absent"
+    return "{}" if isinstance(value, Section) else json.dumps(value)

@@ -1,0 +1,163 @@
+"""`isthmus recipe`: every key, in words, as the schema has it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from isthmus.algos import algorithm_names
+from isthmus.cli import cli
+from isthmus.recipe.describe import Key
+from isthmus.recipe.schema import Recipe
+from isthmus.recipe.section import RecipeError
+from isthmus.tools.recipe import REFRESH, every_table
+
+ROOT = Path(__file__).parents[2]
+KEYS = [(f"{table.path}.{key.name}".lstrip("."), key) for table in every_table() for key in table.keys]
+SCHEMA = Recipe.model_json_schema()
+UNITS = {
+    "_tokens": "tokens",
+    "_s": "s",
+    "_seconds": "s",
+    "_minutes": "min",
+    "_mib": "MiB",
+    "_mb": "MiB",
+    "_kl": "nats/token",
+    "_per_minute": "/min",
+    "_steps": "steps",
+    "_problems": "problems",
+    "_prompts": "prompts",
+}
+
+
+def recipe_help(*arguments: str, columns: int = 80) -> str:
+    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(cli, ["recipe", *arguments], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def is_number(key: Key) -> bool:
+    return any(word.rstrip("s") in ("integer", "number") for word in key.type.split())
+
+
+@pytest.mark.parametrize(("path", "key"), KEYS, ids=[path for path, _ in KEYS])
+def test_every_key_is_described_and_every_number_has_a_unit(path: str, key: Key):
+    assert key.about, f"{path} has no description: give its Field one"
+    choices = [part for part in key.type.split(" or ") if part.isdigit()]
+    if is_number(key) or choices:
+        assert key.unit, f"{path} is a number without a unit: use a type with a Unit, `1` for a pure number"
+        for ending, unit in UNITS.items():
+            assert not key.name.endswith(ending) or key.unit.endswith(unit), f"{path} is not in {unit}"
+    else:
+        assert key.unit is None
+
+
+def defined(schema: dict[str, Any], path: str = "") -> dict[str, dict[str, Any]]:
+    """Every key that pydantic's own JSON schema has, by its path; `*` stands for any name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in schema.get("properties", {}).items():
+        found[f"{path}{name}"] = value
+        found |= below(value, f"{path}{name}.")
+    return found
+
+
+def below(value: Any, path: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if "$ref" in value:
+        found |= defined(SCHEMA["$defs"][value["$ref"].rsplit("/", 1)[1]], path)
+    for one in (*value.get("anyOf", ()), *value.get("oneOf", ())):
+        found |= below(one, path)
+    if isinstance(value.get("additionalProperties"), dict):
+        found |= below(value["additionalProperties"], f"{path}NAME.")
+    return found
+
+
+def test_no_key_of_the_schema_is_left_out():
+    shown = {path for path, _ in KEYS if not path.startswith("rl.options.")}
+    assert shown == defined(SCHEMA).keys()
+
+
+def test_units_and_defaults_are_those_of_the_json_schema():
+    for path, value in defined(SCHEMA).items():
+        keys = [key for shown, key in KEYS if shown == path]
+        units = {one["unit"] for one in (value, value.get("items", {}), *value.get("anyOf", ())) if "unit" in one}
+        if units:
+            assert units <= {key.unit for key in keys}, path
+        if value.get("default") is not None and "$ref" not in value and "$ref" not in str(value.get("anyOf")):
+            assert json.dumps(value["default"]) in {key.default for key in keys}, path
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_what_is_printed_fits_the_terminal(columns: int):
+    for place in ((), *((table.path,) for table in every_table() if table.path)):
+        lines = recipe_help(*place, columns=columns).splitlines()
+        assert lines and max(map(len, lines)) <= columns, place
+
+
+def test_without_a_section_all_of_them_are_listed_and_how_to_go_on():
+    shown = recipe_help()
+    assert "isthmus recipe SECTION.KEY" in shown
+    sections = [name for name in Recipe.model_fields if name not in ("name", "seed")]
+    assert all(f"[{name}" in shown for name in sections) and "[pools.NAME]" in shown
+    assert len(shown.splitlines()) < 40
+
+
+def test_a_key_is_shown_with_type_unit_default_and_meaning():
+    shown = " ".join(recipe_help("rl.drift_budget").split())
+    assert shown == "[rl] drift_budget = 0.05 number > 0, nats/token mismatch that a run may drift to before an alarm"
+    assert "integer > 0, tokens, absent" in recipe_help("serve.max_waiting_tokens")
+    assert "path, required" in recipe_help("pretrain.folder")
+
+
+def test_what_depends_on_a_setting_says_so():
+    model = recipe_help("model")
+    assert (
+        '[model] with model_type = "deepseek_v3"' in model and '[model] with model_type = "qwen2" or "llama"' in model
+    )
+    assert model.count("vocab_size") == 1 and "kv_lora_rank" in model.partition("deepseek_v3")[2]
+    for name in algorithm_names():
+        assert f'[rl.options] with algorithm = "{name}"' in recipe_help("rl")
+    assert "clip_low = 0.2" in recipe_help("rl.options")
+
+
+def written_keys(tree: dict[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found.append(f"{path}{key}")
+        found += written_keys(value, f"{path}{key}.") if isinstance(value, dict) else []
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda file: file.name)
+def test_every_key_that_a_recipe_of_ours_writes_can_be_looked_up(file: Path):
+    for key in written_keys(tomllib.loads(file.read_text())):
+        assert recipe_help(key)
+
+
+@pytest.mark.parametrize(
+    ("place", "meant"),
+    [
+        ("hand", "'handoff'"),
+        ("rl.stepz", "'steps'"),
+        ("handof.format", "'handoff.format'"),
+        ("max_mean_kl", "'handoff.max_mean_kl'"),
+        ("rl.optimiser", "'optimizer'"),
+        ("pools.home.chips", "'chip'"),
+        ("qualfy.nothing", "'qualify'"),
+        ("rl.steps.more", "'rl.steps'"),
+    ],
+)
+def test_an_unknown_place_gets_a_suggestion(place: str, meant: str):
+    with pytest.raises(RecipeError, match=f"no {place!r}; .*{meant}"):
+        recipe_help(place)
+
+
+def test_the_page_is_what_the_schema_says():
+    written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert written == recipe_help("--markdown"), f"docs/recipe.md is stale. Write it anew: {REFRESH}"
