@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file
-from test_fp8 import decoded, heavy
+from tests.unit.test_fp8 import decoded, heavy
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
