@@ -1,4 +1,4 @@
-// Markdown as DOM nodes. markdown-it reads it into tokens; what a model wrote reaches the page through text nodes alone.
+// Markdown as DOM nodes. markdown-it reads it; what a model wrote reaches the page through text nodes alone.
 // The elements and attributes are those named here and in maths.js, and a link keeps its address only if its scheme is
 // one of SCHEMES. HTML stays text, an image becomes a link, and a line break stays a line break.
 

@@ -119,7 +119,8 @@ function formulaNode(tex, isDisplay, written) {
   root.className = isDisplay ? "display maths" : "maths";
   try {
     if (!tex.trim() || tex.length > LONGEST) throw new Error("it has no end, or is too long");
-    const options = { displayMode: isDisplay, throwOnError: true, macros: { ...MACROS }, maxSize: LARGEST, wrap: "tex" };
+    const options = { displayMode: isDisplay, throwOnError: true, wrap: "tex", maxSize: LARGEST };
+    options.macros = { ...MACROS };
     root.append(mathNode(temml.__renderToMathMLTree(tex, options), { left: MOST }));
     root.firstElementChild.setAttribute("alttext", tex);
   } catch (error) {
