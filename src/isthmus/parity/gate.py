@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from rich.table import Table
@@ -103,16 +104,17 @@ def refuses(check: Check) -> bool:
 
 
 def judge(
-    checks: Sequence[Check], *, target: str, rehearsed: bool, ledger: Sequence[LedgerRow] = (), started: float
+    *findings: Sequence[Check], target: str, rehearsed: bool, ledger: Sequence[LedgerRow] = (), started: float
 ) -> ParityVerdict:
-    """The verdict on a bundle. The culprit is the module of the first refusing check that names one."""
-    refusing = [check for check in checks if refuses(check)]
+    """The verdict on all findings of a bundle. The culprit is the module of the first refusing check that names one."""
+    checks = [*chain(*findings)]
+    refusing = [*filter(refuses, checks)]
     named = next((check for check in refusing if check.module), None)
     return ParityVerdict(
         verdict="refuse" if refusing else "pass",
         target=target,
         rehearsed=rehearsed,
-        checks=list(checks),
+        checks=checks,
         ledger=list(ledger),
         culprit=named.module if named else None,
         operator=named.operator if named else None,

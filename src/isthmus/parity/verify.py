@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,7 @@ from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_error
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.parity.tokens import TokenParity, compare_tokens
-from isthmus.records import Check, LedgerRow, Outcome, ParityVerdict
-from isthmus.run import Figure
+from isthmus.records import Check, LedgerRow, ParityVerdict
 
 VERDICT = "verdict.json"
 SAME_EMULATOR = 5e-3
@@ -76,15 +75,16 @@ def verify_bundle(
     build: Callable[[Bundle], Model] | None = None,
     target: Target | None = None,
     limits: Limits | None = None,
+    before: Sequence[Check] = (),
     tell: Tell = lambda what, done, total: None,
 ) -> ParityVerdict:
     """Verify a captured bundle on a target, and give the verdict; nothing is written.
 
-    `build` makes the target's model instead of `build_target`. Raises IsthmusError if the folder is no bundle, was not
-    captured, or the device is not here.
+    `build` makes the target's model instead of `build_target`. The verdict is on the findings in `before`, too. Raises
+    IsthmusError if the folder is no bundle, was not captured, or the device is not here.
     """
     target, limits = target or Target(), limits or Limits()
-    judged = partial(judge, target=str(target), rehearsed=target.rehearse is not None, started=time.time())
+    judged = partial(judge, before, target=str(target), rehearsed=target.rehearse is not None, started=time.time())
     checks = check_manifest(folder)
     try:
         bundle = read_bundle(folder)
@@ -135,21 +135,21 @@ def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
 
 def check_modules(found: Replay, target: Target) -> list[Check]:
     """One check that passes, or one for each module at fault, the most telling first."""
-    limit = declared(LIMIT, "times the floor", "isthmus.parity.replay.LIMIT")
     if not found.faults:
         ratio, worst = found.worst
-        where = f"{worst.path}{f', {worst.operator}' if worst.operator else ''}"
-        detail = f"{len(found.ledger)} blocks and {len(found.measures)} measures; the largest is at {where}"
-        return [_module_check("pass", ratio, limit, detail, target)]
+        detail = f"{len(found.ledger)} blocks and {len(found.measures)} measures; the largest is at {_place(worst, '')}"
+        return [_module_check(ratio, detail, target)]
     by_path: dict[str, tuple[float, Measure]] = {}
     for ratio, measure in found.faults:
         by_path.setdefault(measure.path, (ratio, measure))
-    checks = []
-    for ratio, measure in list(by_path.values())[:MOST_FAULTS]:
-        what = f"{measure.path}{f', operator {measure.operator}' if measure.operator else ''}"
-        detail = f"{what}: {measure.note or _amount(ratio, measure)}"
-        checks.append(_module_check("fail", ratio, limit, detail, target, measure))
-    return checks
+    return [
+        _module_check(ratio, f"{_place(one, 'operator ')}: {one.note or _amount(ratio, one)}", target, one)
+        for ratio, one in list(by_path.values())[:MOST_FAULTS]
+    ]
+
+
+def _place(measure: Measure, word: str) -> str:
+    return f"{measure.path}{f', {word}{measure.operator}' if measure.operator else ''}"
 
 
 def _amount(ratio: float, measure: Measure) -> str:
@@ -158,20 +158,17 @@ def _amount(ratio: float, measure: Measure) -> str:
     return f"differs by {measure.value:.3g}, {ratio:.3g} times what a healthy target differs by"
 
 
-def _module_check(
-    outcome: Outcome, ratio: float, limit: Figure, detail: str, target: Target, measure: Measure | None = None
-) -> Check:
+def _module_check(ratio: float, detail: str, target: Target, fault: Measure | None = None) -> Check:
+    source = f"golden inputs replayed on {target}"
     return Check(
         layer="modules",
         name="module replay",
-        outcome=outcome,
-        figure=finite(
-            ratio, "times the floor", f"golden inputs replayed on {target}", rehearsed=target.rehearse is not None
-        ),
-        limit=limit,
+        outcome="fail" if fault else "pass",
+        figure=finite(ratio, "times the floor", source, rehearsed=target.rehearse is not None),
+        limit=declared(LIMIT, "times the floor", "isthmus.parity.replay.LIMIT"),
         detail=detail,
-        module=measure.path if measure else None,
-        operator=measure.operator if measure else None,
+        module=fault.path if fault else None,
+        operator=fault.operator if fault else None,
     )
 
 

@@ -57,6 +57,7 @@ from isthmus.trainer.checkpoint import load_model_state
 NAME = "handoff"
 REFERENCE, PLAIN = "fp32", "bf16"
 SAMPLES_PER_PROBLEM = 2
+SECTION = "recipe, [handoff]"
 
 Answers = list[list[Completion]]
 
@@ -260,11 +261,9 @@ class Examination:
     def verify(self, written: Written, golden: list[GoldenSequence]) -> None:
         """Follow every weight into the bundle, capture golden inputs, and verify it as its target would."""
         crossing, section, bundle = self.crossing, self.crossing.section, written.bundle
-        folder, balanced, started = bundle.folder, written.balanced, time.time()
+        folder, balanced = bundle.folder, written.balanced
         moved = {} if balanced is crossing.state else {"balance": lambda name, _tensor: balanced[name]}
-        rounded = [
-            name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8
-        ]
+        rounded = [name.removesuffix(".weight") for name, one in bundle.tensors.items() if one.dtype == torch.int8]
         compensated = rounded if section.rounding == "gptq" else ()
         entries, checks = check_coverage(crossing.state, folder, **moved, compensated=compensated)
         write_golden(folder, make_golden(bundle, crossing.prompts, crossing.tokenizer.eos_id))
@@ -272,17 +271,10 @@ class Examination:
         options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
         capture(folder, balanced, texts, options)
         write_manifest(folder, coverage=entries, architecture=crossing.run.recipe.model)
-        limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, "recipe, [handoff]")
+        limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, SECTION)
         target = Target(rehearse=crossing.chip_of(bundle))
         with self.watch.count(f"verify {bundle.format}", 1) as counter:
-            found = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
-        verdict = gate.judge(
-            [*checks, *found.checks],
-            target=found.target,
-            rehearsed=found.rehearsed,
-            ledger=found.ledger,
-            started=started,
-        )
+            verdict = verify_bundle(folder, target=target, limits=limits, before=checks, tell=counter.tell)
         write_verdict(folder, verdict)
         self.verdicts[bundle.format] = verdict
         self._add(bundle, verdict.checks)
@@ -298,15 +290,11 @@ class Examination:
             why = f"on {self.crossing.target.chip} these operators run on the host's CPU"
             self.crossing.run.event(NAME, "fallback", what=", ".join(names), why=why)
         rehearsed, where = chip is not None, f"on the CPU by the rules of {chip}" if chip else "on the CPU"
-        source = (
-            f"{found.sequences} golden sequences of the fp32 reference, {found.tokens} tokens, teacher-forced {where}"
-        )
-        detail = (
-            f"KL(fp32 || {bundle.format}), interval at {section.confidence:.0%} over sequences; largest "
-            f"{found.max_kl:.3g}"
-        )
-        limit = gate.declared(section.max_mean_kl, "nats/token", _key("max_mean_kl"))
-        least, of_least = section.min_top1_agreement, _key("min_top1_agreement")
+        asked = f"{found.sequences} golden sequences of the fp32 reference, {found.tokens} tokens"
+        source, interval = f"{asked}, teacher-forced {where}", f"interval at {section.confidence:.0%} over sequences"
+        detail = f"KL(fp32 || {bundle.format}), {interval}; largest {found.max_kl:.3g}"
+        limit = gate.declared(section.max_mean_kl, "nats/token", f"{SECTION} max_mean_kl")
+        least, of_least = section.min_top1_agreement, f"{SECTION} min_top1_agreement"
         kl = gate.check_kl("mean KL", found, limit, source, detail, rehearsed=rehearsed)
         top1 = gate.check_top1("top-1 agreement", found, least, of_least, source, rehearsed=rehearsed)
         self._add(bundle, [kl, top1])
@@ -344,31 +332,25 @@ class Examination:
             f"{crossing.run.recipe.rl.temperature:g}, the same random numbers on both sides"
         )
         margin = section.max_accuracy_drop
+
+        def share(value: float, unit: str, pool: Pool, interval: tuple[float, float] | None = None) -> Figure:
+            low, high = interval or (None, None)
+            return Figure.measured(100 * value, unit, source, rehearsed=pool.rehearsed, low=low, high=high)
+
         check = Check(
             layer="task",
             name="accuracy, target minus reference",
             outcome=found.verdict(margin),
-            figure=Figure.measured(
-                100 * found.difference,
-                "points",
-                source,
-                rehearsed=crossing.target.rehearsed,
-                low=100 * found.low,
-                high=100 * found.high,
-            ),
-            limit=gate.declared(-100 * margin, "points", _key("max_accuracy_drop")),
+            figure=share(found.difference, "points", crossing.target, (100 * found.low, 100 * found.high)),
+            limit=gate.declared(-100 * margin, "points", f"{SECTION} max_accuracy_drop"),
             detail=f"right only by the reference {found.only_reference}, only by the target {found.only_candidate}, of "
             f"{found.answers}; passes if the interval (Newcombe's method 10, {section.confidence:.0%}) is above the "
             f"limit. An equally good target passes with {found.power(margin):.0%}; "
             f"{found.problems_for(0.8, margin)} problems would give 80%",
         )
         self._add(target, [check])
-        for name, value, pool in (
-            ("reference", found.reference, crossing.source),
-            ("target", found.candidate, crossing.target),
-        ):
-            accuracy = Figure.measured(100 * value, "%", source, rehearsed=pool.rehearsed)
-            self.figures[f"accuracy.{name}"] = accuracy
+        self.figures["accuracy.reference"] = share(found.reference, "%", crossing.source)
+        self.figures["accuracy.target"] = share(found.candidate, "%", crossing.target)
 
     def write_events(self) -> None:
         """Every finding, as an event of the run."""
@@ -409,30 +391,17 @@ def conclude(
         operator=refused.operator if refused else None,
     )
     if record.verdict == "pass":
-        seals = seal_all(crossing, written, record)
+        lineage = Lineage(
+            checkpoint_sha256=crossing.rl.checkpoint_sha256,
+            recipe_sha256=record.recipe_sha256,
+            source_pool=record.source_pool,
+            target_pool=record.target_pool,
+        )
+        seal = partial(write_seal, verdict="pass", checks=record.checks, lineage=lineage)
+        key = crossing.section.sign_key
+        seals = {name: seal(one.bundle.folder, sign_key=key).id for name, one in written.items()}
         record = record.model_copy(update={"seal_id": seals[chosen]})
     run.write_record("parity", record)
     run.event(NAME, "verdict", verdict=record.verdict, seal_id=record.seal_id)
     run.event(NAME, "end", seconds=round(record.seconds, 3))
     return record
-
-
-def seal_all(crossing: Crossing, written: dict[str, Written], record: HandoffRecord) -> dict[str, str]:
-    """Seal the bundles of a record that passes; the ids of their seals by format."""
-    lineage = Lineage(
-        checkpoint_sha256=crossing.rl.checkpoint_sha256,
-        recipe_sha256=record.recipe_sha256,
-        source_pool=record.source_pool,
-        target_pool=record.target_pool,
-    )
-    key = crossing.section.sign_key
-    return {
-        name: write_seal(
-            one.bundle.folder, verdict=record.verdict, checks=record.checks, lineage=lineage, sign_key=key
-        ).id
-        for name, one in written.items()
-    }
-
-
-def _key(name: str) -> str:
-    return f"recipe, [handoff] {name}"
