@@ -50,6 +50,21 @@ def ask(port, method, path, body=None, key=None, headers=None):
     return response.status, response.headers, json.loads(text) if is_json else text.decode()
 
 
+def call(port, method, path, body=None, headers=None):
+    """(status, content) of one request."""
+    status, _, content = ask(port, method, path, body, headers=headers)
+    return status, content
+
+
+def refused(port, path, **fields):
+    """The error object of a request that must get a 400."""
+    status, body = call(port, "POST", path, fields)
+    assert status == 400, body
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["type"] == "invalid_request_error"
+    return body["error"]
+
+
 def greedy(port, prompt=(0, 2, 60, 61, 4), tokens=12, key=None):
     """The token ids that the server writes at temperature 0."""
     body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0.0, "return_token_ids": True, "logprobs": 0}

@@ -15,12 +15,13 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import Identity, Service
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.scheduler import Finished, PromptToken, Request, Token
 from tests.support.chat_templates import tokenizer_for
 from tests.support.engine_bundle import small_model
-from tests.unit.test_server import call, live, refused
+from tests.support.live_server import call, live, refused
 
 CHAT = [{"role": "user", "content": "Weather?"}]
 CITY = {
@@ -130,7 +131,7 @@ def serve():
         def get(name):
             if name not in started:
                 service, script = scripted_service(name, patch)
-                port = stack.enter_context(live(service))
+                port = stack.enter_context(live(Server(service)))
                 url = f"http://127.0.0.1:{port}/v1"
                 client = stack.enter_context(openai.OpenAI(base_url=url, api_key="none", max_retries=0))
                 started[name] = Served(port, client, service, script)
@@ -303,7 +304,7 @@ def test_a_format_that_cannot_be_kept_is_refused_with_the_reason(hermes, fields,
 def test_strict_functions_are_refused_where_free_text_cannot_be_told_from_calls():
     with pytest.MonkeyPatch.context() as patch:
         service, _ = scripted_service("hermes", patch, single=False)
-        with live(service) as port:
+        with live(Server(service)) as port:
             strict = [{"type": "function", "function": {"name": "look", "strict": True}}]
             error = refused(port, "/v1/chat/completions", messages=CHAT, tools=strict)
             assert error["param"] == "tools" and "tool_choice required" in error["message"]

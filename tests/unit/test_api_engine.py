@@ -11,11 +11,12 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
+from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import Identity, Service
 from isthmus.engines.local.core import grammar
 from isthmus.engines.local.core.core import Core
 from tests.support.engine_bundle import small_model, small_tokenizer
-from tests.unit.test_server import call, live
+from tests.support.live_server import call, live
 
 CHAT = [{"role": "user", "content": "Use 3, 4 and 5 to reach 23."}]
 SCHEMA = {
@@ -38,7 +39,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def port(service):
-    with live(service) as port:
+    with live(Server(service)) as port:
         yield port
 
 

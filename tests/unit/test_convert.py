@@ -22,9 +22,9 @@ from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
 from isthmus.recipe.architecture import ModelSection
 from isthmus.tools.convert import CONVERSION
+from tests.support.bundles import published
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture
-from tests.unit.test_stream import published
 
 DENSE = dense_architecture("llama", vocab_size=300)
 DEEPSEEK = architecture(vocab_size=300, q_lora_rank=14)

@@ -17,8 +17,8 @@ from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import check_manifest, identity, read_manifest, write_manifest
 from isthmus.parity.steps import Misfit, compare_quantised
+from tests.support.bundles import TinyTokenizer
 from tests.support.small import tiny_architecture
-from tests.unit.test_seal import TinyTokenizer
 
 ARCHITECTURE = tiny_architecture(hidden_size=16, num_attention_heads=2, v_head_dim=8)
 EXPERT = "model.layers.1.mlp.experts.{}.{}.weight"
@@ -40,13 +40,13 @@ def source() -> dict[str, Tensor]:
 
 @pytest.fixture(params=FORMATS)
 def bundle(request, source, tmp_path) -> Path:
-    write_bundle(tmp_path / "b", request.param, source, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", request.param, source, ARCHITECTURE, TinyTokenizer(0, 1))
     return tmp_path / "b"
 
 
 @pytest.fixture
 def w8a8(source, tmp_path) -> Path:
-    write_bundle(tmp_path / "b", "w8a8", source, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "w8a8", source, ARCHITECTURE, TinyTokenizer(0, 1))
     return tmp_path / "b"
 
 
@@ -160,7 +160,7 @@ def test_swapped_experts_are_both_named_and_told_apart(source, w8a8):
 
 
 def test_a_transposed_matrix_is_called_so(source, tmp_path):
-    write_bundle(tmp_path / "b", "bf16", source, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "bf16", source, ARCHITECTURE, TinyTokenizer(0, 1))
     rewrite(tmp_path / "b", lambda t: t.update({O_PROJ: t[O_PROJ].t()}))
     _, checks = check_coverage(source, tmp_path / "b")
     assert "transposed" in checks[0].detail and checks[0].module == O_PROJ.removesuffix(".weight")
@@ -176,7 +176,7 @@ def test_weights_of_one_version_ago_are_refused_in_every_format(source, bundle):
 def test_a_tied_head_may_be_dropped_and_another_may_not(tmp_path):
     tied = tiny_architecture(tie_word_embeddings=True)
     state = Model(tied).initialise(0).state_dict()
-    write_bundle(tmp_path / "b", "bf16", state, tied, TinyTokenizer())
+    write_bundle(tmp_path / "b", "bf16", state, tied, TinyTokenizer(0, 1))
     entries, checks = check_coverage(state, tmp_path / "b")
     head = next(entry for entry in entries if entry.source == "lm_head.weight")
     assert checks[0].outcome == "pass" and head.fate == "dropped" and "embed_tokens" in head.detail
@@ -211,7 +211,7 @@ def test_the_source_may_be_read_tensor_by_tensor(source, w8a8):
 
 
 def test_merged_rows_are_followed(source, tmp_path):
-    write_bundle(tmp_path / "b", "bf16", source, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "bf16", source, ARCHITECTURE, TinyTokenizer(0, 1))
     prefix = "model.layers.0.mlp"
 
     def merge(t):
@@ -227,7 +227,7 @@ def test_merged_rows_are_followed(source, tmp_path):
 
 
 def test_a_narrower_dtype_than_announced_is_refused(source, tmp_path):
-    write_bundle(tmp_path / "b", "fp32", source, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "fp32", source, ARCHITECTURE, TinyTokenizer(0, 1))
     rewrite(tmp_path / "b", lambda t: t.update({DOWN: t[DOWN].bfloat16()}))
     checks = check_coverage(source, tmp_path / "b")[1]
     assert [check.module for check in checks] == [DOWN.removesuffix(".weight")]
@@ -238,7 +238,7 @@ def test_a_narrower_dtype_than_announced_is_refused(source, tmp_path):
 def test_balanced_weights_are_compared_with_what_balancing_made_of_them(source, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     balanced = {**source, name: source[name] * 2.0}
-    write_bundle(tmp_path / "b", "w8a8", balanced, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "w8a8", balanced, ARCHITECTURE, TinyTokenizer(0, 1))
     assert check_coverage(source, tmp_path / "b")[1][0].module == name.removesuffix(".weight")
     entries, checks = check_coverage(source, tmp_path / "b", balance=lambda n, t: t * 2.0 if n == name else t)
     assert checks[0].outcome == "pass"
@@ -394,7 +394,7 @@ def test_the_manifest_does_not_depend_on_sharding_or_order(source, tmp_path):
     found = []
     for shard_bytes in (1 << 30, 4000):
         folder = tmp_path / str(shard_bytes)
-        write_bundle(folder, "w8a8", source, ARCHITECTURE, TinyTokenizer(), shard_bytes=shard_bytes)
+        write_bundle(folder, "w8a8", source, ARCHITECTURE, TinyTokenizer(0, 1), shard_bytes=shard_bytes)
         entries, _ = check_coverage(source, folder)
         found.append(write_manifest(folder, coverage=entries, architecture=ARCHITECTURE, parent="p"))
         assert check_manifest(folder)[0].outcome == "pass" and read_manifest(folder) == found[-1]

@@ -18,31 +18,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import file_hashes, read_bundle, write_bundle
+from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.parts.int8 import exact_matmul, quantise_rows
 from isthmus.formats.updates import wire
 from isthmus.formats.w8a8 import W8A8Experts, W8A8Linear, is_quantised
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.recipe.architecture import DeepseekSection
+from tests.support.bundles import TinyTokenizer, module_tree, rehash, trained_state
 from tests.support.small import tiny_architecture as architecture
-
-
-def trained_state(arch: DeepseekSection, seed: int = 0) -> dict[str, torch.Tensor]:
-    model = Model(arch).initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    for router in model.routers():
-        router.e_score_correction_bias.copy_(torch.rand(arch.n_routed_experts, generator=generator) / 3)
-    return model.state_dict()
-
-
-class TinyTokenizer:
-    """The smallest thing with a tokenizer's files."""
-
-    bos_id, eos_id = 3, 5
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.fixture
@@ -178,22 +162,6 @@ def test_what_is_quantised_and_what_is_not():
     assert wide == {"weight_scale", "e_score_correction_bias"}
 
 
-def module_tree(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Linear modules with the published names, as compressed-tensors sees a checkpoint."""
-    root = torch.nn.Module()
-    for name, tensor in tensors.items():
-        *path, last = name.split(".")
-        if last != "weight" or tensor.dim() != 2 or path[-1] == "embed_tokens":
-            continue
-        node = root
-        for part in path[:-1]:
-            if not hasattr(node, part):
-                node.add_module(part, torch.nn.Module())
-            node = getattr(node, part)
-        node.add_module(path[-1], torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False))
-    return root
-
-
 def test_compressed_tensors_reads_the_config_and_the_weights(bundle_folder):
     config = json.loads((bundle_folder / "config.json").read_text())["quantization_config"]
     parsed = QuantizationConfig.model_validate(config)
@@ -273,10 +241,6 @@ def rewrite(folder: Path, change) -> None:
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     rehash(folder)
-
-
-def rehash(folder: Path) -> None:
-    (folder / "checksums.json").write_text(json.dumps(file_hashes(folder)))
 
 
 CHANGES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -17,31 +16,11 @@ from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.fp8 import quantise_weight, scale_of_rows
 from isthmus.formats.parts.float8 import BlockLinear, block_matmul, full_range_scale, quantise_blocks, to_e4m3
 from isthmus.model.model import Model
+from tests.support.e4m3 import TABLE, decoded, heavy
 from tests.support.engine_bundle import small_tokenizer
 from tests.support.small import GrowingCache
 from tests.support.small import tiny_architecture as architecture
 from tests.support.small_dense import dense_architecture, randomised
-
-
-def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Heavy tails: some blocks are a thousand times others."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).mul(2).exp()
-
-
-def e4m3_value(code: int) -> float:
-    """The OCP 8-bit format by its definition: bias 7, no infinities, S.1111.111 is no number."""
-    sign, exponent, mantissa = (-1) ** (code >> 7), code >> 3 & 15, code & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    return sign * (math.ldexp(mantissa, -9) if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10))
-
-
-TABLE = np.array([e4m3_value(code) for code in range(256)])
-
-
-def decoded(values: torch.Tensor) -> np.ndarray:
-    return TABLE[values.view(torch.uint8).numpy()]
 
 
 def test_rounding_is_to_the_nearest_even_and_saturates():

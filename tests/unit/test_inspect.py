@@ -20,8 +20,8 @@ from isthmus.parity.seal import write_seal
 from isthmus.records import Check, LedgerRow, ParityVerdict
 from isthmus.run import Figure
 from isthmus.tools.inspect import compare, inspect
+from tests.support.bundles import TinyTokenizer, passed
 from tests.support.small import tiny_architecture
-from tests.unit.test_seal import TinyTokenizer, passed
 
 ARCHITECTURE = tiny_architecture()
 NORM = "model.layers.0.input_layernorm.weight"
@@ -31,7 +31,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 def bundle(tmp_path) -> Path:
     """A w8a8 bundle with its manifest."""
     state = Model(ARCHITECTURE).initialise(0).state_dict()
-    write_bundle(tmp_path / "b", "w8a8", state, ARCHITECTURE, TinyTokenizer())
+    write_bundle(tmp_path / "b", "w8a8", state, ARCHITECTURE, TinyTokenizer(0, 1))
     entries, _ = check_coverage(state, tmp_path / "b")
     write_manifest(tmp_path / "b", coverage=entries, architecture=ARCHITECTURE, parent="a" * 16)
     return tmp_path / "b"
@@ -127,7 +127,7 @@ def test_the_difference_of_two_bundles(bundle, tmp_path, with_manifest):
     other = tmp_path / "other"
     state = Model(ARCHITECTURE).initialise(0).state_dict()
     state[NORM] = state[NORM] * 2
-    write_bundle(other, "w8a8", state, ARCHITECTURE, TinyTokenizer())
+    write_bundle(other, "w8a8", state, ARCHITECTURE, TinyTokenizer(0, 1))
     tensors = load_file(other / "model.safetensors")
     tensors["extra"] = tensors.pop("model.norm.weight")
     save_file(tensors, other / "model.safetensors")

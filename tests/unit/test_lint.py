@@ -17,8 +17,8 @@ from isthmus.model.model import Model
 from isthmus.parity.lint import BUILT, CONFIGURED, STORED, lint_config, lint_model
 from isthmus.parity.manifest import write_manifest
 from isthmus.recipe.architecture import DenseSection, Llama3Scaling, YarnScaling
+from tests.support.bundles import TinyTokenizer
 from tests.support.small import architecture
-from tests.unit.test_seal import TinyTokenizer
 
 YARN = YarnScaling(
     type="yarn",
@@ -53,7 +53,7 @@ def written(tmp_path_factory) -> dict[str, Path]:
     state, folders = Model(ARCHITECTURE).initialise(0).state_dict(), {}
     for name in ("bf16", "w8a8"):
         folders[name] = tmp_path_factory.mktemp("lint") / name
-        write_bundle(folders[name], name, state, ARCHITECTURE, TinyTokenizer())
+        write_bundle(folders[name], name, state, ARCHITECTURE, TinyTokenizer(0, 1))
         write_manifest(folders[name], architecture=ARCHITECTURE)
     return folders
 
@@ -99,7 +99,7 @@ def test_a_healthy_bundle_passes_every_check(bundle):
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "rope_scaling": None}, {"tie_word_embeddings": True}])
 def test_a_healthy_dense_bundle_passes(changes, tmp_path):
     dense = DENSE.model_copy(update=changes)
-    write_bundle(tmp_path / "b", "w8a8", Model(dense).initialise(0).state_dict(), dense, TinyTokenizer())
+    write_bundle(tmp_path / "b", "w8a8", Model(dense).initialise(0).state_dict(), dense, TinyTokenizer(0, 1))
     write_manifest(tmp_path / "b", architecture=dense)
     assert {check.outcome for check in lint_config(tmp_path / "b")} == {"pass"}
     configure(tmp_path / "b", head_dim=16)

@@ -18,10 +18,10 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.modelslim import asymmetric, bit_pattern, from_bit_pattern, quant_bias, quantise_weight
 from isthmus.formats.w8a8 import W8A8Linear
 from isthmus.formats.w8a8_static import StaticLinear
+from tests.support.bundles import TinyTokenizer, rehash, trained_state
 from tests.support.calibrated import calibrate
 from tests.support.small import tiny_architecture as architecture
 from tests.support.small_dense import dense_architecture, randomised
-from tests.unit.test_format import TinyTokenizer, rehash, trained_state
 
 TOKENS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
 ARCHITECTURE = architecture(q_lora_rank=14)

@@ -12,7 +12,6 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file
-from tests.unit.test_fp8 import decoded, heavy
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
@@ -21,8 +20,9 @@ from isthmus.formats.fp8 import quantise_weight
 from isthmus.formats.mxfp8 import exponents, from_fp8_blocks, power_of_two_scale, powers
 from isthmus.formats.parts.float8 import BlockLinear, quantise_blocks
 from isthmus.formats.parts.names import dequantise_blocks
+from tests.support.bundles import TinyTokenizer, module_tree, trained_state
+from tests.support.e4m3 import decoded, heavy
 from tests.support.small import tiny_architecture as architecture
-from tests.unit.test_format import TinyTokenizer, module_tree, trained_state
 
 ARCHITECTURE = architecture(moe_intermediate_size=32, intermediate_size=96, q_lora_rank=32)
 

@@ -24,9 +24,9 @@ from isthmus.run import sha256_file
 from isthmus.trainer.parts import load_published
 from tests.support.against_transformers import in_transformers
 from tests.support.against_transformers import randomised as randomised_deepseek
+from tests.support.bundles import passed
 from tests.support.small import architecture
 from tests.support.small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
-from tests.unit.test_seal import passed
 
 TOKENS = torch.randint(80, (2, 30), generator=torch.Generator().manual_seed(0))
 MODELS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,27 +15,12 @@ from isthmus.formats.files.bundle import file_hashes, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.keys import new_key, public_key, read_trusted
 from isthmus.parity.manifest import add_file, canonical_sha256, write_manifest
-from isthmus.parity.seal import Lineage, Seal, standing, verify_seal, write_seal
-from isthmus.records import Check, ParityVerdict
-from isthmus.run import Figure
+from isthmus.parity.seal import Seal, standing, verify_seal, write_seal
+from isthmus.records import ParityVerdict
+from tests.support.bundles import TinyTokenizer, passed
 from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, hidden_size=16)
-
-
-class TinyTokenizer:
-    bos_id, eos_id = 0, 1
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
-
-
-def passed(checkpoint: str = "c", **changes) -> dict[str, Any]:
-    """What `write_seal` is told of a hand-off that passed."""
-    figure = Figure.measured(0.001, "nats/token", "a test", rehearsed=False)
-    checks = [Check(layer="tokens", name="mean KL", outcome="pass", figure=figure, limit=figure, detail="")]
-    lineage = Lineage(checkpoint_sha256=checkpoint * 64, recipe_sha256="r" * 64, source_pool="home", target_pool="away")
-    return {"verdict": "pass", "checks": checks, "lineage": lineage, **changes}
 
 
 def verdict(outcome: str = "pass") -> bytes:
@@ -59,7 +43,9 @@ def verdict(outcome: str = "pass") -> bytes:
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
-    write_bundle(tmp_path / "b", "w8a8", Model(ARCHITECTURE).initialise(0).state_dict(), ARCHITECTURE, TinyTokenizer())
+    write_bundle(
+        tmp_path / "b", "w8a8", Model(ARCHITECTURE).initialise(0).state_dict(), ARCHITECTURE, TinyTokenizer(0, 1)
+    )
     return tmp_path / "b"
 
 
@@ -225,7 +211,7 @@ def test_the_content_id_names_format_and_tensors_whatever_the_files(tmp_path):
     state, seals = Model(ARCHITECTURE).initialise(0).state_dict(), []
     for shard_bytes in (1 << 30, 3000):
         folder = tmp_path / str(shard_bytes)
-        write_bundle(folder, "w8a8", state, ARCHITECTURE, TinyTokenizer(), shard_bytes=shard_bytes)
+        write_bundle(folder, "w8a8", state, ARCHITECTURE, TinyTokenizer(0, 1), shard_bytes=shard_bytes)
         write_manifest(folder, parent="f" * 16)
         seals.append(write_seal(folder, **passed()))
     one, other = seals
@@ -300,7 +286,9 @@ def test_a_chain_of_parents(tmp_path):
     parent = None
     for step in range(3):
         folder = tmp_path / str(step)
-        write_bundle(folder, "bf16", Model(ARCHITECTURE).initialise(step).state_dict(), ARCHITECTURE, TinyTokenizer())
+        write_bundle(
+            folder, "bf16", Model(ARCHITECTURE).initialise(step).state_dict(), ARCHITECTURE, TinyTokenizer(0, 1)
+        )
         seal = write_seal(folder, **passed(), parent=parent)
         assert seal.parent == parent == verify_seal(folder).parent
         parent = seal.id

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import socket
-import threading
 import time
 
 import openai
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BpeTokenizer
@@ -24,24 +21,10 @@ from isthmus.engines.local.api.service import load_service
 from isthmus.engines.local.api.text import ChannelledText, PlainText, Rules, StopCutter, Vocabulary
 from isthmus.errors import IsthmusError
 from tests.support.engine_bundle import small_tokenizer, write_small_bundle
+from tests.support.live_server import call, live, refused
 
 ADMIN_KEY = "sesame"
 CHAT = [{"role": "user", "content": "Use 3, 4 and 5 to reach 23."}]
-
-
-@contextlib.contextmanager
-def live(service, **options):
-    """A server on a free port, in a thread; yields its port."""
-    listener = bind("127.0.0.1", 0, flag="--port")
-    host = uvicorn.Server(uvicorn.Config(Server(service, **options).app(), log_level="error", ws="none"))
-    thread = threading.Thread(target=lambda: host.run(sockets=[listener]))
-    thread.start()
-    while not host.started:
-        time.sleep(0.01)
-    yield listener.getsockname()[1]
-    host.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +37,7 @@ def service(tmp_path_factory):
 @pytest.fixture(scope="module")
 def port(service):
     service.examples = ["Use 1, 2 and 3 to reach 6."]
-    with live(service, admin_key=ADMIN_KEY, page=True) as port:
+    with live(Server(service, admin_key=ADMIN_KEY, page=True)) as port:
         yield port
 
 
@@ -62,30 +45,6 @@ def port(service):
 def client(port):
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def call(port, method, path, body=None, headers=None):
-    """(status, content) of one request, JSON decoded where it is JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        content = json.dumps(body) if body is not None else None
-        connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        text = response.read()
-    finally:
-        connection.close()
-    is_json = response.headers.get_content_type() == "application/json"
-    return response.status, json.loads(text) if is_json else text.decode()
-
-
-def refused(port, path, **fields):
-    """The error object of a request that must get a 400."""
-    status, body = call(port, "POST", path, fields)
-    assert status == 400, body
-    assert (
-        set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["type"] == "invalid_request_error"
-    )
-    return body["error"]
 
 
 def test_models_lists_the_one_that_is_served(client):
@@ -370,7 +329,7 @@ def test_a_core_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(broken.core.runner, "hidden", fail)
-    with live(broken) as port:
+    with live(Server(broken)) as port:
         assert call(port, "POST", "/v1/completions", {"prompt": "a"})[0] == 503
         status, body = call(port, "POST", "/v1/completions", {"prompt": "a"})
         assert status == 503 and "out of memory" in body["error"]["message"]

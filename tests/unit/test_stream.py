@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
@@ -24,19 +24,13 @@ from isthmus.formats.files.stream import KINDS, TensorWriter
 from isthmus.formats.parts.int8 import quantise_rows, quantise_weight
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
+from tests.support.bundles import TinyTokenizer, published
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture, randomised
 
 TYPES = st.sampled_from(list(KINDS.values()))
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters='"\\'), min_size=1, max_size=6)
-
-
-class TinyTokenizer:
-    bos_id, eos_id = 3, 5
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 def layout_of(tensors: dict[str, torch.Tensor]):
@@ -118,24 +112,6 @@ def test_weights_quantised_in_chunks_have_the_bits_of_whole_ones(rows, columns, 
     assert torch.equal(scale, expected_scale)
 
 
-def published(folder: Path, model: Model, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """The model's weights as a checkpoint folder, in two files with an index."""
-    arch = model.architecture
-    config = hf_config(arch, dtype=str(dtype).removeprefix("torch."), eos_token_id=5, bos_token_id=3)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if arch.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    folder.mkdir()
-    names = list(tensors)
-    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    for file, chosen in parts.items():
-        save_file({name: tensors[name] for name in chosen}, folder / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
 def test_tensors_are_read_as_the_library_reads_them(tmp_path: Path):
     tensors = published(tmp_path / "c", Model(architecture()).initialise(0))
     with StoredTensors(tmp_path / "c") as stored:
@@ -201,7 +177,7 @@ import torch
 from tests.support.small import architecture
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
-from tests.unit.test_stream import TinyTokenizer, anonymous_mib
+from tests.support.bundles import TinyTokenizer, anonymous_mib
 
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 arch = architecture(**LARGE, num_hidden_layers=layers)
@@ -221,12 +197,6 @@ LARGE = {
     "num_nextn_predict_layers": 0,
     "first_k_dense_replace": 0,
 }
-
-
-def anonymous_mib() -> float:
-    """Memory of this process that is not a file's, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says what memory a process has")

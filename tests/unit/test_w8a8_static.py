@@ -20,10 +20,10 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.parts import int8
 from isthmus.formats.parts.int8 import quantise_rows, quantise_static
 from isthmus.formats.w8a8_static import StaticLinear
+from tests.support.bundles import TinyTokenizer, trained_state
 from tests.support.calibrated import calibrate
 from tests.support.small import tiny_architecture as architecture
 from tests.support.small_dense import dense_architecture, randomised
-from tests.unit.test_format import TinyTokenizer, trained_state
 
 TOKENS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
 
