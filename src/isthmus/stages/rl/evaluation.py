@@ -20,6 +20,7 @@ PER_STEP = {
     "mismatch_abs": ("mismatch_abs", 1, "nats/token"),
     "mismatch_k3": ("mismatch_k3", 1, "nats/token"),
     "importance_clipped": ("importance_clipped", 100, "%"),
+    "parity_gap": ("parity_gap", 1, "nats/token"),
     "update_bytes": ("update_bytes", 1, "B/step"),
     "update_ratio": ("update_ratio", 100, "% of a full update"),
     "rollout_tokens_per_s": ("tokens_per_s", 1, "tokens/s"),
@@ -98,7 +99,6 @@ class Comparison:
             f"{self.count} held-out problems, one sample each at temperature {run.recipe.rl.temperature}, "
             f"generated on pool {self.away}"
         )
-        self.steps = run.events(NAME, "step")
 
     def record(self, started: float, saved: SavedCheckpoint) -> RlRecord:
         """The record of a stage that ends now, with its last checkpoint."""
@@ -151,22 +151,15 @@ class Comparison:
 
     def _per_step(self) -> dict[str, Figure]:
         """Means over the steps; `parity_gap`, the chip's side of the gap, only if versions were checked."""
-        source = f"mean over {len(self.steps)} steps, events.jsonl"
-        gaps = self._values("parity_gap")
-        checked = f"mean over {len(gaps)} versions, engine against the exact model of the format, events.jsonl"
-        figures = {
-            name: self._figure(scale * self._mean(key), unit, source) for name, (key, scale, unit) in PER_STEP.items()
-        }
-        if gaps:
-            figures["parity_gap"] = self._figure(self._mean("parity_gap"), "nats/token", checked)
+        steps, figures = self.run.events(NAME, "step"), dict[str, Figure]()
+        for name, (key, scale, unit) in PER_STEP.items():
+            values = [event[key] for event in steps if event.get(key) is not None]
+            source = f"mean over {len(steps)} steps, events.jsonl"
+            if name == "parity_gap":
+                source = f"mean over {len(values)} versions, engine against the exact model of the format, events.jsonl"
+            if values or name != "parity_gap":
+                figures[name] = self._figure(scale * (sum(values) / max(len(values), 1)), unit, source)
         return figures
-
-    def _mean(self, key: str) -> float:
-        values = self._values(key)
-        return sum(values) / max(len(values), 1)
-
-    def _values(self, key: str) -> list[float]:
-        return [event[key] for event in self.steps if event.get(key) is not None]
 
     def _telling_example(self) -> tuple[str, str]:
         """One held-out problem as it was answered before and after: the first that RL turned from wrong to right."""

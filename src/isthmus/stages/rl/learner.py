@@ -16,8 +16,6 @@ from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.correction import mismatch, truncated_importance
 from isthmus.trainer.step import target_logprobs
 
-Measures = dict[str, float | None]
-
 
 @dataclass
 class Minibatch:
@@ -54,7 +52,7 @@ class Learner:
         """rewards [P, G] of P prompts with G samples each; returns [P, G]."""
         return self.algorithm.advantages(rewards, self.options)
 
-    def update(self, rollout: Rollout, advantages: Tensor) -> Measures:
+    def update(self, rollout: Rollout, advantages: Tensor) -> dict[str, float | None]:
         """One or more optimiser steps; their measures, averaged.
 
         Samples whose advantage is zero teach nothing and are left out of the batch.
@@ -71,7 +69,7 @@ class Learner:
         pairs = enumerate(zip(parts, olds, strict=True))
         measures = [self._one_update(part, old, index / updates) for index, (part, old) in pairs]
         self.state.mismatches.append(measures[0]["mismatch_abs"])
-        averaged: Measures = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
+        averaged = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
         slope = least_squares_slope(self.state.mismatches)
         return averaged | {"mismatch_slope": None if slope is None else round(slope, 7)}
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ from isthmus.rewards import get_reward
 from isthmus.run import RunFolder
 from isthmus.stages.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.rl.evaluation import Comparison, evaluate
-from isthmus.stages.rl.learner import Learner, Measures
-from isthmus.stages.rl.rollout import Rollout, Rollouts
+from isthmus.stages.rl.learner import Learner
+from isthmus.stages.rl.rollout import Rollouts
 from isthmus.stages.rl.state import NAME, State
 
 PARTS = ("train_s", "wait_s", "sync_s")
@@ -90,19 +91,19 @@ def learn(shores: Shores, watch: Watch) -> None:
 
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
-            seen = {"reward": round(rewards.mean().item(), 5), "staleness": state.step - 1 - rollout.version}
-            seen |= {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            tell("step", step=state.step, **seen, **rollout.shown(), **measures, **crossed, **seconds)
-            counter.advance_to(state.step, _status(rollout, measures))
+            seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
+            seen |= {"reward": round(rewards.mean().item(), 5), "staleness": state.step - 1 - rollout.version}
+            seen |= rollout.shown() | measures
+            tell("step", step=state.step, **seen, **crossed, **seconds)
+            counter.advance_to(state.step, _status(seen))
             if state.step % section.checkpoint_every == 0 and state.step < section.steps:
                 rollouts.store(state.step)
                 state.save()
 
 
-def _status(rollout: Rollout, measures: Measures) -> str:
-    gap = measures.get("mismatch_abs")
-    status = f"accuracy {rollout.accuracy:.2f}  length {rollout.mean_tokens:.0f}"
-    return status if gap is None else f"{status}  |Δlogp| {gap:.4f}"
+def _status(seen: dict[str, Any]) -> str:
+    status = f"accuracy {seen['accuracy']:.2f}  length {seen['completion_tokens']:.0f}"
+    return f"{status}  |Δlogp| {seen['mismatch_abs']:.4f}" if "mismatch_abs" in seen else status
 
 
 @contextmanager

@@ -41,34 +41,21 @@ class Rollout:
     def version(self) -> int:
         return min(completion.version for _, completion in self.flat)
 
-    @property
-    def accuracy(self) -> float:
-        scored = [one.accuracy for group in self.rewards for one in group]
-        return sum(scored) / len(scored)
-
-    @property
-    def mean_tokens(self) -> float:
-        return self.tokens / len(self.flat)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(one.tokens) for _, one in self.flat)
-
     def totals(self, format_reward: float) -> Tensor:
         """[P, G], what is maximised: the accuracy, and the format by its weight."""
         return torch.tensor([[one.total(format_reward) for one in group] for group in self.rewards])
 
     def shown(self) -> dict[str, Any]:
         """For an event."""
-        formats = [one.format for group in self.rewards for one in group]
-        cut = sum(one.finish_reason == "length" for _, one in self.flat)
+        scored = [one for group in self.rewards for one in group]
+        tokens = sum(len(one.tokens) for _, one in self.flat)
         return {
-            "accuracy": round(self.accuracy, 5),
-            "format": round(sum(formats) / len(formats), 5),
-            "completion_tokens": round(self.mean_tokens, 3),
-            "truncated": cut / len(formats),
-            "tokens": self.tokens,
-            "tokens_per_s": round(self.tokens / self.seconds, 1),
+            "accuracy": round(sum(one.accuracy for one in scored) / len(scored), 5),
+            "format": round(sum(one.format for one in scored) / len(scored), 5),
+            "completion_tokens": round(tokens / len(scored), 3),
+            "truncated": sum(one.finish_reason == "length" for _, one in self.flat) / len(scored),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / self.seconds, 1),
             "rollout_s": round(self.seconds, 4),
         }
 

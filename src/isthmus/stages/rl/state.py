@@ -73,15 +73,11 @@ class State:
         if loaded is None:
             return False
         self.step = loaded.step
-        self.mismatches = _earlier_mismatches(self.run, loaded.step)
+        seen = [event.get("mismatch_abs") for event in self.run.events(NAME, "step") if event["step"] <= loaded.step]
+        self.mismatches = [value for value in seen if value is not None]
         tell("resume", from_step=loaded.step)
         say(f"  continuing from the checkpoint at step {loaded.step}")
         return True
 
     def _stored(self, extra: dict[str, dict[str, str]]) -> TrainingState:
         return TrainingState(self.model.state_dict(), self.optimizer.state(), extra)
-
-
-def _earlier_mismatches(run: RunFolder, step: int) -> list[float]:
-    seen = (event for event in run.events(NAME, "step") if event["step"] <= step)
-    return [event["mismatch_abs"] for event in seen if event.get("mismatch_abs") is not None]
