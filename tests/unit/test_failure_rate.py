@@ -6,8 +6,8 @@ import math
 import random
 import statistics
 
+import mpmath
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,24 +18,18 @@ from isthmus.probes.judge.rates import (
     checkpoint_interval,
     exposure_to_show,
     fit_gamma,
-    gamma_cdf,
-    gamma_quantile,
     poisson_bounds,
     theil_sen,
 )
 from isthmus.run import Figure
 
 
-def torch_gamma_cdf(x: float, shape: float) -> float:
-    return torch.special.gammainc(*torch.tensor([shape, x], dtype=torch.float64)).item()
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.floats(0.1, 200.0), st.floats(1e-3, 0.999))
-def test_the_incomplete_gamma_function_is_torchs_and_quantiles_invert_it(shape: float, probability: float):
-    x = gamma_quantile(probability, shape)
-    assert gamma_cdf(x, shape) == pytest.approx(probability, abs=1e-12)
-    assert torch_gamma_cdf(x, shape) == pytest.approx(probability, abs=1e-7)
+def test_quantiles_of_a_belief_are_those_that_mpmath_inverts(shape: float, probability: float):
+    x = GammaRate(shape, 10.0).quantile(probability) * 10.0
+    with mpmath.workdps(40):
+        assert float(mpmath.gammainc(shape, 0, x, regularized=True)) == pytest.approx(probability, rel=1e-12)
 
 
 @pytest.mark.parametrize(

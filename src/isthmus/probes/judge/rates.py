@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scipy.special import digamma, gammaincinv, polygamma
+
 from isthmus.slopes import pairwise_slopes
 
 
@@ -51,8 +53,8 @@ def poisson_bounds(failures: int, exposure: float, confidence: float) -> tuple[f
     if failures == 0:
         return 0.0, -math.log1p(-confidence) / exposure
     tail = (1.0 - confidence) / 2.0
-    low, high = gamma_quantile(tail, failures), gamma_quantile(1.0 - tail, failures + 1)
-    return low / exposure, high / exposure
+    low, high = gammaincinv(failures, tail), gammaincinv(failures + 1, 1.0 - tail)
+    return float(low) / exposure, float(high) / exposure
 
 
 def exposure_to_show(rate: float, confidence: float) -> float:
@@ -75,7 +77,7 @@ class GammaRate:
         return self.shape / self.hours
 
     def quantile(self, probability: float) -> float:
-        return gamma_quantile(probability, self.shape) / self.hours
+        return float(gammaincinv(self.shape, probability)) / self.hours
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """The central credible interval."""
@@ -97,8 +99,8 @@ def fit_gamma(rates: Sequence[float], centre: Sequence[float] | None = None, spr
     logs = [math.log(rate) for rate in rates]
     middle = [math.log(rate) for rate in centre] if centre else logs
     variance = statistics.variance(logs) * (1.0 + 1.0 / len(middle)) * spread**2
-    shape = _bisect(lambda shape: -_trigamma(shape), -variance, 1e-3, 1e6)
-    return GammaRate(shape, math.exp(_digamma(shape) - statistics.mean(middle)))
+    shape = _bisect(lambda shape: -float(polygamma(1, shape)), -variance, 1e-3, 1e6)
+    return GammaRate(shape, math.exp(float(digamma(shape)) - statistics.mean(middle)))
 
 
 def checkpoint_interval(save_s: float, mtbf_s: float) -> float:
@@ -142,48 +144,6 @@ def theil_sen(values: Sequence[float], confidence: float) -> Slope:
     return Slope(statistics.median(slopes), slopes[first], slopes[last], confidence, n)
 
 
-def gamma_cdf(x: float, shape: float) -> float:
-    """P(shape, x), the regularised lower incomplete gamma function, to about 1e-14.
-
-    Its series below shape + 1, and above it the continued fraction of Q = 1 - P (DLMF 8.11.4 and 8.9.2, the latter
-    evaluated by Lentz's method).
-    """
-    if x <= 0.0:
-        return 0.0
-    front = math.exp(shape * math.log(x) - x - math.lgamma(shape))
-    if x < shape + 1.0:
-        total = term = 1.0 / shape
-        k = shape
-        while term > total * 1e-16:
-            k += 1.0
-            term *= x / k
-            total += term
-        return front * total
-    return 1.0 - front * _upper_fraction(x, shape)
-
-
-def _upper_fraction(x: float, shape: float) -> float:
-    b = x + 1.0 - shape
-    c, d = 1e300, 1.0 / b
-    total, i, factor = d, 0, 0.0
-    while abs(factor - 1.0) > 1e-15 and i < 100_000:
-        i += 1
-        a = -i * (i - shape)
-        b += 2.0
-        d = 1.0 / (a * d + b)
-        c = b + a / c
-        factor = c * d
-        total *= factor
-    return total
-
-
-def gamma_quantile(probability: float, shape: float) -> float:
-    """The x at which `gamma_cdf(x, shape)` is `probability`, in (0, 1); found by bisection of its logarithm."""
-    low = math.log(1e-300)
-    high = math.log(shape + 40.0 * math.sqrt(shape) + 100.0)
-    return math.exp(_bisect(lambda log_x: gamma_cdf(math.exp(log_x), shape), probability, low, high))
-
-
 def _bisect(function: Callable[[float], float], wanted: float, low: float, high: float) -> float:
     """Where an increasing function has the value `wanted`."""
     for _ in range(200):
@@ -193,23 +153,3 @@ def _bisect(function: Callable[[float], float], wanted: float, low: float, high:
         else:
             high = middle
     return (low + high) / 2.0
-
-
-def _digamma(x: float) -> float:
-    """The derivative of ln gamma: recurrence up to 10, then the asymptotic series (DLMF 5.5.2 and 5.11.2)."""
-    shift = 0.0
-    while x < 10.0:
-        shift -= 1.0 / x
-        x += 1.0
-    y = 1.0 / (x * x)
-    return shift + math.log(x) - 0.5 / x - y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
-
-
-def _trigamma(x: float) -> float:
-    """The derivative of digamma, likewise (DLMF 5.15.5 and 5.15.8)."""
-    shift = 0.0
-    while x < 10.0:
-        shift += 1.0 / (x * x)
-        x += 1.0
-    y = 1.0 / (x * x)
-    return shift + 1.0 / x + y / 2 + y / x * (1 / 6 - y * (1 / 30 - y * (1 / 42 - y * (1 / 30 - y * 5 / 66))))
