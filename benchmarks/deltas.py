@@ -4,8 +4,8 @@
 
 r-nano on the tiny recipe, shortened. The supervised model learns by RL three times: with full updates and with deltas,
 both in w8a8, which must give the same weights at every step; and in fp32, writing every version into a shared folder.
-The versions of that folder are then exported in each format, and each difference is encoded and applied with each
-codec; every result is compared by hash. The rival of a delta is all weights as one message (formats/updates/wire.py).
+The versions of that folder are then exported in each format, and each difference is encoded and applied;
+every result is compared by hash. The rival of a delta is all weights as one message (formats/updates/wire.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from benchmarks.conditions import store
 from isthmus.formats import get_format
 from isthmus.formats.updates import delta
-from isthmus.formats.updates.delta import Codec, WeightSet, apply, encode, read_message
+from isthmus.formats.updates.delta import WeightSet, apply, encode, read_message
 from isthmus.formats.updates.version_folder import advance, next_versions, read_versions
 from isthmus.formats.updates.wire import digest, pack, unpack
 from isthmus.progress import Watch
@@ -35,7 +35,6 @@ from isthmus.stages import plan, qualify, rl, train
 ROOT = Path(__file__).parents[1]
 STEPS, FORM_ELEMENTS = 12, 8_000_000
 FORMATS = ("w8a8", "bf16", "fp32")
-CODECS: tuple[Codec, ...] = ("zstd", "zlib")
 SETTINGS = {
     "sft.steps": 120,
     "rl.steps": STEPS,
@@ -64,7 +63,7 @@ def main() -> None:
         rl_run(root, "fp32", {"rl.rollout_format": "fp32", "rl.publish": published})
         check_same_learning(full, changes)
         in_run = {"full": means(full), "delta": means(changes)}
-        rows = [row(name, codec, published) for name in FORMATS for codec in CODECS]
+        rows = [row(name, published) for name in FORMATS]
     shapes = forms()
     show(rows, in_run, shapes)
     conditions = {"model": "r-nano", "steps": STEPS, "settings": SETTINGS}
@@ -117,8 +116,8 @@ def versions(published: Path) -> Iterator[dict[str, torch.Tensor]]:
         yield held.tensors
 
 
-def row(format_name: str, codec: Codec, published: Path) -> dict[str, Any]:
-    """Means per step of one format and codec over the versions of the run."""
+def row(format_name: str, published: Path) -> dict[str, Any]:
+    """Means per step of one format over the versions of the run."""
     chosen, architecture = get_format(format_name), recipe({}).model
     held: WeightSet | None = None
     sizes, encode_s, apply_s, full_s, hash_s, methods, full_bytes = [], [], [], [], [], {}, 0
@@ -129,7 +128,7 @@ def row(format_name: str, codec: Codec, published: Path) -> dict[str, Any]:
         hash_s.append(time.process_time() - began)
         if held is not None:
             began = time.process_time()
-            parts = encode(held, new, codec=codec)
+            parts = encode(held, new)
             encoded = time.process_time()
             result = apply(held, parts)
             encode_s.append(encoded - began)
@@ -144,7 +143,6 @@ def row(format_name: str, codec: Codec, published: Path) -> dict[str, Any]:
     mean = statistics.mean
     return {
         "format": format_name,
-        "codec": codec,
         "versions": len(sizes),
         "full_bytes": full_bytes,
         "delta_bytes": mean(sizes),
@@ -199,12 +197,10 @@ def show(
         print(
             f"{one['share']:>6} {one['sparse']:>8.4f} {one['dense']:>8.4f}  encode {one['encode_mb_per_s']:,.0f} MB/s"
         )
-    print(
-        f"{'format':>6} {'codec':>5} {'full':>11} {'delta':>11} {'ratio':>7} {'encode':>9} {'apply':>9} {'full cpu':>9}"
-    )
+    print(f"{'format':>6} {'full':>11} {'delta':>11} {'ratio':>7} {'encode':>9} {'apply':>9} {'full cpu':>9}")
     for one in rows:
         print(
-            f"{one['format']:>6} {one['codec']:>5} {one['full_bytes']:>11,} {one['delta_bytes']:>11,.0f} "
+            f"{one['format']:>6} {one['full_bytes']:>11,} {one['delta_bytes']:>11,.0f} "
             f"{one['ratio']:>7.2%} {1e3 * one['encode_cpu_s']:>6.1f} ms {1e3 * one['apply_cpu_s']:>6.1f} ms "
             f"{1e3 * one['full_cpu_s']:>6.1f} ms"
         )

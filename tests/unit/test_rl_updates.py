@@ -64,9 +64,7 @@ def learn(folder, **changes):
 
 def test_deltas_teach_exactly_what_full_updates_teach(tmp_path):
     full, expected = learn(tmp_path / "full", **{"rl.update": "full"})
-    delta, found = learn(
-        tmp_path / "delta", **{"rl.snapshot_every": 3, "rl.publish": tmp_path / "pub", "rl.update_codec": "zlib"}
-    )
+    delta, found = learn(tmp_path / "delta", **{"rl.snapshot_every": 3, "rl.publish": tmp_path / "pub"})
     timing = {key for key in full[0] if key.endswith("_s")} | {"time", "tokens_per_s"}
     ways = {key for key in full[0] if key.startswith("update_")}
     assert len(full) == STEPS and len({step["weight_sha256"] for step in full}) == STEPS, "every step learns"

@@ -18,6 +18,8 @@ from isthmus.recipe.schema import DataSection
 
 MISS, HIT, GIVE_UP = "✗", "✓", "give up"
 NO_ANSWER = "none"
+HAND = 3
+"""Numbers of a problem."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Countdown:
 
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        hands = itertools.combinations_with_replacement(range(1, self.section.largest + 1), self.section.numbers)
+        hands = itertools.combinations_with_replacement(range(1, self.section.largest + 1), HAND)
         problems = [problem for hand in hands for problem in self._problems(hand)]
         return split(problems, self.section)
 

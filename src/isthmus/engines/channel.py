@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from isthmus.engines import Engine, OtherBase
-from isthmus.formats.updates.delta import Codec, WeightSet
+from isthmus.formats.updates.delta import WeightSet
 from isthmus.formats.updates.publisher import Published, Publisher
 from isthmus.formats.updates.version_folder import VersionWriter
 from isthmus.formats.updates.wire import digest, pack
@@ -61,13 +61,12 @@ class Channel:
         *,
         deltas: bool,
         snapshot_every: int,
-        codec: Codec = "zstd",
         folder: VersionWriter | None = None,
         tell: Callable[..., None],
     ):
         self.engine, self.deltas, self.folder, self.tell = engine, deltas, folder, tell
         self.fallbacks = 0
-        self._publisher = Publisher(snapshot_every=snapshot_every, codec=codec)
+        self._publisher = Publisher(snapshot_every=snapshot_every)
         self._has: tuple[int, str] | None = None
         self._uses_deltas = deltas and engine.takes_deltas
         if deltas and not engine.takes_deltas:

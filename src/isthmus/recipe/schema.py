@@ -67,7 +67,6 @@ class DataSection(Section):
     """The task. `countdown` is generated; `jsonl` reads the user's own prompts and answers."""
 
     task: Literal["countdown", "jsonl"] = key("countdown", "what the problems are")
-    numbers: Annotated[Literal[3], Unit("1")] = key(3, "of countdown: numbers of a problem")
     largest: Whole = key(12, "of countdown: the largest of the numbers", ge=2, le=99)
     largest_target: Whole = key(40, "of countdown: the largest target", ge=1, le=999)
     heldout_share: Share = key(0.2, "of countdown: share of the problems that is never trained on")
@@ -173,7 +172,6 @@ class RlSection(Section):
         0, "versions by which samples may lag behind the trainer; 1: they are generated while it learns"
     )
     update: Literal["delta", "full"] = key("delta", "what crosses at a step: changes, or all weights")
-    update_codec: Literal["zstd", "zlib"] = key("zstd", "compression of deltas")
     snapshot_every: Versions = key(32, "versions after which all weights are sent again")
     publish: Path | None = key(None, "a folder for `isthmus follow` that receives every version")
     parity_tokens: Annotated[int, Unit("tokens")] = key(

@@ -37,14 +37,13 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.updates.wire import set_sha256
 from isthmus.model.digest import tensor_sha256
 
-Codec = Literal["zstd", "zlib"]
 Method = Literal["sparse", "dense", "full"]
 
 MAGIC = b"ISTHMDL1"
 PART_BYTES = 64 << 20
 _PREFIX, _HASH_BYTES = struct.Struct("<8sQI"), 32
-_PLAIN = "raw"
-_LEVELS = {"zstd": 1, "zlib": 1}
+_PLAIN, _ZSTD = "raw", "zstd"
+_ZSTD_LEVEL = 1
 _LARGEST_HEADER = 256 << 20
 NEVER_SPARSE, ONLY_SPARSE = 0.6, 0.25
 """Shares of changed elements: up to the second the sparse form is the smaller one (`forms` in benchmarks/deltas.py);
@@ -124,9 +123,7 @@ class Message:
     streams: memoryview
 
 
-def encode(
-    base: WeightSet | None, new: WeightSet, *, codec: Codec = "zstd", part_bytes: int = PART_BYTES
-) -> list[bytes]:
+def encode(base: WeightSet | None, new: WeightSet, *, part_bytes: int = PART_BYTES) -> list[bytes]:
     """The message that turns `base` into `new`, in parts of about `part_bytes`, at least one tensor each.
 
     Without a base it is a snapshot. Raises IsthmusError if the two have different tensors, dtypes or shapes: then only
@@ -134,14 +131,14 @@ def encode(
     """
     if base is not None:
         _require_same_layout(base, new)
-    squeeze = _compressor(codec)
+    squeeze = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress
     groups: list[tuple[list[Entry], list[bytes]]] = [([], [])]
     size = 0
     for name in sorted(new.tensors):
         if base is not None and base.hashes[name] == new.hashes[name]:
             continue
         old = None if base is None else base.tensors[name]
-        entry, streams = _encode_tensor(name, old, new.tensors[name], new.hashes[name], codec, squeeze)
+        entry, streams = _encode_tensor(name, old, new.tensors[name], new.hashes[name], squeeze)
         length = sum(map(len, streams))
         if size and size + length > part_bytes:
             groups.append(([], []))
@@ -154,7 +151,7 @@ def encode(
         Header(origin[0], new.version, origin[1], new.sha256, part, len(groups), entries)
         for part, (entries, _) in enumerate(groups)
     ]
-    return [_assemble(header, streams, codec) for header, (_, streams) in zip(headers, groups, strict=True)]
+    return [_assemble(header, streams) for header, (_, streams) in zip(headers, groups, strict=True)]
 
 
 def is_message(payload: bytes) -> bool:
@@ -263,10 +260,10 @@ def _require_same_layout(base: WeightSet, new: WeightSet) -> None:
 
 
 def _encode_tensor(
-    name: str, old: Tensor | None, new: Tensor, sha256: str, codec: Codec, squeeze: Callable[[bytes], bytes]
+    name: str, old: Tensor | None, new: Tensor, sha256: str, squeeze: Callable[[bytes], bytes]
 ) -> tuple[Entry, list[bytes]]:
     def compressed(planes: Iterable[bytes]) -> list[tuple[str, bytes]]:
-        return [_smaller(plane, codec, squeeze) for plane in planes]
+        return [_smaller(plane, squeeze) for plane in planes]
 
     elements = _elements(new)
     forms: list[tuple[Method, int, int, list[tuple[str, bytes]]]] = []
@@ -375,28 +372,17 @@ def _size(streams: list[tuple[str, bytes]]) -> int:
     return sum(len(stream) for _, stream in streams)
 
 
-def _smaller(plane: bytes, codec: Codec, squeeze: Callable[[bytes], bytes]) -> tuple[str, bytes]:
+def _smaller(plane: bytes, squeeze: Callable[[bytes], bytes]) -> tuple[str, bytes]:
     packed = squeeze(plane)
-    return (codec, packed) if len(packed) < len(plane) else (_PLAIN, plane)
-
-
-def _compressor(codec: Codec) -> Callable[[bytes], bytes]:
-    if codec == "zstd":
-        return zstandard.ZstdCompressor(level=_LEVELS["zstd"]).compress
-    return lambda plain: zlib.compress(plain, _LEVELS["zlib"])
+    return (_ZSTD, packed) if len(packed) < len(plane) else (_PLAIN, plane)
 
 
 def _decompress(codec: str, packed: bytes, length: int) -> bytes:
     """Exactly `length` bytes; ValueError if it would be another number."""
     if codec == _PLAIN:
         plain = packed
-    elif codec == "zstd":
+    elif codec == _ZSTD:
         plain = _decompress_zstd(packed, length)
-    elif codec == "zlib":
-        try:
-            plain = zlib.decompressobj().decompress(packed, length + 1)
-        except zlib.error as error:
-            raise ValueError(str(error)) from None
     else:
         raise ValueError(f"unknown compression {codec!r}")
     if len(plain) != length:
@@ -414,7 +400,7 @@ def _decompress_zstd(packed: bytes, length: int) -> bytes:
         raise ValueError(str(error)) from None
 
 
-def _assemble(header: Header, streams: list[bytes], codec: Codec) -> bytes:
+def _assemble(header: Header, streams: list[bytes]) -> bytes:
     content = asdict(header)
     content["entries"] = [list(entry.values()) for entry in content["entries"]]
     # The header must be readable before anything is known about the other side: always zlib, which Python has.

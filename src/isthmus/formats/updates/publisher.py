@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from isthmus.formats.updates.delta import Codec, WeightSet, encode
+from isthmus.formats.updates.delta import WeightSet, encode
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class Published:
 class Publisher:
     """The sender's side. A snapshot is due at the first version and at every `snapshot_every`-th after it."""
 
-    def __init__(self, *, snapshot_every: int, codec: Codec = "zstd"):
+    def __init__(self, *, snapshot_every: int):
         self.snapshot_every = snapshot_every
-        self.codec: Codec = codec
         self.last: WeightSet | None = None
         self._published = 0
 
@@ -38,7 +37,7 @@ class Publisher:
         """Take a new version. The tensors are copied: the trainer goes on changing its own."""
         before = self.last
         new = WeightSet.of(version, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()})
-        delta = encode(before, new, codec=self.codec) if before else None
+        delta = encode(before, new) if before else None
         base = (before.version, before.sha256) if before else None
         published = Published(new, base, delta, self._published % self.snapshot_every == 0)
         self._published += 1

@@ -37,7 +37,6 @@ class Crossing:
             engine,
             deltas=self.section.update == "delta",
             snapshot_every=self.section.snapshot_every,
-            codec=self.section.update_codec,
             folder=writer(self.section.publish, self.section.rollout_format),
             tell=self.tell,
         )
