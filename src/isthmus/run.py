@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -206,12 +206,23 @@ class RunFolder:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write so that a reader sees the old content or the new, never a part; leaves no file behind if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replaced(path, str(os.getpid())) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, writer: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when all of it is on the disk, and else vanishes.
+
+    `writer` is in its temporary name: others may write the same file at the same time, and what a killed writer left
+    is overwritten by the next of its name.
+    """
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     with explain_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

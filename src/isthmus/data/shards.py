@@ -8,7 +8,6 @@ llm.c (`header_bytes` 1024) write, and Megatron's .bin (dtype int32) if its docu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from isthmus.data.text_files import TextPiece, cut_text, text_pieces, texts_of
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.run import explain_io_errors, fsync_folder, sha256_file
+from isthmus.run import replaced, sha256_file
 
 SHARD_BYTES = 16 * 2**20
 """Text in a shard, about: small files are joined and large ones cut, so that a shard has half to one and a half."""
@@ -243,7 +242,7 @@ class TextShards:
 
     def _tokenise(self, shard: int, path: Path) -> None:
         count = 0
-        with replaced(path) as file:
+        with replaced(path, socket.gethostname()) as file:
             for ids in self._ids(self._plan[shard]):
                 np.asarray(ids, dtype=_little_endian(self.dtype)).tofile(file)
                 count += len(ids)
@@ -255,7 +254,7 @@ class TextShards:
             tokenizer_sha256=self._tokenizer_sha256,
             tokens=count,
         )
-        with replaced(path.with_suffix(".json")) as file:
+        with replaced(path.with_suffix(".json"), socket.gethostname()) as file:
             file.write(layout.model_dump_json(exclude_none=True).encode())
 
     def _ids(self, pieces: Iterable[TextPiece]) -> Iterator[list[int]]:
@@ -291,28 +290,6 @@ def grouped(items: Iterable[T], size: Callable[[T], int], target: int) -> list[l
     if open_group:
         groups = [*groups[:-1], groups[-1] + open_group] if groups else [open_group]
     return groups
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when all of it is on the disk, and else vanishes.
-
-    Its temporary name holds the node's name: nodes that share the folder may write the same file at the same time, and
-    what a killed process left is overwritten by the next try.
-    """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.tmp")
-    with explain_io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
 
 
 class ShardReader:
