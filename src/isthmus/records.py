@@ -5,6 +5,7 @@ They load without torch, so that the plan and the report stay on the desk.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -227,6 +228,11 @@ class LedgerRow(Part):
     def cost(self) -> float:
         """Both costs together: the error from the trained weights to the target is no larger."""
         return (self.quantisation or 0.0) + (self.chip or 0.0)
+
+
+def costliest(ledger: Iterable[LedgerRow], count: int = 8) -> list[LedgerRow]:
+    """The rows that lost most on the way."""
+    return sorted(ledger, key=lambda row: row.cost, reverse=True)[:count]
 
 
 class ParityVerdict(Part):

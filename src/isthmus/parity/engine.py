@@ -50,8 +50,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class EngineParity:
-    """Over completion tokens. `near_ties` and `flips` are the first choices that differ: where the emulator held both
-    nearly equal, and others."""
+    """Over the completion tokens of so many distinct sequences. `near_ties` and `flips` are the first choices that
+    differ: where the emulator held both nearly equal, and others."""
 
     sequences: int
     gap: Gap
@@ -95,7 +95,8 @@ def compare_engine(score: Score, emulator: Model, sequences: list[GoldenSequence
             near_ties += found.best != first and is_near
             flips += found.best != first and not is_near
     gap = measure_gap(*(torch.tensor(values, dtype=torch.float64) for values in (said, expected)))
-    return EngineParity(len(sequences), gap, near_ties, flips)
+    asked = {(*one.prompt, None, *one.completion) for one in sequences if one.completion}
+    return EngineParity(len(asked), gap, near_ties, flips)
 
 
 def check_gap(name: str, gap: Gap, sequences: int, source: str, detail: str, *, rehearsed: bool) -> Check:

@@ -19,7 +19,7 @@ from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, read_config
-from isthmus.parity.gate import refusal, refuses
+from isthmus.parity.gate import refusal, refuses, shows_enough
 from isthmus.parity.keys import is_signed, public_key, sign
 from isthmus.parity.manifest import (
     MANIFEST,
@@ -118,8 +118,10 @@ def write_seal(
     said = read_verdict(bundle_folder)
     if verdict != "pass" or (said is not None and said.verdict != "pass"):
         raise GateRefused(f"{bundle_folder} is not sealed: the parity verdict is 'refuse'")
-    if refusing := list(filter(refuses, [*checks, *(said.checks if said else ())])):
-        raise GateRefused(refusal(f"{bundle_folder} is not sealed: not every check passed.", refusing))
+    found = [*checks, *(said.checks if said else ())]
+    if not shows_enough(found):
+        opening = f"{bundle_folder} is not sealed: {'not every' if found else 'no'} check passed."
+        raise GateRefused(refusal(opening, found))
     chosen, files = recognise_format(read_config(bundle_folder)), _whole_files(bundle_folder)
     tensors = tensor_hashes(bundle_folder)
     manifest = read_manifest(bundle_folder) if MANIFEST in files else None
@@ -186,6 +188,8 @@ def standing(
 ) -> Standing:
     """What a bundle is, without raising for what is found. `refused`: a gate elsewhere has refused it.
 
+    A verdict that passed with a doubt is no verdict that passed; of a configuration, `unknown` is the older word for a
+    caution.
     Raises GateRefused only if there is no bundle.
     """
     _require_folder(bundle_folder)
@@ -196,6 +200,9 @@ def standing(
     if refused or (said is not None and said.verdict != "pass"):
         culprit = f": {said.culprit}" if said is not None and said.culprit else ""
         return Standing("refused", None, f"the parity gate refused {bundle_folder}{culprit}")
+    if doubts := [check.name for check in (said.checks if said else ()) if refuses(check) and check.layer != "config"]:
+        reason = f"{bundle_folder}: its gate could not tell about {doubts[0]!r}; verify it again"
+        return Standing("refused", None, reason)
     if not (bundle_folder / SEAL).is_file():
         return Standing("unsealed", None, str(_no_seal(bundle_folder)))
     try:

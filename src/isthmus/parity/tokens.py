@@ -38,7 +38,8 @@ class TokenParity:
     None for fewer than two sequences.
     `near_ties` and `flips` are the positions where the first choices differ: between choices that the reference holds
     nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
-    Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts.
+    Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts. `distinct`
+    counts the sequences without those that are the same as another: they say nothing new.
     """
 
     sequences: int
@@ -52,6 +53,7 @@ class TokenParity:
     mean_abs_dlogp: float
     router_choices: int
     router_flips: int
+    distinct: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def compare_tokens(
     the CPU and in float64.
     """
     if not sequences:
-        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0)
+        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0)
     sequences = sorted(sequences, key=lambda sequence: len(sequence.prompt) + len(sequence.completion))
     batches = [
         _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
@@ -116,6 +118,7 @@ def compare_tokens(
         mean_abs_dlogp=torch.cat([batch.abs_dlogp for batch in batches]).mean().item(),
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
+        distinct=len({(*one.prompt, None, *one.completion) for one in sequences}),
     )
 
 

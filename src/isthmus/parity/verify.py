@@ -27,11 +27,11 @@ from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import check_loaded
 from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_error
+from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.parity.tokens import TokenParity, compare_tokens
 from isthmus.records import Check, LedgerRow, ParityVerdict
 
-VERDICT = "verdict.json"
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
@@ -173,12 +173,14 @@ def _module_check(ratio: float, detail: str, target: Target, fault: Measure | No
 
 
 def check_quantisation(ledger: list[LedgerRow], limits: Limits) -> Check:
-    """Whether the block that lost most by quantisation is within its budget; unknown if none could be measured."""
+    """Whether the block that lost most by quantisation is within its budget; unknown if one could not be measured."""
     name, limit = "what quantisation costs a block", declared(limits.max_module_error, "relative error", limits.source)
     costs = [(row.quantisation, row.module) for row in ledger if row.quantisation is not None]
-    if not costs:
-        detail = "of no block could it be measured"
-        return Check(layer="modules", name=name, outcome="unknown", limit=limit, detail=detail)
+    lost = [row.module for row in ledger if row.quantisation is None]
+    if lost or not costs:
+        detail = f"could not be measured of {', '.join(lost[:3]) or 'any block'}: no token went the same way through it"
+        module = lost[0] if lost else None
+        return Check(layer="modules", name=name, outcome="unknown", limit=limit, detail=detail, module=module)
     cost, module = max(costs)
     outcome = at_most(limits.max_module_error, cost)
     source = f"golden input of {module}, trained weights against the emulator"
@@ -201,7 +203,7 @@ def _check_tokens(
     twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
     floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
-    allowed = max(limits.max_chip_kl, LIMIT * floor)
+    allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
     granted = ""
     if allowed > limits.max_chip_kl:
         granted = f"; a healthy twin is at {floor:.3g}, and {LIMIT:g} times that is granted"
@@ -212,6 +214,7 @@ def _check_tokens(
         f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}",
         f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}",
         rehearsed=target.rehearse is not None,
+        confidence=limits.confidence,
     )
 
 

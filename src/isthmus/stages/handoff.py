@@ -243,13 +243,14 @@ class Writer:
 
 
 class Examination:
-    """Puts the checks to the bundles. `checks` are in their order, `verdicts` on each bundle by its format."""
+    """Puts the checks to the bundles. `checks` are in their order; `found` and `verdicts` are each bundle's, by format."""
 
     def __init__(self, crossing: Crossing, watch: Watch):
         self.crossing, self.watch = crossing, watch
         self.checks: list[Check] = []
         self.figures: dict[str, Figure] = {}
         self.verdicts: dict[str, ParityVerdict] = {}
+        self.found: dict[str, list[Check]] = {}
 
     def can_run(self, target: Bundle) -> bool:
         """Whether nothing known of the target's chip forbids this bundle; if something does, it is a finding."""
@@ -295,7 +296,7 @@ class Examination:
         detail = f"KL(fp32 || {bundle.format}), {interval}; largest {found.max_kl:.3g}"
         limit = gate.declared(section.max_mean_kl, "nats/token", f"{SECTION} max_mean_kl")
         least, of_least = section.min_top1_agreement, f"{SECTION} min_top1_agreement"
-        kl = gate.check_kl("mean KL", found, limit, source, detail, rehearsed=rehearsed)
+        kl = gate.check_kl("mean KL", found, limit, source, detail, rehearsed=rehearsed, confidence=section.confidence)
         top1 = gate.check_top1("top-1 agreement", found, least, of_least, source, rehearsed=rehearsed)
         self._add(bundle, [kl, top1])
         beside = {
@@ -364,7 +365,19 @@ class Examination:
             for problem, group in zip(self.crossing.problems, answers, strict=True)
         ]
 
+    def refuse(self, bundle: Bundle) -> None:
+        """Leave in a bundle all that was found on it, if some of it refuses: `isthmus verify` then seals it no more."""
+        checks, said = self.found.get(bundle.format, []), self.verdicts.get(bundle.format)
+        if any(map(gate.refuses, checks)):
+            target = Target(rehearse=self.crossing.chip_of(bundle))
+            rows = said.ledger if said else ()
+            started = said.started if said else time.time()
+            rehearsed = target.rehearse is not None
+            verdict = gate.judge(checks, target=str(target), rehearsed=rehearsed, ledger=rows, started=started)
+            write_verdict(bundle.folder, verdict)
+
     def _add(self, bundle: Bundle, checks: list[Check]) -> None:
+        self.found.setdefault(bundle.format, []).extend(checks)
         self.checks += [check.model_copy(update={"name": f"{bundle.format}: {check.name}"}) for check in checks]
 
 
@@ -401,6 +414,9 @@ def conclude(
         key = crossing.section.sign_key
         seals = {name: seal(one.bundle.folder, sign_key=key).id for name, one in written.items()}
         record = record.model_copy(update={"seal_id": seals[chosen]})
+    else:
+        for one in written.values():
+            examination.refuse(one.bundle)
     run.write_record("parity", record)
     run.event(NAME, "verdict", verdict=record.verdict, seal_id=record.seal_id)
     run.event(NAME, "end", seconds=round(record.seconds, 3))

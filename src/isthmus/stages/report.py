@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
-from isthmus.records import HandoffRecord, LedgerRow, PlanRecord, QualifyRecord, RlRecord, TrainRecord
+from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord, costliest
 from isthmus.report_page import charts, numbers, pools, timing
 from isthmus.report_page.charts import Mark, Series
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
@@ -31,7 +31,6 @@ from isthmus.verdict import describe_limit, without_pairs
 PAGE = "isthmus.report_page"
 SMOOTHED_STEPS = 9
 MOST_HEAT_LAYERS = 6
-LEDGER_ROWS = 8
 STAGE_ALIASES = {"sft": "train"}
 TOTAL = "total"
 TRAINING_PHASES = {"pretrain": "pretrain-step", "sft": "step"}
@@ -192,7 +191,7 @@ def compose(dossier: Dossier) -> str:
         expert_loads=expert_loads(dossier),
         before=split_thought(dossier.rl.sample_before) if dossier.rl else None,
         after=split_thought(dossier.rl.sample_after) if dossier.rl else None,
-        ledger=costliest(dossier),
+        ledger=costliest(dossier.handoff.ledger if dossier.handoff else []),
         serve_kind=dossier.kind_on(dossier.serve_pool, dossier.run.recipe.place.serve),
         **draw(dossier),
     )
@@ -229,12 +228,6 @@ def heldout(dossier: Dossier) -> list[Mark]:
         return [_mark(ends[which], figure) for which, figure in known.items() if figure.value is not None]
     evaluations = dossier.of("rl", "evaluate")
     return [Mark("held-out problems", ends[entry["which"]], 100 * entry["accuracy"]) for entry in evaluations]
-
-
-def costliest(dossier: Dossier) -> list[LedgerRow]:
-    """The modules that lost most on the way, of both costs together."""
-    rows = dossier.handoff.ledger if dossier.handoff else []
-    return sorted(rows, key=lambda row: row.cost, reverse=True)[:LEDGER_ROWS]
 
 
 def computed_figures(dossier: Dossier) -> dict[str, Figure]:

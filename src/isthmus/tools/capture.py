@@ -10,16 +10,16 @@ from torch import Tensor
 
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.files.bundle import CONFIG, Bundle, read_bundle
+from isthmus.formats.files.bundle import CONFIG, CONVERSION, Bundle, read_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
+from isthmus.parity.gate import refusal, refuses
 from isthmus.parity.manifest import write_manifest
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
 
-CONVERSION = "conversion.json"
 SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
 
 
@@ -84,8 +84,6 @@ def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor
 
 
 def require(checks: list[Check], folder: Path) -> None:
-    """Raise GateRefused with what failed."""
-    failed = [check for check in checks if check.outcome == "fail"]
-    if failed:
-        lines = "\n".join(f"  {check.name}: {check.detail}" for check in failed[:8])
-        raise GateRefused(f"{folder} is not what its source became:\n{lines}\nConvert it again.")
+    """Raise GateRefused with what refuses."""
+    if refusing := list(filter(refuses, checks)):
+        raise GateRefused(f"{refusal(f'{folder} is not what its source became:', refusing[:8])}\nConvert it again.")

@@ -29,7 +29,7 @@ from isthmus.formats.calibration.balance import ALPHA, balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import round_with_calibration
-from isthmus.formats.files.bundle import CHECKSUMS, verify_files, write_bundle
+from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
@@ -38,7 +38,6 @@ from isthmus.recipe.architecture import ModelSection, architecture_from_config, 
 from isthmus.recipe.section import RecipeError
 from isthmus.run import write_atomic
 
-CONVERSION = "conversion.json"
 GENERATION = "generation_config.json"
 COPIED = (
     "tokenizer.json",

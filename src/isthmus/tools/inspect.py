@@ -17,12 +17,12 @@ from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import read_config
 from isthmus.formats.files.published import StoredTensors, weight_files
 from isthmus.parity.gate import STYLES as OUTCOMES
-from isthmus.parity.gate import check_table, costliest, ledger_table, shown
+from isthmus.parity.gate import check_table, ledger_table, shown
 from isthmus.parity.keys import read_trusted
 from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing
 from isthmus.progress import Watch
-from isthmus.records import LedgerRow, ParityVerdict
+from isthmus.records import LedgerRow, ParityVerdict, costliest
 
 SHOWN_TENSORS = 40
 STYLES: dict[str, str] = {

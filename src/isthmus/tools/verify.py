@@ -15,13 +15,13 @@ from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import SEAL, read_bundle
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
-from isthmus.parity.gate import check_table, costliest, judge, ledger_table, refusal, shown
+from isthmus.parity.gate import check_table, judge, ledger_table, refusal, shown, unmeasured
 from isthmus.parity.manifest import check_manifest
-from isthmus.parity.seal import Lineage, write_seal
+from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.target import DTYPES
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.progress import Watch
-from isthmus.records import Check, ParityVerdict
+from isthmus.records import Check, ParityVerdict, costliest
 
 BEHIND_A_URL = Check(
     layer="modules",
@@ -43,7 +43,10 @@ def execute(
     max_chip_kl: float,
     sign_key: Path | None,
 ) -> ParityVerdict:
-    """Verify, say what was found, write the verdict and seal. Raises GateRefused unless every check passed."""
+    """Verify, say what was found, write the verdict and seal. Raises GateRefused unless every check passed.
+
+    What an earlier gate refused and this one cannot look at, such as the task of a hand-off, is still refused.
+    """
     if dtype not in DTYPES:
         raise IsthmusError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if (folder / SEAL).exists():
@@ -56,6 +59,9 @@ def execute(
         with watch.count("blocks", 1) as counter:
             limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
             verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
+    layers = ("files",) if url is not None else ("files", "config", "modules")
+    if left := unmeasured(read_verdict(folder), verdict.checks, layers):
+        verdict = verdict.model_copy(update={"verdict": "refuse", "checks": [*verdict.checks, *left]})
     watch.console.print(check_table(f"parity on {verdict.target}: {verdict.verdict}", map(shown, verdict.checks)))
     if verdict.ledger:
         watch.console.print(ledger_table(costliest(verdict.ledger)))

@@ -38,7 +38,7 @@ from isthmus.recipe.architecture import ModelSection, architecture_from_config, 
 from isthmus.recipe.section import RecipeError
 from isthmus.run import new_folder, sha256_file, write_atomic
 
-CHECKSUMS, SEAL = "checksums.json", "seal.json"
+CHECKSUMS, CONVERSION, SEAL = "checksums.json", "conversion.json", "seal.json"
 
 
 class TokenizerFiles(Protocol):
