@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import zipfile
@@ -314,6 +315,95 @@ def test_a_damaged_library_is_an_error_and_never_a_crash(tmp_path: Path):
             read_elf(whole[:length], "part.so")
     with pytest.raises(IsthmusError, match="64-bit little-endian"):
         read_elf(whole[:4] + b"\x01" + whole[5:], "narrow.so")
+
+
+NULL, STRINGS, DYNAMIC, DYNSYM, VERNEED, VERSYM = 0, 3, 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
+TYPE, OFFSET, SIZE, LINK, COUNT = (4, "<I"), (24, "<Q"), (32, "<Q"), (40, "<I"), (44, "<I")  # of a section's header
+TABLE_AT, ENTRY_SIZE, ENTRIES, NAMES = (40, "<Q"), (58, "<H"), (60, "<H"), (62, "<H")  # of the file's
+
+
+@pytest.fixture(scope="module")
+def bound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A library with every table that is read: it is bound to versions of the C library."""
+    source = "extern long outside(void); extern void *malloc(unsigned long);"
+    source += "long mine(void) { return outside() + (long)malloc(3); }"
+    return compile_library(source, tmp_path_factory.mktemp("bound") / "libbound.so").read_bytes()
+
+
+def section_headers(whole: bytes) -> dict[int, tuple[int, int]]:
+    """Index and place in the file of the first section header of each type."""
+    (table,), (step, count) = struct.unpack_from("<Q", whole, 40), struct.unpack_from("<HH", whole, 58)
+    places = [(index, table + index * step) for index in reversed(range(count))]
+    return {struct.unpack_from("<I", whole, place + 4)[0]: (index, place) for index, place in places}
+
+
+def with_field(whole: bytes, place: int, field: tuple[int, str], value: int) -> bytes:
+    changed = bytearray(whole)
+    struct.pack_into(field[1], changed, place + field[0], value)
+    return bytes(changed)
+
+
+@needs_cc
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (DYNSYM, SIZE, 24 * 2**40),
+        (DYNSYM, SIZE, 2**64 - 1),
+        (DYNSYM, OFFSET, 2**64 - 1),
+        (DYNSYM, LINK, 2**32 - 1),
+        (DYNSYM, LINK, "itself"),
+        (DYNSYM, TYPE, STRINGS),
+        (DYNAMIC, OFFSET, 2**40),
+        (DYNAMIC, LINK, NULL),
+        (DYNAMIC, LINK, "itself"),
+        (VERNEED, OFFSET, 2**63),
+        (VERNEED, LINK, "itself"),
+        (VERSYM, SIZE, 2),
+        (VERSYM, LINK, "itself"),
+        (None, TABLE_AT, 2**64 - 1),
+        (None, TABLE_AT, 0),
+        (None, ENTRY_SIZE, 0),
+        (None, ENTRIES, 0xFFFE),
+        (None, NAMES, 0xFFF0),
+    ],
+)
+def test_a_library_with_a_hostile_header_is_an_error(
+    bound: bytes, kind: int | None, field: tuple[int, str], value: int | str
+):
+    assert read_elf(bound, "whole.so").versioned == {"libc.so.6"}
+    index, place = (0, 0) if kind is None else section_headers(bound)[kind]
+    hostile = with_field(bound, place, field, index if isinstance(value, str) else value)
+    with pytest.raises(IsthmusError, match=r"hostile\.so"):
+        read_elf(hostile, "hostile.so")
+
+
+@needs_cc
+def test_counts_that_no_file_holds_do_not_keep_a_reader_busy(bound: bytes):
+    headers = section_headers(bound)
+    endless = with_field(bound, headers[VERNEED][1], COUNT, 2**32 - 1)
+    (entry,) = struct.unpack_from("<Q", bound, headers[VERNEED][1] + 24)
+    assert read_elf(with_field(endless, entry, (12, "<I"), 0), "circle.so") == read_elf(bound, "whole.so")
+    many = with_field(with_field(bound, 0, ENTRIES, 0), headers[NULL][1], SIZE, 2**64 - 1)
+    with pytest.raises(IsthmusError, match=r"many\.so is damaged"):
+        read_elf(many, "many.so")
+
+
+@needs_cc
+@pytest.mark.parametrize(("kind", "first_name"), [(DYNSYM, (24, "<I")), (DYNAMIC, (8, "<Q")), (VERNEED, (4, "<I"))])
+def test_a_name_outside_the_file_is_an_error(bound: bytes, kind: int, first_name: tuple[int, str]):
+    (table,) = struct.unpack_from("<Q", bound, section_headers(bound)[kind][1] + 24)
+    with pytest.raises(IsthmusError, match=r"nameless\.so is damaged"):
+        read_elf(with_field(bound, table, first_name, 2**31), "nameless.so")
+
+
+@needs_cc
+def test_without_pyelftools_the_error_says_how_to_install_it(small: Path):
+    command = ["isthmus", "coverage", "r-nano", "--chip", "ascend-910b-313t", "--wheel", str(small)]
+    program = "import sys; sys.modules['elftools'] = None; from isthmus.cli import main; "
+    program += f"sys.argv = {command}; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2 and "pip install 'isthmus[wheel]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @needs_cc

@@ -1,10 +1,14 @@
 """What a shared library needs and provides, read from its ELF sections without loading it.
 
-Layout: System V gABI, "Object Files" and "Dynamic Linking"; symbol versions: Linux Standard Base 5.0, chapter 10.
+pyelftools reads them. Only the symbols, of which a large library has a hundred thousand, are unpacked here, for speed.
+Layout: System V gABI, "Symbol Table"; symbol versions: Linux Standard Base 5.0, chapter 10.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import itertools
 import mmap
 import os
 import re
@@ -13,14 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from isthmus.errors import IsthmusError
 
 Image: TypeAlias = bytes | mmap.mmap
-_MAGIC, _CLASS_64, _LITTLE = b"\x7fELF", 2, 1
-_DYNAMIC, _DYNSYM, _VERSYM, _VERNEED = 6, 11, 0x6FFFFFFF, 0x6FFFFFFE
-_DT_NEEDED, _DT_SONAME = 1, 14
+_IDENTITY = b"\x7fELF\x02\x01"
+"""How a 64-bit little-endian file begins."""
+_SYMBOL = struct.Struct("<IBBHQQ")
+_ENTRY_BYTES = 16
 _GLOBAL, _WEAK = 1, 2
 _VERSION_OF_NOTHING = 1
 MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -42,15 +47,6 @@ class SharedLibrary:
     undefined: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Section:
-    kind: int
-    offset: int
-    size: int
-    link: int
-    count: int
-
-
 @contextmanager
 def mapped(file: Path) -> Iterator[Image]:
     """The bytes of a file, read as they are looked at."""
@@ -64,99 +60,82 @@ def mapped(file: Path) -> Iterator[Image]:
 
 def machine_of(image: Image) -> str | None:
     """The processor for which a 64-bit ELF file was made, `x86_64` for example; None for any other file."""
-    if bytes(image[:6]) != _MAGIC + bytes((_CLASS_64, _LITTLE)) or len(image) < 20:
+    if image[:6] != _IDENTITY or len(image) < 20:
         return None
     (machine,) = struct.unpack_from("<H", image, 18)
     return MACHINES.get(machine, f"machine {machine}")
 
 
 def read_elf(image: Image, name: str) -> SharedLibrary:
-    """The symbols of a 64-bit little-endian ELF file. `name` is for messages. Raises IsthmusError for anything else."""
-    if bytes(image[:4]) != _MAGIC:
-        raise IsthmusError(f"{name} is not a shared library: it does not begin as an ELF file does")
-    if bytes(image[4:6]) != bytes((_CLASS_64, _LITTLE)):
+    """The symbols of a 64-bit little-endian ELF file. `name` is for messages.
+
+    Raises IsthmusError for anything else, and if pyelftools is not installed.
+    """
+    if importlib.util.find_spec("elftools") is None:
+        raise IsthmusError(
+            "reading the libraries of a vendor's software needs pyelftools, which is not installed. "
+            "Install it with: pip install 'isthmus[wheel]'"
+        )
+    from elftools.common.exceptions import ELFError
+
+    machine = machine_of(image)
+    if machine is None:
         raise IsthmusError(f"{name} is not a 64-bit little-endian ELF file, and no other kind can be read")
     try:
-        return _read(image, name)
-    except (struct.error, ValueError, IndexError) as error:
-        raise IsthmusError(f"{name} is damaged: its ELF tables point outside the file ({error})") from None
+        sections = _sections(image)
+        if "SHT_DYNSYM" not in sections:
+            raise IsthmusError(f"{name} has no table of dynamic symbols, so what it needs cannot be read")
+        return SharedLibrary(machine, *_names(sections), *_symbols(image, sections))
+    except (ELFError, AssertionError, ValueError, OverflowError, struct.error) as error:
+        raise IsthmusError(f"{name} is damaged: its ELF tables leave the file or disagree ({error!r})") from None
 
 
-def _read(image: Image, name: str) -> SharedLibrary:
-    sections = _sections(image)
-    symbols = next((one for one in sections if one.kind == _DYNSYM), None)
-    if symbols is None:
-        raise IsthmusError(f"{name} has no table of dynamic symbols, so what it needs cannot be read")
-    versions = next((one for one in sections if one.kind == _VERSYM), None)
-    defined, undefined = _symbols(image, sections, symbols, versions)
-    dynamic = next((one for one in sections if one.kind == _DYNAMIC), None)
-    entries = list(_dynamic(image, sections, dynamic)) if dynamic else []
-    return SharedLibrary(
-        machine=machine_of(image) or "unknown",
-        soname=next((text for tag, text in entries if tag == _DT_SONAME), None),
-        needed=tuple(text for tag, text in entries if tag == _DT_NEEDED),
-        versioned=frozenset(_versioned(image, sections)),
-        defined=frozenset(defined),
-        undefined=frozenset(undefined - defined),
-    )
+def _sections(image: Image) -> dict[str, Any]:
+    """The sections that are read, by type. pyelftools looks into whatever it opens, so the others stay closed."""
+    from elftools.common.utils import struct_parse
+    from elftools.elf.elffile import ELFFile
+
+    elf = ELFFile(io.BytesIO(image) if isinstance(image, bytes) else image)  # pyright: ignore[reportArgumentType]
+    start, step, first = elf["e_shoff"], elf["e_shentsize"], dict[str, int]()
+    for index in reversed(range(elf.num_sections())):  # the last first: a table longer than the file fails at once
+        first[struct_parse(elf.structs.Elf_Shdr, elf.stream, start + index * step).sh_type] = index
+    read = first.keys() & {"SHT_DYNSYM", "SHT_DYNAMIC", "SHT_GNU_versym", "SHT_GNU_verneed"}
+    return {kind: elf.get_section(first[kind]) for kind in read}
 
 
-def _sections(image: Image) -> list[_Section]:
-    (table,) = struct.unpack_from("<Q", image, 40)
-    entry, count = struct.unpack_from("<HH", image, 58)
-    sections = []
-    for index in range(count):
-        fields = struct.unpack_from("<IIQQQQIIQQ", image, table + index * entry)
-        sections.append(_Section(kind=fields[1], offset=fields[4], size=fields[5], link=fields[6], count=fields[7]))
-    return sections
+def _names(sections: dict[str, Any]) -> tuple[str | None, tuple[str, ...], frozenset[str]]:
+    """Its own name, the libraries that it needs, and those of them of which it names versions."""
+    dynamic, verneed = sections.get("SHT_DYNAMIC"), sections.get("SHT_GNU_verneed")
+    tags = list(itertools.islice(dynamic.iter_tags(), dynamic["sh_size"] // _ENTRY_BYTES)) if dynamic else []
+    versions = itertools.islice(verneed.iter_versions(), verneed["sh_size"] // _ENTRY_BYTES) if verneed else ()
+    soname = next((tag.soname for tag in tags if tag["d_tag"] == "DT_SONAME"), None)
+    needed = tuple(tag.needed for tag in tags if tag["d_tag"] == "DT_NEEDED")
+    versioned = frozenset(version.name for version, _ in versions)
+    if "" in (soname, *needed, *versioned):
+        raise ValueError("the name of a library has no end")
+    return soname, needed, versioned
 
 
-def _symbols(
-    image: Image, sections: list[_Section], symbols: _Section, versions: _Section | None
-) -> tuple[set[str], set[str]]:
-    strings = sections[symbols.link].offset
+def _symbols(image: Image, sections: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    table, strings = (_content(image, one) for one in (sections["SHT_DYNSYM"], sections["SHT_DYNSYM"].stringtable))
+    versions = [0] * (len(table) // _SYMBOL.size)
+    if "SHT_GNU_versym" in sections:
+        versions = struct.unpack(f"<{len(versions)}H", _content(image, sections["SHT_GNU_versym"]))
     defined, undefined = set[str](), set[str]()
-    for index in range(1, symbols.size // 24):
-        name, info, _, home, _, _ = struct.unpack_from("<IBBHQQ", image, symbols.offset + 24 * index)
-        if info >> 4 not in (_GLOBAL, _WEAK):
-            continue
-        text = _text(image, strings + name)
-        if home:
+    for (name, info, _, home, _, _), version in zip(_SYMBOL.iter_unpack(table), versions, strict=True):
+        binding, text = info >> 4, strings[name : strings.index(b"\x00", name)].decode("utf-8", "replace")
+        if home and binding in (_GLOBAL, _WEAK):
             defined.add(text)
-        elif info >> 4 == _GLOBAL and not _has_version(image, versions, index):
+        elif binding == _GLOBAL and version & 0x7FFF <= _VERSION_OF_NOTHING:
             undefined.add(text)
-    return defined, undefined
+    return frozenset(defined), frozenset(undefined - defined)
 
 
-def _has_version(image: Image, versions: _Section | None, index: int) -> bool:
-    if versions is None:
-        return False
-    (version,) = struct.unpack_from("<H", image, versions.offset + 2 * index)
-    return version & 0x7FFF > _VERSION_OF_NOTHING
-
-
-def _dynamic(image: Image, sections: list[_Section], dynamic: _Section) -> Iterator[tuple[int, str]]:
-    strings = sections[dynamic.link].offset
-    for index in range(dynamic.size // 16):
-        tag, value = struct.unpack_from("<qQ", image, dynamic.offset + 16 * index)
-        if tag in (_DT_NEEDED, _DT_SONAME):
-            yield tag, _text(image, strings + value)
-
-
-def _versioned(image: Image, sections: list[_Section]) -> Iterator[str]:
-    for section in sections:
-        at = section.offset
-        for _ in range(section.count if section.kind == _VERNEED else 0):
-            _, _, file, _, step = struct.unpack_from("<HHIII", image, at)
-            yield _text(image, sections[section.link].offset + file)
-            at += step
-
-
-def _text(image: Image, at: int) -> str:
-    end = image.find(b"\x00", at)
-    if end < 0 or at >= len(image):
-        raise ValueError(f"a name at byte {at} has no end")
-    return bytes(image[at:end]).decode("utf-8", "replace")
+def _content(image: Image, section: Any) -> bytes:
+    start, end = section["sh_offset"], section["sh_offset"] + section["sh_size"]
+    if end > len(image):
+        raise ValueError(f"{section.name} ends at byte {end} of {len(image)}")
+    return image[start:end]
 
 
 def strings_like(pattern: bytes, image: Image) -> set[str]:

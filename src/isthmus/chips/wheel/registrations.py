@@ -17,7 +17,7 @@ from typing import Any
 
 from isthmus.chips.rehearse.tables import STATUSES, Operator, Status
 from isthmus.chips.wheel.archive import MAIN_LIBRARY, PACKAGE, Wheel, WheelFacts, check_loadable
-from isthmus.chips.wheel.elf import SharedLibrary, read_elf
+from isthmus.chips.wheel.elf import SharedLibrary, mapped, read_elf
 from isthmus.chips.wheel.stubs import build_stubs, missing_from_here, reached_from, torch_libraries
 from isthmus.chips.wheel.symbols import operators_looked_up
 from isthmus.errors import IsthmusError
@@ -109,11 +109,15 @@ def read_wheel(path: Path) -> Registrations:
         wheel.unpack_libraries(folder)
         stubs = folder / "stubs"
         stubs.mkdir()
-        own = {Path(name).name: read_elf((folder / name).read_bytes(), name) for name in wheel.libraries()}
+        own: dict[str, SharedLibrary] = {}
+        for name in wheel.libraries():
+            with mapped(folder / name) as image:
+                own[Path(name).name] = read_elf(image, name)
         stubbed = _stand_in(own, stubs)
         library = folder / PACKAGE / "lib" / MAIN_LIBRARY
         answer = _load(wheel.facts, library, stubs)
-        looked_up = operators_looked_up(library.read_bytes())
+        with mapped(library) as image:
+            looked_up = operators_looked_up(image)
     return registrations(wheel.facts, answer, looked_up, frozenset(stubbed))
 
 
