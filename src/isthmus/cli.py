@@ -140,7 +140,13 @@ def capture(folder: Path, **options: Any) -> None:
 @click.option("--rehearse", metavar="CHIP", help="Enforce the rules of a chip that is not here, on the CPU.")
 @click.option("--url", help="Verify an engine that serves this bundle there: tokens and log-probabilities alone.")
 @click.option("--api-key", envvar="ISTHMUS_API_KEY", help="Of the engine at --url; or $ISTHMUS_API_KEY.")
-@click.option("--max-chip-kl", type=float, default=0.01, show_default=True, help="Budget, nats per token.")
+@click.option(
+    "--max-chip-kl",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="Budget, nats per token.",
+)
 @click.option("--sign-key", type=click.Path(path_type=Path), help="Private Ed25519 key that signs the seal.")
 def verify(folder: Path, **options: Any) -> None:
     """Verify a captured bundle on this machine, and seal it; exit code 1 if the gate refuses.

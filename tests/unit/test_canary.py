@@ -24,6 +24,7 @@ from isthmus.parity.seal import verify_seal, write_seal
 from isthmus.progress import Watch
 from isthmus.recipe.schema import ServeSection
 from isthmus.stages import serve
+from tests.support.bundles import passed
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 from tests.support.live_server import InBackground, ask, greedy, live, metric, wait_until
 
@@ -36,7 +37,7 @@ def sealed_bundle(parent, format_name="w8a8"):
     folder = parent / format_name
     _, tokenizer = write_small_bundle(folder, format_name)
     write_golden(folder, make_golden(read_bundle(folder), PROMPTS, tokenizer.eos_id))
-    return folder, write_seal(folder, verdict="pass")
+    return folder, write_seal(folder, **passed())
 
 
 @pytest.fixture(scope="module", params=["w8a8", "fp32"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from isthmus.cli import main
 from isthmus.engines.local.api.canary import drift_of
@@ -22,19 +24,30 @@ from isthmus.parity import gate
 from isthmus.parity.capture import capture
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.engine import LIMIT, TOP1_LIMIT, EngineParity, Gap, check_engine, measure_gap
-from isthmus.parity.gate import at_least, at_most, check_kl, check_table, check_top1, declared, judge, refusal, shown
+from isthmus.parity.gate import (
+    at_least,
+    at_most,
+    check_kl,
+    check_table,
+    check_top1,
+    declared,
+    judge,
+    reach,
+    refusal,
+    shown,
+)
 from isthmus.parity.lint import lint_config
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.paired import PairedAccuracy
 from isthmus.parity.replay import LIMIT as FLOORS
 from isthmus.parity.replay import Floors, Measure, Replay
-from isthmus.parity.seal import read_verdict, write_seal
+from isthmus.parity.seal import read_verdict, standing, write_seal
 from isthmus.parity.tokens import TokenParity, interval_of_mean
-from isthmus.parity.verify import Limits, Target, check_modules, check_quantisation, write_verdict
+from isthmus.parity.verify import Limits, Target, check_modules, check_quantisation, verify_bundle, write_verdict
 from isthmus.records import Check, LedgerRow
 from isthmus.tools import verify
+from tests.support.bundles import TinyTokenizer
 from tests.support.small import tiny_architecture
-from tests.unit.test_seal import TinyTokenizer
 
 LAYERS = ("files", "coverage", "config", "modules", "tokens", "engine", "task")
 ARCHITECTURE = tiny_architecture()
@@ -90,23 +103,43 @@ def test_what_passes_is_all_within_and_a_wider_interval_never_helps(limit, value
     assert at_most(limit, value, (low, high), samples=1) != "pass"
 
 
-@given(
-    st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda values: max(values) > 1e-3),
-    st.integers(2, 4),
-    st.floats(1.001, 4),
-)
-def test_fewer_samples_of_the_same_mean_and_spread_are_never_easier_to_pass(values, times, room):
-    """The same sequences once, and several times over: one mean and one spread, of fewer and of more samples."""
-    mean = sum(values) / len(values)
-    limit = mean * room
+AMOUNT = st.floats(0, 1)
 
-    def outcome(samples: list[float]) -> str:
-        interval = interval_of_mean(torch.tensor(samples).double(), torch.arange(len(samples)), len(samples), 0.95)
-        return at_most(limit, mean, interval, samples=len(samples))
 
-    few, many = outcome(values), outcome(values * times)
-    assert few != "pass" or many == "pass"
-    assert len(values) > 1 or few == "unknown"
+@given(AMOUNT, AMOUNT, AMOUNT, st.integers(2, 200), st.integers(1, 200), st.floats(0.5, 0.999))
+def test_fewer_samples_of_one_mean_and_interval_are_never_easier_to_pass(mean, below, above, few, more, confidence):
+    interval = (mean - below, mean + above)
+    wide, narrow = (reach(mean, interval, count, confidence) for count in (few, few + more))
+    assert wide is not None and narrow is not None
+    assert wide[0] <= narrow[0] <= interval[0] + 1e-9 and interval[1] - 1e-9 <= narrow[1] <= wide[1]
+    assert reach(mean, interval, 1, confidence) is None
+
+
+@pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (8, 0.9), (64, 0.95)])
+def test_the_reach_of_few_samples_is_students(count, confidence):
+    """Of a normal interval it makes Student's, with the deviation over n - 1: scipy's own distributions say so."""
+    deviation, tail = 0.3, (1 + confidence) / 2
+    normal = stats.norm.ppf(tail) * deviation / math.sqrt(count)
+    found = reach(1.0, (1.0 - normal, 1.0 + normal), count, confidence)
+    expected = stats.t.ppf(tail, count - 1) * deviation / math.sqrt(count - 1)
+    assert found == pytest.approx((1.0 - expected, 1.0 + expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 0.05), (4, 0.02), (8, 0.01)])
+def test_a_bundle_three_times_over_its_budget_does_not_pass_by_few_sequences(count, share):
+    """KL of a sequence drawn log-normal, its mean three times the budget: what luck of the draw may let pass."""
+    chance = torch.Generator().manual_seed(count)
+    passed = 0
+    for _ in range(400):
+        drawn = torch.randn(count, generator=chance, dtype=torch.float64).sub(0.5).exp() * 3 * BUDGET
+        interval = interval_of_mean(drawn, torch.arange(count), count, 0.95)
+        passed += kl(tokens(drawn.mean().item(), interval, count)).outcome == "pass"
+    assert passed <= share * 400
+
+
+def test_the_same_sequence_many_times_is_one_sample():
+    found = tokens(0.001, (0.001, 0.001), sequences=8)
+    assert kl(found).outcome == "pass" and kl(replace(found, distinct=1)).outcome == "unknown"
 
 
 def test_more_samples_of_one_kind_come_to_pass():
@@ -122,7 +155,7 @@ def test_more_samples_of_one_kind_come_to_pass():
 
 
 def tokens(mean: float, interval, sequences: int = 8, top1: float = 1.0) -> TokenParity:
-    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0)
+    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0, sequences)
 
 
 def kl(found: TokenParity) -> Check:
@@ -220,6 +253,7 @@ def cost(value: float | None) -> LedgerRow:
         ([cost(0.25), cost(0.1)], "pass"),
         ([cost(0.1), cost(math.nextafter(0.25, 1))], "fail"),
         ([cost(None)], "unknown"),
+        ([cost(0.1), cost(None)], "unknown"),
         ([], "unknown"),
     ],
 )
@@ -281,12 +315,8 @@ def test_no_layer_may_be_unknown(layer, bundle):
         assert judge([*checks, finding(layer, outcome)], target="cpu", rehearsed=False, started=0.0).verdict == "refuse"
         with pytest.raises(GateRefused, match="a question: no answer"):
             write_seal(bundle, verdict="pass", checks=[finding(layer, outcome)])
-    write_verdict(
-        bundle,
-        judge([], target="cpu", rehearsed=False, started=0.0).model_copy(
-            update={"checks": [finding(layer, "unknown")]}
-        ),
-    )
+    passing = judge(checks, target="cpu", rehearsed=False, started=0.0)
+    write_verdict(bundle, passing.model_copy(update={"checks": [*checks, finding(layer, "unknown")]}))
     with pytest.raises(GateRefused, match="a question: no answer"):
         write_seal(bundle, verdict="pass")
     assert not (bundle / "seal.json").exists()
@@ -312,6 +342,59 @@ def test_verify_with_one_golden_sequence_ends_with_1_and_without_a_seal(bundle, 
     said = read_verdict(bundle)
     assert said is not None and [c.name for c in said.checks if c.outcome != "pass"] == ["mean KL, emulator to target"]
     assert not (bundle / "seal.json").exists()
+
+
+@pytest.mark.parametrize("checks", [[], [finding("modules", "caution")]], ids=["nothing", "a caution"])
+def test_what_shows_nothing_does_not_pass(checks, bundle):
+    assert judge(checks, target="cpu", rehearsed=False, started=0.0).verdict == "refuse"
+    with pytest.raises(GateRefused, match="check passed"):
+        write_seal(bundle, verdict="pass", checks=checks)
+
+
+def test_a_seal_on_a_doubt_is_no_seal(bundle, monkeypatch):
+    found = [finding("files", "pass"), finding("tokens", "unknown")]
+    write_verdict(
+        bundle,
+        judge(found[:1], target="cpu", rehearsed=False, started=0.0).model_copy(update={"checks": found}),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("isthmus.parity.seal.shows_enough", lambda _checks: True)
+        write_seal(bundle, verdict="pass", checks=found)
+    assert standing(bundle).state == "refused"
+
+
+def captured(bundle: Path, state: dict[str, torch.Tensor]) -> Path:
+    entries, _ = check_coverage(state, bundle)
+    capture(bundle, state, [list(range(first, first + 10)) for first in range(2, 10)])
+    write_manifest(bundle, coverage=entries, architecture=ARCHITECTURE)
+    return bundle
+
+
+@pytest.mark.parametrize("layer", ["coverage", "tokens", "engine", "task"])
+def test_verify_does_not_seal_what_another_gate_refused_and_it_cannot_look_at(layer, bundle, state, ended):
+    refused = judge([finding(layer, "fail")], target="the pool away", rehearsed=False, started=0.0)
+    write_verdict(captured(bundle, state), refused)
+    code, told = ended("verify", bundle, "--device", "cpu")
+    assert code == 1 and "found on the pool away, not looked at again" in told
+    assert not (bundle / "seal.json").exists()
+
+
+def test_verify_looks_again_at_modules_and_seals_what_is_mended(bundle, state, ended):
+    refused = judge([finding("modules", "fail")], target="a broken target", rehearsed=False, started=0.0)
+    write_verdict(captured(bundle, state), refused)
+    assert ended("verify", bundle, "--device", "cpu")[0] == 0
+    assert (bundle / "seal.json").exists()
+
+
+def test_an_output_that_is_no_number_is_refused_with_the_module(bundle, state):
+    """The healthy twin of such a bundle has no number either: what it costs is not granted."""
+    name = "model.layers.1.self_attn.o_proj"
+    values = state[f"{name}.weight"].clone()
+    values[0, 0] = math.nan
+    write_bundle(bundle, "bf16", state | {f"{name}.weight": values}, ARCHITECTURE, TinyTokenizer())
+    found = verify_bundle(captured(bundle, state), limits=Limits())
+    assert found.verdict == "refuse"
+    assert [check.outcome for check in found.checks if check.layer == "tokens"] == ["fail"]
 
 
 def test_a_refusal_says_what_was_found_and_where_the_fault_is():

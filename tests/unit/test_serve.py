@@ -34,6 +34,7 @@ from isthmus.recipe.schema import ServeSection
 from isthmus.records import HandoffRecord, ParityVerdict, Placement, PlanRecord
 from isthmus.run import RunFolder
 from isthmus.stages import serve
+from tests.support.bundles import passed
 from tests.support.engine_bundle import write_small_bundle
 from tests.support.flow_recipe import RECIPE
 from tests.support.live_server import ask, live
@@ -63,7 +64,7 @@ def run(tmp_path):
     _, tokenizer = write_small_bundle(folder, "w8a8")
     write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
-    seal = write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="c" * 64))
+    seal = write_seal(folder, **passed(lineage=Lineage(checkpoint_sha256="c" * 64)))
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))
     placement = Placement(stage="serve", pool="away", reason="first choice")
     plan = PlanRecord(recipe_sha256=digest, started=0.0, ended=1.0, placements=[placement], rejected=[], estimate={})
@@ -193,7 +194,7 @@ def test_a_server_that_trusts_someone_serves_what_they_signed(run, tmp_path):
     listed.write_text(f"{public} the gate\n")
     with pytest.raises(GateRefused, match="is not signed"):
         serve.execute_bundle(folder, Watch(), trusted_keys=listed, port=0)
-    seal = write_seal(folder, verdict="pass", sign_key=tmp_path / "gate.pem")
+    seal = write_seal(folder, **passed(), sign_key=tmp_path / "gate.pem")
     serving = serve.Serving(section=ServeSection(trusted_keys=listed), threads=1)
     service = serve.open_service(folder, serving)
     service.core.stop()
@@ -247,7 +248,7 @@ def test_a_tampered_bundle_is_refused(run):
 
 def test_a_bundle_with_another_seal_is_refused(run):
     folder = run.path / "bundle" / "w8a8"
-    write_seal(folder, verdict="pass", lineage=Lineage(checkpoint_sha256="d" * 64))
+    write_seal(folder, **passed(lineage=Lineage(checkpoint_sha256="d" * 64)))
     with pytest.raises(GateRefused, match="another bundle"):
         serve.execute(run, Watch(), port=0)
 

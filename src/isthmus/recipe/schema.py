@@ -165,7 +165,9 @@ class RlSection(Section):
     max_new_tokens: Tokens = key(128, "longest completion of a sample")
     optimizer: OptimizerSection = Field(description="what turns gradients into updates")
     importance_cap: Number = key(2.0, "truncation of the trainer/engine probability ratio", gt=0)
-    drift_budget: Nats = key(0.05, "mismatch that a run may drift to before an alarm")
+    drift_budget: Nats = key(
+        0.05, "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
+    )
     format_reward: Number = key(0.1, "reward of a completion in the right form; a right answer gets 1", ge=0)
     rollout_format: str = key("w8a8", "format of the weights that generate, a file in isthmus/formats")
     staleness: Annotated[Literal[0, 1], Unit("versions")] = key(
@@ -185,7 +187,7 @@ class RlSection(Section):
 
 
 class HandoffSection(Section):
-    """The gate between the trained weights and the bundle that is served; docs/crossing.md says more about each key."""
+    """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
     balance: bool = key(False, "move the range of outlier channels into the weights before int8")
@@ -193,14 +195,20 @@ class HandoffSection(Section):
         "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
     )
     calibration_prompts: Prompts = key(64, "training prompts whose answers calibrate a format")
-    capture_mb: Mebibytes = key(256, "size of the golden inputs and outputs in a bundle")
-    golden_prompts: Prompts = key(64, "held-out problems whose answers are compared token by token")
+    capture_mb: Mebibytes = key(
+        256, "size of the golden inputs and outputs in a bundle, at most; 8 tokens are always kept"
+    )
+    golden_prompts: Prompts = key(
+        64, "held-out problems whose answers are compared token by token, heldout_problems at most"
+    )
     heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
-    max_mean_kl: Nats = key(0.02, "mean KL of the bundle against the fp32 reference")
-    max_chip_kl: Nats = key(0.01, "mean KL of the target against the exact emulator")
-    max_module_error: Number = key(0.25, "relative error of a block's output by quantisation", gt=0)
+    max_mean_kl: Nats = key(0.02, "limit on the mean KL of the bundle against the fp32 reference, its whole interval")
+    max_chip_kl: Nats = key(
+        0.01, "limit on the mean KL of the target against the exact emulator; 3 times a healthy twin's, if that is more"
+    )
+    max_module_error: Number = key(0.25, "limit on the relative error of a block's output by quantisation", gt=0)
     min_top1_agreement: Share = key(0.95, "share of tokens with the reference's first choice")
-    max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task")
+    max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task", gt=0)
     confidence: Number = key(0.95, "confidence of the intervals that are held against limits", gt=0.5, lt=1.0)
     sign_key: Path | None = key(None, "private Ed25519 key that signs the seal; unsigned if absent")
 
@@ -210,16 +218,18 @@ class EngineOptions(Section):
 
     block_size: Tokens = key(16, "tokens per block of the cache")
     cache_tokens: Tokens | None = key(
-        None, "tokens in the cache; if absent, sequences of full length that fill it, within 2 GiB"
+        None, "tokens in the cache; if absent, enough for max_batch sequences of full length, within 2 GiB"
     )
     chunk_tokens: Tokens = key(512, "tokens of one pass")
-    prefix_cache: bool = key(True, "use the cache again for prompts that begin alike")
+    prefix_cache: bool = key(
+        True, "prompts that begin alike share what was computed; off: each is computed from its beginning"
+    )
     speculate: bool = key(False, "draft tokens by multi-token prediction; the answers stay the same")
     batch_invariant: bool = key(False, "the same bits in any company, and slower")
 
 
 class ServeSection(EngineOptions):
-    """The API server and its chat page; docs/serving.md says more about each key."""
+    """The API server and its chat page; docs/serving.md tells how to run them."""
 
     host: str = key("127.0.0.1", "address to listen on")
     port: Whole = key(8000, "port to listen on; 0: a free one", ge=0, le=65535)
@@ -242,7 +252,9 @@ class ServeSection(EngineOptions):
         None, "unanswered requests of each key; no limit if absent"
     )
     drain_seconds: Seconds = key(30.0, "time that running requests get after SIGTERM or Ctrl-C", ge=0)
-    access_log: str | None = key(None, "a file, stdout, stderr or none; in the run folder if absent")
+    access_log: str | None = key(
+        None, "a file, stdout, stderr or none; in the run folder if absent, none for a bundle without a run"
+    )
     access_log_mib: Mebibytes = key(64, "size at which the access log is rotated")
     log_prompts: bool = key(False, "write prompts and answers into the access log")
     canary_minutes: Annotated[float, Unit("min")] = key(

@@ -41,6 +41,6 @@ class RecipeError(IsthmusError):
 
 
 class Section(BaseModel):
-    """Base of every recipe section: unknown keys are refused, values cannot change after reading."""
+    """Base of every recipe section: unknown keys and numbers that are none are refused, and values cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)

@@ -243,7 +243,7 @@ class Writer:
 
 
 class Examination:
-    """Puts the checks to the bundles. `checks` are in their order; `found` and `verdicts` are each bundle's, by format."""
+    """Puts the checks to the bundles. `checks` are in their order; `found` and `verdicts` go by format."""
 
     def __init__(self, crossing: Crossing, watch: Watch):
         self.crossing, self.watch = crossing, watch
