@@ -127,7 +127,7 @@ def test_the_small_optimiser_is_torchs_adamw():
         value.grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
         own.grad = value.grad.clone()
         optimizer.step()
-        training._adamw(own, *moments, step + 1)
+        training.adamw(own, *moments, step + 1)
     torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-7)
 
 

@@ -421,7 +421,7 @@ class Server:
 
         def roll_back(reason: str) -> None:
             assert plan.sealed_bundle is not None
-            self._roll_back(plan.sealed_bundle, reason)
+            self.roll_back(plan.sealed_bundle, reason)
 
         return Canary(
             self.service,
@@ -439,7 +439,7 @@ class Server:
         self.gate.damaged = report.outcome == "drift" and report.rolled_back
         self.log.event("canary", **report.shown())
 
-    def _roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
+    def roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
         """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""
         bundle, core = sealed_bundle(), self.service.core
         was_paused = core.paused
