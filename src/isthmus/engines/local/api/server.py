@@ -22,7 +22,7 @@ from isthmus import __version__
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.admission import Gate, note_error, refuse
 from isthmus.engines.local.api.answers import Exchange
-from isthmus.engines.local.api.canary import Canary, Report
+from isthmus.engines.local.api.canary import Canary, CanaryReport
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.metrics import Metrics
@@ -97,7 +97,7 @@ class CanaryPlan:
     every_s: float | None
     bound: float
     sealed_bundle: Callable[[], Bundle] | None = None
-    tell: Callable[[Report], None] = lambda _report: None
+    tell: Callable[[CanaryReport], None] = lambda _report: None
 
 
 class Server:
@@ -415,7 +415,7 @@ class Server:
     def _canary(self, plan: CanaryPlan) -> Canary:
         assert self.service.golden is not None
 
-        def tell(report: Report) -> None:
+        def tell(report: CanaryReport) -> None:
             self._note_canary(report)
             plan.tell(report)
 
@@ -432,7 +432,7 @@ class Server:
             quiet=lambda: self.gate.state != "ready",
         )
 
-    def _note_canary(self, report: Report) -> None:
+    def _note_canary(self, report: CanaryReport) -> None:
         self.metrics.canary_ran(report.outcome)
         self.metrics.canary_drift.set(float("nan") if report.drift is None else report.drift)
         self.metrics.canary_alarm.set(report.outcome == "drift")
