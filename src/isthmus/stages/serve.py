@@ -169,9 +169,7 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
     section = serving.section
     target = serving.access_log if section.access_log is None else section.access_log
     log = AccessLog(
-        None if target == "none" else target,
-        file_bytes=section.access_log_mib << 20,
-        log_prompts=section.log_prompts,
+        None if target == "none" else target, file_bytes=section.access_log_mib << 20, log_prompts=section.log_prompts
     )
     limits = KeyLimits(section.requests_per_minute, section.tokens_per_minute, section.concurrent_requests)
     canary = _canary(folder, service, serving, watch)

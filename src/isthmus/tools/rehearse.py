@@ -277,9 +277,7 @@ def _merged(
         steps=max((one["steps"] for one in used), default=0),
         operators={
             name: Used(
-                status=statuses[name],
-                calls=calls[name],
-                calls_per_step=per_step[name] / stepping if stepping else None,
+                status=statuses[name], calls=calls[name], calls_per_step=per_step[name] / stepping if stepping else None
             )
             for name in sorted(statuses)
         },
