@@ -31,14 +31,19 @@ _RUN = click.option(
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe.")
 
 
-class OrderedGroup(click.Group):
-    """Lists the verbs in the order in which they are defined."""
+class StagesAndTools(click.Group):
+    """Lists the stages in the order in which a run comes to them, then the tools."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        stages, wide = ("run", *STAGES, "serve"), max(map(len, self.commands))
+        tools = [name for name in self.commands if name not in stages]
+        for title, names in (("Stages", stages), ("Tools", tools)):
+            told = [self.commands[name].get_short_help_str(formatter.width - wide - 6) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(wide), text) for name, text in zip(names, told, strict=True)])
 
 
-@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=StagesAndTools, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="isthmus")
 def cli() -> None:
     """Train a reasoning model on one vendor's chips, run it on another's, and prove every crossing.
@@ -251,7 +256,7 @@ def key() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def new_key(file: Path) -> None:
     """Write a new private key to FILE, for its owner alone, and print the public key."""
-    click.echo(importlib.import_module("isthmus.parity.keys").new_key(file))
+    click.echo(importlib.import_module("isthmus.parity.signing").new_key(file))
 
 
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isthmus.recipe.schema import PlacedStage, Recipe
 
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def default_threads() -> int:
     return int(asked) if asked.isdigit() and int(asked) > 0 else available_cores()
 
 
-def available_cores() -> int:
-    """Cores this process may use: its affinity, cut to the CPU quota of its control group."""
+def available_cores(quota_file: Path = CGROUP_QUOTA) -> int:
+    """Cores this process may use: its affinity, cut to the CPU quota of its control group, which `cpu.max` holds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota_cores(_CGROUP_QUOTA.read_text(encoding="ascii")) if _CGROUP_QUOTA.is_file() else None
+    quota = _quota_cores(quota_file.read_text(encoding="ascii")) if quota_file.is_file() else None
     return max(1, min(cores, math.ceil(quota))) if quota is not None else cores
 
 

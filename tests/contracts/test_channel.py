@@ -13,6 +13,7 @@ from isthmus.engines import EngineError, OtherBase, Sampling
 from isthmus.engines.channel import Channel
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.remote import HttpEngine
+from isthmus.engines.remote.transport import Transport
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.updates.delta import WeightSet, encode
@@ -81,8 +82,12 @@ def start_at(engine, version):
     return WeightSet.of(version, tensors_at(version))
 
 
+def transport_to(engine):
+    return Transport(engine.url, engine.api_key, engine.timeout_s)
+
+
 def info(engine):
-    return engine._transport.get("/weight_info")
+    return transport_to(engine).get("/weight_info")
 
 
 def test_a_channel_sends_deltas_between_snapshots_and_the_engine_computes_each_version(engine):
@@ -133,7 +138,7 @@ def test_a_refused_delta_leaves_the_old_weights_in_use(engine):
 
 def test_nothing_of_a_delta_is_seen_before_its_end(engine):
     base, new = start_at(engine, 40), WeightSet.of(41, tensors_at(41))
-    before, transport = greedy(engine), engine._transport
+    before, transport = greedy(engine), transport_to(engine)
     transport.post("/start_weight_update?version=41&mode=delta&base_version=40")
     for part in encode(base, new, part_bytes=4000) * 2:
         transport.call("POST", f"/update_weights?sha256={digest(part)}", part, "application/octet-stream")

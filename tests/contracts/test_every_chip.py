@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from isthmus import chips
-from isthmus.chips import FIGURES, Presence, Vendor
-from isthmus.chips._registry import load_chips, vendor_of, vendors
+from isthmus.chips import FIGURES, Presence, Vendor, load_chips, vendor_of, vendors
 from isthmus.chips.rehearse import can_rehearse, profile_of
 from isthmus.chips.rehearse.tables import NUMERIC_KINDS, STATUSES, families
 

@@ -32,6 +32,20 @@ VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGN
 DESK = ("cli", "recipe.read", "run", "records", "progress", "pools", "forecast", "chips", "algos")
 DESK_STAGES = ("stages.plan", "stages.report", "tools.recipe")
 LONGEST_FUNCTION = 80
+TESTING_FILES = sorted(file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
+PRIVATE = re.compile(r"(isthmus\..*\.)?_(?!_)\w+")
+OTHERS_PRIVATE = {
+    "_attn_implementation": "transformers: how a configuration names the attention to use",
+    "_c10d_functional": "torch: the namespace of its functional collectives",
+    "_coalescing_manager": "torch: collectives that are sent together",
+    "_make_nccl_premul_sum": "torch: a reduction that a rehearsed library has to refuse",
+    "_get_default_store": "torch: the store that the ranks met at",
+    "_all_gather_base": "torch: the collective under its old name",
+    "_reduce_scatter_base": "torch: the collective under its old name",
+    "_schema": "torch: the schema of an operator",
+    "_replace": "the standard library: public, with the underscore of named tuples",
+}
+"""Private names of others that tests may read, with what they are."""
 QUICK_CPU_SECONDS = 0.5
 TRIES = 5
 
@@ -231,6 +245,47 @@ def test_nothing_of_isthmus_is_imported_inside_a_function(file: Path):
         or (isinstance(node, ast.Import) and any(one.name.partition(".")[0] == "isthmus" for one in node.names))
     ]
     assert not found, "\n".join(found)
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of what a file reaches that is private to another: an object says `self._x`, and nobody else."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "isthmus":
+            path = [*(node.module or "").split("."), *(one.name for one in node.names)]
+            yield from ((node.lineno, part) for part in path if PRIVATE.fullmatch(part))
+        elif isinstance(node, ast.Import):
+            paths = [one.name.split(".") for one in node.names if one.name.startswith("isthmus.")]
+            yield from ((node.lineno, part) for path in paths for part in path if PRIVATE.fullmatch(part))
+        elif isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Call) and re.search(r"\b(get|set|del|has)attr$", ast.unparse(node.func)):
+            texts = [one.value for one in node.args[:2] if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            yield from ((node.lineno, text) for text in texts if PRIVATE.fullmatch(text))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from isthmus.pools import _quota_cores",
+        "from isthmus.chips._registry import vendors",
+        "import isthmus.chips._registry",
+        "core._thread.join()",
+        "server.gate._held == 1",
+        "monkeypatch.setattr(delta, '_fold', fold)",
+        "monkeypatch.setattr('isthmus.formats.updates.delta._fold', fold)",
+        "getattr(core, '_thread')",
+    ],
+)
+def test_the_search_for_private_names_finds_them(line: str):
+    assert list(private_names(ast.parse(line)))
+
+
+@pytest.mark.parametrize("file", TESTING_FILES, ids=named)
+def test_no_test_reaches_a_private_name(file: Path):
+    found = [f"{line}: {name}" for line, name in private_names(ast.parse(file.read_text(encoding="utf-8")))]
+    wrong = [one for one in found if one.partition(": ")[2] not in OTHERS_PRIVATE]
+    assert not wrong, f"test behaviour, or give the code a public seam:\n{named(file)}\n" + "\n".join(wrong)
 
 
 def layered_modules() -> set[str]:

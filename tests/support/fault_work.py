@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from isthmus.chips.rehearse import RehearsalRefused, group, profile_of
 from isthmus.chips.rehearse.dispatch import short_name
@@ -101,11 +102,12 @@ def timed(rank: Any, what: str, ranks: list[int] | None = None, elements: int = 
 
 def plain_group() -> Any:
     """A group of all ranks that is gloo's own."""
-    routes, group._Routed.routes = group._Routed.routes, {}
+    routed = distributed_c10d.BackendConfig
+    distributed_c10d.BackendConfig = routed.__base__  # torch's own, before a rehearsed backend took its place
     try:
         plain = dist.new_group(backend="gloo")
     finally:
-        group._Routed.routes = routes
+        distributed_c10d.BackendConfig = routed
     assert type(plain) is dist.ProcessGroup
     return plain
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from isthmus.model.model import Model
 
-ENTRIES = ("forward", "project", "queries", "latents", "join", "_naive", "_absorbed", "_whole")
+ENTRIES = ("forward", "project", "queries", "latents", "join", "naive", "absorbed", "whole")
 """Methods of modules through which a forward pass, or a part of it, starts."""
 ACCUMULATION = {torch.bfloat16: 2.0**-13, torch.float32: 2.0**-22}
 """Noise of a sum relative to the size of its row: accumulators of 14 bits (arXiv 2412.19437, 3.3.2), and of fp32."""

@@ -303,8 +303,8 @@ def wrong_position(subject: Subject, draw: random.Random) -> Plant | None:
 
 def router_bias_lost(subject: Subject, draw: random.Random) -> Plant | None:
     def lost(router: Any) -> None:
-        inner = router._choose
-        router._choose = lambda biased: inner(biased - router.e_score_correction_bias)
+        inner = router.choose
+        router.choose = lambda biased: inner(biased - router.e_score_correction_bias)
 
     return _patched(subject, draw, _is(Router), lost, "router bias lost")
 
@@ -483,7 +483,7 @@ def _choose_with_zeros(router: Any) -> None:
         masked = grouped.masked_fill(closed.unsqueeze(-1), 0.0).flatten(-2)
         return masked.topk(router.top_k, dim=-1).indices
 
-    router._choose = choose
+    router.choose = choose
 
 
 # Faults in config.json

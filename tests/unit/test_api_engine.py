@@ -13,7 +13,6 @@ from llguidance import LLParserLimits
 
 from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import Identity, Service
-from isthmus.engines.local.core import grammar
 from isthmus.engines.local.core.core import Core
 from tests.support.engine_bundle import small_model, small_tokenizer
 from tests.support.live_server import call, live
@@ -139,7 +138,7 @@ def test_a_prompt_that_was_seen_comes_from_the_prefix_cache(client):
 
 
 def test_a_format_that_becomes_too_costly_is_told_and_the_next_request_is_served(port, service, monkeypatch):
-    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
+    monkeypatch.setattr(service.grammars, "limits", LLParserLimits(max_lexer_states=60, verbose_errors=False))
     endless = {str(token): -100 for token in range(300) if "c" in service.tokenizer.decode([token])}
     wanted = {"regex": "(a|b)*a(a|b){12}c"}
     body = {"prompt": "a", "seed": 4, "max_tokens": 200, "structured_outputs": wanted, "logit_bias": endless}

@@ -178,7 +178,7 @@ def test_what_runs_with_damaged_weights_ends_with_an_error(w8a8):
         body = {"prompt": "a", "max_tokens": 80, "stream": True}
         running = InBackground(ask, port, "POST", "/v1/completions", body)
         wait_until(lambda: service.core.waiting == 1)
-        server._roll_back(lambda: read_bundle(w8a8), "a test")
+        server.roll_back(lambda: read_bundle(w8a8), "a test")
         status, _, events = running.result()
         assert status == 200 and "sealed ones were brought back" in events and events.endswith("data: [DONE]\n\n")
         assert service.core.paused, "who paused it has not resumed it"

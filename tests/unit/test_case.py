@@ -19,8 +19,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from isthmus.chips import load_chips, vendor_of
-from isthmus.chips._registry import vendors
+from isthmus.chips import load_chips, vendor_of, vendors
 from isthmus.cli import cli
 from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew

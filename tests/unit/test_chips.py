@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -17,8 +18,7 @@ import torch
 from rich.console import Console
 
 from isthmus import chips, pools
-from isthmus.chips import amd, ascend, cambricon, metax, nvidia
-from isthmus.chips._detect import match_name
+from isthmus.chips import Vendor, amd, ascend, cambricon, metax, nvidia
 from isthmus.chips.rehearse import RehearsalRefused, can_rehearse, profile_of
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import IsthmusError
@@ -106,6 +106,25 @@ sys.exit("torch" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, cuda: str | None, hip: str | None) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+
+
+def pretend_device(monkeypatch: pytest.MonkeyPatch, vendor: Vendor, name: str) -> None:
+    """A device of a vendor with this name, seen through torch.cuda or through the vendor's extension of torch."""
+    hip = "6.4" if vendor is amd.VENDOR else None
+    pretend_gpu(monkeypatch, name, None if hip else "12.8", hip)
+    if vendor.package is not None:
+        extension = types.ModuleType(vendor.package)
+        extension.__spec__ = importlib.machinery.ModuleSpec(vendor.package, None)
+        setattr(extension, vendor.device, torch.cuda)
+        monkeypatch.setitem(sys.modules, vendor.package, extension)
+
+
 @pytest.mark.parametrize(
     ("vendor", "name", "slug"),
     [
@@ -128,16 +147,11 @@ sys.exit("torch" in sys.modules)
         (metax, "MetaX C550", "metax-c550"),
     ],
 )
-def test_device_names_are_matched_only_where_the_figures_hold(vendor: types.ModuleType, name: str, slug: str | None):
-    assert match_name(name, vendor._NAMES) == slug
-
-
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, cuda: str | None, hip: str | None) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+def test_device_names_are_matched_only_where_the_figures_hold(
+    vendor: types.ModuleType, name: str, slug: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    pretend_device(monkeypatch, vendor.VENDOR, name)
+    assert [(found.name, found.chip) for found in vendor.detect().found] == [(name, slug)]
 
 
 @pytest.mark.parametrize(
@@ -223,9 +237,16 @@ def test_threads_are_the_recipes_then_the_environments_then_the_cores(monkeypatc
     assert 1 <= pools.get_pool(recipe(), "home").threads <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(("content", "cores"), [("max 100000\n", None), ("150000 100000\n", 1.5), ("", None)])
-def test_a_cpu_quota_is_read(content: str, cores: float | None):
-    assert pools._quota_cores(content) == cores
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000\n", 8), ("150000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 8), ("", 8), (None, 8)],
+)
+def test_a_cpu_quota_is_read(content: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of eight cores; half a core is one, since a process needs one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)))
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    assert pools.available_cores(tmp_path / "cpu.max") == cores
 
 
 def test_the_operator_table_has_the_counts_of_the_registrations():

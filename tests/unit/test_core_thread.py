@@ -12,6 +12,7 @@ from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import ask, finished, run_core, small_model
+from tests.support.live_server import wait_until
 
 NO_EOS = -1
 PATIENCE_S = 60.0
@@ -93,7 +94,8 @@ def test_what_was_submitted_as_the_loop_fails_is_aborted():
 
     core.runner.hidden = fail
     core.submit(first)
-    core._thread.join(PATIENCE_S)  # pyright: ignore[reportPrivateUsage]
+    wait_until(lambda: core.failure is not None)
+    within(PATIENCE_S, core.stop)
     assert [end.finish_reason for end in finished(first_events)] == ["abort"]
     assert [end.finish_reason for end in finished(events)] == ["abort"]
     with pytest.raises(EngineError, match="fell off"):

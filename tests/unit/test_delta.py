@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import random
+import struct
+import zlib
 
 import pytest
 import torch
@@ -127,13 +131,26 @@ def test_another_layout_needs_a_snapshot():
         encode(weights(1), weights(2, b=torch.zeros(40, 30, dtype=torch.bfloat16)))
 
 
-def test_a_sender_that_computes_another_difference_is_found_by_the_hash_of_the_tensor(monkeypatch):
-    monkeypatch.setattr(delta, "_fold", lambda difference: difference)
+def written(header, streams=b""):
+    """A message of a header and streams, by the format as formats/updates/delta.py describes it."""
+    content = dataclasses.asdict(header)
+    content["entries"] = [list(entry.values()) for entry in content["entries"]]
+    packed = zlib.compress(json.dumps(content).encode())
+    length = 8 + 8 + 4 + len(packed) + len(streams) + 32
+    whole = b"ISTHMDL1" + struct.pack("<QI", length, len(packed)) + packed + streams
+    return whole + hashlib.sha256(whole).digest()
+
+
+def test_a_sender_that_computes_another_difference_is_found_by_the_hash_of_the_tensor():
     base = weights(1)
-    parts = encode(base, weights(2, b=base.tensors["b"] * (1 + 1e-6)))
-    monkeypatch.undo()
+    meant, sent = (
+        read_message(encode(base, weights(2, b=base.tensors["b"] * factor))[0]) for factor in (1 + 1e-6, 1 + 2e-6)
+    )
+    assert same_bits(apply(base, [written(meant.header, meant.streams)]).tensors["b"], base.tensors["b"] * (1 + 1e-6))
+    wrong = dataclasses.replace(sent.header.entries[0], sha256=meant.header.entries[0].sha256)
+    forged = dataclasses.replace(meant.header, entries=[wrong])
     with pytest.raises(DamagedFile, match="b has another SHA-256 after the delta"):
-        apply(weights(1), parts)
+        apply(base, [written(forged, sent.streams)])
 
 
 def test_a_tensor_that_was_left_out_is_found_by_the_hash_of_the_set():
@@ -141,7 +158,7 @@ def test_a_tensor_that_was_left_out_is_found_by_the_hash_of_the_set():
     believed = WeightSet(1, base.tensors, {**base.hashes, "a": new.hashes["a"]})
     parts = encode(believed, new)
     honest = read_message(parts[0]).header
-    forged = delta._assemble(dataclasses.replace(honest, base_sha256=base.sha256), [])
+    forged = written(dataclasses.replace(honest, base_sha256=base.sha256))
     with pytest.raises(DamagedFile, match="version 2 has the SHA-256"):
         apply(base, [forged])
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
-from isthmus.engines.local.core import grammar
 from isthmus.engines.local.core.grammar import Compiler, GrammarRefused, choice_grammar, json_grammar, regex_grammar
 from tests.support.engine_bundle import small_tokenizer
 
@@ -209,9 +208,9 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(make, reason):
         COMPILER.compile(make())
 
 
-def test_a_sample_that_becomes_too_costly_ends_and_says_why(monkeypatch):
-    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
-    constraint = COMPILER.compile(regex_grammar("(a|b)*a(a|b){12}c"))
+def test_a_sample_that_becomes_too_costly_ends_and_says_why():
+    limits = LLParserLimits(max_lexer_states=60, verbose_errors=False)
+    constraint = Compiler(TOKENIZER, VOCAB_SIZE, limits).compile(regex_grammar("(a|b)*a(a|b){12}c"))
     random, state = np.random.default_rng(0), constraint.start()
     pair = [TOKENIZER.encode(text)[0] for text in "ab"]
     for _ in range(400):

@@ -21,8 +21,8 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import file_hashes, read_bundle
 from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
-from isthmus.parity.keys import new_key
 from isthmus.parity.seal import verify_seal
+from isthmus.parity.signing import new_key
 from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
 from isthmus.recipe.read import parse_recipe

@@ -14,9 +14,9 @@ from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.coverage import check_coverage
-from isthmus.parity.keys import public_key
 from isthmus.parity.manifest import add_file, write_manifest
 from isthmus.parity.seal import write_seal
+from isthmus.parity.signing import public_key
 from isthmus.records import Check, LedgerRow, ParityVerdict
 from isthmus.run import Figure
 from isthmus.tools.inspect import compare, inspect

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isthmus.chips import environment_of, get_chip
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.launch import places
-from isthmus.launch.crew import Crew
+from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
 from isthmus.probes import software
 from isthmus.probes.calls import Call, CallRecorder, describe_tensor, edge_calls, recipe_calls, specify
@@ -183,7 +184,7 @@ def test_values_are_described_by_what_they_are():
     ids=["transposed", "expanded", "narrow", "number", "empty"],
 )
 def test_a_tensor_is_made_again_in_its_layout(tensor: Tensor):
-    made = operators._Maker(torch.Generator(), torch.bfloat16, RANK.device).value(
+    made = operators.Maker(torch.Generator(), torch.bfloat16, RANK.device).value(
         specify("x", (tensor,), {})["arguments"]
     )
     assert made[0].shape == tensor.shape and made[0].dtype == torch.bfloat16
@@ -357,7 +358,8 @@ def test_without_a_compiler_nothing_is_compared(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_eager_and_compiled_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if not compiled._compiler():
+    named = os.environ.get("CXX")
+    if not any(map(shutil.which, [named] if named else ["c++", "g++", "clang++"])):
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with Replaced("aten::mm", after(lambda x: x * 1.01)):
@@ -372,23 +374,44 @@ def test_the_dtypes_of_a_run():
     assert software.run_dtypes(chosen_recipe('handoff.format="modelslim_fp16"'), get_chip("cpu"))[-1] == "float16"
 
 
-def test_one_bad_dtype_is_a_limit_and_fp32_is_none():
+@pytest.fixture
+def answered(calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Evidence]]:
+    """What the probe of operators says, use by use, of what each rank answers."""
+    monkeypatch.setattr(software, "recipe_calls", lambda _recipe: calls)
+    monkeypatch.setattr(software, "edge_calls", lambda _grouped: [])
+    nothing: dict[str, Any] = {"errors": {}, "unchecked": [], "digests": {}, "noted": [], "findings": []}
+
+    def run(*answers: dict[str, Any]) -> dict[str, Evidence]:
+        recipe = chosen_recipe()
+        crew = Crew(len(answers))
+        values = [nothing | {"failed": True, "checked": 1, "closest": math.inf} | answer for answer in answers]
+        replies = [Reply(rank, "done", value) for rank, value in enumerate(values)]
+        monkeypatch.setattr(crew, "call", lambda *_, **__: Called(replies, 1.0))
+        pool, folder = get_pool(recipe, "home"), tmp_path / "qualify" / "home"
+        setting = Setting(recipe, pool, get_chip("cpu"), None, "cpu", tmp_path, folder)
+        return {one.needed_for: one for one in software.check_operators(crew, setting)}
+
+    return run
+
+
+def test_one_bad_dtype_is_a_limit_and_fp32_is_none(answered):
     def limits(*dtypes: str) -> dict[str, list[str]]:
-        findings = [software._Finding(0, 0, "aten::mm", dtype, "forward", "inaccurate", "") for dtype in dtypes]
-        setting: Any = SimpleNamespace(recipe=chosen_recipe(), chip=get_chip("cpu"))
-        return {one.setting: one.excluded for one in software._limits(findings, "training", setting)}
+        finding = {"call": 0, "operator": "aten::mm", "pass": "forward", "kind": "inaccurate", "detail": ""}
+        found = answered({"findings": [{**finding, "dtype": dtype} for dtype in dtypes]})
+        return {one.setting: one.excluded for one in found["training"].limits}
 
     assert limits("bfloat16", "bfloat16") == {"train.precision": ["bf16"]}
     assert limits("float32") == limits("float32", "bfloat16") == {}
 
 
-def test_equal_chips_must_agree(calls: list[Call]):
+def test_equal_chips_must_agree(answered):
     def value(*bits: str, noted: bool = False) -> dict[str, Any]:
         digests = {f"{number} float32 forward": one for number, one in enumerate(bits)}
-        return {"digests": digests, "noted": [{"call": 0, "dtype": "float32"}] if noted else [], "findings": []}
+        noisy = {"call": 0, "dtype": "float32", "operator": "aten::mm", "kind": "non-deterministic"}
+        return {"digests": digests, "noted": [noisy] if noted else []}
 
     def ranks(*values: dict[str, Any]) -> list[int]:
-        return [one.rank for one in software._disagreements(list(values), calls)]
+        return answered(*values)["training"].ranks
 
     assert ranks(value("a", "b"), value("a", "b"), value("a", "b")) == []
     assert ranks(value("a", "b"), value("a", "c"), value("a", "b")) == [1]
@@ -407,11 +430,11 @@ def test_errors_of_trusted_chips_are_merged(tmp_path: Path):
 def test_a_vendors_environment_is_there_when_its_processes_start(monkeypatch: pytest.MonkeyPatch):
     (name,) = environment_of("npu")
     monkeypatch.delenv(name, raising=False)
-    with places._environment(environment_of("npu")):
+    with places.variables_set(environment_of("npu")):
         assert os.environ[name] == "1"
     assert name not in os.environ and environment_of("cpu") == {}
     monkeypatch.setenv(name, "0")
-    with places._environment(environment_of("npu")):
+    with places.variables_set(environment_of("npu")):
         assert os.environ[name] == "0", "what the user set stays"
 
 

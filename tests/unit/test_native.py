@@ -135,9 +135,11 @@ def test_without_a_compiler_the_torch_path_runs_and_says_why(no_library, monkeyp
 
 def test_kernels_that_cannot_be_loaded_are_not_used(no_library, monkeypatch, tmp_path):
     """As in a cache folder on a file system that allows no programs."""
-    library = tmp_path / "kernels.so"
-    library.write_bytes(b"no library")
-    monkeypatch.setattr(native, "_compiled", lambda: library)
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "no library" > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runner = Runner(Model(architecture()).initialise(0), 4, BLOCK)
     assert runner.kernels.startswith("torch: the compiled kernels could not be loaded: ")
 

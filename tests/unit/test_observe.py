@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -204,9 +205,17 @@ def test_a_trace_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monke
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
 
 
-def test_an_accelerator_is_traced_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+def test_an_accelerator_is_traced_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     known = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.XPU}
     monkeypatch.setattr(observe, "supported_activities", lambda: known)
+    asked = []
+
+    def profile(activities, **_):
+        asked.append(activities)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(observe, "profile", profile)
     for available, traced in ((True, known), (False, {torch.profiler.ProfilerActivity.CPU})):
         monkeypatch.setattr(torch, "accelerator", SimpleNamespace(is_available=lambda here=available: here))
-        assert observe._activities() == traced
+        with profiler(tmp_path / "trace.json", wait=0, warmup=1, active=1):
+            assert asked.pop() == traced

@@ -286,7 +286,7 @@ def test_when_to_ask_again_comes_from_the_measured_rate(served):
     now[0] = 10.0
     samples.add(0.5)
     tokens.add(40)
-    server.gate._samples, server.gate._prompt_tokens = samples, tokens
+    server.gate.sample_rate, server.gate.prompt_rate = samples, tokens
     headers = ask(port, "POST", "/v1/completions", {**BODY, "prompt": [5] * 22})[1]
     assert headers["Retry-After"] == "3", "12 tokens too many; 40 tokens in 10 s, weighted by the decay"
     second = InBackground(ask, port, "POST", "/v1/completions", {**BODY, "prompt": [5]})
@@ -372,9 +372,9 @@ def test_a_pause_can_wait_for_what_runs_and_holds_what_comes(served):
     running = InBackground(greedy, port, tokens=40)
     wait_until(lambda: service.core.waiting == 1)
     pausing = InBackground(ask, port, "POST", "/pause?mode=wait", key=ADMIN)
-    wait_until(lambda: server.gate.state == "paused" and not server.gate._open.is_set())
+    wait_until(lambda: server.gate.state == "paused" and server.gate.closed)
     held = InBackground(greedy, port, tokens=40)
-    wait_until(lambda: server.gate._held == 1)
+    wait_until(lambda: server.gate.held == 1)
     assert pausing.is_alive(), "one request runs still"
     service.core.resume()
     assert pausing.result()[2] == {"paused": True, "running": 0}

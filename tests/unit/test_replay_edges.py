@@ -70,8 +70,8 @@ def test_a_fault_of_the_form_with_a_cache_alone_is_found(bundle):
 
     def scale(model):
         attention = model.model.layers[1].self_attn
-        inner = attention._absorbed
-        attention._absorbed = lambda *inputs: 1.2 * inner(*inputs)
+        inner = attention.absorbed
+        attention.absorbed = lambda *inputs: 1.2 * inner(*inputs)
 
     assert named(replayed(bundle, change=scale)) == ("model.layers.1.self_attn", "attention in latent space")
 

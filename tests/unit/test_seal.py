@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import file_hashes, write_bundle
 from isthmus.model.model import Model
-from isthmus.parity.keys import new_key, public_key, read_trusted
 from isthmus.parity.manifest import add_file, canonical_sha256, write_manifest
 from isthmus.parity.seal import Seal, standing, verify_seal, write_seal
+from isthmus.parity.signing import new_key, public_key, read_trusted
 from isthmus.records import ParityVerdict
 from tests.support.bundles import TinyTokenizer, passed
 from tests.support.small import tiny_architecture

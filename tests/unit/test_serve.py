@@ -24,9 +24,9 @@ from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import read_bundle
 from isthmus.formats.files.golden import make_golden, write_golden
 from isthmus.model.attention import LatentAttention
-from isthmus.parity.keys import new_key
 from isthmus.parity.manifest import add_file
 from isthmus.parity.seal import Lineage, write_seal
+from isthmus.parity.signing import new_key
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe

@@ -127,7 +127,7 @@ def test_the_small_optimiser_is_torchs_adamw():
         value.grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
         own.grad = value.grad.clone()
         optimizer.step()
-        training._adamw(own, *moments, step + 1)
+        training.adamw(own, *moments, step + 1)
     torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-7)
 
 
@@ -358,11 +358,14 @@ def test_ranks_that_do_not_come_up_fail_the_cold_starts(setting: Setting, monkey
     assert found.outcome == "fail" and "cold start 1 of 3" in found.name
 
 
-def soaked_twice(setting: Setting, monkeypatch: pytest.MonkeyPatch, *looks: Any) -> Evidence:
+def soaked_twice(setting: Setting, *looks: Any) -> Evidence:
     """What the soak says of two ranks whose first and second look went as said."""
-    replies = iter(looks)
-    monkeypatch.setattr(stability, "_soak", lambda *_: next(replies))
-    crew = SimpleNamespace(device="cpu", world=2, call=lambda *_, **__: SimpleNamespace(ok=True))
+    replies, ready = iter(looks), SimpleNamespace(ok=True)
+
+    def call(work: str, *_: Any, **__: Any) -> Any:
+        return next(replies) if work == stability.SOAK else ready
+
+    crew = SimpleNamespace(device="cpu", world=2, faults=(), call=call)
     return stability.soak(crew, setting)[0]  # pyright: ignore[reportArgumentType]
 
 
@@ -371,18 +374,18 @@ def soaked(*memory: list[float]) -> SimpleNamespace:
     return SimpleNamespace(ok=True, values=seen, seconds=3.0, replies=seen)
 
 
-def test_growth_counts_where_a_second_look_confirms_it(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+def test_growth_counts_where_a_second_look_confirms_it(setting: Setting):
     leak, flat = (series(kind, 90, random.Random(5)) for kind in ("leak", "flat"))
-    found = soaked_twice(setting, monkeypatch, soaked(leak, flat), soaked(leak, leak))
+    found = soaked_twice(setting, soaked(leak, flat), soaked(leak, leak))
     assert found.outcome == "fail" and found.ranks == [0] and "memory" in found.detail
-    again = soaked_twice(setting, monkeypatch, soaked(leak, flat), soaked(flat, leak))
+    again = soaked_twice(setting, soaked(leak, flat), soaked(flat, leak))
     assert again.outcome == "pass" and again.figures["memory_slope"].high > 0
 
 
-def test_a_second_look_that_breaks_counts_with_the_hours_of_both(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_look_that_breaks_counts_with_the_hours_of_both(setting: Setting):
     leak = series("leak", 90, random.Random(5))
     crashed = Called([Reply(0, "crashed", error="killed by signal 9"), Reply(1, "stopped")], 6.0)
-    found = soaked_twice(setting, monkeypatch, soaked(leak, leak), crashed)
+    found = soaked_twice(setting, soaked(leak, leak), crashed)
     assert found.outcome == "fail" and found.ranks == [0]
     chips = min(setting.pool.count, 2)
     assert found.figures["soaked_chip_hours"].value == pytest.approx(chips * (3.0 + 6.0) / 3600)

@@ -50,7 +50,7 @@ from isthmus.probes.static.trace import (
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
-from isthmus.tools.coverage import OperatorTable, Report, execute, recipe_of, show
+from isthmus.tools.coverage import CoverageReport, OperatorTable, execute, recipe_of, show
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
@@ -281,9 +281,9 @@ def test_without_a_peak_arithmetic_comes_first_and_then_bytes():
     ]
 
 
-def shown(what: StaticCoverage | Report, width: int) -> str:
+def shown(what: StaticCoverage | CoverageReport, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    if isinstance(what, Report):
+    if isinstance(what, CoverageReport):
         show(what, console)
     else:
         console.print(OperatorTable(what))
@@ -292,7 +292,7 @@ def shown(what: StaticCoverage | Report, width: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
+def reports() -> dict[str, CoverageReport]:
     """A chip with fused operators and rules, one with neither, and one whose peak nobody published."""
     return {
         chip: execute("r-nano", Watch(quiet=True), chip=chip, ranks=4, as_json=True, overrides=("train.expert=2",))
@@ -301,7 +301,7 @@ def reports() -> dict[str, Report]:
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 200])
-def test_names_of_operators_are_never_broken(reports: dict[str, Report], width: int):
+def test_names_of_operators_are_never_broken(reports: dict[str, CoverageReport], width: int):
     """Every word that begins as an operator does is one."""
     for report in reports.values():
         text = shown(report, width)
@@ -313,7 +313,7 @@ def test_names_of_operators_are_never_broken(reports: dict[str, Report], width: 
         assert ("dtypes" in text.split()) == (width >= 100)
 
 
-def test_what_there_is_nothing_to_say_about_is_left_out(reports: dict[str, Report]):
+def test_what_there_is_nothing_to_say_about_is_left_out(reports: dict[str, CoverageReport]):
     bare, ruled = shown(reports["h20"], 100), shown(reports[CHIP], 100)
     assert "documented rules" not in bare and "no table of fused operators of H20" in bare
     assert not re.search(r"\b0 more operators", bare + ruled)

@@ -17,15 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.data.shards import (
-    SHARD_BYTES,
-    TOKENIZER_FILES,
-    ShardReader,
-    Shards,
-    data_files,
-    open_shards,
-    shard_size,
-)
+from isthmus.data.shards import SHARD_BYTES, TOKENIZER_FILES, ShardReader, Shards, data_files, open_shards, shard_size
 from isthmus.data.text_files import TextPiece, cut_text, text_pieces, texts_of
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError

@@ -115,12 +115,7 @@ class Shards(Protocol):
 
 
 def open_shards(
-    folder: Path,
-    tokenizer: Tokenizer,
-    cache: Path,
-    first_of_node: bool,
-    wait: Callable[[], None],
-    shard_bytes: int,
+    folder: Path, tokenizer: Tokenizer, cache: Path, first_of_node: bool, wait: Callable[[], None], shard_bytes: int
 ) -> Shards:
     """The shards of a folder. Raises IsthmusError for a folder that is missing, empty, mixed or not understood."""
     text, tokens = data_files(folder)

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError, RanksFailed
-from isthmus.launch.rank import Report, read_report
+from isthmus.launch.rank import RankReport, read_report
 from isthmus.run import explain_io_errors
 
 LAST_LINES = 12
@@ -93,7 +93,7 @@ def _explained(failures: dict[int, ProcessFailure], logs: Path) -> IsthmusError:
     return RanksFailed("\n".join([f"rank {rank} stopped: {_manner(failures[rank], report)}.", *lines, advice]))
 
 
-def _order(failure: ProcessFailure, report: Report | None) -> tuple[int, float]:
+def _order(failure: ProcessFailure, report: RankReport | None) -> tuple[int, float]:
     """A user's error is never the consequence of another; a silent end by SIGTERM always is: so the agent stops ranks.
 
     The time of an end without a report is known in whole seconds, and later than it was.
@@ -103,7 +103,7 @@ def _order(failure: ProcessFailure, report: Report | None) -> tuple[int, float]:
     return 0 if report.error else 1, report.time
 
 
-def _manner(failure: ProcessFailure, report: Report | None) -> str:
+def _manner(failure: ProcessFailure, report: RankReport | None) -> str:
     if report is not None:
         return report.message
     if failure.exitcode < 0:

@@ -83,7 +83,7 @@ class LocalPlace:
         self.connection, theirs = context.Pipe()
         here = replace(setup, beat=str(self._folder / "beat"), log=str(self._folder / "log"))
         process: BaseProcess = context.Process(target=serve, args=(here, theirs), daemon=True)
-        with _environment(environment_of(setup.device)):
+        with variables_set(environment_of(setup.device)):
             process.start()
         self._process = process
         theirs.close()
@@ -136,7 +136,7 @@ class LocalPlace:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def variables_set(variables: dict[str, str]) -> Iterator[None]:
     """Variables that a process that is started within this context finds set; those that are set already stay."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)

@@ -25,7 +25,7 @@ STOPPED = 130
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """Why a rank ended. `error` is the class of a user's error, empty for all else; `time` is Unix time, seconds."""
 
     time: float
@@ -33,10 +33,10 @@ class Report:
     message: str
 
 
-def read_report(logs: Path, rank: int) -> Report | None:
+def read_report(logs: Path, rank: int) -> RankReport | None:
     """What a rank reported; None if it ended without a word."""
     path = _report_path(logs, rank)
-    return Report(**json.loads(path.read_bytes())) if path.exists() else None
+    return RankReport(**json.loads(path.read_bytes())) if path.exists() else None
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def _execute(stage: str, run: Path, options: dict[str, bool], rank: int) -> None
 
 
 def _write_report(logs: Path, rank: int, error: str, message: str) -> None:
-    report = Report(time.time(), error, message)
+    report = RankReport(time.time(), error, message)
     write_atomic(_report_path(logs, rank), json.dumps(asdict(report)).encode())
 
 

@@ -142,9 +142,9 @@ class LatentAttention(nn.Module):
         q_nope, q_rope, latents = self.project(x, rotation)
         if cache is None:
             assert mask is not None
-            context = self._naive(q_nope, q_rope, latents, mask)
+            context = self.naive(q_nope, q_rope, latents, mask)
         else:
-            context = self._absorbed(q_nope, q_rope, latents, cache)
+            context = self.absorbed(q_nope, q_rope, latents, cache)
         return self.o_proj(context.flatten(-2))
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +162,8 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rope], dim=-1)
         return q_nope, rotate(q_rope, rotation)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Mask) -> Tensor:
+    def naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Mask) -> Tensor:
+        """Whole rows, with the keys and values of each head: [B, T, H, V]."""
         latent, key_rope = latents.split([self.rank, self.rope], dim=-1)
         k_nope, value = (
             self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.v_dim], dim=-1)
@@ -171,7 +172,8 @@ class LatentAttention(nn.Module):
         key = torch.cat((k_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
         return attend(query, key, value, mask, self.scale)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, cache: LayerCache) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, cache: LayerCache) -> Tensor:
+        """In latent space, over what the cache holds: [B, T, H, V]."""
         up_key, up_value = (part.to(q_nope.dtype) for part in self.up_projections())
         in_latent_space = by_head(q_nope, up_key)
         context = cache.attend(torch.cat((in_latent_space, q_rope), dim=-1), latents, self.layout, self.scale)

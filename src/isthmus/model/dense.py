@@ -46,7 +46,7 @@ class GroupedQueryAttention(nn.Module):
         query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
         if cache is None:
             assert mask is not None
-            context = self._whole(query, key, value, mask)
+            context = self.whole(query, key, value, mask)
         else:
             context = cache.attend(query, torch.cat((key, value), dim=2).flatten(2), self.layout, self.scale)
         return self.o_proj(context.flatten(-2))
@@ -58,7 +58,7 @@ class GroupedQueryAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))
 
-    def _whole(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    def whole(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """Whole rows of tokens: every query head gets its copy of the keys and values, as fused kernels want them."""
         groups = self.num_heads // self.num_kv_heads
         key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))

@@ -84,7 +84,7 @@ class Router(nn.Module):
         """x [T, D]."""
         logits = self.logits(x)
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
-        experts = self._choose(scores.detach() + self.e_score_correction_bias)
+        experts = self.choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(-1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -95,7 +95,8 @@ class Router(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), self.weight.to(wide))
 
-    def _choose(self, biased: Tensor) -> Tensor:
+    def choose(self, biased: Tensor) -> Tensor:
+        """Experts [T, top_k] of biased scores [T, E], from the groups with the best scores."""
         if self.topk_group < self.n_group:
             grouped = biased.unflatten(-1, (self.n_group, -1))
             group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)

@@ -26,12 +26,7 @@ from isthmus.model.dense import GroupedQueryAttention
 from isthmus.model.model import Model
 from isthmus.model.moe import Router
 from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
-from isthmus.parity.manifest import (
-    MANIFEST,
-    architecture_fields,
-    module_of,
-    read_manifest,
-)
+from isthmus.parity.manifest import MANIFEST, architecture_fields, module_of, read_manifest
 from isthmus.recipe.architecture import (
     DeepseekSection,
     DenseSection,

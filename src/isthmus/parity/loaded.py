@@ -29,12 +29,7 @@ def check_loaded(emulator: Model, target: Model) -> list[Check]:
         module, operator = _split(emulator, path)
         if problem is not None and module not in failed:
             failed[module] = Check(
-                layer="modules",
-                name=NAME,
-                outcome="fail",
-                detail=f"{path} {problem}",
-                module=module,
-                operator=operator,
+                layer="modules", name=NAME, outcome="fail", detail=f"{path} {problem}", module=module, operator=operator
             )
     if failed:
         return list(failed.values())

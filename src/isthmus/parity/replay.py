@@ -594,12 +594,12 @@ def _rotated_queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Ten
 
 
 def _naive_context(attention: Any, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
-    context = attention._naive(q_nope, q_rope, latents, causal_mask(latents.shape[1], latents.device))
+    context = attention.naive(q_nope, q_rope, latents, causal_mask(latents.shape[1], latents.device))
     return context.flatten(-2)
 
 
 def _absorbed_context(attention: Any, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
-    return attention._absorbed(q_nope, q_rope, latents, WholeRows()).flatten(-2)
+    return attention.absorbed(q_nope, q_rope, latents, WholeRows()).flatten(-2)
 
 
 def _mtp_states(model: Model, hidden: Tensor, tokens: Tensor) -> Any:

@@ -20,7 +20,6 @@ from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, read_config
 from isthmus.parity.gate import refusal, refuses, shows_enough
-from isthmus.parity.keys import is_signed, public_key, sign
 from isthmus.parity.manifest import (
     MANIFEST,
     canonical_sha256,
@@ -29,6 +28,7 @@ from isthmus.parity.manifest import (
     read_manifest,
     tensor_hashes,
 )
+from isthmus.parity.signing import is_signed, public_key, sign
 from isthmus.records import Check, ParityVerdict
 from isthmus.run import write_atomic
 

@@ -147,12 +147,7 @@ def _block(values: Tensor, scale: Tensor, mx: bool, announced: Announced) -> tup
 
 
 def _compare_grid(
-    source: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    block: tuple[int, int],
-    rule: ScaleRule,
-    compensated: float | None,
+    source: Tensor, values: Tensor, scale: Tensor, block: tuple[int, int], rule: ScaleRule, compensated: float | None
 ) -> float | Misfit:
     """All rows, some at a time. A block of scales never lies across two parts unless it is as high as the tensor."""
     tall = scale.numel() == 1

@@ -19,7 +19,7 @@ from isthmus import chips
 from isthmus.data.tasks import load_task
 from isthmus.engines.local import report_kernels
 from isthmus.engines.local.api.access_log import AccessLog
-from isthmus.engines.local.api.canary import Report
+from isthmus.engines.local.api.canary import CanaryReport
 from isthmus.engines.local.api.host import bind, run_app
 from isthmus.engines.local.api.keys import Keyring, check_exposure
 from isthmus.engines.local.api.limits import KeyLimits
@@ -27,8 +27,8 @@ from isthmus.engines.local.api.server import CanaryPlan, Server
 from isthmus.engines.local.api.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.bundle import Bundle, read_bundle
-from isthmus.parity.keys import read_trusted
 from isthmus.parity.seal import Standing, standing, verify_seal
+from isthmus.parity.signing import read_trusted
 from isthmus.pools import Pool, default_threads, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.read import override_serve
@@ -169,9 +169,7 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
     section = serving.section
     target = serving.access_log if section.access_log is None else section.access_log
     log = AccessLog(
-        None if target == "none" else target,
-        file_bytes=section.access_log_mib << 20,
-        log_prompts=section.log_prompts,
+        None if target == "none" else target, file_bytes=section.access_log_mib << 20, log_prompts=section.log_prompts
     )
     limits = KeyLimits(section.requests_per_minute, section.tokens_per_minute, section.concurrent_requests)
     canary = _canary(folder, service, serving, watch)
@@ -204,7 +202,7 @@ def _canary(folder: Path, service: Service, serving: Serving, watch: Watch) -> C
         verify_seal(folder, seal)
         return read_bundle(folder)
 
-    def tell(report: Report) -> None:
+    def tell(report: CanaryReport) -> None:
         if report.outcome in ("drift", "failed") or report.rolled_back:
             watch.say(f"  [bold red]canary[/] {report.outcome}: {report.reason}")
             serving.tell("canary", **report.shown())

@@ -50,7 +50,7 @@ USES: tuple[Use, ...] = ("training", "serving")
 
 
 @dataclass(frozen=True)
-class Report:
+class CoverageReport:
     """What `isthmus coverage` found. `rules` are the documented shape rules that were looked at: whether each holds.
 
     `sizes` are those of the model and its layout that the rules speak of. `software` is what a wheel or an installation
@@ -108,7 +108,7 @@ def execute(
     wheel: Path | None = None,
     cann: Path | None = None,
     write_table: Path | None = None,
-) -> Report:
+) -> CoverageReport:
     """Trace TARGET's model at full size, join it with the tables of `chip`, and print what was found.
 
     The operators of a `wheel` take the place of those of the tables, and are written to `write_table`; `cann` is an
@@ -126,13 +126,13 @@ def execute(
     return report
 
 
-def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> Report:
+def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> CoverageReport:
     """The report on a recipe's model with so many training processes."""
     profile = software.profile
     layout = Layout.of(recipe.model, recipe.train, ranks)
     sizes = sizes_of(recipe, layout)
     checked = [(rule, rule.holds(sizes)) for rule in fused_tables_of(chip.slug).rules]
-    return Report(
+    return CoverageReport(
         model=recipe.name,
         chip=chip,
         ranks=ranks,
@@ -188,13 +188,13 @@ def _ranks_of(recipe: Recipe, chip: str) -> int:
     return next((pool.ranks or pool.count for pool in pools if pool.chip == chip), 1)
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: CoverageReport, console: Console) -> None:
     """Print a report. A terminal narrower than `LEAST_WIDTH` folds the lines itself, so that no name is cut."""
     console.width = max(console.width, LEAST_WIDTH)
     console.print(render(report))
 
 
-def render(report: Report) -> RenderableType:
+def render(report: CoverageReport) -> RenderableType:
     """A table per use, the fused operators, the broken shape rules, and a verdict for training and for serving."""
     heading = f"{report.model} on {report.chip.name}: what its software makes of it (a rehearsal, not a measurement)"
     parts: list[RenderableType] = [Text(heading, style="bold")]
@@ -280,7 +280,7 @@ def _remarks(row: OperatorShare) -> list[str]:
     return [*remarks, *(caution.replace("_", " ") for caution in row.cautions)]
 
 
-def _fused(report: Report) -> list[RenderableType]:
+def _fused(report: CoverageReport) -> list[RenderableType]:
     """What a chip offers for each need of the model, if there is a table of that."""
     if not any(need.usable or need.unusable for need in report.needs):
         return [Text(f"no table of fused operators of {report.chip.name}, or of their rules on shapes, is known\n")]
@@ -294,7 +294,7 @@ def _fused(report: Report) -> list[RenderableType]:
     return parts
 
 
-def _rules(report: Report) -> list[RenderableType]:
+def _rules(report: CoverageReport) -> list[RenderableType]:
     """The documented rules on shapes that the model does not keep, each operator's together."""
     if not report.rules:
         return []
@@ -331,7 +331,7 @@ def _listed(lines: list[tuple[str, str]]) -> RenderableType:
     return Padding(grid, (0, 0, 0, 3), expand=False)
 
 
-def as_dictionary(report: Report) -> dict[str, Any]:
+def as_dictionary(report: CoverageReport) -> dict[str, Any]:
     """The report as JSON values."""
     return {
         "model": report.model,

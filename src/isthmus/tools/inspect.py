@@ -18,9 +18,9 @@ from isthmus.formats.files.bundle import read_config
 from isthmus.formats.files.published import StoredTensors, weight_files
 from isthmus.parity.gate import STYLES as OUTCOMES
 from isthmus.parity.gate import check_table, ledger_table, shown
-from isthmus.parity.keys import read_trusted
 from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing
+from isthmus.parity.signing import read_trusted
 from isthmus.progress import Watch
 from isthmus.records import LedgerRow, ParityVerdict, costliest
 

@@ -55,7 +55,7 @@ class Used(BaseModel):
     calls_per_step: float | None = None
 
 
-class Report(BaseModel):
+class RehearsalReport(BaseModel):
     """What a rehearsal found, all ranks together. Nothing here was measured on a chip."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,7 +114,7 @@ def execute(
     seed: int = 0,
     faults: tuple[str, ...] = (),
     json_file: Path | None = None,
-) -> Report:
+) -> RehearsalReport:
     """Run `command` as a chip would run it, print what was found, and write it to `json_file`.
 
     Without `ranks` the command runs once, and may start ranks itself. Ctrl-C ends the command, and what was found until
@@ -249,7 +249,7 @@ def _merged(
     codes: list[int],
     interrupted: bool,
     seconds: float,
-) -> Report:
+) -> RehearsalReport:
     used = [one for one in found if one["operators"] or one["refusals"] or one["collectives"] or one["faults"]]
     stepping = sum(one["steps"] > 0 for one in used)
     calls: Counter[str] = Counter()
@@ -259,7 +259,7 @@ def _merged(
         statuses.update({name: row["status"] for name, row in one["operators"].items()})
         calls.update({name: row["calls"] for name, row in one["operators"].items()})
         per_step.update(one["per_step"])
-    return Report(
+    return RehearsalReport(
         chip=settings.chip,
         tables=profile.version,
         command=command,
@@ -277,9 +277,7 @@ def _merged(
         steps=max((one["steps"] for one in used), default=0),
         operators={
             name: Used(
-                status=statuses[name],
-                calls=calls[name],
-                calls_per_step=per_step[name] / stepping if stepping else None,
+                status=statuses[name], calls=calls[name], calls_per_step=per_step[name] / stepping if stepping else None
             )
             for name in sorted(statuses)
         },
@@ -301,7 +299,7 @@ def _summed(found: list[dict], key: str) -> Counter[str]:
     return total
 
 
-def _show(report: Report, watch: Watch) -> None:
+def _show(report: RehearsalReport, watch: Watch) -> None:
     title = f"[bold]rehearsal of {report.chip}[/] by the tables of {report.tables}; it does not speak for the vendor"
     watch.console.print(f"\n{title}", highlight=False, soft_wrap=True)
     if report.interrupted:
@@ -336,14 +334,14 @@ def _show(report: Report, watch: Watch) -> None:
         watch.say(f"  {report.unfinished} process(es) ended without a last report: what is said of them may be short")
 
 
-def _say_exit_codes(report: Report, watch: Watch) -> None:
+def _say_exit_codes(report: RehearsalReport, watch: Watch) -> None:
     """Which ranks of the command did not end well."""
     for rank, code in enumerate(report.exit_codes):
         if code:
             watch.say(f"  [red]rank {rank} of the command ended with code {code}[/]")
 
 
-def _details(report: Report) -> dict[str, list[str]]:
+def _details(report: RehearsalReport) -> dict[str, list[str]]:
     """What a reader has to look at, under its title."""
     fallbacks = sorted(
         (f"{name}: {used.calls:,} calls" + _each_step(used), -used.calls)

@@ -109,9 +109,7 @@ def _load(family: str, generation: str | None) -> FusedTables:
     operators = [_operator(row) for row in _rows(family, "fused") if _holds(row, generation)]
     rules = [_rule(row) for row in _rows(family, "shape_rules") if _holds(row, generation)]
     return FusedTables(
-        tuple(operators),
-        tuple(rules),
-        tuple(Unrepeatable(**row) for row in _rows(family, "nondeterministic")),
+        tuple(operators), tuple(rules), tuple(Unrepeatable(**row) for row in _rows(family, "nondeterministic"))
     )
 
 

@@ -54,11 +54,7 @@ class OpenAi(WholeWeights):
         before = self.weights.version
         answer = self._transport.post("/v1/completions", asked)
         return completions_of(
-            self._transport,
-            answer,
-            sampling.n,
-            sampling.max_new_tokens,
-            lambda _: (before, self.weights.version),
+            self._transport, answer, sampling.n, sampling.max_new_tokens, lambda _: (before, self.weights.version)
         )
 
     def _top_logprobs(self, temperature: float) -> list[dict[int, float]]:
@@ -106,11 +102,7 @@ def _scores(transport: Transport, choice: dict[str, Any], tokens: list[int]) -> 
 
 
 def completions_of(
-    transport: Transport,
-    answer: Any,
-    count: int,
-    limit: int,
-    versions: Callable[[dict[str, Any]], tuple[int, int]],
+    transport: Transport, answer: Any, count: int, limit: int, versions: Callable[[dict[str, Any]], tuple[int, int]]
 ) -> list[Completion]:
     """The choices of an answer in order. Raises EngineError if they are not `count` whole samples of up to `limit`
     tokens."""

@@ -354,11 +354,7 @@ def apply_thresholds(
 
 
 def _reason_against(
-    figure: Figure,
-    rule: Rule,
-    peers: Mapping[str, Sequence[float]],
-    ranks: int | None,
-    sizes: Mapping[str, float],
+    figure: Figure, rule: Rule, peers: Mapping[str, Sequence[float]], ranks: int | None, sizes: Mapping[str, float]
 ) -> str | None:
     if rule.relative:
         known = 1 + len(peers.get(rule.metric, ()))

@@ -46,13 +46,7 @@ def products(
     trials = repeats * len(dtypes)
     said = f"rank {rank.rank}: {len(wrong)} of {trials} products of {size} x {size} integers are wrong"
     detail = f"{said}; {'; '.join(wrong[:3])}" if wrong else f"rank {rank.rank}: {trials} products are exact"
-    return {
-        "failed": bool(wrong),
-        "detail": detail,
-        "trials": trials,
-        "failures": len(wrong),
-        "worst": _finite(worst),
-    }
+    return {"failed": bool(wrong), "detail": detail, "trials": trials, "failures": len(wrong), "worst": _finite(worst)}
 
 
 def known_product(size: int, seed: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -245,7 +245,7 @@ class _Examination:
 
     def _inputs(self, dtype: torch.dtype, device: torch.device) -> Any:
         generator = torch.Generator().manual_seed(self.seed)
-        make = _Maker(generator, dtype, device)
+        make = Maker(generator, dtype, device)
         arguments = make.value(self.call["arguments"])
         return arguments, {name: make.value(value) for name, value in self.call["named"].items()}
 
@@ -456,7 +456,7 @@ class _Examination:
         self.study.add(self.study.unchecked, self.number, self.operator, self.name, "forward", "unchecked", text)
 
 
-class _Maker:
+class Maker:
     """Makes the arguments of a call. Tensors are drawn on the host, in the order in which they stand."""
 
     def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device):

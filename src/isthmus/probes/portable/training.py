@@ -109,7 +109,7 @@ def _train(
             gradients = [value.grad for value in parameters.values()]
             digest = _digest([*([] if data_parallel else [loss]), *gradients])
             for name, value in parameters.items():
-                _adamw(value, *moments[name], step + 1)
+                adamw(value, *moments[name], step + 1)
             found["losses"].append(float(loss.detach()))
             found["norms"].append(float(norm))
             found["digests"].append(_digest(list(parameters.values()), digest))
@@ -190,7 +190,7 @@ def _experts(p: dict[str, Tensor], layer: int, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _adamw(value: Tensor, first: Tensor, second: Tensor, step: int) -> None:
+def adamw(value: Tensor, first: Tensor, second: Tensor, step: int) -> None:
     """One update with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), in place."""
     assert value.grad is not None
     first.mul_(0.9).add_(value.grad, alpha=0.1)

@@ -28,19 +28,23 @@ GENERATING = "/v1/"
 
 
 class Gate:
-    """What all requests of a server have in common. Follows visits, to know how fast the engine is."""
+    """What all requests of a server have in common. Follows visits, to know how fast the engine is.
+
+    `sample_rate` and `prompt_rate` are the samples and prompt tokens that ended lately; `held` counts the requests that
+    stand before a closed gate.
+    """
 
     def __init__(self, service: Service, metrics: Metrics, keys: Keyring, limits: KeyLimits, log: AccessLog):
         self.service, self.metrics, self.keys, self.limits, self.log = service, metrics, keys, limits, log
         self.draining, self.damaged = False, False
         self.visits: list[Visit] = []
         self.generating = 0
-        self._held = 0
+        self.held = 0
         self._open = asyncio.Event()
         self._open.set()
         self._budgets: dict[str, KeyBudget] = {}
         self._totals: dict[str, dict[str, int]] = {}
-        self._samples, self._prompt_tokens = Rate(), Rate()
+        self.sample_rate, self.prompt_rate = Rate(), Rate()
 
     @property
     def state(self) -> str:
@@ -49,7 +53,7 @@ class Gate:
             return "failed"
         if self.draining:
             return "draining"
-        if self.service.core.paused or not self._open.is_set():
+        if self.service.core.paused or self.closed:
             return "paused"
         return "damaged" if self.damaged else "ready"
 
@@ -73,7 +77,8 @@ class Gate:
         """Raise Refused (503) if as many samples wait as may."""
         limit, waiting = self.service.max_waiting, self._waiting_samples()
         if waiting >= limit:
-            self._reject_line(TOO_MANY_REQUESTS, f"{waiting} samples wait already", self._samples, waiting + 1 - limit)
+            reason = f"{waiting} samples wait already"
+            self._reject_line(TOO_MANY_REQUESTS, reason, self.sample_rate, waiting + 1 - limit)
 
     def admit(self, prompts: list[list[int]], n: int) -> None:
         """Take prompts on for the current visit. Raises Refused: 503 if the line is full, 429 if the budget is used."""
@@ -83,7 +88,7 @@ class Gate:
         waiting = self._waiting_tokens()
         if limit is not None and waiting and waiting + tokens > limit:
             reason = f"{waiting} prompt tokens wait already"
-            self._reject_line(TOO_MANY_TOKENS, reason, self._prompt_tokens, waiting + tokens - limit)
+            self._reject_line(TOO_MANY_TOKENS, reason, self.prompt_rate, waiting + tokens - limit)
         try:
             self._budget(visit).take_prompts(tokens)
         except Refused as refusal:
@@ -96,8 +101,8 @@ class Gate:
 
     def finished(self, visit: Visit, sample: Finished) -> None:
         """Called from the engine's thread."""
-        self._samples.add(1)
-        self._prompt_tokens.add(len(visit.prompts[sample.choice // visit.n]))
+        self.sample_rate.add(1)
+        self.prompt_rate.add(len(visit.prompts[sample.choice // visit.n]))
         self._budget(visit).take_generated(len(sample.tokens))
 
     def drain(self) -> None:
@@ -111,6 +116,11 @@ class Gate:
             visit.refusal = reason
             if visit.request is not None:
                 self.service.core.end(visit.request)
+
+    @property
+    def closed(self) -> bool:
+        """Whether new requests are held back."""
+        return not self._open.is_set()
 
     def close(self) -> None:
         """Hold new requests back until `open`."""
@@ -170,17 +180,17 @@ class Gate:
 
     async def _wait_until_open(self) -> None:
         """While the server is paused for those that run to end, new requests stand here."""
-        if self._open.is_set():
+        if not self.closed:
             return
-        if self._held >= self.service.max_waiting:
+        if self.held >= self.service.max_waiting:
             raise Refused(
                 "the server is paused and enough requests wait", status=503, reason=TOO_MANY_REQUESTS, after_s=1
             )
-        self._held += 1
+        self.held += 1
         try:
             await self._open.wait()
         finally:
-            self._held -= 1
+            self.held -= 1
         if self.draining:
             raise self._refusal_of_drain()
 

@@ -68,12 +68,7 @@ class Exchange:
     """One request on its way through the core. `visit` hears what happens to its samples."""
 
     def __init__(
-        self,
-        service: Service,
-        ask: Ask,
-        prepared: Prepared,
-        visit: Visit,
-        constraint: Constraint | None = None,
+        self, service: Service, ask: Ask, prepared: Prepared, visit: Visit, constraint: Constraint | None = None
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
         self._calls = prepared.calls

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Report:
+class CanaryReport:
     """What one canary found. `drift` is in nats; infinite if the model's output is not a number."""
 
     outcome: Outcome
@@ -61,11 +61,11 @@ class Canary:
         *,
         bound: float,
         roll_back: Callable[[str], None] | None = None,
-        tell: Callable[[Report], None] = lambda _report: None,
+        tell: Callable[[CanaryReport], None] = lambda _report: None,
         quiet: Callable[[], bool] = lambda: False,
     ):
         self.service, self.golden, self.bound = service, golden, bound
-        self.last: Report | None = None
+        self.last: CanaryReport | None = None
         self._roll_back, self._tell, self._quiet = roll_back, tell, quiet
         self._running, self._stopped = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -79,7 +79,7 @@ class Canary:
         """End the schedule. A canary that is running is left to the end of the core."""
         self._stopped.set()
 
-    def run(self) -> Report:
+    def run(self) -> CanaryReport:
         """Ask the engine once, and act on what it says. Waits for a canary that is running already."""
         with self._running:
             report = self._compare()
@@ -90,18 +90,19 @@ class Canary:
                 return report
             return self._bring_back(self._roll_back, report.reason)
 
-    def _bring_back(self, roll_back: Callable[[str], None], reason: str) -> Report:
+    def _bring_back(self, roll_back: Callable[[str], None], reason: str) -> CanaryReport:
         try:
             roll_back(reason)
         except IsthmusError as error:
-            report = Report("failed", f"the rollback failed: {error}", self.service.core.version, time.time(), 0.0)
+            reason = f"the rollback failed: {error}"
+            report = CanaryReport("failed", reason, self.service.core.version, time.time(), 0.0)
         else:
             again = self._compare()
-            report = Report(**{**asdict(again), "rolled_back": True})
+            report = CanaryReport(**{**asdict(again), "rolled_back": True})
         self._publish(report)
         return report
 
-    def _publish(self, report: Report) -> None:
+    def _publish(self, report: CanaryReport) -> None:
         self.last = report
         if report.outcome in ("drift", "failed"):
             logger.error("canary: %s", report.reason)
@@ -113,12 +114,12 @@ class Canary:
                 self.run()
             self._stopped.wait(every_s)
 
-    def _compare(self) -> Report:
+    def _compare(self) -> CanaryReport:
         began, at, service = time.monotonic(), time.time(), self.service
         revision, version = service.revision, service.core.version
 
-        def report(outcome: Outcome, reason: str, **found: Any) -> Report:
-            return Report(outcome, reason, version, at, round(time.monotonic() - began, 3), **found)
+        def report(outcome: Outcome, reason: str, **found: Any) -> CanaryReport:
+            return CanaryReport(outcome, reason, version, at, round(time.monotonic() - began, 3), **found)
 
         if not service.is_original:
             return report("not applicable", f"version {version} came by an update; the golden answers are the bundle's")

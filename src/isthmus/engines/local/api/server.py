@@ -22,7 +22,7 @@ from isthmus import __version__
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.admission import Gate, note_error, refuse
 from isthmus.engines.local.api.answers import Exchange
-from isthmus.engines.local.api.canary import Canary, Report
+from isthmus.engines.local.api.canary import Canary, CanaryReport
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.metrics import Metrics
@@ -97,7 +97,7 @@ class CanaryPlan:
     every_s: float | None
     bound: float
     sealed_bundle: Callable[[], Bundle] | None = None
-    tell: Callable[[Report], None] = lambda _report: None
+    tell: Callable[[CanaryReport], None] = lambda _report: None
 
 
 class Server:
@@ -415,13 +415,13 @@ class Server:
     def _canary(self, plan: CanaryPlan) -> Canary:
         assert self.service.golden is not None
 
-        def tell(report: Report) -> None:
+        def tell(report: CanaryReport) -> None:
             self._note_canary(report)
             plan.tell(report)
 
         def roll_back(reason: str) -> None:
             assert plan.sealed_bundle is not None
-            self._roll_back(plan.sealed_bundle, reason)
+            self.roll_back(plan.sealed_bundle, reason)
 
         return Canary(
             self.service,
@@ -432,14 +432,14 @@ class Server:
             quiet=lambda: self.gate.state != "ready",
         )
 
-    def _note_canary(self, report: Report) -> None:
+    def _note_canary(self, report: CanaryReport) -> None:
         self.metrics.canary_ran(report.outcome)
         self.metrics.canary_drift.set(float("nan") if report.drift is None else report.drift)
         self.metrics.canary_alarm.set(report.outcome == "drift")
         self.gate.damaged = report.outcome == "drift" and report.rolled_back
         self.log.event("canary", **report.shown())
 
-    def _roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
+    def roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
         """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""
         bundle, core = sealed_bundle(), self.service.core
         was_paused = core.paused

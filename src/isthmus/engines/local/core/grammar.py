@@ -19,8 +19,8 @@ from isthmus.errors import IsthmusError
 
 MAX_GRAMMAR_CHARACTERS = 100_000
 MAX_REASON_CHARACTERS = 1000
-# A state of the lexer takes one to two kilobytes.
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+"""A state of the lexer takes one to two kilobytes."""
 
 
 class GrammarRefused(IsthmusError):
@@ -61,9 +61,13 @@ def literal(text: str) -> str:
 
 
 class Compiler:
-    """Compiles grammars for one vocabulary. `vocab_size` is the model's, which may exceed the tokenizer's."""
+    """Compiles grammars for one vocabulary. `vocab_size` is the model's, which may exceed the tokenizer's.
 
-    def __init__(self, tokenizer: SerialTokenizer, vocab_size: int):
+    `limits` bound the work for one token of an answer.
+    """
+
+    def __init__(self, tokenizer: SerialTokenizer, vocab_size: int, limits: LLParserLimits = LIMITS):
+        self.limits = limits
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary: LLTokenizer | None = None
         self._reading = threading.Lock()
@@ -76,7 +80,7 @@ class Compiler:
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarRefused(f"the grammar has {len(grammar)} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
         vocabulary = self._read()
-        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=self.limits)
         constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, self._tokenizer.eos_id, after)
         constraint.start(free=False).mask()
         if matcher.is_error():

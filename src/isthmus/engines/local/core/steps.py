@@ -90,11 +90,7 @@ class Steps:
             job.version = self.version if job.version is None else job.version
         singles, drafting = self._singles()
         chunks = [
-            Chunk(
-                job.sequence[job.computed : job.computed + count],
-                job.computed,
-                np.array(job.table, dtype=np.int32),
-            )
+            Chunk(job.sequence[job.computed : job.computed + count], job.computed, np.array(job.table, dtype=np.int32))
             for job, count in work
         ]
         batch = StepBatch(singles, chunks, self.runner.store)
