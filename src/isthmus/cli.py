@@ -124,6 +124,28 @@ _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
 _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
 
 
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "format_name", required=True, metavar="NAME", help="What to store: bf16, w8a8, ...")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="JSONL of tokens, or of prompts.")
+@click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
+@click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
+@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="nearest", help="Of int8 weights.")
+@click.option("--requantise", is_flag=True, help="Round fp8 weights a second time, where mxfp8 cannot hold them.")
+@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, help="Largest file, in 10^9 bytes.")
+@click.option("--threads", type=click.IntRange(1), help="Tensors at once; as many as cores, at most 4, if absent.")
+def convert(source: Path, out: Path, **options: Any) -> None:
+    """Convert a published checkpoint into an unsealed bundle.
+
+    SOURCE is a folder in Hugging Face layout, with float weights or DeepSeek's fp8. Memory holds a few tensors at a
+    time, unless the model has to be calibrated. FILE has a line {"tokens": [...]} or {"prompt": ..., "completion": ...}
+    per sequence, best of the model's own.
+    """
+    stage = importlib.import_module("isthmus.tools.convert")
+    stage.execute(source, out, stage.Options(**options), _watch())
+
+
 _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")
 
 
@@ -260,28 +282,6 @@ def new_key(file: Path) -> None:
 
 
 _stage_command("report", "Write the dossier: one HTML file from what the run folder holds.")
-
-
-@cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, metavar="NAME", help="What to store: bf16, w8a8, ...")
-@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="JSONL of tokens, or of prompts.")
-@click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
-@click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
-@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="nearest", help="Of int8 weights.")
-@click.option("--requantise", is_flag=True, help="Round fp8 weights a second time, where mxfp8 cannot hold them.")
-@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, help="Largest file, in 10^9 bytes.")
-@click.option("--threads", type=click.IntRange(1), help="Tensors at once; as many as cores, at most 4, if absent.")
-def convert(source: Path, out: Path, **options: Any) -> None:
-    """Convert a published checkpoint into an unsealed bundle.
-
-    SOURCE is a folder in Hugging Face layout, with float weights or DeepSeek's fp8. Memory holds a few tensors at a
-    time, unless the model has to be calibrated. FILE has a line {"tokens": [...]} or {"prompt": ..., "completion": ...}
-    per sequence, best of the model's own.
-    """
-    stage = importlib.import_module("isthmus.tools.convert")
-    stage.execute(source, out, stage.Options(**options), _watch())
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
