@@ -21,7 +21,7 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import file_hashes, read_bundle
 from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
-from isthmus.parity.seal import verify_seal
+from isthmus.parity.seal import read_verdict, verify_seal
 from isthmus.parity.signing import new_key
 from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
@@ -367,6 +367,9 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
     with pytest.raises(GateRefused, match="accuracy, target minus reference"):
         execute(run)
     assert outcomes(run)["w8a8: accuracy, target minus reference"] == "fail"
+    left = read_verdict(run.path / "bundle" / "w8a8")
+    assert left is not None and left.verdict == "refuse", "what is left in the bundle would be sealed by `isthmus verify`"
+    assert {check.layer for check in left.checks if check.outcome == "fail"} == {"engine", "task"}
 
 
 def test_too_few_answers_are_no_proof(start):
