@@ -46,8 +46,9 @@ OTHERS_PRIVATE = {
     "_replace": "the standard library: public, with the underscore of named tuples",
 }
 """Private names of others that tests may read, with what they are."""
-QUICK_CPU_SECONDS = 0.5
-TRIES = 5
+NEEDED = "import click, jinja2, pydantic, rich.console, tomllib"
+"""What the desk cannot do without: its libraries alone, as the measure of this machine's speed today."""
+QUICK, TRIES = 5.0, 5
 
 
 def named(path: Path) -> str:
@@ -123,12 +124,12 @@ def test_the_desk_never_loads_torch(module: str):
 
 
 @pytest.mark.parametrize("verb", ["chips", "recipe rl", "recipe --markdown", "run --dry-run RECIPE", "report RUN"])
-def test_a_desk_verb_never_loads_torch(verb: str, run_folder: Path):
+def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
     call = "import sys; from isthmus.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
-    code = f"{call}; sys.exit(3 if 'torch' in sys.modules else 0)"
+    code = f"{call}; sys.exit(3 if {{'torch', 'scipy'}} & set(sys.modules) else 0)"
     result = run_python(code, *arguments)
-    assert result.returncode != 3, f"isthmus {verb} loads torch"
+    assert result.returncode != 3, f"isthmus {verb} loads torch or scipy"
     assert result.returncode == 0, result.stderr
 
 
@@ -153,8 +154,9 @@ def cpu_seconds(command: list[str]) -> float:
 )
 def test_the_desk_answers_at_once(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
-    best = min(cpu_seconds(isthmus(*arguments)) for _ in range(TRIES))
-    assert best <= QUICK_CPU_SECONDS, f"isthmus {verb} took {best:.2f} s of processor time at best"
+    pairs = [(cpu_seconds(isthmus(*arguments)), cpu_seconds([sys.executable, "-c", NEEDED])) for _ in range(TRIES)]
+    ours, needed = (min(times) for times in zip(*pairs, strict=True))
+    assert ours <= QUICK * needed, f"isthmus {verb} took {ours:.2f} s of processor time, its libraries {needed:.2f} s"
 
 
 @pytest.mark.parametrize("file", PYTHON_FILES, ids=named)
