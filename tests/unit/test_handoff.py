@@ -368,7 +368,7 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
         execute(run)
     assert outcomes(run)["w8a8: accuracy, target minus reference"] == "fail"
     left = read_verdict(run.path / "bundle" / "w8a8")
-    assert left is not None and left.verdict == "refuse", "what is left in the bundle would be sealed by `isthmus verify`"
+    assert left is not None and left.verdict == "refuse", "`isthmus verify` would seal what is left"
     assert {check.layer for check in left.checks if check.outcome == "fail"} == {"engine", "task"}
 
 

@@ -204,13 +204,14 @@ def _check_tokens(
     floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
     allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
-    granted = ""
+    granted, source = "", limits.source
     if allowed > limits.max_chip_kl:
         granted = f"; a healthy twin is at {floor:.3g}, and {LIMIT:g} times that is granted"
+        source = f"{LIMIT:g} times the KL of a healthy twin, more than the {limits.max_chip_kl:g} of {limits.source}"
     return check_kl(
         "mean KL, emulator to target",
         found,
-        declared(allowed, "nats/token", limits.source),
+        declared(allowed, "nats/token", source),
         f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}",
         f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}",
         rehearsed=target.rehearse is not None,
