@@ -382,7 +382,7 @@ def test_verify_does_not_seal_what_another_gate_refused_and_it_cannot_look_at(la
 def test_verify_looks_again_at_modules_and_seals_what_is_mended(bundle, state, ended):
     refused = judge([finding("modules", "fail")], target="a broken target", rehearsed=False, started=0.0)
     write_verdict(captured(bundle, state), refused)
-    assert ended("verify", bundle, "--device", "cpu")[0] == 0
+    assert not ended("verify", bundle, "--device", "cpu")[0]
     assert (bundle / "seal.json").exists()
 
 
