@@ -110,10 +110,8 @@ def test_without_a_section_all_of_them_are_listed_and_how_to_go_on():
 
 def test_a_key_is_shown_with_type_unit_default_and_meaning():
     shown = " ".join(recipe_help("rl.drift_budget").split())
-    assert (
-        shown
-        == "[rl] drift_budget = 0.05 number > 0, nats/token mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
-    )
+    about = "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
+    assert shown == f"[rl] drift_budget = 0.05 number > 0, nats/token {about}"
     assert "integer > 0, tokens, absent" in recipe_help("serve.max_waiting_tokens")
     assert "path, required" in recipe_help("pretrain.folder")
 
