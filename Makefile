@@ -65,8 +65,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 vendor:                          ## fetch the chat page's libraries anew; then mend vendor/NOTICE.txt
-	for file in $(VENDORED); do \
-		tar --extract --to-stdout --file "$$(npm pack --silent --pack-destination /tmp $${file%%/*} | sed s:^:/tmp/:)" package/$${file#*/} \
+	folder=$$(mktemp -d) && for file in $(VENDORED); do \
+		packed=$$(npm pack --silent --pack-destination "$$folder" $${file%%/*}) && \
+		tar --extract --to-stdout --file "$$folder/$$packed" package/$${file#*/} \
 			> src/isthmus/engines/local/page/vendor/$${file##*/} || exit 1; \
 	done
 

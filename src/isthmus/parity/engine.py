@@ -17,7 +17,7 @@ from torch import Tensor
 from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
 from isthmus.parity.gate import at_least, at_most, declared, finite
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, run_batch
+from isthmus.parity.tokens import TIE_NATS, GoldenSequence, count_distinct, run_batch
 from isthmus.records import Check
 
 LIMIT = 0.05
@@ -95,8 +95,7 @@ def compare_engine(score: Score, emulator: Model, sequences: list[GoldenSequence
             near_ties += found.best != first and is_near
             flips += found.best != first and not is_near
     gap = measure_gap(*(torch.tensor(values, dtype=torch.float64) for values in (said, expected)))
-    asked = {(*one.prompt, None, *one.completion) for one in sequences if one.completion}
-    return EngineParity(len(asked), gap, near_ties, flips)
+    return EngineParity(count_distinct(sequences), gap, near_ties, flips)
 
 
 def check_gap(name: str, gap: Gap, sequences: int, source: str, detail: str, *, rehearsed: bool) -> Check:

@@ -118,8 +118,13 @@ def compare_tokens(
         mean_abs_dlogp=torch.cat([batch.abs_dlogp for batch in batches]).mean().item(),
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
-        distinct=len({(*one.prompt, None, *one.completion) for one in sequences}),
+        distinct=count_distinct(sequences),
     )
+
+
+def count_distinct(sequences: list[GoldenSequence]) -> int:
+    """The sequences that have a completion, each once."""
+    return len({(*one.prompt, None, *one.completion) for one in sequences if one.completion})
 
 
 def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:

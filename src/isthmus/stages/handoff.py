@@ -394,7 +394,7 @@ def conclude(
         source_pool=crossing.source.name,
         target_pool=crossing.target.name,
         format=chosen,
-        verdict="refuse" if any(map(gate.refuses, examination.checks)) else "pass",
+        verdict="pass" if gate.shows_enough(examination.checks) else "refuse",
         checks=examination.checks,
         bundles={name: str(one.bundle.folder.relative_to(run.path)) for name, one in written.items()},
         seal_id=None,
