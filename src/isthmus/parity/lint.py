@@ -29,7 +29,8 @@ from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
 from isthmus.parity.manifest import MANIFEST, architecture_fields, module_of, read_manifest
 from isthmus.recipe.architecture import (
     DeepseekSection,
-    DenseSection,
+    GroupedSection,
+    MixtureSection,
     ModelSection,
     architecture_from_config,
     parse_architecture,
@@ -215,17 +216,18 @@ def _hyperparameters(model: nn.Module, a: ModelSection) -> Iterator[tuple[str, s
     """Path, name, found and expected value of every hyper-parameter that a model keeps."""
     limit = a.swiglu_limit if isinstance(a, DeepseekSection) else None
     for path, module in model.named_modules():
-        if isinstance(module, Router) and isinstance(a, DeepseekSection):
+        if isinstance(module, Router) and isinstance(a, MixtureSection):
             yield from _of_router(path, module, a)
         elif isinstance(module, LatentAttention) and isinstance(a, DeepseekSection):
             found = (module.num_heads, module.nope, module.rope, module.v_dim, module.rank)
             sizes = (a.num_attention_heads, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
             yield path, "heads and their sizes", found, sizes
             yield path, "the scale of scores", module.scale, softmax_scale(a)
-        elif isinstance(module, GroupedQueryAttention) and isinstance(a, DenseSection):
+        elif isinstance(module, GroupedQueryAttention) and isinstance(a, GroupedSection):
             found = (module.num_heads, module.num_kv_heads, module.head_size)
             yield path, "heads and their size", found, (a.num_attention_heads, a.num_key_value_heads, a.head_size)
             yield path, "the scale of scores", module.scale, a.head_size**-0.5
+            yield path, "the sliding window", module.layout.window, a.window_of(int(path.split(".")[2]))
         elif hasattr(module, "eps"):
             yield path, "eps", module.eps, a.rms_norm_eps
         elif hasattr(module, "limit"):
@@ -235,7 +237,7 @@ def _hyperparameters(model: nn.Module, a: ModelSection) -> Iterator[tuple[str, s
         yield "model.layers", "the number of layers", len(model.model.layers), depth
 
 
-def _of_router(path: str, router: Router, a: DeepseekSection) -> Iterator[tuple[str, str, object, object]]:
+def _of_router(path: str, router: Router, a: MixtureSection) -> Iterator[tuple[str, str, object, object]]:
     yield path, "experts per token", router.top_k, a.num_experts_per_tok
     yield path, "groups", (router.n_group, router.topk_group), (a.n_group, a.topk_group)
     yield path, "the routed scaling factor", router.scaling, a.routed_scaling_factor

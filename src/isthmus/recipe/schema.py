@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.architecture import Architecture, DeepseekSection, ModelSection
+from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe.section import (
     Count,
     Nats,
@@ -332,7 +332,7 @@ def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str 
             f"training on {ranks} rank{'s' * (ranks > 1)} with train.replicate = {train.replicate} and train.expert = "
             f"{train.expert}: their product must divide the number of ranks, as it does {fitting}"
         )
-    if not isinstance(model, DeepseekSection):
+    if not isinstance(model, MixtureSection):
         return f"train.expert = {train.expert}, but a dense model has no experts" if train.expert > 1 else None
     if model.n_routed_experts % train.expert:
         return f"train.expert = {train.expert} does not divide the {model.n_routed_experts} routed experts"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, GroupedSection, ModelSection
 
 ALPHA = 0.5
 LARGEST = 1e4
@@ -78,7 +78,7 @@ def _seams(state: dict[str, Tensor], architecture: ModelSection) -> Iterator[Sea
         layer = f"model.layers.{index}"
         if isinstance(a, DeepseekSection):
             yield from _latent_seams(state, layer, a)
-        elif isinstance(a, DenseSection):
+        elif isinstance(a, GroupedSection):
             yield from _grouped_seams(state, layer, a)
         yield from _mlp_seams(state, layer, a)
 
@@ -96,7 +96,7 @@ def _latent_seams(state: dict[str, Tensor], layer: str, a: DeepseekSection) -> I
     yield Seam(((f"{attention}.kv_b_proj.weight", values),), (f"{output}.weight",), (output,))
 
 
-def _grouped_seams(state: dict[str, Tensor], layer: str, a: DenseSection) -> Iterator[Seam]:
+def _grouped_seams(state: dict[str, Tensor], layer: str, a: GroupedSection) -> Iterator[Seam]:
     attention = f"{layer}.self_attn"
     yield _after_norm(state, f"{layer}.input_layernorm", [f"{attention}.{part}_proj" for part in "qkv"])
     rows = torch.arange(a.num_key_value_heads * a.head_size)

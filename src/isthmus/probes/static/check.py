@@ -24,7 +24,7 @@ from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.static.operators import Support, support_of
 from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, GroupedSection, MixtureSection, ModelSection
 from isthmus.recipe.schema import Recipe, layout_problem
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
@@ -317,11 +317,11 @@ def sizes_of(recipe: Recipe, layout: Layout) -> dict[str, float]:
         "decode_batch": recipe.serve.max_batch,
         "train.expert": layout.expert,
     }
-    return sizes | (_mixture_sizes(a, layout, rows * length) if isinstance(a, DeepseekSection) else _dense_sizes(a))
+    sizes |= _latent_sizes(a) if isinstance(a, DeepseekSection) else _grouped_sizes(a)
+    return sizes | (_mixture_sizes(a, layout, rows * length) if isinstance(a, MixtureSection) else {})
 
 
-def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str, float]:
-    group = a.n_routed_experts // a.n_group
+def _latent_sizes(a: DeepseekSection) -> dict[str, float]:
     own: dict[str, float] = {} if a.q_lora_rank is None else {"q_lora_rank": a.q_lora_rank}
     return own | {
         "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim,
@@ -331,6 +331,12 @@ def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str,
         "qk_nope_head_dim": a.qk_nope_head_dim,
         "kv_lora_rank": a.kv_lora_rank,
         "num_key_value_heads": a.num_attention_heads,
+    }
+
+
+def _mixture_sizes(a: MixtureSection, layout: Layout, tokens: int) -> dict[str, float]:
+    group = a.n_routed_experts // a.n_group
+    return {
         "n_routed_experts": a.n_routed_experts,
         "num_experts_per_tok": a.num_experts_per_tok,
         "n_group": a.n_group,
@@ -343,8 +349,8 @@ def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str,
     }
 
 
-def _dense_sizes(a: ModelSection) -> dict[str, float]:
-    assert isinstance(a, DenseSection)
+def _grouped_sizes(a: ModelSection) -> dict[str, float]:
+    assert isinstance(a, GroupedSection)
     return {
         "head_dim": a.head_size,
         "v_head_dim": a.head_size,
@@ -371,7 +377,7 @@ def needs_of(recipe: Recipe, layout: Layout, chip: Chip, profile: Profile, use: 
     known = [one for one in tables.operators if profile.status(one.operator) == "native"]
     broken = {one.operator: broken_rules(tables.rules, one.operator, sizes) for one in known}
     left_out = _NOT_IN_TRAINING if use == "training" else _NOT_IN_SERVING
-    needs = MIXTURE_NEEDS if isinstance(recipe.model, DeepseekSection) else DENSE_NEEDS
+    needs = MIXTURE_NEEDS if isinstance(recipe.model, MixtureSection) else DENSE_NEEDS
     if layout.expert == 1:
         needs = tuple(need for need in needs if need != "dispatch and combine")
     found = []

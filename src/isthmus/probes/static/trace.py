@@ -40,7 +40,7 @@ from isthmus.probes.static.costs import (
     CostRecorder,
     Costs,
 )
-from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import MixtureSection, ModelSection
 from isthmus.recipe.schema import Recipe, TextSection, TrainSection, layout_problem
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.optimizer import Optimizer
@@ -142,7 +142,7 @@ def step_costs(model: Model, batch: Batch, section: TextSection, recorder: CostR
     with assume, recorder.watching():
         total, sums = microbatch_losses(model, batch, spans, documents, counts, section)
         total.backward()
-        if isinstance(model.architecture, DeepseekSection):
+        if isinstance(model.architecture, MixtureSection):
             loads = list(sums[3:].view(-1, model.architecture.n_routed_experts))
             update_router_bias(model.routers(), loads, section.bias_update_speed)
     return recorder.total(times)
@@ -172,7 +172,8 @@ def mark_layers(model: Model, recorder: CostRecorder, *, every_layer: bool) -> d
 def _kind(layer: ResidualLayer) -> str:
     """Same for layers that issue the same calls: their modules, sizes and settings."""
     shapes = [(name, tuple(one.shape), str(one.dtype)) for name, one in layer.named_parameters()]
-    return f"{type(layer).__name__} {type(layer.mlp).__name__} {layer.recompute} {shapes}"
+    window = layer.self_attn.layout.window  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{type(layer).__name__} {type(layer.mlp).__name__} {layer.recompute} {window} {shapes}"
 
 
 def _computed(layer: ResidualLayer, recorder: CostRecorder, scope: str) -> Callable[..., Tensor]:
@@ -391,7 +392,7 @@ def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
         runner = Runner(model, sequences * blocks_for(length + 1, BLOCK) + 1, BLOCK, native=False)
         with torch.inference_mode(), recorder.watching():
             batch = _pass(name, sequences, length, runner)
-            batch.prepare()
+            batch.prepare(model.windows)
             runner.logits(runner.hidden(batch)[-sequences:])
         found[name] = recorder.total(times)
     return found
