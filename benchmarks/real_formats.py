@@ -4,7 +4,8 @@
     python -m benchmarks.real_formats --answer          # writes tests/real/answers.jsonl anew
 
 The model is SmolLM2-135M-Instruct (tests/support/real_model.py). tests/real/answers.jsonl holds two dozen chat prompts
-with answers that it gave, sampled once; the first half calibrates, and the second half is what the KL is measured on.
+with answers that it gave, sampled once; the first half calibrates, and the answers of the other half are what the KL is
+measured on.
 Every bundle is written by `isthmus convert`, as a user would, and its exact emulator is compared with the trained
 weights in fp32. The interval is a bootstrap over sequences. bf16 is the yardstick.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +38,33 @@ BALANCED, GPTQ = {"balance": True}, {"rounding": "gptq"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("bf16", {}),
     "w8a8": ("w8a8", {}),
-    "w8a8, gptq": ("w8a8", GPTQ),
     "w8a8, balanced": ("w8a8", BALANCED),
     "w8a8, balanced, gptq": ("w8a8", BALANCED | GPTQ),
     "w8a8_static": ("w8a8_static", {}),
-    "w8a8_static, balanced": ("w8a8_static", BALANCED),
     "modelslim_dynamic": ("modelslim_dynamic", {}),
-    "modelslim_dynamic, balanced, gptq": ("modelslim_dynamic", BALANCED | GPTQ),
+    "modelslim_mixed": ("modelslim_mixed", {}),
+    "modelslim_mixed, balanced": ("modelslim_mixed", BALANCED),
     "modelslim": ("modelslim", {}),
     "modelslim, balanced": ("modelslim", BALANCED),
     "fp8": ("fp8", {}),
     "mxfp8": ("mxfp8", {}),
-    "mxfp8, balanced": ("mxfp8", BALANCED),
+    "mixed, budget 0.005": ("modelslim_mixed", {"budget": 0.005, "calibrate_tokens": 512}),
 }
 NEEDS_CALIBRATION = ("w8a8_static", "modelslim")
 RESAMPLES = 2000
 
 
-def sequences() -> list[list[int]]:
-    return [json.loads(line)["tokens"] for line in ANSWERS.read_text().splitlines()]
+@dataclass(frozen=True)
+class Chat:
+    """Tokens of a prompt and its answer, which begins at `answer_at`."""
+
+    tokens: list[int]
+    answer_at: int
+
+
+def chats() -> list[Chat]:
+    read = (json.loads(line) for line in ANSWERS.read_text().splitlines())
+    return [Chat(one["tokens"], one["answer_at"]) for one in read]
 
 
 def trained_model(folder: Path) -> Model:
@@ -65,22 +75,23 @@ def trained_model(folder: Path) -> Model:
 
 
 @torch.inference_mode()
-def log_probabilities(model: Model, rows: list[list[int]]) -> list[Tensor]:
-    """Of the next token after each of every sequence, [T, V] in fp32."""
-    return [model(torch.tensor([row]))[0].float().log_softmax(-1) for row in rows]
+def log_probabilities(model: Model, chat: Chat) -> Tensor:
+    """Of each token of an answer, [T, V] in fp32."""
+    hidden = model.hidden(torch.tensor([chat.tokens]))[0, chat.answer_at - 1 : -1]
+    return model.logits(hidden).float().log_softmax(-1)
 
 
 @torch.inference_mode()
-def compare(reference: list[Tensor], model: Model, rows: list[list[int]]) -> dict[str, float]:
+def compare(reference: list[Tensor], model: Model, asked: list[Chat]) -> dict[str, float]:
     """Mean KL(trained || model) per token with a 95 % interval over sequences, and the share of equal first choices."""
     sums, counts, same = [], [], 0
-    for wanted, row in zip(reference, rows, strict=True):
-        found = model(torch.tensor([row]))[0].float().log_softmax(-1)
+    for wanted, chat in zip(reference, asked, strict=True):
+        found = log_probabilities(model, chat)
         sums.append((wanted.exp() * (wanted - found)).sum(-1).double().sum())
-        counts.append(len(row))
+        counts.append(len(wanted))
         same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
     total, tokens = torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
-    picks = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=torch.Generator().manual_seed(0))
+    picks = torch.randint(len(asked), (RESAMPLES, len(asked)), generator=torch.Generator().manual_seed(0))
     drawn = (total[picks].sum(1) / tokens[picks].sum(1)).sort().values
     return {
         "kl": float(total.sum() / tokens.sum()),
@@ -90,9 +101,7 @@ def compare(reference: list[Tensor], model: Model, rows: list[list[int]]) -> dic
     }
 
 
-def measure(
-    source: Path, name: str, calibration: Path, reference: list[Tensor], rows: list[list[int]]
-) -> dict[str, float]:
+def measure(source: Path, name: str, calibration: Path, reference: list[Tensor], asked: list[Chat]) -> dict[str, float]:
     format_name, options = VARIANTS[name]
     if options or format_name in NEEDS_CALIBRATION:
         options = {"calibrate": calibration, **options}
@@ -102,7 +111,7 @@ def measure(
         execute(source, out, Options(format_name, **options), Watch(quiet=True))
         seconds = time.monotonic() - began
         size = sum(path.stat().st_size for path in weight_files(out))
-        found = compare(reference, read_bundle(out).build(), rows)
+        found = compare(reference, read_bundle(out).build(), asked)
     return {**found, "megabytes": size / 1e6, "seconds_to_convert": seconds}
 
 
@@ -113,9 +122,9 @@ def answer(folder: Path, tokens: int = 96) -> None:
     words = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked = [json.loads(line)["question"] for line in ANSWERS.read_text().splitlines()]
-    chats = [[{"role": "user", "content": prompt}] for prompt in asked]
+    asking = [[{"role": "user", "content": prompt}] for prompt in asked]
     given = words.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+        asking, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
     )
     torch.manual_seed(0)
     found = model.generate(**given, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_k=0)
@@ -123,7 +132,7 @@ def answer(folder: Path, tokens: int = 96) -> None:
     for prompt, row, mask in zip(asked, found.tolist(), given["attention_mask"].tolist(), strict=True):
         kept = row[mask.index(1) :]
         end = kept.index(words.eos_token_id, sum(mask)) + 1 if words.eos_token_id in kept[sum(mask) :] else len(kept)
-        lines.append(json.dumps({"question": prompt, "tokens": kept[:end]}))
+        lines.append(json.dumps({"question": prompt, "answer_at": sum(mask), "tokens": kept[:end]}))
     ANSWERS.write_text("\n".join(lines) + "\n")
 
 
@@ -137,15 +146,16 @@ def main() -> None:
     if options.answer:
         answer(source)
         return
-    rows = sequences()
-    half = len(rows) // 2
+    asked = chats()
+    half = len(asked) // 2
+    measured = asked[half:]
     with tempfile.TemporaryDirectory() as folder:
         if options.layers:
             source = first_layers(source, Path(folder) / "source", options.layers)
         calibration = Path(folder) / "calibration.jsonl"
-        calibration.write_text("\n".join(json.dumps({"tokens": row}) for row in rows[:half]) + "\n")
-        measured = rows[half:]
-        reference = log_probabilities(trained_model(source), measured)
+        calibration.write_text("\n".join(json.dumps({"tokens": chat.tokens}) for chat in asked[:half]) + "\n")
+        trained = trained_model(source)
+        reference = [log_probabilities(trained, chat) for chat in measured]
         table = {}
         for name in options.only or VARIANTS:
             table[name] = one = measure(source, name, calibration, reference, measured)
@@ -155,16 +165,8 @@ def main() -> None:
                 f"  {one['seconds_to_convert']:.0f} s",
                 flush=True,
             )
-    if not options.only:
-        store(
-            "real_formats",
-            {
-                "layers": options.layers,
-                "tokens": sum(map(len, measured)),
-                "calibration_tokens": sum(map(len, rows[:half])),
-                "formats": table,
-            },
-        )
+    counts = {"tokens": sum(map(len, reference)), "calibration_tokens": sum(len(c.tokens) for c in asked[:half])}
+    store("real_formats", {"layers": options.layers, **counts, "formats": table})
 
 
 if __name__ == "__main__":

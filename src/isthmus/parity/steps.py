@@ -30,7 +30,7 @@ COMPENSATED = 1.5
 """What compensated rounding may lose of a tensor's outputs, in the mean square, as a multiple of what rounding to the
 nearest loses: it is never more than 1 on the calibration, for which a few inputs stand. One bit less costs 4."""
 COMPENSATED_ROW = 32.0
-"""The same of one row. It is 1 at most as well; what 16 inputs show of it is beyond 32 once in 2 * 10^8 (F distribution,
+"""The same of one row. It is 1 at most as well; 16 inputs show more than 32 of it once in 2 * 10^8 (F distribution,
 16 and 16 degrees of freedom). A row of another matrix is at thousands."""
 FP8_BLOCK, MX_BLOCK = 128, 32
 _ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}

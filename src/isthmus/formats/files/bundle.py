@@ -69,7 +69,7 @@ class Bundle:
 
 def write_bundle(
     folder: Path,
-    format_name: str,
+    chosen: Format | str,
     state: Mapping[str, Tensor],
     architecture: ModelSection,
     tokenizer: TokenizerFiles,
@@ -91,7 +91,7 @@ def write_bundle(
 
     Raises DamagedFile if the state does not fit the architecture, IsthmusError if the format lacks a calibration.
     """
-    chosen = get_format(format_name)
+    chosen = get_format(chosen) if isinstance(chosen, str) else chosen
     config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     quantization = chosen.quantization_config(architecture)
     if quantization is not None:
