@@ -156,6 +156,7 @@ def main() -> None:
         calibration.write_text("\n".join(json.dumps({"tokens": chat.tokens}) for chat in asked[:half]) + "\n")
         trained = trained_model(source)
         reference = [log_probabilities(trained, chat) for chat in measured]
+        counts = {"tokens": sum(map(len, reference)), "calibration_tokens": sum(len(c.tokens) for c in asked[:half])}
         table = {}
         for name in options.only or VARIANTS:
             table[name] = one = measure(source, name, calibration, reference, measured)
@@ -165,8 +166,7 @@ def main() -> None:
                 f"  {one['seconds_to_convert']:.0f} s",
                 flush=True,
             )
-    counts = {"tokens": sum(map(len, reference)), "calibration_tokens": sum(len(c.tokens) for c in asked[:half])}
-    store("real_formats", {"layers": options.layers, **counts, "formats": table})
+            store("real_formats", {"layers": options.layers, **counts, "formats": table})
 
 
 if __name__ == "__main__":
