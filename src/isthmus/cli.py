@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from isthmus import __version__
+from isthmus.chips import servers
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.pools import placed_pools
 from isthmus.recipe.read import load_recipe
@@ -127,7 +128,11 @@ _stage_command("handoff", "Export, check parity, and seal; exit code 1 if the ga
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, metavar="NAME", help="What to store: bf16, w8a8, ...")
+@click.option("--format", "format_name", metavar="NAME", help="What to store: bf16, w8a8, ...; or give --for.")
+@click.option("--for", "server", type=click.Choice(servers()), help="Who is to read it; chooses or checks the format.")
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), metavar="NATS", help="KL per token that types are chosen for."
+)
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="JSONL of tokens, or of prompts.")
 @click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
 @click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
