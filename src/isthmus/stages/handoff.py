@@ -29,10 +29,10 @@ from isthmus.engines import Completion, Sampling
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.errors import GateRefused
 from isthmus.formats import get_format
-from isthmus.formats.calibration.balance import balance
+from isthmus.formats.calibration.balance import find_balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.formats.calibration.rounding import round_with_calibration
+from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import Bundle, read_bundle, write_bundle
 from isthmus.formats.files.golden import make_golden, write_golden
 from isthmus.model.model import Model
@@ -189,10 +189,10 @@ class Engines:
 
 @dataclass(frozen=True)
 class Written:
-    """A bundle as read back from the disk, and the trained weights after balancing, the same where there is none."""
+    """A bundle as read back from the disk, and what was made of the trained weights."""
 
     bundle: Bundle
-    balanced: dict[str, Tensor]
+    made: Conversion
 
 
 class Writer:
@@ -203,43 +203,49 @@ class Writer:
 
     def write_all(self, reference: Bundle) -> dict[str, Written]:
         """The plain bundle and the target's, by format."""
-        prepared = {PLAIN: (self.crossing.state, None)} | {self.crossing.section.format: self._prepare(reference)}
+        prepared = {PLAIN: (Conversion(), None)} | {self.crossing.section.format: self._prepare(reference)}
         return {name: self._write(name, *one) for name, one in prepared.items()}
 
-    def _prepare(self, reference: Bundle) -> tuple[dict[str, Tensor], Calibration | None]:
+    def _prepare(self, reference: Bundle) -> tuple[Conversion, Calibration | None]:
         """Calibrate on the reference's answers to training problems, and balance, if that is wanted."""
         crossing, section, run = self.crossing, self.crossing.section, self.crossing.run
         by_inputs = section.rounding == "gptq"
         if not (get_format(section.format).needs_calibration or section.balance or by_inputs):
-            return crossing.state, None
+            return Conversion(), None
         problems = crossing.task.train[: section.calibration_prompts]
         prompts = [prompt_ids(crossing.tokenizer, problem) for problem in problems]
         self.watch.say(f"  {len(prompts)} training problems, answered by the reference, calibrate {section.format}")
         answers = self.engines.answer(reference, crossing.source, prompts)
         texts = [[*prompt, *one.tokens] for prompt, group in zip(prompts, answers, strict=True) for one in group]
-        balanced, calibration = crossing.state, calibrate(reference.build(), texts, gram=by_inputs)
-        if section.balance:
-            balanced = balance(crossing.state, run.recipe.model, calibration)
-            float_format = get_format(REFERENCE)
-            stored = float_format.export(balanced, run.recipe.model)
-            calibration = calibrate(float_format.build(run.recipe.model, stored), texts, gram=by_inputs)
+        calibration = calibrate(reference.build(), texts, gram=by_inputs)
         for path in calibration.unseen:
             run.event(NAME, "fallback", what=f"the calibration of {path}", why="no token of the text reached it")
-        return balanced, calibration
+        if not section.balance:
+            return Conversion(), calibration
+        balance = find_balance(crossing.state, run.recipe.model, calibration)
+        return Conversion(balance), balance.calibration(calibration)
 
-    def _write(self, name: str, balanced: dict[str, Tensor], calibration: Calibration | None) -> Written:
-        run = self.crossing.run
+    def _write(self, name: str, made: Conversion, calibration: Calibration | None) -> Written:
+        run, state = self.crossing.run, made.balance.state(self.crossing.state)
         folder = run.path / "bundle" / name
 
         def refine(stored: dict[str, Tensor]) -> None:
             if calibration is not None and self.crossing.section.rounding == "gptq":
-                round_with_calibration(stored, balanced, calibration)
+                made.round(stored, state, calibration)
 
-        tokenizer = self.crossing.tokenizer
-        write_bundle(folder, name, balanced, run.recipe.model, tokenizer, calibration=calibration, refine=refine)
+        write_bundle(
+            folder,
+            name,
+            state,
+            run.recipe.model,
+            self.crossing.tokenizer,
+            calibration=calibration,
+            refine=refine,
+            beside=made.files,
+        )
         bundle = read_bundle(folder)
         self.watch.say(f"  wrote {folder.relative_to(run.path)}: {len(bundle.tensors)} tensors")
-        return Written(bundle, balanced)
+        return Written(bundle, made)
 
 
 class Examination:
@@ -262,15 +268,12 @@ class Examination:
     def verify(self, written: Written, golden: list[GoldenSequence]) -> None:
         """Follow every weight into the bundle, capture golden inputs, and verify it as its target would."""
         crossing, section, bundle = self.crossing, self.crossing.section, written.bundle
-        folder, balanced = bundle.folder, written.balanced
-        moved = {} if balanced is crossing.state else {"balance": lambda name, _tensor: balanced[name]}
-        rounded = [name.removesuffix(".weight") for name, one in bundle.tensors.items() if one.dtype == torch.int8]
-        compensated = rounded if section.rounding == "gptq" else ()
-        entries, checks = check_coverage(crossing.state, folder, **moved, compensated=compensated)
+        folder, made = bundle.folder, written.made
+        entries, checks = check_coverage(crossing.state, folder, balance=made.balance.apply, compensated=made.inputs)
         write_golden(folder, make_golden(bundle, crossing.prompts, crossing.tokenizer.eos_id))
         texts = [[*one.prompt, *one.completion] for one in golden]
         options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
-        capture(folder, balanced, texts, options)
+        capture(folder, made.balance.state(crossing.state), texts, options)
         write_manifest(folder, coverage=entries, architecture=crossing.run.recipe.model)
         limits = Limits(section.max_chip_kl, section.max_mean_kl, section.confidence, SECTION)
         target = Target(rehearse=crossing.chip_of(bundle))

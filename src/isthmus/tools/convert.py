@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from torch import Tensor
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, fp8, get_format, mxfp8
-from isthmus.formats.calibration.balance import ALPHA, balance
+from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.formats.calibration.rounding import round_with_calibration
+from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
@@ -122,9 +122,8 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
             "calibration_tokens": None,
             "calibration_unseen": [],
         }
-        state, calibration = _prepare(checkpoint, options, conversion, watch)
-        files = SourceFiles(source, conversion)
-        _write(out, options, checkpoint, state, calibration, files, watch)
+        prepared = _prepare(checkpoint, options, conversion, watch)
+        _write(out, options, checkpoint, prepared, SourceFiles(source, conversion), watch)
     watch.say(f"  wrote {escape(str(out))} in {chosen.name}. It is [bold]not sealed[/]: nothing has compared it yet.")
     watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
     watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
@@ -218,22 +217,24 @@ def _merged(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: into for name, into in {**scales, **checkpoint.copies()}.items() if name not in checkpoint.dropped}
 
 
-def _prepare(
-    checkpoint: Checkpoint, options: Options, conversion: dict[str, Any], watch: Watch
-) -> tuple[Mapping[str, Tensor], Calibration | None]:
-    """The state to export, balanced if that is wanted, and the calibration of what is exported."""
-    state: Mapping[str, Tensor] = checkpoint.state()
+@dataclass(frozen=True)
+class Prepared:
+    """The state to export, balanced if that is wanted, what was seen of its inputs, and what is made of it."""
+
+    state: Mapping[str, Tensor]
+    calibration: Calibration | None = None
+    made: Conversion = field(default_factory=Conversion)
+
+
+def _prepare(checkpoint: Checkpoint, options: Options, conversion: dict[str, Any], watch: Watch) -> Prepared:
+    state = checkpoint.state()
     if options.calibrate is None:
-        return state, None
+        return Prepared(state)
     architecture = checkpoint.architecture
     prompts = PromptFile(options.calibrate, checkpoint.stored.folder, architecture.vocab_size)
     sequences = prompts.sequences(options.calibrate_tokens)
     rows = [sequence[: architecture.max_position_embeddings] for sequence in sequences]
     calibration = _calibrate(state, checkpoint, rows, options, watch)
-    if options.balance:
-        whole = {name: tensor.float() for name, tensor in state.items()}
-        state = balance(whole, architecture, calibration)
-        calibration = _calibrate(state, checkpoint, rows, options, watch)
     conversion["calibration_tokens"] = calibration.tokens
     conversion["calibration_unseen"] = list(calibration.unseen)
     if calibration.unseen:
@@ -241,7 +242,10 @@ def _prepare(
             f"  {len(calibration.unseen)} modules of experts saw no token: their ranges are those of all experts of "
             "their layer. More calibration text would reach them"
         )
-    return state, calibration
+    if not options.balance:
+        return Prepared(state, calibration)
+    balance = find_balance(state, architecture, calibration)
+    return Prepared(balance.state(state), balance.calibration(calibration), Conversion(balance))
 
 
 def _calibrate(
@@ -256,12 +260,12 @@ def _write(
     out: Path,
     options: Options,
     checkpoint: Checkpoint,
-    state: Mapping[str, Tensor],
-    calibration: Calibration | None,
+    prepared: Prepared,
     files: SourceFiles,
     watch: Watch,
 ) -> None:
     began = time.monotonic()
+    state, calibration = prepared.state, prepared.calibration
     finished = _running_sizes(checkpoint.stored, state)
     with watch.count("converting", len(state)) as counter, _one_thread_each():
 
@@ -271,7 +275,7 @@ def _write(
 
         def refine(stored: dict[str, Tensor]) -> None:
             if options.rounding == "gptq" and calibration is not None:
-                round_with_calibration(stored, state, calibration)
+                prepared.made.round(stored, state, calibration)
             if checkpoint.block == (fp8.BLOCK, fp8.BLOCK) and not options.balance:
                 _carry_blocks(stored, checkpoint, options)
 
@@ -286,6 +290,7 @@ def _write(
             refine,
             options.threads or min(MOST_THREADS, os.cpu_count() or 1),
             advance,
+            prepared.made.files,
         )
     seconds = time.monotonic() - began
     size = finished[-1] if finished else 0
