@@ -31,6 +31,7 @@ from isthmus.records import Check, HandoffRecord, Placement, PlanRecord, RlRecor
 from isthmus.rewards import Reward
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.stages import handoff
+from isthmus.stages.handoff import crossing
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 from tests.support.small import TINY
 
@@ -143,8 +144,8 @@ def template(parent: Path, limits: tuple[tuple[str, object], ...]) -> Path:
 @pytest.fixture
 def start(tmp_path, tmp_path_factory, monkeypatch):
     """Makes a run folder that has come to the hand-off, and takes out of it what needs another process."""
-    monkeypatch.setattr(handoff, "LocalEngine", SampledHere)
-    monkeypatch.setattr(handoff, "get_reward", lambda _name: OddIsRight())
+    monkeypatch.setattr(crossing, "LocalEngine", SampledHere)
+    monkeypatch.setattr(crossing, "get_reward", lambda _name: OddIsRight())
 
     def make(**limits) -> RunFolder:
         shutil.copytree(template(templates, tuple(limits.items())), tmp_path / "run")
@@ -321,7 +322,7 @@ def test_formats_and_options_pass_the_whole_gate(start, options):
 
 def test_a_format_that_the_target_cannot_run_is_refused_before_anything_is_computed(start, monkeypatch):
     run = start(format="fp8")
-    monkeypatch.setattr(handoff, "LocalEngine", None)
+    monkeypatch.setattr(crossing, "LocalEngine", None)
     with pytest.raises(GateRefused, match="'fp8' on ascend-910b-313t"):
         execute(run)
     assert seals(run) == []
@@ -343,7 +344,7 @@ def test_an_engine_that_computes_something_else_is_refused(start, monkeypatch):
                 self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
 
     run = start()
-    monkeypatch.setattr(handoff, "LocalEngine", Broken)
+    monkeypatch.setattr(crossing, "LocalEngine", Broken)
     with pytest.raises(GateRefused, match="engine against emulator"):
         execute(run)
     assert (
@@ -364,7 +365,7 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
 
     run = start()
     SameAnswer.token = run_tokenizer(run, load_task(run.recipe)).encode("7")[0]
-    monkeypatch.setattr(handoff, "LocalEngine", SameAnswer)
+    monkeypatch.setattr(crossing, "LocalEngine", SameAnswer)
     with pytest.raises(GateRefused, match="accuracy, target minus reference"):
         execute(run)
     assert outcomes(run)["w8a8: accuracy, target minus reference"] == "fail"
@@ -392,7 +393,7 @@ def test_one_golden_sequence_tells_nothing_and_nothing_is_sealed(start):
 
 
 def test_what_a_layer_could_not_tell_is_not_sealed(start, monkeypatch):
-    healthy = handoff.verify_bundle
+    healthy = crossing.verify_bundle
 
     def careless(folder, **options):
         verdict = healthy(folder, **options)
@@ -400,7 +401,7 @@ def test_what_a_layer_could_not_tell_is_not_sealed(start, monkeypatch):
         return verdict.model_copy(update={"checks": [*verdict.checks, unknown], "verdict": "pass"})
 
     run = start()
-    monkeypatch.setattr(handoff, "verify_bundle", careless)
+    monkeypatch.setattr(crossing, "verify_bundle", careless)
     with pytest.raises(GateRefused, match="w8a8: a question: there is no answer"):
         execute(run)
     assert seals(run) == []
@@ -423,7 +424,7 @@ def test_a_stage_that_breaks_off_leaves_no_verdict(start, monkeypatch):
 
     run = start()
     execute(run)
-    monkeypatch.setattr(handoff, "LocalEngine", Dies)
+    monkeypatch.setattr(crossing, "LocalEngine", Dies)
     with pytest.raises(EngineError):
         execute(run)
     assert seals(run) == [] and run.read_record("parity", HandoffRecord) is None

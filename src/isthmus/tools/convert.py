@@ -98,6 +98,14 @@ class SourceFiles:
 
 
 def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
+    """Write the bundle `out`, and say what comes next. Raises IsthmusError as `convert` does."""
+    convert(source, out, options, watch)
+    watch.say("  It is [bold]not sealed[/]: nothing has compared it yet.")
+    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
+    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+
+
+def convert(source: Path, out: Path, options: Options, watch: Watch) -> None:
     """Write the bundle `out`. Raises IsthmusError, saying what to write instead, where an option does not fit."""
     chosen = get_format(options.format_name)
     _check_folders(source, out)
@@ -124,9 +132,7 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
         }
         prepared = _prepare(checkpoint, options, conversion, watch)
         _write(out, options, checkpoint, prepared, SourceFiles(source, conversion), watch)
-    watch.say(f"  wrote {escape(str(out))} in {chosen.name}. It is [bold]not sealed[/]: nothing has compared it yet.")
-    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
-    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+    watch.say(f"  wrote {escape(str(out))} in {chosen.name}")
 
 
 def _check_scale_rule(source: Path, chosen: Format) -> None:
