@@ -190,6 +190,10 @@ class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
+    export: Literal["bf16", "bf16-stochastic", "fp32"] = key(
+        "bf16",
+        "of the plain bundle: rounded to the nearest; at random, which keeps small updates on average; or fp32 masters",
+    )
     balance: bool = key(False, "move the range of outlier channels into the weights before int8")
     rounding: Literal["nearest", "gptq"] = key(
         "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
