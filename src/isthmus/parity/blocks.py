@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isthmus.formats.parts.pieces import at_hand
 from isthmus.model.attention import EntryLayout, Rotation, attend_entries

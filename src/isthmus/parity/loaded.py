@@ -34,7 +34,7 @@ class Loaded:
         self._problems: list[tuple[int, int, str, str]] = []
 
     def look(self, layer: str | None, expert: int | None) -> None:
-        """Compare a layer, one expert of a layer that is in memory alone, or, for None, what lies outside the layers."""
+        """Compare a layer, one expert of it that is in memory alone, or, for None, what lies outside the layers."""
         if expert is not None:
             path = f"{layer}.mlp.experts"
             both = (_expert(model.get_submodule(path), expert) for model in (self.emulator, self.target))

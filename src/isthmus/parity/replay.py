@@ -154,7 +154,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Answer:
-    """What emulator and target made of the golden input of a block; what the target raised, if it could not be asked."""
+    """What emulator and target made of the golden input of a block; `error` is what the target raised instead."""
 
     expected: Any
     found: Any

@@ -71,7 +71,7 @@ class Bundle:
         return get_format(self.format).build(self.architecture, dict(self.tensors))
 
     def stream(self, adapt: Adapt = lambda _piece: None, *, whole_experts: int | None = WHOLE_EXPERTS) -> Model:
-        """The same model with a layer at a time in memory, each changed by `adapt` when it was built (parts/pieces.py)."""
+        """The same model, in memory piece by piece (parts/pieces.py); `adapt` changes each piece that was built."""
         build = get_format(self.format).build
         return streamed(self.architecture, self.tensors, build, adapt, whole_experts=whole_experts)
 

@@ -63,7 +63,7 @@ def pieces_of(model: nn.Module) -> Pieces | None:
 
 
 def at_hand(model: nn.Module, path: str) -> AbstractContextManager[None]:
-    """Lends the layer that a path lies in; does nothing outside the layers, or if the model holds its weights itself."""
+    """Lends the layer that a path lies in; does nothing outside the layers, or if the model holds its own weights."""
     pieces = pieces_of(model)
     if pieces is None or not path.startswith(_LAYER):
         return nullcontext()
@@ -236,7 +236,7 @@ class Pieces:
         return 4 * sum(one.numel() for one in mlp.experts.parameters()) > self.whole_experts
 
     def _layer_with_lent_experts(self, architecture: ModelSection, names: dict[str, str]) -> nn.Module:
-        """A layer is built with its first expert, which is then replaced by what lends them all, and with its router."""
+        """A layer, built with its first expert alone; what lends them all, and the router, then take their places."""
         single = _with_one_expert(architecture)
         kept = {new: self.tensors[old] for new, old in names.items() if not new.startswith(_EXPERTS)}
         gate = {name.rpartition(".")[2]: kept.pop(name) for name in list(kept) if ".mlp.gate." in name}
