@@ -5,7 +5,7 @@ Shapes: B rows of T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,16 +57,6 @@ def rotation_of(model: Model, shape: tuple[int, ...] | torch.Size) -> Rotation:
     """The model's rotation of positions 0 to T - 1 in each of B rows."""
     device = model.model.rotary.cos.device
     return model.model.rotary(torch.arange(shape[1], device=device).expand(*shape))
-
-
-def block_inputs(model: Model, tokens: Tensor, keep: Callable[[str, Tensor], None]) -> None:
-    """Run the model, its MTP layer too, on tokens [B, T], and hand the input [B, T, D] of each block to `keep`.
-
-    The blocks of a layer are handed over while its weights are at hand.
-    """
-    for inputs in inputs_by_layer(model, tokens):
-        for path, x in inputs.items():
-            keep(path, x)
 
 
 @torch.inference_mode()
