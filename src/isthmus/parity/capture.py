@@ -38,7 +38,7 @@ from isthmus.parity.tokens import GoldenSequence
 FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
 TOKENS = "golden/tokens.safetensors"
 BYTES_PER_VALUE = 2 + 4 + 2
-FEWEST_TOKENS, MOST_TOKENS = 8, 256
+FEWEST_TOKENS, MOST_TOKENS = 8, 128
 """Tokens whose block inputs are kept. `benchmarks/gate.py` replays 96; more of them cost time and find nothing more."""
 FREE_BYTES, SHARE_OF_WEIGHTS = 64_000_000, 0.05
 """Golden inputs and outputs take no more than this and that share of the bundle's weights."""

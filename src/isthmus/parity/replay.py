@@ -54,9 +54,11 @@ SMALLEST_ROUTER_FLOOR = 2.0**-17
 """Scores near 0 and their normalised shares lose a few bits of fp32 that a plain product keeps."""
 NOTHING = 1 / (LIMIT + 1)
 """The floor of a count: one is a fault."""
+VALUES_AT_ONCE = 1 << 21
+"""Values that are compared in fp64 at once."""
 EXPERT_ROWS = 4
 MOST_EMBEDDINGS = 4096
-FEW_TOKENS = 128
+FEW_TOKENS = 96
 """Of so many tokens, and a row at least, blocks are asked on larger inputs, and whole layers."""
 SCALES = (1.0, 8.0, 64.0)
 """Inputs as they are, and large enough that a clamp bites."""
@@ -673,11 +675,18 @@ def worst_channel(y: Tensor, e: Tensor) -> float:
         return 0.0
     if y.shape != e.shape:
         return math.inf
-    y, e = y.reshape(-1, y.shape[-1]).double(), e.reshape(-1, e.shape[-1]).double()
-    rows = e.square().mean(-1, keepdim=True)
-    size = (e.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
-    error = ((y - e).square().sum(0).sqrt() / size).max().item()
-    return error if math.isfinite(error) else math.inf
+    y, e = y.reshape(-1, y.shape[-1]), e.reshape(-1, e.shape[-1])
+    step = max(1, VALUES_AT_ONCE // e.shape[-1])
+    rows = torch.cat([part.double().square().mean(-1, keepdim=True) for part in e.split(step)])
+    step, worst = max(1, VALUES_AT_ONCE // len(e)), 0.0
+    for found, expected in zip(y.split(step, -1), e.split(step, -1), strict=True):
+        found, expected = found.double(), expected.double()
+        size = (expected.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
+        error = ((found - expected).square().sum(0).sqrt() / size).max().item()
+        if not math.isfinite(error):
+            return math.inf
+        worst = max(worst, error)
+    return worst
 
 
 def by_expert(routing: Routing) -> Tensor:

@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 
 WHOLE_EXPERTS = 256 << 20
 """Bytes in fp32 up to which the routed experts of a layer are in memory all at once."""
-ROWS_BYTES = 256 << 20
+ROWS_BYTES = 64 << 20
 """Bytes in fp32 of the rows of the output head that are in memory at once."""
 SMALL_TENSOR = 1 << 16
 NORM = "model.norm.weight"
