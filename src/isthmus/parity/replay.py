@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal, get_args
 
@@ -80,6 +80,7 @@ class Probe:
     """One question to a model: `run(model, *inputs)` gives [..., C] or a router's decision.
 
     `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin too.
+    `known` are the emulator's answers to `floor_inputs` and to `inputs`, where it has given them already.
     """
 
     path: str
@@ -89,6 +90,15 @@ class Probe:
     inputs: tuple[Any, ...]
     floor_inputs: tuple[Any, ...]
     level: Level = OPERATOR
+    known: tuple[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, and what it gave."""
+
+    inputs: tuple[Any, ...]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,7 @@ class Replayer:
         probes = group.probes
         asked = (*(probe.floor_inputs for probe in probes), *(probe.inputs for probe in probes))
         questions = [tuple(rounded(value, self.dtype) for value in inputs) for inputs in asked]
-        expected = group.run(self.emulator, [_placed_all(inputs, self.emulator) for inputs in questions])
+        expected = self._expected(group, questions)
         healthy = self._answers(group, self.twin, questions)
         for probe, wanted, given in zip((*probes, *probes), expected, healthy, strict=True):
             for measure in self._measures(probe, wanted, given, None):
@@ -272,6 +282,12 @@ class Replayer:
             Answer(wanted, given, given if isinstance(given, Exception) else None)
             for wanted, given in zip(own, answers, strict=True)
         ]
+
+    def _expected(self, group: Group, questions: list[tuple[Any, ...]]) -> list[Any]:
+        known = [probe.known for probe in group.probes if probe.known is not None]
+        if len(known) == len(group.probes):
+            return [*(of_floor for of_floor, _ in known), *(own for _, own in known)]
+        return group.run(self.emulator, [_placed_all(inputs, self.emulator) for inputs in questions])
 
     def _answers(self, group: Group, model: Model, questions: list[tuple[Any, ...]]) -> list[Any]:
         """The answers of a model, or what it raised in place of each."""
@@ -352,13 +368,14 @@ class Replayer:
         yield from map(Group.of, self._norm_probes(block, x, other))
         first, second = (self._record(block, given) for given in (x, other))
         for path in first:
-            if path in second:
+            if path in second and path != block.path:
                 yield from map(Group.of, self._operator_probes(block, path, first[path], second[path]))
         if block.kind == "moe":
             yield from map(Group.of, self._expert_probes(block, x, other))
         if block.kind == "attention":
             yield from map(Group.of, self._attention_probes(block, x, other))
-        yield from self._whole_block_probes(block, x, other)
+        known = self._known(first[block.path], second[block.path]) if block.path in first else None
+        yield from self._whole_block_probes(block, x, other, known)
         yield from self._layer_probe(block, x, other)
 
     def _holds(self, block: Block, *inputs: Tensor) -> bool:
@@ -369,9 +386,15 @@ class Replayer:
         outputs = (run_block(self._narrow_twin, block, placed(x, self._narrow_twin))[0] for x in given)
         return all(bool(torch.isfinite(output).all()) for output in outputs)
 
-    def _whole_block_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Group]:
+    def _known(self, first: Call, second: Call) -> tuple[Any, Any] | None:
+        """What the emulator answered when it was recorded; other inputs are asked where the target's dtype rounds."""
+        return (second.output, first.output) if self.dtype == torch.float32 else None
+
+    def _whole_block_probes(
+        self, block: Block, x: Tensor, other: Tensor, known: tuple[Any, Any] | None
+    ) -> Iterator[Group]:
         """The block on its inputs, and on larger ones of fewer tokens."""
-        probes = [self._whole_block_probe(block, 1.0, x, other)]
+        probes = [replace(self._whole_block_probe(block, 1.0, x, other), known=known)]
         few, other_few = (fewer(given) for given in (x, other))
         if not self._are_lent(block):
             yield Group.of(probes[0])
@@ -438,27 +461,30 @@ class Replayer:
         small = module.eps**0.5 / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
         yield Probe(named, operator, "norm", run, (x * small,), (other * small,))
 
-    def _record(self, block: Block, x: Tensor) -> dict[str, tuple[Any, ...]]:
-        """The first arguments of every module below the block, by its path, in the order of the calls."""
-        module, calls, handles = self.emulator.get_submodule(block.path), {}, []
+    def _record(self, block: Block, x: Tensor) -> dict[str, Call]:
+        """The first call of every module below the block, by its path, in the order of the calls; then of the block."""
+        module, handles = self.emulator.get_submodule(block.path), []
+        inputs: dict[str, tuple[Any, ...]] = {}
+        outputs: dict[str, Any] = {}
         for name, child in module.named_modules():
             if name:
                 path = f"{block.path}.{name}"
-                keep = lambda _module, inputs, path=path: calls.setdefault(path, inputs)  # noqa: E731
-                handles.append(child.register_forward_pre_hook(keep))
+                keep = lambda _module, given, path=path: inputs.setdefault(path, given)  # noqa: E731
+                note = lambda _module, _given, output, path=path: outputs.setdefault(path, output)  # noqa: E731
+                handles += [child.register_forward_pre_hook(keep), child.register_forward_hook(note)]
         try:
             if self._are_lent(block):
                 _run_beside_experts(module, x)
             else:
-                run_block(self.emulator, block, x)
+                output, routing = run_block(self.emulator, block, x)
+                inputs[block.path] = (x,)
+                outputs[block.path] = output if routing is None else (output, routing)
         finally:
             for handle in handles:
                 handle.remove()
-        return calls
+        return {path: Call(given, outputs[path]) for path, given in inputs.items()}
 
-    def _operator_probes(
-        self, block: Block, path: str, inputs: tuple[Any, ...], other: tuple[Any, ...]
-    ) -> Iterator[Probe]:
+    def _operator_probes(self, block: Block, path: str, own: Call, other: Call) -> Iterator[Probe]:
         module, operator = self.emulator.get_submodule(path), path.removeprefix(f"{block.path}.")
 
         def run(model: Model, *given: Any) -> Any:
@@ -466,15 +492,15 @@ class Replayer:
 
         if isinstance(module, Router):
             for scale in ROUTER_SCALES:
-                both = (shifted(inputs[0], module, scale),), (shifted(other[0], module, scale),)
+                both = (shifted(own.inputs[0], module, scale),), (shifted(other.inputs[0], module, scale),)
                 yield Probe(block.path, "gate", "router", run, *both)
         elif isinstance(module, RMSNorm):
-            yield from self._norm(path, block.path, operator, inputs[0], other[0])
-        elif any(True for _ in module.children()) or hasattr(module, "parts"):
-            kind = f"{block.kind} {operator}"
-            yield Probe(block.path, operator, kind, run, inputs, other, STEP)
+            yield from self._norm(path, block.path, operator, own.inputs[0], other.inputs[0])
         else:
-            yield Probe(block.path, operator, "linear", run, inputs, other)
+            is_step = any(True for _ in module.children()) or hasattr(module, "parts")
+            kind, level = (f"{block.kind} {operator}", STEP) if is_step else ("linear", OPERATOR)
+            known = self._known(own, other)
+            yield Probe(block.path, operator, kind, run, own.inputs, other.inputs, level, known)
 
     def _expert_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
         """Each matrix of each expert, on rows that it gets whether the router sends them or not."""
