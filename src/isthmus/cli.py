@@ -163,7 +163,7 @@ def capture(folder: Path, **options: Any) -> None:
 @cli.command()
 @_BUNDLE
 @click.option("--device", help="A torch device; the accelerator that is here if absent, else the CPU.")
-@click.option("--dtype", default="fp32", show_default=True, help="Of the activations: fp32, bf16 or fp16.")
+@click.option("--dtype", help="Of the activations: fp32, bf16 or fp16; fp32 here, config.json's behind a URL.")
 @click.option("--rehearse", metavar="CHIP", help="Enforce the rules of a chip that is not here, on the CPU.")
 @click.option("--url", help="Verify an engine that serves this bundle there: tokens and log-probabilities alone.")
 @click.option("--api-key", envvar="ISTHMUS_API_KEY", help="Of the engine at --url; or $ISTHMUS_API_KEY.")

@@ -145,15 +145,6 @@ def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
     return Pass(logits, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
 
 
-def completion_log_probabilities(model: Model, sequences: list[GoldenSequence], temperature: float) -> Tensor:
-    """Log-probabilities [N], in float64, that the model gives the completion tokens at a temperature."""
-    parts = []
-    for _, batch in _batches(sequences):
-        distribution = (run_batch(model, batch).logits.double() / temperature).log_softmax(-1)
-        parts.append(distribution.gather(-1, _completion_tokens(batch)[:, None]).squeeze(-1))
-    return torch.cat(parts)
-
-
 def _compare_batch(
     reference: Model,
     candidate: Model,

@@ -12,13 +12,14 @@ import torch
 
 from isthmus.engines.remote import HttpEngine
 from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats import get_format
 from isthmus.formats.files.bundle import SEAL, read_bundle
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
-from isthmus.parity.gate import check_table, judge, ledger_table, refusal, shown, unmeasured
+from isthmus.parity.gate import check_table, declared, judge, ledger_table, refusal, shown, unmeasured
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
-from isthmus.parity.target import DTYPES
+from isthmus.parity.target import ANNOUNCED, DTYPES
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.progress import Watch
 from isthmus.records import Check, ParityVerdict, costliest
@@ -36,7 +37,7 @@ def execute(
     watch: Watch,
     *,
     device: str | None,
-    dtype: str,
+    dtype: str | None,
     rehearse: str | None,
     url: str | None,
     api_key: str | None,
@@ -47,17 +48,17 @@ def execute(
 
     What an earlier gate refused and this one cannot look at, such as the task of a hand-off, is still refused.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise IsthmusError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if (folder / SEAL).exists():
         raise IsthmusError(f"{folder} is sealed already; `isthmus inspect {folder}` shows its seal")
+    limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
     if url is not None:
-        verdict = verify_url(folder, url, api_key)
+        verdict = verify_url(folder, url, api_key, dtype, limits)
     else:
-        target = Target(device or default_device(), dtype, rehearse)
+        target = Target(device or default_device(), dtype or "fp32", rehearse)
         watch.say(f"  {folder} on {target}")
         with watch.count("blocks", 1) as counter:
-            limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
             verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
     layers = ("files",) if url is not None else ("files", "config", "modules")
     if left := unmeasured(read_verdict(folder), verdict.checks, layers):
@@ -76,16 +77,26 @@ def execute(
     return verdict
 
 
-def verify_url(folder: Path, url: str, api_key: str | None) -> ParityVerdict:
-    """What an engine at a URL says of the golden sequences, against the emulator of this bundle."""
-    started = time.time()
+def verify_url(
+    folder: Path, url: str, api_key: str | None, dtype: str | None = None, limits: Limits | None = None
+) -> ParityVerdict:
+    """What an engine at a URL says of the golden sequences, against the emulator and healthy twins of this bundle.
+
+    `dtype` is the engine's arithmetic; if absent it is taken to be what config.json announces, fp32 of our own engine.
+    """
+    started, limits = time.time(), limits or Limits()
     checks = check_manifest(folder)
     bundle, golden = read_bundle(folder), GoldenSet(folder)
+    trained = golden.token_logprobs().trained
     engine = HttpEngine(url, api_key)
     engine.start(folder)
-    found = compare_engine(engine.score, bundle.build(), golden.listed.golden_sequences())
-    where = f"{engine.server} at {url}"
-    return judge([*checks, BEHIND_A_URL, *check_engine(found, where)], target=where, rehearsed=False, started=started)
+    arithmetic = dtype or engine.arithmetic or ANNOUNCED[get_format(bundle.format).dtype]
+    sequences = golden.listed.golden_sequences()
+    found = compare_engine(engine.score, bundle.build, arithmetic, sequences, trained, confidence=limits.confidence)
+    where = f"{engine.server} at {url}, {arithmetic}"
+    budget = declared(limits.max_chip_kl, "nats/token", limits.source)
+    checks += [BEHIND_A_URL, *check_engine(found, where, budget, "golden sequences scored by")]
+    return judge(checks, target=where, rehearsed=False, started=started)
 
 
 def default_device() -> str:
