@@ -172,7 +172,14 @@ def capture(folder: Path, **options: Any) -> None:
     type=click.FloatRange(0, 100, min_open=True),
     default=0.01,
     show_default=True,
-    help="Budget, nats per token.",
+    help="What the target may add, nats per token.",
+)
+@click.option(
+    "--max-mean-kl",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="What the format may cost, nats per token.",
 )
 @click.option("--sign-key", type=click.Path(path_type=Path), help="Private Ed25519 key that signs the seal.")
 def verify(folder: Path, **options: Any) -> None:

@@ -21,6 +21,7 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import file_hashes, read_bundle
 from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
+from isthmus.parity.cost import NAME as COST
 from isthmus.parity.seal import read_verdict, verify_seal
 from isthmus.parity.signing import new_key
 from isthmus.parity.verify import Target, verify_bundle
@@ -160,7 +161,7 @@ def execute(run: RunFolder) -> HandoffRecord:
 
 HOSTS_OWN = (
     "w8a8: the emulator is the source's",
-    "w8a8: what quantisation costs a block",
+    f"w8a8: {COST}",
     "w8a8: every source tensor is accounted for",
 )
 """Checks of the target bundle that are computed without the target."""
@@ -253,7 +254,7 @@ def test_a_gate_that_refuses_seals_nothing_and_names_the_check(start):
     run = start(max_mean_kl=1e-7)
     with pytest.raises(GateRefused, match=r"w8a8: mean KL: .* is outside the limit") as caught:
         execute(run)
-    assert caught.value.exit_code == 1 and "top-1" not in str(caught.value)
+    assert caught.value.exit_code == 1 and "top-1 agreement" not in str(caught.value)
     record = run.read_record("parity", HandoffRecord)
     assert record is not None and record.verdict == "refuse" and record.seal_id is None
     assert outcomes(run)["w8a8: mean KL"] == "fail"
@@ -384,7 +385,7 @@ def test_one_golden_sequence_tells_nothing_and_nothing_is_sealed(start):
     with pytest.raises(GateRefused, match=r"w8a8: mean KL: .* is not shown to be within the limit"):
         execute(run)
     not_passed = {name for name, outcome in outcomes(run).items() if outcome == "unknown"}
-    each = ("mean KL, emulator to target", "mean KL", "top-1 agreement")
+    each = (COST, "mean KL, emulator to target", "mean KL", "top-1 agreement")
     engine = "w8a8: mean |Δlogp|, engine against emulator"
     assert not_passed == {f"{name}: {check}" for name in ("bf16", "w8a8") for check in each} | {engine}
     assert seals(run) == []

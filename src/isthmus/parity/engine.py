@@ -134,8 +134,8 @@ def spot_check(
     emulator = score_tokens(build(), sequences)
     gaps = (said - emulator.logprobs[0]).abs()
     gaps = gaps.where(gaps.isfinite(), math.inf)
-    mean, largest = float(gaps.mean()) if len(gaps) else math.nan, float(gaps.max()) if len(gaps) else math.nan
-    if largest <= RESOLUTION:
+    mean, largest = (float(gaps.mean()), float(gaps.max())) if len(gaps) else (math.nan, math.nan)
+    if not largest > RESOLUTION:
         return Spot(len(gaps), mean, largest, None, lost=False)
     twins = score_tokens(make_twin(build(), DTYPES[arithmetic], seed, GRANTED), sequences, copies=SPOT_TWINS)
     calibration = Calibration(emulator, twins, lengths_of(sequences), arithmetic)
@@ -168,7 +168,7 @@ def judge_distance(found: Beyond) -> Outcome:
 def _check_distance(found: EngineParity, source: str, *, rehearsed: bool) -> Check:
     beyond = found.beyond
     engine = (
-        f"{beyond.engine:.3g} nats/token" if math.isfinite(beyond.engine) else "some log-probabilities are no numbers"
+        f"{beyond.engine:.3g} nats/token" if math.isfinite(beyond.engine) else "some log-probabilities are not numbers"
     )
     return Check(
         layer="engine",

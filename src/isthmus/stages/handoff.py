@@ -274,7 +274,7 @@ class Examination:
         options = CaptureOptions(max_bytes=section.capture_mb << 20, origin="held-out problems of the run")
         capture(folder, balanced, texts, options)
         write_manifest(folder, coverage=entries, architecture=crossing.run.recipe.model)
-        limits = Limits(section.max_chip_kl, section.max_module_error, section.confidence, SECTION)
+        limits = Limits(section.max_chip_kl, section.max_mean_kl, section.confidence, SECTION)
         target = Target(rehearse=crossing.chip_of(bundle))
         with self.watch.count(f"verify {bundle.format}", 1) as counter:
             verdict = verify_bundle(folder, target=target, limits=limits, before=checks, tell=counter.tell)

@@ -52,6 +52,8 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
     watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}{', bounded' if listed.bounded else ''}")
+    if listed.cost is not None:
+        watch.say(f"  {bundle.format} costs {listed.cost.kl:.3g} nats per token to the trained model; {listed.cost}")
     if not synthetic:
         watch.say(f"  [yellow]the prompts of {origin} are in the bundle, and who has it can read them[/]")
     watch.say(f"  next, on the machine of the target: isthmus verify {folder}")

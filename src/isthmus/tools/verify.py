@@ -20,7 +20,7 @@ from isthmus.parity.gate import check_table, declared, judge, ledger_table, refu
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.target import ANNOUNCED, DTYPES
-from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
+from isthmus.parity.verify import Limits, Target, check_format_cost, verify_bundle, write_verdict
 from isthmus.progress import Watch
 from isthmus.records import Check, ParityVerdict, costliest
 
@@ -42,6 +42,7 @@ def execute(
     url: str | None,
     api_key: str | None,
     max_chip_kl: float,
+    max_mean_kl: float,
     sign_key: Path | None,
 ) -> ParityVerdict:
     """Verify, say what was found, write the verdict and seal. Raises GateRefused unless every check passed.
@@ -52,7 +53,7 @@ def execute(
         raise IsthmusError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if (folder / SEAL).exists():
         raise IsthmusError(f"{folder} is sealed already; `isthmus inspect {folder}` shows its seal")
-    limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
+    limits = Limits(max_chip_kl, max_mean_kl, source="isthmus verify")
     if url is not None:
         verdict = verify_url(folder, url, api_key, dtype, limits)
     else:
@@ -87,6 +88,7 @@ def verify_url(
     started, limits = time.time(), limits or Limits()
     checks = check_manifest(folder)
     bundle, golden = read_bundle(folder), GoldenSet(folder)
+    checks.insert(0, check_format_cost(golden, limits))
     trained = golden.token_logprobs().trained
     engine = HttpEngine(url, api_key)
     engine.start(folder)
