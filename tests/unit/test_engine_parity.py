@@ -151,7 +151,7 @@ def test_one_sequence_shows_nothing_and_a_repeated_one_is_one():
 def test_a_limit_says_where_it_comes_from_and_what_it_would_have_seen():
     first, second, third = check_engine(compared(build(), sequences(12)), "a server", BUDGET, "sequences scored by")
     assert first.limit is not None and "4 healthy twins in fp32" in first.limit.source
-    assert "would have shown with 80%" in first.detail and "not seen by tokens" in first.detail
+    assert "would have shown with 80%" in first.detail and "less than rounding does is not seen" in first.detail
     assert second.limit is not None and "binomial" in second.limit.source
     assert third.limit == BUDGET, "the budget as it was declared"
 

@@ -31,6 +31,7 @@ from isthmus.parity.twins import (
     Loss,
     distinct,
     lengths_of,
+    of_sequences,
     score_tokens,
 )
 from isthmus.records import Check, Layer, Outcome
@@ -77,7 +78,7 @@ def compare_engine(
     [N] are the trained model's log-probabilities of the completion tokens of all sequences.
     """
     kept = distinct(sequences)
-    trained = torch.cat([trained.split([len(one.completion) for one in sequences])[place] for place in kept])
+    trained = of_sequences(trained, sequences, kept)
     sequences = [sequences[place] for place in kept]
     scores = score([[*one.prompt, *one.completion] for one in sequences])
     found = [value for one, given in zip(sequences, scores, strict=True) for value in given[len(one.prompt) - 1 :]]
@@ -166,17 +167,23 @@ def judge_distance(found: Beyond) -> Outcome:
 
 
 def _check_distance(found: EngineParity, source: str, *, rehearsed: bool) -> Check:
-    beyond = found.beyond
-    engine = (
+    return check_distance(DISTANCE, found.beyond, found.arithmetic, source, "engine", "engine", rehearsed=rehearsed)
+
+
+def check_distance(
+    name: str, beyond: Beyond, arithmetic: str, source: str, layer: Layer, who: str, *, rehearsed: bool
+) -> Check:
+    """Whether an engine, or a target, is no further from the emulator than healthy twins are."""
+    far = (
         f"{beyond.engine:.3g} nats/token" if math.isfinite(beyond.engine) else "some log-probabilities are not numbers"
     )
     return Check(
-        layer="engine",
-        name=DISTANCE,
+        layer=layer,
+        name=name,
         outcome=judge_distance(beyond),
         figure=finite(beyond.ratio, TIMES, source, rehearsed=rehearsed),
-        limit=finite(beyond.limit, TIMES, of_twins(beyond, found.arithmetic), rehearsed=rehearsed),
-        detail=f"mean |Δlogp| of the engine: {engine}; {told(beyond, 'mean |Δlogp|')}",
+        limit=finite(beyond.limit, TIMES, of_twins(beyond, arithmetic), rehearsed=rehearsed),
+        detail=f"mean |Δlogp| of the {who}: {far}; {told(beyond)}",
     )
 
 
@@ -188,14 +195,14 @@ def of_twins(found: Beyond, arithmetic: str) -> str:
     )
 
 
-def told(found: Beyond, measure: str) -> str:
+def told(found: Beyond) -> str:
     """What the comparison rests on, and what it can see."""
-    seen = (
-        f"{found.detectable:.3g} times would have shown with {POWER:.0%}"
-        if math.isfinite(found.detectable)
-        else ("from so few sequences nothing can be told")
+    if not math.isfinite(found.detectable):
+        return f"of the twins: {found.twins:.3g}; so few sequences tell nothing"
+    return (
+        f"of the twins: {found.twins:.3g}; {found.detectable:.3g} times would have shown with {POWER:.0%}. What moves "
+        "tokens less than rounding does is not seen"
     )
-    return f"of the twins: {measure} {found.twins:.3g}; {seen}, less is not seen by tokens"
 
 
 def _check_flips(found: EngineParity, flips: Flips, source: str, *, rehearsed: bool) -> Check:

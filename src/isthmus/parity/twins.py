@@ -47,7 +47,9 @@ from isthmus.parity.tokens import TIE_NATS, GoldenSequence, interval_of_mean
 ALPHA = 1e-3
 """How often a healthy engine is refused by one of the tests against its twins."""
 POWER = 0.8
-TWINS = 4
+TWINS, ENOUGH = 4, 16
+"""Passes of a twin, each with noise of its own. From ENOUGH sequences on, one whole model is its own control: the
+degrees of freedom come from the sequences."""
 GRANTED = 3.0
 """Times the noise of a healthy chip's sums that twins have: as parity.replay.LIMIT grants to modules."""
 RESOLUTION = 2e-5
@@ -131,7 +133,7 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor) -> Beyond:
     table = table.where(table.isfinite(), math.inf)
     means = [float((distances * weights).sum()) for distances in (table[0], table[1:].mean(0))]
     levels = (table + RESOLUTION + means[1]).log()
-    contrast = float(((levels[0] - levels[1:].mean(0)) * weights).sum())
+    contrast = float(((levels[0] - levels[1:].mean(0)) * weights).sum()) if math.isfinite(means[0]) else math.inf
     size = power = spread = math.nan
     if sequences >= FEWEST_SAMPLES and bool(levels.isfinite().all()):
         freedom = (sequences - 1) * count
@@ -153,6 +155,16 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor) -> Beyond:
         sequences=sequences,
         count=count,
     )
+
+
+def compare_with_emulator(said: Tensor, emulator: Tensor, twins: Tensor, lengths: Tensor) -> Beyond:
+    """Test 1 on log-probabilities of engine [N], emulator [N] and twins [K, N]; `lengths` [S] are in tokens."""
+
+    def distances(values: Tensor) -> Tensor:
+        parts = (values.double() - emulator.double()).abs().split(lengths.tolist(), dim=-1)
+        return torch.stack([part.mean(-1) for part in parts], dim=-1)
+
+    return compare_with_twins(distances(said), distances(twins), lengths)
 
 
 def _factor(contrast: float, twins: Tensor, usual: float, weights: Tensor) -> float:
@@ -271,23 +283,13 @@ class Calibration:
         """The emulator's log-probabilities [N]."""
         return self.emulator.logprobs[0]
 
-    @property
-    def sequence(self) -> Tensor:
-        """The number [N] of each token's sequence."""
-        return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
-
-    def distances(self, said: Tensor) -> Tensor:
-        """Mean distances [..., S] of log-probabilities [..., N] to the emulator's."""
-        parts = (said.double() - self.logprobs).abs().split(self.lengths.tolist(), dim=-1)
-        return torch.stack([part.mean(-1) for part in parts], dim=-1)
-
     def beyond(self, said: Tensor) -> Beyond:
         """Test 1 on what an engine said, [N]."""
-        return compare_with_twins(self.distances(said), self.distances(self.twins.logprobs), self.lengths)
+        return compare_with_emulator(said, self.logprobs, self.twins.logprobs, self.lengths)
 
     def loss(self, said: Tensor, trained: Tensor, confidence: float) -> Loss:
         """Test 2 on what an engine said, and what the trained model says, [N]."""
-        return compare_losses(said, self.logprobs, trained, self.sequence, confidence)
+        return compare_losses(said, self.logprobs, trained, numbered(self.lengths), confidence)
 
     def flips(self) -> Flips | None:
         """The first choices that the engine told; None if it told none."""
@@ -303,6 +305,17 @@ class Calibration:
 def lengths_of(sequences: Sequence[GoldenSequence]) -> Tensor:
     """The completion tokens [S] of each."""
     return torch.tensor([len(one.completion) for one in sequences], dtype=torch.long)
+
+
+def numbered(lengths: Tensor) -> Tensor:
+    """The number [N] of each token's sequence."""
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def of_sequences(values: Tensor, sequences: Sequence[GoldenSequence], places: list[int]) -> Tensor:
+    """Of values [N] of the completion tokens of sequences, those of the sequences at these places."""
+    parts = values.split([len(one.completion) for one in sequences])
+    return torch.cat([parts[place] for place in places]) if places else values[:0]
 
 
 def distinct(sequences: Sequence[GoldenSequence]) -> list[int]:

@@ -23,7 +23,8 @@ from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
-from isthmus.parity.gate import at_most, check_kl, declared, finite, judge, refuses
+from isthmus.parity.engine import check_distance, check_loss
+from isthmus.parity.gate import at_most, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import check_loaded
 from isthmus.parity.manifest import add_file, check_manifest
@@ -31,13 +32,25 @@ from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_err
 from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.parity.tokens import TokenParity, compare_tokens
+from isthmus.parity.twins import (
+    ENOUGH,
+    GRANTED,
+    TWINS,
+    compare_losses,
+    compare_with_emulator,
+    distinct,
+    lengths_of,
+    numbered,
+    of_sequences,
+    score_tokens,
+)
 from isthmus.records import Check, ParityVerdict
 
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
-TWIN_PASSES = 4
-"""Passes of the healthy twin, each with other noise: where experts flip, one pass says little."""
+DISTANCE = "distance to the emulator, target against healthy twins"
+LOSS = "distance to the trained model, target minus emulator"
 
 Tell = Callable[[str, int, int], None]
 """Hears of progress: what is done, how much of it, of how much."""
@@ -45,8 +58,9 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """The drift budget, KL in nats per token: `max_chip_kl` between emulator and target, `max_mean_kl` between the
-    trained model and the emulator. `source` says where the limits come from."""
+    """The drift budget, in nats per token: `max_chip_kl` is what the target may be further from the trained model than
+    the emulator, `max_mean_kl` the KL between the trained model and the emulator. `source` says where they come from.
+    """
 
     max_chip_kl: float = 0.01
     max_mean_kl: float = 0.02
@@ -104,7 +118,7 @@ def verify_bundle(
     context = target.context()
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context)
     checks += check_modules(found, target)
-    checks.append(_check_tokens(golden, bundle, emulator, model, target, limits))
+    checks += _check_tokens(golden, bundle, emulator, model, target, limits)
     return judged(checks, ledger=found.ledger)
 
 
@@ -182,26 +196,35 @@ def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
 
 def _check_tokens(
     golden: GoldenSet, bundle: Bundle, emulator: Model, model: Model, target: Target, limits: Limits
-) -> Check:
-    """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
+) -> list[Check]:
+    """Whole sequences: the target against the emulator, its healthy twins, and what the trained model said."""
     sequences, context = golden.listed.golden_sequences(), target.context()
-    twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
-    floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
+    trained, rehearsed = golden.token_logprobs().trained, target.rehearse is not None
     found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
-    allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
-    granted, source = "", limits.source
-    if allowed > limits.max_chip_kl:
-        granted = f"; a healthy twin is at {floor:.3g}, and {LIMIT:g} times that is granted"
-        source = f"{LIMIT:g} times the KL of a healthy twin, more than the {limits.max_chip_kl:g} of {limits.source}"
-    return check_kl(
-        "mean KL, emulator to target",
-        found,
-        declared(allowed, "nats/token", source),
-        f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}",
-        f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}",
-        rehearsed=target.rehearse is not None,
-        confidence=limits.confidence,
-    )
+    source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
+    kept = distinct(sequences)
+    wanted, said, trained = (of_sequences(one, sequences, kept) for one in (*found.logprobs, trained))
+    sequences = [sequences[place] for place in kept]
+    if said.equal(wanted):
+        distance = Check(
+            layer="tokens",
+            name=DISTANCE,
+            outcome=at_most(0.0, found.mean_kl, samples=found.distinct),
+            figure=finite(found.mean_kl, "nats/token", source, rehearsed=rehearsed),
+            limit=declared(0.0, "nats/token", "what is equal needs no healthy twin"),
+            detail="the log-probabilities of the golden tokens are the emulator's",
+        )
+    else:
+        twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1, granted=GRANTED)
+        passes = score_tokens(twin, sequences, copies=1 if len(kept) >= ENOUGH else TWINS)
+        beyond = compare_with_emulator(said, wanted, passes.logprobs, lengths_of(sequences))
+        distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
+        told = f"{distance.detail}; mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
+        distance = distance.model_copy(update={"detail": f"{told}; {_flips(found)}"})
+    budget = declared(limits.max_chip_kl, "nats/token", limits.source)
+    loss = compare_losses(said, wanted, trained, numbered(lengths_of(sequences)), limits.confidence)
+    checked = check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed)
+    return [distance, checked]
 
 
 def _flips(found: TokenParity) -> str:
