@@ -53,11 +53,12 @@ Score = Callable[[list[list[int]]], list[list[TokenScore]]]
 class EngineParity:
     """What was found on the completion tokens of golden sequences, each counted once.
 
-    `arithmetic` is that of the twins. Without first choices of the engine there are no `flips`.
+    `arithmetic` is that of the twins. Without first choices of the engine there are no `flips`, without a trained model
+    to compare with, as of a slice, no `loss`.
     """
 
     beyond: Beyond
-    loss: Loss
+    loss: Loss | None
     flips: Flips | None
     arithmetic: str
     confidence: float
@@ -68,29 +69,34 @@ def compare_engine(
     build: Callable[[], Model],
     arithmetic: str,
     sequences: list[GoldenSequence],
-    trained: Tensor,
+    trained: Tensor | None,
     *,
     confidence: float = 0.95,
+    alpha: float = ALPHA,
 ) -> EngineParity:
     """Let the engine score the sequences, and compare what it says of each completion token.
 
     `build` makes the format's model, `arithmetic` names the dtype in which the engine is said to compute, and `trained`
-    [N] are the trained model's log-probabilities of the completion tokens of all sequences.
+    [N] are the trained model's log-probabilities of the completion tokens of all sequences. `alpha` is the size of each
+    test against twins.
     """
     kept = distinct(sequences)
-    trained = of_sequences(trained, sequences, kept)
+    trained = None if trained is None else of_sequences(trained, sequences, kept)
     sequences = [sequences[place] for place in kept]
     scores = score([[*one.prompt, *one.completion] for one in sequences])
     found = [value for one, given in zip(sequences, scores, strict=True) for value in given[len(one.prompt) - 1 :]]
     said = torch.tensor([one.logprob for one in found], dtype=torch.float64)
     calibration = Calibration.of(build, arithmetic, sequences, chosen=torch.tensor([one.best for one in found]))
-    return compare_logprobs(said, trained, calibration, confidence)
+    return compare_logprobs(said, trained, calibration, confidence, alpha)
 
 
-def compare_logprobs(said: Tensor, trained: Tensor, calibration: Calibration, confidence: float) -> EngineParity:
+def compare_logprobs(
+    said: Tensor, trained: Tensor | None, calibration: Calibration, confidence: float, alpha: float = ALPHA
+) -> EngineParity:
     """Judge an engine's log-probabilities [N] of the tokens on which emulator and twins were calibrated."""
-    loss = calibration.loss(said, trained, confidence)
-    return EngineParity(calibration.beyond(said), loss, calibration.flips(), calibration.arithmetic, confidence)
+    loss = None if trained is None else calibration.loss(said, trained, confidence)
+    beyond, flips = calibration.beyond(said, alpha), calibration.flips(alpha)
+    return EngineParity(beyond, loss, flips, calibration.arithmetic, confidence)
 
 
 @dataclass(frozen=True)
@@ -146,13 +152,17 @@ def spot_check(
     return Spot(len(gaps), mean, largest, calibration.beyond(said), lost)
 
 
-def check_engine(found: EngineParity, server: str, budget: Figure, how: str, *, rehearsed: bool = False) -> list[Check]:
+def check_engine(
+    found: EngineParity, server: str, budget: Figure | None, how: str, *, rehearsed: bool = False
+) -> list[Check]:
     """The findings, each against its limit. `budget` is what the engine may be further from the trained model than the
     emulator, in nats per token; `how` says whose tokens these are."""
     source = f"{found.beyond.sequences} {how} {server}, {found.beyond.tokens} tokens"
     checks = [_check_distance(found, source, rehearsed=rehearsed)]
     if found.flips is not None:
         checks.append(_check_flips(found, found.flips, source, rehearsed=rehearsed))
+    if found.loss is None or budget is None:
+        return checks
     return [
         *checks,
         check_loss(LOSS, found.loss, budget, source, found.confidence, layer="engine", rehearsed=rehearsed),
@@ -182,7 +192,7 @@ def check_distance(
         name=name,
         outcome=judge_distance(beyond),
         figure=finite(beyond.ratio, TIMES, source, rehearsed=rehearsed),
-        limit=finite(beyond.limit, TIMES, of_twins(beyond, arithmetic), rehearsed=rehearsed),
+        limit=finite(beyond.limit, TIMES, of_twins(beyond, arithmetic), rehearsed=False),
         detail=f"mean |Δlogp| of the {who}: {far}; {told(beyond)}",
     )
 
@@ -191,7 +201,7 @@ def of_twins(found: Beyond, arithmetic: str) -> str:
     """Where the limit of a distance comes from."""
     return (
         f"{found.count} healthy twins in {arithmetic} with {GRANTED:g} times its noise, on the same tokens: Student's "
-        f"t at {ALPHA:.1%} over sequences (parity/twins.py)"
+        f"t at {100 * found.alpha:.2g} % over sequences (parity/twins.py)"
     )
 
 
@@ -209,14 +219,15 @@ def _check_flips(found: EngineParity, flips: Flips, source: str, *, rehearsed: b
     def share(count: float) -> float:
         return 100 * count / flips.tokens if flips.tokens else math.nan
 
-    limit = f"{flips.count} healthy twins in {found.arithmetic} have {flips.twins} together: binomial at {ALPHA:.1%}"
+    size = f"{100 * found.beyond.alpha:.2g} %"
+    limit = f"{flips.count} healthy twins in {found.arithmetic} have {flips.twins} together: binomial at {size}"
     usual = share(flips.twins / flips.count)
     return Check(
         layer="engine",
         name=FIRST_CHOICES,
         outcome=at_most(flips.allowed, flips.engine, samples=found.beyond.sequences),
         figure=finite(share(flips.engine), "%", source, rehearsed=rehearsed),
-        limit=finite(share(flips.allowed), "%", limit, rehearsed=rehearsed),
+        limit=finite(share(flips.allowed), "%", limit, rehearsed=False),
         detail=f"without {flips.near_ties} near-ties of the emulator; of the twins {usual:.3g} %",
     )
 

@@ -108,7 +108,7 @@ class Beyond:
     """Test 1. `engine` and `twins` are mean distances to the emulator, in nats per token, over `tokens` of `sequences`.
 
     `ratio` is by what factor the twins' distances would have to grow to make the engine's contrast. A healthy engine's
-    is above `limit` once in 1 / ALPHA times; a `detectable` one is above it with probability POWER. NaN, where there
+    is above `limit` once in 1 / `alpha` times; a `detectable` one is above it with probability POWER. NaN, where there
     are not two sequences.
     """
 
@@ -120,9 +120,10 @@ class Beyond:
     tokens: int
     sequences: int
     count: int
+    alpha: float = ALPHA
 
 
-def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor) -> Beyond:
+def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor, alpha: float = ALPHA) -> Beyond:
     """Hold an engine's mean distances [S] against those of twins [K, S], over so many `tokens` [S] each.
 
     The variance of a mean over n tokens is taken to be as 1 / n. What is no number is infinitely far.
@@ -141,7 +142,7 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor) -> Beyond:
         within = within - (within * weights).sum(1, keepdim=True)
         variance = float((within.square() * tokens).sum()) / freedom
         spread = math.sqrt(variance * (1 + 1 / count) / float(tokens.sum()))
-        size, power = (float(stdtrit(freedom, p)) for p in (1 - ALPHA, POWER))
+        size, power = (float(stdtrit(freedom, p)) for p in (1 - alpha, POWER))
 
     def factor(contrast: float) -> float:
         return _factor(contrast, table[1:], means[1], weights)
@@ -154,17 +155,20 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor) -> Beyond:
         tokens=int(tokens.sum()),
         sequences=sequences,
         count=count,
+        alpha=alpha,
     )
 
 
-def compare_with_emulator(said: Tensor, emulator: Tensor, twins: Tensor, lengths: Tensor) -> Beyond:
+def compare_with_emulator(
+    said: Tensor, emulator: Tensor, twins: Tensor, lengths: Tensor, alpha: float = ALPHA
+) -> Beyond:
     """Test 1 on log-probabilities of engine [N], emulator [N] and twins [K, N]; `lengths` [S] are in tokens."""
 
     def distances(values: Tensor) -> Tensor:
         parts = (values.double() - emulator.double()).abs().split(lengths.tolist(), dim=-1)
         return torch.stack([part.mean(-1) for part in parts], dim=-1)
 
-    return compare_with_twins(distances(said), distances(twins), lengths)
+    return compare_with_twins(distances(said), distances(twins), lengths, alpha)
 
 
 def _factor(contrast: float, twins: Tensor, usual: float, weights: Tensor) -> float:
@@ -179,18 +183,20 @@ def _factor(contrast: float, twins: Tensor, usual: float, weights: Tensor) -> fl
 
     if excess(-LARGEST_POWER) > 0:
         return 0.0
-    return math.exp(brentq(excess, -LARGEST_POWER, LARGEST_POWER)) if excess(LARGEST_POWER) > 0 else math.inf
+    if excess(LARGEST_POWER) < 0:
+        return math.inf
+    return math.exp(float(brentq(excess, -LARGEST_POWER, LARGEST_POWER)))  # pyright: ignore[reportArgumentType]
 
 
-def most_flips(of_twins: int, count: int, tokens: int) -> int:
-    """How many of an engine's first choices may differ, if `count` twins together differ in `of_twins`, at size ALPHA.
+def most_flips(of_twins: int, count: int, tokens: int, alpha: float = ALPHA) -> int:
+    """How many of an engine's first choices may differ, if `count` twins together differ in `of_twins`.
 
-    Given the sum over engine and twins, the engine's part of it is binomial with 1 / (K + 1) (Przyborowski and
-    Wilenski, Biometrika 31, 1940, 313-323).
+    Given the sum over engine and twins, the engine's part of it is binomial with 1 / (K + 1); more have a chance below
+    `alpha` (Przyborowski and Wilenski, Biometrika 31, 1940, 313-323).
     """
     share = 1 / (count + 1)
     for flips in range(tokens):
-        if binom.sf(flips, of_twins + flips + 1, share) < ALPHA:
+        if binom.sf(flips, of_twins + flips + 1, share) < alpha:
             return flips
     return tokens
 
@@ -283,15 +289,15 @@ class Calibration:
         """The emulator's log-probabilities [N]."""
         return self.emulator.logprobs[0]
 
-    def beyond(self, said: Tensor) -> Beyond:
+    def beyond(self, said: Tensor, alpha: float = ALPHA) -> Beyond:
         """Test 1 on what an engine said, [N]."""
-        return compare_with_emulator(said, self.logprobs, self.twins.logprobs, self.lengths)
+        return compare_with_emulator(said, self.logprobs, self.twins.logprobs, self.lengths, alpha)
 
     def loss(self, said: Tensor, trained: Tensor, confidence: float) -> Loss:
         """Test 2 on what an engine said, and what the trained model says, [N]."""
         return compare_losses(said, self.logprobs, trained, numbered(self.lengths), confidence)
 
-    def flips(self) -> Flips | None:
+    def flips(self, alpha: float = ALPHA) -> Flips | None:
         """The first choices that the engine told; None if it told none."""
         if self.chosen is None:
             return None
@@ -299,7 +305,7 @@ class Calibration:
         flips = (differs & (self.emulator.leads >= TIE_NATS)).sum(1).tolist()
         near_ties = int((differs & (self.emulator.leads < TIE_NATS))[0].sum())
         count, tokens, of_twins = len(flips) - 1, len(self.chosen), sum(flips[1:])
-        return Flips(flips[0], of_twins, count, most_flips(of_twins, count, tokens), near_ties, tokens)
+        return Flips(flips[0], of_twins, count, most_flips(of_twins, count, tokens, alpha), near_ties, tokens)
 
 
 def lengths_of(sequences: Sequence[GoldenSequence]) -> Tensor:
