@@ -270,7 +270,7 @@ def test_coverage_of_nothing_is_no_coverage(bundle, state):
     assert not entries and all(map(gate.refuses, checks))
     name = "model.layers.0.self_attn.o_proj.weight"
     broken = state | {name: torch.full_like(state[name], math.nan)}
-    for compensated in ((), (name.removesuffix(".weight"),)):
+    for compensated in ({}, {name.removesuffix(".weight"): torch.ones(4, state[name].shape[1])}):
         assert any(map(gate.refuses, check_coverage(broken, bundle, compensated=compensated)[1]))
 
 
