@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "runtime": tuple(RUNTIME_FAULTS),
 }
 """The faults that are planted, by where they happen."""
-LIMITS = Limits(max_module_error=1.0, source="random weights have no budget for quantisation")
+LIMITS = Limits(max_mean_kl=100.0, source="random weights have no budget for quantisation")
 REPLAY = "module replay"
 TRIES = 12
 TENSOR_NAME = re.compile(r"(?:model|lm_head)\.[\w.]*?weight\w*")

@@ -22,6 +22,8 @@ from isthmus.formats.files.golden import GoldenAnswer
 from isthmus.model.model import Model
 from isthmus.parity import gate
 from isthmus.parity.capture import capture
+from isthmus.parity.cost import NAME as COST
+from isthmus.parity.cost import FormatCost, check_cost
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.engine import LIMIT, TOP1_LIMIT, EngineParity, Gap, check_engine, measure_gap
 from isthmus.parity.gate import (
@@ -43,8 +45,8 @@ from isthmus.parity.replay import LIMIT as FLOORS
 from isthmus.parity.replay import Floors, Measure, Replay
 from isthmus.parity.seal import read_verdict, standing, write_seal
 from isthmus.parity.tokens import TokenParity, interval_of_mean
-from isthmus.parity.verify import Limits, Target, check_modules, check_quantisation, verify_bundle, write_verdict
-from isthmus.records import Check, LedgerRow
+from isthmus.parity.verify import Limits, Target, check_modules, verify_bundle, write_verdict
+from isthmus.records import Check
 from isthmus.tools import verify
 from tests.support.bundles import TinyTokenizer
 from tests.support.small import tiny_architecture
@@ -155,7 +157,7 @@ def test_more_samples_of_one_kind_come_to_pass():
 
 
 def tokens(mean: float, interval, sequences: int = 8, top1: float = 1.0) -> TokenParity:
-    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0, sequences)
+    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0, sequences, torch.zeros(2, 80))
 
 
 def kl(found: TokenParity) -> Check:
@@ -243,22 +245,34 @@ def test_modules(value, outcome):
     assert check.outcome == outcome and (check.module is None) == (outcome == "pass")
 
 
-def cost(value: float | None) -> LedgerRow:
-    return LedgerRow(module="model.layers.0.mlp", kind="mlp", quantisation=value, chip=None, floor=None)
+def cost(value: float, interval: tuple[float, float] | None, sequences: int = 64) -> FormatCost:
+    return FormatCost(
+        kl=value,
+        kl_interval=interval,
+        top1=0.99,
+        trained_perplexity=2.0,
+        perplexity=2.1,
+        tokens=640,
+        sequences=sequences,
+    )
 
 
 @pytest.mark.parametrize(
-    ("rows", "outcome"),
+    ("found", "outcome"),
     [
-        ([cost(0.25), cost(0.1)], "pass"),
-        ([cost(0.1), cost(math.nextafter(0.25, 1))], "fail"),
-        ([cost(None)], "unknown"),
-        ([cost(0.1), cost(None)], "unknown"),
-        ([], "unknown"),
+        (cost(0.01, (0.009, 0.011)), "pass"),
+        (cost(0.01, (0.009, 0.021)), "unknown"),
+        (cost(0.01, (0.009, 0.011), sequences=1), "unknown"),
+        (cost(0.01, (0.008, 0.012), sequences=2), "unknown"),
+        (cost(math.nextafter(0.02, 1), (0.02, 0.021)), "fail"),
+        (cost(math.inf, (math.inf, math.inf)), "fail"),
+        (cost(math.nan, None), "unknown"),
+        (None, "unknown"),
     ],
 )
-def test_what_quantisation_costs(rows, outcome):
-    assert check_quantisation(rows, Limits(max_module_error=0.25)).outcome == outcome
+def test_what_the_format_costs(found, outcome):
+    limit = declared(0.02, "nats/token", "the test")
+    assert check_cost(found, "w8a8", "prompts", limit, 0.95).outcome == outcome
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +292,7 @@ def test_coverage_of_nothing_is_no_coverage(bundle, state):
     assert not entries and all(map(gate.refuses, checks))
     name = "model.layers.0.self_attn.o_proj.weight"
     broken = state | {name: torch.full_like(state[name], math.nan)}
-    for compensated in ((), (name.removesuffix(".weight"),)):
+    for compensated in ({}, {name.removesuffix(".weight"): torch.ones(4, state[name].shape[1])}):
         assert any(map(gate.refuses, check_coverage(broken, bundle, compensated=compensated)[1]))
 
 
@@ -340,7 +354,8 @@ def test_verify_with_one_golden_sequence_ends_with_1_and_without_a_seal(bundle, 
     code, told = ended("verify", bundle, "--device", "cpu")
     assert code == 1 and "not shown to be within" in told
     said = read_verdict(bundle)
-    assert said is not None and [c.name for c in said.checks if c.outcome != "pass"] == ["mean KL, emulator to target"]
+    assert said is not None
+    assert [c.name for c in said.checks if c.outcome != "pass"] == [COST, "mean KL, emulator to target"]
     assert not (bundle / "seal.json").exists()
 
 
@@ -394,7 +409,7 @@ def test_an_output_that_is_no_number_is_refused_with_the_module(bundle, state):
     write_bundle(bundle, "bf16", state | {f"{name}.weight": values}, ARCHITECTURE, TinyTokenizer())
     found = verify_bundle(captured(bundle, state), limits=Limits())
     assert found.verdict == "refuse"
-    assert [check.outcome for check in found.checks if check.layer == "tokens"] == ["fail"]
+    assert [check.outcome for check in found.checks if check.layer == "tokens"] == ["fail", "fail"]
 
 
 def test_a_refusal_says_what_was_found_and_where_the_fault_is():

@@ -2,10 +2,12 @@
 
 For the attention and the MLP of every layer, `golden/replay.safetensors` holds the input on golden prompts, rounded to
 bf16 so that every target gets the same numbers; what the exact emulator of the format makes of it; and by how much the
-trained weights would have made something else of it. `golden/replay.json` lists the prompts. Who has the bundle can
-read them: prompts that are private must not be captured, and synthetic ones (random tokens) can take their place.
+trained weights would have made something else of it. `golden/replay.json` lists the prompts, and says what the format
+costs in nats on them; `golden/tokens.safetensors` holds the log-probabilities that the trained model and the emulator
+give their tokens. Who has the bundle can read the prompts: private ones must not be captured, and synthetic ones
+(random tokens) can take their place.
 
-Shapes: B rows of T tokens, D hidden.
+Shapes: B rows of T tokens, D hidden, N completion tokens of all golden sequences.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import SEAL, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
+from isthmus.parity.cost import FormatCost, measure_cost
 from isthmus.parity.manifest import add_file
 from isthmus.parity.tokens import GoldenSequence
 
 FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
+TOKENS = "golden/tokens.safetensors"
 BYTES_PER_VALUE = 2 + 4 + 2
 FEWEST_TOKENS = 8
 PRIVACY = "Whoever has this bundle can read these prompts and what follows them."
@@ -47,7 +51,8 @@ class CaptureOptions:
 class GoldenList(BaseModel):
     """The content of golden/replay.json. `sequences` are pairs of a prompt and what follows it, for whole-model checks.
 
-    `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them.
+    `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them. `cost` is
+    None in a bundle whose capture did not measure it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,9 +65,18 @@ class GoldenList(BaseModel):
     rows: list[list[int]]
     sequences: list[tuple[list[int], list[int]]]
     blocks: list[str]
+    cost: FormatCost | None = None
 
     def golden_sequences(self) -> list[GoldenSequence]:
         return [GoldenSequence(prompt, completion) for prompt, completion in self.sequences]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities [N] of the completion tokens of all golden sequences, one after the other, in float64."""
+
+    trained: Tensor
+    emulator: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,17 +105,30 @@ class GoldenSet:
             self.listed = GoldenList.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise DamagedFile(f"{path} cannot be read: {error}") from None
-        self._path = folder / TENSORS
+        self.folder = folder
 
     def block(self, path: str) -> GoldenBlock:
         """Everything of the block at this path."""
-        try:
-            with safe_open(self._path, framework="pt") as stored:
-                names = (f"{path}.input", f"{path}.output", f"{path}.quantisation")
-                given, output, lost = (stored.get_tensor(name).float() for name in names)
-        except (SafetensorError, OSError) as error:
-            raise DamagedFile(f"{self._path} does not hold the golden inputs of {path}: {error}") from None
+        names = (f"{path}.input", f"{path}.output", f"{path}.quantisation")
+        given, output, lost = (one.float() for one in self._read(TENSORS, names, f"the golden inputs of {path}"))
         return GoldenBlock(given, output, output + lost)
+
+    def token_logprobs(self) -> TokenLogprobs:
+        """What the trained model and the emulator say of the golden tokens."""
+        if self.listed.cost is None:
+            raise IsthmusError(
+                f"{self.folder} does not say what the trained model makes of its golden sequences: run "
+                f"`isthmus capture {self.folder} --source WEIGHTS` again where the trained weights are"
+            )
+        return TokenLogprobs(*self._read(TOKENS, ("trained", "emulator"), "the log-probabilities of golden tokens"))
+
+    def _read(self, file: str, names: tuple[str, ...], what: str) -> list[Tensor]:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt") as stored:
+                return [stored.get_tensor(name) for name in names]
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"{path} does not hold {what}: {error}") from None
 
 
 def capture(
@@ -130,16 +157,21 @@ def capture(
     blocks = blocks_of(emulator)
     rows, bounded = _bounded_rows(usable, emulator, options)
     tensors = _run(emulator, trained, blocks, rows, tell)
+    sequences = [(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable]
+    cost, (of_trained, of_emulator) = measure_cost(trained, emulator, [GoldenSequence(*pair) for pair in sequences])
     (bundle_folder / FOLDER).mkdir(exist_ok=True)
     add_file(bundle_folder, TENSORS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    logprobs = {"trained": of_trained.contiguous(), "emulator": of_emulator.contiguous()}
+    add_file(bundle_folder, TOKENS, safetensors.torch.save(logprobs, metadata={"format": "pt"}))
     listed = GoldenList(
         format=bundle.format,
         origin=options.origin,
         synthetic=options.synthetic,
         bounded=bounded,
         rows=rows.tolist(),
-        sequences=[(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable],
+        sequences=sequences,
         blocks=[block.path for block in blocks],
+        cost=cost,
     )
     add_file(bundle_folder, LIST, listed.model_dump_json().encode() + b"\n")
     return listed

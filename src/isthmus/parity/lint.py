@@ -7,7 +7,7 @@ as it was built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     checks = _configured(config, found, expected)
     announced = Announced(config)
     with StoredTensors(bundle_folder) as stored:
-        problems = [*_stored(config, found, announced, stored)]
+        problems, names = [*_stored(config, found, announced, stored)], stored.names
     checks += _listed(STORED, problems, "dtypes, shapes and what is quantised are as announced")
     if chip is not None:
-        checks += _target(config, found, chip)
+        checks += _target(config, found, names, chip)
     return checks
 
 
@@ -193,9 +193,8 @@ def _shapes(found: ModelSection, stored: StoredTensors) -> Iterator[Problem]:
         yield where, f"{where} is stored; config.json says {depth} layers with the MTP layer"
 
 
-def _target(config: dict[str, Any], found: ModelSection, slug: str) -> list[Check]:
+def _target(config: dict[str, Any], found: ModelSection, tensors: Collection[str], slug: str) -> list[Check]:
     chip, name = get_chip(slug), recognise_format(config).name
-    kind = "deepseek" if isinstance(found, DeepseekSection) else "dense"
     values = {**architecture_fields(found), "format": name}
     checks = [
         _check(
@@ -203,7 +202,7 @@ def _target(config: dict[str, Any], found: ModelSection, slug: str) -> list[Chec
             rule.breach,
             f"{rule.key} = {values.get(rule.key)!r} on {slug}: {rule.why} ({rule.standing}: {rule.source})",
         )
-        for rule in rules_for(slug, kind)
+        for rule in rules_for(slug, tensors)
         if rule.key in values and not rule.holds(values[rule.key])
     ]
     dtypes, dtype = chip.capabilities.dtypes, _DTYPE_OF.get(name, "int8")

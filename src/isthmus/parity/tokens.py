@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class TokenParity:
     `near_ties` and `flips` are the positions where the first choices differ: between choices that the reference holds
     nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
     Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts. `distinct`
-    counts the sequences without those that are the same as another: they say nothing new.
+    counts the sequences without those that are the same as another: they say nothing new. `logprobs` [2, N] are those
+    that reference and candidate give the completion tokens, in the order of the sequences, in float64.
     """
 
     sequences: int
@@ -54,11 +55,12 @@ class TokenParity:
     router_choices: int
     router_flips: int
     distinct: int
+    logprobs: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """Per completion token of a batch, [N] each; `sequence` counts from 0 within the comparison.
+    """Per completion token of a batch, [N] each, `logprobs` [2, N]; `sequence` counts from 0 within the comparison.
 
     `router_flips` [R] marks, for each token of the batch and each layer with experts, whether the experts differ.
     """
@@ -66,7 +68,7 @@ class _Positions:
     kl: Tensor
     agrees: Tensor
     near_tie: Tensor
-    abs_dlogp: Tensor
+    logprobs: Tensor
     sequence: Tensor
     router_flips: Tensor
 
@@ -96,8 +98,9 @@ def compare_tokens(
     the CPU and in float64.
     """
     if not sequences:
-        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0)
-    sequences = sorted(sequences, key=lambda sequence: len(sequence.prompt) + len(sequence.completion))
+        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0, torch.empty(2, 0))
+    order = sorted(range(len(sequences)), key=lambda one: len(sequences[one].prompt) + len(sequences[one].completion))
+    given, sequences = sequences, [sequences[one] for one in order]
     batches = [
         _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
     ]
@@ -106,6 +109,7 @@ def compare_tokens(
     near_tie = torch.cat([batch.near_tie for batch in batches])
     router_flips = torch.cat([batch.router_flips for batch in batches])
     of_sequence = torch.cat([batch.sequence for batch in batches])
+    logprobs = torch.cat([batch.logprobs for batch in batches], -1)
     return TokenParity(
         sequences=len(sequences),
         tokens=len(kl),
@@ -115,11 +119,18 @@ def compare_tokens(
         top1_agreement=agrees.double().mean().item(),
         near_ties=int(near_tie.sum()),
         flips=int((~agrees & ~near_tie).sum()),
-        mean_abs_dlogp=torch.cat([batch.abs_dlogp for batch in batches]).mean().item(),
+        mean_abs_dlogp=(logprobs[0] - logprobs[1]).abs().mean().item(),
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
         distinct=count_distinct(sequences),
+        logprobs=_in_given_order(logprobs, order, given),
     )
+
+
+def _in_given_order(values: Tensor, order: list[int], given: list[GoldenSequence]) -> Tensor:
+    """Values [..., N] of the completion tokens, the sequences put back where they stood before they were sorted."""
+    parts = dict(zip(order, values.split([len(given[one].completion) for one in order], -1), strict=True))
+    return torch.cat([parts[one] for one in range(len(given))], -1)
 
 
 def count_distinct(sequences: list[GoldenSequence]) -> int:
@@ -175,7 +186,7 @@ def _compare_batch(
         kl=kl.where(kl.isfinite(), math.inf),
         agrees=agrees,
         near_tie=~agrees & (preference < TIE_NATS),
-        abs_dlogp=(expected - found).gather(-1, taken).squeeze(-1).abs(),
+        logprobs=torch.stack([one.gather(-1, taken).squeeze(-1) for one in (expected, found)]),
         sequence=torch.arange(start, start + len(batch)).repeat_interleave(lengths),
         router_flips=_router_flips(wanted.experts, given.experts),
     )

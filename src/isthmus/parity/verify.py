@@ -22,6 +22,7 @@ from isthmus.formats.files.bundle import Bundle, read_bundle
 from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
+from isthmus.parity.cost import check_cost
 from isthmus.parity.gate import at_most, check_kl, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import check_loaded
@@ -30,7 +31,7 @@ from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_err
 from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, build_target, healthy_twin
 from isthmus.parity.tokens import TokenParity, compare_tokens
-from isthmus.records import Check, LedgerRow, ParityVerdict
+from isthmus.records import Check, ParityVerdict
 
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
@@ -44,11 +45,11 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """The drift budget. KL in nats per token, between emulator and target; `max_module_error` is what quantisation may
-    cost a block, relative. `source` says where the limits come from."""
+    """The drift budget, KL in nats per token: `max_chip_kl` between emulator and target, `max_mean_kl` between the
+    trained model and the emulator. `source` says where the limits come from."""
 
     max_chip_kl: float = 0.01
-    max_module_error: float = 0.25
+    max_mean_kl: float = 0.02
     confidence: float = 0.95
     source: str = "isthmus.parity.verify.Limits"
 
@@ -95,13 +96,14 @@ def verify_bundle(
     if any(map(refuses, checks)):
         return judged(checks)
     golden, emulator = GoldenSet(folder), bundle.build()
+    checks.insert(0, check_format_cost(golden, limits))
     checks.append(_check_emulator(golden, emulator))
     replayer = Replayer(golden, emulator, healthy_twin(bundle, DTYPES[target.dtype]), DTYPES[target.dtype])
     model = build(bundle) if build else build_target(bundle, target.device, DTYPES[target.dtype])
     checks += lint_model(model, bundle.architecture) + check_loaded(emulator, model)
     context = target.context()
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context)
-    checks += [*check_modules(found, target), check_quantisation(found.ledger, limits)]
+    checks += check_modules(found, target)
     checks.append(_check_tokens(golden, bundle, emulator, model, target, limits))
     return judged(checks, ledger=found.ledger)
 
@@ -172,27 +174,10 @@ def _module_check(ratio: float, detail: str, target: Target, fault: Measure | No
     )
 
 
-def check_quantisation(ledger: list[LedgerRow], limits: Limits) -> Check:
-    """Whether the block that lost most by quantisation is within its budget; unknown if one could not be measured."""
-    name, limit = "what quantisation costs a block", declared(limits.max_module_error, "relative error", limits.source)
-    costs = [(row.quantisation, row.module) for row in ledger if row.quantisation is not None]
-    lost = [row.module for row in ledger if row.quantisation is None]
-    if lost or not costs:
-        detail = f"could not be measured of {', '.join(lost[:3]) or 'any block'}: no token went the same way through it"
-        module = lost[0] if lost else None
-        return Check(layer="modules", name=name, outcome="unknown", limit=limit, detail=detail, module=module)
-    cost, module = max(costs)
-    outcome = at_most(limits.max_module_error, cost)
-    source = f"golden input of {module}, trained weights against the emulator"
-    return Check(
-        layer="modules",
-        name=name,
-        outcome=outcome,
-        figure=finite(cost, "relative error", source, rehearsed=False),
-        limit=limit,
-        detail=f"the largest of {len(costs)} blocks, {module}",
-        module=None if outcome == "pass" else module,
-    )
+def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
+    """Whether what capture measured of the format is within its budget."""
+    limit = declared(limits.max_mean_kl, "nats/token", limits.source)
+    return check_cost(golden.listed.cost, golden.listed.format, golden.listed.origin, limit, limits.confidence)
 
 
 def _check_tokens(

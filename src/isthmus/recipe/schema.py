@@ -190,6 +190,10 @@ class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
+    export: Literal["bf16", "bf16-stochastic", "fp32"] = key(
+        "bf16",
+        "of the plain bundle: rounded to the nearest; at random, which keeps small updates on average; or fp32 masters",
+    )
     balance: bool = key(False, "move the range of outlier channels into the weights before int8")
     rounding: Literal["nearest", "gptq"] = key(
         "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
@@ -202,11 +206,10 @@ class HandoffSection(Section):
         64, "held-out problems whose answers are compared token by token, heldout_problems at most"
     )
     heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
-    max_mean_kl: Nats = key(0.02, "limit on the mean KL of the bundle against the fp32 reference, its whole interval")
+    max_mean_kl: Nats = key(0.02, "limit on the mean KL of the format, and of the target, against the fp32 reference")
     max_chip_kl: Nats = key(
         0.01, "limit on the mean KL of the target against the exact emulator; 3 times a healthy twin's, if that is more"
     )
-    max_module_error: Number = key(0.25, "limit on the relative error of a block's output by quantisation", gt=0)
     min_top1_agreement: Share = key(0.95, "share of tokens with the reference's first choice")
     max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task", gt=0)
     confidence: Number = key(0.95, "confidence of the intervals that are held against limits", gt=0.5, lt=1.0)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.files.bundle import CONFIG, CONVERSION, Bundle, read_bundle
+from isthmus.formats.files.basis import read_conversion
+from isthmus.formats.files.bundle import CONFIG, read_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
@@ -31,7 +30,8 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     bundle = read_bundle(folder)
     weights = source_weights(source, bundle.architecture)
     watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
-    entries, checks = check_coverage(weights, folder, compensated=compensated_modules(bundle))
+    made = read_conversion(folder)
+    entries, checks = check_coverage(weights, folder, balance=made.balance.apply, compensated=made.inputs)
     require(checks, folder)
     if synthetic:
         chosen = synthetic_prompts(bundle.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
@@ -47,32 +47,21 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
     with watch.count("capture", len(bundle.tensors)) as counter:
         listed = capture(
-            folder, weights, chosen, options, lambda done, total: counter.advance_to(done * counter.total // total)
+            folder,
+            made.balance.state(weights),
+            chosen,
+            options,
+            lambda done, total: counter.advance_to(done * counter.total // total),
         )
     write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
     watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}{', bounded' if listed.bounded else ''}")
+    if listed.cost is not None:
+        watch.say(f"  {bundle.format} costs {listed.cost.kl:.3g} nats per token to the trained model; {listed.cost}")
     if not synthetic:
         watch.say(f"  [yellow]the prompts of {origin} are in the bundle, and who has it can read them[/]")
     watch.say(f"  next, on the machine of the target: isthmus verify {folder}")
     return listed
-
-
-def compensated_modules(bundle: Bundle) -> list[str]:
-    """The modules whose rounding makes up for errors of others, by the bundle's own account of its conversion.
-
-    Raises IsthmusError for balanced weights: what balancing made of each tensor is not in the bundle.
-    """
-    path = bundle.folder / CONVERSION
-    told = json.loads(path.read_bytes()) if path.is_file() else {}
-    if told.get("balance_alpha") is not None:
-        raise IsthmusError(
-            f"{bundle.folder} was balanced, and its weights cannot be compared with their source any more. Convert it "
-            "without --balance, or let `isthmus handoff`, with balance = true, convert and check at once"
-        )
-    if told.get("rounding") != "gptq":
-        return []
-    return [name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8]
 
 
 def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from isthmus.parity.gate import check_table, judge, ledger_table, refusal, shown
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.target import DTYPES
-from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
+from isthmus.parity.verify import Limits, Target, check_format_cost, verify_bundle, write_verdict
 from isthmus.progress import Watch
 from isthmus.records import Check, ParityVerdict, costliest
 
@@ -41,6 +41,7 @@ def execute(
     url: str | None,
     api_key: str | None,
     max_chip_kl: float,
+    max_mean_kl: float,
     sign_key: Path | None,
 ) -> ParityVerdict:
     """Verify, say what was found, write the verdict and seal. Raises GateRefused unless every check passed.
@@ -51,13 +52,13 @@ def execute(
         raise IsthmusError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if (folder / SEAL).exists():
         raise IsthmusError(f"{folder} is sealed already; `isthmus inspect {folder}` shows its seal")
+    limits = Limits(max_chip_kl, max_mean_kl, source="isthmus verify")
     if url is not None:
-        verdict = verify_url(folder, url, api_key)
+        verdict = verify_url(folder, url, api_key, limits)
     else:
         target = Target(device or default_device(), dtype, rehearse)
         watch.say(f"  {folder} on {target}")
         with watch.count("blocks", 1) as counter:
-            limits = Limits(max_chip_kl=max_chip_kl, source="the command line")
             verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
     layers = ("files",) if url is not None else ("files", "config", "modules")
     if left := unmeasured(read_verdict(folder), verdict.checks, layers):
@@ -76,11 +77,12 @@ def execute(
     return verdict
 
 
-def verify_url(folder: Path, url: str, api_key: str | None) -> ParityVerdict:
+def verify_url(folder: Path, url: str, api_key: str | None, limits: Limits | None = None) -> ParityVerdict:
     """What an engine at a URL says of the golden sequences, against the emulator of this bundle."""
     started = time.time()
     checks = check_manifest(folder)
     bundle, golden = read_bundle(folder), GoldenSet(folder)
+    checks.insert(0, check_format_cost(golden, limits or Limits()))
     engine = HttpEngine(url, api_key)
     engine.start(folder)
     found = compare_engine(engine.score, bundle.build(), golden.listed.golden_sequences())
