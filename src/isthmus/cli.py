@@ -122,7 +122,79 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
 _stage_command("train", "Pretraining, if the recipe has it, and supervised fine-tuning.", traceable=True)
 _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
-_stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
+
+
+_RATE = click.FloatRange(0, 100, min_open=True)
+
+
+@cli.command()
+@_TARGET
+@_RUN
+@_SET
+@click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")
+@click.option("--format", "format_name", metavar="NAME", help="Of a checkpoint: what to store: bf16, w8a8, ...")
+@click.option("--out", type=click.Path(path_type=Path), help="Where its bundle goes; ./NAME-FORMAT if absent.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSONL: golden `tokens`, or `prompt`s."
+)
+@click.option("--task", metavar="T", help="A task, or JSONL with `prompt` and `answer`, that both models answer.")
+@click.option("--problems", type=click.IntRange(1), help="Problems of --task to answer; 100 if absent.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer; as [serve] has it if absent.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of the answers; as [serve] has it.")
+@click.option("--target", "on", metavar="DEVICE|CHIP", help="Where to verify; a chip is rehearsed. cpu if absent.")
+@click.option("--dtype", help="Of the activations there: fp32, bf16 or fp16; fp32 if absent.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="As `isthmus convert` takes it.")
+@click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
+@click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
+@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), help="Of int8 weights; nearest if absent.")
+@click.option("--max-mean-kl", type=_RATE, help="What the format may cost, nats per token; 0.02 if absent.")
+@click.option("--max-chip-kl", type=_RATE, help="What the target may add, nats per token; 0.01 if absent.")
+@click.option(
+    "--max-accuracy-drop", type=click.FloatRange(0, 1, min_open=True), help="Margin on --task; 0.05 if absent."
+)
+@click.option("--max-mb", type=click.IntRange(1), help="Size of the golden inputs; 256 if absent.")
+@click.option("--sign-key", type=click.Path(path_type=Path), help="Private Ed25519 key that signs the seal.")
+def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool, **options: Any) -> None:
+    """Export, check parity, and seal; exit code 1 if the gate refuses.
+
+    TARGET is a run folder or a recipe, or a checkpoint that was trained elsewhere: a folder in Hugging Face layout.
+    Then --format says what to make of it, and the other options how to prove it; of a run the recipe says all that.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if (target / "config.json").is_file() and not (target / "recipe.json").exists():
+        if folder or overrides or again:
+            raise IsthmusError("--run, --set and --again go with a run; a checkpoint has --format, --out and the rest")
+        _hand_off_checkpoint(target, given)
+        return
+    if given:
+        first = next(option for option in _options("handoff") if option.name in given)
+        raise IsthmusError(
+            f"{first.opts[0]} is for a checkpoint, and {target} is none: [handoff] of its recipe says it"
+        )
+    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    _run_stage("handoff", opened, heading="handoff", again=again)
+
+
+_CONVERTED = ("format_name", "calibrate", "calibrate_tokens", "balance", "rounding")
+
+
+def _hand_off_checkpoint(source: Path, given: dict[str, Any]) -> None:
+    """Convert a checkpoint, then examine and seal what came of it."""
+    if "format_name" not in given:
+        raise IsthmusError(f"{source} is a checkpoint: --format says what to make of it, such as --format w8a8")
+    published = importlib.import_module("isthmus.stages.handoff.published")
+    converter = importlib.import_module("isthmus.tools.convert")
+    out = given.pop("out", None) or Path(f"{source.resolve().name}-{given['format_name']}")
+    conversion = converter.Options(**{name: given[name] for name in _CONVERTED if name in given})
+    kept = {name: value for name, value in given.items() if name == "format_name" or name not in _CONVERTED}
+    asked = published.prepare(source, published.Options(**kept))
+    watch = _watch()
+    converter.convert(source, out, conversion, watch)
+    published.execute(source, out, asked, watch)
+
+
+def _options(command: str) -> list[click.Option]:
+    return [one for one in cli.commands[command].params if isinstance(one, click.Option)]
 
 
 @cli.command()
@@ -159,7 +231,13 @@ _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, 
 @click.option("--source", type=click.Path(path_type=Path), required=True, help="The trained weights: a checkpoint.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="JSONL: `tokens`, or `prompt` texts.")
 @click.option("--synthetic", is_flag=True, help="Random tokens instead of prompts.")
-@click.option("--max-mb", type=click.IntRange(1), default=256, show_default=True, help="Size of what is kept.")
+@click.option(
+    "--max-mb",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Size of what is kept; never above 64 MB and 5 % of the weights.",
+)
 def capture(folder: Path, **options: Any) -> None:
     """Put golden inputs and outputs into a bundle, where its trained weights are."""
     importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)

@@ -78,16 +78,18 @@ def check_coverage(
     *,
     balance: Callable[[str, Tensor], Tensor] = _unchanged,
     compensated: Mapping[str, Tensor] | None = None,
+    stochastic: bool = False,
 ) -> tuple[list[Entry], list[Check]]:
     """Follow every tensor of `source` (float, published names; may read them when asked) into a bundle.
 
     `balance` gives what a smoothing made of a source tensor before it was quantised. `compensated` holds the modules
     whose rounding makes up for the errors of others (GPTQ), each with the inputs [S, K] that it was meant for: it must
-    not lose more of their outputs than rounding to the nearest. Both are said in the entries. Returns an entry per
-    source tensor, and the checks: one that passes, or one per module at fault, in the order of the source.
+    not lose more of their outputs than rounding to the nearest. With `stochastic` a float may be either neighbour of
+    the source's number in the announced dtype. All of it is said in the entries. Returns an entry per source tensor,
+    and the checks: one that passes, or one per module at fault, in the order of the source.
     """
     with _opened(bundle) as (stored, announced, dtype, architecture):
-        audit = _Audit(source, stored, announced, dtype, architecture, balance, compensated or {})
+        audit = _Audit(source, stored, announced, dtype, architecture, balance, compensated or {}, stochastic)
         entries = [audit.follow(name) for name in source]
         audit.look_for_strangers()
     return entries, _checks(entries, audit.faults)
@@ -102,6 +104,7 @@ class _Audit:
     architecture: ModelSection
     balance: Callable[[str, Tensor], Tensor]
     compensated: Mapping[str, Tensor]
+    stochastic: bool
     faults: list[_Fault] = field(default_factory=list)
     claimed: set[str] = field(default_factory=set)
     quantised: dict[str, bool] = field(default_factory=dict)
@@ -210,6 +213,8 @@ class _Audit:
             )
         if _same(stored, tensor.to(stored.dtype)):
             return _Found("carried", (name,), detail=f"rounded to {_short(stored.dtype)}")
+        if self.stochastic and _neighbours(stored, tensor):
+            return _Found("carried", (name,), detail=f"rounded at random to {_short(stored.dtype)}")
         return Misfit(f"is not the source in {_short(stored.dtype)}{_difference(stored, tensor.to(stored.dtype))}")
 
     def _compare_quantised(
@@ -348,6 +353,18 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
     wide = torch.promote_types(one.dtype, other.dtype)
     return all(torch.equal(a.to(wide), b.to(wide)) for a, b in within(one, other))
+
+
+def _neighbours(stored: Tensor, source: Tensor) -> bool:
+    """Whether each stored number is one of the two of its dtype between which the source's lies; rows at a time."""
+    return stored.dtype == torch.bfloat16 and all(_each_is_near(a, b.float()) for a, b in within(stored, source))
+
+
+def _each_is_near(stored: Tensor, source: Tensor) -> bool:
+    nearest = source.to(stored.dtype)
+    away = torch.where(source > nearest, torch.inf, -torch.inf).to(stored.dtype)
+    other = torch.where(nearest.float() == source, nearest, torch.nextafter(nearest, away))
+    return bool(((stored == nearest) | (stored == other)).all())
 
 
 def _difference(stored: Tensor, wanted: Tensor) -> str:

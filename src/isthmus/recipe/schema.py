@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.architecture import Architecture, DeepseekSection, ModelSection
+from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe.section import (
     Count,
     Nats,
@@ -190,13 +190,17 @@ class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
+    export: Literal["bf16", "bf16-stochastic", "fp32"] = key(
+        "bf16",
+        "of the plain bundle: rounded to the nearest; at random, which keeps small updates on average; or fp32 masters",
+    )
     balance: bool = key(False, "move the range of outlier channels into the weights before int8")
     rounding: Literal["nearest", "gptq"] = key(
         "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
     )
     calibration_prompts: Prompts = key(64, "training prompts whose answers calibrate a format")
     capture_mb: Mebibytes = key(
-        256, "size of the golden inputs and outputs in a bundle, at most; 8 tokens are always kept"
+        256, "size of golden inputs and outputs, at most, below 64 MB and 5 % of the weights; 8 tokens are always kept"
     )
     golden_prompts: Prompts = key(
         64, "held-out problems whose answers are compared token by token, heldout_problems at most"
@@ -332,7 +336,7 @@ def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str 
             f"training on {ranks} rank{'s' * (ranks > 1)} with train.replicate = {train.replicate} and train.expert = "
             f"{train.expert}: their product must divide the number of ranks, as it does {fitting}"
         )
-    if not isinstance(model, DeepseekSection):
+    if not isinstance(model, MixtureSection):
         return f"train.expert = {train.expert}, but a dense model has no experts" if train.expert > 1 else None
     if model.n_routed_experts % train.expert:
         return f"train.expert = {train.expert} does not divide the {model.n_routed_experts} routed experts"

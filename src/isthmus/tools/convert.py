@@ -112,6 +112,14 @@ class SourceFiles:
 
 
 def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
+    """Write the bundle `out`, and say what comes next. Raises IsthmusError as `convert` does."""
+    convert(source, out, options, watch)
+    watch.say("  It is [bold]not sealed[/]: nothing has compared it yet.")
+    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
+    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+
+
+def convert(source: Path, out: Path, options: Options, watch: Watch) -> None:
     """Write the bundle `out`. Raises IsthmusError, saying what to write instead, where an option does not fit."""
     _check_folders(source, out)
     architecture = _architecture(source)
@@ -142,9 +150,7 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
         if options.budget is not None:
             chosen = _mix(chosen, prepared, options, architecture, conversion, watch)
         _write(out, chosen, options, checkpoint, prepared, SourceFiles(source, conversion), watch)
-    watch.say(f"  wrote {escape(str(out))} in {chosen.name}. It is [bold]not sealed[/]: nothing has compared it yet.")
-    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
-    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+    watch.say(f"  wrote {escape(str(out))} in {chosen.name}")
 
 
 def _format_name(options: Options, architecture: ModelSection, source: Path) -> str:
