@@ -9,35 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
-from isthmus.formats.files.bundle import Bundle, read_bundle
+from isthmus.formats.files.bundle import Bundle, open_bundle
+from isthmus.formats.parts.pieces import WHOLE_EXPERTS
 from isthmus.model.model import Model
-from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
 from isthmus.parity.gate import at_most, check_kl, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
-from isthmus.parity.loaded import check_loaded
+from isthmus.parity.loaded import Loaded
 from isthmus.parity.manifest import add_file, check_manifest
-from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_error
+from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer
 from isthmus.parity.seal import VERDICT
-from isthmus.parity.target import DTYPES, build_target, healthy_twin
-from isthmus.parity.tokens import TokenParity, compare_tokens
-from isthmus.records import Check, ParityVerdict
+from isthmus.parity.target import DTYPES, stream_target, stream_twin
+from isthmus.parity.tokens import Candidate, GoldenSequence, TokenParity, compare_several
+from isthmus.records import Check, LedgerRow, ParityVerdict
 
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
 TWIN_PASSES = 4
-"""Passes of the healthy twin, each with other noise: where experts flip, one pass says little."""
+"""Passes of the healthy twin of a model with routers, each with other noise: where experts flip, one says little."""
 
 Tell = Callable[[str, int, int], None]
 """Hears of progress: what is done, how much of it, of how much."""
@@ -81,31 +79,50 @@ def verify_bundle(
 ) -> ParityVerdict:
     """Verify a captured bundle on a target, and give the verdict; nothing is written.
 
-    `build` makes the target's model instead of `build_target`. The verdict is on the findings in `before`, too. Raises
-    IsthmusError if the folder is no bundle, was not captured, or the device is not here.
+    `build` makes the target's model, whole, instead of `stream_target`, which makes it piece by piece. The verdict is
+    on the findings in `before`, too. Raises IsthmusError if the folder is no bundle, was not captured, or the device is
+    not here.
     """
     target, limits = target or Target(), limits or Limits()
     judged = partial(judge, before, target=str(target), rehearsed=target.rehearse is not None, started=time.time())
     checks = check_manifest(folder)
-    try:
-        bundle = read_bundle(folder)
-    except DamagedFile as error:
-        checks.append(Check(layer="files", name="the bundle is whole", outcome="fail", detail=str(error)))
-        return judged(checks)
-    checks += lint_config(folder, chip=target.rehearse)
-    if any(map(refuses, checks)):
-        return judged(checks)
-    golden, emulator = GoldenSet(folder), bundle.build()
-    checks.insert(0, check_format_cost(golden, limits))
-    checks.append(_check_emulator(golden, emulator))
-    replayer = Replayer(golden, emulator, healthy_twin(bundle, DTYPES[target.dtype]), DTYPES[target.dtype])
-    model = build(bundle) if build else build_target(bundle, target.device, DTYPES[target.dtype])
-    checks += lint_model(model, bundle.architecture) + check_loaded(emulator, model)
-    context = target.context()
-    found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context)
+    with ExitStack() as stack:
+        try:
+            bundle = stack.enter_context(open_bundle(folder, check_files=any(map(refuses, checks))))
+        except DamagedFile as error:
+            checks.append(Check(layer="files", name="the bundle is whole", outcome="fail", detail=str(error)))
+            return judged(checks)
+        checks += lint_config(folder, chip=target.rehearse)
+        if any(map(refuses, checks)):
+            return judged(checks)
+        golden = GoldenSet(folder)
+        checks.insert(0, check_format_cost(golden, limits))
+        found, ledger = _ask(bundle, golden, build, target, limits, tell)
+    return judged(checks + found, ledger=ledger)
+
+
+def _ask(
+    bundle: Bundle,
+    golden: GoldenSet,
+    build: Callable[[Bundle], Model] | None,
+    target: Target,
+    limits: Limits,
+    tell: Tell,
+) -> tuple[list[Check], list[LedgerRow]]:
+    """The target's weights, modules and tokens against the emulator; both are in memory piece by piece, but for a
+    target that `build` makes."""
+    dtype, context = DTYPES[target.dtype], target.context()
+    whole_experts = None if build else WHOLE_EXPERTS
+    emulator = bundle.stream(whole_experts=whole_experts)
+    model = build(bundle) if build else stream_target(bundle, target.device, dtype)
+    loaded = Loaded(emulator, model)
+    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, whole_experts=whole_experts), dtype)
+    found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context, loaded.look)
+    checks = [_check_emulator(found), *lint_model(model, bundle.architecture), *loaded.checks()]
     checks += check_modules(found, target)
-    checks.append(_check_tokens(golden, bundle, emulator, model, target, limits))
-    return judged(checks, ledger=found.ledger)
+    twin = stream_twin(bundle, dtype, seed=1, whole_experts=whole_experts)
+    checks.append(_check_tokens(golden.listed.golden_sequences(), emulator, twin, model, target, limits))
+    return checks, found.ledger
 
 
 def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
@@ -113,15 +130,9 @@ def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
     add_file(folder, VERDICT, verdict.model_dump_json(indent=2).encode() + b"\n")
 
 
-@torch.inference_mode()
-def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
+def _check_emulator(found: Replay) -> Check:
     """This host's emulator on the golden inputs, against what the source's emulator made of them."""
-    worst: tuple[float, Block | None] = (0.0, None)
-    for block in blocks_of(emulator):
-        stored = golden.block(block.path)
-        found, _ = run_block(emulator, block, stored.input)
-        worst = max(worst, (relative_error(found, stored.output), block), key=lambda pair: pair[0])
-    error, block = worst
+    error = found.emulator_error
     outcome = at_most(SAME_EMULATOR, error)
     source = "all blocks on their golden inputs, emulator of this host against that of the source"
     return Check(
@@ -131,7 +142,7 @@ def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
         figure=finite(error, "relative error", source, rehearsed=False),
         limit=declared(SAME_EMULATOR, "relative error", "isthmus.parity.verify.SAME_EMULATOR"),
         detail="what was carried means here what it meant there",
-        module=None if outcome == "pass" or block is None else block.path,
+        module=None if outcome == "pass" else found.emulator_block,
     )
 
 
@@ -181,13 +192,14 @@ def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
 
 
 def _check_tokens(
-    golden: GoldenSet, bundle: Bundle, emulator: Model, model: Model, target: Target, limits: Limits
+    sequences: list[GoldenSequence], emulator: Model, twin: Model, model: Model, target: Target, limits: Limits
 ) -> Check:
     """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
-    sequences, context = golden.listed.golden_sequences(), target.context()
-    twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1)
-    floor = max(compare_tokens(emulator, twin, sequences).mean_kl for _ in range(TWIN_PASSES))
-    found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
+    context = target.context()
+    passes = TWIN_PASSES if emulator.routers() else 1
+    candidates = [*[Candidate(twin)] * passes, Candidate(model, lambda: context)]
+    *healthy, found = compare_several(emulator, candidates, sequences, confidence=limits.confidence)
+    floor = max(one.mean_kl for one in healthy)
     allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
     granted, source = "", limits.source
     if allowed > limits.max_chip_kl:
