@@ -231,7 +231,13 @@ _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, 
 @click.option("--source", type=click.Path(path_type=Path), required=True, help="The trained weights: a checkpoint.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="JSONL: `tokens`, or `prompt` texts.")
 @click.option("--synthetic", is_flag=True, help="Random tokens instead of prompts.")
-@click.option("--max-mb", type=click.IntRange(1), default=256, show_default=True, help="Size of what is kept.")
+@click.option(
+    "--max-mb",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Size of what is kept; never above 64 MB and 5 % of the weights.",
+)
 def capture(folder: Path, **options: Any) -> None:
     """Put golden inputs and outputs into a bundle, where its trained weights are."""
     importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)

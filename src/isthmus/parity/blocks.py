@@ -5,13 +5,14 @@ Shapes: B rows of T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from isthmus.formats.parts.pieces import at_hand
 from isthmus.model.attention import EntryLayout, Rotation, attend_entries
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model, causal_mask
@@ -58,24 +59,33 @@ def rotation_of(model: Model, shape: tuple[int, ...] | torch.Size) -> Rotation:
     return model.model.rotary(torch.arange(shape[1], device=device).expand(*shape))
 
 
-def block_inputs(model: Model, tokens: Tensor, keep: Callable[[str, Tensor], None]) -> None:
-    """Run the model, its MTP layer too, on tokens [B, T], and hand the input [B, T, D] of each block to `keep`."""
+@torch.inference_mode()
+def inputs_by_layer(model: Model, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The inputs [B, T, D] of the blocks of a layer by path, layer after layer, the MTP layer's too, for tokens [B, T].
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: keep(path, inputs[0].detach())
-
-    handles = [
-        model.get_submodule(block.path).register_forward_pre_hook(hook(block.path)) for block in blocks_of(model)
-    ]
-    try:
-        with torch.inference_mode():
-            hidden = model.hidden(tokens)
-            if model.mtp_layer is not None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-                model.mtp_next(hidden, tokens.roll(-1, dims=1), positions, causal_mask(tokens.shape[1], tokens.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    The model runs as far as it is asked; what it yields of a layer comes while the layer's weights are at hand.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    rotation, mask = model.model.rotary(positions), causal_mask(tokens.shape[1], tokens.device)
+    hidden = model.model.embed_tokens(tokens)
+    for index, layer in enumerate(model.model.layers):
+        path, inputs = f"model.layers.{index}", {}
+        with at_hand(model, path):
+            handles = [
+                model.get_submodule(f"{path}.{name}").register_forward_pre_hook(
+                    lambda _module, given, name=name: inputs.__setitem__(f"{path}.{name}", given[0].detach())  # noqa: B023
+                )
+                for name in ("self_attn", "mlp")
+            ]
+            try:
+                if index < model.architecture.num_hidden_layers:
+                    hidden = layer(hidden, rotation, mask)
+                else:
+                    model.mtp_next(hidden, tokens.roll(-1, dims=1), positions, mask)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            yield inputs
 
 
 def same_experts(expected: Routing, answer: Routing) -> Tensor:

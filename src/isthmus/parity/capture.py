@@ -12,7 +12,8 @@ Shapes: B rows of T tokens, D hidden, N completion tokens of all golden sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +24,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
-from isthmus.formats import get_format
-from isthmus.formats.files.bundle import SEAL, read_bundle
+from isthmus.formats import Layout, get_format
+from isthmus.formats.files.bundle import SEAL, Bundle, open_bundle
+from isthmus.formats.files.published import weight_files
+from isthmus.formats.files.stream import WEIGHTS, TensorWriter, tensor_bytes
+from isthmus.formats.parts.pieces import at_hand, streamed
 from isthmus.model.model import Model
-from isthmus.parity.blocks import Block, block_inputs, blocks_of, run_block, same_experts
+from isthmus.parity.blocks import Block, blocks_of, inputs_by_layer, run_block, same_experts
 from isthmus.parity.cost import FormatCost, measure_cost
-from isthmus.parity.manifest import add_file
+from isthmus.parity.manifest import add_file, move_file
 from isthmus.parity.tokens import GoldenSequence
 
 FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
 TOKENS = "golden/tokens.safetensors"
 BYTES_PER_VALUE = 2 + 4 + 2
-FEWEST_TOKENS = 8
+FEWEST_TOKENS, MOST_TOKENS = 8, 128
+"""Tokens whose block inputs are kept. `benchmarks/gate.py` replays 96; more of them cost time and find nothing more."""
+FREE_BYTES, SHARE_OF_WEIGHTS = 64_000_000, 0.05
+"""Golden inputs and outputs take no more than this and that share of the bundle's weights."""
 PRIVACY = "Whoever has this bundle can read these prompts and what follows them."
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """`max_bytes` bounds the tensors; `max_tokens` the length of a row. `origin` says where the prompts come from."""
+    """`max_bytes` bounds the golden inputs and outputs, below what FREE_BYTES and SHARE_OF_WEIGHTS leave them;
+    `max_tokens` the length of a row. `origin` says where the prompts come from."""
 
     max_bytes: int = 256 << 20
     max_tokens: int = 64
@@ -51,8 +59,8 @@ class CaptureOptions:
 class GoldenList(BaseModel):
     """The content of golden/replay.json. `sequences` are pairs of a prompt and what follows it, for whole-model checks.
 
-    `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them. `cost` is
-    None in a bundle whose capture did not measure it.
+    `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them, and `bound`
+    of how many they are, and why. `cost` is None in a bundle whose capture did not measure it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +70,7 @@ class GoldenList(BaseModel):
     origin: str
     synthetic: bool
     bounded: bool
+    bound: str = ""
     rows: list[list[int]]
     sequences: list[tuple[list[int], list[int]]]
     blocks: list[str]
@@ -146,30 +155,28 @@ def capture(
     options = options or CaptureOptions()
     if (bundle_folder / SEAL).exists():
         raise GateRefused(f"{bundle_folder} is sealed: what it holds cannot be changed. Capture before it is verified")
-    bundle = read_bundle(bundle_folder)
-    emulator = bundle.build()
-    plain = {name: tensor.detach().float() for name, tensor in source.items()}
-    trained = get_format("fp32").build(bundle.architecture, get_format("fp32").export(plain, bundle.architecture))
-    room = bundle.architecture.max_position_embeddings
-    usable = [prompt[:room] for prompt in prompts if len(prompt) > 1]
-    if not usable:
-        raise IsthmusError("golden prompts need two tokens at least; give others")
-    blocks = blocks_of(emulator)
-    rows, bounded = _bounded_rows(usable, emulator, options)
-    tensors = _run(emulator, trained, blocks, rows, tell)
-    sequences = [(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable]
-    cost, (of_trained, of_emulator) = measure_cost(trained, emulator, [GoldenSequence(*pair) for pair in sequences])
-    (bundle_folder / FOLDER).mkdir(exist_ok=True)
-    add_file(bundle_folder, TENSORS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    with open_bundle(bundle_folder) as bundle:
+        room = bundle.architecture.max_position_embeddings
+        usable = [prompt[:room] for prompt in prompts if len(prompt) > 1]
+        if not usable:
+            raise IsthmusError("golden prompts need two tokens at least; give others")
+        sequences = [GoldenSequence(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable]
+        emulator = bundle.stream()
+        trained = streamed(bundle.architecture, source, get_format("fp32").build)
+        blocks = blocks_of(emulator)
+        rows, bound = _bounded_rows(usable, bundle, len(blocks), options)
+        _write_replay(bundle_folder, _run(emulator, trained, rows), blocks, rows.shape, emulator, tell)
+        cost, (of_trained, of_emulator) = measure_cost(trained, emulator, sequences)
     logprobs = {"trained": of_trained.contiguous(), "emulator": of_emulator.contiguous()}
     add_file(bundle_folder, TOKENS, safetensors.torch.save(logprobs, metadata={"format": "pt"}))
     listed = GoldenList(
         format=bundle.format,
         origin=options.origin,
         synthetic=options.synthetic,
-        bounded=bounded,
+        bounded=bool(bound),
+        bound=bound,
         rows=rows.tolist(),
-        sequences=sequences,
+        sequences=[(one.prompt, one.completion) for one in sequences],
         blocks=[block.path for block in blocks],
         cost=cost,
     )
@@ -183,32 +190,64 @@ def synthetic_prompts(vocab_size: int, count: int, tokens: int, seed: int = 0) -
     return torch.randint(vocab_size, (count, tokens), generator=generator).tolist()
 
 
-def _bounded_rows(prompts: list[list[int]], model: Model, options: CaptureOptions) -> tuple[Tensor, bool]:
-    """The first prompts that fit into the size, as rows [B, T] with zeros behind the shorter ones."""
-    per_token = BYTES_PER_VALUE * model.architecture.hidden_size * len(blocks_of(model))
-    most = max(options.max_bytes // per_token, FEWEST_TOKENS)
-    width = min(max(map(len, prompts)), options.max_tokens, most)
+def _bounded_rows(prompts: list[list[int]], bundle: Bundle, blocks: int, options: CaptureOptions) -> tuple[Tensor, str]:
+    """The first prompts that fit into the size, as rows [B, T] with zeros behind the shorter ones, and what was left
+    out."""
+    weights = sum(path.stat().st_size for path in weight_files(bundle.folder))
+    size = min(options.max_bytes, int(FREE_BYTES + SHARE_OF_WEIGHTS * weights))
+    fitting = max(size // (BYTES_PER_VALUE * bundle.architecture.hidden_size * blocks), FEWEST_TOKENS)
+    most, longest = min(fitting, MOST_TOKENS), max(map(len, prompts))
+    width = min(longest, options.max_tokens, most)
     kept = prompts[: max(1, most // width)]
-    rows = [prompt[:width] + [0] * (width - len(prompt)) for prompt in kept]
-    return torch.tensor(rows), len(kept) < len(prompts) or width < max(map(len, prompts))
+    rows = torch.tensor([prompt[:width] + [0] * (width - len(prompt)) for prompt in kept])
+    if len(kept) == len(prompts) and width == longest:
+        return rows, ""
+    why = f"{size / 1e6:.0f} MB hold no more" if fitting < MOST_TOKENS else f"{MOST_TOKENS} tokens are enough"
+    of_them = f"{len(kept)} of {len(prompts)} prompts, and up to {width} of {longest} tokens of each"
+    return rows, f"golden inputs are of {of_them}: {why}"
+
+
+GoldenTensors = tuple[Tensor, Tensor, Tensor]
+"""Input, output and what quantisation changed of it, of a block."""
 
 
 @torch.inference_mode()
-def _run(
-    emulator: Model, trained: Model, blocks: list[Block], rows: Tensor, tell: Callable[[int, int], None]
-) -> dict[str, Tensor]:
-    inputs: dict[str, Tensor] = {}
-    block_inputs(emulator, rows, lambda path, x: inputs.__setitem__(path, x.bfloat16()))
-    tensors: dict[str, Tensor] = {}
-    for done, block in enumerate(blocks):
-        tell(done, len(blocks))
-        given = inputs.pop(block.path)
-        output, routing = run_block(emulator, block, given.float())
-        wanted, choice = run_block(trained, block, given.float())
-        if routing is not None and choice is not None:
-            wanted[~same_experts(routing, choice).view(given.shape[:-1])] = float("nan")
-        tensors[f"{block.path}.input"] = given.contiguous()
-        tensors[f"{block.path}.output"] = output.float().contiguous()
-        tensors[f"{block.path}.quantisation"] = (wanted - output).bfloat16().contiguous()
+def _run(emulator: Model, trained: Model, rows: Tensor) -> Iterator[tuple[str, GoldenTensors]]:
+    """What is kept of each block, one after the other."""
+    blocks = {block.path: block for block in blocks_of(emulator)}
+    for inputs in inputs_by_layer(emulator, rows):
+        for path, x in inputs.items():
+            with at_hand(trained, path):
+                yield path, _golden(emulator, trained, blocks[path], x.bfloat16())
+
+
+def _golden(emulator: Model, trained: Model, block: Block, given: Tensor) -> GoldenTensors:
+    output, routing = run_block(emulator, block, given.float())
+    wanted, choice = run_block(trained, block, given.float())
+    if routing is not None and choice is not None:
+        wanted[~same_experts(routing, choice).view(given.shape[:-1])] = float("nan")
+    return given, output.float(), (wanted - output).bfloat16()
+
+
+def _write_replay(
+    bundle_folder: Path,
+    found: Iterable[tuple[str, GoldenTensors]],
+    blocks: list[Block],
+    shape: torch.Size,
+    emulator: Model,
+    tell: Callable[[int, int], None],
+) -> None:
+    """Write golden/replay.safetensors block by block; it takes its place in the bundle when it is whole."""
+    whole = (*shape, emulator.architecture.hidden_size)
+    kinds = {"input": torch.bfloat16, "output": torch.float32, "quantisation": torch.bfloat16}
+    layout: Layout = {f"{block.path}.{name}": (dtype, whole) for block in blocks for name, dtype in kinds.items()}
+    size = sum(tensor_bytes(*kind) for kind in layout.values())
+    with tempfile.TemporaryDirectory(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent) as scratch:
+        with TensorWriter(Path(scratch), layout, size, f"the golden inputs of {bundle_folder}") as writer:
+            for done, (path, tensors) in enumerate(found):
+                tell(done, len(blocks))
+                for name, tensor in zip(kinds, tensors, strict=True):
+                    writer.write(f"{path}.{name}", tensor.contiguous())
+            writer.finish()
+        move_file(bundle_folder, TENSORS, Path(scratch) / WEIGHTS, writer.hashes[WEIGHTS])
     tell(len(blocks), len(blocks))
-    return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from isthmus.formats.files.published import StoredTensors
 from isthmus.model.digest import tensor_sha256
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check, Part
-from isthmus.run import sha256_file, write_atomic
+from isthmus.run import explain_io_errors, fsync_folder, sha256_file, write_atomic
 
 MANIFEST = "manifest.json"
 NAME = "tensors and files match the manifest"
@@ -134,10 +135,25 @@ def add_file(bundle_folder: Path, name: str, content: bytes) -> None:
     The hashes of the other files stay as they are recorded, so a file that was damaged meanwhile is still found.
     """
     write_atomic(bundle_folder / name, content)
+    _record(bundle_folder, name, hashlib.sha256(content).hexdigest())
+
+
+def move_file(bundle_folder: Path, name: str, written: Path, sha256: str) -> None:
+    """`add_file` of a file with that hash that was written elsewhere on the same file system."""
+    path = bundle_folder / name
+    with explain_io_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        written.replace(path)
+        fsync_folder(path.parent)
+    _record(bundle_folder, name, sha256)
+
+
+def _record(bundle_folder: Path, name: str, sha256: str) -> None:
     path = bundle_folder / CHECKSUMS
     recorded = read_checksums(bundle_folder) if path.is_file() else file_hashes(bundle_folder)
-    recorded[name] = hashlib.sha256(content).hexdigest()
-    write_atomic(path, json.dumps(recorded, sort_keys=True, indent=2).encode() + b"\n")
+    write_atomic(path, json.dumps({**recorded, name: sha256}, sort_keys=True, indent=2).encode() + b"\n")
 
 
 def tensor_hashes(bundle_folder: Path) -> dict[str, str]:

@@ -13,27 +13,32 @@ Floors. Each measure is also taken of a healthy twin (parity/target.py), on thes
 of its kind is the floor; a measure above LIMIT times its floor is a fault. Where a router of the target chooses other
 experts than the emulator's, and the scores tie within rounding, the token is left out and counted.
 
+Emulator, twin and target are asked layer by layer, in one walk, and what the emulator answers serves both others. Of
+models that are made piece by piece (formats/parts/pieces.py) a layer of each is in memory, or an expert of it.
+
 Shapes: N rows, C channels, E experts, K chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
+from isthmus.formats.parts.pieces import LentExperts, at_hand, pieces_of
 from isthmus.model.attention import LatentAttention, RMSNorm, Rotation
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import MixtureOfExperts, Router, Routing, Trace, swiglu
 from isthmus.parity.blocks import Block, WholeRows, blocks_of, rotation_of, run_block, same_experts
-from isthmus.parity.capture import GoldenSet
+from isthmus.parity.capture import GoldenBlock, GoldenSet
 from isthmus.parity.target import ACCUMULATION, ROUNDING
 from isthmus.records import LedgerRow
 
@@ -49,8 +54,12 @@ SMALLEST_ROUTER_FLOOR = 2.0**-17
 """Scores near 0 and their normalised shares lose a few bits of fp32 that a plain product keeps."""
 NOTHING = 1 / (LIMIT + 1)
 """The floor of a count: one is a fault."""
+VALUES_AT_ONCE = 1 << 21
+"""Values that are compared in fp64 at once."""
 EXPERT_ROWS = 4
 MOST_EMBEDDINGS = 4096
+FEW_TOKENS = 96
+"""Of so many tokens, and a row at least, blocks are asked on larger inputs, and whole layers."""
 SCALES = (1.0, 8.0, 64.0)
 """Inputs as they are, and large enough that a clamp bites."""
 ROUTER_SCALES = (1.0, 4.0, 16.0)
@@ -71,6 +80,7 @@ class Probe:
     """One question to a model: `run(model, *inputs)` gives [..., C] or a router's decision.
 
     `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin too.
+    `known` are the emulator's answers to `floor_inputs` and to `inputs`, where it has given them already.
     """
 
     path: str
@@ -80,6 +90,15 @@ class Probe:
     inputs: tuple[Any, ...]
     floor_inputs: tuple[Any, ...]
     level: Level = OPERATOR
+    known: tuple[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, and what it gave."""
+
+    inputs: tuple[Any, ...]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,19 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Probes that are asked together: `run` gives the answers of a model to several lists of inputs, one each."""
+
+    probes: tuple[Probe, ...]
+    run: Callable[[Model, list[tuple[Any, ...]]], list[Any]]
+
+    @classmethod
+    def of(cls, probe: Probe) -> Group:
+        """A probe that is asked alone."""
+        return cls((probe,), lambda model, questions: [probe.run(model, *inputs) for inputs in questions])
+
+
+@dataclass
 class Floors:
     """The largest measure of a healthy twin, by kind."""
 
@@ -108,13 +140,16 @@ class Floors:
 
 @dataclass
 class Replay:
-    """What the replay of a target found."""
+    """What the replay of a target found. `emulator_error` is by how much a block of this host's emulator differs at
+    most, relative, from what the source's emulator made of the golden input, and `emulator_block` which block."""
 
     measures: list[Measure]
     floors: Floors
     ledger: list[LedgerRow] = field(default_factory=list)
     router_flips: int = 0
     near_ties: int = 0
+    emulator_error: float = 0.0
+    emulator_block: str | None = None
 
     @property
     def faults(self) -> list[tuple[float, Measure]]:
@@ -129,18 +164,29 @@ class Replay:
         return max(((self.floors.ratio(measure), measure) for measure in self.measures), key=lambda pair: pair[0])
 
 
-class Replayer:
-    """Compares targets with an emulator on the golden inputs of a bundle.
+@dataclass(frozen=True)
+class Answer:
+    """What emulator and target made of the golden input of a block; `error` is what the target raised instead."""
 
-    `dtype` is that of the target's activations. The floors are computed once, from `twin`, and serve every target.
+    expected: Any
+    found: Any
+    error: Exception | None
+
+
+CANNOT_BE_ASKED = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError)
+
+
+class Replayer:
+    """Compares a target with an emulator on the golden inputs of a bundle, by the measure of a healthy twin.
+
+    `dtype` is that of the target's activations.
     """
 
     def __init__(self, golden: GoldenSet, emulator: Model, twin: Model, dtype: torch.dtype):
-        self.golden, self.emulator, self.dtype = golden, emulator, dtype
+        self.golden, self.emulator, self.twin, self.dtype = golden, emulator, twin, dtype
         self._blocks = {block.path: block for block in blocks_of(emulator)}
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
         self._narrow_twin = twin if torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max else None
-        self.floors = self._calibrate(twin)
 
     @torch.inference_mode()
     def compare(
@@ -148,35 +194,65 @@ class Replayer:
         target: Model,
         tell: Callable[[int, int], None] = lambda done, total: None,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        look: Callable[[str | None, int | None], None] = lambda layer, expert: None,
     ) -> Replay:
-        """Replay every block and operator on the target, which runs inside `context()`; `tell` hears of progress."""
-        found = Replay(differences_of_structure(self.emulator, target), self.floors)
-        self._context = context
-        total = len(self._blocks) + 1
-        for done, (block, probes) in enumerate(self._probes()):
-            tell(done, total)
-            for probe in probes:
-                found.measures += self._ask(probe, target, probe.inputs, found)
-            if block is not None:
-                found.measures += self._ledger_row(block, target, found)
+        """Replay every block and operator on the target, which runs inside `context()`; `tell` hears of progress.
+
+        `look` is called with each layer while its weights are at hand, with each expert of it that is in memory alone,
+        and with None for what lies outside the layers.
+        """
+        self._context, self._look, total, done = context, look, len(self._blocks) + 1, 0
+        found = Replay([], Floors({"structure": NOTHING}))
+        for layer, blocks in groupby(self._blocks.values(), key=lambda block: layer_of(block.path)):
+            with self._at_hand(target, layer):
+                found.measures += differences_of_structure(self.emulator, target, layer)
+                look(layer, None)
+                for block in blocks:
+                    tell(done, total)
+                    self._compare_block(block, target, found)
+                    done += 1
+        tell(done, total)
+        found.measures += differences_of_structure(self.emulator, target, None)
+        look(None, None)
+        self._compare_outside(target, found)
+        found.ledger = [row.model_copy(update={"floor": found.floors.of_kind[row.kind]}) for row in found.ledger]
         tell(total, total)
         return found
 
-    @torch.inference_mode()
-    def _calibrate(self, twin: Model) -> Floors:
-        floors: dict[str, float] = {"structure": NOTHING}
-        for _, probes in self._probes():
-            for probe in probes:
-                for measure in (
-                    *self._ask(probe, twin, probe.floor_inputs, None),
-                    *self._ask(probe, twin, probe.inputs, None),
-                ):
-                    least = SMALLEST_BLOCK_FLOOR if probe.level > OPERATOR else self._least(measure.kind)
-                    floors[measure.kind] = max(floors.get(measure.kind, least), measure.value)
-        for block in self._blocks.values():
-            kind = f"{block.kind} unquantised"
-            floors[kind] = UNQUANTISED / LIMIT
-        return Floors(floors)
+    def _at_hand(self, target: Model, path: str | None) -> ExitStack:
+        """The layer of emulator, twin and target, as long as it is asked."""
+        stack = ExitStack()
+        for model in (self.emulator, self.twin, target):
+            stack.enter_context(at_hand(model, path or ""))
+        return stack
+
+    def _compare_block(self, block: Block, target: Model, found: Replay) -> None:
+        golden = self.golden.block(block.path)
+        x = rounded(golden.input, self.dtype)
+        own: Answer | None = None
+        for group in self._block_probes(block, x):
+            answers = self._ask(group, target, found)
+            if group.probes[0].path == block.path and group.probes[0].kind == block.kind:
+                own = answers[0]
+        assert own is not None, "a block is asked as a whole"
+        found.floors.of_kind[f"{block.kind} unquantised"] = UNQUANTISED / LIMIT
+        found.measures += self._ledger_row(block, golden, own, found)
+        expected = own.expected
+        if not torch.equal(x, golden.input):
+            expected = run_block(self.emulator, block, golden.input)[0]
+        error = relative_error(expected[0] if isinstance(expected, tuple) else expected, golden.output)
+        if error > found.emulator_error:
+            found.emulator_error, found.emulator_block = error, block.path
+
+    def _compare_outside(self, target: Model, found: Replay) -> None:
+        last = rounded(self.golden.block(next(reversed(self._blocks))).input, self.dtype)
+        for group in map(Group.of, self._outside_probes(last)):
+            self._ask(group, target, found)
+        if self.emulator.mtp_layer is not None:
+            path = f"model.layers.{len(self.emulator.model.layers) - 1}"
+            with self._at_hand(target, path):
+                for group in map(Group.of, self._mtp_probes(path, last)):
+                    self._ask(group, target, found)
 
     def _least(self, kind: str) -> float:
         """Of an operator: rounding of its output, and of sums in another order."""
@@ -185,24 +261,54 @@ class Replayer:
         least = ROUNDING[self.dtype] + 2 * ACCUMULATION[self.dtype]
         return max(least, SMALLEST_ROUTER_FLOOR) if kind.startswith("router") else least
 
-    def _ask(self, probe: Probe, model: Model, inputs: tuple[Any, ...], found: Replay | None) -> list[Measure]:
-        given = tuple(rounded(value, self.dtype) for value in inputs)
-        expected = probe.run(self.emulator, *(placed(value, self.emulator) for value in given))
+    def _ask(self, group: Group, target: Model, found: Replay) -> list[Answer]:
+        """Ask twin and target, note floors and measures, and give the answers to the inputs."""
+        probes = group.probes
+        asked = (*(probe.floor_inputs for probe in probes), *(probe.inputs for probe in probes))
+        questions = [tuple(rounded(value, self.dtype) for value in inputs) for inputs in asked]
+        expected = self._expected(group, questions)
+        healthy = self._answers(group, self.twin, questions)
+        for probe, wanted, given in zip((*probes, *probes), expected, healthy, strict=True):
+            for measure in self._measures(probe, wanted, given, None):
+                least = SMALLEST_BLOCK_FLOOR if probe.level > OPERATOR else self._least(measure.kind)
+                floors = found.floors.of_kind
+                floors[measure.kind] = max(floors.get(measure.kind, least), measure.value)
+        with self._context():
+            answers = self._answers(group, target, questions[len(probes) :])
+        own = expected[len(probes) :]
+        for probe, wanted, given in zip(probes, own, answers, strict=True):
+            found.measures += self._measures(probe, wanted, given, found)
+        return [
+            Answer(wanted, given, given if isinstance(given, Exception) else None)
+            for wanted, given in zip(own, answers, strict=True)
+        ]
+
+    def _expected(self, group: Group, questions: list[tuple[Any, ...]]) -> list[Any]:
+        known = [probe.known for probe in group.probes if probe.known is not None]
+        if len(known) == len(group.probes):
+            return [*(of_floor for of_floor, _ in known), *(own for _, own in known)]
+        return group.run(self.emulator, [_placed_all(inputs, self.emulator) for inputs in questions])
+
+    def _answers(self, group: Group, model: Model, questions: list[tuple[Any, ...]]) -> list[Any]:
+        """The answers of a model, or what it raised in place of each."""
         try:
-            with self._context():
-                answer = probe.run(model, *(placed(value, model) for value in given))
-            return self._measures(probe, expected, answer, found)
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
-            note = f"cannot be asked: {error}"
-            return [Measure(probe.path, probe.operator, probe.kind, math.inf, probe.level, note)]
+            return group.run(model, [_placed_all(inputs, model) for inputs in questions])
+        except CANNOT_BE_ASKED as error:
+            return [error] * len(questions)
 
     def _measures(self, probe: Probe, expected: Any, answer: Any, found: Replay | None) -> list[Measure]:
-        if isinstance(expected, Routing):
-            return self._compare_routing(probe, expected, answer, found)
-        if isinstance(expected, tuple):
-            return self._compare_mixture(probe, expected, answer)
-        measure = worst_channel if probe.level == OPERATOR else relative_error
-        return [Measure(probe.path, probe.operator, probe.kind, measure(as_host(answer), expected), probe.level)]
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(expected, Routing):
+                return self._compare_routing(probe, expected, answer, found)
+            if isinstance(expected, tuple):
+                return self._compare_mixture(probe, expected, answer)
+            measure = worst_channel if probe.level == OPERATOR else relative_error
+            return [Measure(probe.path, probe.operator, probe.kind, measure(as_host(answer), expected), probe.level)]
+        except CANNOT_BE_ASKED as error:
+            note = f"cannot be asked: {error}"
+            return [Measure(probe.path, probe.operator, probe.kind, math.inf, probe.level, note)]
 
     def _compare_mixture(self, probe: Probe, expected: tuple[Any, ...], answer: tuple[Any, ...]) -> list[Measure]:
         same = same_experts(expected[1], answer[1])
@@ -227,16 +333,12 @@ class Replayer:
             Measure(probe.path, "gate.weights", f"{probe.kind} weights", weights),
         ]
 
-    def _ledger_row(self, block: Block, target: Model, found: Replay) -> list[Measure]:
+    def _ledger_row(self, block: Block, golden: GoldenBlock, own: Answer, found: Replay) -> list[Measure]:
         """What the block lost on its golden input, and whether the target quantises it."""
-        golden = self.golden.block(block.path)
-        x = rounded(golden.input, self.dtype)
-        expected, routing = run_block(self.emulator, block, x)
-        try:
-            with self._context():
-                answer, answered = run_block(target, block, placed(x, target), placed_rotation(self, target, x))
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError, IsthmusError) as error:
-            return [Measure(block.path, None, block.kind, math.inf, BLOCK, f"cannot be asked: {error}")]
+        if own.error is not None:
+            return [Measure(block.path, None, block.kind, math.inf, BLOCK, f"cannot be asked: {own.error}")]
+        expected, routing = own.expected if isinstance(own.expected, tuple) else (own.expected, None)
+        answer, answered = own.found if isinstance(own.found, tuple) else (own.found, None)
         y, e, f = (part.flatten(0, -2) for part in (as_host(answer), expected, golden.float_output))
         known = torch.isfinite(f).all(-1)
         y, e, f = y[known], e[known], f[known]
@@ -244,14 +346,13 @@ class Replayer:
             same = same_experts(routing, answered)[known]
             y, e, f = y[same], e[same], f[same]
         chip, quantisation = relative_error(y, e), relative_error(f, e)
-        floor = self.floors.of_kind[block.kind]
         found.ledger.append(
             LedgerRow(
                 module=block.path,
                 kind=block.kind,
                 quantisation=quantisation if e.numel() and math.isfinite(quantisation) else None,
                 chip=chip if e.numel() and math.isfinite(chip) else None,
-                floor=floor,
+                floor=found.floors.of_kind[block.kind],
             )
         )
         way = f - e
@@ -261,29 +362,20 @@ class Replayer:
         note = f"its output is {share:.0%} of the way from the emulator to the trained weights"
         return [Measure(block.path, None, f"{block.kind} unquantised", max(share, 0.0), BLOCK, note)]
 
-    def _probes(self) -> Iterator[tuple[Block | None, Iterator[Probe]]]:
-        """The probes block by block; at the end, those of what is no block."""
-        for block in self._blocks.values():
-            golden = self.golden.block(block.path)
-            yield block, self._block_probes(block, rounded(golden.input, self.dtype))
-        last = rounded(self.golden.block(next(reversed(self._blocks))).input, self.dtype)
-        yield None, self._model_probes(last)
-
-    def _block_probes(self, block: Block, x: Tensor) -> Iterator[Probe]:
+    def _block_probes(self, block: Block, x: Tensor) -> Iterator[Group]:
         """The operators of a block in the order in which it runs them, then its steps, then the block itself."""
         other = other_inputs(x)
-        yield from self._norm_probes(block, x, other)
+        yield from map(Group.of, self._norm_probes(block, x, other))
         first, second = (self._record(block, given) for given in (x, other))
         for path in first:
-            if path in second:
-                yield from self._operator_probes(block, path, first[path], second[path])
+            if path in second and path != block.path:
+                yield from map(Group.of, self._operator_probes(block, path, first[path], second[path]))
         if block.kind == "moe":
-            yield from self._expert_probes(block, x, other)
+            yield from map(Group.of, self._expert_probes(block, x, other))
         if block.kind == "attention":
-            yield from self._attention_probes(block, x, other)
-        for scale in SCALES if block.kind != "attention" else (1.0,):
-            if scale == 1.0 or self._holds(block, x * scale, other * scale):
-                yield self._whole_block_probe(block, scale, x, other)
+            yield from map(Group.of, self._attention_probes(block, x, other))
+        known = self._known(first[block.path], second[block.path]) if block.path in first else None
+        yield from self._whole_block_probes(block, x, other, known)
         yield from self._layer_probe(block, x, other)
 
     def _holds(self, block: Block, *inputs: Tensor) -> bool:
@@ -293,6 +385,31 @@ class Replayer:
         given = (rounded(x * HEADROOM, self.dtype) for x in inputs)
         outputs = (run_block(self._narrow_twin, block, placed(x, self._narrow_twin))[0] for x in given)
         return all(bool(torch.isfinite(output).all()) for output in outputs)
+
+    def _known(self, first: Call, second: Call) -> tuple[Any, Any] | None:
+        """What the emulator answered when it was recorded; other inputs are asked where the target's dtype rounds."""
+        return (second.output, first.output) if self.dtype == torch.float32 else None
+
+    def _whole_block_probes(
+        self, block: Block, x: Tensor, other: Tensor, known: tuple[Any, Any] | None
+    ) -> Iterator[Group]:
+        """The block on its inputs, and on larger ones of fewer tokens."""
+        probes = [replace(self._whole_block_probe(block, 1.0, x, other), known=known)]
+        few, other_few = (fewer(given) for given in (x, other))
+        if not self._are_lent(block):
+            yield Group.of(probes[0])
+        for scale in SCALES[1:] if block.kind != "attention" else ():
+            if self._holds(block, few * scale, other_few * scale):
+                probe = self._whole_block_probe(block, scale, few, other_few)
+                probes.append(probe)
+                if not self._are_lent(block):
+                    yield Group.of(probe)
+        if self._are_lent(block):
+            yield Group(tuple(probes), lambda model, questions: in_one_pass(probes[0].run, model, questions))
+
+    def _are_lent(self, block: Block) -> bool:
+        """Whether each pass through the block reads its experts one by one."""
+        return isinstance(getattr(self.emulator.get_submodule(block.path), "experts", None), LentExperts)
 
     def _whole_block_probe(self, block: Block, scale: float, x: Tensor, other: Tensor) -> Probe:
         def run(model: Model, given: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Any:
@@ -305,11 +422,11 @@ class Replayer:
         kind = block.kind if scale == 1.0 else f"{block.kind} at {scale:g} times its input"
         return Probe(block.path, None, kind, run, (x * scale, *extra), (other * scale, *extra), BLOCK)
 
-    def _layer_probe(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+    def _layer_probe(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Group]:
         """The whole layer once, after its MLP: norms, residuals and their order."""
         if block.kind == "attention":
             return
-        path = block.path.rpartition(".")[0]
+        path, x, other = layer_of(block.path), fewer(x), fewer(other)
 
         def run(model: Model, given: Tensor, cos: Tensor, sin: Tensor) -> Any:
             layer, trace = model.get_submodule(path), Trace()
@@ -319,7 +436,11 @@ class Replayer:
             return (output, trace.routings[0]) if trace.routings else output
 
         rotation = tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
-        yield Probe(path, None, f"layer with {block.kind}", run, (x, *rotation), (other, *rotation), LAYER)
+        probe = Probe(path, None, f"layer with {block.kind}", run, (x, *rotation), (other, *rotation), LAYER)
+        if self._are_lent(block):
+            yield Group((probe,), lambda model, questions: in_one_pass(run, model, questions))
+        else:
+            yield Group.of(probe)
 
     def _norm_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
         """The norm in front of the block, which is part of its layer, also on inputs so small that eps shows."""
@@ -340,24 +461,30 @@ class Replayer:
         small = module.eps**0.5 / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
         yield Probe(named, operator, "norm", run, (x * small,), (other * small,))
 
-    def _record(self, block: Block, x: Tensor) -> dict[str, tuple[Any, ...]]:
-        """The first arguments of every module below the block, by its path, in the order of the calls."""
-        module, calls, handles = self.emulator.get_submodule(block.path), {}, []
+    def _record(self, block: Block, x: Tensor) -> dict[str, Call]:
+        """The first call of every module below the block, by its path, in the order of the calls; then of the block."""
+        module, handles = self.emulator.get_submodule(block.path), []
+        inputs: dict[str, tuple[Any, ...]] = {}
+        outputs: dict[str, Any] = {}
         for name, child in module.named_modules():
             if name:
                 path = f"{block.path}.{name}"
-                keep = lambda _module, inputs, path=path: calls.setdefault(path, inputs)  # noqa: E731
-                handles.append(child.register_forward_pre_hook(keep))
+                keep = lambda _module, given, path=path: inputs.setdefault(path, given)  # noqa: E731
+                note = lambda _module, _given, output, path=path: outputs.setdefault(path, output)  # noqa: E731
+                handles += [child.register_forward_pre_hook(keep), child.register_forward_hook(note)]
         try:
-            run_block(self.emulator, block, x)
+            if self._are_lent(block):
+                _run_beside_experts(module, x)
+            else:
+                output, routing = run_block(self.emulator, block, x)
+                inputs[block.path] = (x,)
+                outputs[block.path] = output if routing is None else (output, routing)
         finally:
             for handle in handles:
                 handle.remove()
-        return calls
+        return {path: Call(given, outputs[path]) for path, given in inputs.items()}
 
-    def _operator_probes(
-        self, block: Block, path: str, inputs: tuple[Any, ...], other: tuple[Any, ...]
-    ) -> Iterator[Probe]:
+    def _operator_probes(self, block: Block, path: str, own: Call, other: Call) -> Iterator[Probe]:
         module, operator = self.emulator.get_submodule(path), path.removeprefix(f"{block.path}.")
 
         def run(model: Model, *given: Any) -> Any:
@@ -365,15 +492,15 @@ class Replayer:
 
         if isinstance(module, Router):
             for scale in ROUTER_SCALES:
-                both = (shifted(inputs[0], module, scale),), (shifted(other[0], module, scale),)
+                both = (shifted(own.inputs[0], module, scale),), (shifted(other.inputs[0], module, scale),)
                 yield Probe(block.path, "gate", "router", run, *both)
         elif isinstance(module, RMSNorm):
-            yield from self._norm(path, block.path, operator, inputs[0], other[0])
-        elif any(True for _ in module.children()) or hasattr(module, "parts"):
-            kind = f"{block.kind} {operator}"
-            yield Probe(block.path, operator, kind, run, inputs, other, STEP)
+            yield from self._norm(path, block.path, operator, own.inputs[0], other.inputs[0])
         else:
-            yield Probe(block.path, operator, "linear", run, inputs, other)
+            is_step = any(True for _ in module.children()) or hasattr(module, "parts")
+            kind, level = (f"{block.kind} {operator}", STEP) if is_step else ("linear", OPERATOR)
+            known = self._known(own, other)
+            yield Probe(block.path, operator, kind, run, own.inputs, other.inputs, level, known)
 
     def _expert_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
         """Each matrix of each expert, on rows that it gets whether the router sends them or not."""
@@ -382,6 +509,8 @@ class Replayer:
         assert isinstance(mixture, MixtureOfExperts)
         rows, others = (given.flatten(0, -2)[:EXPERT_ROWS] for given in (x, other))
         for index in range(mixture.num_experts):
+            if isinstance(experts, LentExperts):
+                self._look(layer_of(block.path), index)
             for part in experts.parts(index):  # pyright: ignore[reportCallIssue]
 
                 def run(model: Model, given: Tensor, index: int = index, part: str = part) -> Tensor:
@@ -425,8 +554,8 @@ class Replayer:
             yield ask("attention in latent space", _absorbed_context, q_nope, q_rope, latents)
         yield ask("attention with a cache", cached, (x, other), *turned, level=BLOCK)
 
-    def _model_probes(self, x: Tensor) -> Iterator[Probe]:
-        """Embedding, rotary table, final norm, output head, and how the MTP layer joins its inputs."""
+    def _outside_probes(self, x: Tensor) -> Iterator[Probe]:
+        """Embedding, rotary table, final norm and output head, a large one in blocks of its rows."""
         other, model = other_inputs(x), self.emulator
         tokens = torch.arange(min(model.architecture.vocab_size, MOST_EMBEDDINGS))
         yield Probe(
@@ -439,10 +568,14 @@ class Replayer:
 
         yield Probe("model.rotary", None, "rotary", table, (places,), (places,))
         yield from self._norm("model.norm", "model.norm", None, x, other)
-        yield Probe("lm_head", None, "linear", lambda m, given: m.lm_head(given), (x,), (other,))
-        if (layer := model.mtp_layer) is None:
-            return
-        path = f"model.layers.{len(model.model.layers) - 1}"
+        pieces = pieces_of(model)
+        for rows in pieces.head_blocks() if pieces is not None else [range(model.architecture.vocab_size)]:
+            yield Probe("lm_head", None, "linear", lambda m, given, rows=rows: head(m, given, rows), (x,), (other,))
+
+    def _mtp_probes(self, path: str, x: Tensor) -> Iterator[Probe]:
+        """How the MTP layer joins its inputs, and what it makes of them."""
+        other, layer = other_inputs(x), self.emulator.mtp_layer
+        assert layer is not None
         for norm in ("enorm", "hnorm", "shared_head.norm"):
             yield from self._norm(f"{path}.{norm}", f"{path}.{norm}", None, x, other)
         joined = torch.cat((layer.enorm(x), layer.hnorm(other)), dim=-1)
@@ -478,14 +611,50 @@ def placed(value: Any, model: Model) -> Any:
     return value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
 
 
+def _placed_all(inputs: tuple[Any, ...], model: Model) -> tuple[Any, ...]:
+    return tuple(placed(value, model) for value in inputs)
+
+
 def as_host(value: Tensor) -> Tensor:
     return value.detach().float().cpu()
 
 
-def placed_rotation(replayer: Replayer, target: Model, x: Tensor) -> Rotation:
-    """The emulator's cos and sin, on the target's device."""
-    device = target.model.norm.weight.device
-    return Rotation(*(part.to(device) for part in rotation_of(replayer.emulator, x.shape[:2])))
+def layer_of(path: str) -> str | None:
+    """The path of the layer that a path lies in; None outside the layers."""
+    parts = path.split(".")
+    return ".".join(parts[:3]) if len(parts) > 2 and parts[:2] == ["model", "layers"] else None
+
+
+def fewer(x: Tensor) -> Tensor:
+    """The first rows of x [B, T, D], of FEW_TOKENS tokens, and one at least."""
+    return x[: max(1, FEW_TOKENS // x.shape[1])]
+
+
+def head(model: Model, x: Tensor, rows: range) -> Tensor:
+    """Logits of some rows of the output head; whole, if the model holds it whole."""
+    pieces = pieces_of(model)
+    if pieces is not None:
+        return pieces.head_rows(rows)(x)
+    found = model.lm_head(x)
+    return found if len(rows) == found.shape[-1] else found[..., rows.start : rows.stop]
+
+
+def in_one_pass(run: Callable[..., Any], model: Model, questions: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Answers to several inputs whose rows, the first dimension of each, do not depend on each other."""
+    given = tuple(torch.cat(parts) for parts in zip(*questions, strict=True))
+    output, routing = run(model, *given)
+    sizes = [len(inputs[0]) for inputs in questions]
+    tokens = [size * output.shape[1] for size in sizes]
+    routed = zip(*(part.split(tokens) for part in (routing.experts, routing.weights, routing.scores)), strict=True)
+    return [(part, Routing(*one)) for part, one in zip(output.split(sizes), routed, strict=True)]
+
+
+def _run_beside_experts(mixture: nn.Module, x: Tensor) -> None:
+    """What of a mixture sees every token: its router and the shared experts."""
+    tokens = x.reshape(-1, x.shape[-1])
+    for name, part in mixture.named_children():
+        if name != "experts":
+            part(tokens)
 
 
 def other_inputs(x: Tensor) -> Tensor:
@@ -532,11 +701,18 @@ def worst_channel(y: Tensor, e: Tensor) -> float:
         return 0.0
     if y.shape != e.shape:
         return math.inf
-    y, e = y.reshape(-1, y.shape[-1]).double(), e.reshape(-1, e.shape[-1]).double()
-    rows = e.square().mean(-1, keepdim=True)
-    size = (e.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
-    error = ((y - e).square().sum(0).sqrt() / size).max().item()
-    return error if math.isfinite(error) else math.inf
+    y, e = y.reshape(-1, y.shape[-1]), e.reshape(-1, e.shape[-1])
+    step = max(1, VALUES_AT_ONCE // e.shape[-1])
+    rows = torch.cat([part.double().square().mean(-1, keepdim=True) for part in e.split(step)])
+    step, worst = max(1, VALUES_AT_ONCE // len(e)), 0.0
+    for found, expected in zip(y.split(step, -1), e.split(step, -1), strict=True):
+        found, expected = found.double(), expected.double()
+        size = (expected.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
+        error = ((found - expected).square().sum(0).sqrt() / size).max().item()
+        if not math.isfinite(error):
+            return math.inf
+        worst = max(worst, error)
+    return worst
 
 
 def by_expert(routing: Routing) -> Tensor:
@@ -563,10 +739,13 @@ def near_ties(router: Router, routing: Routing, dtype: torch.dtype) -> Tensor:
     return narrow
 
 
-def differences_of_structure(emulator: Model, target: Model) -> list[Measure]:
-    """Modules of the target that are of another class than the emulator's, or missing: a layer left unquantised."""
+def differences_of_structure(emulator: Model, target: Model, layer: str | None) -> list[Measure]:
+    """Modules of a layer of the target, or of what lies outside the layers, that are of another class than the
+    emulator's, or missing: something left unquantised."""
     theirs, found = dict(target.named_modules()), []
     for path, module in emulator.named_modules():
+        if layer_of(path) != layer:
+            continue
         other = theirs.get(path)
         if other is None and path.rpartition(".")[0] not in theirs:
             continue

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import Bundle
+from isthmus.formats.parts.pieces import WHOLE_EXPERTS, LentExperts
 from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
@@ -30,14 +31,14 @@ measured at 2^-13 (arXiv 2412.19437, 3.3.2), and twice that is granted; fp32 sum
 
 def build_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The bundle's model on a torch device. Raises IsthmusError if there is no such device here."""
-    try:
-        model = bundle.build().to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise IsthmusError(f"the device {device!r} cannot be used here: {error}") from None
-    if dtype != torch.float32:
-        _cast(model, dtype)
-    torch.set_float32_matmul_precision("highest")
+    model = bundle.build()
+    _adapt_to(device, dtype)(model)
     return model
+
+
+def stream_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """`build_target`, with a layer at a time in memory."""
+    return bundle.stream(_adapt_to(device, dtype))
 
 
 def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
@@ -48,10 +49,43 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, granted: flo
 def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
     """Make a healthy twin of a model in fp32, in place. Its sums have `granted` times the noise of ACCUMULATION, drawn
     anew in every pass and for every row."""
-    if dtype != torch.float32:
-        _cast(model, dtype)
-    generator = torch.Generator().manual_seed(seed)
+    _adapt_to("cpu", dtype)(model)
+    _add_noise(model, dtype, torch.Generator().manual_seed(seed), granted)
+    return model
 
+
+def stream_twin(
+    bundle: Bundle,
+    dtype: torch.dtype,
+    seed: int = 0,
+    granted: float = 1.0,
+    *,
+    whole_experts: int | None = WHOLE_EXPERTS,
+) -> Model:
+    """`healthy_twin`, with a layer at a time in memory."""
+    generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
+
+    def adapt_and_add_noise(piece: nn.Module) -> None:
+        adapt(piece)
+        _add_noise(piece, dtype, generator, granted)
+
+    return bundle.stream(adapt_and_add_noise, whole_experts=whole_experts)
+
+
+def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    def adapt(model: nn.Module) -> None:
+        try:
+            model.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise IsthmusError(f"the device {device!r} cannot be used here: {error}") from None
+        if dtype != torch.float32:
+            _cast(model, dtype)
+
+    torch.set_float32_matmul_precision("highest")
+    return adapt
+
+
+def _add_noise(model: nn.Module, dtype: torch.dtype, generator: torch.Generator, granted: float) -> None:
     def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
         size = output.float().square().mean(-1, keepdim=True).sqrt() * granted
         return output.float() + torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
@@ -65,6 +99,8 @@ def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 
         return lambda x: noisy(product(x), dtype).to(x.dtype)
 
     for module in model.modules():
+        if isinstance(module, LentExperts):
+            continue
         if isinstance(module, Router):
             module.logits = lambda x, logits=module.logits: noisy(logits(x), torch.float32)
         elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
@@ -72,10 +108,9 @@ def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 
         if (parts := getattr(module, "parts", None)) is not None:
             replaced = lambda index, parts=parts: {k: with_noise(part) for k, part in parts(index).items()}  # noqa: E731
             module.parts = replaced  # pyright: ignore[reportArgumentType]
-    return model
 
 
-def _cast(model: Model, dtype: torch.dtype) -> None:
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Experts):
             for name, parameter in module.named_parameters(recurse=False):

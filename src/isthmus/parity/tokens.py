@@ -6,7 +6,7 @@ Shapes: B sequences of a batch, N completion tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -18,7 +18,10 @@ from isthmus.model.moe import Trace
 
 TIE_NATS = 0.1
 """A changed first choice is a near-tie if the reference preferred its own by less than this many nats (10%)."""
-BATCH = 32
+BATCH, BATCH_TOKENS = 32, 4096
+"""Sequences, and tokens with padding, that pass through a model at once; of one sequence more, if it is longer."""
+LOGITS_BYTES, POSITIONS_BYTES = 128 << 20, 16 << 20
+"""Bytes in fp32 of the logits that are in memory at once of each model, and of those that are compared at once."""
 RESAMPLES = 2000
 
 
@@ -60,17 +63,33 @@ class TokenParity:
 
 @dataclass(frozen=True)
 class _Positions:
-    """Per completion token of a batch, [N] each, `logprobs` [2, N]; `sequence` counts from 0 within the comparison.
-
-    `router_flips` [R] marks, for each token of the batch and each layer with experts, whether the experts differ.
-    """
+    """Per completion token of a batch, [N] each, `logprobs` [2, N]."""
 
     kl: Tensor
     agrees: Tensor
     near_tie: Tensor
     logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Of one candidate and one batch: what was found of its completion tokens, piece by piece, and of its routers.
+
+    `sequence` [N] is the sequence of each token, counted from 0 within the comparison. `router_flips` [R] marks, for
+    each token of the batch and each layer with experts, whether the experts differ.
+    """
+
+    positions: list[_Positions]
     sequence: Tensor
     router_flips: Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is compared; it runs inside `context()`, on whatever device it is on."""
+
+    model: Model
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -97,19 +116,33 @@ def compare_tokens(
     The candidate runs inside `candidate_context()`, on whatever device it is on; its logits are compared outside, on
     the CPU and in float64.
     """
+    found = compare_several(reference, [Candidate(candidate, candidate_context)], sequences, confidence=confidence)
+    return found[0]
+
+
+def compare_several(
+    reference: Model, candidates: Sequence[Candidate], sequences: list[GoldenSequence], *, confidence: float = 0.95
+) -> list[TokenParity]:
+    """`compare_tokens` of several candidates with one pass of the reference; the same one twice is asked twice."""
     if not sequences:
-        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0, torch.empty(2, 0))
+        empty = TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0, torch.empty(2, 0))
+        return [empty] * len(candidates)
     order = sorted(range(len(sequences)), key=lambda one: len(sequences[one].prompt) + len(sequences[one].completion))
-    given, sequences = sequences, [sequences[one] for one in order]
-    batches = [
-        _compare_batch(reference, candidate, batch, start, candidate_context) for start, batch in _batches(sequences)
-    ]
-    kl = torch.cat([batch.kl for batch in batches])
-    agrees = torch.cat([batch.agrees for batch in batches])
-    near_tie = torch.cat([batch.near_tie for batch in batches])
+    ordered = [sequences[one] for one in order]
+    batches = [_compare_batch(reference, candidates, batch, start) for start, batch in _batches(ordered)]
+    return [_summary(list(found), sequences, order, confidence) for found in zip(*batches, strict=True)]
+
+
+def _summary(
+    batches: list[_Compared], sequences: list[GoldenSequence], order: list[int], confidence: float
+) -> TokenParity:
+    positions = [one for batch in batches for one in batch.positions]
+    kl = torch.cat([one.kl for one in positions])
+    agrees = torch.cat([one.agrees for one in positions])
+    near_tie = torch.cat([one.near_tie for one in positions])
+    logprobs = torch.cat([one.logprobs for one in positions], -1)
     router_flips = torch.cat([batch.router_flips for batch in batches])
     of_sequence = torch.cat([batch.sequence for batch in batches])
-    logprobs = torch.cat([batch.logprobs for batch in batches], -1)
     return TokenParity(
         sequences=len(sequences),
         tokens=len(kl),
@@ -123,7 +156,7 @@ def compare_tokens(
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
         distinct=count_distinct(sequences),
-        logprobs=_in_given_order(logprobs, order, given),
+        logprobs=_in_given_order(logprobs, order, sequences),
     )
 
 
@@ -138,8 +171,28 @@ def count_distinct(sequences: list[GoldenSequence]) -> int:
     return len({(*one.prompt, None, *one.completion) for one in sequences if one.completion})
 
 
+@dataclass(frozen=True)
+class _States:
+    """What a model makes of a batch: `states` [N, D] of the completion tokens, before the final norm, and `experts`."""
+
+    model: Model
+    states: Tensor
+    experts: Tensor
+
+    @torch.inference_mode()
+    def logits(self, rows: range) -> Tensor:
+        """Logits [M, V] of some of the completion tokens, on the CPU."""
+        return self.model.logits(self.states[rows.start : rows.stop]).cpu()
+
+
 def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
     """All sequences, one after the other, in one batch."""
+    found = _run_states(model, sequences)
+    return Pass(found.logits(range(len(found.states))), found.experts)
+
+
+@torch.inference_mode()
+def _run_states(model: Model, sequences: list[GoldenSequence]) -> _States:
     lengths = [len(sequence.prompt) + len(sequence.completion) for sequence in sequences]
     width = max(lengths)
     rows = [[*one.prompt, *one.completion, *[0] * (width - size)] for one, size in zip(sequences, lengths, strict=True)]
@@ -147,40 +200,61 @@ def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
         torch.arange(row * width + len(one.prompt) - 1, row * width + size - 1)
         for row, (one, size) in enumerate(zip(sequences, lengths, strict=True))
     ]
-    device, trace = model.model.embed_tokens.weight.device, Trace()
+    device, trace = model.model.norm.weight.device, Trace()
     real = torch.arange(width) < torch.tensor(lengths)[:, None]
-    with torch.inference_mode():
-        hidden = model.hidden(torch.tensor(rows, device=device), trace=trace).flatten(0, 1)
-        logits = model.logits(hidden.index_select(0, torch.cat(predicting).to(device))).cpu()
-        chosen = [routing.experts.cpu()[real.flatten()].sort(-1).values for routing in trace.routings]
-    return Pass(logits, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
+    hidden = model.hidden(torch.tensor(rows, device=device), trace=trace).flatten(0, 1)
+    states = hidden.index_select(0, torch.cat(predicting).to(device))
+    chosen = [routing.experts.cpu()[real.flatten()].sort(-1).values for routing in trace.routings]
+    return _States(model, states, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
 
 
 def _compare_batch(
-    reference: Model,
-    candidate: Model,
-    batch: list[GoldenSequence],
-    start: int,
-    candidate_context: Callable[[], AbstractContextManager[object]],
-) -> _Positions:
-    wanted = run_batch(reference, batch)
-    with candidate_context():
-        given = run_batch(candidate, batch)
-    expected, found = (one.logits.double().log_softmax(-1) for one in (wanted, given))
-    first, other = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
-    agrees = (first == other).squeeze(-1)
-    preference = (expected.gather(-1, first) - expected.gather(-1, other)).squeeze(-1)
-    taken = _completion_tokens(batch)[:, None]
+    reference: Model, candidates: Sequence[Candidate], batch: list[GoldenSequence], start: int
+) -> list[_Compared]:
+    wanted, taken = _run_states(reference, batch), _completion_tokens(batch)[:, None]
     lengths = torch.tensor([len(sequence.completion) for sequence in batch])
-    kl = (expected.exp() * (expected - found)).sum(-1)
-    return _Positions(
-        kl=kl.where(kl.isfinite(), math.inf),
-        agrees=agrees,
-        near_tie=~agrees & (preference < TIE_NATS),
-        logprobs=torch.stack([one.gather(-1, taken).squeeze(-1) for one in (expected, found)]),
-        sequence=torch.arange(start, start + len(batch)).repeat_interleave(lengths),
-        router_flips=_router_flips(wanted.experts, given.experts),
-    )
+    sequence = torch.arange(start, start + len(batch)).repeat_interleave(lengths)
+    parts = _chunks(len(taken), reference, LOGITS_BYTES)
+    only = wanted.logits(parts[0]) if len(parts) == 1 else None
+    compared = []
+    for candidate in candidates:
+        with candidate.context():
+            given = _run_states(candidate.model, batch)
+        positions = []
+        for rows in parts:
+            expected = wanted.logits(rows) if only is None else only
+            with candidate.context():
+                found = given.logits(rows)
+            positions += _positions(expected, found, taken[rows.start : rows.stop], reference)
+        compared.append(_Compared(positions, sequence, _router_flips(wanted.experts, given.experts)))
+    return compared
+
+
+def _positions(wanted: Tensor, given: Tensor, taken: Tensor, reference: Model) -> list[_Positions]:
+    """The comparison of logits [M, V] with logits [M, V], where the tokens `taken` [M, 1] followed, piece by piece."""
+    positions = []
+    for rows in _chunks(len(taken), reference, POSITIONS_BYTES):
+        here = slice(rows.start, rows.stop)
+        expected, found = (one[here].double().log_softmax(-1) for one in (wanted, given))
+        first, other = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
+        agrees = (first == other).squeeze(-1)
+        preference = (expected.gather(-1, first) - expected.gather(-1, other)).squeeze(-1)
+        kl = (expected.exp() * (expected - found)).sum(-1)
+        positions.append(
+            _Positions(
+                kl=kl.where(kl.isfinite(), math.inf),
+                agrees=agrees,
+                near_tie=~agrees & (preference < TIE_NATS),
+                logprobs=torch.stack([one.gather(-1, taken[here]).squeeze(-1) for one in (expected, found)]),
+            )
+        )
+    return positions
+
+
+def _chunks(count: int, model: Model, most: int) -> list[range]:
+    """So many tokens in pieces whose logits take at most so many bytes in fp32."""
+    step = max(1, most // (4 * model.architecture.vocab_size))
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _router_flips(wanted: Tensor, given: Tensor) -> Tensor:
@@ -196,8 +270,15 @@ def _completion_tokens(batch: list[GoldenSequence]) -> Tensor:
 
 def _batches(sequences: list[GoldenSequence]) -> Iterator[tuple[int, list[GoldenSequence]]]:
     assert all(sequence.prompt and sequence.completion for sequence in sequences), "nothing to compare in a sequence"
-    for start in range(0, len(sequences), BATCH):
-        yield start, sequences[start : start + BATCH]
+    start, batch, width = 0, [], 0
+    for sequence in sequences:
+        longest = max(width, len(sequence.prompt) + len(sequence.completion))
+        if batch and (len(batch) == BATCH or longest * (len(batch) + 1) > BATCH_TOKENS):
+            yield start, batch
+            start, batch = start + len(batch), []
+            longest = len(sequence.prompt) + len(sequence.completion)
+        batch, width = [*batch, sequence], longest
+    yield start, batch
 
 
 def interval_of_mean(values: Tensor, sequence: Tensor, count: int, confidence: float) -> tuple[float, float] | None:

@@ -87,7 +87,7 @@ def score_tokens(
     others = torch.zeros(0, sum(lengths), dtype=torch.long) if others is None else others
     logprobs, leads = ([torch.zeros(rows, 0, dtype=torch.float64)] for rows in (copies, len(others)))
     best, compared = [torch.zeros(copies, 0, dtype=torch.long)], others.split(lengths, dim=1)
-    device = model.model.embed_tokens.weight.device
+    device = model.model.norm.weight.device
     for sequence, alternatives in zip(sequences, compared, strict=True):
         rows = torch.tensor([[*sequence.prompt, *sequence.completion]] * copies, device=device)
         hidden = model.hidden(rows)[:, len(sequence.prompt) - 1 : -1]

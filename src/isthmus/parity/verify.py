@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,20 +18,20 @@ import torch
 
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
-from isthmus.formats.files.bundle import Bundle, read_bundle
+from isthmus.formats.files.bundle import Bundle, open_bundle
+from isthmus.formats.parts.pieces import WHOLE_EXPERTS
 from isthmus.model.model import Model
-from isthmus.parity.blocks import Block, blocks_of, run_block
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
 from isthmus.parity.engine import check_distance, check_loss
 from isthmus.parity.gate import at_most, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
-from isthmus.parity.loaded import check_loaded
+from isthmus.parity.loaded import Loaded
 from isthmus.parity.manifest import add_file, check_manifest
-from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer, relative_error
+from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer
 from isthmus.parity.seal import VERDICT
-from isthmus.parity.target import DTYPES, build_target, healthy_twin
-from isthmus.parity.tokens import TokenParity, compare_tokens
+from isthmus.parity.target import DTYPES, stream_target, stream_twin
+from isthmus.parity.tokens import Candidate, TokenParity, compare_several
 from isthmus.parity.twins import (
     ENOUGH,
     GRANTED,
@@ -42,9 +42,8 @@ from isthmus.parity.twins import (
     lengths_of,
     numbered,
     of_sequences,
-    score_tokens,
 )
-from isthmus.records import Check, ParityVerdict
+from isthmus.records import Check, LedgerRow, ParityVerdict
 
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
@@ -95,31 +94,50 @@ def verify_bundle(
 ) -> ParityVerdict:
     """Verify a captured bundle on a target, and give the verdict; nothing is written.
 
-    `build` makes the target's model instead of `build_target`. The verdict is on the findings in `before`, too. Raises
-    IsthmusError if the folder is no bundle, was not captured, or the device is not here.
+    `build` makes the target's model, whole, instead of `stream_target`, which makes it piece by piece. The verdict is
+    on the findings in `before`, too. Raises IsthmusError if the folder is no bundle, was not captured, or the device is
+    not here.
     """
     target, limits = target or Target(), limits or Limits()
     judged = partial(judge, before, target=str(target), rehearsed=target.rehearse is not None, started=time.time())
     checks = check_manifest(folder)
-    try:
-        bundle = read_bundle(folder)
-    except DamagedFile as error:
-        checks.append(Check(layer="files", name="the bundle is whole", outcome="fail", detail=str(error)))
-        return judged(checks)
-    checks += lint_config(folder, chip=target.rehearse)
-    if any(map(refuses, checks)):
-        return judged(checks)
-    golden, emulator = GoldenSet(folder), bundle.build()
-    checks.insert(0, check_format_cost(golden, limits))
-    checks.append(_check_emulator(golden, emulator))
-    replayer = Replayer(golden, emulator, healthy_twin(bundle, DTYPES[target.dtype]), DTYPES[target.dtype])
-    model = build(bundle) if build else build_target(bundle, target.device, DTYPES[target.dtype])
-    checks += lint_model(model, bundle.architecture) + check_loaded(emulator, model)
-    context = target.context()
-    found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context)
+    with ExitStack() as stack:
+        try:
+            bundle = stack.enter_context(open_bundle(folder, check_files=any(map(refuses, checks))))
+        except DamagedFile as error:
+            checks.append(Check(layer="files", name="the bundle is whole", outcome="fail", detail=str(error)))
+            return judged(checks)
+        checks += lint_config(folder, chip=target.rehearse)
+        if any(map(refuses, checks)):
+            return judged(checks)
+        golden = GoldenSet(folder)
+        checks.insert(0, check_format_cost(golden, limits))
+        found, ledger = _ask(bundle, golden, build, target, limits, tell)
+    return judged(checks + found, ledger=ledger)
+
+
+def _ask(
+    bundle: Bundle,
+    golden: GoldenSet,
+    build: Callable[[Bundle], Model] | None,
+    target: Target,
+    limits: Limits,
+    tell: Tell,
+) -> tuple[list[Check], list[LedgerRow]]:
+    """The target's weights, modules and tokens against the emulator; both are in memory piece by piece, but for a
+    target that `build` makes."""
+    dtype, context = DTYPES[target.dtype], target.context()
+    whole_experts = None if build else WHOLE_EXPERTS
+    emulator = bundle.stream(whole_experts=whole_experts)
+    model = build(bundle) if build else stream_target(bundle, target.device, dtype)
+    loaded = Loaded(emulator, model)
+    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, whole_experts=whole_experts), dtype)
+    found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context, loaded.look)
+    checks = [_check_emulator(found), *lint_model(model, bundle.architecture), *loaded.checks()]
     checks += check_modules(found, target)
-    checks += _check_tokens(golden, bundle, emulator, model, target, limits)
-    return judged(checks, ledger=found.ledger)
+    twin = stream_twin(bundle, dtype, seed=1, granted=GRANTED, whole_experts=whole_experts)
+    checks += _check_tokens(golden, emulator, twin, model, target, limits)
+    return checks, found.ledger
 
 
 def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
@@ -127,15 +145,9 @@ def write_verdict(folder: Path, verdict: ParityVerdict) -> None:
     add_file(folder, VERDICT, verdict.model_dump_json(indent=2).encode() + b"\n")
 
 
-@torch.inference_mode()
-def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
+def _check_emulator(found: Replay) -> Check:
     """This host's emulator on the golden inputs, against what the source's emulator made of them."""
-    worst: tuple[float, Block | None] = (0.0, None)
-    for block in blocks_of(emulator):
-        stored = golden.block(block.path)
-        found, _ = run_block(emulator, block, stored.input)
-        worst = max(worst, (relative_error(found, stored.output), block), key=lambda pair: pair[0])
-    error, block = worst
+    error = found.emulator_error
     outcome = at_most(SAME_EMULATOR, error)
     source = "all blocks on their golden inputs, emulator of this host against that of the source"
     return Check(
@@ -145,7 +157,7 @@ def _check_emulator(golden: GoldenSet, emulator: Model) -> Check:
         figure=finite(error, "relative error", source, rehearsed=False),
         limit=declared(SAME_EMULATOR, "relative error", "isthmus.parity.verify.SAME_EMULATOR"),
         detail="what was carried means here what it meant there",
-        module=None if outcome == "pass" or block is None else block.path,
+        module=None if outcome == "pass" else found.emulator_block,
     )
 
 
@@ -195,36 +207,28 @@ def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
 
 
 def _check_tokens(
-    golden: GoldenSet, bundle: Bundle, emulator: Model, model: Model, target: Target, limits: Limits
+    golden: GoldenSet, emulator: Model, twin: Model, model: Model, target: Target, limits: Limits
 ) -> list[Check]:
-    """Whole sequences: the target against the emulator, its healthy twins, and what the trained model said."""
-    sequences, context = golden.listed.golden_sequences(), target.context()
+    """Whole sequences: the target against the emulator, healthy twins of it, and what the trained model said."""
     trained, rehearsed = golden.token_logprobs().trained, target.rehearse is not None
-    found = compare_tokens(emulator, model, sequences, confidence=limits.confidence, candidate_context=lambda: context)
+    listed, context = golden.listed.golden_sequences(), target.context()
+    kept = distinct(listed)
+    sequences, trained = [listed[place] for place in kept], of_sequences(trained, listed, kept)
+    passes = 1 if len(kept) >= ENOUGH else TWINS
+    candidates = [*[Candidate(twin)] * passes, Candidate(model, lambda: context)]
+    *healthy, found = compare_several(emulator, candidates, sequences, confidence=limits.confidence)
     source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
-    kept = distinct(sequences)
-    wanted, said, trained = (of_sequences(one, sequences, kept) for one in (*found.logprobs, trained))
-    sequences = [sequences[place] for place in kept]
-    if said.equal(wanted):
-        distance = Check(
-            layer="tokens",
-            name=DISTANCE,
-            outcome=at_most(0.0, found.mean_kl, samples=found.distinct),
-            figure=finite(found.mean_kl, "nats/token", source, rehearsed=rehearsed),
-            limit=declared(0.0, "nats/token", "what is equal needs no healthy twin"),
-            detail="the log-probabilities of the golden tokens are the emulator's",
-        )
-    else:
-        twin = healthy_twin(bundle, DTYPES[target.dtype], seed=1, granted=GRANTED)
-        passes = score_tokens(twin, sequences, copies=1 if len(kept) >= ENOUGH else TWINS)
-        beyond = compare_with_emulator(said, wanted, passes.logprobs, lengths_of(sequences))
-        distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
-        told = f"{distance.detail}; mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
-        distance = distance.model_copy(update={"detail": f"{told}; {_flips(found)}"})
+    wanted, said = found.logprobs
+    twins, lengths = torch.stack([one.logprobs[1] for one in healthy]), lengths_of(sequences)
+    beyond = compare_with_emulator(said, wanted, twins, lengths)
+    distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
+    kl = f"mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
     budget = declared(limits.max_chip_kl, "nats/token", limits.source)
-    loss = compare_losses(said, wanted, trained, numbered(lengths_of(sequences)), limits.confidence)
-    checked = check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed)
-    return [distance, checked]
+    loss = compare_losses(said, wanted, trained, numbered(lengths), limits.confidence)
+    return [
+        distance.model_copy(update={"detail": f"{distance.detail}; {kl}; {_flips(found)}"}),
+        check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed),
+    ]
 
 
 def _flips(found: TokenParity) -> str:

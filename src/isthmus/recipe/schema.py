@@ -200,7 +200,7 @@ class HandoffSection(Section):
     )
     calibration_prompts: Prompts = key(64, "training prompts whose answers calibrate a format")
     capture_mb: Mebibytes = key(
-        256, "size of the golden inputs and outputs in a bundle, at most; 8 tokens are always kept"
+        256, "size of golden inputs and outputs, at most, below 64 MB and 5 % of the weights; 8 tokens are always kept"
     )
     golden_prompts: Prompts = key(
         64, "held-out problems whose answers are compared token by token, heldout_problems at most"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.basis import read_conversion
-from isthmus.formats.files.bundle import CONFIG, read_bundle
+from isthmus.formats.files.bundle import CONFIG, open_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
@@ -27,35 +29,26 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
 
     Raises GateRefused if a weight is not, IsthmusError if there are no prompts or the source does not fit.
     """
-    bundle = read_bundle(folder)
-    weights = source_weights(source, bundle.architecture)
-    watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
-    made = read_conversion(folder)
-    entries, checks = check_coverage(weights, folder, balance=made.balance.apply, compensated=made.inputs)
-    require(checks, folder)
-    if synthetic:
-        chosen = synthetic_prompts(bundle.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
-        origin = "random tokens"
-    elif prompts is not None:
-        chosen = PromptFile(prompts, folder, bundle.architecture.vocab_size).sequences()
-        origin = prompts.name
-    else:
-        raise IsthmusError(
-            f"say what the model is to be asked: --prompts FILE.jsonl, where a line is {FORM}; or --synthetic for "
-            "random tokens. Who has the bundle can read its golden prompts"
-        )
-    options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
-    with watch.count("capture", len(bundle.tensors)) as counter:
-        listed = capture(
-            folder,
-            made.balance.state(weights),
-            chosen,
-            options,
-            lambda done, total: counter.advance_to(done * counter.total // total),
-        )
+    with open_bundle(folder) as bundle, source_weights(source, bundle.architecture) as weights:
+        watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
+        made = read_conversion(folder)
+        entries, checks = check_coverage(weights, folder, balance=made.balance.apply, compensated=made.inputs)
+        require(checks, folder)
+        chosen, origin = _golden_prompts(folder, bundle.architecture, prompts, synthetic)
+        options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
+        with watch.count("capture", len(bundle.tensors)) as counter:
+            listed = capture(
+                folder,
+                made.balance.state(weights),
+                chosen,
+                options,
+                lambda done, total: counter.advance_to(done * counter.total // total),
+            )
     write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
-    watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}{', bounded' if listed.bounded else ''}")
+    watch.say(f"  golden inputs of {len(listed.blocks)} blocks on {rows}")
+    if listed.bound:
+        watch.say(f"  {listed.bound}")
     if listed.cost is not None:
         watch.say(f"  {bundle.format} costs {listed.cost.kl:.3g} nats per token to the trained model; {listed.cost}")
     if not synthetic:
@@ -64,12 +57,27 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     return listed
 
 
-def source_weights(source: Path, architecture: ModelSection) -> dict[str, Tensor]:
-    """Float weights of a checkpoint in Hugging Face layout, fp8 dequantised, by published name."""
+def _golden_prompts(
+    folder: Path, architecture: ModelSection, prompts: Path | None, synthetic: bool
+) -> tuple[list[list[int]], str]:
+    """Token ids, and where they come from."""
+    if synthetic:
+        return synthetic_prompts(architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS), "random tokens"
+    if prompts is not None:
+        return PromptFile(prompts, folder, architecture.vocab_size).sequences(), prompts.name
+    raise IsthmusError(
+        f"say what the model is to be asked: --prompts FILE.jsonl, where a line is {FORM}; or --synthetic for "
+        "random tokens. Who has the bundle can read its golden prompts"
+    )
+
+
+@contextmanager
+def source_weights(source: Path, architecture: ModelSection) -> Iterator[Mapping[str, Tensor]]:
+    """Float weights of a checkpoint in Hugging Face layout, fp8 dequantised, by published name; read when asked for."""
     if not (source / CONFIG).is_file():
         raise IsthmusError(f"{source} is no checkpoint: it has no {CONFIG}. --source names the trained weights")
     with StoredTensors(source) as stored:
-        return dict(Checkpoint(stored, architecture).tensors())
+        yield Checkpoint(stored, architecture).state()
 
 
 def require(checks: list[Check], folder: Path) -> None:

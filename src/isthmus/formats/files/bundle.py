@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from isthmus.formats.files.published import (
 )
 from isthmus.formats.files.stream import TensorWriter, described, shown
 from isthmus.formats.parts.names import mtp_copies
+from isthmus.formats.parts.pieces import WHOLE_EXPERTS, Adapt, streamed
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
@@ -39,6 +41,8 @@ from isthmus.recipe.section import RecipeError
 from isthmus.run import new_folder, sha256_file, write_atomic
 
 CHECKSUMS, CONVERSION, SEAL = "checksums.json", "conversion.json", "seal.json"
+ROWS_AT_ONCE = 64 << 20
+"""Bytes of a tensor that are compared at once."""
 
 
 class TokenizerFiles(Protocol):
@@ -55,16 +59,21 @@ class TokenizerFiles(Protocol):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle in memory: `tensors` as stored, without the MTP layer's copies."""
+    """A bundle: `tensors` as stored, without the MTP layer's copies; in memory, or read when they are asked for."""
 
     folder: Path
     format: str
     architecture: ModelSection
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
     def build(self) -> Model:
         """A model that computes on the CPU with the numerics of the format."""
-        return get_format(self.format).build(self.architecture, self.tensors)
+        return get_format(self.format).build(self.architecture, dict(self.tensors))
+
+    def stream(self, adapt: Adapt = lambda _piece: None, *, whole_experts: int | None = WHOLE_EXPERTS) -> Model:
+        """The same model, in memory piece by piece (parts/pieces.py); `adapt` changes each piece that was built."""
+        build = get_format(self.format).build
+        return streamed(self.architecture, self.tensors, build, adapt, whole_experts=whole_experts)
 
 
 def write_bundle(
@@ -129,7 +138,7 @@ def with_other_weights(folder: Path, source: Path, tensors: dict[str, Tensor]) -
         raise IsthmusError(f"{source} is not a bundle: it has no {CONFIG}")
     config = read_config(source)
     architecture = architecture_of(source, config)
-    _compare_with_layout(folder, recognise_format(config), architecture, tensors)
+    _compare_with_layout(folder, recognise_format(config), architecture, _layout_of(tensors))
     replaced = {CHECKSUMS, SEAL, INDEX, *(path.name for path in weight_files(source))}
     with new_folder(folder) as new:
         for path in source.iterdir():
@@ -147,6 +156,14 @@ def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
 
     Raises IsthmusError if this is no bundle, DamagedFile if a file or a tensor is missing, unexpected or changed.
     """
+    with open_bundle(folder, check_files=check_files) as bundle:
+        return replace(bundle, tensors=dict(bundle.tensors))
+
+
+@contextmanager
+def open_bundle(folder: Path, *, check_files: bool = True) -> Iterator[Bundle]:
+    """`read_bundle` for models that are larger than the memory: tensors are read when they are asked for, inside this
+    context."""
     if not (folder / CONFIG).is_file():
         raise IsthmusError(f"{folder} is not a bundle: it has no {CONFIG}. `isthmus handoff RUN` writes bundles")
     if check_files:
@@ -154,9 +171,37 @@ def read_bundle(folder: Path, *, check_files: bool = True) -> Bundle:
     config = read_config(folder)
     chosen = recognise_format(config)
     architecture = architecture_of(folder, config)
-    tensors = _without_copies(folder, _load_tensors(folder), architecture)
-    _compare_with_layout(folder, chosen, architecture, tensors)
-    return Bundle(folder, chosen.name, architecture, tensors)
+    with StoredTensors(folder) as stored:
+        if not stored.names:
+            raise DamagedFile(f"{folder / WEIGHTS} is missing")
+        tensors = _without_copies(folder, stored, architecture)
+        layout = {name: (stored.dtype(name), stored.shape(name)) for name in tensors}
+        _compare_with_layout(folder, chosen, architecture, layout)
+        yield Bundle(folder, chosen.name, architecture, tensors)
+
+
+class _BundleTensors(Mapping[str, Tensor]):
+    """Some tensors of a folder, read when they are asked for; `rows` reads some rows of one."""
+
+    def __init__(self, stored: StoredTensors, names: list[str]):
+        self._stored, self._names = stored, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._stored.read(name)
+
+    def rows(self, name: str, rows: range) -> Tensor:
+        return self._stored.rows(name, rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -241,17 +286,30 @@ def architecture_of(folder: Path, config: dict[str, Any]) -> ModelSection:
         raise IsthmusError(f"{folder / CONFIG}: {error}") from None
 
 
-def _without_copies(folder: Path, stored: dict[str, Tensor], architecture: ModelSection) -> dict[str, Tensor]:
+def _without_copies(folder: Path, stored: StoredTensors, architecture: ModelSection) -> _BundleTensors:
     copies = mtp_copies(architecture)
     for copy, original in copies.items():
-        if copy in stored and original in stored and not torch.equal(stored[copy], stored[original]):
+        if copy in stored and original in stored and not _equal(stored, copy, original):
             raise DamagedFile(f"{folder}: {copy} differs from {original}, which the MTP layer shares")
-    return {name: tensor for name, tensor in stored.items() if name not in copies}
+    return _BundleTensors(stored, [name for name in stored.names if name not in copies])
 
 
-def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSection, tensors: dict[str, Tensor]) -> None:
+def _equal(stored: StoredTensors, one: str, other: str) -> bool:
+    """Whether two tensors have the same values, some rows at a time."""
+    shape = stored.shape(one)
+    if stored.shape(other) != shape:
+        return False
+    step = max(1, ROWS_AT_ONCE * shape[0] // max(1, stored.size(one)))
+    blocks = (range(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    return all(torch.equal(stored.rows(one, rows), stored.rows(other, rows)) for rows in blocks)
+
+
+def _layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSection, found: Layout) -> None:
     expected = chosen.layout(architecture)
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
@@ -278,13 +336,6 @@ def verify_files(folder: Path) -> None:
     unknown = sorted(found.keys() - recorded.keys())
     if unknown:
         raise DamagedFile(f"{folder / unknown[0]} does not belong to this bundle; remove it")
-
-
-def _load_tensors(folder: Path) -> dict[str, Tensor]:
-    with StoredTensors(folder) as stored:
-        if not stored.names:
-            raise DamagedFile(f"{folder / WEIGHTS} is missing")
-        return {name: stored.read(name) for name in stored.names}
 
 
 def read_object(path: Path) -> dict[str, Any]:

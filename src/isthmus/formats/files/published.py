@@ -78,10 +78,26 @@ class StoredTensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored, in memory of its own. From any thread."""
-        kind, shape = self.kind(name), self.shape(name)
+        _, start, size = self._places[name]
+        return self._read(name, start, size).reshape(self.shape(name))
+
+    def rows(self, name: str, rows: range) -> Tensor:
+        """Rows of a tensor as they are stored, in memory of their own; no others are read."""
+        _, start, size = self._places[name]
+        count, *rest = self.shape(name)
+        row = size // count
+        return self._read(name, start + rows.start * row, len(rows) * row).reshape(len(rows), *rest)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """torch's type of a tensor. Raises DamagedFile if it is one that is not read."""
+        kind = self.kind(name)
         if kind not in KINDS:
             raise DamagedFile(f"{self.folder / self._file_of[name]}: {name} has the type {kind}, which is not read")
-        descriptor, start, size = self._places[name]
+        return KINDS[kind]
+
+    def _read(self, name: str, start: int, size: int) -> Tensor:
+        """So many bytes of a file from `start` on, which are values of a tensor."""
+        dtype, descriptor = self.dtype(name), self._places[name][0]
         content = torch.empty(size, dtype=torch.uint8)
         view = content.numpy().data
         while len(view):
@@ -89,7 +105,7 @@ class StoredTensors:
             if not count:
                 raise DamagedFile(f"{self.folder / self._file_of[name]} ends within {name}")
             view, start = view[count:], start + count
-        return content.view(KINDS[kind]).reshape(shape)
+        return content.view(dtype)
 
     def _slice(self, name: str) -> Any:
         return self._open[self._file_of[name]].get_slice(name)
@@ -324,6 +340,11 @@ class _CheckpointState(Mapping[str, Tensor]):
         if name not in self._known:
             raise KeyError(name)
         return self._checkpoint._float(name)
+
+    def rows(self, name: str, rows: range) -> Tensor:
+        """Rows of a tensor; of one in fp8, whose scales are of blocks, all are read."""
+        stored = self._checkpoint.stored
+        return self[name][rows.start : rows.stop] if stored.kind(name) == "F8_E4M3" else stored.rows(name, rows)
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

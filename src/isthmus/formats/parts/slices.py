@@ -35,6 +35,11 @@ def cut_architecture(architecture: Architecture, layers: range) -> Architecture:
     }
     if (dense := getattr(architecture, "first_k_dense_replace", None)) is not None:
         changes["first_k_dense_replace"] = max(min(dense, regular.stop) - regular.start, 0)
+    if (kinds := getattr(architecture, "layer_types", None)) is not None:
+        changes["layer_types"] = [kinds[index] for index in regular]
+    if (step := getattr(architecture, "decoder_sparse_step", None)) is not None:
+        dense = [i for i in regular if (i + 1) % step or i in getattr(architecture, "mlp_only_layers", ())]
+        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": [index - regular.start for index in dense]}
     return architecture.model_copy(update=changes)
 
 

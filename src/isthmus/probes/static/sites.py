@@ -118,7 +118,7 @@ def watch_sites(model: nn.Module, add: Callable[[Site], None], ranks: int = 1) -
             )
 
 
-def _rotation(attention: nn.Module, inputs: tuple[Any, ...], _: Tensor) -> list[Site]:
+def _rotation(attention: Any, inputs: tuple[Any, ...], _: Tensor) -> list[Site]:
     x, rotation = inputs[0], inputs[1]
     heads, rows = int(attention.num_heads), x.shape[0]
     kind = PAIRS if isinstance(attention, LatentAttention) else HALVES
