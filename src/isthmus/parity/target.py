@@ -49,8 +49,7 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, granted: flo
 def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
     """Make a healthy twin of a model in fp32, in place. Its sums have `granted` times the noise of ACCUMULATION, drawn
     anew in every pass and for every row."""
-    if dtype != torch.float32:
-        _cast(model, dtype)
+    _adapt_to("cpu", dtype)(model)
     _add_noise(model, dtype, torch.Generator().manual_seed(seed), granted)
     return model
 

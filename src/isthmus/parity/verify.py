@@ -209,36 +209,26 @@ def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
 def _check_tokens(
     golden: GoldenSet, emulator: Model, twin: Model, model: Model, target: Target, limits: Limits
 ) -> list[Check]:
-    """Whole sequences: the target against the emulator, its healthy twins, and what the trained model said."""
-    sequences, context = golden.listed.golden_sequences(), target.context()
+    """Whole sequences: the target against the emulator, healthy twins of it, and what the trained model said."""
     trained, rehearsed = golden.token_logprobs().trained, target.rehearse is not None
-    kept = distinct(sequences)
+    listed, context = golden.listed.golden_sequences(), target.context()
+    kept = distinct(listed)
+    sequences, trained = [listed[place] for place in kept], of_sequences(trained, listed, kept)
     passes = 1 if len(kept) >= ENOUGH else TWINS
     candidates = [*[Candidate(twin)] * passes, Candidate(model, lambda: context)]
     *healthy, found = compare_several(emulator, candidates, sequences, confidence=limits.confidence)
     source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
-    wanted, said, trained, *twins = (
-        of_sequences(one, sequences, kept) for one in (*found.logprobs, trained, *(one.logprobs[1] for one in healthy))
-    )
-    lengths = lengths_of([sequences[place] for place in kept])
-    if said.equal(wanted):
-        distance = Check(
-            layer="tokens",
-            name=DISTANCE,
-            outcome=at_most(0.0, found.mean_kl, samples=found.distinct),
-            figure=finite(found.mean_kl, "nats/token", source, rehearsed=rehearsed),
-            limit=declared(0.0, "nats/token", "what is equal needs no healthy twin"),
-            detail="the log-probabilities of the golden tokens are the emulator's",
-        )
-    else:
-        beyond = compare_with_emulator(said, wanted, torch.stack(twins), lengths)
-        distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
-        told = f"{distance.detail}; mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
-        distance = distance.model_copy(update={"detail": f"{told}; {_flips(found)}"})
+    wanted, said = found.logprobs
+    twins, lengths = torch.stack([one.logprobs[1] for one in healthy]), lengths_of(sequences)
+    beyond = compare_with_emulator(said, wanted, twins, lengths)
+    distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
+    kl = f"mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
     budget = declared(limits.max_chip_kl, "nats/token", limits.source)
     loss = compare_losses(said, wanted, trained, numbered(lengths), limits.confidence)
-    checked = check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed)
-    return [distance, checked]
+    return [
+        distance.model_copy(update={"detail": f"{distance.detail}; {kl}; {_flips(found)}"}),
+        check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed),
+    ]
 
 
 def _flips(found: TokenParity) -> str:
