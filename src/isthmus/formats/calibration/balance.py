@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.pieces import rows_of
 from isthmus.recipe.architecture import ModelSection
 
 ALPHA = 0.5
@@ -74,6 +75,12 @@ class _Balanced(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._balance.apply(name, self._source[name])
+
+    def rows(self, name: str, rows: range) -> Tensor:
+        """Some rows of a tensor; where it stays as it is no others are read, if the source can read some alone."""
+        if name in self._balance.rows or name in self._balance.columns:
+            return self[name][rows.start : rows.stop]
+        return rows_of(self._source, name, rows)
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
