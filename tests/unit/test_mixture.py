@@ -14,8 +14,8 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import DESCRIPTION, get_format
-from isthmus.formats.calibration.mixture import Priced, Unit, choose_mixture, order_steps, units_of
 from isthmus.formats.files.bundle import CONVERSION, read_bundle
+from isthmus.formats.mixing.mixture import Priced, Unit, choose_mixture, order_steps, units_of
 from isthmus.formats.modelslim import DYNAMIC, FLOAT, WEIGHTS_ONLY, ModelSlim
 from isthmus.model.model import Model
 from isthmus.parity.seal import verify_seal

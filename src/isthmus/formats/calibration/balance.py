@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.formats.parts.pieces import rows_of
 from isthmus.recipe.architecture import ModelSection
 
 ALPHA = 0.5
@@ -80,7 +79,8 @@ class _Balanced(Mapping[str, Tensor]):
         """Some rows of a tensor; where it stays as it is no others are read, if the source can read some alone."""
         if name in self._balance.rows or name in self._balance.columns:
             return self[name][rows.start : rows.stop]
-        return rows_of(self._source, name, rows)
+        read: Any = getattr(self._source, "rows", None)
+        return self._source[name][rows.start : rows.stop] if read is None else read(name, rows)
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
