@@ -245,13 +245,30 @@ def capture(folder: Path, **options: Any) -> None:
     importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
 
 
+@cli.command("slice")
+@_BUNDLE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", metavar="A:B", help="Layers A to B - 1, or layer A alone.")
+@click.option("--each", is_flag=True, help="A slice of every layer, in folders of OUT.")
+@click.option("--bare", is_flag=True, help="Keep the embedding; else it holds the golden inputs of the first layer.")
+@click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, help="Golden places, at most.")
+def slice_bundle(folder: Path, out: Path, **options: Any) -> None:
+    """Write a few layers of a captured bundle as a bundle, for `isthmus verify --slices`."""
+    importlib.import_module("isthmus.tools.slice").execute(folder, out, _watch(), **options)
+
+
 @cli.command()
 @_BUNDLE
 @click.option("--device", help="A torch device; the accelerator that is here if absent, else the CPU.")
-@click.option("--dtype", default="fp32", show_default=True, help="Of the activations: fp32, bf16 or fp16.")
+@click.option("--dtype", help="Of the activations: fp32, bf16 or fp16; fp32 here, config.json's behind a URL.")
 @click.option("--rehearse", metavar="CHIP", help="Enforce the rules of a chip that is not here, on the CPU.")
 @click.option("--url", help="Verify an engine that serves this bundle there: tokens and log-probabilities alone.")
 @click.option("--api-key", envvar="ISTHMUS_API_KEY", help="Of the engine at --url; or $ISTHMUS_API_KEY.")
+@click.option("--serve-command", metavar="CMD", help="Start the engine with this: {bundle} and {port} are filled in.")
+@click.option("--slices", type=click.Path(path_type=Path, exists=True), help="Drive it through these slices, too.")
+@click.option(
+    "--float-bundle", type=click.Path(path_type=Path, exists=True), help="And through the same weights in float."
+)
 @click.option(
     "--max-chip-kl",
     type=click.FloatRange(0, 100, min_open=True),

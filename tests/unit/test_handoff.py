@@ -21,6 +21,8 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import file_hashes, read_bundle
 from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
+from isthmus.parity import engine as engine_parity
+from isthmus.parity import verify
 from isthmus.parity.cost import NAME as COST
 from isthmus.parity.seal import read_verdict, verify_seal
 from isthmus.parity.signing import new_key
@@ -54,6 +56,13 @@ RECIPE = {
         "max_accuracy_drop": 0.3,
     },
 }
+
+
+class Broken(SampledHere):
+    def __init__(self, folder: Path, **options):
+        super().__init__(folder, **options)
+        if self.rehearsed:
+            self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
 
 
 def write_records(run: RunFolder, trained: dict[str, torch.Tensor] | None = None) -> None:
@@ -165,7 +174,7 @@ def test_figures_of_the_rehearsed_pool_say_so(start):
         here = name.startswith("bf16") or name in ("accuracy.reference", *HOSTS_OWN)
         wanted = "measured" if here else "rehearsed"
         assert kind == wanted, name
-    assert {check.limit.kind for check in record.checks if check.limit} == {"declared"}
+    assert {check.limit.kind for check in record.checks if check.limit} == {"declared", "measured"}
 
 
 @pytest.mark.parametrize(("kernels", "told"), [("native", 0), ("torch: there is no C compiler here", 2)])
@@ -291,20 +300,11 @@ def test_a_key_in_the_recipe_signs_the_seal(start, tmp_path):
 
 
 def test_an_engine_that_computes_something_else_is_refused(start, monkeypatch):
-    class Broken(SampledHere):
-        def __init__(self, folder: Path, **options):
-            super().__init__(folder, **options)
-            if self.rehearsed:
-                self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
-
     run = start()
     monkeypatch.setattr(crossing, "LocalEngine", Broken)
-    with pytest.raises(GateRefused, match="engine against emulator"):
+    with pytest.raises(GateRefused, match="engine against healthy twins"):
         execute(run)
-    assert (
-        outcomes(run)["w8a8: mean KL"] == "pass"
-        and outcomes(run)["w8a8: mean |Δlogp|, engine against emulator"] == "fail"
-    )
+    assert outcomes(run)["w8a8: mean KL"] == "pass" and outcomes(run)[f"w8a8: {engine_parity.DISTANCE}"] == "fail"
 
 
 def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
@@ -373,9 +373,9 @@ def test_one_golden_sequence_tells_nothing_and_nothing_is_sealed(start):
     with pytest.raises(GateRefused, match=r"w8a8: mean KL: .* is not shown to be within the limit"):
         execute(run)
     not_passed = {name for name, outcome in outcomes(run).items() if outcome == "unknown"}
-    each = (COST, "mean KL, emulator to target", "mean KL", "top-1 agreement")
-    engine = "w8a8: mean |Δlogp|, engine against emulator"
-    assert not_passed == {f"{name}: {check}" for name in ("bf16", "w8a8") for check in each} | {engine}
+    each = (COST, verify.DISTANCE, verify.LOSS, "mean KL", "top-1 agreement")
+    engine = {f"w8a8: {name}" for name in (engine_parity.DISTANCE, engine_parity.LOSS)}
+    assert not_passed == {f"{name}: {check}" for name in ("bf16", "w8a8") for check in each} | engine
     assert seals(run) == []
 
 
@@ -398,7 +398,7 @@ def test_a_refusal_after_a_pass_takes_the_seal_away(start, monkeypatch):
     run = start()
     execute(run)
     assert len(seals(run)) == 2
-    monkeypatch.setattr("isthmus.parity.engine.LIMIT", -1.0)
+    monkeypatch.setattr(crossing, "LocalEngine", Broken)
     with pytest.raises(GateRefused):
         execute(run)
     assert seals(run) == []

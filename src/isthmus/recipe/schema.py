@@ -208,7 +208,7 @@ class HandoffSection(Section):
     heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
     max_mean_kl: Nats = key(0.02, "limit on the mean KL of the format, and of the target, against the fp32 reference")
     max_chip_kl: Nats = key(
-        0.01, "limit on the mean KL of the target against the exact emulator; 3 times a healthy twin's, if that is more"
+        0.01, "what target and engine may be further from the trained model than the exact emulator of the format is"
     )
     min_top1_agreement: Share = key(0.95, "share of tokens with the reference's first choice")
     max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task", gt=0)
