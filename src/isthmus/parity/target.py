@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import Bundle
-from isthmus.formats.parts.pieces import WHOLE_EXPERTS, LentExperts
+from isthmus.formats.parts.pieces import LentExperts
 from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
@@ -46,9 +46,7 @@ def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
     return model
 
 
-def stream_twin(
-    bundle: Bundle, dtype: torch.dtype, seed: int = 0, *, whole_experts: int | None = WHOLE_EXPERTS
-) -> Model:
+def stream_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, *, lend_experts: bool = True) -> Model:
     """`healthy_twin`, with a layer at a time in memory."""
     generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
 
@@ -56,7 +54,7 @@ def stream_twin(
         adapt(piece)
         _add_noise(piece, dtype, generator)
 
-    return bundle.stream(adapt_and_add_noise, whole_experts=whole_experts)
+    return bundle.stream(adapt_and_add_noise, lend_experts=lend_experts)
 
 
 def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:

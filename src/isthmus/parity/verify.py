@@ -17,7 +17,6 @@ from pathlib import Path
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import Bundle, open_bundle
-from isthmus.formats.parts.pieces import WHOLE_EXPERTS
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
@@ -36,6 +35,8 @@ SAME_EMULATOR = 5e-3
 MOST_FAULTS = 12
 TWIN_PASSES = 4
 """Passes of the healthy twin of a model with routers, each with other noise: where experts flip, one says little."""
+TWIN_TOKENS = 128
+"""Completion tokens, if there are as many, that a pass of the healthy twin is about."""
 
 Tell = Callable[[str, int, int], None]
 """Hears of progress: what is done, how much of it, of how much."""
@@ -112,15 +113,15 @@ def _ask(
     """The target's weights, modules and tokens against the emulator; both are in memory piece by piece, but for a
     target that `build` makes."""
     dtype, context = DTYPES[target.dtype], target.context()
-    whole_experts = None if build else WHOLE_EXPERTS
-    emulator = bundle.stream(whole_experts=whole_experts)
+    lend_experts = build is None
+    emulator = bundle.stream(lend_experts=lend_experts)
     model = build(bundle) if build else stream_target(bundle, target.device, dtype)
     loaded = Loaded(emulator, model)
-    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, whole_experts=whole_experts), dtype)
+    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, lend_experts=lend_experts), dtype)
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context, loaded.look)
     checks = [_check_emulator(found), *lint_model(model, bundle.architecture), *loaded.checks()]
     checks += check_modules(found, target)
-    twin = stream_twin(bundle, dtype, seed=1, whole_experts=whole_experts)
+    twin = stream_twin(bundle, dtype, seed=1, lend_experts=lend_experts)
     checks.append(_check_tokens(golden.listed.golden_sequences(), emulator, twin, model, target, limits))
     return checks, found.ledger
 
@@ -196,9 +197,14 @@ def _check_tokens(
 ) -> Check:
     """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
     context = target.context()
-    passes = TWIN_PASSES if emulator.routers() else 1
-    candidates = [*[Candidate(twin)] * passes, Candidate(model, lambda: context)]
-    *healthy, found = compare_several(emulator, candidates, sequences, confidence=limits.confidence)
+    twins = [Candidate(twin)] * (TWIN_PASSES if emulator.routers() else 1)
+    asked = Candidate(model, lambda: context)
+    some = _some_of(sequences)
+    if len(some) == len(sequences):
+        *healthy, found = compare_several(emulator, [*twins, asked], sequences, confidence=limits.confidence)
+    else:
+        healthy = compare_several(emulator, twins, some)
+        (found,) = compare_several(emulator, [asked], sequences, confidence=limits.confidence)
     floor = max(one.mean_kl for one in healthy)
     allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
     granted, source = "", limits.source
@@ -214,6 +220,12 @@ def _check_tokens(
         rehearsed=target.rehearse is not None,
         confidence=limits.confidence,
     )
+
+
+def _some_of(sequences: list[GoldenSequence]) -> list[GoldenSequence]:
+    """As many of the sequences, evenly among them, as show how far a healthy twin is."""
+    tokens = sum(len(one.completion) for one in sequences)
+    return sequences[:: max(1, tokens // TWIN_TOKENS)]
 
 
 def _flips(found: TokenParity) -> str:

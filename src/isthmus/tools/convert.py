@@ -1,8 +1,8 @@
 """Conversion of a published checkpoint into a bundle of another format, tensor by tensor.
 
-Memory holds a few tensors, whatever the model's size. Where a calibration is needed, the float model is built once and
-must fit into memory. The bundle says in conversion.json where each tensor of the source went that it does not carry
-under its own name. It is not sealed: no gate has compared it with its source.
+Memory holds a few tensors, whatever the model's size; where a calibration is needed, a layer of the float model, and
+with balancing all weights in fp32. The bundle says in conversion.json where each tensor of the source went that it does
+not carry under its own name. It is not sealed: no gate has compared it with its source.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, wr
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
+from isthmus.formats.parts.pieces import streamed
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError
@@ -248,7 +249,7 @@ def _calibrate(
     state: Mapping[str, Tensor], checkpoint: Checkpoint, rows: list[list[int]], options: Options, watch: Watch
 ) -> Calibration:
     watch.say(f"  {sum(map(len, rows)):,} tokens calibrate the float model")
-    model = get_format("fp32").build(checkpoint.architecture, {name: tensor.float() for name, tensor in state.items()})
+    model = streamed(checkpoint.architecture, state, get_format("fp32").build)
     return calibrate(model, rows, gram=options.rounding == "gptq")
 
 
