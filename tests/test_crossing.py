@@ -108,7 +108,7 @@ def test_an_engine_is_verified_by_its_url_and_one_with_other_weights_refused(car
     write_small_bundle(other, "w8a8", seed=5)
     with LocalEngine(other, log=tmp_path / "other.log") as engine:
         refused = isthmus("verify", folder, "--url", engine.url, "--api-key", engine.api_key)
-    assert refused.returncode == 1 and "engine against emulator" in refused.stderr
+    assert refused.returncode == 1 and "engine against healthy twins" in refused.stderr
     (folder / "verdict.json").unlink()
     (folder / CHECKSUMS).write_text(json.dumps(file_hashes(folder)))
     with LocalEngine(carried, log=tmp_path / "engine.log") as engine:

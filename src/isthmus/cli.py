@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from isthmus import __version__
+from isthmus.chips import servers
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.pools import placed_pools
 from isthmus.recipe.read import load_recipe
@@ -121,13 +122,91 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
 _stage_command("train", "Pretraining, if the recipe has it, and supervised fine-tuning.", traceable=True)
 _stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
-_stage_command("handoff", "Export, check parity, and seal; exit code 1 if the gate refuses.", repeatable=True)
+
+
+_RATE = click.FloatRange(0, 100, min_open=True)
+
+
+@cli.command()
+@_TARGET
+@_RUN
+@_SET
+@click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")
+@click.option("--format", "format_name", metavar="NAME", help="Of a checkpoint: what to store; or give --for.")
+@click.option("--for", "server", type=click.Choice(servers()), help="Who is to read it; chooses or checks the format.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where its bundle goes; ./NAME-FORMAT if absent.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSONL: golden `tokens`, or `prompt`s."
+)
+@click.option("--task", metavar="T", help="A task, or JSONL with `prompt` and `answer`, that both models answer.")
+@click.option("--problems", type=click.IntRange(1), help="Problems of --task to answer; 100 if absent.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer; as [serve] has it if absent.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of the answers; as [serve] has it.")
+@click.option("--target", "on", metavar="DEVICE|CHIP", help="Where to verify; a chip is rehearsed. cpu if absent.")
+@click.option("--dtype", help="Of the activations there: fp32, bf16 or fp16; fp32 if absent.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="As `isthmus convert` takes it.")
+@click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
+@click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
+@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), help="Of int8 weights; nearest if absent.")
+@click.option("--budget", type=_RATE, metavar="NATS", help="KL per token that types of modules are chosen for.")
+@click.option("--max-mean-kl", type=_RATE, help="What the format may cost, nats per token; 0.02 if absent.")
+@click.option("--max-chip-kl", type=_RATE, help="What the target may add, nats per token; 0.01 if absent.")
+@click.option(
+    "--max-accuracy-drop", type=click.FloatRange(0, 1, min_open=True), help="Margin on --task; 0.05 if absent."
+)
+@click.option("--max-mb", type=click.IntRange(1), help="Size of the golden inputs; 256 if absent.")
+@click.option("--sign-key", type=click.Path(path_type=Path), help="Private Ed25519 key that signs the seal.")
+def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again: bool, **options: Any) -> None:
+    """Export, check parity, and seal; exit code 1 if the gate refuses.
+
+    TARGET is a run folder or a recipe, or a checkpoint that was trained elsewhere: a folder in Hugging Face layout.
+    Then --format or --for says what to make of it, and the others how to prove it; of a run the recipe says all that.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if (target / "config.json").is_file() and not (target / "recipe.json").exists():
+        if folder or overrides or again:
+            raise IsthmusError("--run, --set and --again go with a run; a checkpoint has --format, --out and the rest")
+        _hand_off_checkpoint(target, given)
+        return
+    if given:
+        first = next(option for option in _options("handoff") if option.name in given)
+        raise IsthmusError(
+            f"{first.opts[0]} is for a checkpoint, and {target} is none: [handoff] of its recipe says it"
+        )
+    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    _run_stage("handoff", opened, heading="handoff", again=again)
+
+
+_CONVERTED = ("format_name", "server", "budget", "calibrate", "calibrate_tokens", "balance", "rounding")
+
+
+def _hand_off_checkpoint(source: Path, given: dict[str, Any]) -> None:
+    """Convert a checkpoint, then examine and seal what came of it."""
+    if not {"format_name", "server"} & given.keys():
+        raise IsthmusError(f"{source} is a checkpoint: --format says what to make of it, such as --format w8a8")
+    published = importlib.import_module("isthmus.stages.handoff.published")
+    converter = importlib.import_module("isthmus.tools.convert")
+    ending = given.get("format_name") or given["server"]
+    out = given.pop("out", None) or Path(f"{source.resolve().name}-{ending}")
+    conversion = converter.Options(**{name: given.pop(name) for name in _CONVERTED if name in given})
+    asked = published.prepare(source, published.Options(**given))
+    watch = _watch()
+    converter.convert(source, out, conversion, watch)
+    published.execute(source, out, asked, watch)
+
+
+def _options(command: str) -> list[click.Option]:
+    return [one for one in cli.commands[command].params if isinstance(one, click.Option)]
 
 
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, metavar="NAME", help="What to store: bf16, w8a8, ...")
+@click.option("--format", "format_name", metavar="NAME", help="What to store: bf16, w8a8, ...; or give --for.")
+@click.option("--for", "server", type=click.Choice(servers()), help="Who is to read it; chooses or checks the format.")
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), metavar="NATS", help="KL per token that types are chosen for."
+)
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="JSONL of tokens, or of prompts.")
 @click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
 @click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
@@ -166,13 +245,30 @@ def capture(folder: Path, **options: Any) -> None:
     importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
 
 
+@cli.command("slice")
+@_BUNDLE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", metavar="A:B", help="Layers A to B - 1, or layer A alone.")
+@click.option("--each", is_flag=True, help="A slice of every layer, in folders of OUT.")
+@click.option("--bare", is_flag=True, help="Keep the embedding; else it holds the golden inputs of the first layer.")
+@click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, help="Golden places, at most.")
+def slice_bundle(folder: Path, out: Path, **options: Any) -> None:
+    """Write a few layers of a captured bundle as a bundle, for `isthmus verify --slices`."""
+    importlib.import_module("isthmus.tools.slice").execute(folder, out, _watch(), **options)
+
+
 @cli.command()
 @_BUNDLE
 @click.option("--device", help="A torch device; the accelerator that is here if absent, else the CPU.")
-@click.option("--dtype", default="fp32", show_default=True, help="Of the activations: fp32, bf16 or fp16.")
+@click.option("--dtype", help="Of the activations: fp32, bf16 or fp16; fp32 here, config.json's behind a URL.")
 @click.option("--rehearse", metavar="CHIP", help="Enforce the rules of a chip that is not here, on the CPU.")
 @click.option("--url", help="Verify an engine that serves this bundle there: tokens and log-probabilities alone.")
 @click.option("--api-key", envvar="ISTHMUS_API_KEY", help="Of the engine at --url; or $ISTHMUS_API_KEY.")
+@click.option("--serve-command", metavar="CMD", help="Start the engine with this: {bundle} and {port} are filled in.")
+@click.option("--slices", type=click.Path(path_type=Path, exists=True), help="Drive it through these slices, too.")
+@click.option(
+    "--float-bundle", type=click.Path(path_type=Path, exists=True), help="And through the same weights in float."
+)
 @click.option(
     "--max-chip-kl",
     type=click.FloatRange(0, 100, min_open=True),

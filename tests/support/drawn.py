@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, YarnScaling
+from isthmus.recipe.architecture import DeepseekSection, GroupedSection, YarnScaling
 from tests.support.small import architecture
-from tests.support.small_dense import LLAMA3_ROPE, dense_architecture
+from tests.support.small_dense import (
+    DYNAMIC_ROPE,
+    LINEAR_ROPE,
+    LLAMA3_ROPE,
+    dense_architecture,
+    qwen3_moe_architecture,
+)
 
 
 @st.composite
@@ -57,23 +63,59 @@ def architectures(draw: st.DrawFn, **fixed: object) -> DeepseekSection:
 
 
 @st.composite
-def dense_architectures(draw: st.DrawFn, model_type: str) -> DenseSection:
-    """Head counts, head sizes, tying, biases and rope scaling of every kind, in all combinations."""
+def rope_scalings(draw: st.DrawFn) -> dict[str, object] | None:
+    """Every kind that grouped-query attention has, with the keys that published files give and those that they may."""
+    yarn: dict[str, object] = {"type": "yarn", "factor": draw(st.sampled_from([2.0, 4.0, 40.0]))}
+    yarn["original_max_position_embeddings"] = draw(st.sampled_from([16, 32, 512]))
+    yarn |= draw(
+        st.sampled_from(
+            [
+                {},
+                {"beta_fast": 16.0, "beta_slow": 2.0},
+                {"attention_factor": 1.3},
+                {"mscale": 0.7, "mscale_all_dim": 1.2},
+                {"mscale": 0.7},
+                {"truncate": False},
+            ]
+        )
+    )
+    return draw(st.sampled_from([None, LLAMA3_ROPE, LINEAR_ROPE, DYNAMIC_ROPE, yarn, yarn]))
+
+
+@st.composite
+def dense_architectures(draw: st.DrawFn, model_type: str) -> GroupedSection:
+    """Head counts, head sizes, tying, biases, windows, experts and rope scaling of every kind, in all combinations."""
     kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     head_dim = draw(st.sampled_from([None, 4, 6, 16]))
-    heads = kv_heads * group
+    heads, layers = kv_heads * group, draw(st.integers(1, 3))
     changes: dict[str, object] = {
         "num_key_value_heads": kv_heads,
         "num_attention_heads": heads,
         "head_dim": head_dim,
-        "hidden_size": heads * draw(st.sampled_from([2, 4, 8])),
+        "hidden_size": heads * draw(st.sampled_from([4, 6, 8])),
         "intermediate_size": draw(st.integers(5, 60)),
-        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_hidden_layers": layers,
         "tie_word_embeddings": draw(st.booleans()),
         "rope_theta": draw(st.sampled_from([100.0, 10000.0, 1e6])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
-        "rope_scaling": draw(st.sampled_from([None, LLAMA3_ROPE])),
+        "rope_scaling": draw(rope_scalings()),
     }
-    if model_type == "llama":
+    if model_type in ("llama", "qwen3", "qwen3_moe"):
         changes["attention_bias"] = draw(st.sampled_from([None, False, True]))
-    return dense_architecture(model_type, **changes)
+    if model_type != "llama":
+        changes["sliding_window"] = draw(st.sampled_from([None, 1, 3, 8, 64]))
+    if model_type in ("qwen2", "qwen3") and changes["sliding_window"]:
+        types = [draw(st.sampled_from(["full_attention", "sliding_attention"])) for _ in range(layers - 1)]
+        changes["layer_types"] = draw(st.sampled_from([None, [*types, "sliding_attention"]]))
+    if model_type != "qwen3_moe":
+        return dense_architecture(model_type, **changes)
+    experts = draw(st.integers(1, 6))
+    changes |= {
+        "moe_intermediate_size": draw(st.integers(3, 20)),
+        "num_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, experts)),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.sampled_from([1, 1, layers])),
+        "mlp_only_layers": draw(st.sampled_from([[], [0]])) if layers > 1 else [],
+    }
+    return qwen3_moe_architecture(**changes)

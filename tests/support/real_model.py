@@ -71,6 +71,18 @@ def real_checkpoint() -> Path:
     return folder
 
 
+def first_layers(source: Path, folder: Path, layers: int) -> Path:
+    """A checkpoint of the first layers of another, with its embedding, last norm and head: `folder`."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    _write_json(folder / "config.json", {**config, "num_hidden_layers": layers})
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    prefix = "model.layers."
+    kept = {n: t for n, t in tensors.items() if not n.startswith(prefix) or int(n.split(".")[2]) < layers}
+    safetensors.torch.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _packaged_file() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:

@@ -342,3 +342,17 @@ def test_collectives_that_are_allowed_and_how_they_differ():
     assert "all_gather" in profile.check_collective("gather", "float32")[0]
     assert profile_of("ascend-950dt").check_collective("all_reduce", "float64", "sum") == ()
     assert any("120 s" in text for text in profile.timeouts())
+
+
+def test_what_servers_read_are_formats_of_known_models_with_a_source():
+    rows = table("servers.csv")
+    assert {row["server"] for row in rows} == set(chips.servers())
+    assert {row["format"] for row in rows} <= set(format_names()) and {row["models"] for row in rows} <= {
+        "any",
+        "dense",
+    }
+    assert all(row["source"] and row["standing"] in ("documented", "read in code", "assumed") for row in rows)
+    for server in chips.servers():
+        dense, experts = ([one.format for one in chips.read_by(server, kind)] for kind in ("dense", "moe"))
+        assert set(experts) <= set(dense) and len(set(dense)) == len(dense) and "bf16" in experts
+    assert chips.read_by("none", "dense") == []

@@ -138,6 +138,32 @@ def test_balancing_and_gptq_go_into_the_bundle_and_bring_it_nearer(tmp_path: Pat
     assert said["calibration_tokens"] == 150 and said["rounding"] == "gptq" and said["balance_alpha"] == 0.5
 
 
+@pytest.mark.parametrize("options", [("--balance",), ("--rounding", "gptq"), ("--balance", "--rounding", "gptq")])
+@pytest.mark.parametrize(("arch", "name"), [(DENSE, "w8a8"), (DEEPSEEK, "w8a8"), (DENSE, "modelslim_dynamic")])
+def test_what_was_balanced_or_rounded_by_inputs_is_captured_verified_and_sealed(tmp_path: Path, arch, name, options):
+    checkpoint(tmp_path / "c", shaken(arch, 1), torch.float32)
+    file = calibration_file(tmp_path)
+    convert(tmp_path / "c", tmp_path / "b", "--format", name, "--calibrate", file, *options)
+    invoke("capture", tmp_path / "b", "--source", tmp_path / "c", "--synthetic", "--max-mb", 1)
+    said = invoke("verify", tmp_path / "b")
+    assert "sealed as" in said and verify_seal(tmp_path / "b")
+
+
+def test_a_balanced_bundle_of_other_weights_is_refused(tmp_path: Path):
+    model = shaken(DENSE, 1)
+    checkpoint(tmp_path / "c", model, torch.float32)
+    file = calibration_file(tmp_path)
+    options = ("--format", "w8a8", "--calibrate", file, "--balance", "--rounding", "gptq")
+    convert(tmp_path / "c", tmp_path / "b", *options)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight")[3].neg_()
+    checkpoint(tmp_path / "d", model, torch.float32)
+    with pytest.raises(GateRefused, match=r"layers\.1\.mlp\.down_proj.*of the output of row 3"):
+        invoke("capture", tmp_path / "b", "--source", tmp_path / "d", "--synthetic", "--max-mb", 1)
+    (tmp_path / "b" / "conversion" / "balance.safetensors").unlink()
+    with pytest.raises(GateRefused, match=r"balance\.safetensors is missing"):
+        invoke("capture", tmp_path / "b", "--source", tmp_path / "c", "--synthetic", "--max-mb", 1)
+
+
 def test_experts_that_saw_nothing_are_said(tmp_path: Path):
     checkpoint(tmp_path / "c", Model(DEEPSEEK).initialise(0))
     file = calibration_file(tmp_path, {"tokens": [1, 2]})

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from isthmus.formats.calibration.rounding import gptq_round, sample_inputs
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
@@ -362,16 +363,73 @@ def test_modelslim_rounds_its_scales_up_to_the_models_dtype(dtype):
     assert isinstance(compare(scale * (1 + 2**-14), said), Misfit), "no number of that dtype"
 
 
-def test_compensated_rounding_has_a_looser_bound_and_a_bound_all_the_same():
-    weight = drawn(16, 64)
+def gram_of(columns: int, seed: int = 0) -> Tensor:
+    """Second moments of inputs that hang together, a few of them much larger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator)
+    mixed[:3] *= 20
+    x = torch.randn(4 * columns, columns, generator=generator) @ mixed.T
+    return x.T @ x / len(x)
+
+
+def rounded_by_gptq(weight: Tensor, gram: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     scale = weight.abs().amax(1, keepdim=True) / 127
-    values = (weight / scale).round()
-    values[3, 5] += 2 if values[3, 5] < 100 else -2
-    stored, beside = values.to(torch.int8), {"weight_scale": scale}
-    assert isinstance(compare_quantised(weight, stored, beside, NOTHING), Misfit)
-    assert not isinstance(compare_quantised(weight, stored, beside, NOTHING, compensated=16.0), Misfit)
-    values[3, 5] += -64 if values[3, 5] > 0 else 64
-    assert isinstance(compare_quantised(weight, values.to(torch.int8), beside, NOTHING, compensated=16.0), Misfit)
+    return gptq_round(weight, scale, gram), {"weight_scale": scale}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_compensated_rounding_is_judged_by_the_outputs_whatever_it_does_to_elements(seed):
+    weight, gram = drawn(160, 64), gram_of(64, seed)
+    values, beside = rounded_by_gptq(weight, gram)
+    steps = (weight / beside["weight_scale"] - values).abs()
+    assert steps.max() > 2, "elements are far from the nearest"
+    assert isinstance(compare_quantised(weight, values, beside, NOTHING), Misfit)
+    share = compare_quantised(weight, values, beside, NOTHING, inputs=sample_inputs(gram))
+    assert not isinstance(share, Misfit)
+    error, nearest = (w - weight for w in (values * beside["weight_scale"], nearest_weight(weight)))
+    exact = (error @ gram * error).sum() / (nearest @ gram * nearest).sum()
+    assert share == pytest.approx(float(exact), rel=0.5) and share < 0.9
+
+
+def nearest_weight(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+def swapped_rows(values: Tensor) -> None:
+    values[[5, 6]] = values[[6, 5]]
+
+
+def negated_row(values: Tensor) -> None:
+    values[7] = -values[7]
+
+
+def zeroed_row(values: Tensor) -> None:
+    values[150] = 0
+
+
+def lost_code(values: Tensor) -> None:
+    values[9, 1] = -values[9, 1] - 64 if values[9, 1] >= 0 else -values[9, 1] + 64
+
+
+def coarse_everywhere(values: Tensor) -> None:
+    values.copy_((values.float() / 4).round().mul(4).clamp(-124, 124).to(values.dtype))
+
+
+@pytest.mark.parametrize("fault", [swapped_rows, negated_row, zeroed_row, lost_code, coarse_everywhere])
+def test_faults_of_compensated_rounding_are_found(fault):
+    weight, gram = drawn(160, 64), gram_of(64)
+    values, beside = rounded_by_gptq(weight, gram)
+    fault(values)
+    found = compare_quantised(weight, values, beside, NOTHING, inputs=sample_inputs(gram))
+    assert isinstance(found, Misfit) and "as rounding to the nearest" in found.why
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(16, 64), torch.full((16, 64), float("nan")), torch.ones(16, 63)])
+def test_inputs_that_show_nothing_vouch_for_nothing(inputs):
+    weight = drawn(16, 64)
+    values, beside = rounded_by_gptq(weight, gram_of(64))
+    assert isinstance(compare_quantised(weight, values, beside, NOTHING, inputs=inputs), Misfit)
 
 
 def test_what_no_list_names_must_be_stored_as_its_kind():

@@ -25,7 +25,6 @@ from isthmus.parity.capture import capture
 from isthmus.parity.cost import NAME as COST
 from isthmus.parity.cost import FormatCost, check_cost
 from isthmus.parity.coverage import check_coverage
-from isthmus.parity.engine import LIMIT, TOP1_LIMIT, EngineParity, Gap, check_engine, measure_gap
 from isthmus.parity.gate import (
     at_least,
     at_most,
@@ -45,7 +44,7 @@ from isthmus.parity.replay import LIMIT as FLOORS
 from isthmus.parity.replay import Floors, Measure, Replay
 from isthmus.parity.seal import read_verdict, standing, write_seal
 from isthmus.parity.tokens import TokenParity, interval_of_mean
-from isthmus.parity.verify import Limits, Target, check_modules, verify_bundle, write_verdict
+from isthmus.parity.verify import DISTANCE, LOSS, Limits, Target, check_modules, verify_bundle, write_verdict
 from isthmus.records import Check
 from isthmus.tools import verify
 from tests.support.bundles import TinyTokenizer
@@ -197,27 +196,6 @@ def test_first_choices(share, sequences, outcome):
 
 
 @pytest.mark.parametrize(
-    ("mean", "flips", "sequences", "outcomes"),
-    [
-        (LIMIT, 5, 8, ["pass", "pass"]),
-        (math.nextafter(LIMIT, 1), 6, 8, ["fail", "fail"]),
-        (0.0, 0, 1, ["unknown", "unknown"]),
-        (math.inf, 0, 8, ["fail", "pass"]),
-    ],
-)
-def test_an_engine(mean, flips, sequences, outcomes):
-    assert TOP1_LIMIT == 0.95
-    found = EngineParity(sequences, Gap(100, mean, mean), 0, flips)
-    assert [check.outcome for check in check_engine(found, "a server")] == outcomes
-
-
-def test_an_engine_that_was_asked_nothing_has_not_passed():
-    found = EngineParity(0, measure_gap(torch.zeros(0).double(), torch.zeros(0).double()), 0, 0)
-    assert [check.outcome for check in check_engine(found, "a server")] == ["unknown", "unknown"]
-    assert found.gap.is_over and Gap(2, math.nan, 0.0).is_over and not Gap(2, LIMIT, 1.0).is_over
-
-
-@pytest.mark.parametrize(
     ("difference", "low", "problems", "outcome"),
     [
         (0.0, -0.05, 100, "pass"),
@@ -267,7 +245,6 @@ def cost(value: float, interval: tuple[float, float] | None, sequences: int = 64
         (cost(math.nextafter(0.02, 1), (0.02, 0.021)), "fail"),
         (cost(math.inf, (math.inf, math.inf)), "fail"),
         (cost(math.nan, None), "unknown"),
-        (None, "unknown"),
     ],
 )
 def test_what_the_format_costs(found, outcome):
@@ -292,7 +269,7 @@ def test_coverage_of_nothing_is_no_coverage(bundle, state):
     assert not entries and all(map(gate.refuses, checks))
     name = "model.layers.0.self_attn.o_proj.weight"
     broken = state | {name: torch.full_like(state[name], math.nan)}
-    for compensated in ((), (name.removesuffix(".weight"),)):
+    for compensated in ({}, {name.removesuffix(".weight"): torch.ones(4, state[name].shape[1])}):
         assert any(map(gate.refuses, check_coverage(broken, bundle, compensated=compensated)[1]))
 
 
@@ -355,7 +332,7 @@ def test_verify_with_one_golden_sequence_ends_with_1_and_without_a_seal(bundle, 
     assert code == 1 and "not shown to be within" in told
     said = read_verdict(bundle)
     assert said is not None
-    assert [c.name for c in said.checks if c.outcome != "pass"] == [COST, "mean KL, emulator to target"]
+    assert [c.name for c in said.checks if c.outcome != "pass"] == [COST, DISTANCE, LOSS]
     assert not (bundle / "seal.json").exists()
 
 
@@ -409,7 +386,7 @@ def test_an_output_that_is_no_number_is_refused_with_the_module(bundle, state):
     write_bundle(bundle, "bf16", state | {f"{name}.weight": values}, ARCHITECTURE, TinyTokenizer())
     found = verify_bundle(captured(bundle, state), limits=Limits())
     assert found.verdict == "refuse"
-    assert [check.outcome for check in found.checks if check.layer == "tokens"] == ["fail", "fail"]
+    assert {check.outcome for check in found.checks if check.layer == "tokens"} == {"fail"}
 
 
 def test_a_refusal_says_what_was_found_and_where_the_fault_is():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -15,12 +14,15 @@ from rich.console import Console
 
 from isthmus.data.corpus import prompt_ids, run_tokenizer
 from isthmus.data.tasks import load_task
-from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines import Completion, EngineError
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import file_hashes, read_bundle
 from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
+from isthmus.parity import engine as engine_parity
+from isthmus.parity import verify
 from isthmus.parity.cost import NAME as COST
 from isthmus.parity.seal import read_verdict, verify_seal
 from isthmus.parity.signing import new_key
@@ -28,10 +30,12 @@ from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
 from isthmus.recipe.read import parse_recipe
 from isthmus.records import Check, HandoffRecord, Placement, PlanRecord, RlRecord
-from isthmus.rewards import Reward
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.stages import handoff
+from isthmus.stages.handoff import crossing
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
+from tests.support.bundles import published
+from tests.support.sampled import OddIsRight, SampledHere
 from tests.support.small import TINY
 
 RECIPE = {
@@ -54,57 +58,17 @@ RECIPE = {
 }
 
 
-class SampledHere:
-    """An engine without a process: the bundle's own model, one sequence after the other."""
-
-    kernels = "native"
-
-    def __init__(self, folder: Path, *, log: Path, threads: int = 1, rehearse: str | None = None):
-        self.bundle = read_bundle(folder)
-        self.model, self.rehearsed = self.bundle.build(), rehearse is not None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def generate(self, prompts, sampling: Sampling, seeds: list[int]) -> list[list[Completion]]:
-        asked = [(prompt, seed + n) for prompt, seed in zip(prompts, seeds, strict=True) for n in range(sampling.n)]
-        written: dict[int, Completion] = {}
-        for length in {len(prompt) for prompt, _ in asked}:
-            rows = [row for row, (prompt, _) in enumerate(asked) if len(prompt) == length]
-            written |= zip(rows, self.sample([asked[row] for row in rows], sampling), strict=True)
-        ordered = [written[row] for row in range(len(asked))]
-        return [ordered[start : start + sampling.n] for start in range(0, len(ordered), sampling.n)]
-
-    @torch.no_grad()
-    def sample(self, asked: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
-        draws = [random.Random(seed) for _, seed in asked]
-        tokens = torch.tensor([prompt for prompt, _ in asked])
-        found = [Completion([], [], "length", 0, 0) for _ in asked]
-        for _ in range(sampling.max_new_tokens):
-            rows = (self.model(tokens)[:, -1] / sampling.temperature).log_softmax(-1)
-            uniform = torch.tensor([[draw.random()] for draw in draws])
-            taken = (rows.exp().cumsum(-1) < uniform).sum(-1).clamp(max=rows.shape[1] - 1)
-            for one, token, row in zip(found, taken.tolist(), rows, strict=True):
-                one.tokens.append(token)
-                one.logprobs.append(float(row[token]))
-            tokens = torch.cat((tokens, taken[:, None]), dim=1)
-        return found
+class Broken(SampledHere):
+    def __init__(self, folder: Path, **options):
+        super().__init__(folder, **options)
+        if self.rehearsed:
+            self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
 
 
-class OddIsRight:
-    """A reward that a model without training earns half of the time."""
-
-    def score(self, problem, completion: str) -> Reward:
-        return Reward(float(len(completion) % 2), 1.0)
-
-
-def write_records(run: RunFolder) -> None:
-    model = Model(run.recipe.model).initialise(0)
+def write_records(run: RunFolder, trained: dict[str, torch.Tensor] | None = None) -> None:
+    state = Model(run.recipe.model).initialise(0).state_dict() if trained is None else trained
     checkpoints = CheckpointWriter(run.path / "checkpoints" / "rl", keep=1, group=None)
-    checkpoints.save(1, TrainingState(model.state_dict(), {}, {}))
+    checkpoints.save(1, TrainingState(state, {}, {}))
     saved = checkpoints.finish()
     run_tokenizer(run, load_task(run.recipe))
     base = {"recipe_sha256": run.recipe.digest(), "started": 0.0, "ended": 1.0}
@@ -143,8 +107,8 @@ def template(parent: Path, limits: tuple[tuple[str, object], ...]) -> Path:
 @pytest.fixture
 def start(tmp_path, tmp_path_factory, monkeypatch):
     """Makes a run folder that has come to the hand-off, and takes out of it what needs another process."""
-    monkeypatch.setattr(handoff, "LocalEngine", SampledHere)
-    monkeypatch.setattr(handoff, "get_reward", lambda _name: OddIsRight())
+    monkeypatch.setattr(crossing, "LocalEngine", SampledHere)
+    monkeypatch.setattr(crossing, "get_reward", lambda _name: OddIsRight())
 
     def make(**limits) -> RunFolder:
         shutil.copytree(template(templates, tuple(limits.items())), tmp_path / "run")
@@ -210,7 +174,7 @@ def test_figures_of_the_rehearsed_pool_say_so(start):
         here = name.startswith("bf16") or name in ("accuracy.reference", *HOSTS_OWN)
         wanted = "measured" if here else "rehearsed"
         assert kind == wanted, name
-    assert {check.limit.kind for check in record.checks if check.limit} == {"declared"}
+    assert {check.limit.kind for check in record.checks if check.limit} == {"declared", "measured"}
 
 
 @pytest.mark.parametrize(("kernels", "told"), [("native", 0), ("torch: there is no C compiler here", 2)])
@@ -321,7 +285,7 @@ def test_formats_and_options_pass_the_whole_gate(start, options):
 
 def test_a_format_that_the_target_cannot_run_is_refused_before_anything_is_computed(start, monkeypatch):
     run = start(format="fp8")
-    monkeypatch.setattr(handoff, "LocalEngine", None)
+    monkeypatch.setattr(crossing, "LocalEngine", None)
     with pytest.raises(GateRefused, match="'fp8' on ascend-910b-313t"):
         execute(run)
     assert seals(run) == []
@@ -336,20 +300,11 @@ def test_a_key_in_the_recipe_signs_the_seal(start, tmp_path):
 
 
 def test_an_engine_that_computes_something_else_is_refused(start, monkeypatch):
-    class Broken(SampledHere):
-        def __init__(self, folder: Path, **options):
-            super().__init__(folder, **options)
-            if self.rehearsed:
-                self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
-
     run = start()
-    monkeypatch.setattr(handoff, "LocalEngine", Broken)
-    with pytest.raises(GateRefused, match="engine against emulator"):
+    monkeypatch.setattr(crossing, "LocalEngine", Broken)
+    with pytest.raises(GateRefused, match="engine against healthy twins"):
         execute(run)
-    assert (
-        outcomes(run)["w8a8: mean KL"] == "pass"
-        and outcomes(run)["w8a8: mean |Δlogp|, engine against emulator"] == "fail"
-    )
+    assert outcomes(run)["w8a8: mean KL"] == "pass" and outcomes(run)[f"w8a8: {engine_parity.DISTANCE}"] == "fail"
 
 
 def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
@@ -364,13 +319,45 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
 
     run = start()
     SameAnswer.token = run_tokenizer(run, load_task(run.recipe)).encode("7")[0]
-    monkeypatch.setattr(handoff, "LocalEngine", SameAnswer)
+    monkeypatch.setattr(crossing, "LocalEngine", SameAnswer)
     with pytest.raises(GateRefused, match="accuracy, target minus reference"):
         execute(run)
     assert outcomes(run)["w8a8: accuracy, target minus reference"] == "fail"
     left = read_verdict(run.path / "bundle" / "w8a8")
     assert left is not None and left.verdict == "refuse", "`isthmus verify` would seal what is left"
     assert {check.layer for check in left.checks if check.outcome == "fail"} == {"engine", "task"}
+
+
+@pytest.mark.parametrize(
+    ("export", "plain", "outcome", "share"),
+    [
+        ("bf16", "bf16", "caution", (99, 100)),
+        ("bf16-stochastic", "bf16", "caution", (85, 95)),
+        ("fp32", "fp32", None, ()),
+    ],
+)
+def test_updates_that_rounding_undoes_are_named_with_their_ways_out(start, tmp_path, export, plain, outcome, share):
+    """Every weight was moved by a tenth of a step of bf16: to the nearest the bundle is the start, bit for bit."""
+    begun = tmp_path / "base"
+    model = Model(parse_recipe(RECIPE).model).initialise(0)
+    before = published(begun, model)
+    Tokenizer.train(["Make 3 from 1 2."], 300).save(begun)
+    recipe = {**RECIPE, "model": {"from": str(begun)}, "handoff": {**RECIPE["handoff"], "export": export}}
+    run = RunFolder.create(tmp_path / "run", parse_recipe(recipe))
+    trained = {name: one.float() if "bias" in name else one.float() * (1 + 0.1 * 2**-8) for name, one in before.items()}
+    write_records(run, trained)
+    record = execute(run)
+    assert record.verdict == "pass" and sorted(record.bundles) == sorted([plain, "w8a8"])
+    (found,) = [check for check in record.checks if check.name == "bf16: updates that rounding undoes"] or [None]
+    assert (found.outcome if found else None) == outcome
+    stored = read_bundle(run.path / "bundle" / plain).tensors
+    if found is None:
+        assert all(torch.equal(stored[name], trained[name]) for name in stored)
+        return
+    assert found.figure is not None and share[0] <= (found.figure.value or 0) <= share[1]
+    assert 'export = "fp32" in [handoff]' in found.detail and "base" in found.detail and "mean KL" in found.detail
+    same = all(torch.equal(stored[name], before[name]) for name in stored if "bias" not in name)
+    assert same == (export == "bf16")
 
 
 def test_too_few_answers_are_no_proof(start):
@@ -385,14 +372,14 @@ def test_one_golden_sequence_tells_nothing_and_nothing_is_sealed(start):
     with pytest.raises(GateRefused, match=r"w8a8: mean KL: .* is not shown to be within the limit"):
         execute(run)
     not_passed = {name for name, outcome in outcomes(run).items() if outcome == "unknown"}
-    each = (COST, "mean KL, emulator to target", "mean KL", "top-1 agreement")
-    engine = "w8a8: mean |Δlogp|, engine against emulator"
-    assert not_passed == {f"{name}: {check}" for name in ("bf16", "w8a8") for check in each} | {engine}
+    each = (COST, verify.DISTANCE, verify.LOSS, "mean KL", "top-1 agreement")
+    engine = {f"w8a8: {name}" for name in (engine_parity.DISTANCE, engine_parity.LOSS)}
+    assert not_passed == {f"{name}: {check}" for name in ("bf16", "w8a8") for check in each} | engine
     assert seals(run) == []
 
 
 def test_what_a_layer_could_not_tell_is_not_sealed(start, monkeypatch):
-    healthy = handoff.verify_bundle
+    healthy = crossing.verify_bundle
 
     def careless(folder, **options):
         verdict = healthy(folder, **options)
@@ -400,7 +387,7 @@ def test_what_a_layer_could_not_tell_is_not_sealed(start, monkeypatch):
         return verdict.model_copy(update={"checks": [*verdict.checks, unknown], "verdict": "pass"})
 
     run = start()
-    monkeypatch.setattr(handoff, "verify_bundle", careless)
+    monkeypatch.setattr(crossing, "verify_bundle", careless)
     with pytest.raises(GateRefused, match="w8a8: a question: there is no answer"):
         execute(run)
     assert seals(run) == []
@@ -410,7 +397,7 @@ def test_a_refusal_after_a_pass_takes_the_seal_away(start, monkeypatch):
     run = start()
     execute(run)
     assert len(seals(run)) == 2
-    monkeypatch.setattr("isthmus.parity.engine.LIMIT", -1.0)
+    monkeypatch.setattr(crossing, "LocalEngine", Broken)
     with pytest.raises(GateRefused):
         execute(run)
     assert seals(run) == []
@@ -423,7 +410,7 @@ def test_a_stage_that_breaks_off_leaves_no_verdict(start, monkeypatch):
 
     run = start()
     execute(run)
-    monkeypatch.setattr(handoff, "LocalEngine", Dies)
+    monkeypatch.setattr(crossing, "LocalEngine", Dies)
     with pytest.raises(EngineError):
         execute(run)
     assert seals(run) == [] and run.read_record("parity", HandoffRecord) is None

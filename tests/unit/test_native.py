@@ -17,10 +17,11 @@ from isthmus.engines.local.core.native import NativeModel, NativeUnavailable, lo
 from isthmus.engines.local.core.runner import Runner
 from isthmus.formats import get_format
 from isthmus.model.model import Model
-from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection
 from tests.support.against_transformers import randomised
 from tests.support.drawn import architectures, dense_architectures
 from tests.support.small import architecture
+from tests.support.small_dense import FAMILIES
 from tests.support.small_dense import randomised as randomised_dense
 
 SEEDS = st.integers(0, 2**20)
@@ -60,10 +61,22 @@ def test_latent_layers_with_experts(arch: DeepseekSection, scoring: str, seed: i
     agrees(randomised(arch, seed).eval().requires_grad_(False), seed, count, 2e-5)
 
 
-@DRAWN
-@given(arch=st.one_of(dense_architectures("qwen2"), dense_architectures("llama")), seed=SEEDS, count=st.integers(1, 7))
-def test_grouped_query_layers(arch: ModelSection, seed: int, count: int):
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "mistral", "qwen3_moe"])
+@settings(DRAWN, max_examples=20)
+@given(data=st.data(), seed=SEEDS, count=st.integers(1, 7))
+def test_grouped_query_layers(family: str, data: st.DataObject, seed: int, count: int):
+    """With windows within a block and across blocks, norms of heads, and experts without bias or shared expert."""
+    arch = data.draw(dense_architectures(family))
     agrees(randomised_dense(arch, seed).eval().requires_grad_(False), seed, count, 2e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_emulated_w8a8_of_every_family(name: str):
+    chosen, arch = get_format("w8a8"), FAMILIES[name]
+    model = chosen.build(arch, chosen.export(randomised_dense(arch, 3).state_dict(), arch))
+    ours, expected = (stepped(model, 3, 4, use_native=native) for native in (True, False))
+    differences = (ours - expected).abs().amax(-1) / expected.abs().max()
+    assert differences.median() < 1e-5 and differences.max() < 0.05
 
 
 @pytest.mark.parametrize("q_rank", [None, 20])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isthmus.formats import get_format
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers, newcombe_interval, paired_difference, wilson_interval
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, compare_tokens, completion_log_probabilities
+from isthmus.parity.tokens import TIE_NATS, GoldenSequence, compare_tokens
 from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
@@ -129,18 +129,6 @@ def test_the_candidate_and_nothing_else_runs_in_its_context():
     candidate.lm_head.register_forward_pre_hook(lambda *_: seen.append(("candidate", watched.active)))
     compare_tokens(reference, candidate, sequences(40), candidate_context=context)
     assert seen == [("reference", False), ("candidate", True)] * 2
-
-
-def test_log_probabilities_of_the_written_tokens():
-    reference, _ = models()
-    golden = sequences(3)
-    found = completion_log_probabilities(reference, golden, temperature=0.5).tolist()
-    expected = []
-    for one in golden:
-        logits = reference(torch.tensor([one.prompt + one.completion]))[0].tolist()
-        rows = [[2 * x for x in row] for row in logits[len(one.prompt) - 1 :]]
-        expected += [log_softmax(row)[token] for row, token in zip(rows, one.completion, strict=False)]
-    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_interval_equals_published_examples():

@@ -26,7 +26,7 @@ from tests.support.against_transformers import in_transformers
 from tests.support.against_transformers import randomised as randomised_deepseek
 from tests.support.bundles import passed
 from tests.support.small import architecture
-from tests.support.small_dense import LLAMA3_ROPE, dense_architecture, randomised, theirs
+from tests.support.small_dense import FAMILIES, LLAMA3_ROPE, dense_architecture, randomised, theirs
 
 TOKENS = torch.randint(80, (2, 30), generator=torch.Generator().manual_seed(0))
 MODELS = {
@@ -35,6 +35,7 @@ MODELS = {
     "llama": randomised(dense_architecture("llama", rope_scaling=LLAMA3_ROPE, head_dim=6), 3),
     "llama with biases": randomised(dense_architecture("llama", attention_bias=True), 4),
     "deepseek_v3": randomised_deepseek(architecture(q_lora_rank=14), 5),
+    **{name: randomised(family, seed) for seed, (name, family) in enumerate(FAMILIES.items(), start=6)},
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -82,7 +83,7 @@ def test_transformers_reads_what_we_write(tmp_path: Path, model: Model, name: st
         torch.testing.assert_close(other.eval()(TOKENS).logits, found, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2 tied", "llama with biases"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2 tied", "llama with biases", "qwen3", "mistral"])
 def test_transformers_reads_our_w8a8(tmp_path: Path, name: str):
     """It decompresses the weights; activations in float are then the only difference."""
     model = MODELS[name]
@@ -95,7 +96,8 @@ def test_transformers_reads_our_w8a8(tmp_path: Path, name: str):
         if not key.endswith("_scale")
     }
     assert stored["model.layers.0.self_attn.k_proj.weight"].dtype == torch.int8
-    assert stored["model.layers.0.self_attn.k_proj.bias"].dtype == torch.bfloat16
+    biases = [tensor.dtype for key, tensor in stored.items() if key.endswith("k_proj.bias")]
+    assert set(biases) <= {torch.bfloat16} and bool(biases) == ("qwen3" not in name and "mistral" not in name)
     if model.architecture.tie_word_embeddings:
         plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
     reference = Model(model.architecture).eval()
@@ -236,6 +238,26 @@ def test_a_checkpoint_without_the_mtp_layer_says_what_to_set(tmp_path: Path):
     with pytest.raises(IsthmusError, match=r"no tensor of the MTP layer.*set num_nextn_predict_layers = 0"):
         load_published(Model(architecture_of(tmp_path)), tmp_path)
     load_published(Model(architecture_of(tmp_path, num_nextn_predict_layers=0)), tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_text_model_within_one_that_sees_is_read_and_the_rest_is_named(tmp_path: Path, shards: int):
+    """Kimi K2.5's layout: `text_config`, `language_model.` in front of the names, and the part that sees beside it."""
+    folder, model = tmp_path / "b", MODELS["deepseek_v3"]
+    write_bundle(folder, "fp32", model.state_dict(), model.architecture, TinyTokenizer())
+    tensors = {f"language_model.{name}": tensor for name, tensor in stored_tensors(folder).items()}
+    tensors |= {"vision_tower.patch_embed.weight": torch.zeros(3, 3), "mm_projector.bias": torch.zeros(3)}
+    (folder / "model.safetensors").unlink()
+    parts = {f"model-{part}.safetensors": sorted(tensors)[part::shards] for part in range(shards)}
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    found = Model(architecture_of(folder))
+    assert load_published(found, folder) == ["2 tensors beside the text model: only the text model is read"]
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.fixture

@@ -296,7 +296,7 @@ def test_from_reads_yarn_in_the_layout_of_either_transformers_generation(tmp_pat
 
 
 def test_from_refuses_what_it_cannot_honour(tmp_path: Path):
-    with pytest.raises(RecipeError, match="'mamba' is not read; read: deepseek_v3, qwen2, llama"):
+    with pytest.raises(RecipeError, match="'mamba' is not read; read: deepseek_v3, qwen2, qwen3, llama"):
         from_config(tmp_path, model_type="mamba")
     with pytest.raises(RecipeError, match="'linear' is not supported"):
         from_config(tmp_path, rope_scaling={"type": "linear", "factor": 2})
@@ -369,8 +369,8 @@ def test_errors_of_a_dense_model_name_its_own_keys():
         with_model(**{key: value for key, value in DENSE.items() if key != "vocab_size"})
     with pytest.raises(RecipeError, match=r"model: num_attention_heads \(4\) must be a multiple"):
         with_model(**DENSE | {"num_key_value_heads": 3})
-    with pytest.raises(RecipeError, match=r"model: model_type must be one of deepseek_v3, qwen2, llama"):
-        with_model(**DENSE | {"model_type": "qwen3"})
+    with pytest.raises(RecipeError, match=r"model: model_type must be one of deepseek_v3, qwen2, qwen3, llama"):
+        with_model(**DENSE | {"model_type": "gemma3"})
     with pytest.raises(RecipeError, match=r"model: .*dictionary"):
         parse_recipe({**tree(), "model": 3})
 

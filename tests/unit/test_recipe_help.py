@@ -118,9 +118,9 @@ def test_a_key_is_shown_with_type_unit_default_and_meaning():
 
 def test_what_depends_on_a_setting_says_so():
     model = recipe_help("model")
-    assert (
-        '[model] with model_type = "deepseek_v3"' in model and '[model] with model_type = "qwen2" or "llama"' in model
-    )
+    for family in ('"deepseek_v3"', '"qwen2" or "qwen3" or "llama" or "mistral"', '"qwen3_moe"'):
+        assert f"[model] with model_type = {family}" in model
+    assert model.count('[model.rope_scaling] with type = "yarn"') == 1
     assert model.count("vocab_size") == 1 and "kv_lora_rank" in model.partition("deepseek_v3")[2]
     for name in algorithm_names():
         assert f'[rl.options] with algorithm = "{name}"' in recipe_help("rl")

@@ -86,7 +86,7 @@ def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypa
     changes = {"rl.optimizer.learning_rate": 0.05, "rl.staleness": 0, "rl.steps": 1}
     steps, _ = learn(tmp_path / "run", **changes)
     alarms = RunFolder.open(tmp_path / "run").events("rl", "alarm")
-    assert len(alarms) == 1 and alarms[0]["gap"] > alarms[0]["limit"] == 0.05
+    assert len(alarms) == 1 and alarms[0]["gap"] > alarms[0]["limit"] > 0
     assert alarms[0]["gap_after_snapshot"] < 1e-3 and steps[0]["parity_gap"] < 1e-3
 
 

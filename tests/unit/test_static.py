@@ -28,7 +28,17 @@ from isthmus.errors import IsthmusError
 from isthmus.forecast.count import forward_flops, training_flops
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
-from isthmus.probes.static.check import StaticCoverage, amount, finding_of, join, needs_of, sizes_of, static_findings
+from isthmus.probes.static.check import (
+    StaticCoverage,
+    amount,
+    finding_of,
+    held_rules,
+    join,
+    needs_of,
+    sites_of,
+    static_coverage,
+    static_findings,
+)
 from isthmus.probes.static.costs import (
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -38,6 +48,7 @@ from isthmus.probes.static.costs import (
     CostRecorder,
     Costs,
 )
+from isthmus.probes.static.sites import KINDS, Site
 from isthmus.probes.static.trace import (
     Layout,
     Options,
@@ -50,14 +61,15 @@ from isthmus.probes.static.trace import (
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
-from isthmus.tools.coverage import CoverageReport, OperatorTable, execute, recipe_of, show
+from isthmus.records import Use
+from isthmus.tools.coverage import CoverageReport, OperatorTable, as_dictionary, examine, execute, recipe_of, show
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
 from tests.support.small import architecture, tiny_architecture
-from tests.support.small_dense import dense_architecture
+from tests.support.small_dense import dense_architecture, qwen3_moe_architecture
 from tests.support.traced import record_costs
 from tests.support.traffic import Traffic
 from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
@@ -67,7 +79,13 @@ CHIP = "ascend-910b-313t"
 ADAMW = OptimizerSection(name="adamw", learning_rate=1e-3)
 MUON = OptimizerSection(name="muon", learning_rate=1e-3, matrix_learning_rate=1e-2)
 ROWS, LENGTH = 2, 24
-MODELS: dict[str, ModelSection] = {"mixture": architecture(v_head_dim=20), "dense": dense_architecture()}
+MODELS: dict[str, ModelSection] = {
+    "mixture": architecture(v_head_dim=20),
+    "dense": dense_architecture(),
+    "qwen3": dense_architecture("qwen3", head_dim=12),
+    "mistral": dense_architecture("mistral", sliding_window=LENGTH),
+    "qwen3_moe": qwen3_moe_architecture(mlp_only_layers=[0]),
+}
 """Values as wide as keys, so that nothing is filled up in front of attention."""
 
 
@@ -317,7 +335,7 @@ def test_what_there_is_nothing_to_say_about_is_left_out(reports: dict[str, Cover
     bare, ruled = shown(reports["h20"], 100), shown(reports[CHIP], 100)
     assert "documented rules" not in bare and "no table of fused operators of H20" in bare
     assert not re.search(r"\b0 more operators", bare + ruled)
-    count, kept = (len([one for one in reports[CHIP].rules if one[1] >= held]) for held in (False, True))
+    count, kept = (len([one for one in reports[CHIP].rules if one.holds >= held]) for held in (False, True))
     assert f"documented rules on shapes: {kept} of {count} are kept, not these" in ruled and kept < count
     assert "npu::npu_moe_gating_top_k wants experts_per_group > 2 (here 2)" in ruled
     listed = " ".join(ruled.split())
@@ -381,8 +399,8 @@ def test_whole_attention_counts_what_its_parts_count_forward():
     assert not whole.operators()["aten::bmm"] and parts.operators()["aten::bmm"]
 
 
-def rule(text: str, quantity: str = "size") -> ShapeRule:
-    return ShapeRule("op", "both", "x", quantity, text, "", "documented", "hand")
+def rule(text: str, quantity: str = "size", where: str = "") -> ShapeRule:
+    return ShapeRule("op", "both", ("router",), where, "x", quantity, text, "", "documented", "hand")
 
 
 @pytest.mark.parametrize(
@@ -403,24 +421,40 @@ def rule(text: str, quantity: str = "size") -> ShapeRule:
         ("<= other", 9, False),
         ("one_of 1 2 4", 4, True),
         ("one_of 1 2 4", 3, False),
-        ("<= nothing", 3, None),
     ],
 )
-def test_rules_by_hand(text: str, size: int, holds: bool | None):
+def test_rules_by_hand(text: str, size: int, holds: bool):
     assert rule(text).holds({"size": size, "other": 8}) is holds
-    assert rule(text).holds({"other": 8}) is None
+
+
+def test_a_rule_with_a_condition_is_about_what_keeps_to_it():
+    one = rule("one_of 1 2", where="other == 8")
+    assert one.holds({"size": 3, "other": 8}) is False
+    assert one.holds({"size": 3, "other": 9}) is None
+    assert one.is_about("router", "serving") and not one.is_about("attention", "serving")
+    training = dataclasses.replace(one, use="training")
+    assert training.is_about("router", "training") and not training.is_about("router", "serving")
+
+
+def traced(recipe: Recipe, ranks: int = 1, chip: str = CHIP) -> list[StaticCoverage]:
+    recipe = recipe.model_copy(update={"train": TrainSection(expert=min(ranks, 64))})
+    layout = Layout.of(recipe.model, recipe.train, ranks)
+    return static_coverage(recipe, get_chip(chip), profile_of(chip), layout)
 
 
 def needs(preset: str, use: Any, ranks: int = 1, chip: str = CHIP, **model: Any):
     recipe = recipe_of(preset, chip, ranks, tuple(f"model.{key}={value}" for key, value in model.items()))
-    recipe = recipe.model_copy(update={"train": TrainSection(expert=min(ranks, 64))})
-    layout = Layout.of(recipe.model, recipe.train, ranks)
-    return {one.need: one for one in needs_of(recipe, layout, get_chip(chip), profile_of(chip), use)}
+    return needs_in(traced(recipe, ranks, chip), use, chip)
+
+
+def needs_in(found: list[StaticCoverage], use: Any, chip: str = CHIP):
+    return {one.need: one for one in needs_of(sites_of(found, use), get_chip(chip), profile_of(chip), use)}
 
 
 def test_what_the_vendor_made_for_deepseek_v3_takes_deepseek_v3():
     """Kernels whose rules name this model's sizes must take it, and what has no backward must not train it."""
-    training, serving = needs("deepseek-v3", "training", 64), needs("deepseek-v3", "serving", 64)
+    found = traced(recipe_of("deepseek-v3", CHIP, 64, ()), 64)
+    training, serving = needs_in(found, "training"), needs_in(found, "serving")
     assert all(not need.broken for need in serving.values())
     assert training["attention"].usable[0].operator == "npu::npu_fusion_attention"
     assert not training["grouped matmul"].usable and training["grouped matmul"].unusable
@@ -447,17 +481,87 @@ def test_a_model_that_breaks_a_rule_does_without_the_kernel(change: dict[str, in
     assert operator not in [one.operator for one in broken.usable]
 
 
-def test_every_rule_speaks_of_a_size_that_some_model_has():
-    """A rule on a size that nobody computes would never be looked at."""
-    mixture, dense = (recipe_of(name, CHIP, None, ()) for name in ("deepseek-v3", "r-nano"))
-    dense = recipe_with(dense_architecture())
-    known = sizes_of(mixture, Layout()).keys() | sizes_of(dense, Layout()).keys()
-    tables = [fused_tables_of(chip) for chip in (CHIP, "ascend-910c-752t")]
-    for one in (rule for table in tables for rule in table.rules):
-        assert one.quantity in known, one
-        word = one.rule.split()[1]
-        assert not word[0].isalpha() or word in known, one
-        assert one.source and one.standing
+MIXTURE = tiny_architecture(num_attention_heads=6, q_lora_rank=20)
+GROUPED = dense_architecture(num_attention_heads=28, num_key_value_heads=4, hidden_size=112)
+RULES = [rule for chip in (CHIP, "ascend-910c-752t") for rule in fused_tables_of(chip).rules]
+
+
+@pytest.fixture(scope="module")
+def met() -> dict[str, dict[Use, tuple[Site, ...]]]:
+    """The sites that the traces of a mixture with latent attention and of a grouped-query model met, by use."""
+    traces = {"mixture": traced(recipe_with(MIXTURE), 2), "grouped": traced(recipe_with(GROUPED))}
+    uses: tuple[Use, ...] = ("training", "serving")
+    return {name: {use: sites_of(found, use) for use in uses} for name, found in traces.items()}
+
+
+def sizes(sites: tuple[Site, ...], kind: str) -> list[dict[str, float]]:
+    return [dict(site.sizes) for site in sites if site.kind == kind]
+
+
+def test_sites_have_the_sizes_of_the_tensors_that_pass_them(met: Any):
+    a, mixture, grouped = MIXTURE, met["mixture"], met["grouped"]
+    latent = {"query_heads": 6, "latent_dim": a.kv_lora_rank, "rope_dim": a.qk_rope_head_dim}
+    assert sizes(mixture["serving"], "latent attention") == [latent]
+    (router,) = sizes(mixture["training"], "router")
+    assert (router["experts"], router["experts_per_token"]) == (a.n_routed_experts, a.num_experts_per_tok)
+    (exchange,) = sizes(mixture["serving"], "exchange of tokens")
+    assert (exchange["ranks"], exchange["tokens"]) == (2, recipe_with(a).serve.max_batch)
+    assert {one["query_heads"] for one in sizes(mixture["training"], "attention")} == {6}
+    found = sizes(grouped["serving"], "attention")
+    heads = {"query_heads": 28, "key_heads": 4, "query_groups": 7, "head_dim": 4, "value_dim": 4}
+    assert found == [{**heads, "tokens": one["tokens"]} for one in found] and found
+    assert {one["rope_dim"] for one in sizes(grouped["serving"], "rotation of halves")} == {4}
+
+
+def test_a_model_has_no_sites_of_what_it_does_not_have(met: Any):
+    kinds = {name: {site.kind for use in uses.values() for site in use} for name, uses in met.items()}
+    mixture_only = {"latent attention", "latent projections", "rotation of pairs", "router", "experts"}
+    assert kinds["mixture"] - kinds["grouped"] == {*mixture_only, "shared experts", "exchange of tokens"}
+    assert kinds["grouped"] - kinds["mixture"] == {"rotation of halves"}
+    assert kinds["mixture"] | kinds["grouped"] == set(KINDS)
+
+
+@pytest.mark.parametrize("one", dict.fromkeys(RULES), ids=lambda one: f"{one.operator} {one.quantity} {one.rule}")
+def test_a_rule_is_held_against_what_it_is_about_and_against_nothing_else(one: ShapeRule, met: Any):
+    """Every rule meets a model that has what it is about; of a model that lacks it nothing is said."""
+    use: Use = "serving" if one.use == "serving" else "training"
+    rule = dataclasses.replace(one, where="")
+    told = {name for name, uses in met.items() if held_rules([rule], uses[use], use)}
+    latent = one.operator.endswith("attention_score") and (one.where or one.quantity in ("latent_dim", "rope_dim"))
+    mixture = latent or re.search("moe|mla|interleave|alltoallv|dynamic_quant", one.operator + one.note)
+    grouped = ({"head_dim", "query_groups"} & {one.quantity} and one.use == "serving") or '"half"' in one.note
+    assert told == ({"mixture"} if mixture else {"grouped"} if grouped else {"mixture", "grouped"})
+    assert one.source and one.standing
+    for kind in one.sites:
+        words = [one.quantity, one.rule.split()[1], *one.where.split()[:1]]
+        assert all(word in KINDS[kind] for word in words if word[0].isalpha())
+
+
+@pytest.mark.parametrize("heads", [9, 28])
+def test_heads_of_grouped_queries_are_not_held_to_a_rule_of_latent_attention(heads: int):
+    """The operator takes latent attention with 1, 2, 4, ... 128 heads alone, and grouped queries with up to 256."""
+    operator = "npu::npu_fused_infer_attention_score"
+    keys = {9: 3, 28: 4}[heads]
+    grouped = dense_architecture(
+        num_attention_heads=heads, num_key_value_heads=keys, head_dim=128, hidden_size=128 * heads
+    )
+    attention = needs_in(traced(recipe_with(grouped)), "serving")["attention"]
+    assert [one.operator for one in attention.usable] == [operator] and not attention.unusable
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    mixture = architecture(num_attention_heads=heads, **latent)
+    refused = needs_in(traced(recipe_with(mixture)), "serving")["attention"]
+    assert {one.quantity for one in refused.broken[operator]} == {"query_heads"}
+    kept = needs_in(traced(recipe_with(architecture(num_attention_heads=8, **latent))), "serving")["attention"]
+    assert operator in [one.operator for one in kept.usable]
+
+
+def test_a_grouped_query_model_is_told_of_no_operator_of_latent_attention():
+    report = examine(recipe_with(GROUPED), get_chip(CHIP), software_of(profile_of(CHIP), None, None), 1)
+    text = shown(report, 200)
+    assert "mla" not in text and "interleave" not in text and "latent" not in text and "moe" not in text
+    assert {one.site.kind for one in report.rules} <= {"attention", "rotation of halves", "loss"}
+    told = as_dictionary(report)["rules"]
+    assert all(one["about"]["kind"] in one["sites"] and one["quantity"] in one["about"] for one in told)
 
 
 def test_a_family_without_tables_has_no_fused_operators():
@@ -483,7 +587,7 @@ def test_the_verb_prints_a_verdict_and_json():
     assert report["trains"] and report["rehearsed"]
     assert sum(report["uses"][0]["shares"].values()) == pytest.approx(1.0)
     assert report["verdict"]["training"].startswith("possible. a training step: ")
-    assert all(rule["here"] and rule["source"] for rule in report["rules"])
+    assert all(rule["source"] and rule["here"] == rule["about"][rule["quantity"]] for rule in report["rules"])
     done = CliRunner().invoke(cli, ["coverage", "r-nano", "--chip", CHIP], standalone_mode=False)
     assert "training: possible a training step: " in " ".join(done.output.split())
 

@@ -14,6 +14,7 @@ from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Pres
 from isthmus.chips._failures import FailureRate, failure_rates
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
+from isthmus.chips._servers import Reading, read_by, servers
 from isthmus.chips._show import describe_chip, describe_chips
 from isthmus.chips._stability import StabilityRule, stability_rule
 from isthmus.chips._weights import fault_weights, looked_for
@@ -31,6 +32,7 @@ __all__ = [
     "FailureRate",
     "Found",
     "Presence",
+    "Reading",
     "Rule",
     "StabilityRule",
     "Vendor",
@@ -50,7 +52,9 @@ __all__ = [
     "load_chips",
     "looked_for",
     "present",
+    "read_by",
     "rules_for",
+    "servers",
     "stability_rule",
     "vendor_of",
     "vendors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import resources
@@ -11,18 +12,27 @@ from typing import Any, Literal, cast
 
 Breach = Literal["fail", "caution"]
 Standing = Literal["documented", "read in code", "assumed"]
+ANY = "any"
+PARTS = {
+    "latent attention": "self_attn.kv_b_proj.weight",
+    "biased router": "mlp.gate.e_score_correction_bias",
+    "routed experts": "mlp.experts.0.down_proj.weight",
+}
+"""What a rule may be about, beside `any` model, and how the published name ends of a tensor that shows it: a router
+whose scores get a bias before it chooses is what engines give to the fused kernel for groups of experts."""
 
 
 @dataclass(frozen=True)
 class Rule:
     """`key` of the architecture, or `format`, must be one of `allowed` on the `chips` whose slugs match.
 
-    `allowed` is a list of values, `<=N`, `none`, or values with `!` in front that are not allowed. A breach is `fail`
-    where the target cannot run it, and `caution` where it is a risk.
+    It is `about` any model, or about those that have one of `PARTS`: nothing else is held against it. `allowed` is a
+    list of values, `<=N`, `none`, or values with `!` in front that are not allowed. A breach is `fail` where the target
+    cannot run it, and `caution` where it is a risk.
     """
 
     chips: str
-    architecture: str
+    about: str
     key: str
     allowed: str
     breach: Breach
@@ -41,9 +51,10 @@ class Rule:
         return said in words
 
 
-def rules_for(slug: str, architecture: Literal["deepseek", "dense"]) -> list[Rule]:
-    """The rules of one chip for one kind of architecture."""
-    return [r for r in _rules() if fnmatch(slug, r.chips) and r.architecture in ("any", architecture)]
+def rules_for(slug: str, tensors: Collection[str]) -> list[Rule]:
+    """The rules of one chip that are about a model with tensors of these published names."""
+    parts = {ANY, *(part for part, end in PARTS.items() if any(name.endswith(end) for name in tensors))}
+    return [rule for rule in _rules() if fnmatch(slug, rule.chips) and rule.about in parts]
 
 
 @functools.cache

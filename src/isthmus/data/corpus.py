@@ -27,7 +27,7 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
     folder = run.path / "tokenizer"
     if folder.is_dir():
         return Tokenizer.load(folder)
-    tokenizer = _new_tokenizer(run, task)
+    tokenizer = _new_tokenizer(run, task).taught_to_think()
     if tokenizer.vocab_size > run.recipe.model.vocab_size:
         raise IsthmusError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
@@ -49,8 +49,14 @@ def _new_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The prompt of a problem as the model sees it, opened at <think>."""
+    """The prompt of a problem as the model sees it, opened at <think> if the model thinks."""
     return tokenizer.chat([{"role": "user", "content": problem.prompt}])
+
+
+def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text of a completion as rewards read it: all of it is the answer of a model that does not think."""
+    text = tokenizer.decode(tokens)
+    return text if tokenizer.thinks else completion_text("", text)
 
 
 def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -> list[Document]:

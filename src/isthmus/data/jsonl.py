@@ -39,6 +39,11 @@ def load(section: DataSection) -> JsonlTask:
     return JsonlTask(train, heldout)
 
 
+def load_heldout(path: Path) -> JsonlTask:
+    """A task of one file that nothing is trained on. Raises IsthmusError as `load` does."""
+    return JsonlTask([], read_problems(path))
+
+
 def read_problems(path: Path) -> list[Problem]:
     """The problems of one file, in order."""
     problems = [_problem(where, row) for where, row in read_objects(path, "data")]

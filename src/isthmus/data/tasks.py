@@ -37,8 +37,12 @@ class Task(Protocol):
 
 def load_task(recipe: Recipe) -> Task:
     """The recipe's task; for one recipe always the same problems in the same order."""
-    module = importlib.import_module(f"isthmus.data.{recipe.data.task}")
-    return module.load(recipe.data)
+    return load_section(recipe.data)
+
+
+def load_section(section: DataSection) -> Task:
+    """The task that [data] describes."""
+    return importlib.import_module(f"isthmus.data.{section.task}").load(section)
 
 
 def completion_text(thought: str, answer: str) -> str:

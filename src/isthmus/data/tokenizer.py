@@ -50,7 +50,8 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """Text to token ids and back, and conversations to prompts.
 
-    `template_variables` are what the chat template can be given.
+    `template_variables` are what the chat template can be given. `thinks` says whether the model was taught to: its
+    vocabulary or its template knows <think>.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = None if bos is None else self._special(bos), self._special(eos)
         self._template, self.template_variables = _compile(chat_template)
         self._hidden = self._hidden_ids()
+        self.thinks = THINK in chat_template or bpe.token_to_id(THINK) is not None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -107,6 +109,13 @@ class Tokenizer:
             raise IsthmusError(f"{folder} names no eos_token: write it into tokenizer_config.json")
         kept = {key: config[key] for key in _KEPT if key in config}
         return cls(bpe, _chat_template(folder, config, bpe), bos, eos, kept)
+
+    def taught_to_think(self) -> Tokenizer:
+        """The same for a model that is to learn it: prompts end inside <think>, by the chat template itself."""
+        if self.thinks:
+            return self
+        opening = "{% if add_generation_prompt %}" + THINK + "\n{% endif %}"
+        return Tokenizer(self._bpe, self.chat_template + opening, self.bos, self.eos, self._kept)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers and vLLM read them."""
@@ -154,13 +163,13 @@ class Tokenizer:
     def chat_text(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
     ) -> str:
-        """The prompt of a conversation. It ends inside <think>, also where the template leaves that open.
+        """The prompt of a conversation. Of a model that thinks it ends inside <think>, whatever the template says.
 
         Where the template closes the thinking, it ends after </think>. `tools` are functions in OpenAI's layout;
         `variables` are further ones of the template. Raises IsthmusError if the template refuses.
         """
         text = self._render(messages, tools, variables)
-        decided = text.rstrip().endswith((THINK, END_THINK))
+        decided = not self.thinks or text.rstrip().endswith((THINK, END_THINK))
         return text if decided else f"{text}{THINK}\n"
 
     def serialise(self) -> str:

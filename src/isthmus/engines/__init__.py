@@ -62,6 +62,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def arithmetic(self) -> str | None:
+        """The dtype in which the engine computes, fp32, bf16 or fp16, where that is known."""
+        ...
+
+    @property
     def takes_deltas(self) -> bool:
         """Whether `update_delta` works with this engine."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, GroupedSection, MixtureSection, ModelSection, Qwen3MoeSection
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Parameters:
 
 def count_parameters(architecture: ModelSection) -> Parameters:
     """The parameters of `isthmus.model.model.Model` for this architecture."""
-    if isinstance(architecture, DenseSection):
-        return _dense_parameters(architecture)
+    if isinstance(architecture, GroupedSection):
+        return _grouped_parameters(architecture)
     a = _deepseek(architecture)
     layers, dense = a.num_hidden_layers, min(a.first_k_dense_replace, a.num_hidden_layers)
     sparse = layers - dense
@@ -78,19 +78,24 @@ def count_parameters(architecture: ModelSection) -> Parameters:
     )
 
 
-def _dense_parameters(a: DenseSection) -> Parameters:
+def _grouped_parameters(a: GroupedSection) -> Parameters:
     embedding = a.vocab_size * a.hidden_size
     inputs, output = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_size, a.hidden_size
+    sparse = len(a.sparse_layers)
+    experts, used, width = (
+        (a.num_experts, a.num_experts_per_tok, a.moe_intermediate_size) if isinstance(a, Qwen3MoeSection) else (0, 0, 0)
+    )
+    head_norms = 2 * a.num_hidden_layers * a.head_size * a.head_norms
     return Parameters(
         embedding=embedding,
         head=0 if a.tie_word_embeddings else embedding,
         attention=a.num_hidden_layers * attention_matrices(a),
-        dense_mlp=a.num_hidden_layers * _gated_mlp(a, a.intermediate_size),
-        router=0,
+        dense_mlp=(a.num_hidden_layers - sparse) * _gated_mlp(a, a.intermediate_size),
+        router=sparse * experts * a.hidden_size,
         shared_experts=0,
-        routed_experts=0,
-        routed_used=0,
-        norms=(2 * a.num_hidden_layers + 1) * a.hidden_size,
+        routed_experts=sparse * experts * _gated_mlp(a, width),
+        routed_used=sparse * used * _gated_mlp(a, width),
+        norms=(2 * a.num_hidden_layers + 1) * a.hidden_size + head_norms,
         mtp=0,
         biases=a.num_hidden_layers * (inputs * a.input_bias + output * a.output_bias),
     )
@@ -98,7 +103,7 @@ def _dense_parameters(a: DenseSection) -> Parameters:
 
 def attention_matrices(architecture: ModelSection) -> int:
     """Parameters of the matrices of one attention, without biases."""
-    if isinstance(architecture, DenseSection):
+    if isinstance(architecture, GroupedSection):
         heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads)
         return heads * architecture.head_size * architecture.hidden_size
     a = _deepseek(architecture)
@@ -113,7 +118,7 @@ def attention_matrices(architecture: ModelSection) -> int:
 
 
 def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = False) -> float:
-    """Operations of a forward pass per token that attends to `context` tokens, itself included.
+    """Operations of a forward pass per token that attends to `context` tokens, itself included, or to its window.
 
     With `mtp` the layer of multi-token prediction, where there is one, and its pass through the head are included.
     """
@@ -122,10 +127,13 @@ def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = Fal
     matrices = count.active - count.embedding - count.norms - count.biases
     if a.tie_word_embeddings:
         matrices += count.embedding
-    flops = 2.0 * matrices + a.num_hidden_layers * _scores_and_values(a, context)
-    if isinstance(a, DeepseekSection):
-        sparse = a.num_hidden_layers - min(a.first_k_dense_replace, a.num_hidden_layers)
-        flops += sparse * _combine(a) + (_mtp_flops(a, context) if mtp else 0.0)
+    flops = 2.0 * matrices + sum(
+        _scores_and_values(a, _seen(a, index, context)) for index in range(a.num_hidden_layers)
+    )
+    if isinstance(a, MixtureSection):
+        flops += len(a.sparse_layers) * _combine(a)
+    if isinstance(a, DeepseekSection) and mtp:
+        flops += _mtp_flops(a, context)
     return flops
 
 
@@ -167,13 +175,19 @@ def _mtp_flops(a: DeepseekSection, context: float) -> float:
     return 2.0 * matrices + _scores_and_values(a, context) + (_combine(a) if _mtp_is_sparse(a) else 0.0)
 
 
+def _seen(a: ModelSection, index: int, context: float) -> float:
+    """Tokens that a token attends to in layer `index`."""
+    window = a.window_of(index) if isinstance(a, GroupedSection) else None
+    return context if window is None else min(context, window)
+
+
 def _scores_and_values(architecture: ModelSection, context: float) -> float:
-    if isinstance(architecture, DenseSection):
+    if isinstance(architecture, GroupedSection):
         return 4.0 * context * architecture.num_attention_heads * architecture.head_size
     a = _deepseek(architecture)
     return 2.0 * context * a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
 
 
-def _combine(a: DeepseekSection) -> float:
+def _combine(a: MixtureSection) -> float:
     """The weighted sum over a token's experts."""
     return 2.0 * a.num_experts_per_tok * a.hidden_size

@@ -5,7 +5,11 @@ ModelSlim's published recipe for DeepSeek-V3 the projections of attention are "W
 for the inputs, and gate, up and down of every MLP and expert are "W8A8_DYNAMIC", with a scale per token. The rest is
 "FLOAT": embeddings, output head, norms, router, kv_b_proj and eh_proj. A projection with a bias is dynamic.
 
-Both store weight (int8 [out, in]), weight_scale and weight_offset (fp32 [out, 1], the offsets zeros). W8A8 stores also
+"W8A16" has the weights of W8A8_DYNAMIC and inputs as they are: the chip multiplies with weight * weight_scale in the
+dtype of the model. It stores weight_scale and weight_offset in that dtype, which tells it from W8A8_DYNAMIC. vLLM's
+plugin runs it for linear modules, and not for routed experts (`quantization/methods/w8a16.py`, read in code).
+
+All store weight (int8 [out, in]), weight_scale and weight_offset (fp32 [out, 1], the offsets zeros). W8A8 stores also
 input_scale and input_offset (fp32 [1]), deq_scale [out] and quant_bias (int32 [out]):
 
     deq_scale = input_scale * weight_scale                      fp32; in a model of fp16 its bit pattern, as int64
@@ -36,21 +40,20 @@ from isthmus.formats.w8a8_static import StaticLinear
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 
-FLOAT, STATIC, DYNAMIC = "FLOAT", "W8A8", "W8A8_DYNAMIC"
+FLOAT, STATIC, DYNAMIC, WEIGHTS_ONLY = "FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16"
 STATIC_PARTS = ("input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale", "weight_offset")
 DYNAMIC_PARTS = ("weight_scale", "weight_offset")
 
 
 class ModelSlim(TensorByTensor):
-    """Int8 with the types of `described` by name of a weight; where it is None, with those of the published recipe.
-
-    Without `static` every quantised module is W8A8_DYNAMIC.
+    """Int8 with the types of `described` by name of a weight. Where it is None the projections of attention are of type
+    `attention`, and gate, up and down of MLPs and experts W8A8_DYNAMIC.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, *, static: bool, described: dict[str, str] | None = None):
+    def __init__(self, name: str, dtype: torch.dtype, *, attention: str, described: dict[str, str] | None = None):
         self.name, self.dtype = name, str(dtype).removeprefix("torch.")
-        self.needs_calibration = static
-        self._dtype, self._static, self._described = dtype, static, described
+        self.needs_calibration = attention == STATIC
+        self._dtype, self._attention, self._described = dtype, attention, described
 
     def export_one(
         self, name: str, tensor: Tensor, architecture: ModelSection, calibration: Calibration | None = None
@@ -60,7 +63,8 @@ class ModelSlim(TensorByTensor):
             return export_float(name, tensor, architecture, self._dtype)
         path = name.removesuffix(".weight")
         values, scale = quantise_weight(tensor.detach().float(), self._dtype)
-        stored = {"weight": values, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        kept = scale.to(self._scale_dtype(kind))
+        stored = {"weight": values, "weight_scale": kept, "weight_offset": torch.zeros_like(kept)}
         if kind == STATIC:
             low, high = needed(calibration, self.name, "modelslim_dynamic").input_range(path)
             input_scale, offset = asymmetric(low, high, self._dtype)
@@ -80,12 +84,15 @@ class ModelSlim(TensorByTensor):
         return layout
 
     def _parts(self, path: str, kind: str, outputs: int) -> Layout:
-        parts: Layout = dict.fromkeys(DYNAMIC_PARTS, (torch.float32, (outputs, 1)))
+        parts: Layout = dict.fromkeys(DYNAMIC_PARTS, (self._scale_dtype(kind), (outputs, 1)))
         if kind == STATIC:
             parts |= dict.fromkeys(("input_scale", "input_offset"), (torch.float32, (1,)))
             parts["quant_bias"] = (torch.int32, (outputs,))
             parts["deq_scale"] = (torch.int64 if self._dtype == torch.float16 else torch.float32, (outputs,))
         return {f"{path}.{part}": what for part, what in parts.items()}
+
+    def _scale_dtype(self, kind: str) -> torch.dtype:
+        return self._dtype if kind == WEIGHTS_ONLY else torch.float32
 
     def quantization_config(self, architecture: ModelSection) -> dict[str, Any] | None:
         return None
@@ -97,20 +104,26 @@ class ModelSlim(TensorByTensor):
             path, _, part = name.rpartition(".")
             weight = f"{path}.weight" if part in ("weight", *STATIC_PARTS) else name
             described[name] = self._type(weight, architecture)
-        described |= {"version": "1.0.0", "model_quant_type": STATIC if self._static else DYNAMIC}
+        described |= {"version": "1.0.0", "model_quant_type": self._attention}
         return {DESCRIPTION: json.dumps({**described, "group_size": 0}, indent=2, sort_keys=True).encode() + b"\n"}
 
     def recognises(self, config: dict[str, Any]) -> bool:
         found = config.get("quantization_config") or {}
         if found.get("quant_method") != MODELSLIM or announced_dtype(config) != self.dtype:
             return False
-        kinds = set(_described(found).values())
-        return kinds <= {FLOAT, STATIC, DYNAMIC} and (STATIC in kinds) == self._static
+        kinds = set(_described(found).values()) - {FLOAT, DYNAMIC}
+        return kinds == {self._attention} - {DYNAMIC}
 
     def as_announced(self, config: dict[str, Any]) -> ModelSlim:
-        return ModelSlim(
-            self.name, self._dtype, static=self._static, described=_described(config["quantization_config"])
-        )
+        return self.with_types(_described(config["quantization_config"]))
+
+    def with_types(self, described: dict[str, str]) -> ModelSlim:
+        """This format with a type for each weight by name."""
+        return ModelSlim(self.name, self._dtype, attention=self._attention, described=described)
+
+    def retyped(self, stored: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """What is stored of a W8A8_DYNAMIC weight as another type that has the same integers and scales."""
+        return {n: t if n.endswith(".weight") else t.to(self._scale_dtype(kind)) for n, t in stored.items()}
 
     def build(self, architecture: ModelSection, tensors: dict[str, Tensor]) -> Model:
         """The tensors that are there say the type of each module."""
@@ -119,7 +132,7 @@ class ModelSlim(TensorByTensor):
             parts = {part: tensors.get(f"{path}.{part}") for part in ("weight", *STATIC_PARTS)}
             return _quantised_linear(path, parts, bias)
 
-        return build_with(architecture, tensors, make)
+        return build_with(architecture, {**tensors, **_dequantised(tensors)}, make)
 
     def _type(self, name: str, architecture: ModelSection) -> str:
         if not name.endswith(".weight"):
@@ -135,7 +148,9 @@ class ModelSlim(TensorByTensor):
             return FLOAT
         part = name.split(".")[-2]
         has_bias = getattr(architecture, "output_bias" if part == "o_proj" else "input_bias", False)
-        return STATIC if self._static and part in ATTENTION_PARTS and not has_bias else DYNAMIC
+        if part not in ATTENTION_PARTS or (self._attention == STATIC and has_bias):
+            return DYNAMIC
+        return self._attention
 
 
 def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,6 +197,20 @@ def from_bit_pattern(scale: Tensor) -> Tensor:
     return scale.to(torch.int32).view(torch.float32) if scale.dtype == torch.int64 else scale
 
 
+def _is_weights_only(scale: Tensor | None) -> bool:
+    return scale is not None and scale.dtype != torch.float32
+
+
+def _dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of W8A16 modules in fp32."""
+    found = {}
+    for name, scale in tensors.items():
+        if name.endswith(".weight_scale") and _is_weights_only(scale):
+            weight = name.removesuffix("_scale")
+            found[weight] = tensors[weight].float() * scale.float()
+    return found
+
+
 def _quantised_linear(path: str, parts: dict[str, Tensor | None], bias: bool) -> nn.Module | None:
     weight, weight_offset = parts["weight"], parts["weight_offset"]
     if weight is None or weight.dtype != torch.int8:
@@ -193,6 +222,8 @@ def _quantised_linear(path: str, parts: dict[str, Tensor | None], bias: bool) ->
         input_scale, input_offset, addend = (tensor for tensor in needs if tensor is not None)
         return StaticLinear(weight, from_bit_pattern(deq_scale), input_scale, input_offset, addend)
     scale = parts["weight_scale"]
+    if _is_weights_only(scale):
+        return None
     assert scale is not None, "the layout has a weight_scale"
     return W8A8Linear((weight, scale), bias=bias)
 
@@ -202,4 +233,4 @@ def _described(found: dict[str, Any]) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if name.endswith(".weight")}
 
 
-FORMAT = ModelSlim("modelslim", torch.bfloat16, static=True)
+FORMAT = ModelSlim("modelslim", torch.bfloat16, attention=STATIC)

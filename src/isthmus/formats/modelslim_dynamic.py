@@ -7,6 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from isthmus.formats.modelslim import ModelSlim
+from isthmus.formats.modelslim import DYNAMIC, ModelSlim
 
-FORMAT = ModelSlim("modelslim_dynamic", torch.bfloat16, static=False)
+FORMAT = ModelSlim("modelslim_dynamic", torch.bfloat16, attention=DYNAMIC)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from isthmus.formats.modelslim import ModelSlim
+from isthmus.formats.modelslim import STATIC, ModelSlim
 
-FORMAT = ModelSlim("modelslim_fp16", torch.float16, static=True)
+FORMAT = ModelSlim("modelslim_fp16", torch.float16, attention=STATIC)

@@ -159,12 +159,11 @@ def is_quantised(name: str) -> bool:
 def float_modules(architecture: ModelSection) -> list[str]:
     """Names of the linear modules that are not quantised: the `ignore` list."""
     a, names = architecture, ["lm_head"]
-    if not isinstance(a, DeepseekSection):
-        return names
     for index in range(a.num_hidden_layers + a.num_nextn_predict_layers):
         prefix = f"model.layers.{index}"
-        names.append(f"{prefix}.self_attn.kv_b_proj")
-        if index >= a.first_k_dense_replace:
+        if isinstance(a, DeepseekSection):
+            names.append(f"{prefix}.self_attn.kv_b_proj")
+        if a.is_sparse(index):
             names.append(f"{prefix}.mlp.gate")
         if index >= a.num_hidden_layers:
             names += [f"{prefix}.eh_proj", f"{prefix}.shared_head.head"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.model.config import rope_amplitude, rope_inverse_frequencies, softmax_scale
-from isthmus.model.documents import Documents, attention
+from isthmus.model.documents import Documents, attention, beyond
 from isthmus.recipe.architecture import DeepseekSection, ModelSection
 
 Mask = Tensor | Documents
@@ -30,7 +30,8 @@ class Rotation(NamedTuple):
 class EntryLayout(NamedTuple):
     """What a cache keeps per token: K key/value heads share an entry of `width` numbers.
 
-    Head k has its key at `k * key_size` and its value at `value_start + k * value_size`.
+    Head k has its key at `k * key_size` and its value at `value_start + k * value_size`. With a `window` a token looks
+    at so many entries, its own included; without one at all before it.
     """
 
     heads: int
@@ -38,13 +39,14 @@ class EntryLayout(NamedTuple):
     key_size: int
     value_start: int
     value_size: int
+    window: int | None = None
 
 
 class LayerCache(Protocol):
     """The entries of one layer: it knows which tokens are new, and what each may look at."""
 
     def attend(self, query: Tensor, entries: Tensor, layout: EntryLayout, scale: float) -> Tensor:
-        """Store entries [B, T, W] of new tokens; query [B, T, H, key_size] looks at all up to its own token.
+        """Store entries [B, T, W] of new tokens; query [B, T, H, key_size] looks at its own and at earlier ones.
 
         Returns [B, T, H, value_size].
         """
@@ -52,11 +54,14 @@ class LayerCache(Protocol):
 
 
 def attend_entries(query: Tensor, entries: Tensor, mask: Tensor, layout: EntryLayout, scale: float) -> Tensor:
-    """Attention of query [B, T, H, key_size] over entries [B, S, W]; additive mask [B or 1, T, 1, S].
+    """Attention of query [B, T, H, key_size] over entries [B, S, W]; additive causal mask [B or 1, T, 1, S].
 
-    H / K query heads in a row share a key/value head. Products of views: no head is copied. Returns
-    [B, T, H, value_size].
+    The last entry that the mask shows a token is its own, from which a window counts. H / K query heads in a row share
+    a key/value head. Products of views: no head is copied. Returns [B, T, H, value_size].
     """
+    if layout.window is not None:
+        own = torch.isfinite(mask).sum(-1, keepdim=True) - 1
+        mask = mask.masked_fill(torch.arange(mask.shape[-1], device=mask.device) <= own - layout.window, float("-inf"))
     groups = query.chunk(layout.heads, dim=2)
     contexts = []
     for head, group in enumerate(groups):
@@ -192,9 +197,14 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(0, 1).transpose(0, 1), weight).transpose(0, 1).unflatten(0, batch)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Attention of whole rows: query and key [B, T, H, Q], value [B, T, H, V] give [B, T, H, V]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, window: int | None = None) -> Tensor:
+    """Attention of whole rows: query and key [B, T, H, Q], value [B, T, H, V] give [B, T, H, V].
+
+    With a `window` a token looks at so many tokens, itself included, of those that the mask shows.
+    """
     if isinstance(mask, Documents):
-        return mask.attend(query, key, value, scale)
+        return mask.attend(query, key, value, scale, window)
+    if window is not None and window < query.shape[1]:
+        mask = mask.masked_fill(beyond(window, query.shape[1], mask.device), float("-inf"))
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return attention(query, key, value, mask, scale).transpose(1, 2)

@@ -71,8 +71,8 @@ class Documents:
         index, place, used, real = (part.to(device) for part in (self.index, self.place, self.used, self.real))
         return Documents(index, place, used, real, self.groups, self.heads)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Causal attention within documents.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
+        """Causal attention within documents, over `window` tokens if it is given.
 
         query and key [B, T, H, Q], value [B, T, H, V]; returns [B, T, H, V]. Padding gets what means nothing.
         """
@@ -84,7 +84,7 @@ class Documents:
         outputs = []
         for (count, span), *parts in zip(self.groups, *placed, strict=True):
             query, key, value = (part.view(count, self.heads, span, -1) for part in parts)
-            outputs.append(_causal(query, key, value, scale).flatten(0, 2))
+            outputs.append(_causal(query, key, value, scale, window).flatten(0, 2))
         tokens = Rows.apply(torch.cat(outputs), self.place, self.index, self.used)
         return tokens.view(shape)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -92,15 +92,26 @@ class Documents:
         return Rows.apply(x.flatten(0, 2), self.index, self.place, self.real)  # pyright: ignore[reportReturnType]
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def beyond(window: int, length: int, device: torch.device) -> Tensor:
+    """Which places [L, L] lie so far before a token that a window, which counts the token itself, leaves them out."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril(-window)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention over query and key [n, H, L, Q], value [n, H, L, V]: [n, H, L, V]."""
     length, size = query.shape[2], value.shape[-1]
+    outside = beyond(window, length, query.device) if window is not None and window < length else None
     if query.device.type == "cpu" and length <= LONG:
         q, k, v = (part.flatten(0, 1) for part in (query, key, value))
         later = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1)
+        if outside is not None:
+            later = later.masked_fill(outside, float("-inf"))
         weights = torch.baddbmm(later, q, k.transpose(1, 2), alpha=scale).softmax(-1)
         return torch.bmm(weights, v).view(*query.shape[:3], size)
-    return attention(query, key, value, None, scale)
+    if outside is None:
+        return attention(query, key, value, None, scale)
+    later = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    return attention(query, key, value, later.masked_fill(outside, float("-inf"))[None, None], scale)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -61,6 +61,6 @@ class DecoderLayer(ResidualLayer):
 
     def __init__(self, architecture: DeepseekSection, index: int):
         a = architecture
-        dense = index < a.first_k_dense_replace
+        dense = not a.is_sparse(index)
         mlp = GatedMlp(a.hidden_size, a.intermediate_size, a.swiglu_limit) if dense else MixtureOfExperts(a)
         super().__init__(a, LatentAttention(a), mlp)

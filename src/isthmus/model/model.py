@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.model.attention import LayerCache, Mask, RMSNorm, RotaryTable
-from isthmus.model.dense import DenseLayer
+from isthmus.model.dense import GroupedQueryLayer
 from isthmus.model.layer import DecoderLayer, ResidualLayer
 from isthmus.model.moe import Experts, MixtureOfExperts, Router, Trace
 from isthmus.model.mtp import MtpLayer
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, GroupedSection, ModelSection
 
 Result = TypeVar("Result")
 
@@ -31,10 +31,10 @@ class Backbone(nn.Module):
         self.rotary = RotaryTable(a)
 
 
-def _layers(architecture: ModelSection) -> list[DecoderLayer] | list[DenseLayer]:
+def _layers(architecture: ModelSection) -> list[DecoderLayer] | list[GroupedQueryLayer]:
     a, depth = architecture, architecture.num_hidden_layers
-    if isinstance(a, DenseSection):
-        return [DenseLayer(a) for _ in range(depth)]
+    if isinstance(a, GroupedSection):
+        return [GroupedQueryLayer(a, index) for index in range(depth)]
     assert isinstance(a, DeepseekSection)
     decoders = [DecoderLayer(a, index) for index in range(depth)]
     return decoders + [MtpLayer(a, depth + index) for index in range(a.num_nextn_predict_layers)]
@@ -151,6 +151,11 @@ class Model(nn.Module):
     def mtp_layer(self) -> MtpLayer | None:
         last = self.model.layers[-1]
         return last if isinstance(last, MtpLayer) else None
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding windows of its layers, each once; None for layers that look at all."""
+        return list(dict.fromkeys(layer.self_attn.layout.window for layer in self.model.layers))  # pyright: ignore
 
     def routers(self) -> list[Router]:
         """The routers in the order in which a trace lists their decisions (the MTP layer's last)."""

@@ -1,4 +1,4 @@
-"""Fine-grained mixture of experts with a shared expert and bias-balanced sigmoid routing (DeepSeek-V3, 2.1.2).
+"""Fine-grained mixture of experts: DeepSeek-V3's with a shared expert and bias-balanced routing (2.1.2), and Qwen3's.
 
 Shapes: T tokens, D hidden, E experts, K experts per token, M expert width, N = T * K rows sorted by expert.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.model.documents import Rows
-from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.architecture import MixtureSection
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
@@ -67,15 +67,19 @@ def evenly(total: int, parts: int) -> list[int]:
 
 
 class Router(nn.Module):
-    """Chooses experts by score + bias, weights them by the score alone. Groups that lose are masked to -inf."""
+    """Chooses experts by score + bias, weights them by the score alone. Groups that lose are masked to -inf.
 
-    e_score_correction_bias: Tensor
+    The bias, which balances the load, is None in a family that has none.
+    """
 
-    def __init__(self, architecture: DeepseekSection):
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, architecture: MixtureSection):
         super().__init__()
         a = architecture
         self.weight = nn.Parameter(torch.empty(a.n_routed_experts, a.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(a.n_routed_experts, dtype=torch.float32))
+        bias = torch.zeros(a.n_routed_experts, dtype=torch.float32) if a.routing_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.top_k, self.n_group, self.topk_group = a.num_experts_per_tok, a.n_group, a.topk_group
         self.normalise, self.scaling = a.norm_topk_prob, a.routed_scaling_factor
         self.softmax = a.scoring_func == "softmax"
@@ -84,11 +88,15 @@ class Router(nn.Module):
         """x [T, D]."""
         logits = self.logits(x)
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
-        experts = self.choose(scores.detach() + self.e_score_correction_bias)
+        experts = self.choose(self.biased(scores.detach()))
         weights = scores.gather(-1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scaling, scores)
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """Scores [T, E] with the bias, if there is one: what experts are chosen by."""
+        return scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
 
     def logits(self, x: Tensor) -> Tensor:
         """[T, E] of x [T, D], in fp32 at least."""
@@ -114,7 +122,7 @@ class Experts(nn.Module):
     that are multiples of 8.
     """
 
-    def __init__(self, architecture: DeepseekSection):
+    def __init__(self, architecture: MixtureSection):
         super().__init__()
         hidden, width = architecture.hidden_size, architecture.moe_intermediate_size
         self.total, self.first, self.grouped = architecture.n_routed_experts, 0, False
@@ -236,18 +244,22 @@ class Dispatch:
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus the shared expert.
+    """Routed experts, plus the shared expert where there is one.
 
     With an `exchange` the experts are spread over ranks: it takes sorted rows and counts of all experts to where the
     experts are, applies them, and brings the rows back.
     """
 
-    def __init__(self, architecture: DeepseekSection):
+    def __init__(self, architecture: MixtureSection):
         super().__init__()
         a = architecture
         self.gate = Router(a)
         self.experts = Experts(a)
-        self.shared_experts = GatedMlp(a.hidden_size, a.moe_intermediate_size * a.n_shared_experts, a.swiglu_limit)
+        self.shared_experts = (
+            GatedMlp(a.hidden_size, a.moe_intermediate_size * a.n_shared_experts, a.swiglu_limit)
+            if a.n_shared_experts
+            else None
+        )
         self.num_experts = a.n_routed_experts
         self.exchange: Exchange | None = None
 
@@ -261,7 +273,9 @@ class MixtureOfExperts(nn.Module):
             self.exchange(self.experts, rows, dispatch.counts) if self.exchange else self.experts(rows, dispatch.counts)
         )
         routed = dispatch.gather(outputs, routing.weights)
-        return (routed + self.shared_experts(tokens)).view_as(x), routing
+        if self.shared_experts is not None:
+            routed = routed + self.shared_experts(tokens)
+        return routed.view_as(x), routing
 
 
 class Exchange(Protocol):

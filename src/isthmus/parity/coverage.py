@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from isthmus.formats.parts.names import mtp_copies
 from isthmus.model.digest import tensor_sha256
 from isthmus.parity.announced import Announced, odd_ones_out
 from isthmus.parity.manifest import Entry, Fate, module_of
-from isthmus.parity.steps import COMPENSATED_STEPS, QUANTISED, Misfit, compare_quantised, within
+from isthmus.parity.steps import QUANTISED, Misfit, compare_quantised, within
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check, Outcome
 from isthmus.run import Figure
@@ -77,17 +77,19 @@ def check_coverage(
     bundle: Bundle | Path,
     *,
     balance: Callable[[str, Tensor], Tensor] = _unchanged,
-    compensated: Container[str] = (),
+    compensated: Mapping[str, Tensor] | None = None,
+    stochastic: bool = False,
 ) -> tuple[list[Entry], list[Check]]:
     """Follow every tensor of `source` (float, published names; may read them when asked) into a bundle.
 
     `balance` gives what a smoothing made of a source tensor before it was quantised. `compensated` holds the modules
-    whose rounding makes up for the errors of others (GPTQ): their elements may be COMPENSATED_STEPS steps off, and one
-    step in the mean square of a row. Both are said in the entries. Returns an entry per source tensor, and the checks:
-    one that passes, or one per module at fault, in the order of the source.
+    whose rounding makes up for the errors of others (GPTQ), each with the inputs [S, K] that it was meant for: it must
+    not lose more of their outputs than rounding to the nearest. With `stochastic` a float may be either neighbour of
+    the source's number in the announced dtype. All of it is said in the entries. Returns an entry per source tensor,
+    and the checks: one that passes, or one per module at fault, in the order of the source.
     """
     with _opened(bundle) as (stored, announced, dtype, architecture):
-        audit = _Audit(source, stored, announced, dtype, architecture, balance, compensated)
+        audit = _Audit(source, stored, announced, dtype, architecture, balance, compensated or {}, stochastic)
         entries = [audit.follow(name) for name in source]
         audit.look_for_strangers()
     return entries, _checks(entries, audit.faults)
@@ -101,7 +103,8 @@ class _Audit:
     dtype: torch.dtype
     architecture: ModelSection
     balance: Callable[[str, Tensor], Tensor]
-    compensated: Container[str]
+    compensated: Mapping[str, Tensor]
+    stochastic: bool
     faults: list[_Fault] = field(default_factory=list)
     claimed: set[str] = field(default_factory=set)
     quantised: dict[str, bool] = field(default_factory=dict)
@@ -210,18 +213,20 @@ class _Audit:
             )
         if _same(stored, tensor.to(stored.dtype)):
             return _Found("carried", (name,), detail=f"rounded to {_short(stored.dtype)}")
+        if self.stochastic and _neighbours(stored, tensor):
+            return _Found("carried", (name,), detail=f"rounded at random to {_short(stored.dtype)}")
         return Misfit(f"is not the source in {_short(stored.dtype)}{_difference(stored, tensor.to(stored.dtype))}")
 
     def _compare_quantised(
         self, name: str, tensor: Tensor, stored: Tensor, beside: dict[str, Tensor]
     ) -> _Found | Misfit:
         module = module_of(name)
-        steps = COMPENSATED_STEPS if module in self.compensated else None
+        inputs = self.compensated.get(module)
         bias = self.source.get(f"{module}.bias") if "quant_bias" in beside else None
-        worst = compare_quantised(tensor, stored, beside, self.announced, bias=bias, compensated=steps)
+        worst = compare_quantised(tensor, stored, beside, self.announced, bias=bias, inputs=inputs)
         if isinstance(worst, Misfit):
             return worst
-        notes = ["rounding compensated by GPTQ, to a looser bound"] if steps else []
+        notes = [f"rounded by GPTQ, with {worst:.2f} of the output error of the nearest"] if inputs is not None else []
         notes += ["balanced before quantising"] if not _same(tensor, self.source.get(name, tensor)) else []
         names = (name, *(f"{module}.{part}" for part in beside))
         return _Found("quantised", names, worst, "; ".join(notes))
@@ -331,8 +336,10 @@ def _checks(entries: list[Entry], faults: list[_Fault]) -> list[Check]:
     errors = [entry.error for entry in entries if entry.error is not None]
     figure = None
     if errors:
-        source = f"largest error of an element over {len(errors)} quantised tensors, as a share of half a step"
-        figure = Figure.measured(max(errors), "of half a step", source, rehearsed=False)
+        source = (
+            f"largest error over {len(errors)} quantised tensors, as a share of what rounding to the nearest may cost"
+        )
+        figure = Figure.measured(max(errors), "of what rounding may cost", source, rehearsed=False)
     return [_check("pass" if entries else "unknown", f"{len(entries)} source tensors: {counts}", None, figure)]
 
 
@@ -346,6 +353,18 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
     wide = torch.promote_types(one.dtype, other.dtype)
     return all(torch.equal(a.to(wide), b.to(wide)) for a, b in within(one, other))
+
+
+def _neighbours(stored: Tensor, source: Tensor) -> bool:
+    """Whether each stored number is one of the two of its dtype between which the source's lies; rows at a time."""
+    return stored.dtype == torch.bfloat16 and all(_each_is_near(a, b.float()) for a, b in within(stored, source))
+
+
+def _each_is_near(stored: Tensor, source: Tensor) -> bool:
+    nearest = source.to(stored.dtype)
+    away = torch.where(source > nearest, torch.inf, -torch.inf).to(stored.dtype)
+    other = torch.where(nearest.float() == source, nearest, torch.nextafter(nearest, away))
+    return bool(((stored == nearest) | (stored == other)).all())
 
 
 def _difference(stored: Tensor, wanted: Tensor) -> str:

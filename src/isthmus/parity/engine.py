@@ -1,7 +1,8 @@
-"""Parity of an engine: what it says of tokens, against the exact emulator of its format.
+"""Parity of an engine: what it says of tokens, against the exact emulator of its format and against the trained model.
 
-Both know the same stored weights, so quantisation plays no part: what remains is the chip's and the engine's own share,
-and weights that did not arrive. An API shows tokens and log-probabilities, and no module: it can refuse, and cannot say
+Engine and emulator know the same stored weights: what lies between them is the chip's and the engine's own share, and
+weights that did not arrive. How large that share may be depends on model, format and tokens, so it is measured on
+healthy twins (parity/twins.py). An API shows tokens and log-probabilities, and no module: it can refuse, and cannot say
 where the fault is.
 """
 
@@ -16,119 +17,236 @@ from torch import Tensor
 
 from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
-from isthmus.parity.gate import at_least, at_most, declared, finite
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, count_distinct, run_batch
-from isthmus.records import Check
-
-LIMIT = 0.05
-LIMIT_SOURCE = (
-    "between what rollouts showed with a healthy engine (0.011 to 0.025) and with wrongly mapped weights "
-    "(0.075 to 0.178): github.com/vllm-project/vime/pull/275"
+from isthmus.parity.gate import at_most, finite, reach
+from isthmus.parity.target import DTYPES, make_twin
+from isthmus.parity.tokens import GoldenSequence
+from isthmus.parity.twins import (
+    ALPHA,
+    GRANTED,
+    POWER,
+    RESOLUTION,
+    Beyond,
+    Calibration,
+    Flips,
+    Loss,
+    distinct,
+    lengths_of,
+    of_sequences,
+    score_tokens,
 )
-TOP1_LIMIT = 0.95
+from isthmus.records import Check, Layer, Outcome
+from isthmus.run import Figure
+
+SPOT_TWINS = 16
+SPOT_CONFIDENCE = 1 - 2 * ALPHA
+"""Two-sided, so that one end of an interval is passed once in 1 / ALPHA times."""
+DISTANCE = "distance to the emulator, engine against healthy twins"
+FIRST_CHOICES = "first choices that differ from the emulator's, engine against healthy twins"
+LOSS = "distance to the trained model, engine minus emulator"
+TIMES = "times that of healthy twins"
 
 Score = Callable[[list[list[int]]], list[list[TokenScore]]]
 """Asks an engine what it says of every token but the first of each sequence."""
 
 
 @dataclass(frozen=True)
-class Gap:
-    """|log-probability that the engine gave - that of the emulator| over the tokens of sequences, in nats.
+class EngineParity:
+    """What was found on the completion tokens of golden sequences, each counted once.
 
-    Infinite where one is no number; the mean of no token is NaN.
+    `arithmetic` is that of the twins. Without first choices of the engine there are no `flips`, without a trained model
+    to compare with, as of a slice, no `loss`.
+    """
+
+    beyond: Beyond
+    loss: Loss | None
+    flips: Flips | None
+    arithmetic: str
+    confidence: float
+
+
+def compare_engine(
+    score: Score,
+    build: Callable[[], Model],
+    arithmetic: str,
+    sequences: list[GoldenSequence],
+    trained: Tensor | None,
+    *,
+    confidence: float = 0.95,
+    alpha: float = ALPHA,
+) -> EngineParity:
+    """Let the engine score the sequences, and compare what it says of each completion token.
+
+    `build` makes the format's model, `arithmetic` names the dtype in which the engine is said to compute, and `trained`
+    [N] are the trained model's log-probabilities of the completion tokens of all sequences. `alpha` is the size of each
+    test against twins.
+    """
+    kept = distinct(sequences)
+    trained = None if trained is None else of_sequences(trained, sequences, kept)
+    sequences = [sequences[place] for place in kept]
+    scores = score([[*one.prompt, *one.completion] for one in sequences])
+    found = [value for one, given in zip(sequences, scores, strict=True) for value in given[len(one.prompt) - 1 :]]
+    said = torch.tensor([one.logprob for one in found], dtype=torch.float64)
+    calibration = Calibration.of(build, arithmetic, sequences, chosen=torch.tensor([one.best for one in found]))
+    return compare_logprobs(said, trained, calibration, confidence, alpha)
+
+
+def compare_logprobs(
+    said: Tensor, trained: Tensor | None, calibration: Calibration, confidence: float, alpha: float = ALPHA
+) -> EngineParity:
+    """Judge an engine's log-probabilities [N] of the tokens on which emulator and twins were calibrated."""
+    loss = None if trained is None else calibration.loss(said, trained, confidence)
+    beyond, flips = calibration.beyond(said, alpha), calibration.flips(alpha)
+    return EngineParity(beyond, loss, flips, calibration.arithmetic, confidence)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A version of the weights, by a few greedy answers of an engine: |Δlogp| to the emulator, `mean` and `largest`.
+
+    `beyond` is None where engine and emulator agree to RESOLUTION: no twin has to be asked then. `lost` says that the
+    engine is further from the trained model than the emulator by more than the budget, with its whole interval.
     """
 
     tokens: int
     mean: float
     largest: float
+    beyond: Beyond | None
+    lost: bool
 
     @property
     def is_over(self) -> bool:
-        """Whether the mean is not within LIMIT."""
-        return at_most(LIMIT, self.mean) != "pass"
+        """Whether it was shown that the engine computes something else. So few tokens never show that it does not."""
+        return not self.tokens or self.lost or (self.beyond is not None and judge_distance(self.beyond) == "fail")
+
+    @property
+    def limit(self) -> float | None:
+        """The mean |Δlogp| that a healthy engine would not pass on these tokens, where twins were asked."""
+        return None if self.beyond is None else self.beyond.twins * self.beyond.limit
 
 
-@dataclass(frozen=True)
-class EngineParity:
-    """Over the completion tokens of so many distinct sequences. `near_ties` and `flips` are the first choices that
-    differ: where the emulator held both nearly equal, and others."""
+def spot_check(
+    build: Callable[[], Model],
+    arithmetic: str,
+    trained: Model,
+    answers: list[tuple[GoldenSequence, list[float]]],
+    budget: float,
+    seed: int,
+) -> Spot:
+    """Hold greedy answers, with the log-probabilities that the engine gave their tokens, against the format's model.
 
-    sequences: int
-    gap: Gap
-    near_ties: int
-    flips: int
-
-    def share(self, differing: int) -> float:
-        """The share of tokens without those that differ; NaN of no token."""
-        return (self.gap.tokens - differing) / self.gap.tokens if self.gap.tokens else math.nan
-
-
-def measure_gap(said: Tensor, expected: Tensor) -> Gap:
-    """The gap of an engine's log-probabilities [N] to the emulator's [N], both in float64."""
-    gaps = (said - expected).abs()
+    The twins are calibrated anew, on these very weights and tokens: SPOT_TWINS of them pass side by side.
+    """
+    sequences = [sequence for sequence, _ in answers]
+    said = torch.tensor([value for _, logprobs in answers for value in logprobs], dtype=torch.float64)
+    emulator = score_tokens(build(), sequences)
+    gaps = (said - emulator.logprobs[0]).abs()
     gaps = gaps.where(gaps.isfinite(), math.inf)
-    return Gap(len(gaps), gaps.mean().item(), gaps.max().item() if len(gaps) else math.nan)
+    mean, largest = (float(gaps.mean()), float(gaps.max())) if len(gaps) else (math.nan, math.nan)
+    if not largest > RESOLUTION:
+        return Spot(len(gaps), mean, largest, None, lost=False)
+    twins = score_tokens(make_twin(build(), DTYPES[arithmetic], seed, GRANTED), sequences, copies=SPOT_TWINS)
+    calibration = Calibration(emulator, twins, lengths_of(sequences), arithmetic)
+    loss = calibration.loss(said, score_tokens(trained, sequences).logprobs[0], SPOT_CONFIDENCE)
+    reached = reach(loss.difference, loss.interval, loss.sequences, SPOT_CONFIDENCE)
+    lost = reached is not None and reached[0] > budget
+    return Spot(len(gaps), mean, largest, calibration.beyond(said), lost)
 
 
-@torch.inference_mode()
-def spot_gap(model: Model, prompts: list[list[int]], answers: list[tuple[list[int], list[float]]]) -> Gap:
-    """Compare the greedy answer to each prompt (tokens, their log-probabilities) with what the model gives them."""
-    said, expected = [], []
-    for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
-        logits = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1].double()
-        expected.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0])
-        said += logprobs
-    return measure_gap(torch.tensor(said, dtype=torch.float64), torch.cat(expected))
+def check_engine(
+    found: EngineParity, server: str, budget: Figure | None, how: str, *, rehearsed: bool = False
+) -> list[Check]:
+    """The findings, each against its limit. `budget` is what the engine may be further from the trained model than the
+    emulator, in nats per token; `how` says whose tokens these are."""
+    source = f"{found.beyond.sequences} {how} {server}, {found.beyond.tokens} tokens"
+    checks = [_check_distance(found, source, rehearsed=rehearsed)]
+    if found.flips is not None:
+        checks.append(_check_flips(found, found.flips, source, rehearsed=rehearsed))
+    if found.loss is None or budget is None:
+        return checks
+    return [
+        *checks,
+        check_loss(LOSS, found.loss, budget, source, found.confidence, layer="engine", rehearsed=rehearsed),
+    ]
 
 
-def compare_engine(score: Score, emulator: Model, sequences: list[GoldenSequence]) -> EngineParity:
-    """Let the engine score the sequences, and compare what it says of each completion token."""
-    answers = score([[*one.prompt, *one.completion] for one in sequences])
-    said, expected, near_ties, flips = [], [], 0, 0
-    for sequence, scores in zip(sequences, answers, strict=True):
-        rows = run_batch(emulator, [sequence]).logits.double().log_softmax(-1)
-        for token, row, found in zip(sequence.completion, rows, scores[len(sequence.prompt) - 1 :], strict=True):
-            said.append(found.logprob)
-            expected.append(row[token].item())
-            first = int(row.argmax())
-            is_near = (row[first] - row[found.best]).item() < TIE_NATS
-            near_ties += found.best != first and is_near
-            flips += found.best != first and not is_near
-    gap = measure_gap(*(torch.tensor(values, dtype=torch.float64) for values in (said, expected)))
-    return EngineParity(count_distinct(sequences), gap, near_ties, flips)
+def judge_distance(found: Beyond) -> Outcome:
+    """`fail` beyond what healthy twins do, `unknown` where nothing says how far that is."""
+    if found.ratio > found.limit or math.isinf(found.ratio):
+        return "fail"
+    return "pass" if found.ratio <= found.limit else "unknown"
 
 
-def check_gap(name: str, gap: Gap, sequences: int, source: str, detail: str, *, rehearsed: bool) -> Check:
-    """Whether the mean gap over that many sequences is within LIMIT."""
+def _check_distance(found: EngineParity, source: str, *, rehearsed: bool) -> Check:
+    return check_distance(DISTANCE, found.beyond, found.arithmetic, source, "engine", "engine", rehearsed=rehearsed)
+
+
+def check_distance(
+    name: str, beyond: Beyond, arithmetic: str, source: str, layer: Layer, who: str, *, rehearsed: bool
+) -> Check:
+    """Whether an engine, or a target, is no further from the emulator than healthy twins are."""
+    far = (
+        f"{beyond.engine:.3g} nats/token" if math.isfinite(beyond.engine) else "some log-probabilities are not numbers"
+    )
     return Check(
-        layer="engine",
+        layer=layer,
         name=name,
-        outcome=at_most(LIMIT, gap.mean, samples=sequences),
-        figure=finite(gap.mean, "nats/token", source, rehearsed=rehearsed),
-        limit=declared(LIMIT, "nats/token", LIMIT_SOURCE),
-        detail=detail,
+        outcome=judge_distance(beyond),
+        figure=finite(beyond.ratio, TIMES, source, rehearsed=rehearsed),
+        limit=finite(beyond.limit, TIMES, of_twins(beyond, arithmetic), rehearsed=False),
+        detail=f"mean |Δlogp| of the {who}: {far}; {told(beyond)}",
     )
 
 
-NAME = "mean |Δlogp|, engine against emulator"
+def of_twins(found: Beyond, arithmetic: str) -> str:
+    """Where the limit of a distance comes from."""
+    return (
+        f"{found.count} healthy twins in {arithmetic} with {GRANTED:g} times its noise, on the same tokens: Student's "
+        f"t at {100 * found.alpha:.2g} % over sequences (parity/twins.py)"
+    )
 
 
-def check_engine(found: EngineParity, server: str, *, rehearsed: bool = False) -> list[Check]:
-    """The findings on golden sequences, each against its limit."""
-    tokens, largest = found.gap.tokens, found.gap.largest
-    source = f"{found.sequences} golden sequences scored by {server}, {tokens} tokens"
-    said = f"largest {largest:.3g}" if math.isfinite(largest) else "some are not numbers"
-    detail = f"log-probabilities of the golden tokens; {said}"
-    agreed, agreeing = found.share(found.flips + found.near_ties), found.share(found.flips)
-    return [
-        check_gap(NAME, found.gap, found.sequences, source, detail, rehearsed=rehearsed),
-        Check(
-            layer="engine",
-            name="first choices that agree or nearly tie, engine against emulator",
-            outcome=at_least(TOP1_LIMIT, agreeing, samples=found.sequences),
-            figure=finite(100 * agreeing, "%", source, rehearsed=rehearsed),
-            limit=declared(100 * TOP1_LIMIT, "%", "isthmus.parity.engine.TOP1_LIMIT"),
-            detail=f"{100 * agreed:.4g} % agree; of the others {found.near_ties} are near-ties of the emulator, "
-            f"{found.flips} are not",
-        ),
-    ]
+def told(found: Beyond) -> str:
+    """What the comparison rests on, and what it can see."""
+    if not math.isfinite(found.detectable):
+        return f"of the twins: {found.twins:.3g}; so few sequences tell nothing"
+    return (
+        f"of the twins: {found.twins:.3g}; {found.detectable:.3g} times would have shown with {POWER:.0%}. What moves "
+        "tokens less than rounding does is not seen"
+    )
+
+
+def _check_flips(found: EngineParity, flips: Flips, source: str, *, rehearsed: bool) -> Check:
+    def share(count: float) -> float:
+        return 100 * count / flips.tokens if flips.tokens else math.nan
+
+    size = f"{100 * found.beyond.alpha:.2g} %"
+    limit = f"{flips.count} healthy twins in {found.arithmetic} have {flips.twins} together: binomial at {size}"
+    usual = share(flips.twins / flips.count)
+    return Check(
+        layer="engine",
+        name=FIRST_CHOICES,
+        outcome=at_most(flips.allowed, flips.engine, samples=found.beyond.sequences),
+        figure=finite(share(flips.engine), "%", source, rehearsed=rehearsed),
+        limit=finite(share(flips.allowed), "%", limit, rehearsed=False),
+        detail=f"without {flips.near_ties} near-ties of the emulator; of the twins {usual:.3g} %",
+    )
+
+
+def check_loss(
+    name: str, loss: Loss, budget: Figure, source: str, confidence: float, *, layer: Layer, rehearsed: bool
+) -> Check:
+    """Whether an engine is further from the trained model than the emulator by no more than the budget."""
+    assert budget.value is not None
+    reached = reach(loss.difference, loss.interval, loss.sequences, confidence)
+    outcome = at_most(budget.value, loss.difference, reached, samples=loss.sequences)
+    wanted = loss.tokens_for(budget.value, reached[1]) if reached and outcome == "unknown" else None
+    more = f"; about {wanted} golden tokens like these would tell" if wanted else ""
+    return Check(
+        layer=layer,
+        name=name,
+        outcome=outcome,
+        figure=finite(loss.difference, "nats/token", source, rehearsed=rehearsed, interval=loss.interval),
+        limit=budget,
+        detail=f"mean (Δlogp)²/2 to the trained model, which estimates KL: {loss.engine:.3g}, of the emulator "
+        f"{loss.emulator:.3g}{more}; interval at {confidence:.0%} over sequences",
+    )

@@ -7,7 +7,7 @@ as it was built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from isthmus.parity.announced import FLOATS, Announced, odd_ones_out
 from isthmus.parity.manifest import MANIFEST, architecture_fields, module_of, read_manifest
 from isthmus.recipe.architecture import (
     DeepseekSection,
-    DenseSection,
+    GroupedSection,
+    MixtureSection,
     ModelSection,
     architecture_from_config,
     parse_architecture,
@@ -66,10 +67,10 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     checks = _configured(config, found, expected)
     announced = Announced(config)
     with StoredTensors(bundle_folder) as stored:
-        problems = [*_stored(config, found, announced, stored)]
+        problems, names = [*_stored(config, found, announced, stored)], stored.names
     checks += _listed(STORED, problems, "dtypes, shapes and what is quantised are as announced")
     if chip is not None:
-        checks += _target(config, found, chip)
+        checks += _target(config, found, names, chip)
     return checks
 
 
@@ -192,9 +193,8 @@ def _shapes(found: ModelSection, stored: StoredTensors) -> Iterator[Problem]:
         yield where, f"{where} is stored; config.json says {depth} layers with the MTP layer"
 
 
-def _target(config: dict[str, Any], found: ModelSection, slug: str) -> list[Check]:
+def _target(config: dict[str, Any], found: ModelSection, tensors: Collection[str], slug: str) -> list[Check]:
     chip, name = get_chip(slug), recognise_format(config).name
-    kind = "deepseek" if isinstance(found, DeepseekSection) else "dense"
     values = {**architecture_fields(found), "format": name}
     checks = [
         _check(
@@ -202,7 +202,7 @@ def _target(config: dict[str, Any], found: ModelSection, slug: str) -> list[Chec
             rule.breach,
             f"{rule.key} = {values.get(rule.key)!r} on {slug}: {rule.why} ({rule.standing}: {rule.source})",
         )
-        for rule in rules_for(slug, kind)
+        for rule in rules_for(slug, tensors)
         if rule.key in values and not rule.holds(values[rule.key])
     ]
     dtypes, dtype = chip.capabilities.dtypes, _DTYPE_OF.get(name, "int8")
@@ -215,17 +215,18 @@ def _hyperparameters(model: nn.Module, a: ModelSection) -> Iterator[tuple[str, s
     """Path, name, found and expected value of every hyper-parameter that a model keeps."""
     limit = a.swiglu_limit if isinstance(a, DeepseekSection) else None
     for path, module in model.named_modules():
-        if isinstance(module, Router) and isinstance(a, DeepseekSection):
+        if isinstance(module, Router) and isinstance(a, MixtureSection):
             yield from _of_router(path, module, a)
         elif isinstance(module, LatentAttention) and isinstance(a, DeepseekSection):
             found = (module.num_heads, module.nope, module.rope, module.v_dim, module.rank)
             sizes = (a.num_attention_heads, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
             yield path, "heads and their sizes", found, sizes
             yield path, "the scale of scores", module.scale, softmax_scale(a)
-        elif isinstance(module, GroupedQueryAttention) and isinstance(a, DenseSection):
+        elif isinstance(module, GroupedQueryAttention) and isinstance(a, GroupedSection):
             found = (module.num_heads, module.num_kv_heads, module.head_size)
             yield path, "heads and their size", found, (a.num_attention_heads, a.num_key_value_heads, a.head_size)
             yield path, "the scale of scores", module.scale, a.head_size**-0.5
+            yield path, "the sliding window", module.layout.window, a.window_of(int(path.split(".")[2]))
         elif hasattr(module, "eps"):
             yield path, "eps", module.eps, a.rms_norm_eps
         elif hasattr(module, "limit"):
@@ -235,7 +236,7 @@ def _hyperparameters(model: nn.Module, a: ModelSection) -> Iterator[tuple[str, s
         yield "model.layers", "the number of layers", len(model.model.layers), depth
 
 
-def _of_router(path: str, router: Router, a: DeepseekSection) -> Iterator[tuple[str, str, object, object]]:
+def _of_router(path: str, router: Router, a: MixtureSection) -> Iterator[tuple[str, str, object, object]]:
     yield path, "experts per token", router.top_k, a.num_experts_per_tok
     yield path, "groups", (router.n_group, router.topk_group), (a.n_group, a.topk_group)
     yield path, "the routed scaling factor", router.scaling, a.routed_scaling_factor

@@ -36,8 +36,9 @@ class Entry(Part):
     """What became of one source tensor: the stored tensors that hold it, or why it is not stored.
 
     `sha256` is the hash of the source tensor. `error` is the largest error of an element as a share of what rounding
-    may cost it (half a step of its own scale), None where nothing was quantised. `detail` is the reason of a dropped
-    one, and says what is out of the ordinary in others.
+    may cost it (half a step of its own scale), or, where GPTQ rounded, that of the outputs as a share of what rounding
+    to the nearest costs them; None where nothing was quantised. `detail` is the reason of a dropped one, and says what
+    is out of the ordinary in others.
     """
 
     source: str

@@ -723,7 +723,7 @@ def by_expert(routing: Routing) -> Tensor:
 
 def near_ties(router: Router, routing: Routing, dtype: torch.dtype) -> Tensor:
     """Which tokens [N] are chosen so narrowly, among experts or among groups, that rounding of scores decides."""
-    biased = routing.scores + router.e_score_correction_bias
+    biased = router.biased(routing.scores)
     slack = 8 * (ROUNDING[dtype] + ACCUMULATION[dtype])
     narrow = torch.zeros(len(biased), dtype=torch.bool)
     if router.topk_group < router.n_group:

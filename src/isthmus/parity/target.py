@@ -20,6 +20,8 @@ from isthmus.model.model import Model
 from isthmus.model.moe import Experts, Router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ANNOUNCED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""What an engine of another make computes in unless it is told otherwise: the dtype of config.json."""
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 """Unit roundoff: half the distance from 1 to the next number, relative."""
 ACCUMULATION = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-12, torch.float16: 2.0**-12}
@@ -39,20 +41,33 @@ def stream_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torc
     return bundle.stream(_adapt_to(device, dtype))
 
 
-def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0) -> Model:
+def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
     """A build on the host's CPU that is right, and as inexact as a chip may be: its dtype, and sums with noise."""
-    model = build_target(bundle, "cpu", dtype)
-    _add_noise(model, dtype, torch.Generator().manual_seed(seed))
+    return make_twin(build_target(bundle), dtype, seed, granted)
+
+
+def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
+    """Make a healthy twin of a model in fp32, in place. Its sums have `granted` times the noise of ACCUMULATION, drawn
+    anew in every pass and for every row."""
+    _adapt_to("cpu", dtype)(model)
+    _add_noise(model, dtype, torch.Generator().manual_seed(seed), granted)
     return model
 
 
-def stream_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, *, lend_experts: bool = True) -> Model:
+def stream_twin(
+    bundle: Bundle,
+    dtype: torch.dtype,
+    seed: int = 0,
+    granted: float = 1.0,
+    *,
+    lend_experts: bool = True,
+) -> Model:
     """`healthy_twin`, with a layer at a time in memory."""
     generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
 
     def adapt_and_add_noise(piece: nn.Module) -> None:
         adapt(piece)
-        _add_noise(piece, dtype, generator)
+        _add_noise(piece, dtype, generator, granted)
 
     return bundle.stream(adapt_and_add_noise, lend_experts=lend_experts)
 
@@ -70,9 +85,9 @@ def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:
     return adapt
 
 
-def _add_noise(model: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
+def _add_noise(model: nn.Module, dtype: torch.dtype, generator: torch.Generator, granted: float) -> None:
     def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
-        size = output.float().square().mean(-1, keepdim=True).sqrt()
+        size = output.float().square().mean(-1, keepdim=True).sqrt() * granted
         return output.float() + torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
 
     def add_noise(_module: nn.Module, _inputs: object, output: object) -> object:

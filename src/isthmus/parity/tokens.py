@@ -92,17 +92,6 @@ class Candidate:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One pass of a model over a batch, on the CPU: `logits` [N, V] of the completion tokens of all sequences.
-
-    `experts` [R, K], sorted in each row, are those that each layer chose for each token, padding left out.
-    """
-
-    logits: Tensor
-    experts: Tensor
-
-
 def compare_tokens(
     reference: Model,
     candidate: Model,
@@ -185,12 +174,6 @@ class _States:
         return self.model.logits(self.states[rows.start : rows.stop]).cpu()
 
 
-def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
-    """All sequences, one after the other, in one batch."""
-    found = _run_states(model, sequences)
-    return Pass(found.logits(range(len(found.states))), found.experts)
-
-
 @torch.inference_mode()
 def _run_states(model: Model, sequences: list[GoldenSequence]) -> _States:
     lengths = [len(sequence.prompt) + len(sequence.completion) for sequence in sequences]
@@ -206,17 +189,6 @@ def _run_states(model: Model, sequences: list[GoldenSequence]) -> _States:
     states = hidden.index_select(0, torch.cat(predicting).to(device))
     chosen = [routing.experts.cpu()[real.flatten()].sort(-1).values for routing in trace.routings]
     return _States(model, states, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
-
-
-def completion_log_probabilities(model: Model, sequences: list[GoldenSequence], temperature: float) -> Tensor:
-    """Log-probabilities [N], in float64, that the model gives the completion tokens at a temperature."""
-    parts = []
-    for _, batch in _batches(sequences):
-        found, taken = _run_states(model, batch), _completion_tokens(batch)[:, None]
-        for rows in _chunks(len(taken), model, POSITIONS_BYTES):
-            distribution = (found.logits(rows).double() / temperature).log_softmax(-1)
-            parts.append(distribution.gather(-1, taken[rows.start : rows.stop]).squeeze(-1))
-    return torch.cat(parts)
 
 
 def _compare_batch(

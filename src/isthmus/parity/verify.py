@@ -14,29 +14,41 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import Bundle, open_bundle
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
-from isthmus.parity.gate import at_most, check_kl, declared, finite, judge, refuses
+from isthmus.parity.engine import check_distance, check_loss
+from isthmus.parity.gate import at_most, declared, finite, judge, refuses
 from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import Loaded
 from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer
 from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, stream_target, stream_twin
-from isthmus.parity.tokens import Candidate, GoldenSequence, TokenParity, compare_several
+from isthmus.parity.tokens import Candidate, TokenParity, compare_several
+from isthmus.parity.twins import (
+    ENOUGH,
+    GRANTED,
+    TWINS,
+    compare_losses,
+    compare_with_emulator,
+    distinct,
+    lengths_of,
+    numbered,
+    of_sequences,
+)
 from isthmus.records import Check, LedgerRow, ParityVerdict
 
 SAME_EMULATOR = 5e-3
 """Relative error of a block between the emulators of two hosts: sums in another order, an int8 step here and there."""
 MOST_FAULTS = 12
-TWIN_PASSES = 4
-"""Passes of the healthy twin of a model with routers, each with other noise: where experts flip, one says little."""
-TWIN_TOKENS = 128
-"""Completion tokens, if there are as many, that a pass of the healthy twin is about."""
+DISTANCE = "distance to the emulator, target against healthy twins"
+LOSS = "distance to the trained model, target minus emulator"
 
 Tell = Callable[[str, int, int], None]
 """Hears of progress: what is done, how much of it, of how much."""
@@ -44,8 +56,9 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """The drift budget, KL in nats per token: `max_chip_kl` between emulator and target, `max_mean_kl` between the
-    trained model and the emulator. `source` says where the limits come from."""
+    """The drift budget, in nats per token: `max_chip_kl` is what the target may be further from the trained model than
+    the emulator, `max_mean_kl` the KL between the trained model and the emulator. `source` says where they come from.
+    """
 
     max_chip_kl: float = 0.01
     max_mean_kl: float = 0.02
@@ -121,8 +134,8 @@ def _ask(
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context, loaded.look)
     checks = [_check_emulator(found), *lint_model(model, bundle.architecture), *loaded.checks()]
     checks += check_modules(found, target)
-    twin = stream_twin(bundle, dtype, seed=1, lend_experts=lend_experts)
-    checks.append(_check_tokens(golden.listed.golden_sequences(), emulator, twin, model, target, limits))
+    twin = stream_twin(bundle, dtype, seed=1, granted=GRANTED, lend_experts=lend_experts)
+    checks += _check_tokens(golden, emulator, twin, model, target, limits)
     return checks, found.ledger
 
 
@@ -189,43 +202,32 @@ def _module_check(ratio: float, detail: str, target: Target, fault: Measure | No
 def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
     """Whether what capture measured of the format is within its budget."""
     limit = declared(limits.max_mean_kl, "nats/token", limits.source)
-    return check_cost(golden.listed.cost, golden.listed.format, golden.listed.origin, limit, limits.confidence)
+    return check_cost(golden.cost, golden.listed.format, golden.listed.origin, limit, limits.confidence)
 
 
 def _check_tokens(
-    sequences: list[GoldenSequence], emulator: Model, twin: Model, model: Model, target: Target, limits: Limits
-) -> Check:
-    """Whole sequences, emulator against target. What rounding costs a healthy twin is granted beside the budget."""
-    context = target.context()
-    twins = [Candidate(twin)] * (TWIN_PASSES if emulator.routers() else 1)
-    asked = Candidate(model, lambda: context)
-    some = _some_of(sequences)
-    if len(some) == len(sequences):
-        *healthy, found = compare_several(emulator, [*twins, asked], sequences, confidence=limits.confidence)
-    else:
-        healthy = compare_several(emulator, twins, some)
-        (found,) = compare_several(emulator, [asked], sequences, confidence=limits.confidence)
-    floor = max(one.mean_kl for one in healthy)
-    allowed = max(limits.max_chip_kl, LIMIT * floor) if math.isfinite(floor) else limits.max_chip_kl
-    granted, source = "", limits.source
-    if allowed > limits.max_chip_kl:
-        granted = f"; a healthy twin is at {floor:.3g}, and {LIMIT:g} times that is granted"
-        source = f"{LIMIT:g} times the KL of a healthy twin, more than the {limits.max_chip_kl:g} of {limits.source}"
-    return check_kl(
-        "mean KL, emulator to target",
-        found,
-        declared(allowed, "nats/token", source),
-        f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}",
-        f"KL(emulator || target), largest {found.max_kl:.3g}{granted}; {_flips(found)}",
-        rehearsed=target.rehearse is not None,
-        confidence=limits.confidence,
-    )
-
-
-def _some_of(sequences: list[GoldenSequence]) -> list[GoldenSequence]:
-    """As many of the sequences, evenly among them, as show how far a healthy twin is."""
-    tokens = sum(len(one.completion) for one in sequences)
-    return sequences[:: max(1, tokens // TWIN_TOKENS)]
+    golden: GoldenSet, emulator: Model, twin: Model, model: Model, target: Target, limits: Limits
+) -> list[Check]:
+    """Whole sequences: the target against the emulator, healthy twins of it, and what the trained model said."""
+    trained, rehearsed = golden.token_logprobs().trained, target.rehearse is not None
+    listed, context = golden.listed.golden_sequences(), target.context()
+    kept = distinct(listed)
+    sequences, trained = [listed[place] for place in kept], of_sequences(trained, listed, kept)
+    passes = 1 if len(kept) >= ENOUGH else TWINS
+    candidates = [*[Candidate(twin)] * passes, Candidate(model, lambda: context)]
+    *healthy, found = compare_several(emulator, candidates, sequences, confidence=limits.confidence)
+    source = f"{found.sequences} golden sequences, {found.tokens} tokens, teacher-forced on {target}"
+    wanted, said = found.logprobs
+    twins, lengths = torch.stack([one.logprobs[1] for one in healthy]), lengths_of(sequences)
+    beyond = compare_with_emulator(said, wanted, twins, lengths)
+    distance = check_distance(DISTANCE, beyond, target.dtype, source, "tokens", "target", rehearsed=rehearsed)
+    kl = f"mean KL(emulator || target) {found.mean_kl:.3g}, largest {found.max_kl:.3g}"
+    budget = declared(limits.max_chip_kl, "nats/token", limits.source)
+    loss = compare_losses(said, wanted, trained, numbered(lengths), limits.confidence)
+    return [
+        distance.model_copy(update={"detail": f"{distance.detail}; {kl}; {_flips(found)}"}),
+        check_loss(LOSS, loss, budget, source, limits.confidence, layer="tokens", rehearsed=rehearsed),
+    ]
 
 
 def _flips(found: TokenParity) -> str:

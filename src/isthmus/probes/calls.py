@@ -20,7 +20,7 @@ from isthmus.chips.rehearse.dispatch import OperatorWatch, short_name
 from isthmus.data.corpus import Document
 from isthmus.engines.local.core.runner import Trial
 from isthmus.model.model import Model
-from isthmus.recipe.architecture import DenseSection, ModelSection
+from isthmus.recipe.architecture import GroupedSection, ModelSection, Qwen3MoeSection
 from isthmus.recipe.schema import Recipe
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
@@ -75,10 +75,8 @@ def small_model(section: ModelSection) -> ModelSection:
         "num_attention_heads": min(section.num_attention_heads, 4),
         "max_position_embeddings": min(section.max_position_embeddings, 256),
     }
-    if isinstance(section, DenseSection):
-        changes["num_key_value_heads"] = 2 if section.num_key_value_heads > 1 else 1
-        changes["head_dim"] = min(section.head_size, 64)
-        return section.model_copy(update=changes)
+    if isinstance(section, GroupedSection):
+        return section.model_copy(update=changes | _small_heads(section, changes["num_hidden_layers"]))
     per_group = max(2, -(-section.num_experts_per_tok // section.topk_group), 8 // section.n_group)  # pyright: ignore
     most = {
         "moe_intermediate_size": 128,
@@ -93,6 +91,22 @@ def small_model(section: ModelSection) -> ModelSection:
     now = {name: getattr(section, name) for name in most}
     changes |= {name: min(now[name], limit) for name, limit in most.items() if now[name] is not None}
     return section.model_copy(update=changes)
+
+
+def _small_heads(section: GroupedSection, depth: int) -> dict[str, Any]:
+    """Of the layers those that are kept: the last ones, which have the windows and the experts."""
+    changes: dict[str, Any] = {
+        "num_key_value_heads": 2 if section.num_key_value_heads > 1 else 1,
+        "head_dim": min(section.head_size, 64),
+        "sliding_window": section.sliding_window and min(section.sliding_window, 8),
+        "layer_types": section.layer_types and section.layer_types[-depth:],
+    }
+    if isinstance(section, Qwen3MoeSection):
+        experts = max(8, section.num_experts_per_tok)
+        mixed = depth > 1 and len(section.sparse_layers) < section.num_hidden_layers
+        changes |= {"moe_intermediate_size": min(section.moe_intermediate_size, 128), "num_experts": experts}
+        changes |= {"mlp_only_layers": [0] if mixed else [], "decoder_sparse_step": 1}
+    return changes
 
 
 def _documents(vocabulary: int) -> list[Document]:

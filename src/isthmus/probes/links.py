@@ -33,7 +33,7 @@ from isthmus.probes.findings import finding, without_ranks
 from isthmus.probes.portable.collectives import SMALL_MESSAGE, bus_factor, reference, tournament, within
 from isthmus.probes.portable.training import quantile
 from isthmus.probes.shapes import Shape, capped, compute_dtype, exchange_numel, shapes_of
-from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.architecture import MixtureSection
 from isthmus.records import Evidence, Limit
 from isthmus.run import Figure
 from isthmus.verdict import PAIR_OF_RANKS
@@ -375,7 +375,7 @@ def look_at_exchange(crew: Crew, setting: Setting) -> list[Evidence]:
 def group_sizes(setting: Setting, world: int) -> list[int]:
     """2, 4, 8 ... as far as they divide the ranks, and all ranks. A dense model exchanges nothing: all ranks only."""
     powers = [2**power for power in range(1, world.bit_length()) if world % 2**power == 0]
-    return sorted({*powers, world}) if isinstance(setting.recipe.model, DeepseekSection) else [world]
+    return sorted({*powers, world}) if isinstance(setting.recipe.model, MixtureSection) else [world]
 
 
 def exchange_shape(setting: Setting, world: int, ranks: int) -> Shape:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from isthmus.model.model import Model
-from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.architecture import MixtureSection
 from isthmus.recipe.schema import Recipe
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -97,7 +97,7 @@ def tokens_per_rank(recipe: Recipe, world: int) -> int:
 
 def exchange_numel(recipe: Recipe, world: int) -> int:
     """Elements that a rank sends in the exchange of one layer's tokens: tokens x experts per token x hidden size."""
-    experts = recipe.model.num_experts_per_tok if isinstance(recipe.model, DeepseekSection) else 1
+    experts = recipe.model.num_experts_per_tok if isinstance(recipe.model, MixtureSection) else 1
     return tokens_per_rank(recipe, world) * experts * recipe.model.hidden_size
 
 

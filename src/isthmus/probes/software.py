@@ -16,7 +16,7 @@ from isthmus.probes.calls import Call, edge_calls, recipe_calls
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.findings import finding
 from isthmus.probes.trusted import trusted_errors
-from isthmus.recipe.architecture import DenseSection
+from isthmus.recipe.architecture import GroupedSection
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Use
 
@@ -276,7 +276,7 @@ def longest_sum(recipe: Recipe) -> int:
     """The longest contraction of the recipe's model, at least 4096."""
     model = recipe.model
     widths = [model.hidden_size, model.intermediate_size, 4096]
-    heads = model.head_size if isinstance(model, DenseSection) else model.v_head_dim  # pyright: ignore
+    heads = model.head_size if isinstance(model, GroupedSection) else model.v_head_dim  # pyright: ignore
     return min(LONGEST_SUM, max(*widths, model.num_attention_heads * heads))
 
 

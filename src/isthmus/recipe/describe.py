@@ -63,7 +63,8 @@ Options = Mapping[str, Mapping[str, type[Section]]]
 
 def tables(options: Options) -> list[Table]:
     """Every table, a table before those within it; the first one has the keys that are in no section."""
-    return list(_tables(Recipe, "", "", options))
+    found = _tables(Recipe, "", "", options)
+    return list({(table.path, table.when): table for table in found}.values())
 
 
 def _tables(section: type[Section], path: str, when: str, options: Options) -> Iterator[Table]:
@@ -84,14 +85,15 @@ def _within(fields: Mapping[str, FieldInfo], path: str, when: str, options: Opti
 
 
 def _union(members: list[type[Section]], path: str, options: Options) -> Iterator[Table]:
-    """What all members have, then what each has of its own or otherwise; a `model_type` tells them apart."""
+    """What all members have, then what each has of its own or otherwise; `model_type` or `type` tells them apart."""
     base = next(one for one in members[0].__mro__ if all(issubclass(member, one) for member in members))
     assert issubclass(base, Section)
     shared = {name: str(field) for name, field in base.model_fields.items()}
     own = [{n: f for n, f in one.model_fields.items() if shared.get(n) != str(f)} for one in members]
     yield _table(base, path, "", {n: f for n, f in base.model_fields.items() if not all(n in one for one in own)})
+    tag = next(name for name in ("model_type", "type") if name in base.model_fields)
     for section, fields in zip(members, own, strict=True):
-        when = f"model_type = {_type(section.model_fields['model_type'].annotation)}"
+        when = f"{tag} = {_type(section.model_fields[tag].annotation)}"
         yield _table(section, path, when, fields)
         yield from _within(fields, path, when, options)
 
@@ -130,7 +132,8 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(map(json.dumps, arguments))
     if origin is list:
-        return f"list of {_type(arguments[0])}s"
+        named = typing.get_origin(arguments[0]) is Literal
+        return f"list of {_type(arguments[0])}{'' if named else 's'}"
     if origin is tuple:
         return f"{len(arguments)} {_type(arguments[0])}s"
     return _type(arguments[0]) if arguments else _TYPES[annotation]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.architecture import Architecture, DeepseekSection, ModelSection
+from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe.section import (
     Count,
     Nats,
@@ -190,6 +190,10 @@ class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
+    export: Literal["bf16", "bf16-stochastic", "fp32"] = key(
+        "bf16",
+        "of the plain bundle: rounded to the nearest; at random, which keeps small updates on average; or fp32 masters",
+    )
     balance: bool = key(False, "move the range of outlier channels into the weights before int8")
     rounding: Literal["nearest", "gptq"] = key(
         "nearest", "of int8 weights; gptq makes up for an error in the weights that follow"
@@ -204,7 +208,7 @@ class HandoffSection(Section):
     heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
     max_mean_kl: Nats = key(0.02, "limit on the mean KL of the format, and of the target, against the fp32 reference")
     max_chip_kl: Nats = key(
-        0.01, "limit on the mean KL of the target against the exact emulator; 3 times a healthy twin's, if that is more"
+        0.01, "what target and engine may be further from the trained model than the exact emulator of the format is"
     )
     min_top1_agreement: Share = key(0.95, "share of tokens with the reference's first choice")
     max_accuracy_drop: Share = key(0.05, "non-inferiority margin on the held-out task", gt=0)
@@ -332,7 +336,7 @@ def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str 
             f"training on {ranks} rank{'s' * (ranks > 1)} with train.replicate = {train.replicate} and train.expert = "
             f"{train.expert}: their product must divide the number of ranks, as it does {fitting}"
         )
-    if not isinstance(model, DeepseekSection):
+    if not isinstance(model, MixtureSection):
         return f"train.expert = {train.expert}, but a dense model has no experts" if train.expert > 1 else None
     if model.n_routed_experts % train.expert:
         return f"train.expert = {train.expert} does not divide the {model.n_routed_experts} routed experts"

@@ -21,7 +21,6 @@ from pydantic import BaseModel
 
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.recipe.architecture import DeepseekSection
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord, costliest
 from isthmus.report_page import charts, numbers, pools, timing
 from isthmus.report_page.charts import Mark, Series
@@ -447,8 +446,8 @@ def _stage_of(estimate_key: str) -> str:
 
 def _layer_name(dossier: Dossier, index: int) -> str:
     model = dossier.run.recipe.model
-    layer = index + (model.first_k_dense_replace if isinstance(model, DeepseekSection) else 0)
-    return f"Layer {layer}" if layer < model.num_hidden_layers else "MTP layer"
+    sparse = model.sparse_layers
+    return f"Layer {sparse[index]}" if index < len(sparse) else "MTP layer"
 
 
 def _page_file(name: str) -> str:

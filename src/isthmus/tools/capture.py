@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.files.bundle import CONFIG, CONVERSION, Bundle, open_bundle
+from isthmus.formats.files.basis import read_conversion
+from isthmus.formats.files.bundle import CONFIG, open_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
@@ -32,13 +31,18 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
     """
     with open_bundle(folder) as bundle, source_weights(source, bundle.architecture) as weights:
         watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
-        entries, checks = check_coverage(weights, folder, compensated=compensated_modules(bundle))
+        made = read_conversion(folder)
+        entries, checks = check_coverage(weights, folder, balance=made.balance.apply, compensated=made.inputs)
         require(checks, folder)
         chosen, origin = _golden_prompts(folder, bundle.architecture, prompts, synthetic)
         options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
         with watch.count("capture", len(bundle.tensors)) as counter:
             listed = capture(
-                folder, weights, chosen, options, lambda done, total: counter.advance_to(done * counter.total // total)
+                folder,
+                made.balance.state(weights),
+                chosen,
+                options,
+                lambda done, total: counter.advance_to(done * counter.total // total),
             )
     write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
@@ -65,23 +69,6 @@ def _golden_prompts(
         f"say what the model is to be asked: --prompts FILE.jsonl, where a line is {FORM}; or --synthetic for "
         "random tokens. Who has the bundle can read its golden prompts"
     )
-
-
-def compensated_modules(bundle: Bundle) -> list[str]:
-    """The modules whose rounding makes up for errors of others, by the bundle's own account of its conversion.
-
-    Raises IsthmusError for balanced weights: what balancing made of each tensor is not in the bundle.
-    """
-    path = bundle.folder / CONVERSION
-    told = json.loads(path.read_bytes()) if path.is_file() else {}
-    if told.get("balance_alpha") is not None:
-        raise IsthmusError(
-            f"{bundle.folder} was balanced, and its weights cannot be compared with their source any more. Convert it "
-            "without --balance, or let `isthmus handoff`, with balance = true, convert and check at once"
-        )
-    if told.get("rounding") != "gptq":
-        return []
-    return [name.removesuffix(".weight") for name, tensor in bundle.tensors.items() if tensor.dtype == torch.int8]
 
 
 @contextmanager

@@ -13,24 +13,28 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
+from isthmus.chips import read_by, servers
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats import Format, fp8, get_format, mxfp8
-from isthmus.formats.calibration.balance import ALPHA, balance
+from isthmus.formats import Format, check_format_name, fp8, get_format, mxfp8
+from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
+from isthmus.formats.calibration.mixture import Mixture, choose_mixture
 from isthmus.formats.calibration.ranges import Calibration
-from isthmus.formats.calibration.rounding import round_with_calibration
+from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
+from isthmus.formats.modelslim import DYNAMIC, FLOAT, WEIGHTS_ONLY, ModelSlim
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
 from isthmus.formats.parts.pieces import streamed
@@ -50,14 +54,18 @@ COPIED = (
     "merges.txt",
     "tokenizer.model",
 )
-MOST_THREADS = 4
+MOST_THREADS, MOST_SHOWN = 4, 24
+MIXTURES = {"modelslim_dynamic": (DYNAMIC, FLOAT), "modelslim_mixed": (DYNAMIC, WEIGHTS_ONLY, FLOAT)}
+"""The formats in which modules may have different types, and which."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `isthmus convert` can be told."""
+    """What `isthmus convert` can be told. Without a `format_name` it is the best that `server` reads."""
 
-    format_name: str
+    format_name: str | None = None
+    server: str | None = None
+    budget: float | None = None
     calibrate: Path | None = None
     calibrate_tokens: int | None = None
     balance: bool = False
@@ -65,6 +73,12 @@ class Options:
     requantise: bool = False
     shard_gb: float = 5.0
     threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The format, which was chosen."""
+        assert self.format_name is not None, "the format is chosen before anything is done with it"
+        return self.format_name
 
 
 @dataclass(frozen=True)
@@ -99,10 +113,19 @@ class SourceFiles:
 
 
 def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
+    """Write the bundle `out`, and say what comes next. Raises IsthmusError as `convert` does."""
+    convert(source, out, options, watch)
+    watch.say("  It is [bold]not sealed[/]: nothing has compared it yet.")
+    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
+    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+
+
+def convert(source: Path, out: Path, options: Options, watch: Watch) -> None:
     """Write the bundle `out`. Raises IsthmusError, saying what to write instead, where an option does not fit."""
-    chosen = get_format(options.format_name)
     _check_folders(source, out)
     architecture = _architecture(source)
+    options = replace(options, format_name=_format_name(options, architecture, source))
+    chosen = get_format(options.name)
     _check_options(options, chosen, architecture)
     _check_scale_rule(source, chosen)
     if (source / CHECKSUMS).is_file():
@@ -120,15 +143,43 @@ def execute(source: Path, out: Path, options: Options, watch: Watch) -> None:
             "rounding": options.rounding,
             "requantised": options.requantise,
             "balance_alpha": ALPHA if options.balance else None,
+            "budget": options.budget,
             "calibration_tokens": None,
             "calibration_unseen": [],
         }
-        state, calibration = _prepare(checkpoint, options, conversion, watch)
-        files = SourceFiles(source, conversion)
-        _write(out, options, checkpoint, state, calibration, files, watch)
-    watch.say(f"  wrote {escape(str(out))} in {chosen.name}. It is [bold]not sealed[/]: nothing has compared it yet.")
-    watch.say(f"  next: isthmus capture {escape(str(out))} --source {escape(str(source))} --prompts FILE.jsonl")
-    watch.say(f"  then, on the machine that is to serve it: isthmus verify {escape(str(out))}")
+        prepared = _prepare(checkpoint, options, conversion, watch)
+        if options.budget is not None:
+            chosen = _mix(chosen, prepared, options, architecture, conversion, watch)
+        _write(out, chosen, options, checkpoint, prepared, SourceFiles(source, conversion), watch)
+    watch.say(f"  wrote {escape(str(out))} in {chosen.name}")
+
+
+def _format_name(options: Options, architecture: ModelSection, source: Path) -> str:
+    """The format that was asked for, or the best that the server reads. fp8 stays fp8 where it is read."""
+    if options.server is None:
+        if options.format_name is None:
+            raise IsthmusError("say what to store, --format NAME, or who is to read it, --for SERVER")
+        check_format_name(options.format_name)
+        return options.format_name
+    models = "moe" if any(".experts." in name for name in get_format("fp32").layout(architecture)) else "dense"
+    readable = [reading.format for reading in read_by(options.server, models)]
+    if not readable:
+        raise IsthmusError(f"{options.server} is not known; known: {', '.join(servers())}")
+    if options.format_name is not None:
+        check_format_name(options.format_name)
+        if options.format_name not in readable:
+            raise IsthmusError(
+                f"{options.server} does not read {options.format_name} of a {architecture.model_type} model; it reads "
+                f"{', '.join(readable)}. Leave --format out for the first of these"
+            )
+        return options.format_name
+    if options.budget is not None:
+        mixable = [name for name in readable if name in MIXTURES]
+        if not mixable:
+            raise IsthmusError(f"--budget makes {' or '.join(MIXTURES)}, which {options.server} does not read")
+        return max(mixable, key=lambda name: len(MIXTURES[name]))
+    in_fp8 = (_read_json(source / CONFIG).get("quantization_config") or {}).get("quant_method") == "fp8"
+    return "fp8" if in_fp8 and "fp8" in readable else readable[0]
 
 
 def _check_scale_rule(source: Path, chosen: Format) -> None:
@@ -164,6 +215,8 @@ def _check_options(options: Options, chosen: Format, architecture: ModelSection)
     types = {dtype for dtype, _ in chosen.layout(architecture).values()}
     if options.balance and all(dtype in (torch.float32, torch.bfloat16) for dtype in types):
         raise IsthmusError(f"--balance is for quantised formats; {chosen.name} stores floats and gains nothing")
+    if options.budget is not None and chosen.name not in MIXTURES:
+        raise IsthmusError(f"--budget makes mixtures, which {chosen.name} is none of: use {' or '.join(MIXTURES)}")
     if options.rounding == "gptq" and torch.int8 not in types:
         raise IsthmusError(f"--rounding gptq is for int8 weights, which {chosen.name} does not store")
     needed = _calibrated(options, chosen)
@@ -182,12 +235,14 @@ def _calibrated(options: Options, chosen: Format) -> str:
     """What needs the calibration; empty if nothing does."""
     if chosen.needs_calibration:
         return f"the format {chosen.name}"
-    return "--balance" if options.balance else "--rounding gptq" if options.rounding == "gptq" else ""
+    if options.balance or options.rounding == "gptq":
+        return "--balance" if options.balance else "--rounding gptq"
+    return "--budget" if options.budget is not None else ""
 
 
 def _check_blocks(checkpoint: Checkpoint, options: Options) -> None:
     """Refuse what would round fp8 weights a second time into MXFP8 without having been asked to."""
-    wanted = options.format_name == "mxfp8" and checkpoint.block is not None
+    wanted = options.name == "mxfp8" and checkpoint.block is not None
     if options.requantise and not wanted:
         raise IsthmusError("--requantise is for fp8 checkpoints that become mxfp8; leave it out")
     if not wanted or options.requantise:
@@ -206,9 +261,9 @@ def _carry_blocks(stored: dict[str, Tensor], checkpoint: Checkpoint, options: Op
         blocks = checkpoint.blocks(name) if tensor.dtype == E4M3 else None
         if blocks is None:
             continue
-        if options.format_name == "mxfp8":
+        if options.name == "mxfp8":
             stored[name], stored[f"{name}_scale"] = mxfp8.from_fp8_blocks(name, *blocks, requantise=options.requantise)
-        elif options.format_name == "fp8":
+        elif options.name == "fp8":
             stored[name], stored[f"{name}{SCALE}"] = blocks[0], blocks[1].float()
 
 
@@ -219,22 +274,33 @@ def _merged(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: into for name, into in {**scales, **checkpoint.copies()}.items() if name not in checkpoint.dropped}
 
 
-def _prepare(
-    checkpoint: Checkpoint, options: Options, conversion: dict[str, Any], watch: Watch
-) -> tuple[Mapping[str, Tensor], Calibration | None]:
-    """The state to export, balanced if that is wanted, and the calibration of what is exported."""
-    state: Mapping[str, Tensor] = checkpoint.state()
+@dataclass(frozen=True)
+class Prepared:
+    """The state to export, balanced if that is wanted, what was seen of its inputs, and what is made of it."""
+
+    state: Mapping[str, Tensor]
+    calibration: Calibration | None = None
+    made: Conversion = field(default_factory=Conversion)
+    rows: list[list[int]] = field(default_factory=list)
+
+    def refine(self, stored: dict[str, Tensor]) -> None:
+        """Round what is stored of a weight anew, if there are the moments for it."""
+        if self.calibration is not None and self.calibration.gram:
+            self.made.round(stored, self.state, self.calibration)
+
+
+def _prepare(checkpoint: Checkpoint, options: Options, conversion: dict[str, Any], watch: Watch) -> Prepared:
+    state = checkpoint.state()
     if options.calibrate is None:
-        return state, None
+        return Prepared(state)
     architecture = checkpoint.architecture
     prompts = PromptFile(options.calibrate, checkpoint.stored.folder, architecture.vocab_size)
     sequences = prompts.sequences(options.calibrate_tokens)
     rows = [sequence[: architecture.max_position_embeddings] for sequence in sequences]
+    if _calibrated(options, get_format(options.name)) == "--budget":
+        conversion["calibration_tokens"] = sum(map(len, rows))
+        return Prepared(state, rows=rows)
     calibration = _calibrate(state, checkpoint, rows, options, watch)
-    if options.balance:
-        whole = {name: tensor.float() for name, tensor in state.items()}
-        state = balance(whole, architecture, calibration)
-        calibration = _calibrate(state, checkpoint, rows, options, watch)
     conversion["calibration_tokens"] = calibration.tokens
     conversion["calibration_unseen"] = list(calibration.unseen)
     if calibration.unseen:
@@ -242,7 +308,61 @@ def _prepare(
             f"  {len(calibration.unseen)} modules of experts saw no token: their ranges are those of all experts of "
             "their layer. More calibration text would reach them"
         )
-    return state, calibration
+    if not options.balance:
+        return Prepared(state, calibration, rows=rows)
+    balance = find_balance(state, architecture, calibration)
+    return Prepared(balance.state(state), balance.calibration(calibration), Conversion(balance), rows)
+
+
+def _mix(
+    chosen: Format,
+    prepared: Prepared,
+    options: Options,
+    architecture: ModelSection,
+    conversion: dict[str, Any],
+    watch: Watch,
+) -> Format:
+    """The format with the types that keep to the budget; says what each module costs."""
+    assert isinstance(chosen, ModelSlim) and options.budget is not None, "other formats are refused before"
+    kinds = MIXTURES[chosen.name]
+    with watch.count("measuring", 1) as counter:
+        found = choose_mixture(
+            prepared.state, architecture, chosen, kinds, prepared.rows, options.budget, prepared.refine, counter.tell
+        )
+    watch.console.print(_price_table(found))
+    share = found.work / found.work_of_float
+    watch.say(
+        f"  KL {found.kl:.4g} nats/token to the trained model on {found.tokens:,} tokens that calibrated it, of "
+        f"{options.budget:g}; {share:.0%} of the work of bf16, in bits of weights and inputs"
+    )
+    conversion["mixture"] = {
+        "kl": found.kl,
+        "tokens": found.tokens,
+        "work_of_bf16": share,
+        "modules": [
+            {"module": one.unit.path, "type": kind, "kl_alone": one.kl, "weights": one.unit.size}
+            for one, kind in zip(found.priced, found.kinds, strict=True)
+        ],
+    }
+    mixed = get_format("modelslim_mixed" if WEIGHTS_ONLY in found.kinds else "modelslim_dynamic")
+    assert isinstance(mixed, ModelSlim)
+    conversion["format"] = mixed.name
+    return mixed.with_types(found.types)
+
+
+def _price_table(found: Mixture) -> Table:
+    """What each module costs alone, the most costly first."""
+    measured = [kind for kind in dict.fromkeys(k for one in found.priced for k in one.unit.kinds) if kind != FLOAT]
+    table = Table(title="what modules cost alone, nats per token", title_justify="left")
+    for column in ("module", *measured, "stored as"):
+        table.add_column(column, justify="left" if column in ("module", "stored as") else "right")
+    pairs = sorted(zip(found.priced, found.kinds, strict=True), key=lambda pair: -pair[0].kl[measured[0]])
+    for one, kind in pairs[:MOST_SHOWN]:
+        costs = [f"{one.kl[k]:.2g}" if k in one.kl else "" for k in measured]
+        table.add_row(one.unit.path, *costs, "bf16" if kind == FLOAT else kind)
+    if len(pairs) > MOST_SHOWN:
+        table.caption = f"and {len(pairs) - MOST_SHOWN} more, in {CONVERSION}"
+    return table
 
 
 def _calibrate(
@@ -255,14 +375,15 @@ def _calibrate(
 
 def _write(
     out: Path,
+    chosen: Format,
     options: Options,
     checkpoint: Checkpoint,
-    state: Mapping[str, Tensor],
-    calibration: Calibration | None,
+    prepared: Prepared,
     files: SourceFiles,
     watch: Watch,
 ) -> None:
     began = time.monotonic()
+    state, calibration = prepared.state, prepared.calibration
     finished = _running_sizes(checkpoint.stored, state)
     with watch.count("converting", len(state)) as counter, _one_thread_each():
 
@@ -271,14 +392,13 @@ def _write(
             counter.advance_to(done, f"{rate / 1e6:,.0f} MB/s")
 
         def refine(stored: dict[str, Tensor]) -> None:
-            if options.rounding == "gptq" and calibration is not None:
-                round_with_calibration(stored, state, calibration)
+            prepared.refine(stored)
             if checkpoint.block == (fp8.BLOCK, fp8.BLOCK) and not options.balance:
                 _carry_blocks(stored, checkpoint, options)
 
         write_bundle(
             out,
-            options.format_name,
+            chosen,
             state,
             checkpoint.architecture,
             files,
@@ -287,6 +407,7 @@ def _write(
             refine,
             options.threads or min(MOST_THREADS, os.cpu_count() or 1),
             advance,
+            prepared.made.files,
         )
     seconds = time.monotonic() - began
     size = finished[-1] if finished else 0

@@ -24,16 +24,19 @@ from isthmus.chips.wheel import Software, software_of
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.probes.static.check import (
     BASIS_NAMES,
+    HeldRule,
     NeedFound,
     OperatorShare,
     StaticCoverage,
+    held_rules,
     need_answer,
     needs_of,
     percent,
     rule_text,
-    sizes_of,
+    sites_of,
     static_coverage,
 )
+from isthmus.probes.static.sites import Site
 from isthmus.probes.static.trace import Layout
 from isthmus.progress import Watch
 from isthmus.recipe.read import apply_override, load_recipe, parse_recipe, preset_names
@@ -51,10 +54,8 @@ USES: tuple[Use, ...] = ("training", "serving")
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """What `isthmus coverage` found. `rules` are the documented shape rules that were looked at: whether each holds.
-
-    `sizes` are those of the model and its layout that the rules speak of. `software` is what a wheel or an installation
-    added to the chip's tables.
+    """What `isthmus coverage` found. `rules` are the documented shape rules that are about an operation of the model:
+    which, and whether it keeps to the rule. `software` is what a wheel or an installation added to the chip's tables.
     """
 
     model: str
@@ -62,8 +63,7 @@ class CoverageReport:
     ranks: int
     uses: list[StaticCoverage]
     needs: list[NeedFound]
-    rules: list[tuple[ShapeRule, bool]]
-    sizes: dict[str, float]
+    rules: list[HeldRule]
     software: Software
 
     @property
@@ -130,18 +130,27 @@ def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> Cover
     """The report on a recipe's model with so many training processes."""
     profile = software.profile
     layout = Layout.of(recipe.model, recipe.train, ranks)
-    sizes = sizes_of(recipe, layout)
-    checked = [(rule, rule.holds(sizes)) for rule in fused_tables_of(chip.slug).rules]
+    uses = static_coverage(recipe, chip, profile, layout)
+    sites = {use: sites_of(uses, use) for use in USES}
+    held = [one for use in USES for one in held_rules(fused_tables_of(chip.slug).rules, sites[use], use)]
     return CoverageReport(
         model=recipe.name,
         chip=chip,
         ranks=ranks,
-        uses=static_coverage(recipe, chip, profile, layout),
-        needs=[need for use in USES for need in needs_of(recipe, layout, chip, profile, use)],
-        rules=[(rule, holds) for rule, holds in checked if holds is not None],
-        sizes=sizes,
+        uses=uses,
+        needs=[need for use in USES for need in needs_of(sites[use], chip, profile, use)],
+        rules=_once_each(held),
         software=software,
     )
+
+
+def _once_each(held: list[HeldRule]) -> list[HeldRule]:
+    """Of a rule on both uses, what breaks it, if anything does."""
+    found: dict[ShapeRule, HeldRule] = {}
+    for one in held:
+        if one.rule not in found or not one.holds:
+            found[one.rule] = one
+    return list(found.values())
 
 
 def recipe_of(target: str, chip: str, ranks: int | None, overrides: tuple[str, ...]) -> Recipe:
@@ -298,22 +307,24 @@ def _rules(report: CoverageReport) -> list[RenderableType]:
     """The documented rules on shapes that the model does not keep, each operator's together."""
     if not report.rules:
         return []
-    broken: dict[tuple[str, str], list[ShapeRule]] = {}
-    for rule, holds in report.rules:
-        if not holds:
-            broken.setdefault((rule.operator, rule.source), []).append(rule)
+    broken: dict[tuple[str, Site, str], list[HeldRule]] = {}
+    for held in report.rules:
+        if not held.holds:
+            broken.setdefault((held.rule.operator, held.site, held.rule.source), []).append(held)
     count = len(report.rules)
     kept = count - sum(map(len, broken.values()))
     heading = f"documented rules on shapes: {kept} of {count} are kept" + (", not these" if broken else "")
     parts: list[RenderableType] = [Text(heading)]
-    for (operator, source), rules in broken.items():
-        wants = "; ".join(_wanted(rule, report.sizes[rule.quantity]) for rule in rules)
-        parts += [_indented(f"{operator} wants {wants}"), _indented(source, style="dim")]
+    for (operator, site, source), rules in broken.items():
+        wants = "; ".join(map(_wanted, rules))
+        parts += [_indented(f"{operator} wants {wants}")]
+        parts += [_indented(f"of {site}", style="dim"), _indented(source, style="dim")]
     return [*parts, Text()]
 
 
-def _wanted(rule: ShapeRule, here: float) -> str:
-    return f"{rule_text(rule)} (here {here:g})" + (f", {rule.note}" if rule.note else "")
+def _wanted(held: HeldRule) -> str:
+    note = held.rule.note
+    return f"{rule_text(held.rule)} (here {held.here:g})" + (f", {note}" if note else "")
 
 
 def _indented(text: str, style: str = "") -> RenderableType:
@@ -341,8 +352,13 @@ def as_dictionary(report: CoverageReport) -> dict[str, Any]:
         "uses": [_use(found) for found in report.uses],
         "needs": [dataclasses.asdict(need) for need in report.needs],
         "rules": [
-            {**dataclasses.asdict(rule), "here": report.sizes[rule.quantity], "holds": holds}
-            for rule, holds in report.rules
+            {
+                **dataclasses.asdict(one.rule),
+                "about": {"kind": one.site.kind, **dict(one.site.sizes)},
+                "here": one.here,
+                "holds": one.holds,
+            }
+            for one in report.rules
         ],
         "software": {
             "version": report.software.profile.version,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe.architecture import DeepseekSection, DenseSection
+from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import TrainSection, layout_problem
 
 PATIENCE = timedelta(hours=2)
@@ -127,7 +127,7 @@ def make_meshes(ranks: Ranks, section: TrainSection) -> Meshes:
     return Meshes(dense, sparse["replicate", "shard"], sparse["expert"])
 
 
-def check_layout(architecture: DeepseekSection | DenseSection, section: TrainSection, world: int) -> None:
+def check_layout(architecture: ModelSection, section: TrainSection, world: int) -> None:
     """Raise IsthmusError unless `world` ranks divide as [train] says."""
     if problem := layout_problem(architecture, section, world):
         raise IsthmusError(problem)

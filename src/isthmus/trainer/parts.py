@@ -105,7 +105,8 @@ def initialise(model: Model, seed: int) -> None:
     for name, value in model.initial_values(seed, receive.wants):
         receive(name, value)
     for router in model.routers():
-        router.e_score_correction_bias.zero_()
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.zero_()
 
 
 def load_published(model: Model, folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace, sequence_balance_sums
-from isthmus.recipe.architecture import DeepseekSection
+from isthmus.recipe.architecture import MixtureSection
 from isthmus.recipe.schema import TextSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.mesh import Ranks, alone
@@ -146,7 +146,7 @@ def _summed_cross_entropy(head: Callable[[Tensor], Tensor], vocabulary: int, sta
 
 def _step_losses(model: Model, sums: Tensor, counts: Tensor) -> StepLosses:
     a = model.architecture
-    loads = sums[3:].view(-1, a.n_routed_experts) if isinstance(a, DeepseekSection) else ()
+    loads = sums[3:].view(-1, a.n_routed_experts) if isinstance(a, MixtureSection) else ()
     loss, mtp_loss, balance = (sums[:3] / counts[:3]).tolist()
     return StepLosses(loss, mtp_loss, balance, list(loads), int(counts[3]))
 
@@ -155,10 +155,11 @@ def _step_losses(model: Model, sums: Tensor, counts: Tensor) -> StepLosses:
 def update_router_bias(routers: list[Router], loads: list[Tensor], speed: float) -> None:
     """Auxiliary-loss-free balancing (arXiv 2408.15664): b += speed * sign(mean load - load), once per step.
 
-    The last router has no load where multi-token prediction is not trained.
+    The last router has no load where multi-token prediction is not trained. Qwen3's routers have no bias, and stay.
     """
     for router, load in zip(routers, loads, strict=False):
-        router.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=speed)
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=speed)
 
 
 def target_logprobs(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:

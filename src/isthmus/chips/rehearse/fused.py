@@ -29,13 +29,15 @@ ONE_OF = "one_of"
 class FusedOperator:
     """An operator that does for a need of a model what else takes many. `use`: training, serving or both.
 
-    `backward` says whether the vendor's software registers a gradient for it; None where it needs none.
-    `documented_for` is the use that the vendor's documentation names, or empty.
+    `sites` are the kinds of operation whose place it can take (probes/static/sites.py). `backward` says whether the
+    vendor's software registers a gradient for it; None where it needs none. `documented_for` is the use that the
+    vendor's documentation names, or empty.
     """
 
     need: str
     use: str
     operator: str
+    sites: tuple[str, ...]
     backward: bool | None
     documented_for: str
     standing: str
@@ -52,14 +54,17 @@ class FusedOperator:
 
 @dataclass(frozen=True)
 class ShapeRule:
-    """A documented rule on a size: `quantity` of the model or its layout against `rule`.
+    """A documented rule on a size: `quantity` of an operation of a model against `rule`.
 
-    A rule is a comparison and what it compares with, a number or another quantity: `<= 768`, `multiple_of n_group`,
-    `one_of 1 2 4`.
+    It is about operations of the kinds `sites`, and of these about those that keep to the condition `where`, if there
+    is one. A rule is a comparison and what it compares with, a number or another quantity of the same operation:
+    `<= 768`, `multiple_of groups`, `one_of 1 2 4`. A condition is a quantity and a rule: `latent_dim == 512`.
     """
 
     operator: str
     use: str
+    sites: tuple[str, ...]
+    where: str
     argument: str
     quantity: str
     rule: str
@@ -67,16 +72,25 @@ class ShapeRule:
     standing: str
     source: str
 
+    def is_about(self, kind: str, use: str) -> bool:
+        """Whether it speaks of operations of this kind in this use."""
+        return kind in self.sites and self.use in (use, "both")
+
     def holds(self, sizes: Mapping[str, float]) -> bool | None:
-        """Whether the sizes keep to it; None if they lack one that it speaks of."""
-        comparison, _, rest = self.rule.partition(" ")
-        if self.quantity not in sizes:
-            return None
-        value = sizes[self.quantity]
-        if comparison == ONE_OF:
-            return value in [float(word) for word in rest.split()]
-        other = sizes.get(rest) if rest[0].isalpha() else float(rest)
-        return None if other is None else COMPARISONS[comparison](value, other)
+        """Whether an operation with these sizes keeps to it; None if it is not about such an operation."""
+        if self.where:
+            quantity, _, condition = self.where.partition(" ")
+            if not compare(sizes[quantity], condition, sizes):
+                return None
+        return compare(sizes[self.quantity], self.rule, sizes)
+
+
+def compare(value: float, rule: str, sizes: Mapping[str, float]) -> bool:
+    """Whether a size keeps to a rule, which may name another of `sizes`."""
+    comparison, _, rest = rule.partition(" ")
+    if comparison == ONE_OF:
+        return value in [float(word) for word in rest.split()]
+    return COMPARISONS[comparison](value, sizes[rest] if rest[0].isalpha() else float(rest))
 
 
 @dataclass(frozen=True)
@@ -116,13 +130,15 @@ def _load(family: str, generation: str | None) -> FusedTables:
 def _operator(row: dict[str, str]) -> FusedOperator:
     backward = {"yes": True, "no": False, "not needed": None}[row["trainable"]]
     rest = {name: row[name] for name in ("need", "use", "operator", "documented_for", "standing", "source")}
-    return FusedOperator(backward=backward, **rest)
+    return FusedOperator(backward=backward, sites=tuple(row["sites"].split("|")), **rest)
 
 
 def _rule(row: dict[str, str]) -> ShapeRule:
-    comparison, _, rest = row["rule"].partition(" ")
-    assert rest and (comparison in COMPARISONS or comparison == ONE_OF), f"shape_rules.csv: {row['rule']!r}"
-    return ShapeRule(**{name: value for name, value in row.items() if name != "generations"})
+    for rule in filter(None, (row["rule"], row["where"].partition(" ")[2])):
+        comparison, _, rest = rule.partition(" ")
+        assert rest and (comparison in COMPARISONS or comparison == ONE_OF), f"shape_rules.csv: {rule!r}"
+    rest = {name: value for name, value in row.items() if name not in ("generations", "sites")}
+    return ShapeRule(sites=tuple(row["sites"].split("|")), **rest)
 
 
 def _holds(row: dict[str, str], generation: str | None) -> bool:

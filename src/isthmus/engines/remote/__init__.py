@@ -89,6 +89,11 @@ class HttpEngine:
         return f"{self._server.name} {self._server.release or 'of unknown version'}"
 
     @property
+    def arithmetic(self) -> str | None:
+        """The dtype in which the server computes, where that is known."""
+        return self._server.arithmetic
+
+    @property
     def version(self) -> int:
         """Version of the weights in use, as far as is known here."""
         return self._server.weights.version

@@ -32,10 +32,12 @@ class Weights:
 
 
 class Dialect(Protocol):
-    """How one kind of server is spoken to. `release` is its own version, where it tells it."""
+    """How one kind of server is spoken to. `release` is its own version, where it tells it, and `arithmetic` the dtype
+    in which it computes, where that is known."""
 
     name: str
     release: str | None
+    arithmetic: str | None
     weights: Weights
 
     @property
@@ -60,6 +62,7 @@ class WholeWeights:
     """What a dialect inherits whose server takes weights only as a whole."""
 
     name: str
+    arithmetic: str | None = None
     takes_deltas = False
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:

@@ -21,6 +21,7 @@ class Isthmus:
     """Reports by construction the log-probabilities of the distribution that it samples."""
 
     name = "isthmus"
+    arithmetic: str | None = "fp32"
     takes_deltas = True
     release: str | None = None
 

@@ -78,7 +78,7 @@ class Bundle:
 
 def write_bundle(
     folder: Path,
-    format_name: str,
+    chosen: Format | str,
     state: Mapping[str, Tensor],
     architecture: ModelSection,
     tokenizer: TokenizerFiles,
@@ -87,18 +87,20 @@ def write_bundle(
     refine: Callable[[dict[str, Tensor]], None] = lambda _stored: None,
     threads: int = 1,
     advance: Callable[[int], None] = lambda _done: None,
+    beside: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
     """Write `state` (float, published names) as a bundle. A reader sees the whole folder or none of it.
 
     Each tensor is asked of `state` once, made into what is stored, written, and dropped, `threads` of them at a time: a
     state that reads tensors when asked is never in memory whole. `refine` may change the values of what is stored of
-    each; `advance` is called with the number of finished tensors. Weights of more than `shard_bytes` are written as
+    each; `advance` is called with the number of finished tensors; `beside` gives, when all are written, the content of
+    further files by their path in the bundle. Weights of more than `shard_bytes` are written as
     several files and an index. An existing bundle at `folder` is replaced. generation_config.json holds no sampling
     defaults: an engine that read them (vLLM does) would sample from another distribution than the one it is asked for.
 
     Raises DamagedFile if the state does not fit the architecture, IsthmusError if the format lacks a calibration.
     """
-    chosen = get_format(format_name)
+    chosen = get_format(chosen) if isinstance(chosen, str) else chosen
     config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     quantization = chosen.quantization_config(architecture)
     if quantization is not None:
@@ -119,6 +121,9 @@ def write_bundle(
         write_atomic(new / CONFIG, _json(config))
         write_atomic(new / "generation_config.json", _json(token_ids))
         for name, content in chosen.extra_files(architecture).items():
+            write_atomic(new / name, content)
+        for name, content in beside().items():
+            (new / name).parent.mkdir(exist_ok=True)
             write_atomic(new / name, content)
         tokenizer.save(new)
         write_atomic(new / CHECKSUMS, _json(file_hashes(new, known=writer.hashes)))

@@ -68,12 +68,13 @@ def replace_linears(module: nn.Module, make: MakeLinear, prefix: str = "") -> No
             if (made := make(path, child.in_features, child.bias is not None)) is not None:
                 setattr(module, name, made)
         elif isinstance(child, Experts):
-            setattr(module, name, _expert_list(child, make, path))
+            setattr(module, name, expert_list(child, make, path))
         else:
             replace_linears(child, make, f"{path}.")
 
 
-def _expert_list(experts: Experts, make: MakeLinear, path: str) -> ExpertList:
+def expert_list(experts: Experts, make: MakeLinear, path: str) -> ExpertList:
+    """Experts one by one, without values where `make` leaves a linear layer in float."""
     count, hidden, width = experts.down.shape
     with torch.device("meta"):
         listed = ExpertList([GatedMlp(hidden, width, experts.limit) for _ in range(count)])

@@ -23,8 +23,22 @@ from isthmus.chips.rehearse.tables import Status
 from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.static.operators import Support, support_of
-from isthmus.probes.static.trace import LONGEST_ROW, Layout, Options, serving_costs, training_costs
-from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection
+from isthmus.probes.static.sites import (
+    ATTENTION,
+    EXCHANGE,
+    EXPERTS,
+    HALVES,
+    LATENT_ATTENTION,
+    LINEAR,
+    LOSS,
+    MLP,
+    NORM,
+    OPTIMISER,
+    PAIRS,
+    ROUTER,
+    Site,
+)
+from isthmus.probes.static.trace import Layout, Options, serving_costs, training_costs
 from isthmus.recipe.schema import Recipe, layout_problem
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
@@ -84,6 +98,7 @@ class StaticCoverage:
     collective_notes: tuple[str, ...]
     collectives_refused: str | None
     sources: tuple[str, ...]
+    sites: frozenset[Site] = frozenset()
     totals: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -162,7 +177,7 @@ def static_coverage(
     grouped = bool(chip.capabilities.grouped_matmul) and dtype == torch.bfloat16
     options = Options(dtype, whole, grouped, every_layer)
     training = sum(training_costs(recipe, layout, options).values(), Costs())
-    serving = serving_costs(recipe, options)
+    serving = serving_costs(recipe, options, layout.expert)
     step = "a training step" if layout.ranks == 1 else f"a training step of one of {layout.ranks} ranks"
     return [
         join("training", step, training, chip, profile),
@@ -191,6 +206,7 @@ def join(use: Use, what: str, costs: Costs, chip: Chip, profile: Profile) -> Sta
         collective_notes=notes,
         collectives_refused=refused,
         sources=_sources(chip, found),
+        sites=costs.sites,
         totals={"flops": costs.flops, "bytes": costs.bytes},
     )
 
@@ -302,81 +318,48 @@ def _sources(chip: Chip, found: Support) -> tuple[str, ...]:
     return (found.source, *known, *(lacking if missing else []))
 
 
-def sizes_of(recipe: Recipe, layout: Layout) -> dict[str, float]:
-    """The sizes that shape rules speak of, by name. What a model does not have is absent."""
-    a = recipe.model
-    rows = recipe.train.rows_per_microbatch or 1
-    length = recipe.pretrain.row_length if recipe.pretrain else min(LONGEST_ROW, a.max_position_embeddings)
-    sizes: dict[str, float] = {
-        "hidden_size": a.hidden_size,
-        "vocab_size": a.vocab_size,
-        "num_attention_heads": a.num_attention_heads,
-        "row_length": length,
-        "heads_times_rows": a.num_attention_heads * rows,
-        "rows_per_loss": rows * length,
-        "decode_batch": recipe.serve.max_batch,
-        "train.expert": layout.expert,
-    }
-    return sizes | (_mixture_sizes(a, layout, rows * length) if isinstance(a, DeepseekSection) else _dense_sizes(a))
-
-
-def _mixture_sizes(a: DeepseekSection, layout: Layout, tokens: int) -> dict[str, float]:
-    group = a.n_routed_experts // a.n_group
-    own: dict[str, float] = {} if a.q_lora_rank is None else {"q_lora_rank": a.q_lora_rank}
-    return own | {
-        "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim,
-        "v_head_dim": a.v_head_dim,
-        "rope_dim": a.qk_rope_head_dim,
-        "qk_rope_head_dim": a.qk_rope_head_dim,
-        "qk_nope_head_dim": a.qk_nope_head_dim,
-        "kv_lora_rank": a.kv_lora_rank,
-        "num_key_value_heads": a.num_attention_heads,
-        "n_routed_experts": a.n_routed_experts,
-        "num_experts_per_tok": a.num_experts_per_tok,
-        "n_group": a.n_group,
-        "topk_group": a.topk_group,
-        "experts_per_group": group,
-        "experts_aligned_to_32": -(-group // 32) * 32 * a.n_group,
-        "reachable_experts": a.topk_group * group,
-        "local_experts": a.n_routed_experts // layout.expert,
-        "routed_rows": tokens * a.num_experts_per_tok,
-    }
-
-
-def _dense_sizes(a: ModelSection) -> dict[str, float]:
-    assert isinstance(a, DenseSection)
-    return {
-        "head_dim": a.head_size,
-        "v_head_dim": a.head_size,
-        "rope_dim": a.head_size,
-        "dense_head_dim": a.head_size,
-        "num_key_value_heads": a.num_key_value_heads,
-        "query_groups": a.num_attention_heads / a.num_key_value_heads,
-    }
-
-
-DENSE_NEEDS = ("attention", "rms norm", "rope", "swiglu", "cross entropy", "W8A8", "optimiser")
-MIXTURE_NEEDS = (*DENSE_NEEDS[:5], "gating", "permutation", "grouped matmul", "dispatch and combine", *DENSE_NEEDS[5:])
+NEEDS = (
+    *("attention", "rms norm", "rope", "swiglu", "cross entropy", "gating", "permutation", "grouped matmul"),
+    *("dispatch and combine", "W8A8", "optimiser"),
+)
+"""What a model may need, in the order of a pass. It needs those of which a trace met a site."""
+_NEED_OF: dict[str, tuple[str, ...]] = {
+    ATTENTION: ("attention",),
+    LATENT_ATTENTION: ("attention",),
+    NORM: ("rms norm",),
+    HALVES: ("rope",),
+    PAIRS: ("rope",),
+    MLP: ("swiglu",),
+    LOSS: ("cross entropy",),
+    ROUTER: ("gating",),
+    EXPERTS: ("permutation", "grouped matmul"),
+    EXCHANGE: ("dispatch and combine",),
+    LINEAR: ("W8A8",),
+    OPTIMISER: ("optimiser",),
+}
 _NOT_IN_TRAINING = ("W8A8",)
-_NOT_IN_SERVING = ("cross entropy", "optimiser")
 
 
-def needs_of(recipe: Recipe, layout: Layout, chip: Chip, profile: Profile, use: Use) -> list[NeedFound]:
-    """For each need of the model the fused operators of the chip that this use can take, and those that it cannot.
+def sites_of(found: Iterable[StaticCoverage], use: Use) -> tuple[Site, ...]:
+    """The sites that the traces of a use met, in one order."""
+    return tuple(sorted({site for one in found if one.use == use for site in one.sites}))
 
-    An operator counts only where the chip's software has it. One whose documented shape rules the model breaks is
-    unusable, with the rules that say so.
+
+def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use) -> list[NeedFound]:
+    """For each need of a model that has these sites, the fused operators of the chip that this use can take, and those
+    that it cannot.
+
+    An operator counts only where the chip's software has it, and where it can take the place of one of the sites. One
+    whose documented shape rules a site breaks is unusable, with the rules that say so.
     """
-    tables, sizes = fused_tables_of(chip.slug), sizes_of(recipe, layout)
-    known = [one for one in tables.operators if profile.status(one.operator) == "native"]
-    broken = {one.operator: broken_rules(tables.rules, one.operator, sizes) for one in known}
-    left_out = _NOT_IN_TRAINING if use == "training" else _NOT_IN_SERVING
-    needs = MIXTURE_NEEDS if isinstance(recipe.model, DeepseekSection) else DENSE_NEEDS
-    if layout.expert == 1:
-        needs = tuple(need for need in needs if need != "dispatch and combine")
+    tables, sites = fused_tables_of(chip.slug), tuple(sites)
+    kinds = {site.kind for site in sites}
+    needed = {need for kind in kinds for need in _NEED_OF.get(kind, ())}
+    known = [one for one in tables.operators if profile.status(one.operator) == "native" and kinds & set(one.sites)]
+    broken = {one.operator: broken_rules(tables.rules, one.operator, sites, use) for one in known}
     found = []
-    for need in needs:
-        if need in left_out:
+    for need in NEEDS:
+        if need not in needed or (use == "training" and need in _NOT_IN_TRAINING):
             continue
         offered = [one for one in known if one.need == need and one.use in (use, "both")]
         usable = [one for one in offered if one.serves(use) and not broken[one.operator]]
@@ -386,9 +369,38 @@ def needs_of(recipe: Recipe, layout: Layout, chip: Chip, profile: Profile, use: 
     return found
 
 
-def broken_rules(rules: Iterable[ShapeRule], operator: str, sizes: dict[str, float]) -> tuple[ShapeRule, ...]:
-    """The rules on an operator that these sizes break. A rule on something that the model does not have is kept."""
-    return tuple(rule for rule in rules if rule.operator == operator and rule.holds(sizes) is False)
+def broken_rules(rules: Iterable[ShapeRule], operator: str, sites: Iterable[Site], use: Use) -> tuple[ShapeRule, ...]:
+    """The rules on an operator that one of these sites breaks. A rule that is about none of them is not broken."""
+    own = [rule for rule in rules if rule.operator == operator]
+    return tuple(one.rule for one in held_rules(own, sites, use) if not one.holds)
+
+
+@dataclass(frozen=True)
+class HeldRule:
+    """A rule, and a site that it was held against: one that breaks it, if there is such a site."""
+
+    rule: ShapeRule
+    site: Site
+    holds: bool
+
+    @property
+    def here(self) -> float:
+        """What the site has for the quantity of the rule."""
+        return dict(self.site.sizes)[self.rule.quantity]
+
+
+def held_rules(rules: Iterable[ShapeRule], sites: Iterable[Site], use: Use) -> list[HeldRule]:
+    """Each rule that is about one of these sites, with what came of it. Others are left out."""
+    sites, found = tuple(sites), list[HeldRule]()
+    for rule in rules:
+        held = [
+            HeldRule(rule, site, holds)
+            for site in sites
+            if rule.is_about(site.kind, use) and (holds := rule.holds(dict(site.sizes))) is not None
+        ]
+        if held:
+            found.append(min(held, key=lambda one: one.holds))
+    return found
 
 
 def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int = 1) -> list[Evidence]:
@@ -402,7 +414,7 @@ def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int 
     findings = [finding_of(one) for one in found]
     if fused_tables_of(chip.slug).operators:
         findings += [
-            _fused_finding(needs_of(recipe, layout, chip, profile, use), use) for use in ("training", "serving")
+            _fused_finding(needs_of(sites_of(found, use), chip, profile, use), use) for use in ("training", "serving")
         ]
     if problem:
         findings.append(_finding("layout", "fail", problem, needed_for="training"))

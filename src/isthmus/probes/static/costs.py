@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from isthmus.chips.rehearse.dispatch import OperatorWatch, is_composite, short_name
+from isthmus.probes.static.sites import Site, loss, whole_attention
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
 ATTENTION = "aten::scaled_dot_product_attention"
@@ -73,20 +74,27 @@ class Collective(NamedTuple):
 
 
 class Costs:
-    """Calls of operators and collectives with how often each is made."""
+    """Calls of operators and collectives with how often each is made, and the `sites` that they belong to."""
 
-    def __init__(self, calls: Counter[Call] | None = None, collectives: Counter[Collective] | None = None):
+    def __init__(
+        self,
+        calls: Counter[Call] | None = None,
+        collectives: Counter[Collective] | None = None,
+        sites: frozenset[Site] = frozenset(),
+    ):
         self.calls: Counter[Call] = calls if calls is not None else Counter()
         self.collectives: Counter[Collective] = collectives if collectives is not None else Counter()
+        self.sites = sites
 
     def __add__(self, other: Costs) -> Costs:
-        return Costs(self.calls + other.calls, self.collectives + other.collectives)
+        return Costs(self.calls + other.calls, self.collectives + other.collectives, self.sites | other.sites)
 
     def times(self, count: int) -> Costs:
         """The same work, `count` times."""
         return Costs(
             Counter({call: calls * count for call, calls in self.calls.items()}),
             Counter({one: calls * count for one, calls in self.collectives.items()}),
+            self.sites,
         )
 
     @property
@@ -116,18 +124,19 @@ class CostRecorder(OperatorWatch):
         super().__init__()
         self.device, self.scope, self.paused = device, OUTSIDE, False
         self.by_scope: dict[str, Costs] = {}
-        self._whole = _WholeAttention(self, whole_attention) if whole_attention else None
+        self.sites: set[Site] = set()
+        self._functions = _Functions(self, whole_attention)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Record what is done here."""
-        with self, self._whole or nullcontext():
+        with self, self._functions:
             yield
 
     def total(self, times: dict[str, int] | None = None) -> Costs:
         """All scopes together, each as often as `times` says; once if it says nothing."""
         parts = [costs.times((times or {}).get(scope, 1)) for scope, costs in self.by_scope.items()]
-        return sum(parts, Costs())
+        return sum(parts, Costs(sites=frozenset(self.sites)))
 
     def add(self, call: Call) -> None:
         self.by_scope.setdefault(self.scope, Costs()).calls[call] += 1
@@ -170,17 +179,22 @@ class CostRecorder(OperatorWatch):
         self.add(Call(name, tuple(dtypes), shapes, _flops(func, args, kwargs, out), moved))
 
 
-class _WholeAttention(TorchFunctionMode):
-    """Keeps attention in one piece: the part of it that a fused kernel would compute is only described."""
+class _Functions(TorchFunctionMode):
+    """Notes the sites that are one function of torch, and keeps attention in one piece if `whole` names its operator:
+    then the part of it that a fused kernel would compute is only described."""
 
-    def __init__(self, recorder: CostRecorder, operator: str):
+    def __init__(self, recorder: CostRecorder, whole: str | None):
         super().__init__()
-        self._recorder, self._operator = recorder, operator
+        self._recorder, self._whole = recorder, whole
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.cross_entropy:
+            self._recorder.sites.add(loss(args[0]))
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return _Attention.apply(query, key, value, self._recorder, self._operator)
+            self._recorder.sites.add(whole_attention(query, key, value))
+            if self._whole is not None:
+                return _Attention.apply(query, key, value, self._recorder, self._whole)
         return func(*args, **(kwargs or {}))
 
 

@@ -21,10 +21,11 @@ import torch
 import torch.fx.experimental._config as symbolic
 from torch import Tensor, nn
 
-from isthmus.engines.local.core.batch import Chunk, Singles, StepBatch
+from isthmus.engines.local.core.batch import Chunk, LayerView, Singles, StepBatch
 from isthmus.engines.local.core.cache import blocks_for
 from isthmus.engines.local.core.runner import Runner
 from isthmus.errors import IsthmusError
+from isthmus.model.attention import EntryLayout
 from isthmus.model.documents import Documents
 from isthmus.model.layer import ResidualLayer
 from isthmus.model.model import Model
@@ -40,7 +41,8 @@ from isthmus.probes.static.costs import (
     CostRecorder,
     Costs,
 )
-from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.probes.static.sites import OPTIMISER, Site, cached_attention, watch_sites
+from isthmus.recipe.architecture import MixtureSection, ModelSection
 from isthmus.recipe.schema import Recipe, TextSection, TrainSection, layout_problem
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.optimizer import Optimizer
@@ -104,6 +106,7 @@ def training_costs(recipe: Recipe, layout: Layout, options: Options) -> dict[str
     with META:
         model = Model(recipe.model)
     recorder = CostRecorder(whole_attention=options.whole_attention)
+    watch_sites(model, recorder.sites.add, layout.expert)
     _exchange_tokens(model, layout, recorder)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(options.dtype)
@@ -142,7 +145,7 @@ def step_costs(model: Model, batch: Batch, section: TextSection, recorder: CostR
     with assume, recorder.watching():
         total, sums = microbatch_losses(model, batch, spans, documents, counts, section)
         total.backward()
-        if isinstance(model.architecture, DeepseekSection):
+        if isinstance(model.architecture, MixtureSection):
             loads = list(sums[3:].view(-1, model.architecture.n_routed_experts))
             update_router_bias(model.routers(), loads, section.bias_update_speed)
     return recorder.total(times)
@@ -172,7 +175,8 @@ def mark_layers(model: Model, recorder: CostRecorder, *, every_layer: bool) -> d
 def _kind(layer: ResidualLayer) -> str:
     """Same for layers that issue the same calls: their modules, sizes and settings."""
     shapes = [(name, tuple(one.shape), str(one.dtype)) for name, one in layer.named_parameters()]
-    return f"{type(layer).__name__} {type(layer.mlp).__name__} {layer.recompute} {shapes}"
+    window = layer.self_attn.layout.window  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{type(layer).__name__} {type(layer.mlp).__name__} {layer.recompute} {window} {shapes}"
 
 
 def _computed(layer: ResidualLayer, recorder: CostRecorder, scope: str) -> Callable[..., Tensor]:
@@ -349,6 +353,7 @@ def optimizer_costs(model: ModelSection, section: TextSection, layout: Layout, *
         optimizer.muon.orthogonalise = _once_per_shape(optimizer.muon.orthogonalise, recorder, times)
     with recorder.watching():
         optimizer.step(0)
+    recorder.sites.add(Site.of(OPTIMISER))
     return recorder.total(times)
 
 
@@ -371,11 +376,12 @@ def _once_per_shape(
     return run
 
 
-def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
+def serving_costs(recipe: Recipe, options: Options, ranks: int = 1) -> dict[str, Costs]:
     """One pass of the engine over a prompt (`prefill`) and one over a token of each sequence (`decode`), on one chip.
 
     The prompt has `LONGEST_ROW` tokens, or as many as there is room for; `recipe.serve.max_batch` sequences of that
-    length are decoded.
+    length are decoded. `ranks` is among how many chips the experts would be divided where sequences are decoded: the
+    exchange of tokens is noted as a site, and computed by none.
     """
     length = min(LONGEST_ROW, recipe.model.max_position_embeddings - 1)
     found: dict[str, Costs] = {}
@@ -387,14 +393,29 @@ def serving_costs(recipe: Recipe, options: Options) -> dict[str, Costs]:
         for module in _mixtures(model):
             module.experts.grouped = options.grouped and module.experts.aligned
         recorder = CostRecorder(whole_attention=options.whole_attention)
+        watch_sites(model, recorder.sites.add, ranks if name == "decode" else 1)
         times = mark_layers(model, recorder, every_layer=options.every_layer)
         runner = Runner(model, sequences * blocks_for(length + 1, BLOCK) + 1, BLOCK, native=False)
         with torch.inference_mode(), recorder.watching():
             batch = _pass(name, sequences, length, runner)
-            batch.prepare()
-            runner.logits(runner.hidden(batch)[-sequences:])
+            batch.prepare(model.windows)
+            caches = [_SeenView(store, batch, recorder) for store in runner.store.layers]
+            hidden = model.hidden(batch.tokens[None], batch.positions[None], caches=caches)[0]
+            runner.logits(hidden[-sequences:])
         found[name] = recorder.total(times)
     return found
+
+
+class _SeenView(LayerView):
+    """A layer of the cache that notes what attention looks at it."""
+
+    def __init__(self, store: Tensor, batch: StepBatch, recorder: CostRecorder):
+        super().__init__(store, batch)
+        self._recorder = recorder
+
+    def attend(self, query: Tensor, entries: Tensor, layout: EntryLayout, scale: float) -> Tensor:
+        self._recorder.sites.add(cached_attention(query, layout))
+        return super().attend(query, entries, layout, scale)
 
 
 def _pass(name: str, sequences: int, length: int, runner: Runner) -> StepBatch:

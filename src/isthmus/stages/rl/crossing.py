@@ -14,7 +14,9 @@ from isthmus.engines import Engine, Sampling
 from isthmus.engines.channel import Channel, writer
 from isthmus.errors import GateRefused
 from isthmus.formats import get_format
-from isthmus.parity.engine import LIMIT, LIMIT_SOURCE, Gap, spot_gap
+from isthmus.parity.engine import SPOT_TWINS, Spot, spot_check
+from isthmus.parity.target import ANNOUNCED
+from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.trend import trend
 from isthmus.stages.rl.state import NAME, State
 
@@ -32,6 +34,7 @@ class Crossing:
         self.state, self.engine, self.prompts, self.say = state, engine, prompts, say
         self.section, self.tell = state.run.recipe.rl, partial(state.run.event, NAME)
         self.format = get_format(self.section.rollout_format)
+        self.arithmetic = engine.arithmetic or ANNOUNCED[self.format.dtype]
         self.weights_sha256, self.strikes = "", 0
         self.channel = Channel(
             engine,
@@ -59,10 +62,10 @@ class Crossing:
         if not self.section.parity_tokens or self.state.step % self.section.parity_every:
             return {}
         began = time.perf_counter()
-        gap = self._gap(tensors)
+        gap = self._spot(tensors)
         if gap.is_over:
             self.channel.send_whole()
-            first, gap = gap, self._gap(tensors)
+            first, gap = gap, self._spot(tensors)
             self._alarm(first, gap)
         self.strikes = self.strikes + 1 if gap.is_over else 0
         if self.strikes >= self.section.parity_strikes:
@@ -70,32 +73,46 @@ class Crossing:
         return {
             "parity_gap": round(gap.mean, 7) if math.isfinite(gap.mean) else None,
             "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,
+            "parity_limit": None if gap.limit is None else round(gap.limit, 7),
             "parity_tokens": gap.tokens,
             "parity_s": round(time.perf_counter() - began, 4),
         }
 
-    def _gap(self, tensors: dict[str, Tensor]) -> Gap:
+    def _spot(self, tensors: dict[str, Tensor]) -> Spot:
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         answers = [group[0] for group in self.engine.generate(self.prompts, sampling)]
-        model = self.format.build(self.state.run.recipe.model, tensors)
-        return spot_gap(model, self.prompts, [(answer.tokens, answer.logprobs) for answer in answers])
+        recipe = self.state.run.recipe
+        said = [
+            (GoldenSequence(prompt, one.tokens), one.logprobs)
+            for prompt, one in zip(self.prompts, answers, strict=True)
+        ]
+        return spot_check(
+            lambda: self.format.build(recipe.model, dict(tensors)),
+            self.arithmetic,
+            self.state.model,
+            said,
+            recipe.handoff.max_chip_kl,
+            seed=self.state.step,
+        )
 
-    def _alarm(self, first: Gap, again: Gap) -> None:
-        gaps = {"gap": first.mean, "gap_after_snapshot": again.mean}
+    def _alarm(self, first: Spot, again: Spot) -> None:
+        gaps = {"gap": first.mean, "gap_after_snapshot": again.mean, "limit": first.limit or math.nan}
         facts = {key: value if math.isfinite(value) else None for key, value in gaps.items()}
         what = "the engine does not compute what was sent to it"
-        self.tell("alarm", what=what, weight_version=self.state.step, limit=LIMIT, **facts)
+        self.tell("alarm", what=what, weight_version=self.state.step, **facts)
         outcome = "still" if again.is_over else "helped:"
         self.say(
             f"  [bold red]alarm[/] version {self.state.step}: {what}, {first.mean:.3g} nats/token from the exact model "
-            f"(limit {LIMIT}); all weights sent again, {outcome} {again.mean:.3g}"
+            f"(healthy twins stay below {first.limit or math.nan:.3g}); all weights sent again, {outcome} "
+            f"{again.mean:.3g}"
         )
 
-    def _refusal(self, gap: Gap) -> GateRefused:
+    def _refusal(self, gap: Spot) -> GateRefused:
         return GateRefused(
             "the engine on the rollout pool does not compute what was sent to it: at version "
             f"{self.state.step} its log-probabilities are {gap.mean:.3g} nats/token from the exact model of "
-            f"{self.section.rollout_format} (limit {LIMIT}: {LIMIT_SOURCE}), in {self.strikes} checks in a row and "
+            f"{self.section.rollout_format}, where {SPOT_TWINS} healthy twins in {self.arithmetic} stay below "
+            f"{gap.limit or math.nan:.3g} on the same tokens, in {self.strikes} checks in a row and "
             "after all weights were sent again. It must not generate: qualify the pool again, or use another engine"
         )
 

@@ -119,7 +119,7 @@ def open_shores(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Wat
     state = State.open(run, train, torch.device(device_of(home)), watch.say)
     with _open_engine(state, away, tokenizer) as engine, ThreadPoolExecutor(max_workers=1) as background:
         rollouts = Rollouts(run, task, tokenizer, get_reward(task.reward), engine, background)
-        crossing = Crossing(state, engine, rollouts.prompts(task.heldout[:SPOT_PROMPTS]), watch.say)
+        crossing = Crossing(state, engine, rollouts.prompts([*task.heldout, *task.train][:SPOT_PROMPTS]), watch.say)
         run.event(NAME, "crossing", weight_version=state.step, **crossing.send())
         yield Shores(state, rollouts, Learner(state), crossing)
 

@@ -142,7 +142,7 @@ class Exchange:
             frequency_penalty=ask.frequency_penalty,
             repetition_penalty=ask.repetition_penalty,
             logit_bias=ask.logit_bias,
-            stop_tokens=frozenset(ask.stop_token_ids),
+            stop_tokens=self._stop_tokens,
             ignore_eos=ask.ignore_eos,
             min_tokens=ask.min_tokens,
             seed=secrets.randbits(63) if ask.seed is None else ask.seed,
@@ -226,9 +226,14 @@ class Exchange:
             end.last_version,
         )
 
+    @property
+    def _stop_tokens(self) -> frozenset[int]:
+        """Those of the request, and the further ends that the model has, unless it is to go on beyond its ends."""
+        return frozenset(self.ask.stop_token_ids) | (frozenset() if self.ask.ignore_eos else self.service.other_ends)
+
     def _rules(self) -> Rules:
         ask = self.ask
-        ends = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else {self.service.tokenizer.eos_id})
+        ends = self._stop_tokens | (frozenset() if ask.ignore_eos else {self.service.tokenizer.eos_id})
         return Rules(
             ask.stop,
             keep_stop=ask.include_stop_str_in_output,

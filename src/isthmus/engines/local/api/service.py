@@ -19,7 +19,7 @@ from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
+from isthmus.formats.files.bundle import Bundle, read_bundle, read_object, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
@@ -59,6 +59,7 @@ class Service:
     `tensors` are the weights in use, as stored: what a delta update adds to. The model's own tensors are views of them
     where the format allows it (fp32); otherwise they are held beside it. `is_original` says whether they are the
     bundle's; `revision` counts the exchanges of weights. Prompt tokens may wait up to `max_waiting_tokens`.
+    `other_ends` are the tokens that end an answer beside the tokenizer's own, as generation_config.json lists them.
     """
 
     identity: Identity
@@ -70,6 +71,7 @@ class Service:
     rehearsal: dict[str, int] | None = None
     examples: list[str] = field(default_factory=list)
     golden: Golden | None = None
+    other_ends: frozenset[int] = frozenset()
     default_tokens: int | None = None
     default_temperature: float = 1.0
     max_waiting: int = 4096
@@ -152,6 +154,7 @@ def load_service(
         rehearsal,
         read_examples(folder),
         read_golden(folder),
+        read_ends(folder) - {tokenizer.eos_id},
     )
 
 
@@ -190,6 +193,16 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DamagedFile(f"{name} has values that are infinite or not a number")
+
+
+def read_ends(folder: Path) -> frozenset[int]:
+    """The tokens that end an answer, as generation_config.json or else config.json has them: one, a list, or none."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = read_object(path).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
 
 
 def read_examples(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ draft has two of them); behind them chunks of prompts. N tokens in all, M of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -48,6 +48,8 @@ class StepBatch:
     def __init__(self, singles: Singles | None, chunks: list[Chunk], store: PagedStore):
         self.singles = singles if singles is not None and len(singles.tokens) else None
         self.chunks, self._store = chunks, store
+        self._singles_views: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._views: dict[int | None, list[ChunkView]] = {}
         parts = [*([self.singles] if self.singles else []), *chunks]
         self.token_ids = np.concatenate([part.tokens for part in parts])
         self.position_ids = np.concatenate([part.positions for part in parts])
@@ -59,10 +61,11 @@ class StepBatch:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def prepare(self) -> None:
-        """Make what all layers look at, which else the first of them makes."""
-        made: list[object] = [self.tokens, self.positions, self.places, self._views]
-        made += [self._seen, self._mask] if self.singles else []
+    def prepare(self, windows: Sequence[int | None] = (None,)) -> None:
+        """Make what all layers with these windows look at, which else the first of them makes."""
+        made: list[object] = [self.tokens, self.positions, self.places]
+        made += [self._chunk_views(window) for window in windows]
+        made += [self._singles_view(window) for window in windows] if self.singles else []
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -101,7 +104,7 @@ class StepBatch:
         """query [N, H, key_size], the new entries [N, W] already in `store`: contexts [.., H, value_size], in order."""
         if self.single_count:
             yield self._attend_singles(store, query[: self.single_count], layout, scale)
-        for view, rows in zip(self._views, self.chunk_rows, strict=True):
+        for view, rows in zip(self._chunk_views(layout.window), self.chunk_rows, strict=True):
             yield view.attend(store, query[rows], entries[rows], layout, scale)
 
     @property
@@ -115,41 +118,44 @@ class StepBatch:
         blocks = part.tables[np.arange(len(part.tokens)), part.positions // size].astype(np.int64)
         return blocks * size + part.positions % size
 
-    @cached_property
-    def _seen(self) -> Tensor:
-        """Places [M, S] of all entries that the single tokens may look at."""
-        assert self.singles is not None
-        size = self._store.block_size
-        span = blocks_for(int(self.singles.positions.max()) + 1, size)
-        tables = self.singles.tables[:, :span].astype(np.int64)
-        seen = (tables[:, :, None] * size + np.arange(size)).reshape(len(tables), -1)
-        return to_tensor(seen, self._device)
+    def _singles_view(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Places [M, S] of all entries that the single tokens may look at, and the mask [M, 1, 1, S] of the others."""
+        if window not in self._singles_views:
+            assert self.singles is not None
+            own, tables, size = self.singles.positions[:, None], self.singles.tables, self._store.block_size
+            longest = int(own.max()) + 1
+            if window is None or window >= longest:
+                seen = np.arange(blocks_for(longest, size) * size)[None]
+            else:
+                seen = np.maximum(own + 1 - window, 0) + np.arange(window)
+            hidden = np.broadcast_to(seen > own, (len(own), seen.shape[1]))
+            blocks = np.minimum(seen // size, tables.shape[1] - 1)
+            places = np.take_along_axis(tables, np.broadcast_to(blocks, hidden.shape), 1).astype(np.int64) * size
+            mask = to_tensor(np.where(hidden, np.float32("-inf"), np.float32(0.0)), self._device)
+            self._singles_views[window] = to_tensor(places + seen % size, self._device), mask[:, None, None]
+        return self._singles_views[window]
 
-    @cached_property
-    def _mask(self) -> Tensor:
-        assert self.singles is not None
-        hidden = np.arange(self._seen.shape[1]) > self.singles.positions[:, None]
-        mask = np.where(hidden, np.float32("-inf"), np.float32(0.0))
-        return to_tensor(mask, self._device)[:, None, None]
-
-    @cached_property
-    def _views(self) -> list[ChunkView]:
-        return [ChunkView(chunk, self._store) for chunk in self.chunks]
+    def _chunk_views(self, window: int | None) -> list[ChunkView]:
+        if window not in self._views:
+            self._views[window] = [ChunkView(chunk, self._store, window) for chunk in self.chunks]
+        return self._views[window]
 
     def _attend_singles(self, store: Tensor, query: Tensor, layout: EntryLayout, scale: float) -> Tensor:
-        entries = store.index_select(0, self._seen.flatten()).view(*self._seen.shape, -1)
-        return attend_entries(query.unsqueeze(1), entries, self._mask, layout, scale).squeeze(1)
+        seen, mask = self._singles_view(layout.window)
+        entries = store.index_select(0, seen.flatten()).view(*seen.shape, -1)
+        return attend_entries(query.unsqueeze(1), entries, mask, layout, scale).squeeze(1)
 
 
 class ChunkView:
     """What the tokens of one chunk look at."""
 
-    def __init__(self, chunk: Chunk, store: PagedStore):
+    def __init__(self, chunk: Chunk, store: PagedStore, window: int | None):
         device, length = store.layers[0].device, len(chunk.tokens)
-        end = chunk.start + length
-        fresh = chunk.start == 0
-        self._seen = None if fresh else to_tensor(places_of(chunk.table, np.arange(end), store.block_size), device)
-        later = torch.full((length, end), float("-inf"), device=device).triu(chunk.start + 1)
+        first = 0 if window is None else max(chunk.start + 1 - window, 0)
+        end, fresh = chunk.start + length, chunk.start == 0
+        places = None if fresh else places_of(chunk.table, np.arange(first, end), store.block_size)
+        self._seen = None if places is None else to_tensor(places, device)
+        later = torch.full((length, end - first), float("-inf"), device=device).triu(chunk.start - first + 1)
         self._mask = later[None, :, None]
 
     def attend(self, store: Tensor, query: Tensor, entries: Tensor, layout: EntryLayout, scale: float) -> Tensor:

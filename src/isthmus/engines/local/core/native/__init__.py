@@ -59,7 +59,10 @@ class _Layer(ctypes.Structure):
     """`Layer` of kernels.c."""
 
     _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("latent", "heads", "kv_heads", "nope", "rope", "value", "rank")],
+        *[
+            (name, ctypes.c_int32)
+            for name in ("latent", "heads", "kv_heads", "nope", "rope", "value", "rank", "window")
+        ],
         ("scale", ctypes.c_float),
         *[(name, _Norm) for name in ("input_norm", "q_norm", "kv_norm", "post_norm")],
         *[(name, _Linear) for name in ("q_a", "q", "k", "v", "kv_a", "output")],
@@ -171,7 +174,9 @@ class NativeModel:
         assert isinstance(attention, GroupedQueryAttention)
         a = attention
         native.latent, native.heads, native.kv_heads = 0, a.num_heads, a.num_kv_heads
-        native.value, native.scale = a.head_size, a.scale
+        native.value, native.scale, native.window = a.head_size, a.scale, a.layout.window or 0
+        if a.q_norm is not None and a.k_norm is not None:
+            native.q_norm, native.kv_norm = self._norm_of(a.q_norm), self._norm_of(a.k_norm)
         for name, projection in (("q", a.q_proj), ("k", a.k_proj), ("v", a.v_proj), ("output", a.o_proj)):
             setattr(native, name, self._linear(projection))
 
@@ -181,7 +186,8 @@ class NativeModel:
         native.groups, native.top_groups = gate.n_group, gate.topk_group
         native.softmax, native.normalise, native.routed_scale = int(gate.softmax), int(gate.normalise), gate.scaling
         native.router = self._address(gate.weight)
-        native.router_bias = self._address(gate.e_score_correction_bias)
+        if gate.e_score_correction_bias is not None:
+            native.router_bias = self._address(gate.e_score_correction_bias)
         whole = isinstance(experts, W8A8Experts) or (
             isinstance(experts, Experts) and experts.total == len(experts.down)
         )
@@ -192,7 +198,8 @@ class NativeModel:
             native.down_scale = self._address(experts.down_scale)
         native.gate_up, native.down = self._address(experts.gate_up), self._address(experts.down)
         native.expert_width = experts.down.shape[-1]
-        native.mlp = self._mlp(mixture.shared_experts)
+        if mixture.shared_experts is not None:
+            native.mlp = self._mlp(mixture.shared_experts)
 
     def _mlp(self, mlp: nn.Module) -> _Mlp:
         _require(getattr(mlp, "limit", None) is None, "an MLP with a clamp")

@@ -38,12 +38,12 @@ typedef struct {
 
 typedef struct {
     /* Attention. Latent: q or q_a and q_b, kv_a and up projections by head. Grouped: q, k, v. */
-    int32_t latent, heads, kv_heads, nope, rope, value, rank;
+    int32_t latent, heads, kv_heads, nope, rope, value, rank, window; /* window: entries in view, 0 for all */
     float scale;
-    Norm input_norm, q_norm, kv_norm, post_norm;
+    Norm input_norm, q_norm, kv_norm, post_norm; /* grouped: of each head of queries and of keys, or null */
     Linear q_a, q, k, v, kv_a, output;
     const float *up_key, *up_value; /* up_key [H, rank, nope], up_value [H, value, rank] */
-    /* MLP: dense, or a router with experts and a shared expert. */
+    /* MLP: dense, or a router with experts and a shared expert. The router's bias and the shared expert may be null. */
     int32_t experts, top_k, groups, top_groups, softmax, normalise;
     float routed_scale;
     const float *router, *router_bias, *gate_up, *down; /* [E, D], [E], [E, 2 width, D], [E, D, width] */
@@ -276,6 +276,12 @@ static void norm(const Norm *layer, const float *x, float *y, int64_t size) {
     for (i = 0; i < size; i++) y[i] = x[i] * scale * layer->weight[i];
 }
 
+/* Each of `heads` heads of a row, in place; nothing where there is no such norm. */
+static void norm_heads(const Norm *layer, float *x, int64_t heads, int64_t size) {
+    if (layer->weight)
+        for (int64_t h = 0; h < heads; h++) norm(layer, x + h * size, x + h * size, size);
+}
+
 /* Pairs (2 i, 2 i + 1), as DeepSeek's weights want it. */
 static void rotate_pairs(float *x, const float *cos, const float *sin, int size) {
     for (int i = 0; i < size / 2; i++) {
@@ -348,11 +354,20 @@ static void softmax(float *x, int64_t size, float scale) {
 
 /* --- attention */
 
-/* One token: `heads` queries [heads, key] that share a key/value head, over `length` entries. */
+/* Entries from number `start` on in their block, of which `*here` up to the block's end or the last one are in a row. */
+static const float *block_of(const float *store, const int32_t *table, int64_t size, int64_t width, int64_t start,
+                             int64_t length, int64_t *here) {
+    int64_t within = start % size;
+    *here = length - start < size - within ? length - start : size - within;
+    return store + (table[start / size] * size + within) * width;
+}
+
+/* One token: `heads` queries [heads, key] that share a key/value head, over its last `window` entries, 0 for all. */
 static void attend(const Pass *pass, const float *store, int64_t width, int64_t token, const float *query, int heads,
-                   int64_t key_start, int64_t key, int64_t value_start, int64_t value, float scale, float *scores,
-                   float *out) {
-    int64_t length = pass->lengths[token], size = pass->block_size;
+                   int64_t key_start, int64_t key, int64_t value_start, int64_t value, int64_t window, float scale,
+                   float *scores, float *out) {
+    int64_t length = pass->lengths[token], size = pass->block_size, here;
+    int64_t begin = window > 0 && window < length ? length - window : 0;
     int64_t stride = (length + LANES - 1) / LANES * LANES;
     const int32_t *table = pass->tables + token * pass->table_width;
     const float *q[TOKENS];
@@ -360,22 +375,20 @@ static void attend(const Pass *pass, const float *store, int64_t width, int64_t 
     for (int first = 0; first < heads; first += TOKENS) {
         int count = heads - first < TOKENS ? heads - first : TOKENS;
         for (int h = 0; h < count; h++) q[h] = query + (first + h) * key, s[h] = scores + (first + h) * stride;
-        for (int64_t start = 0; start < length; start += size) {
-            const float *block = store + table[start / size] * size * width + key_start;
-            int64_t here = length - start < size ? length - start : size;
+        for (int64_t start = begin; start < length; start += here) {
+            const float *block = block_of(store, table, size, width, start, length, &here) + key_start;
             for (int64_t i = 0; i < here; i += OUTPUTS) {
                 int outputs = here - i < OUTPUTS ? (int)(here - i) : OUTPUTS;
-                tile(q, count, block + i * width, width, key, s, start + i, outputs);
+                tile(q, count, block + i * width, width, key, s, start - begin + i, outputs);
             }
         }
-        for (int h = 0; h < count; h++) softmax(s[h], length, scale);
+        for (int h = 0; h < count; h++) softmax(s[h], length - begin, scale);
         for (int h = 0; h < count; h++) memset(out + (first + h) * value, 0, value * sizeof(float));
-        for (int64_t start = 0; start < length; start += size) {
-            const float *block = store + table[start / size] * size * width + value_start;
-            int64_t here = length - start < size ? length - start : size;
+        for (int64_t start = begin; start < length; start += here) {
+            const float *block = block_of(store, table, size, width, start, length, &here) + value_start;
             for (int h = 0; h < count; h++) {
                 float *o = out + (first + h) * value;
-                const float *p = s[h] + start;
+                const float *p = s[h] + start - begin;
                 int64_t c = 0;
                 for (; c + LANES <= value; c += LANES) {
                     lanes sum = load(o + c);
@@ -433,7 +446,7 @@ static void latent_attention(const Layer *layer, const Pass *pass, float *store,
         product((const float *const *)from + h * n, (int)n, layer->up_key + h * rank * nope, nope, rank, to + h * n, 1);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < n; t++)
-        attend(pass, store, width, t, query + t * heads * width, (int)heads, 0, width, 0, rank, layer->scale,
+        attend(pass, store, width, t, query + t * heads * width, (int)heads, 0, width, 0, rank, 0, layer->scale,
                scores + t * heads * span, context + t * heads * rank);
     for (int64_t h = 0; h < heads; h++)
         for (int64_t t = 0; t < n; t++) {
@@ -458,6 +471,8 @@ static void grouped_attention(const Layer *layer, const Pass *pass, float *store
     linear(&layer->v, x, n, value_rows, pass->threads);
     for (int64_t t = 0; t < n; t++) {
         const float *cos = pass->cos + t * size / 2, *sin = pass->sin + t * size / 2;
+        norm_heads(&layer->q_norm, q_rows[t], heads, size);
+        norm_heads(&layer->kv_norm, key_rows[t], kv_heads, size);
         for (int64_t h = 0; h < heads; h++) rotate_halves(q_rows[t] + h * size, cos, sin, (int)size);
         for (int64_t h = 0; h < kv_heads; h++) rotate_halves(key_rows[t] + h * size, cos, sin, (int)size);
         memcpy(store + pass->places[t] * width, key_rows[t], width * sizeof(float));
@@ -469,7 +484,7 @@ static void grouped_attention(const Layer *layer, const Pass *pass, float *store
         for (int64_t h = 0; h < kv_heads; h++) {
             int64_t first = t * heads + h * group;
             attend(pass, store, width, t, q + first * size, (int)group, h * size, size, keys + h * size, size,
-                   layer->scale, scores + first * span, out + first * size);
+                   layer->window, layer->scale, scores + first * span, out + first * size);
         }
 }
 
@@ -505,7 +520,7 @@ static void choose(const Layer *layer, float *scores, float *biased, int32_t *ch
     }
     for (int e = 0; e < experts; e++) {
         if (layer->softmax) scores[e] /= sum;
-        biased[e] = scores[e] + layer->router_bias[e];
+        biased[e] = layer->router_bias ? scores[e] + layer->router_bias[e] : scores[e];
     }
     if (layer->top_groups < layer->groups) {
         float by_group[layer->groups];
@@ -541,7 +556,9 @@ static void choose(const Layer *layer, float *scores, float *biased, int32_t *ch
 static void mixture(const Layer *layer, const Pass *pass, float *const *x, float *const *y) {
     int64_t n = pass->tokens, size = pass->hidden, width = layer->expert_width;
     int experts = layer->experts, top_k = layer->top_k;
-    gated(&layer->mlp, x, n, y, pass->threads);
+    if (layer->mlp.gate.weight) gated(&layer->mlp, x, n, y, pass->threads);
+    else
+        for (int64_t t = 0; t < n; t++) memset(y[t], 0, size * sizeof(float));
     float *scores = floats(n * experts), *biased = floats(experts), *weights = floats(n * top_k);
     int32_t *chosen = take(n * top_k * sizeof(int32_t));
     float **score_rows = rows_of(scores, n, experts);
