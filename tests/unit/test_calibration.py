@@ -14,12 +14,12 @@ from isthmus.formats import get_format
 from isthmus.formats.calibration.balance import balance, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.kept import KeptTensors
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import gptq_round, round_with_calibration, sample_inputs
 from isthmus.formats.files.basis import BALANCE, ROUNDING, Conversion, read_conversion
 from isthmus.formats.parts import pieces
 from isthmus.formats.parts.int8 import quantise_rows
 from isthmus.formats.parts.pieces import streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe.architecture import ModelSection
 from tests.support.drawn import architectures, dense_architectures

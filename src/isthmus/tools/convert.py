@@ -30,7 +30,6 @@ from isthmus.formats import Format, check_format_name, fp8, get_format, mxfp8
 from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.calibration.mixture import Mixture, choose_mixture
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
@@ -38,6 +37,7 @@ from isthmus.formats.modelslim import DYNAMIC, FLOAT, WEIGHTS_ONLY, ModelSlim
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
 from isthmus.formats.parts.pieces import streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.calibration.kept import KeptTensors
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.pieces import LentExperts, at_hand
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import Experts, swiglu
 

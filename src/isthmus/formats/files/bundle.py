@@ -21,7 +21,6 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import DESCRIPTION, MODELSLIM, Format, Layout, get_format, recognise_format
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.published import (
     CONFIG,
     INDEX,
@@ -34,6 +33,7 @@ from isthmus.formats.files.published import (
 from isthmus.formats.files.stream import TensorWriter, described, shown
 from isthmus.formats.parts.names import mtp_copies
 from isthmus.formats.parts.pieces import Adapt, streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
