@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.formats
 	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.verify
 	$(BIN)/python -m benchmarks.deltas
 	$(BIN)/python -m benchmarks.static_tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.live_tier

@@ -14,8 +14,8 @@ import isthmus.formats
 from isthmus.engines.local.core.core import Core
 from isthmus.errors import IsthmusError
 from isthmus.formats import format_names, get_format, recognise_format
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.bundle import read_bundle, read_config, write_bundle
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.quantised import build_with
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.recipe.architecture import ModelSection
 from tests.support.plain import mtp_logits
 

@@ -13,10 +13,13 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.calibration.balance import balance, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
-from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.calibration.kept import KeptTensors
 from isthmus.formats.calibration.rounding import gptq_round, round_with_calibration, sample_inputs
 from isthmus.formats.files.basis import BALANCE, ROUNDING, Conversion, read_conversion
+from isthmus.formats.parts import pieces
 from isthmus.formats.parts.int8 import quantise_rows
+from isthmus.formats.parts.pieces import streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model, causal_mask
 from isthmus.recipe.architecture import ModelSection
 from tests.support.drawn import architectures, dense_architectures
@@ -254,3 +257,29 @@ def test_rounding_refuses_a_format_that_stores_sums_of_its_integers():
     stored["a.quant_bias"] = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(IsthmusError, match="quant_bias"):
         round_with_calibration(stored, {"a.weight": torch.ones(2, 2)}, Calibration({}, {}, {"a": torch.eye(2)}))
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_model_in_pieces_is_calibrated_like_a_whole_one(lent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = architecture(n_routed_experts=32, topk_group=1)
+    state, texts = outlier_state(arch, 3), [*sequences(arch, 9), [1, 2, 3], [4, 5, 6]]
+    whole = calibrate(build(state, arch), texts, gram=True)
+    monkeypatch.setattr(pieces, "WHOLE_EXPERTS", 0 if lent else pieces.WHOLE_EXPERTS)
+    found = calibrate(streamed(arch, state, get_format("fp32").build), texts, gram=True)
+    assert found.unseen and (found.unseen, found.tokens) == (whole.unseen, whole.tokens)
+    for one, other in ((found.low, whole.low), (found.high, whole.high), (found.gram, whole.gram)):
+        assert set(one) == set(other) and all(torch.equal(one[path], other[path]) for path in other)
+
+
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_kept_tensors_come_back_as_they_were_put_away(in_memory: int) -> None:
+    kept = KeptTensors(in_memory)
+    given = {"a": torch.randn(3, 4), "b": torch.arange(7), "c": torch.randn(2, 2).bfloat16(), "d": torch.empty(0, 3)}
+    for name, tensor in given.items():
+        kept[name] = tensor
+    kept["a"] = given["a"] = torch.randn(3, 4)
+    assert list(kept) == list(given) and all(torch.equal(kept[name], tensor) for name, tensor in given.items())
+    kept["b"].zero_()
+    assert torch.equal(kept["b"], given["b"])
+    with pytest.raises(AssertionError, match="is kept as"):
+        kept["a"] = torch.zeros(2)

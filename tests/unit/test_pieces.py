@@ -54,11 +54,13 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("family", list(ARCHITECTURES))
 @pytest.mark.parametrize("name", format_names())
-def test_pieces_compute_what_the_whole_computes(name: str, family: str) -> None:
+def test_pieces_compute_what_the_whole_computes(name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = stored(name, family)
     whole = computed(bundle.build())
     assert same(computed(bundle.stream()), whole)
-    one_by_one = computed(bundle.stream(whole_experts=0))
+    monkeypatch.setattr(pieces, "WHOLE_EXPERTS", 0)
+    assert same(computed(bundle.stream(lend_experts=False)), whole)
+    one_by_one = computed(bundle.stream())
     for found, wanted in zip(one_by_one, whole, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -101,10 +103,11 @@ def bytes_held(model: Model) -> int:
     return sum(one.nbytes for one in held if not one.is_meta) - model.model.rotary.cos.nbytes * 2
 
 
-def test_only_what_is_used_is_read_and_nothing_is_kept() -> None:
+def test_only_what_is_used_is_read_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "WHOLE_EXPERTS", 0)
     bundle = stored("w8a8", "deepseek")
     watched = Watched(bundle.tensors)
-    model = streamed(bundle.architecture, watched, get_format("w8a8").build, whole_experts=0)
+    model = streamed(bundle.architecture, watched, get_format("w8a8").build)
     assert watched.read == ["model.norm.weight"] and bytes_held(model) == 64 * 4
     with at_hand(model, "model.layers.2.mlp"):
         assert {name.split(".")[2] for name in watched.read[1:]} == {"2"}
@@ -141,13 +144,15 @@ def test_a_layer_that_fails_is_given_back() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
 
 
-def test_a_mode_that_watches_a_target_does_not_see_how_it_is_loaded() -> None:
+def test_a_mode_that_watches_a_target_does_not_see_how_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "WHOLE_EXPERTS", 0)
+
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             dtypes = {one.dtype for one in args if isinstance(one, Tensor)}
             assert torch.int8 not in dtypes, func
             return func(*args, **(kwargs or {}))
 
-    model = stored("w8a8", "deepseek").stream(whole_experts=0)
+    model = stored("w8a8", "deepseek").stream()
     with torch.inference_mode(), Seen():
         model(TOKENS)

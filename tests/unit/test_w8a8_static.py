@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.parts import int8
 from isthmus.formats.parts.int8 import quantise_rows, quantise_static
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.formats.w8a8_static import StaticLinear
 from tests.support.bundles import TinyTokenizer, trained_state
 from tests.support.calibrated import calibrate

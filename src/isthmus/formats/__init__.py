@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from isthmus.formats.calibration.ranges import Calibration
+    from isthmus.formats.parts.ranges import Calibration
     from isthmus.model.model import Model
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]

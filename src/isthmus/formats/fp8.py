@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.formats import Layout
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_layout
 from isthmus.formats.parts.float8 import E4M3, BlockLinear, full_range_scale, to_e4m3
 from isthmus.formats.parts.names import SCALE
 from isthmus.formats.parts.quantised import build_with
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.formats.w8a8 import ATTENTION_PARTS, MLP_PARTS
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection

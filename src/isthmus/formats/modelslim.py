@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from isthmus.errors import DamagedFile
 from isthmus.formats import DESCRIPTION, MODELSLIM, Layout
-from isthmus.formats.calibration.ranges import Calibration, needed
 from isthmus.formats.parts.assemble import TensorByTensor, announced_dtype, export_float, float_layout
 from isthmus.formats.parts.int8 import LARGEST, SMALLEST_SCALE
 from isthmus.formats.parts.names import mtp_copies
 from isthmus.formats.parts.quantised import build_with
+from isthmus.formats.parts.ranges import Calibration, needed
 from isthmus.formats.w8a8 import ATTENTION_PARTS, W8A8Linear, is_quantised
 from isthmus.formats.w8a8_static import StaticLinear
 from isthmus.model.model import Model

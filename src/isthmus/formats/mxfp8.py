@@ -20,7 +20,6 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.formats import Layout
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.fp8 import BLOCK as FP8_BLOCK
 from isthmus.formats.fp8 import is_quantised as has_fp8_name
 from isthmus.formats.fp8 import scale_of_rows
@@ -28,6 +27,7 @@ from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_l
 from isthmus.formats.parts.float8 import E4M3, BlockLinear, quantise_blocks
 from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.formats.parts.quantised import build_with
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 

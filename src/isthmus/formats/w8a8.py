@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.formats import Layout
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.parts.assemble import TensorByTensor, export_float, fill, float_layout, unfilled
 from isthmus.formats.parts.int8 import quantise_weight, quantised_matmul
 from isthmus.formats.parts.quantised import QuantisedModule
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts, GatedMlp, swiglu
 from isthmus.recipe.architecture import DeepseekSection, ModelSection

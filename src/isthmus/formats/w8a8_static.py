@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from isthmus.formats import Layout
-from isthmus.formats.calibration.ranges import Calibration, needed
 from isthmus.formats.parts.assemble import TensorByTensor, export_float, float_layout
 from isthmus.formats.parts.int8 import LARGEST, SMALLEST_SCALE, exact_matmul, quantise_static, quantise_weight
 from isthmus.formats.parts.quantised import QuantisedModule, build_with
+from isthmus.formats.parts.ranges import Calibration, needed
 from isthmus.formats.w8a8 import announces_int8, int8_config, int8_scheme, is_quantised
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import Bundle
-from isthmus.formats.parts.pieces import WHOLE_EXPERTS, LentExperts
+from isthmus.formats.parts.pieces import LentExperts
 from isthmus.formats.parts.quantised import QuantisedModule
 from isthmus.model.attention import RMSNorm
 from isthmus.model.model import Model
@@ -60,7 +60,7 @@ def stream_twin(
     seed: int = 0,
     granted: float = 1.0,
     *,
-    whole_experts: int | None = WHOLE_EXPERTS,
+    lend_experts: bool = True,
 ) -> Model:
     """`healthy_twin`, with a layer at a time in memory."""
     generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
@@ -69,7 +69,7 @@ def stream_twin(
         adapt(piece)
         _add_noise(piece, dtype, generator, granted)
 
-    return bundle.stream(adapt_and_add_noise, whole_experts=whole_experts)
+    return bundle.stream(adapt_and_add_noise, lend_experts=lend_experts)
 
 
 def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:

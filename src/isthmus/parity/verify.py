@@ -19,7 +19,6 @@ import torch
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import Bundle, open_bundle
-from isthmus.formats.parts.pieces import WHOLE_EXPERTS
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.cost import check_cost
@@ -127,15 +126,15 @@ def _ask(
     """The target's weights, modules and tokens against the emulator; both are in memory piece by piece, but for a
     target that `build` makes."""
     dtype, context = DTYPES[target.dtype], target.context()
-    whole_experts = None if build else WHOLE_EXPERTS
-    emulator = bundle.stream(whole_experts=whole_experts)
+    lend_experts = build is None
+    emulator = bundle.stream(lend_experts=lend_experts)
     model = build(bundle) if build else stream_target(bundle, target.device, dtype)
     loaded = Loaded(emulator, model)
-    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, whole_experts=whole_experts), dtype)
+    replayer = Replayer(golden, emulator, stream_twin(bundle, dtype, lend_experts=lend_experts), dtype)
     found = replayer.compare(model, lambda done, total: tell("modules", done, total), lambda: context, loaded.look)
     checks = [_check_emulator(found), *lint_model(model, bundle.architecture), *loaded.checks()]
     checks += check_modules(found, target)
-    twin = stream_twin(bundle, dtype, seed=1, granted=GRANTED, whole_experts=whole_experts)
+    twin = stream_twin(bundle, dtype, seed=1, granted=GRANTED, lend_experts=lend_experts)
     checks += _check_tokens(golden, emulator, twin, model, target, limits)
     return checks, found.ledger
 

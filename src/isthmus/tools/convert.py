@@ -1,8 +1,8 @@
 """Conversion of a published checkpoint into a bundle of another format, tensor by tensor.
 
-Memory holds a few tensors, whatever the model's size. Where a calibration is needed, the float model is built once and
-must fit into memory. The bundle says in conversion.json where each tensor of the source went that it does not carry
-under its own name. It is not sealed: no gate has compared it with its source.
+Memory holds a few tensors, whatever the model's size; where a calibration is needed, a layer of the float model, and
+with balancing all weights in fp32. The bundle says in conversion.json where each tensor of the source went that it does
+not carry under its own name. It is not sealed: no gate has compared it with its source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, check_format_name, fp8, get_format, mxfp8
 from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
@@ -37,6 +36,8 @@ from isthmus.formats.mixing.mixture import Mixture, choose_mixture
 from isthmus.formats.modelslim import DYNAMIC, FLOAT, WEIGHTS_ONLY, ModelSlim
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
+from isthmus.formats.parts.pieces import streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
 from isthmus.recipe.section import RecipeError
@@ -368,7 +369,7 @@ def _calibrate(
     state: Mapping[str, Tensor], checkpoint: Checkpoint, rows: list[list[int]], options: Options, watch: Watch
 ) -> Calibration:
     watch.say(f"  {sum(map(len, rows)):,} tokens calibrate the float model")
-    model = get_format("fp32").build(checkpoint.architecture, {name: tensor.float() for name, tensor in state.items()})
+    model = streamed(checkpoint.architecture, state, get_format("fp32").build)
     return calibrate(model, rows, gram=options.rounding == "gptq")
 
 

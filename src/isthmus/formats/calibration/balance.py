@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.recipe.architecture import ModelSection
 
 ALPHA = 0.5

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.ranges import Calibration
 
 LARGEST = 127
 DAMPING = 0.01

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile
 from isthmus.formats.calibration.balance import LARGEST_EXPONENT, Balance
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.calibration.rounding import round_with_calibration, sample_inputs
 from isthmus.formats.files.bundle import CONVERSION, read_object
+from isthmus.formats.parts.ranges import Calibration
 
 BALANCE, ROUNDING = "conversion/balance.safetensors", "conversion/rounding.safetensors"
 _SIDES = ("rows", "columns")

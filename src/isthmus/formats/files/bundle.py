@@ -21,7 +21,6 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import DESCRIPTION, MODELSLIM, Format, Layout, get_format, recognise_format
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.published import (
     CONFIG,
     INDEX,
@@ -33,7 +32,8 @@ from isthmus.formats.files.published import (
 )
 from isthmus.formats.files.stream import TensorWriter, described, shown
 from isthmus.formats.parts.names import mtp_copies
-from isthmus.formats.parts.pieces import WHOLE_EXPERTS, Adapt, streamed
+from isthmus.formats.parts.pieces import Adapt, streamed
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
@@ -70,10 +70,10 @@ class Bundle:
         """A model that computes on the CPU with the numerics of the format."""
         return get_format(self.format).build(self.architecture, dict(self.tensors))
 
-    def stream(self, adapt: Adapt = lambda _piece: None, *, whole_experts: int | None = WHOLE_EXPERTS) -> Model:
+    def stream(self, adapt: Adapt = lambda _piece: None, *, lend_experts: bool = True) -> Model:
         """The same model, in memory piece by piece (parts/pieces.py); `adapt` changes each piece that was built."""
         build = get_format(self.format).build
-        return streamed(self.architecture, self.tensors, build, adapt, whole_experts=whole_experts)
+        return streamed(self.architecture, self.tensors, build, adapt, lend_experts=lend_experts)
 
 
 def write_bundle(

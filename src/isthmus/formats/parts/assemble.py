@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isthmus.formats import Layout
-from isthmus.formats.calibration.ranges import Calibration
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 

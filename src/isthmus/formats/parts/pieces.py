@@ -47,13 +47,13 @@ def streamed(
     build: Build,
     adapt: Adapt = lambda _piece: None,
     *,
-    whole_experts: int | None = WHOLE_EXPERTS,
+    lend_experts: bool = True,
 ) -> Model:
     """A model for inference whose pieces are made of `tensors` (stored names, read when asked) when they are used.
 
-    Experts of a layer that take more than `whole_experts` bytes in fp32 come one at a time; None keeps them together.
+    Experts of a layer that take more than WHOLE_EXPERTS come one at a time, unless `lend_experts` is false.
     """
-    return Pieces(architecture, tensors, build, adapt, whole_experts).model
+    return Pieces(architecture, tensors, build, adapt, lend_experts).model
 
 
 def pieces_of(model: nn.Module) -> Pieces | None:
@@ -113,7 +113,7 @@ class Pieces:
     tensors: Mapping[str, Tensor]
     build: Build
     adapt: Adapt
-    whole_experts: int | None
+    lend_experts: bool
     model: Model = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,9 +231,9 @@ class Pieces:
 
     def _experts_are_lent(self, index: int) -> bool:
         mlp = self.model.model.layers[index].mlp
-        if self.whole_experts is None or not isinstance(mlp, MixtureOfExperts):
+        if not self.lend_experts or not isinstance(mlp, MixtureOfExperts):
             return False
-        return 4 * sum(one.numel() for one in mlp.experts.parameters()) > self.whole_experts
+        return 4 * sum(one.numel() for one in mlp.experts.parameters()) > WHOLE_EXPERTS
 
     def _layer_with_lent_experts(self, architecture: ModelSection, names: dict[str, str]) -> nn.Module:
         """A layer, built with its first expert alone; what lends them all, and the router, then take their places."""

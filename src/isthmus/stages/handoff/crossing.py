@@ -26,10 +26,10 @@ from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.formats import get_format
 from isthmus.formats.calibration.balance import find_balance
 from isthmus.formats.calibration.calibrate import calibrate
-from isthmus.formats.calibration.ranges import Calibration
 from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import Bundle, TokenizerFiles, read_bundle, write_bundle
 from isthmus.formats.files.golden import make_golden, write_golden
+from isthmus.formats.parts.ranges import Calibration
 from isthmus.formats.parts.stochastic import StochasticState
 from isthmus.model.model import Model
 from isthmus.parity import engine as engine_parity

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,13 +23,13 @@ class Calibration:
     """By the path of a linear module in the published names, such as `model.layers.3.self_attn.o_proj`; all fp32.
 
     `low` and `high` [K] are the least and the greatest input of each channel. `gram` [K, K], where it was asked for, is
-    the mean of x xᵀ over the inputs. `tokens` is how many tokens were looked at, `unseen` the experts'
-    modules that none of them reached.
+    the mean of x xᵀ over the inputs, read when it is asked for. `tokens` is how many tokens were looked at, `unseen`
+    the experts' modules that none of them reached.
     """
 
     low: dict[str, Tensor]
     high: dict[str, Tensor]
-    gram: dict[str, Tensor] = field(default_factory=dict)
+    gram: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     unseen: tuple[str, ...] = ()
 
