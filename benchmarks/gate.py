@@ -79,6 +79,8 @@ class Trial:
     fault: str | None
     dtype: str
     device: int
+    rows_alone: bool = False
+    threads: int = 1
     where: str | None = None
     detail: str = ""
     single: bool = False
@@ -175,7 +177,8 @@ def new_trial(case: Case, kind: str, dtype: str, number: int) -> Trial:
 
 def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated) -> Trial:
     """The trial with what the gate and, where the fault is in the target, the rivals say."""
-    device = TargetDevice(trial.device, trial.dtype)
+    device = TargetDevice(trial.device, trial.dtype, trial.rows_alone)
+    torch.set_num_threads(trial.threads)
     said = ask(case, trial.kind, plant, device)
     trial.said = asdict(said)
     if plant is not None:

@@ -132,7 +132,8 @@ _RATE = click.FloatRange(0, 100, min_open=True)
 @_RUN
 @_SET
 @click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")
-@click.option("--format", "format_name", metavar="NAME", help="Of a checkpoint: what to store: bf16, w8a8, ...")
+@click.option("--format", "format_name", metavar="NAME", help="Of a checkpoint: what to store; or give --for.")
+@click.option("--for", "server", type=click.Choice(servers()), help="Who is to read it; chooses or checks the format.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where its bundle goes; ./NAME-FORMAT if absent.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSONL: golden `tokens`, or `prompt`s."
@@ -147,6 +148,7 @@ _RATE = click.FloatRange(0, 100, min_open=True)
 @click.option("--calibrate-tokens", type=click.IntRange(1), help="Tokens of --calibrate to use; all if absent.")
 @click.option("--balance", is_flag=True, help="Move outliers of activations into the weights first.")
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), help="Of int8 weights; nearest if absent.")
+@click.option("--budget", type=_RATE, metavar="NATS", help="KL per token that types of modules are chosen for.")
 @click.option("--max-mean-kl", type=_RATE, help="What the format may cost, nats per token; 0.02 if absent.")
 @click.option("--max-chip-kl", type=_RATE, help="What the target may add, nats per token; 0.01 if absent.")
 @click.option(
@@ -158,7 +160,7 @@ def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again
     """Export, check parity, and seal; exit code 1 if the gate refuses.
 
     TARGET is a run folder or a recipe, or a checkpoint that was trained elsewhere: a folder in Hugging Face layout.
-    Then --format says what to make of it, and the other options how to prove it; of a run the recipe says all that.
+    Then --format or --for says what to make of it, and the others how to prove it; of a run the recipe says all that.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if (target / "config.json").is_file() and not (target / "recipe.json").exists():
@@ -175,19 +177,19 @@ def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again
     _run_stage("handoff", opened, heading="handoff", again=again)
 
 
-_CONVERTED = ("format_name", "calibrate", "calibrate_tokens", "balance", "rounding")
+_CONVERTED = ("format_name", "server", "budget", "calibrate", "calibrate_tokens", "balance", "rounding")
 
 
 def _hand_off_checkpoint(source: Path, given: dict[str, Any]) -> None:
     """Convert a checkpoint, then examine and seal what came of it."""
-    if "format_name" not in given:
+    if not {"format_name", "server"} & given.keys():
         raise IsthmusError(f"{source} is a checkpoint: --format says what to make of it, such as --format w8a8")
     published = importlib.import_module("isthmus.stages.handoff.published")
     converter = importlib.import_module("isthmus.tools.convert")
-    out = given.pop("out", None) or Path(f"{source.resolve().name}-{given['format_name']}")
-    conversion = converter.Options(**{name: given[name] for name in _CONVERTED if name in given})
-    kept = {name: value for name, value in given.items() if name == "format_name" or name not in _CONVERTED}
-    asked = published.prepare(source, published.Options(**kept))
+    ending = given.get("format_name") or given["server"]
+    out = given.pop("out", None) or Path(f"{source.resolve().name}-{ending}")
+    conversion = converter.Options(**{name: given.pop(name) for name in _CONVERTED if name in given})
+    asked = published.prepare(source, published.Options(**given))
     watch = _watch()
     converter.convert(source, out, conversion, watch)
     published.execute(source, out, asked, watch)

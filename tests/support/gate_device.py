@@ -18,23 +18,32 @@ from isthmus.model.model import Model
 
 ENTRIES = ("forward", "project", "queries", "latents", "join", "naive", "absorbed", "whole")
 """Methods of modules through which a forward pass, or a part of it, starts."""
-ACCUMULATION = {torch.bfloat16: 2.0**-13, torch.float32: 2.0**-22}
+ACCUMULATION = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-13, torch.float32: 2.0**-22}
 """Noise of a sum relative to the size of its row: accumulators of 14 bits (arXiv 2412.19437, 3.3.2), and of fp32."""
 SUMS: frozenset[Any] = frozenset({F.linear, torch.bmm, torch.Tensor.bmm, torch.matmul, F.scaled_dot_product_attention})
 
 
 class Device(TorchFunctionMode):
-    """Inside it, float sums come out a little differently; `seed` decides how."""
+    """Inside it, float sums come out a little differently; `seed` decides how.
 
-    def __init__(self, seed: int):
+    With `rows_alone` every row of an input goes through a linear layer by itself, as in a batch of one.
+    """
+
+    def __init__(self, seed: int, rows_alone: bool = False):
         super().__init__()
+        self.rows_alone = rows_alone
         self.generator = torch.Generator().manual_seed(seed)
         self.entered = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        if func is F.linear and self.rows_alone:
+            x, *rest = args
+            rows = [func(row, *rest, **(kwargs or {})) for row in x.reshape(-1, 1, x.shape[-1])]
+            found = torch.cat(rows).reshape(*x.shape[:-1], -1)
+        else:
+            found = func(*args, **(kwargs or {}))
         return self._noisy(found) if func in SUMS else found
 
     def _noisy(self, y: Tensor) -> Tensor:
@@ -43,9 +52,9 @@ class Device(TorchFunctionMode):
         return (y.float() + noise).to(y.dtype)
 
 
-def on_device(model: Model, seed: int) -> Model:
+def on_device(model: Model, seed: int, rows_alone: bool = False) -> Model:
     """The same model, computing from now on as on a healthy device."""
-    device = Device(seed)
+    device = Device(seed, rows_alone)
     for module in model.modules():
         for name in ENTRIES:
             method = getattr(module, name, None)

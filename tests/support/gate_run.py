@@ -78,10 +78,11 @@ class NoTokenizer:
 
 @dataclass(frozen=True)
 class TargetDevice:
-    """An imitated chip: what it computes in, and what decides its noise."""
+    """An imitated chip: what it computes in, what decides its noise, and whether it takes rows one by one."""
 
     seed: int
     dtype: str = "bf16"
+    rows_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def ask(case: Case, kind: str, plant: Plant | None, device: TargetDevice) -> Sai
 def target(subject: Subject, plant: Plant | None, device: TargetDevice) -> Model:
     """The target's model, with the fault if there is one."""
     dtype = DTYPES[device.dtype]
-    return on_device(subject.build(dtype=dtype) if plant is None else plant.build(subject, dtype), device.seed)
+    model = subject.build(dtype=dtype) if plant is None else plant.build(subject, dtype)
+    return on_device(model, device.seed, device.rows_alone)
 
 
 def right_module(plant: Plant, said: Said) -> bool:

@@ -58,7 +58,7 @@ def outputs(model: Model, tokens: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-ANY = st.one_of(architectures(), dense_architectures("qwen2"), dense_architectures("llama"))
+ANY = st.one_of(architectures(), *map(dense_architectures, ("qwen2", "llama", "qwen3", "mistral", "qwen3_moe")))
 
 
 @EXAMPLES

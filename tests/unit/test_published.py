@@ -240,6 +240,26 @@ def test_a_checkpoint_without_the_mtp_layer_says_what_to_set(tmp_path: Path):
     load_published(Model(architecture_of(tmp_path, num_nextn_predict_layers=0)), tmp_path)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_text_model_within_one_that_sees_is_read_and_the_rest_is_named(tmp_path: Path, shards: int):
+    """Kimi K2.5's layout: `text_config`, `language_model.` in front of the names, and the part that sees beside it."""
+    folder, model = tmp_path / "b", MODELS["deepseek_v3"]
+    write_bundle(folder, "fp32", model.state_dict(), model.architecture, TinyTokenizer())
+    tensors = {f"language_model.{name}": tensor for name, tensor in stored_tensors(folder).items()}
+    tensors |= {"vision_tower.patch_embed.weight": torch.zeros(3, 3), "mm_projector.bias": torch.zeros(3)}
+    (folder / "model.safetensors").unlink()
+    parts = {f"model-{part}.safetensors": sorted(tensors)[part::shards] for part in range(shards)}
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    found = Model(architecture_of(folder))
+    assert load_published(found, folder) == ["2 tensors beside the text model: only the text model is read"]
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A qwen2 checkpoint of several files."""

@@ -31,7 +31,7 @@ from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise, load_published, model_state
 from isthmus.trainer.step import train_step
 from tests.support.small import tiny_architecture
-from tests.support.small_dense import dense_architecture
+from tests.support.small_dense import FAMILIES, dense_architecture
 from tests.support.worlds import in_world
 
 STEPS = 50
@@ -89,7 +89,7 @@ def train(
         losses.append((found.loss, found.mtp_loss, found.balance_loss))
         loads.append([load.tolist() for load in found.loads])
         norms.append(norm)
-    biases = [router.e_score_correction_bias.tolist() for router in model.routers()]
+    biases = [bias.tolist() for router in model.routers() if (bias := router.e_score_correction_bias) is not None]
     held = sum(part.numel() for part in {**model_state(model)}.values() if not hasattr(part, "to_local"))
     held += sum(part.to_local().numel() for part in model_state(model).values() if hasattr(part, "to_local"))
     return Seen(losses, loads, norms, biases, held, set(model_state(model)))
@@ -132,6 +132,21 @@ def test_the_curve_of_several_ranks_is_that_of_one(single, world, options):
     for seen in everyone:
         assert seen.held - sum(map(len, seen.biases)) < 1.1 * whole / share
     assert set.union(*(seen.names for seen in everyone)) == single.names
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "qwen3_moe", "qwen3_moe with a dense layer"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_family_trains_on_two_ranks_as_on_one(name: str, precision: str):
+    """Norms of heads, windows, and experts without a balancing bias, which are spread over the ranks."""
+    family = FAMILIES[name]
+    options = {"precision": precision, **({"expert": 2} if family.sparse_layers else {})}
+    expected = train(alone(torch.device("cpu")), {}, ADAMW, 6, family)
+    assert expected.biases == [] and len(expected.loads[0]) == len(family.sparse_layers)
+    for seen in in_world(2, train_in_group, options, ADAMW, 6, family):
+        if precision == "fp32":
+            assert_same_training(seen, expected)
+        else:
+            assert [one[0] for one in seen.losses] == pytest.approx([one[0] for one in expected.losses], rel=0.01)
 
 
 @pytest.mark.parametrize("name", TIED)

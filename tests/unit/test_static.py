@@ -69,7 +69,7 @@ from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import initialise
 from isthmus.trainer.step import accumulate_gradients
 from tests.support.small import architecture, tiny_architecture
-from tests.support.small_dense import dense_architecture
+from tests.support.small_dense import dense_architecture, qwen3_moe_architecture
 from tests.support.traced import record_costs
 from tests.support.traffic import Traffic
 from tests.support.vendor_wheel import FALLBACK, KERNELS, compile_library, vendor_library, write_wheel
@@ -79,7 +79,13 @@ CHIP = "ascend-910b-313t"
 ADAMW = OptimizerSection(name="adamw", learning_rate=1e-3)
 MUON = OptimizerSection(name="muon", learning_rate=1e-3, matrix_learning_rate=1e-2)
 ROWS, LENGTH = 2, 24
-MODELS: dict[str, ModelSection] = {"mixture": architecture(v_head_dim=20), "dense": dense_architecture()}
+MODELS: dict[str, ModelSection] = {
+    "mixture": architecture(v_head_dim=20),
+    "dense": dense_architecture(),
+    "qwen3": dense_architecture("qwen3", head_dim=12),
+    "mistral": dense_architecture("mistral", sliding_window=LENGTH),
+    "qwen3_moe": qwen3_moe_architecture(mlp_only_layers=[0]),
+}
 """Values as wide as keys, so that nothing is filled up in front of attention."""
 
 

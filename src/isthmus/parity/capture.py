@@ -122,13 +122,19 @@ class GoldenSet:
         given, output, lost = (one.float() for one in self._read(TENSORS, names, f"the golden inputs of {path}"))
         return GoldenBlock(given, output, output + lost)
 
-    def token_logprobs(self) -> TokenLogprobs:
-        """What the trained model and the emulator say of the golden tokens."""
+    @property
+    def cost(self) -> FormatCost:
+        """What the format costs. Raises IsthmusError if the capture did not measure it."""
         if self.listed.cost is None:
             raise IsthmusError(
                 f"{self.folder} does not say what the trained model makes of its golden sequences: run "
                 f"`isthmus capture {self.folder} --source WEIGHTS` again where the trained weights are"
             )
+        return self.listed.cost
+
+    def token_logprobs(self) -> TokenLogprobs:
+        """What the trained model and the emulator say of the golden tokens; raises as `cost` does."""
+        _ = self.cost
         return TokenLogprobs(*self._read(TOKENS, ("trained", "emulator"), "the log-probabilities of golden tokens"))
 
     def _read(self, file: str, names: tuple[str, ...], what: str) -> list[Tensor]:

@@ -64,12 +64,9 @@ def cost_of(found: TokenParity) -> FormatCost:
     )
 
 
-def check_cost(cost: FormatCost | None, format_name: str, origin: str, limit: Figure, confidence: float) -> Check:
-    """Whether the cost that a bundle tells is within the limit; `unknown` if it tells none."""
+def check_cost(cost: FormatCost, format_name: str, origin: str, limit: Figure, confidence: float) -> Check:
+    """Whether the cost that a bundle tells is within the limit."""
     assert limit.value is not None
-    if cost is None:
-        detail = "the golden files do not say what the format costs: run `isthmus capture` again"
-        return Check(layer="tokens", name=NAME, outcome="unknown", limit=limit, detail=detail)
     interval = reach(cost.kl, cost.kl_interval, cost.sequences, confidence)
     source = f"trained model against the exact emulator of {format_name}, golden sequences: {origin}"
     return Check(

@@ -92,17 +92,6 @@ class Candidate:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One pass of a model over a batch, on the CPU: `logits` [N, V] of the completion tokens of all sequences.
-
-    `experts` [R, K], sorted in each row, are those that each layer chose for each token, padding left out.
-    """
-
-    logits: Tensor
-    experts: Tensor
-
-
 def compare_tokens(
     reference: Model,
     candidate: Model,
@@ -183,12 +172,6 @@ class _States:
     def logits(self, rows: range) -> Tensor:
         """Logits [M, V] of some of the completion tokens, on the CPU."""
         return self.model.logits(self.states[rows.start : rows.stop]).cpu()
-
-
-def run_batch(model: Model, sequences: list[GoldenSequence]) -> Pass:
-    """All sequences, one after the other, in one batch."""
-    found = _run_states(model, sequences)
-    return Pass(found.logits(range(len(found.states))), found.experts)
 
 
 @torch.inference_mode()

@@ -203,7 +203,7 @@ def _module_check(ratio: float, detail: str, target: Target, fault: Measure | No
 def check_format_cost(golden: GoldenSet, limits: Limits) -> Check:
     """Whether what capture measured of the format is within its budget."""
     limit = declared(limits.max_mean_kl, "nats/token", limits.source)
-    return check_cost(golden.listed.cost, golden.listed.format, golden.listed.origin, limit, limits.confidence)
+    return check_cost(golden.cost, golden.listed.format, golden.listed.origin, limit, limits.confidence)
 
 
 def _check_tokens(

@@ -23,10 +23,12 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.files.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD, unfilled
 from isthmus.formats.parts.names import SCALE, dequantise_blocks, mtp_copies
-from isthmus.recipe.architecture import DeepseekSection, ModelSection
+from isthmus.recipe.architecture import DeepseekSection, ModelSection, text_config
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
+WITHIN = "language_model."
+"""In front of the text model's names, in a checkpoint of a model that also sees (Kimi K2.5, Mistral Small 3.1)."""
 COMPUTED = ".rotary_emb.inv_freq"
 """Old Llama checkpoints store the inverse frequencies, which config.json says already."""
 
@@ -34,6 +36,7 @@ COMPUTED = ".rotary_emb.inv_freq"
 class StoredTensors:
     """The tensors of a folder by name; each is read when it is asked for. A context manager: files stay open in it.
 
+    Those of a text model within a larger one have the names that they have alone.
     Opening raises IsthmusError if the folder holds no weights, and DamagedFile naming the file that is missing or not
     whole, the tensor that a file holds and the index does not name, or the reverse.
     """
@@ -43,6 +46,7 @@ class StoredTensors:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         self._places: dict[str, tuple[int, int, int]] = {}
+        self._stored_name: dict[str, str] = {}
         try:
             self._file_of = self._find()
         except BaseException:
@@ -108,11 +112,11 @@ class StoredTensors:
         return content.view(dtype)
 
     def _slice(self, name: str) -> Any:
-        return self._open[self._file_of[name]].get_slice(name)
+        return self._open[self._file_of[name]].get_slice(self._stored_name[name])
 
     def _find(self) -> dict[str, str]:
         files = _weight_files(self.folder)
-        index = _read_index(self.folder)
+        index = {_alone(name): file for name, file in _read_index(self.folder).items()}
         file_of: dict[str, str] = {}
         for file in files:
             for name in self._names_in(file):
@@ -133,7 +137,9 @@ class StoredTensors:
         except FileNotFoundError:
             raise DamagedFile(f"{self.folder / file} is missing") from None
         self._find_places(file)
-        return list(self._open[file].keys())
+        stored = {_alone(name): name for name in self._open[file].keys()}  # noqa: SIM118 - it is no dictionary
+        self._stored_name |= stored
+        return list(stored)
 
     def _find_places(self, file: str) -> None:
         """Where each tensor lies. The library, which has checked the header, maps files and does not say."""
@@ -144,7 +150,12 @@ class StoredTensors:
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                self._places[name] = descriptor, 8 + length + begin, end - begin
+                self._places[_alone(name)] = descriptor, 8 + length + begin, end - begin
+
+
+def _alone(name: str) -> str:
+    """The name of a tensor in a checkpoint of the text model alone."""
+    return name.removeprefix(WITHIN)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -206,7 +217,8 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._block = _fp8_block(self.stored.folder)
+        config = _read_config(self.stored.folder)
+        self._block, self._nested = _fp8_block(self.stored.folder, config), text_config(config) is not config
         self._used = self._select()
         self._check()
 
@@ -256,9 +268,11 @@ class Checkpoint:
         names = self.stored.names
         computed = [name for name in names if name.endswith(COMPUTED)]
         mtp = [] if self.architecture.num_nextn_predict_layers else [name for name in names if self._of_mtp(name)]
+        others = [name for name in names if not name.startswith(("model.", "lm_head."))] if self._nested else []
         for chosen, what, reason in (
             (computed, f"tensors *{COMPUTED}", "computed from config.json"),
             (mtp, "tensors of the MTP layer", "num_nextn_predict_layers = 0"),
+            (others, "tensors beside the text model", "only the text model is read"),
         ):
             if chosen:
                 self.left_out.append(f"{len(chosen)} {what}: {reason}")
@@ -356,16 +370,20 @@ class _CheckpointState(Mapping[str, Tensor]):
         return len(self._known)
 
 
-def _fp8_block(folder: Path) -> tuple[int, int] | None:
-    """Block size of a checkpoint in DeepSeek's fp8; None if its weights are float. Raises IsthmusError for others."""
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise IsthmusError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
     except ValueError as error:
         raise DamagedFile(f"{path} is not valid JSON: {error}") from None
-    quantization = config.get("quantization_config")
+
+
+def _fp8_block(folder: Path, config: dict[str, Any]) -> tuple[int, int] | None:
+    """Block size of a checkpoint in DeepSeek's fp8; None if its weights are float. Raises IsthmusError for others."""
+    path = folder / CONFIG
+    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
     if not quantization:
         return None
     block = quantization.get("weight_block_size")

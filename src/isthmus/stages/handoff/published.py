@@ -22,7 +22,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Sampling
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.basis import read_conversion
-from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, read_bundle, read_config
+from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, open_bundle, read_config
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity import cost, gate
 from isthmus.parity.capture import synthetic_prompts
@@ -61,7 +61,6 @@ class Options:
     `task` a name of a task or a file of problems. Limits are those of [handoff].
     """
 
-    format_name: str
     prompts: Path | None = None
     task: str | None = None
     on: str = CPU
@@ -75,11 +74,10 @@ class Options:
     max_mb: int = HandoffSection().capture_mb
     sign_key: Path | None = None
 
-    @property
-    def section(self) -> HandoffSection:
-        """The same as [handoff] says it."""
+    def section(self, format_name: str) -> HandoffSection:
+        """The same as [handoff] says it, of a bundle in this format."""
         return HandoffSection(
-            format=self.format_name,
+            format=format_name,
             heldout_problems=self.problems,
             max_mean_kl=self.max_mean_kl,
             max_chip_kl=self.max_chip_kl,
@@ -128,13 +126,12 @@ def execute(source: Path, folder: Path, asked: Asked, watch: Watch) -> ParityVer
     Its verdict is left in it either way. Raises GateRefused with the reasons if the gate refuses; nothing is sealed
     then.
     """
-    bundle = read_bundle(folder)
-    with StoredTensors(source) as stored:
-        crossing = _crossing(Checkpoint(stored, bundle.architecture), folder, asked, watch)
+    with open_bundle(folder) as bundle, StoredTensors(source) as stored:
+        crossing = _crossing(Checkpoint(stored, bundle.architecture), bundle, asked, watch)
         examination = Examination(crossing, watch)
         if examination.can_run(bundle):
             _examine(crossing, examination, bundle, asked, watch)
-    verdict = examination.write_verdict(bundle)
+        verdict = examination.write_verdict(bundle)
     title = f"parity on {verdict.target}: {verdict.verdict}"
     watch.console.print(gate.check_table(title, map(gate.shown, verdict.checks)))
     if verdict.ledger:
@@ -180,8 +177,8 @@ def _golden(crossing: Crossing, asked: Asked, answers: Answers) -> list[GoldenSe
     return [GoldenSequence(one[: len(one) // 2], one[len(one) // 2 :]) for one in sequences if len(one) > 1]
 
 
-def _crossing(checkpoint: Checkpoint, folder: Path, asked: Asked, watch: Watch) -> Crossing:
-    options, task = asked.options, asked.task
+def _crossing(checkpoint: Checkpoint, bundle: Bundle, asked: Asked, watch: Watch) -> Crossing:
+    options, task, folder = asked.options, asked.task, bundle.folder
     if asked.sequences is not None:
         assert options.prompts is not None
         origin = options.prompts.name
@@ -206,7 +203,7 @@ def _crossing(checkpoint: Checkpoint, folder: Path, asked: Asked, watch: Watch) 
         architecture=checkpoint.architecture,
         state=checkpoint.state(),
         tokenizer=Tokenizer.load(folder),
-        section=options.section,
+        section=options.section(bundle.format),
         limits_from=COMMAND_LINE,
         asked=origin,
         task=task,
@@ -253,8 +250,8 @@ def _what_may_help(verdict: ParityVerdict, asked: Asked) -> str:
     advice = []
     if cost.NAME in names:
         advice.append(
-            "The format costs more than its budget: --balance or --rounding gptq with --calibrate FILE, or another "
-            "--format, cost less, and --max-mean-kl says what may be lost"
+            "The format costs more than its budget: --calibrate FILE with --balance, --rounding gptq or --budget NATS, "
+            "or another --format, cost less, and --max-mean-kl says what may be lost"
         )
     if cost.NAME in names and asked.sequences is None and asked.task is None:
         advice.append("It was measured on random tokens: give --prompts FILE.jsonl or --task T")

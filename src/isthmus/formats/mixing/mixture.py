@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ from isthmus.recipe.architecture import ModelSection
 
 BITS = {DYNAMIC: 16, WEIGHTS_ONLY: 24, FLOAT: 32}
 """Of the weight and of the input, for every multiplication."""
-TRIAL_TOKENS = 512
-"""Tokens on which single modules are measured; whole mixtures are measured on all."""
+TRIAL_TOKENS, TRIAL_PLACES = 512, 256
+"""Tokens that single modules read, and at how many of them, evenly spread, what comes next is compared. Whole mixtures
+are measured on all."""
 CACHED_BYTES = 1 << 30
 _EXPERT = re.compile(r"\.experts\.\d+\..*")
 _FUSED = {
@@ -192,15 +193,23 @@ def order_steps(priced: list[Priced]) -> list[Step]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trained model says of rows: tokens [B, T], which of them are real, and its states [B, T, D]."""
+    """What the trained model says of rows [B, T]: its states [B, T, D]. `places` [B, T] are where it is compared."""
 
-    tokens_: Tensor
-    real: Tensor
+    rows: Tensor
+    places: Tensor
     hidden: Tensor
 
     @property
     def tokens(self) -> int:
-        return int(self.real.sum())
+        return int(self.places.sum())
+
+    def thinned(self, most: int) -> Reference:
+        """The same, compared at `most` places, evenly spread."""
+        found = self.places.nonzero()
+        kept = found[:: -(-len(found) // most)]
+        places = torch.zeros_like(self.places)
+        places[kept[:, 0], kept[:, 1]] = True
+        return replace(self, places=places)
 
 
 class Judge:
@@ -227,11 +236,11 @@ class Judge:
     @torch.inference_mode()
     def price(self, units: list[Unit], rows: list[list[int]], tell: Tell) -> list[Priced]:
         """Each unit in each of its types, alone. A layer is computed from what the trained layers before it give."""
-        reference = self.reference(rows)
+        reference = self.reference(rows).thinned(TRIAL_PLACES)
         distance = self._distance(reference)
-        positions = torch.arange(reference.tokens_.shape[1]).expand(reference.tokens_.shape)
-        rotation, mask = self.trained.model.rotary(positions), causal_mask(reference.tokens_.shape[1])
-        x, entered = self.trained.model.embed_tokens(reference.tokens_), 0
+        positions = torch.arange(reference.rows.shape[1]).expand(reference.rows.shape)
+        rotation, mask = self.trained.model.rotary(positions), causal_mask(reference.rows.shape[1])
+        x, entered = self.trained.model.embed_tokens(reference.rows), 0
         priced = []
         for done, unit in enumerate(units):
             tell(unit.path, done, len(units))
@@ -262,7 +271,7 @@ class Judge:
             else:
                 tensors |= mixed.retyped(self._int8(name), kind)
         model = mixed.build(self.architecture, tensors)
-        return self._distance(reference)(model.logits, model.hidden(reference.tokens_))
+        return self._distance(reference)(model.logits, model.hidden(reference.rows))
 
     def types(self, units: list[Unit], kinds: list[str]) -> dict[str, str]:
         """The type of every weight. What is no unit is in float, and in the MTP layer quantised as usual."""
@@ -273,20 +282,21 @@ class Judge:
     def _distance(self, reference: Reference) -> Callable[[Callable[[Tensor], Tensor], Tensor], float]:
         """A function of a model's head and states; what the trained model says is kept where it is small."""
         kept: list[Tensor] = []
-        cached = reference.hidden[..., 0].numel() * self.architecture.vocab_size * 4 <= CACHED_BYTES
+        cached = reference.tokens * self.architecture.vocab_size * 4 <= CACHED_BYTES
 
-        def wanted(row: int) -> Tensor:
-            if not cached:
-                return self.trained.logits(reference.hidden[row]).log_softmax(-1)
-            if len(kept) == row:
-                kept.append(self.trained.logits(reference.hidden[row]).log_softmax(-1))
-            return kept[row]
+        def wanted(row: int, places: Tensor) -> Tensor:
+            if len(kept) > row:
+                return kept[row]
+            found = self.trained.logits(reference.hidden[row, places]).log_softmax(-1)
+            if cached:
+                kept.append(found)
+            return found
 
         def distance(head: Callable[[Tensor], Tensor], hidden: Tensor) -> float:
             total = torch.zeros((), dtype=torch.float64)
-            for row, states in enumerate(hidden):
-                p, q = wanted(row), head(states).log_softmax(-1)
-                total += (p.exp() * (p - q)).sum(-1)[reference.real[row]].double().sum()
+            for row, (states, places) in enumerate(zip(hidden, reference.places, strict=True)):
+                p, q = wanted(row, places), head(states[places]).log_softmax(-1)
+                total += (p.exp() * (p - q)).sum(-1).double().sum()
             return float(total) / reference.tokens
 
         return distance
