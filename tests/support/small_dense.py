@@ -75,7 +75,9 @@ def theirs(model: Model) -> PreTrainedModel:
     fields = hf_config(architecture, dtype="float32", eos_token_id=1, bos_token_id=0)
     given = {key: value for key, value in fields.items() if key not in ("model_type", "rope_scaling")}
     config = AutoConfig.for_model(architecture.model_type, **given)
-    config._experts_implementation = "eager"  # the others want sizes of multiples of 16 bytes
-    other = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    # The other implementations of experts want sizes of multiples of 16 bytes.
+    other = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
     other.load_state_dict(to_transformers_layout(model.state_dict(), other), strict=True)
     return other.eval()
