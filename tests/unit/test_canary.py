@@ -17,7 +17,7 @@ from isthmus.engines.local.api.service import load_service
 from isthmus.engines.local.core.scheduler import Finished
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import read_bundle
+from isthmus.formats.files.bundle import Bundle, open_bundle, read_bundle
 from isthmus.formats.files.golden import GOLDEN, Golden, GoldenAnswer, make_golden, read_golden, write_golden
 from isthmus.formats.updates.wire import digest, pack
 from isthmus.parity.seal import verify_seal, write_seal
@@ -66,6 +66,14 @@ def damage(service):
 def golden_of(service) -> Golden:
     assert service.golden is not None
     return service.golden
+
+
+def test_golden_answers_are_the_same_piece_by_piece(bundle, monkeypatch):
+    folder, _ = bundle
+    monkeypatch.setattr("isthmus.formats.files.golden.WHOLE_BYTES", 0)
+    with open_bundle(folder) as lent:
+        monkeypatch.setattr(Bundle, "build", None)
+        assert make_golden(lent, PROMPTS, small_tokenizer().eos_id) == read_golden(folder)
 
 
 def test_golden_answers_are_those_of_the_model_alone(bundle):

@@ -9,7 +9,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from isthmus.forecast.count import count_parameters
+from isthmus.formats.parts.slices import cut_architecture
 from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequencies, softmax_scale
+from isthmus.model.model import Model
 from isthmus.recipe.architecture import (
     MODEL_TYPES,
     AnySection,
@@ -21,6 +23,7 @@ from isthmus.recipe.architecture import (
 )
 from isthmus.recipe.section import RecipeError
 from tests.support.published_configs import KIMI_K2, PUBLISHED
+from tests.support.small_dense import FAMILIES
 
 SIZES = {
     "vocab_size": 64,
@@ -129,6 +132,19 @@ def test_experts_are_in_the_layers_that_both_keys_leave():
     assert isinstance(saved_experts, Qwen3MoeSection) and saved_experts.num_experts == 64
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_layer_of_a_model_is_described_as_the_layer_that_it_is(name: str, layer: int):
+    """Also one without a window of a model that has them, and one without experts of a mixture."""
+    whole = FAMILIES[name]
+    alone = cut_architecture(whole, range(layer, layer + 1))
+    again = read(hf_config(alone, dtype="bfloat16", eos_token_id=1, bos_token_id=None))
+    assert windows(again) == [whole.window_of(layer)]
+    assert again.is_sparse(0) == whole.is_sparse(layer)
+    total = sum(parameter.numel() for parameter in Model(alone).parameters())
+    assert count_parameters(again).total == total
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -185,7 +201,6 @@ def test_qwen_with_yarn_grows_by_a_seventh_and_keeps_its_fast_pairs():
         (MISTRAL, {"attention_bias": True}, "a mistral model has no biases"),
         (MOE, {"num_experts_per_tok": 129}, "exceeds the 128 experts"),
         (MOE, {"mlp_only_layers": [48]}, "names layer 48, and there are 48"),
-        (MOE, {"decoder_sparse_step": 49}, "no layer has experts"),
         (KIMI_K2, {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported"),
         (KIMI_K2, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported"),
     ],

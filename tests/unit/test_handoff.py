@@ -332,7 +332,7 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
     ("export", "plain", "outcome", "share"),
     [
         ("bf16", "bf16", "caution", (99, 100)),
-        ("bf16-stochastic", "bf16", "caution", (85, 95)),
+        ("bf16-stochastic", "bf16", "pass", (85, 95)),
         ("fp32", "fp32", None, ()),
     ],
 )
@@ -355,7 +355,8 @@ def test_updates_that_rounding_undoes_are_named_with_their_ways_out(start, tmp_p
         assert all(torch.equal(stored[name], trained[name]) for name in stored)
         return
     assert found.figure is not None and share[0] <= (found.figure.value or 0) <= share[1]
-    assert 'export = "fp32" in [handoff]' in found.detail and "base" in found.detail and "mean KL" in found.detail
+    assert "base" in found.detail and "mean KL" in found.detail
+    assert ('export = "fp32" in [handoff]' in found.detail) == (outcome == "caution")
     same = all(torch.equal(stored[name], before[name]) for name in stored if "bias" not in name)
     assert same == (export == "bf16")
 

@@ -117,8 +117,6 @@ def test_an_engine_that_loses_a_channel_of_one_layer_is_told_which(tmp_path):
     bundle = captured(tmp_path / "w8a8", "w8a8")
     slices = tmp_path / "slices"
     slicing.execute(bundle, slices, QUIET, **PLAIN)
-    verdict = verify_engine(bundle, EngineAt(None, command=SERVE), slices=slices)
-    assert {check.outcome for check in verdict.checks if check.layer == "engine"} == {"pass"}
     wrong = tmp_path / "layer.py"
     wrong.write_text(FAULTY.format(layer=0))
     shell = tmp_path / "serve.sh"
@@ -127,9 +125,9 @@ def test_an_engine_that_loses_a_channel_of_one_layer_is_told_which(tmp_path):
     command = f"sh {shlex.quote(str(shell))} {{bundle}} {{port}}"
     found = verify_engine(bundle, EngineAt(None, command=command), slices=slices)
     assert found.culprit == "model.layers.1"
-    assert {check.module for check in found.checks if check.layer == "engine" and check.outcome == "fail"} == {
-        "model.layers.1"
-    }
+    engine = [check for check in found.checks if check.layer == "engine"]
+    assert {check.module for check in engine if check.outcome != "pass"} == {"model.layers.1"}
+    assert any(check.name.startswith("model.layers.0") for check in engine)
 
 
 def test_slices_need_a_command(bundle, tmp_path):

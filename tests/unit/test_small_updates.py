@@ -93,6 +93,8 @@ def test_the_cost_decides_whether_it_is_a_caution_or_a_fault(undone: int, kl_out
     assert check.outcome == outcome and (undone / 100 > LIMIT) == (outcome != "pass")
     assert "since base" in check.detail and "0.27" in check.detail
     assert ('export = "fp32"' in check.detail) == (outcome != "pass")
+    at_random = check_updates(Updates(200, 100, undone), "bf16", kl, Path("published/base"), stochastic=True)
+    assert at_random.outcome == ("fail" if outcome == "fail" else "pass")
 
 
 def test_coverage_takes_rounding_at_random_for_what_it_is_and_nothing_else():

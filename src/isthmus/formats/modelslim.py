@@ -207,7 +207,7 @@ def _dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, scale in tensors.items():
         if name.endswith(".weight_scale") and _is_weights_only(scale):
             weight = name.removesuffix("_scale")
-            found[weight] = tensors[weight].float() * scale.float()
+            found[weight] = tensors[weight].float() * scale.float().to(tensors[weight].device)
     return found
 
 

@@ -78,13 +78,13 @@ def _grouped_fields(architecture: GroupedSection) -> dict[str, Any]:
         return {**fields, "mlp_bias": False}
     if a.model_type == "mistral":
         return {**fields, "sliding_window": a.sliding_window}
-    fields["use_sliding_window"] = a.sliding_window is not None
-    if a.sliding_window is None:
+    windowed = [a.window_of(index) is not None for index in range(a.num_hidden_layers)]
+    fields["use_sliding_window"] = any(windowed)
+    if not any(windowed):
         return fields
     fields |= {"sliding_window": a.sliding_window}
     if a.model_type == "qwen3_moe":
         return fields
-    windowed = [a.window_of(index) is not None for index in range(a.num_hidden_layers)]
     types = ["sliding_attention" if window else "full_attention" for window in windowed]
     return {**fields, "layer_types": types, "max_window_layers": windowed.index(True)}
 

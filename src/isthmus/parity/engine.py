@@ -86,7 +86,9 @@ def compare_engine(
     scores = score([[*one.prompt, *one.completion] for one in sequences])
     found = [value for one, given in zip(sequences, scores, strict=True) for value in given[len(one.prompt) - 1 :]]
     said = torch.tensor([one.logprob for one in found], dtype=torch.float64)
-    calibration = Calibration.of(build, arithmetic, sequences, chosen=torch.tensor([one.best for one in found]))
+    calibration = Calibration.of(
+        build, arithmetic, sequences, chosen=torch.tensor([one.best for one in found], dtype=torch.long)
+    )
     return compare_logprobs(said, trained, calibration, confidence, alpha)
 
 
@@ -120,8 +122,10 @@ class Spot:
 
     @property
     def limit(self) -> float | None:
-        """The mean |Δlogp| that a healthy engine would not pass on these tokens, where twins were asked."""
-        return None if self.beyond is None else self.beyond.twins * self.beyond.limit
+        """The mean |Δlogp| that a healthy engine would not pass on these tokens, where twins told one."""
+        if self.beyond is None or not math.isfinite(self.beyond.limit):
+            return None
+        return self.beyond.twins * self.beyond.limit
 
 
 def spot_check(

@@ -276,8 +276,6 @@ class GroupedSection(ModelSection):
             return self
         if self.sliding_window is None:
             raise ValueError("layer_types says which layers have a sliding window: give sliding_window too")
-        if "sliding_attention" not in self.layer_types:
-            raise ValueError("layer_types names no sliding_attention: leave it and sliding_window out")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, and num_hidden_layers is {self.num_hidden_layers}"
@@ -355,8 +353,6 @@ class Qwen3MoeSection(GroupedSection):
             raise ValueError(f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {self.num_experts} experts")
         if outside := [index for index in self.mlp_only_layers if not 0 <= index < self.num_hidden_layers]:
             raise ValueError(f"mlp_only_layers names layer {outside[0]}, and there are {self.num_hidden_layers}")
-        if not self.sparse_layers:
-            raise ValueError("no layer has experts: for a model of dense layers write model_type = qwen3")
         return self
 
 

@@ -29,10 +29,10 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, check_format_name, fp8, get_format, mxfp8
 from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
-from isthmus.formats.calibration.mixture import Mixture, choose_mixture
 from isthmus.formats.files.basis import Conversion
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
+from isthmus.formats.mixing.mixture import Mixture, choose_mixture
 from isthmus.formats.modelslim import DYNAMIC, FLOAT, WEIGHTS_ONLY, ModelSlim
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE

@@ -146,7 +146,9 @@ def _summed_cross_entropy(head: Callable[[Tensor], Tensor], vocabulary: int, sta
 
 def _step_losses(model: Model, sums: Tensor, counts: Tensor) -> StepLosses:
     a = model.architecture
-    loads = sums[3:].view(-1, a.n_routed_experts) if isinstance(a, MixtureSection) else ()
+    loads = (
+        sums[3:].view(len(sums[3:]) // a.n_routed_experts, a.n_routed_experts) if isinstance(a, MixtureSection) else ()
+    )
     loss, mtp_loss, balance = (sums[:3] / counts[:3]).tolist()
     return StepLosses(loss, mtp_loss, balance, list(loads), int(counts[3]))
 

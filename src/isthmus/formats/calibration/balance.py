@@ -75,6 +75,13 @@ class _Balanced(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._balance.apply(name, self._source[name])
 
+    def rows(self, name: str, rows: range) -> Tensor:
+        """Some rows of a tensor; where it stays as it is no others are read, if the source can read some alone."""
+        if name in self._balance.rows or name in self._balance.columns:
+            return self[name][rows.start : rows.stop]
+        read: Any = getattr(self._source, "rows", None)
+        return self._source[name][rows.start : rows.stop] if read is None else read(name, rows)
+
     def __contains__(self, name: object) -> bool:
         return name in self._source
 

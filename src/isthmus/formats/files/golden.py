@@ -6,6 +6,7 @@ They lie in golden.json, which the seal covers and which other engines do not re
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from isthmus.errors import DamagedFile
+from isthmus.formats import get_format
 from isthmus.formats.files.bundle import CHECKSUMS, Bundle, file_hashes
 from isthmus.model.model import Model
 from isthmus.run import write_atomic
 
 GOLDEN = "golden.json"
 PROMPTS, TOKENS = 8, 16
+WHOLE_BYTES = 1 << 30
+"""Weights in fp32 up to which a model is built whole, which is faster than making it anew for every token."""
 
 
 class TokenScore(NamedTuple):
@@ -60,8 +64,12 @@ class Golden(BaseModel):
 
 
 def make_golden(bundle: Bundle, prompts: list[list[int]], eos_id: int) -> Golden:
-    """Answer up to PROMPTS prompts with up to TOKENS tokens each by the bundle's model, every step from scratch."""
-    model = bundle.build()
+    """Answer up to PROMPTS prompts with up to TOKENS tokens each by the bundle's model, every step from scratch.
+
+    A model of more than WHOLE_BYTES is in memory piece by piece.
+    """
+    shapes = [shape for _, shape in get_format(bundle.format).layout(bundle.architecture).values()]
+    model = bundle.build() if 4 * sum(map(math.prod, shapes)) <= WHOLE_BYTES else bundle.stream()
     room = bundle.architecture.max_position_embeddings
     chosen = [prompt for prompt in prompts if 0 < len(prompt) < room][:PROMPTS]
     found: list[tuple[list[int], list[float], list[float]]] = [([], [], []) for _ in chosen]

@@ -320,7 +320,7 @@ class Examination:
         with start_of(start_folder, self.crossing.architecture) as start:
             found = measure_updates(start, self.crossing.state, bundle.tensors)
         kl = next(check for check in self.found[bundle.format] if check.name == MEAN_KL)
-        self._add(bundle, [check_updates(found, bundle.format, kl, start_folder)])
+        self._add(bundle, [check_updates(found, bundle.format, kl, start_folder, stochastic=written.stochastic)])
 
     def compare_engine(self, target: Bundle, answers: Answers) -> None:
         """What the engine says it sampled from, against the bundle's model on the CPU, its healthy twins and the

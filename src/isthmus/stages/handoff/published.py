@@ -22,7 +22,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Sampling
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.basis import read_conversion
-from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, read_bundle, read_config
+from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, open_bundle, read_config
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity import cost, gate
 from isthmus.parity.capture import synthetic_prompts
@@ -126,13 +126,12 @@ def execute(source: Path, folder: Path, asked: Asked, watch: Watch) -> ParityVer
     Its verdict is left in it either way. Raises GateRefused with the reasons if the gate refuses; nothing is sealed
     then.
     """
-    bundle = read_bundle(folder)
-    with StoredTensors(source) as stored:
+    with open_bundle(folder) as bundle, StoredTensors(source) as stored:
         crossing = _crossing(Checkpoint(stored, bundle.architecture), bundle, asked, watch)
         examination = Examination(crossing, watch)
         if examination.can_run(bundle):
             _examine(crossing, examination, bundle, asked, watch)
-    verdict = examination.write_verdict(bundle)
+        verdict = examination.write_verdict(bundle)
     title = f"parity on {verdict.target}: {verdict.verdict}"
     watch.console.print(gate.check_table(title, map(gate.shown, verdict.checks)))
     if verdict.ledger:
