@@ -42,7 +42,7 @@ from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
 from isthmus.model.config import hf_config
 from isthmus.parity.capture import GoldenSet
-from isthmus.parity.tokens import run_batch
+from isthmus.parity.twins import score_tokens
 from isthmus.parity.verify import verify_bundle
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
@@ -148,7 +148,7 @@ def once(step: str, folder: Path, threads: int) -> dict[str, float]:
         capture.execute(bundle, source, None, True, 256, watch)
     elif step == "forward":
         with open_bundle(bundle, check_files=False) as opened:
-            run_batch(opened.stream(), GoldenSet(bundle).listed.golden_sequences())
+            score_tokens(opened.stream(), GoldenSet(bundle).listed.golden_sequences())
     else:
         verdict = verify_bundle(bundle)
         assert all(check.outcome == "pass" for check in verdict.checks if check.layer in ("files", "modules"))

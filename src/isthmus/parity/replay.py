@@ -436,7 +436,7 @@ class Replayer:
         """The whole layer once, after its MLP: norms, residuals and their order."""
         if block.kind == "attention":
             return
-        path, x, other = layer_of(block.path), fewer(x), fewer(other)
+        path, x, other = block.path.rpartition(".")[0], fewer(x), fewer(other)
 
         def run(model: Model, given: Tensor, cos: Tensor, sin: Tensor) -> Any:
             layer, trace = model.get_submodule(path), Trace()

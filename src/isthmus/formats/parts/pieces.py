@@ -118,7 +118,7 @@ class Pieces:
 
     def __post_init__(self) -> None:
         self.model = unfilled(self.architecture).eval().requires_grad_(False)
-        self.model.pieces = self  # pyright: ignore[reportAttributeAccessIssue]
+        self.model.pieces = self  # pyright: ignore
         self._worker = ThreadPoolExecutor(1)
         self._lent: dict[int, _Lent] = {}
         self._names: dict[int, dict[str, str]] = {}
@@ -163,8 +163,8 @@ class Pieces:
         model.model.norm.weight = nn.Parameter(self.tensors[NORM].float(), requires_grad=False)
         for outside in (model.model.norm, model.model.rotary):
             self.adapt(outside)
-        model.model.embed_tokens.forward = self._embed
-        model.lm_head.forward = self._logits
+        model.model.embed_tokens.forward = self._embed  # pyright: ignore[reportAttributeAccessIssue]
+        model.lm_head.forward = self._logits  # pyright: ignore[reportAttributeAccessIssue]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         def look_up() -> tuple[nn.Embedding, Tensor]:
@@ -181,10 +181,10 @@ class Pieces:
         found: Tensor | None = None
         for rows in blocks:
             part = self.head_rows(rows)(x)
-            if found is None:
-                found = part.new_empty(*part.shape[:-1], self.architecture.vocab_size)
-            found[..., rows.start : rows.stop] = part
-        assert found is not None, "there are no tokens"
+            whole = part.new_empty(*part.shape[:-1], self.architecture.vocab_size) if found is None else found
+            whole[..., rows.start : rows.stop] = part
+            found = whole
+        assert found is not None, "a vocabulary has tokens"
         return found
 
     def _linear(self, weight: Tensor) -> nn.Linear:
