@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "runtime": tuple(RUNTIME_FAULTS),
 }
 """The faults that are planted, by where they happen."""
-LIMITS = Limits(max_mean_kl=100.0, source="random weights have no budget for quantisation")
+LIMITS = Limits(max_chip_kl=100.0, max_mean_kl=100.0, source="random weights have no budget in nats")
 REPLAY = "module replay"
 TRIES = 12
 TENSOR_NAME = re.compile(r"(?:model|lm_head)\.[\w.]*?weight\w*")

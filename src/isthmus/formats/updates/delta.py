@@ -23,7 +23,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -187,7 +187,7 @@ def split_messages(content: bytes) -> list[bytes]:
     return parts
 
 
-def decode(message: Message, base: dict[str, Tensor]) -> dict[str, Tensor]:
+def decode(message: Message, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The changed tensors of a message, each checked by its hash. `base` are the tensors that it changes.
 
     Raises DamagedFile if they do not come out as the sender had them.

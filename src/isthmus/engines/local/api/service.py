@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Service:
     architecture: ModelSection
     core: Core
     tokenizer: Tokenizer
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     weights_sha256: str
     rehearsal: dict[str, int] | None = None
     examples: list[str] = field(default_factory=list)
@@ -95,7 +96,7 @@ class Service:
         """Whether the weights in use are those that the seal vouches for."""
         return self.is_original and self.identity.seal is not None
 
-    def exchange(self, tensors: dict[str, Tensor], version: int, sha256: str) -> None:
+    def exchange(self, tensors: Mapping[str, Tensor], version: int, sha256: str) -> None:
         """Take new weights into use between two steps. Raises IsthmusError if they do not fit; the old ones go on then.
 
         One caller at a time: WeightUpdates sees to it.
@@ -109,8 +110,8 @@ class Service:
         compare_layouts(self.layout, layout_of(bundle.tensors))
         self._take(bundle.tensors, self.bundle_version, weights_sha256(bundle.folder), is_original=True)
 
-    def _take(self, tensors: dict[str, Tensor], version: int, sha256: str, *, is_original: bool) -> None:
-        model = get_format(self.identity.format).build(self.architecture, tensors)
+    def _take(self, tensors: Mapping[str, Tensor], version: int, sha256: str, *, is_original: bool) -> None:
+        model = get_format(self.identity.format).build(self.architecture, dict(tensors))
         self.core.swap(model, version)
         self.revision += 1
         self.tensors, self.weights_sha256, self.is_original = tensors, sha256, is_original
@@ -171,7 +172,7 @@ def rehearse_steps(model: Model, chip: str) -> dict[str, int]:
     return {str(status): calls for status, calls in rehearsal.tally.calls.items()}
 
 
-def layout_of(tensors: dict[str, Tensor]) -> Layout:
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """Dtype and shape of every tensor."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
@@ -188,7 +189,7 @@ def compare_layouts(expected: Layout, found: Layout) -> None:
         raise DamagedFile(f"the new weights do not fit the served bundle: {'; '.join(sorted(wrong)[:4])}{more}")
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise DamagedFile that names a tensor with a value that is not a number or infinite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
