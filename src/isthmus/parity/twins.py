@@ -147,11 +147,14 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor, alpha: flo
     def factor(contrast: float) -> float:
         return _factor(contrast, table[1:], means[1], weights)
 
+    # An engine that is f times as far stands out of m by f / (1 + f), not by a half: so much more does its level scatter.
+    further = factor((size + power) * spread)
+    growth = 2.0 if further == math.inf else 2 * further / (1 + further)
     return Beyond(
         *means,
         ratio=factor(contrast),
         limit=factor(size * spread),
-        detectable=factor((size + power) * spread),
+        detectable=factor((size + power * growth) * spread),
         tokens=int(tokens.sum()),
         sequences=sequences,
         count=count,
