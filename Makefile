@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/tiny.toml
-TESTERS ?= 2
+TESTERS ?= 3
 VENDORED := markdown-it@15.0.3/dist/browser/markdown-it.umd.min.js temml@0.13.5/dist/temml.min.js
 
 export OMP_WAIT_POLICY ?= PASSIVE

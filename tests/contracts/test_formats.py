@@ -171,7 +171,7 @@ def test_the_local_engine_serves_it(name, architecture):
     """Greedy answers are those of the built model, token by token. Kernels in C exist for three formats."""
     model = get_format(name).build(architecture, exported(name, architecture))
     core, prompt = Core(model, eos_id=-1, length=32), [3, 1, 4, 1, 5]
-    in_c = ("fp32", "bf16", "w8a8", *(() if architecture.sparse_layers else ("modelslim_dynamic",)))
+    in_c = ("fp32", "bf16", "w8a8", *(() if architecture.sparse_layers else ("modelslim_dynamic", "modelslim_mixed")))
     assert core.runner.kernels.startswith("native" if name in in_c else "torch: ")
     request, events = ask([prompt], 8, temperature=0.0)
     run_core(core, request)

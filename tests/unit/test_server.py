@@ -411,7 +411,7 @@ def test_thinking_is_told_apart_where_its_end_is_no_token(text, thought, answer)
     bpe.train_from_iterator(
         ["think"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
-    tokenizer = Tokenizer(bpe, "{{ messages[0].content }}", None, "<end>")
+    tokenizer = Tokenizer(bpe, "{{ messages[0].content }}<think>", None, "<end>")
     vocabulary, prompt = Vocabulary(tokenizer), tokenizer.chat([{"role": "user", "content": "Weather?"}])
     assert vocabulary.close_think is None and vocabulary.opens_thinking(prompt)
     writer = ChannelledText(vocabulary, Rules(), thinking=True)

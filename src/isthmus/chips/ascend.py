@@ -29,7 +29,10 @@ def chips() -> list[Chip]:
         source="torch_npu's distributed backend; platforms of vllm-ascend and SGLang",
         collectives=("hccl", "gloo"),
         engines=("vllm-ascend", "sglang"),
-        own_formats={"int8": ("modelslim", "modelslim_dynamic", "modelslim_fp16"), "fp8": ("mxfp8",)},
+        own_formats={
+            "int8": ("modelslim", "modelslim_dynamic", "modelslim_fp16", "modelslim_mixed"),
+            "fp8": ("mxfp8",),
+        },
     )
 
 

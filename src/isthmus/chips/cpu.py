@@ -7,7 +7,10 @@ from pathlib import Path
 
 from isthmus.chips._facts import Capabilities, Chip, Found, Presence, Vendor
 
-_EMULATED = ("w8a8", "w8a8_static", "modelslim", "modelslim_dynamic", "modelslim_fp16", "fp8", "mxfp8")
+_EMULATED = (
+    *("w8a8", "w8a8_static", "modelslim", "modelslim_dynamic", "modelslim_fp16", "modelslim_mixed"),
+    *("fp8", "mxfp8"),
+)
 _CPUINFO = Path("/proc/cpuinfo")
 
 
