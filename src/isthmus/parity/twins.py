@@ -147,7 +147,7 @@ def compare_with_twins(engine: Tensor, twins: Tensor, tokens: Tensor, alpha: flo
     def factor(contrast: float) -> float:
         return _factor(contrast, table[1:], means[1], weights)
 
-    # An engine that is f times as far stands out of m by f / (1 + f), not by a half: so much more does its level scatter.
+    # The level of an engine that is f times as far follows its distance by f / (1 + f), not by a half, and scatters so.
     further = factor((size + power) * spread)
     growth = 2.0 if further == math.inf else 2 * further / (1 + further)
     return Beyond(
