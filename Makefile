@@ -37,7 +37,7 @@ imports: $(VENV)/.installed-dev
 rules: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/rules
 
-bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the documents
+bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the documents
 	$(BIN)/python -m benchmarks.tiny_seeds
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.engine
@@ -49,6 +49,10 @@ bench: $(VENV)/.installed-dev    ## the measurements behind the numbers in the d
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.verify
 	$(BIN)/python -m benchmarks.deltas
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_gate
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_formats
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.black_box
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_updates
 	$(BIN)/python -m benchmarks.static_tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.live_tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
