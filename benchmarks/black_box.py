@@ -30,7 +30,6 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.remote.started import started
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, read_bundle, write_bundle
-from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.files.sliced import read_slice, write_slice
 from isthmus.parity.engine import DISTANCE, FIRST_CHOICES, LOSS, check_engine, compare_engine, compare_logprobs
 from isthmus.parity.gate import declared
@@ -38,9 +37,9 @@ from isthmus.parity.paired import wilson_interval
 from isthmus.parity.target import DTYPES, make_twin
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.twins import Calibration, score_tokens
-from isthmus.recipe.architecture import ModelSection, parse_architecture, read_architecture
+from isthmus.recipe.architecture import ModelSection
 from isthmus.tools.slice import layer_inputs
-from tests.support.real_model import real_checkpoint
+from tests.support.real_model import real_checkpoint, trained_state
 
 DOCS = ("overview.md", "training.md", "serving.md")
 BUDGET = declared(0.01, "nats/token", "the default of isthmus verify")
@@ -122,10 +121,7 @@ class Subject:
 
 def subjects(options: argparse.Namespace, folder: Path) -> Iterator[Subject]:
     """The whole model, and a slice of each chosen layer on its golden inputs."""
-    with StoredTensors(real_checkpoint()) as stored:
-        checkpoint = Checkpoint(stored, parse_architecture(read_architecture(real_checkpoint())))
-        state = {name: tensor.float() for name, tensor in checkpoint.tensors()}
-    tokenizer, architecture = Tokenizer.load(real_checkpoint()), checkpoint.architecture
+    tokenizer, (architecture, state) = Tokenizer.load(real_checkpoint()), trained_state(real_checkpoint())
     write_bundle(folder / "whole", options.format, state, architecture, tokenizer)
     bundle, golden = read_bundle(folder / "whole"), golden_texts(tokenizer, options)
     if options.only != "slices":

@@ -26,12 +26,11 @@ from torch import Tensor
 from benchmarks.conditions import store
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import read_bundle
-from isthmus.formats.files.published import Checkpoint, StoredTensors, weight_files
+from isthmus.formats.files.published import weight_files
 from isthmus.model.model import Model
 from isthmus.progress import Watch
-from isthmus.recipe.architecture import parse_architecture, read_architecture
 from isthmus.tools.convert import Options, execute
-from tests.support.real_model import first_layers, real_checkpoint
+from tests.support.real_model import first_layers, real_checkpoint, trained_state
 
 ANSWERS = Path(__file__).parents[1] / "tests" / "real" / "answers.jsonl"
 BALANCED, GPTQ = {"balance": True}, {"rounding": "gptq"}
@@ -68,10 +67,7 @@ def chats() -> list[Chat]:
 
 
 def trained_model(folder: Path) -> Model:
-    with StoredTensors(folder) as stored:
-        checkpoint = Checkpoint(stored, parse_architecture(read_architecture(folder)))
-        state = {name: tensor.float() for name, tensor in checkpoint.tensors()}
-    return get_format("fp32").build(checkpoint.architecture, state)
+    return get_format("fp32").build(*trained_state(folder))
 
 
 @torch.inference_mode()

@@ -8,15 +8,14 @@ import torch
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, read_bundle, write_bundle
-from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.files.sliced import read_slice, write_slice
 from isthmus.formats.parts.slices import cut_architecture, tensors_of_layers
 from isthmus.parity.engine import judge_distance
 from isthmus.parity.target import DTYPES, make_twin
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.twins import Calibration, score_tokens
-from isthmus.recipe.architecture import parse_architecture, read_architecture
 from isthmus.tools.slice import layer_inputs
+from tests.support.real_model import trained_state
 
 pytestmark = pytest.mark.real
 TEXT = (
@@ -32,12 +31,10 @@ DEPTH, LAYER = 3, 2
 def sliced(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[GoldenSequence]]:
     """The last of the first layers in W8A8, on what reaches it."""
     folder, tokenizer = tmp_path_factory.mktemp("slice"), Tokenizer.load(smollm2)
-    with StoredTensors(smollm2) as stored:
-        checkpoint = Checkpoint(stored, parse_architecture(read_architecture(smollm2)))
-        whole = {name: tensor.float() for name, tensor in checkpoint.tensors()}
+    architecture, whole = trained_state(smollm2)
     layers = range(DEPTH)
     state = {name: whole[kept] for name, kept in tensors_of_layers(whole, layers).items()}
-    write_bundle(folder / "first", "w8a8", state, cut_architecture(checkpoint.architecture, layers), tokenizer)
+    write_bundle(folder / "first", "w8a8", state, cut_architecture(architecture, layers), tokenizer)
     bundle, ids = read_bundle(folder / "first"), tokenizer.encode(TEXT)
     rows = [ids[start : start + 30] for start in range(0, 90, 30)]
     inputs = layer_inputs(bundle.build(), rows, {LAYER})[LAYER]

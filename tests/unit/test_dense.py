@@ -51,34 +51,11 @@ def agrees_with_transformers(architecture: GroupedSection, seed: int) -> None:
         assert difference <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "mistral", "qwen3_moe"])
 @DRAWN
-@given(architecture=dense_architectures("qwen2"), seed=st.integers(0, 99))
-def test_qwen2_agrees_with_transformers(architecture: GroupedSection, seed: int):
-    agrees_with_transformers(architecture, seed)
-
-
-@DRAWN
-@given(architecture=dense_architectures("llama"), seed=st.integers(0, 99))
-def test_llama_agrees_with_transformers(architecture: GroupedSection, seed: int):
-    agrees_with_transformers(architecture, seed)
-
-
-@DRAWN
-@given(architecture=dense_architectures("qwen3"), seed=st.integers(0, 99))
-def test_qwen3_agrees_with_transformers(architecture: GroupedSection, seed: int):
-    agrees_with_transformers(architecture, seed)
-
-
-@DRAWN
-@given(architecture=dense_architectures("mistral"), seed=st.integers(0, 99))
-def test_mistral_agrees_with_transformers(architecture: GroupedSection, seed: int):
-    agrees_with_transformers(architecture, seed)
-
-
-@DRAWN
-@given(architecture=dense_architectures("qwen3_moe"), seed=st.integers(0, 99))
-def test_qwen3_moe_agrees_with_transformers(architecture: GroupedSection, seed: int):
-    agrees_with_transformers(architecture, seed)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_every_family_agrees_with_transformers(family: str, data: st.DataObject, seed: int):
+    agrees_with_transformers(data.draw(dense_architectures(family)), seed)
 
 
 KINDS: dict[str, GroupedSection] = {

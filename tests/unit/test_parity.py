@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isthmus.formats import get_format
 from isthmus.model.model import Model
 from isthmus.parity.paired import compare_answers, newcombe_interval, paired_difference, wilson_interval
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, compare_tokens
+from isthmus.parity.tokens import TIE_NATS, compare_tokens
 from tests.support.small import tiny_architecture
+from tests.support.written_out import log_softmax, sequences
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
 
@@ -22,18 +23,6 @@ ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
 def models() -> tuple[Model, Model]:
     state = Model(ARCHITECTURE).initialise(0).state_dict()
     return tuple(get_format(n).build(ARCHITECTURE, get_format(n).export(state, ARCHITECTURE)) for n in ("fp32", "w8a8"))
-
-
-def sequences(count: int) -> list[GoldenSequence]:
-    chance = random.Random(0)
-    lengths = [(chance.randint(1, 9), chance.randint(1, 12)) for _ in range(count)]
-    return [GoldenSequence(*(chance.choices(range(31), k=size) for size in pair)) for pair in lengths]
-
-
-def log_softmax(row: list[float]) -> list[float]:
-    top = max(row)
-    total = math.log(math.fsum(math.exp(x - top) for x in row)) + top
-    return [x - total for x in row]
 
 
 def test_token_parity_equals_sums_written_out():

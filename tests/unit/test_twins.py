@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 
 from isthmus.model.model import Model
-from isthmus.parity.tokens import GoldenSequence
+from isthmus.parity.tokens import GoldenSequence, distinct
 from isthmus.parity.twins import (
     ALPHA,
     POWER,
     compare_losses,
     compare_with_twins,
-    distinct,
     half_squares,
     most_flips,
     score_tokens,
 )
 from tests.support.small import tiny_architecture
+from tests.support.written_out import log_softmax, sequences
 
 ARCHITECTURE = tiny_architecture(vocab_size=31, initializer_range=0.3)
-
-
-def sequences(count: int) -> list[GoldenSequence]:
-    chance = random.Random(0)
-    lengths = [(chance.randint(1, 9), chance.randint(1, 12)) for _ in range(count)]
-    return [GoldenSequence(*(chance.choices(range(31), k=size) for size in pair)) for pair in lengths]
-
-
-def log_softmax(row: list[float]) -> list[float]:
-    top = max(row)
-    total = math.log(math.fsum(math.exp(x - top) for x in row)) + top
-    return [x - total for x in row]
 
 
 def test_scores_are_those_of_whole_sequences_written_out():

@@ -42,6 +42,8 @@ FEWEST_TOKENS, MOST_TOKENS = 8, 128
 """Tokens whose block inputs are kept. `benchmarks/gate.py` replays 96; more of them cost time and find nothing more."""
 FREE_BYTES, SHARE_OF_WEIGHTS = 64_000_000, 0.05
 """Golden inputs and outputs take no more than this and that share of the bundle's weights."""
+SYNTHETIC, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = "random tokens", 16, 64
+"""The origin of prompts that stand for none, how many they are, and of how many tokens."""
 PRIVACY = "Whoever has this bundle can read these prompts and what follows them."
 
 
@@ -166,7 +168,7 @@ def capture(
         usable = [prompt[:room] for prompt in prompts if len(prompt) > 1]
         if not usable:
             raise IsthmusError("golden prompts need two tokens at least; give others")
-        sequences = [GoldenSequence(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]) for prompt in usable]
+        sequences = [GoldenSequence.halved(prompt) for prompt in usable]
         emulator = bundle.stream()
         trained = streamed(bundle.architecture, source, get_format("fp32").build)
         blocks = blocks_of(emulator)
@@ -190,7 +192,9 @@ def capture(
     return listed
 
 
-def synthetic_prompts(vocab_size: int, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+def synthetic_prompts(
+    vocab_size: int, count: int = SYNTHETIC_PROMPTS, tokens: int = SYNTHETIC_TOKENS, seed: int = 0
+) -> list[list[int]]:
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (count, tokens), generator=generator).tolist()

@@ -19,7 +19,7 @@ from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
 from isthmus.parity.gate import at_most, finite, reach
 from isthmus.parity.target import DTYPES, make_twin
-from isthmus.parity.tokens import GoldenSequence
+from isthmus.parity.tokens import GoldenSequence, distinct, lengths_of, of_sequences
 from isthmus.parity.twins import (
     ALPHA,
     GRANTED,
@@ -29,9 +29,6 @@ from isthmus.parity.twins import (
     Calibration,
     Flips,
     Loss,
-    distinct,
-    lengths_of,
-    of_sequences,
     score_tokens,
 )
 from isthmus.records import Check, Layer, Outcome
@@ -162,7 +159,7 @@ def check_engine(
     """The findings, each against its limit. `budget` is what the engine may be further from the trained model than the
     emulator, in nats per token; `how` says whose tokens these are."""
     source = f"{found.beyond.sequences} {how} {server}, {found.beyond.tokens} tokens"
-    checks = [_check_distance(found, source, rehearsed=rehearsed)]
+    checks = [check_distance(DISTANCE, found.beyond, found.arithmetic, source, "engine", "engine", rehearsed=rehearsed)]
     if found.flips is not None:
         checks.append(_check_flips(found, found.flips, source, rehearsed=rehearsed))
     if found.loss is None or budget is None:
@@ -178,10 +175,6 @@ def judge_distance(found: Beyond) -> Outcome:
     if found.ratio > found.limit or math.isinf(found.ratio):
         return "fail"
     return "pass" if found.ratio <= found.limit else "unknown"
-
-
-def _check_distance(found: EngineParity, source: str, *, rehearsed: bool) -> Check:
-    return check_distance(DISTANCE, found.beyond, found.arithmetic, source, "engine", "engine", rehearsed=rehearsed)
 
 
 def check_distance(

@@ -32,6 +32,11 @@ class GoldenSequence:
     prompt: list[int]
     completion: list[int]
 
+    @classmethod
+    def halved(cls, tokens: list[int]) -> GoldenSequence:
+        """Of a text that nobody divided, the first half is the prompt."""
+        return cls(tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :])
+
 
 @dataclass(frozen=True)
 class TokenParity:
@@ -144,20 +149,35 @@ def _summary(
         mean_abs_dlogp=(logprobs[0] - logprobs[1]).abs().mean().item(),
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
-        distinct=count_distinct(sequences),
-        logprobs=_in_given_order(logprobs, order, sequences),
+        distinct=len(distinct(sequences)),
+        logprobs=of_sequences(logprobs, [sequences[one] for one in order], torch.tensor(order).argsort().tolist()),
     )
 
 
-def _in_given_order(values: Tensor, order: list[int], given: list[GoldenSequence]) -> Tensor:
-    """Values [..., N] of the completion tokens, the sequences put back where they stood before they were sorted."""
-    parts = dict(zip(order, values.split([len(given[one].completion) for one in order], -1), strict=True))
-    return torch.cat([parts[one] for one in range(len(given))], -1)
+def lengths_of(sequences: Sequence[GoldenSequence]) -> Tensor:
+    """The completion tokens [S] of each."""
+    return torch.tensor([len(one.completion) for one in sequences], dtype=torch.long)
 
 
-def count_distinct(sequences: list[GoldenSequence]) -> int:
-    """The sequences that have a completion, each once."""
-    return len({(*one.prompt, None, *one.completion) for one in sequences if one.completion})
+def numbered(lengths: Tensor) -> Tensor:
+    """The number [N] of each token's sequence."""
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def of_sequences(values: Tensor, sequences: Sequence[GoldenSequence], places: list[int]) -> Tensor:
+    """Of values [..., N] of the completion tokens of sequences, those of the sequences at these places, as listed."""
+    parts = values.split(lengths_of(sequences).tolist(), dim=-1)
+    return torch.cat([parts[place] for place in places], -1) if places else values[..., :0]
+
+
+def distinct(sequences: Sequence[GoldenSequence]) -> list[int]:
+    """The places of the sequences that have a prompt and a completion, each sequence once: a repeated one says nothing
+    new."""
+    first: dict[tuple[int | None, ...], int] = {}
+    for place, one in enumerate(sequences):
+        if one.prompt and one.completion:
+            first.setdefault((*one.prompt, None, *one.completion), place)
+    return sorted(first.values())
 
 
 @dataclass(frozen=True)
@@ -195,8 +215,7 @@ def _compare_batch(
     reference: Model, candidates: Sequence[Candidate], batch: list[GoldenSequence], start: int
 ) -> list[_Compared]:
     wanted, taken = _run_states(reference, batch), _completion_tokens(batch)[:, None]
-    lengths = torch.tensor([len(sequence.completion) for sequence in batch])
-    sequence = torch.arange(start, start + len(batch)).repeat_interleave(lengths)
+    sequence = start + numbered(lengths_of(batch))
     parts = _chunks(len(taken), reference, LOGITS_BYTES)
     only = wanted.logits(parts[0]) if len(parts) == 1 else None
     compared = []

@@ -42,7 +42,7 @@ from torch import Tensor
 from isthmus.model.model import Model
 from isthmus.parity.gate import FEWEST_SAMPLES
 from isthmus.parity.target import DTYPES, make_twin
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, interval_of_mean
+from isthmus.parity.tokens import TIE_NATS, GoldenSequence, interval_of_mean, lengths_of, numbered
 
 ALPHA = 1e-3
 """How often a healthy engine is refused by one of the tests against its twins."""
@@ -309,29 +309,3 @@ class Calibration:
         near_ties = int((differs & (self.emulator.leads < TIE_NATS))[0].sum())
         count, tokens, of_twins = len(flips) - 1, len(self.chosen), sum(flips[1:])
         return Flips(flips[0], of_twins, count, most_flips(of_twins, count, tokens, alpha), near_ties, tokens)
-
-
-def lengths_of(sequences: Sequence[GoldenSequence]) -> Tensor:
-    """The completion tokens [S] of each."""
-    return torch.tensor([len(one.completion) for one in sequences], dtype=torch.long)
-
-
-def numbered(lengths: Tensor) -> Tensor:
-    """The number [N] of each token's sequence."""
-    return torch.arange(len(lengths)).repeat_interleave(lengths)
-
-
-def of_sequences(values: Tensor, sequences: Sequence[GoldenSequence], places: list[int]) -> Tensor:
-    """Of values [N] of the completion tokens of sequences, those of the sequences at these places."""
-    parts = values.split([len(one.completion) for one in sequences])
-    return torch.cat([parts[place] for place in places]) if places else values[:0]
-
-
-def distinct(sequences: Sequence[GoldenSequence]) -> list[int]:
-    """The places of the sequences that have a prompt and a completion, each sequence once: a repeated one says nothing
-    new."""
-    first: dict[tuple[int | None, ...], int] = {}
-    for place, one in enumerate(sequences):
-        if one.prompt and one.completion:
-            first.setdefault((*one.prompt, None, *one.completion), place)
-    return sorted(first.values())

@@ -30,18 +30,16 @@ from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer
 from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, stream_target, stream_twin
-from isthmus.parity.tokens import Candidate, TokenParity, compare_several
-from isthmus.parity.twins import (
-    ENOUGH,
-    GRANTED,
-    TWINS,
-    compare_losses,
-    compare_with_emulator,
+from isthmus.parity.tokens import (
+    Candidate,
+    TokenParity,
+    compare_several,
     distinct,
     lengths_of,
     numbered,
     of_sequences,
 )
+from isthmus.parity.twins import ENOUGH, GRANTED, TWINS, compare_losses, compare_with_emulator
 from isthmus.records import Check, LedgerRow, ParityVerdict
 
 SAME_EMULATOR = 5e-3

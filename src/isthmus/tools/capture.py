@@ -13,15 +13,13 @@ from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.basis import read_conversion
 from isthmus.formats.files.bundle import CONFIG, open_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
-from isthmus.parity.capture import CaptureOptions, GoldenList, capture, synthetic_prompts
+from isthmus.parity.capture import SYNTHETIC, CaptureOptions, GoldenList, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.gate import refusal, refuses
 from isthmus.parity.manifest import write_manifest
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
-
-SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
 
 
 def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, max_mb: int, watch: Watch) -> GoldenList:
@@ -62,7 +60,7 @@ def _golden_prompts(
 ) -> tuple[list[list[int]], str]:
     """Token ids, and where they come from."""
     if synthetic:
-        return synthetic_prompts(architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS), "random tokens"
+        return synthetic_prompts(architecture.vocab_size), SYNTHETIC
     if prompts is not None:
         return PromptFile(prompts, folder, architecture.vocab_size).sequences(), prompts.name
     raise IsthmusError(

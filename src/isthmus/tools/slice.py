@@ -17,7 +17,7 @@ from isthmus.formats.files.bundle import read_bundle
 from isthmus.formats.files.sliced import write_slice
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
-from isthmus.parity.twins import distinct
+from isthmus.parity.tokens import distinct
 from isthmus.progress import Watch
 
 

@@ -23,12 +23,12 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import DESCRIPTION, get_format
 from isthmus.formats.files.bundle import CHECKSUMS, Bundle, file_hashes, read_object
 from isthmus.formats.files.published import CONFIG, weight_files, write_tensors
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD
 from isthmus.formats.parts.slices import cut_architecture, tensors_of_layers
 from isthmus.model.config import hf_config
 from isthmus.run import new_folder, write_atomic
 
 SLICE = "slice.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 

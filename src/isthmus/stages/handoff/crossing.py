@@ -34,12 +34,12 @@ from isthmus.formats.parts.stochastic import StochasticState
 from isthmus.model.model import Model
 from isthmus.parity import engine as engine_parity
 from isthmus.parity import gate, twins
-from isthmus.parity.capture import CaptureOptions, capture
+from isthmus.parity.capture import SYNTHETIC, CaptureOptions, capture
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.lint import lint_config
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.paired import compare_answers
-from isthmus.parity.tokens import GoldenSequence, compare_tokens
+from isthmus.parity.tokens import GoldenSequence, compare_tokens, distinct
 from isthmus.parity.undone import check_updates, measure_updates, start_of
 from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.pools import Pool, get_pool
@@ -57,7 +57,6 @@ SAMPLES_PER_PROBLEM = 2
 ENGINE_ARITHMETIC = "fp32"
 """Of the local engine."""
 SECTION = "recipe, [handoff]"
-SYNTHETIC = "random tokens"
 MEAN_KL = "mean KL"
 
 Answers = list[list[Completion]]
@@ -117,6 +116,12 @@ class Crossing:
     @cached_property
     def prompts(self) -> list[list[int]]:
         return [prompt_ids(self.tokenizer, problem) for problem in self.problems]
+
+    @cached_property
+    def trained(self) -> Model:
+        """The trained weights as a model in fp32, whole in memory from the first time on."""
+        plain = get_format(REFERENCE)
+        return plain.build(self.architecture, plain.export(dict(self.state), self.architecture))
 
     @property
     def plain_format(self) -> str:
@@ -284,12 +289,16 @@ class Examination:
         self.verdicts[bundle.format] = verdict
         self._add(bundle, verdict.checks)
 
-    def compare_tokens(self, reference: Model, bundle: Bundle, golden: list[GoldenSequence]) -> None:
+    def compare_tokens(self, bundle: Bundle, golden: list[GoldenSequence]) -> None:
         """Golden sequences, fp32 reference against the bundle."""
         section, chip = self.crossing.section, self.crossing.target_of(bundle).rehearse
         rehearsal = enforce(chip) if chip else nullcontext()
         found = compare_tokens(
-            reference, bundle.build(), golden, confidence=section.confidence, candidate_context=lambda: rehearsal
+            self.crossing.trained,
+            bundle.build(),
+            golden,
+            confidence=section.confidence,
+            candidate_context=lambda: rehearsal,
         )
         if isinstance(rehearsal, Rehearsal) and (names := rehearsal.tally.names("fallback")):
             why = f"on {self.crossing.target.chip} these operators run on the host's CPU"
@@ -327,14 +336,12 @@ class Examination:
         trained weights. Of tokens that the engine itself drew, those that it favours are a little too many: its
         distance comes out larger than a twin's by about half the mean square of the gap."""
         crossing, sequences = self.crossing, self.crossing.golden_sequences(answers)
-        kept = twins.distinct(sequences)
+        kept = distinct(sequences)
         said = torch.tensor([value for place in kept for value in answers[place][0].logprobs]).double()
         sequences, temperature = [sequences[place] for place in kept], crossing.sampling.temperature
-        plain = get_format(REFERENCE)
-        trained = plain.build(crossing.architecture, plain.export(dict(crossing.state), crossing.architecture))
         found = engine_parity.compare_logprobs(
             said,
-            twins.score_tokens(trained, sequences, temperature=temperature).logprobs[0],
+            twins.score_tokens(crossing.trained, sequences, temperature=temperature).logprobs[0],
             twins.Calibration.of(target.build, ENGINE_ARITHMETIC, sequences, temperature=temperature),
             crossing.section.confidence,
         )

@@ -25,7 +25,7 @@ from isthmus.formats.files.basis import read_conversion
 from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, open_bundle, read_config
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.parity import cost, gate
-from isthmus.parity.capture import synthetic_prompts
+from isthmus.parity.capture import SYNTHETIC, synthetic_prompts
 from isthmus.parity.manifest import add_file
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.parity.target import DTYPES
@@ -37,7 +37,6 @@ from isthmus.recipe.schema import DataSection, HandoffSection, ServeSection
 from isthmus.records import ParityVerdict, costliest
 from isthmus.stages.handoff.crossing import (
     SAMPLES_PER_PROBLEM,
-    SYNTHETIC,
     Answers,
     Crossing,
     Engines,
@@ -47,7 +46,6 @@ from isthmus.stages.handoff.crossing import (
 )
 
 CPU = "cpu"
-SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS = 16, 64
 EXAMPLES, MOST_EXAMPLES = "examples.json", 6
 COMMAND_LINE = "the command line"
 CHECKPOINT = "the checkpoint"
@@ -173,8 +171,8 @@ def _golden(crossing: Crossing, asked: Asked, answers: Answers) -> list[GoldenSe
         return crossing.golden_sequences(answers)
     sequences = asked.sequences
     if sequences is None:
-        sequences = synthetic_prompts(crossing.architecture.vocab_size, SYNTHETIC_PROMPTS, SYNTHETIC_TOKENS)
-    return [GoldenSequence(one[: len(one) // 2], one[len(one) // 2 :]) for one in sequences if len(one) > 1]
+        sequences = synthetic_prompts(crossing.architecture.vocab_size)
+    return [GoldenSequence.halved(one) for one in sequences if len(one) > 1]
 
 
 def _crossing(checkpoint: Checkpoint, bundle: Bundle, asked: Asked, watch: Watch) -> Crossing:
