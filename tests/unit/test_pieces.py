@@ -15,7 +15,7 @@ from isthmus.formats.parts.assemble import EMBEDDING, HEAD
 from isthmus.formats.parts.pieces import at_hand, streamed
 from isthmus.model.model import Model
 from isthmus.model.moe import Trace
-from isthmus.parity.target import DTYPES, build_target, healthy_twin, stream_target, stream_twin
+from isthmus.parity.target import DTYPES, build_target, make_twin, stream_target, stream_twin
 from tests.support.calibrated import calibrate
 from tests.support.small import architecture
 from tests.support.small_dense import dense_architecture, randomised
@@ -72,7 +72,7 @@ def test_targets_and_healthy_twins_are_made_piece_by_piece_too(name: str, dtype:
     assert same(
         computed(stream_target(bundle, "cpu", DTYPES[dtype])), computed(build_target(bundle, "cpu", DTYPES[dtype]))
     )
-    twins = (stream_twin(bundle, DTYPES[dtype], seed=3), healthy_twin(bundle, DTYPES[dtype], seed=3))
+    twins = (stream_twin(bundle, DTYPES[dtype], seed=3), make_twin(bundle.build(), DTYPES[dtype], seed=3))
     assert same(*map(computed, twins))
     assert not same(computed(stream_twin(bundle, DTYPES[dtype], seed=4)), computed(twins[1]))
 

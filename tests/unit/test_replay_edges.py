@@ -9,7 +9,7 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet, capture, synthetic_prompts
 from isthmus.parity.replay import Replay, Replayer
-from isthmus.parity.target import DTYPES, build_target, healthy_twin
+from isthmus.parity.target import DTYPES, build_target, make_twin
 from isthmus.run import write_atomic
 from tests.support.small import architecture
 
@@ -35,7 +35,7 @@ def bundle(tmp_path_factory):
 def replayed(bundle, dtype="bf16", change=lambda model: None) -> Replay:
     target = build_target(bundle, "cpu", DTYPES[dtype])
     change(target)
-    twin = healthy_twin(bundle, DTYPES[dtype])
+    twin = make_twin(bundle.build(), DTYPES[dtype])
     return Replayer(GoldenSet(bundle.folder), bundle.build(), twin, DTYPES[dtype]).compare(target)
 
 
@@ -50,7 +50,7 @@ def test_a_healthy_target_passes_in_every_dtype(bundle, dtype):
 
 
 def test_inputs_that_are_asked_of_fp16_do_overflow_without_a_bound(bundle):
-    twin = healthy_twin(bundle, torch.float16)
+    twin = make_twin(bundle.build(), torch.float16)
     x = 64 * GoldenSet(bundle.folder).block("model.layers.0.mlp").input.half()
     assert not torch.isfinite(twin.model.layers[0].mlp(x)).all()
 

@@ -41,14 +41,12 @@ def stream_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torc
     return bundle.stream(_adapt_to(device, dtype))
 
 
-def healthy_twin(bundle: Bundle, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
-    """A build on the host's CPU that is right, and as inexact as a chip may be: its dtype, and sums with noise."""
-    return make_twin(build_target(bundle), dtype, seed, granted)
-
-
 def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
-    """Make a healthy twin of a model in fp32, in place. Its sums have `granted` times the noise of ACCUMULATION, drawn
-    anew in every pass and for every row."""
+    """Make a healthy twin of a model in fp32, in place: one that is right, and as inexact as a chip may be.
+
+    It computes in its dtype, and its sums have `granted` times the noise of ACCUMULATION, drawn anew in every pass and
+    for every row.
+    """
     _adapt_to("cpu", dtype)(model)
     _add_noise(model, dtype, torch.Generator().manual_seed(seed), granted)
     return model
@@ -62,7 +60,7 @@ def stream_twin(
     *,
     lend_experts: bool = True,
 ) -> Model:
-    """`healthy_twin`, with a layer at a time in memory."""
+    """`make_twin` of a bundle's model, with a layer at a time in memory."""
     generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
 
     def adapt_and_add_noise(piece: nn.Module) -> None:
