@@ -89,10 +89,8 @@ def hold_against_thresholds(found: Findings, sizes: dict[str, float]) -> None:
 def training(found: Findings, work: Workload) -> None:
     """A few real steps of supervised training, after one to warm up, and what a token costs the learner of RL."""
     steps = found.recipe.qualify.pilot_steps
-    losses = [work.sft_step(0, work.batch(0))]
-    seconds = time_each(
-        lambda: losses.append(work.sft_step(len(losses), work.batch(len(losses)))), work.device, steps, warm_up=0
-    )
+    losses = [work.pilot_step(0)]
+    seconds = time_each(lambda: losses.append(work.pilot_step(len(losses))), work.device, steps, warm_up=0)
     step = found.setting.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
     prompts, completions = work.lengths()
     examples = f"{len(prompts)} worked examples of this recipe"
@@ -104,10 +102,24 @@ def training(found: Findings, work: Workload) -> None:
         ),
         "longest_completion_tokens": found.setting.measured(max(completions), "tokens", f"longest of {examples}"),
     }
-    outcome: Outcome = "pass" if all(map(math.isfinite, losses)) else "fail"
-    detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    outcome, words = _finite_steps(work, losses)
+    detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}{words}"
     found.add("pilot of training", "software", "training", outcome, detail, len(losses), {"sft_step_s": step})
     _pace_of_learning(found, work)
+
+
+def _finite_steps(work: Workload, losses: list[float]) -> tuple[Outcome, str]:
+    """Whether every step gave a number; what this machine's CPU cannot do better is the recipe's own."""
+    if all(map(math.isfinite, losses)):
+        return "pass", ""
+    broken = next(step for step, loss in enumerate(losses) if not math.isfinite(loss))
+    what = f"; a loss or a gradient is not finite at step {broken}"
+    if work.device.type != "cpu":
+        trusted = Workload(work.run, torch.device("cpu"))
+        if all(math.isfinite(trusted.pilot_step(step)) for step in range(broken + 1)):
+            return "fail", f"{what}, and this machine's CPU has numbers there"
+    own = f"{what}, the recipe's own, since this machine's CPU has none there either"
+    return ("pass", own) if broken else ("unknown", f"{own}; so nothing is known of its training: change the recipe")
 
 
 def _pace_of_learning(found: Findings, work: Workload) -> None:
