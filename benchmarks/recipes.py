@@ -6,12 +6,12 @@
     python -m benchmarks.recipes --join one.jsonl other.jsonl               # parts as one result
 
 Each recipe is drawn from its number: a family, tiny sizes, AdamW or Muon, a rate from 1e-5 to 0.3 with and without
-warm-up, clipping, batches, one of four kinds of data, fp32 or bf16, one or two ranks. Every tenth has a rate at which no
-model learns, and most of those end in numbers that are not finite. The pool is this machine's CPU, which is healthy, so
-each finding that fails is a false alarm. Every probe of a default qualification looks but for the comparison of compiled
-code, which does not depend on the recipe, and so do the pilots of training and generation. `own` counts recipes of which
-the soak says that they make their numbers jump or end by themselves: without the repetition on a trusted chip these
-would be false alarms.
+warm-up, clipping, batches, one of four kinds of data, fp32 or bf16, one or two ranks. Every tenth has a rate at which
+no model learns, and most of those end in numbers that are not finite. The pool is this machine's CPU, which is healthy,
+so each finding that fails is a false alarm. Every probe of a default qualification looks but for the comparison of
+compiled code, which does not depend on the recipe, and so do the pilots of training and generation. `own` counts
+recipes of which the soak says that they make their numbers jump or end by themselves: without the repetition on a
+trusted chip these would be false alarms.
 """
 
 from __future__ import annotations

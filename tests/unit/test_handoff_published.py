@@ -26,7 +26,7 @@ from isthmus.parity.seal import read_verdict, standing
 from isthmus.progress import Watch
 from isthmus.stages import serve
 from isthmus.stages.handoff import crossing
-from tests.support.bundles import published
+from tests.support.bundles import published, taught
 from tests.support.live_server import call, live
 from tests.support.sampled import OddIsRight, SampledHere
 from tests.support.small_dense import dense_architecture
@@ -55,8 +55,14 @@ def chatml_tokenizer() -> Tokenizer:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint in bf16 with ChatML and two ends of a sequence."""
     folder = tmp_path_factory.mktemp("published") / "small-instruct"
-    published(folder, Model(DENSE).initialise(0))
-    chatml_tokenizer().save(folder)
+    tokenizer = chatml_tokenizer()
+    model = Model(DENSE).initialise(0)
+    chat = "<|im_start|>user\nWhat is {} plus one?<|im_end|>\n<|im_start|>assistant\n It is"
+    for form in ("What is {} plus {}? It is a number.", chat):
+        texts = [tokenizer.encode(form.format(number, number + 2)) for number in range(10, 22)]
+        model = taught(model, [text[: min(map(len, texts))] for text in texts])
+    published(folder, model)
+    tokenizer.save(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     return folder
 

@@ -138,6 +138,8 @@ def load_service(
     torch.set_num_threads(threads)
     state = state or ("sealed" if seal else "unsealed")
     bundle = read_bundle(folder, check_files=state != "tampered")
+    if state != "tampered":
+        check_values(bundle)
     tokenizer = Tokenizer.load(folder)
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
