@@ -57,10 +57,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "small-instruct"
     tokenizer = chatml_tokenizer()
     model = Model(DENSE).initialise(0)
-    chat = "<|im_start|>user\nWhat is {} plus one?<|im_end|>\n<|im_start|>assistant\n It is"
-    for form in ("What is {} plus {}? It is a number.", chat):
-        texts = [tokenizer.encode(form.format(number, number + 2)) for number in range(10, 22)]
-        model = taught(model, [text[: min(map(len, texts))] for text in texts])
+    chat = "<|im_start|>user\nWhat is {} plus {}?<|im_end|>\n<|im_start|>assistant\n It is a number."
+    texts = [tokenizer.encode(chat.format(number, more)) for number in range(10, 22) for more in (number + 2, "one")]
+    model = taught(Model(DENSE).initialise(0), [text[: min(map(len, texts))] for text in texts], steps=60)
     published(folder, model)
     tokenizer.save(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))

@@ -20,7 +20,7 @@ from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import Bundle, read_bundle, read_object, weights_sha256
+from isthmus.formats.files.bundle import Bundle, check_values, read_bundle, read_object, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
