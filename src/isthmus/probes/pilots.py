@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import Chip, get_chip
-from isthmus.chips.rehearse import Profile
+from isthmus.chips.rehearse import Profile, can_rehearse, profile_of
 from isthmus.engines import Engine, EngineError, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
@@ -24,6 +24,7 @@ from isthmus.formats.updates.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
 from isthmus.probes.judge.thresholds import METRICS, apply_thresholds, load_thresholds
+from isthmus.probes.static.weights import Placed, placed
 from isthmus.probes.workload import Workload
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Outcome
@@ -167,12 +168,19 @@ def generation(found: Findings, work: Workload, rules: AbstractContextManager[ob
 
 
 def weight_formats(found: Findings, profile: Profile | None) -> None:
-    """Whether the chip computes in the formats in which the recipe would place weights on it."""
+    """Whether the chip computes in the formats in which the recipe would place weights on it.
+
+    What its tables say of dtypes holds for a chip that is here, too; which operators its software has, `profile` says.
+    """
     chip = get_chip(found.pool.chip)
+    tables = profile_of(chip.slug) if can_rehearse(chip.slug) else None
     for name in placed_formats(found):
         operators = profile.formats.get(name, ()) if profile else ()
         lacking = [operator for operator in operators if profile and profile.status(operator) != "native"]
-        if chip.formats is None:
+        rules = placed(name, found.recipe.model, tables) if tables else Placed((), ())
+        if rules.refusals:
+            outcome, detail = "fail", f"{chip.name} does not compute in {name}: {'; '.join(rules.refusals)}"
+        elif chip.formats is None:
             outcome, detail = "unknown", f"whether {chip.name} computes in {name} is not known"
         elif name not in chip.formats or lacking:
             outcome = "fail"
@@ -180,6 +188,7 @@ def weight_formats(found: Findings, profile: Profile | None) -> None:
         else:
             outcome = "pass"
             detail = f"computed by {', '.join(operators)}" if operators else chip.capabilities.source
+        detail = "; but ".join([detail, *rules.cautions])
         found.add(f"weights in {name}", "software", "serving", outcome, detail)
 
 
