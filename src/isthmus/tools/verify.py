@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from isthmus.engines.local.core.replica import exact_for
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.started import started
 from isthmus.errors import GateRefused, IsthmusError
@@ -189,6 +190,7 @@ def _whole(folder: Path, engine: HttpEngine, at: EngineAt, limits: Limits) -> tu
         golden.listed.golden_sequences(),
         golden.token_logprobs().trained,
         confidence=limits.confidence,
+        exact=exact_for(engine.bits, bundle.build),
     )
     budget = declared(limits.max_chip_kl, "nats/token", limits.source)
     where = f"{engine.server} at {engine.url}, {arithmetic}"
@@ -200,8 +202,8 @@ def _slice(folder: Path, whole: Path, engine: HttpEngine, at: EngineAt, count: i
     bundle, one = read_bundle(folder), read_slice(folder)
     golden = [GoldenSequence(row[:1], row[1:]) for row in one.sequences()]
     golden = golden or GoldenSet(whole).listed.golden_sequences()
-    arithmetic = at.arithmetic(engine, bundle)
-    found = compare_engine(engine.score, bundle.build, arithmetic, golden, None, alpha=ALPHA / count)
+    arithmetic, exact = at.arithmetic(engine, bundle), exact_for(engine.bits, bundle.build)
+    found = compare_engine(engine.score, bundle.build, arithmetic, golden, None, alpha=ALPHA / count, exact=exact)
     where = f"{engine.server}, {arithmetic}"
     checks = check_engine(found, where, None, "sequences of golden inputs scored by")
     return [
