@@ -24,7 +24,7 @@ from isthmus.formats.files.bundle import SEAL, Bundle, read_bundle
 from isthmus.formats.files.sliced import SLICE, read_slice, weights_id
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
-from isthmus.parity.gate import check_table, declared, judge, ledger_table, refusal, shown, unmeasured
+from isthmus.parity.gate import check_summary, declared, judge, refusal, unmeasured
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.target import ANNOUNCED, DTYPES
@@ -32,7 +32,7 @@ from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.twins import ALPHA
 from isthmus.parity.verify import Limits, Target, Tell, check_format_cost, verify_bundle, write_verdict
 from isthmus.progress import Watch
-from isthmus.records import Check, ParityVerdict, costliest
+from isthmus.records import Check, ParityVerdict
 
 BEHIND_A_URL = Check(
     layer="modules",
@@ -84,9 +84,7 @@ def execute(
     layers = ("files",) if behind_an_api else ("files", "config", "modules")
     if left := unmeasured(read_verdict(folder), verdict.checks, layers):
         verdict = verdict.model_copy(update={"verdict": "refuse", "checks": [*verdict.checks, *left]})
-    watch.console.print(check_table(f"parity on {verdict.target}: {verdict.verdict}", map(shown, verdict.checks)))
-    if verdict.ledger:
-        watch.console.print(ledger_table(costliest(verdict.ledger)))
+    watch.console.print(check_summary(f"parity on {verdict.target}: {verdict.verdict}", verdict.checks, str(folder)))
     write_verdict(folder, verdict)
     if verdict.verdict == "refuse":
         opening = f"{folder} is refused, and not sealed."
@@ -95,6 +93,7 @@ def execute(
         folder, verdict="pass", checks=verdict.checks, lineage=Lineage(target_pool=verdict.target), sign_key=sign_key
     )
     watch.say(f"  sealed as {seal.id}")
+    watch.say(f"  chat   isthmus serve {folder}")
     return verdict
 
 
