@@ -16,7 +16,7 @@ serve: $(VENV)/.installed        ## chat with the model that `make run` made
 	$(BIN)/isthmus serve runs/tiny
 
 test: $(VENV)/.installed-dev     ## install, then run the tests
-	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m 'not real'
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m 'not real and not long'
 
 real: $(VENV)/.installed-real    ## put a real model into the cache folder, and run the tests that need it
 	$(BIN)/python -m tests.support.real_model
@@ -61,7 +61,8 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier
 
-soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
+soak: $(VENV)/.installed-dev     ## the tests that take minutes, then 10,000 random requests against a server
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 install: $(VENV)/.installed
