@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_deadline_ends_a_call_that_goes_on(crew: Crew):
 class Idle:
     """A rank that answers its set-up at once, and then after a while without a beat; it had no processor till then."""
 
-    connection = None
+    connection: Connection | None = None
 
     def __init__(self, answers_after_s: float, *, starved: bool):
         self.after, self.starved, self.asked = answers_after_s, starved, None

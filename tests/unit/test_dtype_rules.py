@@ -57,7 +57,7 @@ def test_fp8_that_the_matrix_units_do_not_have_is_refused_where_they_compute():
         pytest.raises(RehearsalRefused, match=r"_scaled_mm with float8_e4m3fn is refused on mi300x.*e4m3fnuz"),
         enforce("mi300x"),
     ):
-        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        torch.ops.aten._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
     called = {"aten::_scaled_mm": {"float8_e4m3fn"}, "aten::t": {"float8_e4m3fn"}}
     found = support_of(called, profile_of("mi300x"))
     assert found.refused_dtypes == {"float8_e4m3fn": ("aten::_scaled_mm",)}

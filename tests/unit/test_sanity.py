@@ -15,7 +15,7 @@ from isthmus.model.model import Model
 from isthmus.parity.capture import CaptureOptions, GoldenSet, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import write_manifest
-from isthmus.parity.sanity import check_sanity, unigram_logprobs
+from isthmus.parity.sanity import NAME, check_sanity, unigram_logprobs
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.verify import Limits, verify_bundle
 from isthmus.progress import Watch
@@ -60,7 +60,7 @@ def test_a_model_of_garbled_weights_is_refused_though_its_bundle_is_faithful(tmp
     write_manifest(tmp_path / "b1", coverage=entries, architecture=SMALL)
     verdict = verify_bundle(tmp_path / "b1", limits=Limits())
     assert verdict.verdict == "refuse"
-    assert [check.name for check in verdict.checks if check.outcome == "fail"] == [found.name], "all else is faithful"
+    assert [check.name for check in verdict.checks if check.outcome == "fail"] == [NAME], "all else is faithful"
 
 
 def test_capture_refuses_a_source_that_makes_no_sense_of_the_prompts(tmp_path: Path, state: State):

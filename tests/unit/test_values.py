@@ -87,7 +87,10 @@ def all_scales(cast: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]]
 
 
 def one_scale(value: float) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors[f"{UP}_scale_inv"].view(-1)[1:2].fill_(value)
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}_scale_inv"].view(-1)[1:2] = value
+
+    return change
 
 
 def convert(source: Path, out: Path, form: str) -> None:

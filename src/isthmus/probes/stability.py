@@ -336,9 +336,8 @@ def _soak_finding(crew: Crew, setting: Setting, look: _Look) -> Evidence:
     if save_s is not None:
         figures["save_s"] = save_s
     wrong = look.problems or look.doubts
-    if wrong:
-        detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in wrong)
-        detail += f". {' '.join(look.own)}" if look.own else ""
+    detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in wrong)
+    detail += f". {' '.join(look.own)}" if look.own else ""
     if look.problems:
         ranks = sorted({rank for problem in look.problems for rank in problem.ranks})
         kept = next((one["kept"] for one in seen if one["kept"]), None)
