@@ -22,7 +22,7 @@ class TinyTokenizer:
     """The smallest thing with a tokenizer's files."""
 
     def __init__(self, bos_id: int = 3, eos_id: int = 5):
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos_id, self.ends = bos_id, (eos_id,)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
