@@ -64,9 +64,11 @@ def tokenizer_for(name: str, *, special: bool = True, single: bool = True) -> To
         bpe.add_special_tokens([AddedToken(mark, special=special, normalized=False) for mark in marks])
     return Tokenizer(bpe, template)
 
+
 # Short templates of the constructs that published ones are made of, by the model whose kind they are.
 QWEN3 = (
-    "{%- if tools %}{{ '<|im_start|>system\\n' }}{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}"
+    "{%- if tools %}{{ '<|im_start|>system\\n' }}{%- if messages[0].role == 'system' %}{{- messages[0].content "
+    "+ '\\n' }}"
     "{%- endif %}{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}{{- '<|im_end|>\\n' }}"
     "{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
     "{%- endif %}{%- set ns = namespace(searching=true, last=messages|length - 1) %}"
@@ -84,8 +86,8 @@ QWEN3 = (
     "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' }}{%- if loop.index0 > ns.last and (loop.last or thought) %}"
     "{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}{{- content.lstrip('\\n') }}"
-    "{%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n{\"name\": \"' ~ call.function.name }}"
-    "{{- '\", \"arguments\": ' }}{%- if call.function.arguments is string %}{{- call.function.arguments }}"
+    '{%- for call in message.tool_calls or [] %}{{- \'\\n<tool_call>\\n{"name": "\' ~ call.function.name }}'
+    '{{- \'", "arguments": \' }}{%- if call.function.arguments is string %}{{- call.function.arguments }}'
     "{%- else %}{{- call.function.arguments | tojson }}{%- endif %}{{- '}\\n</tool_call>' }}{%- endfor %}"
     "{{- '<|im_end|>\\n' }}{%- elif message.role == 'tool' %}"
     "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
@@ -102,7 +104,8 @@ GEMMA = (
     "{{ raise_exception('Conversation roles must alternate') }}{%- endif -%}"
     "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
     "{{ '<start_of_turn>' + role + '\\n' + (prefix if loop.first else '') }}{{ message['content'] | trim }}"
-    "{{ '<end_of_turn>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}\n"
+    "{{ '<end_of_turn>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- "
+    "endif -%}\n"
 )
 MISTRAL = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
@@ -111,7 +114,7 @@ MISTRAL = (
     "{%- set users = loop_messages | selectattr('role', 'equalto', 'user') | list %}{{- bos_token }}"
     "{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
     "{%- if tools is not none and (message == users[-1]) %}{{- '[AVAILABLE_TOOLS] [' }}{%- for tool in tools %}"
-    "{%- set tool = tool.function %}{{- '{\"type\": \"function\", \"function\": {' }}"
+    '{%- set tool = tool.function %}{{- \'{"type": "function", "function": {\' }}'
     "{%- for key, val in tool.items() if key != 'return' %}"
     "{%- if val is string %}{{- '\"' + key + '\": \"' + val + '\"' }}{%- else %}{{- '\"' + key + '\": ' + val|tojson }}"
     "{%- endif %}{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}{{- '}}' }}"
@@ -135,7 +138,8 @@ GLM = (
     "{{- '/nothink' if (enable_thinking is defined and not enable_thinking) else '' -}}"
     "{%- elif m.role == 'assistant' -%}<|assistant|>"
     "{%- set thought = '' %}{%- if m.reasoning_content is string %}{%- set thought = m.reasoning_content %}{%- endif %}"
-    "{%- if thought -%}{{ '\\n<think>' + thought.strip() + '</think>' }}{%- else -%}{{ '\\n<think></think>' }}{%- endif -%}"
+    "{%- if thought -%}{{ '\\n<think>' + thought.strip() + '</think>' }}{%- else -%}{{ '\\n<think></think>' "
+    "}}{%- endif -%}"
     "{%- if m.content is string and m.content.strip() -%}{{ '\\n' + visible_text(m.content).strip() }}{%- endif -%}"
     "{%- for tc in m.tool_calls or [] %}{{ '\\n<tool_call>' + tc.function.name }}\n"
     "{% for k, v in tc.function.arguments.items() %}<arg_key>{{ k }}</arg_key>\n<arg_value>"
@@ -146,7 +150,8 @@ GLM = (
     "{{- '\\n<think></think>' if (enable_thinking is defined and not enable_thinking) else '' -}}{%- endif -%}"
 )
 SMOLLM3 = (
-    "{# ── defaults ── #}\n{%- if enable_thinking is not defined -%}\n{%- set enable_thinking = true -%}\n{%- endif -%}\n"
+    "{# ── defaults ── #}\n{%- if enable_thinking is not defined -%}\n{%- set enable_thinking = true -%}\n{%- "
+    "endif -%}\n"
     "{%- set mode = '/think' if enable_thinking else '/no_think' -%}\n"
     "{%- if messages[0].role == 'system' -%}\n  {%- if '/no_think' in messages[0].content -%}\n"
     "    {%- set mode = '/no_think' -%}\n  {%- endif -%}\n"
@@ -181,7 +186,8 @@ HARMONY = (
     "{%- if not loop.last -%}{{ ', ' }}{%- endif -%}{%- endfor -%}{{ '}' }}"
     "{%- else -%}{{ spec.type or 'any' }}{%- endif -%}{%- endmacro -%}"
     "{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}"
-    "{{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m') + '\\nReasoning: ' + reasoning_effort + '<|end|>' }}"
+    "{{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m') + '\\nReasoning: ' + reasoning_effort + "
+    "'<|end|>' }}"
     "{%- for tool in tools or [] %}{{- 'type ' + tool.function.name + ' = (_: ' }}"
     "{{- typed(tool.function.parameters or {}) + ') => any;\\n' }}{%- endfor %}"
     "{%- for message in messages %}{%- if message.role == 'assistant' %}"
@@ -194,7 +200,8 @@ HARMONY = (
     "{%- endfor %}{%- if add_generation_prompt %}<|start|>assistant{%- endif %}"
 )
 GRANITE = (
-    "{%- if tools and documents %}{%- set about = 'tools and documents' %}{%- elif thinking %}{%- set about = 'thought' %}"
+    "{%- if tools and documents %}{%- set about = 'tools and documents' %}{%- elif thinking %}{%- set about = "
+    "'thought' %}"
     "{%- else %}{%- set about = 'nothing' %}{%- endif %}{{- '<|role|>system Today: ' + strftime_now('%B %Y') + about }}"
     "{%- for document in documents or [] %}{{- document['text'] }}{%- endfor %}"
     "{%- for message in messages %}{{- '<|role|>' + message['role'] + '<|end|>' + (message['content'] or '') + '\\n' }}"

@@ -86,13 +86,17 @@ def test_what_templates_make_of_thinking_is_read_off_them():
     assert {name for name, one in known.items() if one.cuts_thinking} == {"deepseek v3.1", "qwen3"}
     unknowing = {name for name, one in known.items() if not one.knows_thinking}
     assert unknowing == {"gemma", "gpt-oss", "granite", "llama 3", "mistral", "named tokens"}
-    opening = {name for name in ("deepseek r1", "hermes", "qwen3", "llama 3") if both(PUBLISHED[name])[0].opens_thinking}
+    opening = {
+        name for name in ("deepseek r1", "hermes", "qwen3", "llama 3") if both(PUBLISHED[name])[0].opens_thinking
+    }
     assert opening == {"deepseek r1", "hermes"}
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
 def test_earlier_thinking_has_the_name_that_the_template_reads_it_by(field: str):
     """OLMo and Nemotron read `reasoning`, gpt-oss `thinking`, most others `reasoning_content`."""
-    template = ChatTemplate("{% for m in messages %}{% if m." + field + " %}({{ m." + field + " }}){% endif %}{% endfor %}")
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m." + field + " %}({{ m." + field + " }}){% endif %}{% endfor %}"
+    )
     for given in ("reasoning_content", "reasoning"):
         assert template.render([{"role": "assistant", "content": "a", given: "because"}]) == "(because)"

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as BpeTokenizer
 
 from isthmus.data.chat_template import END_THINK, THINK, ChatTemplate
+from isthmus.data.tiktoken import find_tiktoken, read_tiktoken
 from isthmus.errors import IsthmusError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -96,11 +97,8 @@ class Tokenizer:
         what is missing.
         """
         config = _read_json(folder / "tokenizer_config.json", needed=True)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
-        bpe = _read_vocabulary(path)
-        _add_tokens(bpe, config, path.with_name("tokenizer_config.json"))
+        bpe = _read_vocabulary(folder, config)
+        _add_tokens(bpe, config, folder / "tokenizer_config.json")
         bos, eos = (_special_token(folder, config, bpe, key) for key in ("bos", "eos"))
         if eos is None:
             raise IsthmusError(f"{folder} names no eos_token: write it into tokenizer_config.json")
@@ -185,7 +183,22 @@ class Tokenizer:
     @cached_property
     def opens_thinking(self) -> bool:
         """Whether the template lets an answer begin inside <think>."""
-        return leaves_thinking_open(self.chat_text([{"role": "user", "content": "?"}]))
+        return leaves_thinking_open(self._opening)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether a model is to think by its template: that opens the thinking, or leaves it to the model to open."""
+        if self.opens_thinking or not self.template.opens_by_mark:
+            return self.opens_thinking
+        return not self._opening.rstrip().endswith(END_THINK)
+
+    @cached_property
+    def _opening(self) -> str:
+        """The prompt of a conversation of one turn; nothing, of a template that refuses it."""
+        try:
+            return self.chat_text([{"role": "user", "content": "?"}])
+        except IsthmusError:
+            return ""
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -232,8 +245,27 @@ def read_ends(folder: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _read_vocabulary(path: Path) -> BpeTokenizer:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file of a tokenizer, of any kind."""
+    names = (
+        "tokenizer*",
+        "tokenization_*.py",
+        "*.tiktoken",
+        "tiktoken.model",
+        "tekken.json",
+        "spiece.model",
+        "vocab.*",
+    )
+    return any(path.is_file() for name in names for path in folder.glob(name))
+
+
+def _read_vocabulary(folder: Path, config: dict[str, Any]) -> BpeTokenizer:
     """A vocabulary that encodes texts of any length, whatever limit the file was saved with."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (other := find_tiktoken(folder)) is not None:
+            return read_tiktoken(other, config)
+        raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
     try:
         bpe = BpeTokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the library raises nothing more specific

@@ -274,6 +274,7 @@ class Server:
             "kernels": core.kernels,
             "weight_version": core.version,
             "max_model_len": core.length,
+            "thinks": self.service.thinks,
             "running": core.running,
             "waiting": core.waiting,
         }

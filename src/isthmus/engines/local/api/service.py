@@ -81,11 +81,16 @@ class Service:
     revision: int = 0
 
     def __post_init__(self) -> None:
-        marks = self.tokenizer.template.knows_thinking if self.thinking == "auto" else self.thinking == "always"
-        self.vocabulary = Vocabulary(self.tokenizer, marks)
+        marked = self.tokenizer.template.knows_thinking or self.thinking == "always"
+        self.vocabulary = Vocabulary(self.tokenizer, marked)
         self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
         self.layout = layout_of(self.tensors)
         self.bundle_version = self.core.version
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers think, where a request does not say otherwise."""
+        return self.tokenizer.thinks if self.thinking == "auto" else self.thinking == "always"
 
     @property
     def other_ends(self) -> frozenset[int]:
