@@ -89,7 +89,7 @@ def test_huge_and_negative_numbers_are_refused_by_name(limit, digits):
         {"logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0},
         {"top_k": -1, "top_p": 1, "stop": [], "stop_token_ids": [], "min_tokens": 0, "ignore_eos": False},
         {"best_of": 1, "suffix": "", "store": False, "metadata": {}, "service_tier": "auto", "user": "me"},
-        {"use_beam_search": False, "length_penalty": 1.0, "priority": 0, "add_special_tokens": False},
+        {"use_beam_search": False, "length_penalty": 1.0, "priority": 0},
         {"response_format": {"type": "text"}, "structured_outputs": None, "stream": False, "stop": None},
     ],
 )
@@ -118,7 +118,7 @@ def test_another_value_of_such_a_field_is_refused_by_name(field, value):
 
 def test_chat_without_tools_takes_the_choices_that_mean_none():
     assert ask(ChatAsk, tools=[], tool_choice="none", parallel_tool_calls=True, top_logprobs=0).offered == []
-    assert ask(ChatAsk, chat_template_kwargs={}, include_reasoning=True, modalities=["text"]).variables == {}
+    assert ask(ChatAsk, chat_template_kwargs={}, include_reasoning=True, modalities=["text"]).chat_template_kwargs == {}
 
 
 TOOL = {"type": "function", "function": {"name": "look"}}
@@ -171,8 +171,9 @@ def test_a_message_that_was_received_can_be_sent_back():
     plain = Message(**received).plain()
     assert plain == {
         "role": "assistant",
-        "content": "",
+        "content": None,
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}, "id": "c"}],
+        "reasoning_content": "secret",
     }
     assert Message(
         role="developer", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -155,6 +155,7 @@ def open_service(folder: Path, serving: Serving) -> Service:
         options=section,
         state=found.state,
         signer=found.seal.signer if found.seal else None,
+        thinking=section.thinking,
     )
     service.default_tokens = section.max_new_tokens
     service.default_temperature = section.temperature

@@ -12,7 +12,7 @@ from isthmus.engines import EngineError
 from isthmus.engines.local.api.prepare import Prepared
 from isthmus.engines.local.api.protocol import DEFAULT_COMPLETION_TOKENS, ApiError, Ask, ChatAsk, CompletionAsk
 from isthmus.engines.local.api.service import Service
-from isthmus.engines.local.api.text import Call, ChannelledText, Delta, PlainText, Rules, Writer
+from isthmus.engines.local.api.text import Beginning, Call, ChannelledText, Delta, PlainText, Rules, Writer
 from isthmus.engines.local.api.visit import Visit
 from isthmus.engines.local.core.grammar import GrammarConstraint
 from isthmus.engines.local.core.scheduler import Constraint, Finished, PromptToken, Request, Token, TopLogprobs
@@ -72,6 +72,7 @@ class Exchange:
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
         self._calls = prepared.calls
+        self._thinking: Beginning = prepared.thinking
         self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
@@ -245,9 +246,9 @@ class Exchange:
     def _writer(self, prompt: list[int], rules: Rules) -> Writer:
         vocabulary = self.service.vocabulary
         if not isinstance(self.ask, ChatAsk):
-            return PlainText(vocabulary, rules)
+            return PlainText(vocabulary, rules, prompt)
         reader = None if self._calls is None else self._calls.reader()
-        return ChannelledText(vocabulary, rules, vocabulary.opens_thinking(prompt), reader)
+        return ChannelledText(vocabulary, rules, self._thinking, reader)
 
 
 def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:

@@ -234,7 +234,7 @@ class Server:
         else:
             ask = read(TokenizeAsk, content)
             self._check_model(ask.model)
-            tokens = encode_text(self.service, ask.prompt, "prompt")
+            tokens = encode_text(self.service, ask.prompt, "prompt", raw=ask.add_special_tokens)
         texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
         return JSONResponse(body)
@@ -275,6 +275,7 @@ class Server:
             "bits": core.bits,
             "weight_version": core.version,
             "max_model_len": core.length,
+            "thinks": self.service.thinks,
             "running": core.running,
             "waiting": core.waiting,
         }
