@@ -18,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 
 from isthmus.errors import IsthmusError
+from isthmus.lines import read_text
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -285,7 +286,7 @@ def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key:
 def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a file; of a file that need not be there, nothing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         if needed:
             raise IsthmusError(f"{path.parent} has no tokenizer: {path.name} is missing") from None

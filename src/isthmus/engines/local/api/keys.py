@@ -18,6 +18,7 @@ from pathlib import Path
 
 from isthmus.engines.local.api.protocol import ApiError
 from isthmus.errors import IsthmusError
+from isthmus.lines import lines_of, read_text
 
 API_KEYS, ADMIN_KEY = "ISTHMUS_API_KEYS", "ISTHMUS_ADMIN_KEY"
 ADMIN = "admin"
@@ -62,7 +63,7 @@ class Keyring:
     @classmethod
     def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Keyring:
         """The keys of a file and of the environment together. Raises IsthmusError that says what is wrong with them."""
-        keys = _parse(file.read_text(encoding="utf-8"), str(file)) if file and _is_private(file) else []
+        keys = _parse(read_text(file), str(file)) if file and _is_private(file) else []
         keys += _parse(environment.get(API_KEYS, "").replace(",", "\n"), f"${API_KEYS}")
         if secret := environment.get(ADMIN_KEY):
             keys.append(Key.of(ADMIN, secret))
@@ -114,7 +115,7 @@ def check_exposure(host: str, keys: Keyring, allow_open: bool) -> None:
 
 def _parse(text: str, origin: str) -> list[Key]:
     """One `name key` per line; a key alone is named by its number. Lines that begin with # are left out."""
-    lines = [line.split() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    lines = [line.split() for line in lines_of(text) if line.strip() and not line.strip().startswith("#")]
     keys = []
     for number, words in enumerate(lines, start=1):
         if len(words) > 2:

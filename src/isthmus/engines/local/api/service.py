@@ -22,6 +22,7 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, read_bundle, read_object, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
+from isthmus.lines import read_text
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import EngineOptions
@@ -211,7 +212,7 @@ def read_examples(folder: Path) -> list[str]:
     path = folder / "examples.json"
     if not path.is_file():
         return []
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = json.loads(read_text(path))
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise IsthmusError(f"{path} must be a JSON list of strings")
     return content
