@@ -33,6 +33,12 @@ CITY = {
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": CITY}}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Oslo"}}\n</tool_call>'
 VOCAB_SIZE = 340
+LEGACY = ("tokens", "top_logprobs", "text_offset")
+
+
+def bytes_of_name(name: str) -> bytes:
+    """What a name of the legacy layout stands for."""
+    return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", "")) if "\\x" in name else name.encode()
 
 
 class Script:
@@ -377,6 +383,38 @@ def test_an_echoed_prompt_comes_before_the_completion(hermes):
     for chunk in chunks:
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == ["Use 3 reach", "Use 3!"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_character_have_their_own_bytes_names_and_places(hermes, stream):
+    text, tokenizer = "a🙂é中!", hermes.service.tokenizer
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text) + 3, "the test needs characters of several tokens"
+    answer = hermes.complete(text, logprobs=2, prompt="x", stream=stream)
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    names, tops, places = ([one for part in parts for one in getattr(part, name)] for name in LEGACY)
+    assert len(tops) == len(tokens) + 1 and all(len(top) == 2 for top in tops)
+    assert all(name in top for name, top in zip(names, tops, strict=True))
+    joined = [b"".join(map(tokenizer.bytes_of, tokens[:n])) for n in range(len(tokens) + 1)]
+    assert places == [len(seen.decode(errors="ignore")) for seen in joined] and set(places) == set(range(len(text) + 1))
+    assert b"".join(map(bytes_of_name, names[:-1])).decode() == text
+
+
+def test_the_bytes_of_a_chats_tokens_are_its_text(hermes):
+    text = "a🙂é中!"
+    steps = hermes.chat(text, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert bytes(byte for step in steps[:-1] for byte in step.bytes).decode() == text
+    assert any(step.token.startswith("\\x") for step in steps)
+    assert all((step.top_logprobs[0].token, step.top_logprobs[0].bytes) == (step.token, step.bytes) for step in steps)
+
+
+def test_a_stop_string_and_an_echo_move_no_token_beyond_the_text(hermes):
+    choice = hermes.complete("ab STOP cd", prompt="é🙂 ", echo=True, logprobs=1, stop=["STOP"]).choices[0]
+    assert choice.text == "é🙂 ab "
+    named = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert all(place == len(choice.text) or choice.text[place] == name[0] for name, place in named if "\\x" not in name)
+    assert [place for name, place in named if "\\x" in name] == [1, 1, 1, 1]
 
 
 def test_every_option_reaches_the_core(hermes):

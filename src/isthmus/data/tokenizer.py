@@ -6,7 +6,7 @@ Numbers up to three digits are one token, with or without a space before them, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 
+from isthmus.data.token_bytes import bytes_reader
 from isthmus.errors import IsthmusError
 from isthmus.lines import read_text
 
@@ -172,6 +173,15 @@ class Tokenizer:
         text = self._render(messages, tools, variables)
         decided = not self.thinks or text.rstrip().endswith((THINK, END_THINK))
         return text if decided else f"{text}{THINK}\n"
+
+    @cached_property
+    def bytes_of(self) -> Callable[[int], bytes]:
+        """The bytes that a token stands for, which may be a part of a character."""
+        return bytes_reader(self._bpe)
+
+    def is_structure(self, token: int) -> bool:
+        """Whether a token structures a conversation and is no part of its text."""
+        return token in self._hidden
 
     def serialise(self) -> str:
         """The content of tokenizer.json."""

@@ -75,8 +75,8 @@ class Exchange:
         self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
-        rules = self._rules()
-        self._writers = [self._writer(self.prompts[index // ask.n], rules) for index in range(self.size)]
+        self.rules = self._rules()
+        self._writers = [self._writer(self.prompts[index // ask.n], self.rules) for index in range(self.size)]
         self._drawn = [Drawn() for _ in range(self.size)]
         self._parts: list[list[Delta | Call]] = [[] for _ in range(self.size)]
         self._called = [0] * self.size

@@ -65,6 +65,7 @@ from isthmus.engines.local.api.responses import (
     prompt_logprobs,
 )
 from isthmus.engines.local.api.service import Service
+from isthmus.engines.local.api.token_names import TextPlaces
 from isthmus.engines.local.api.visit import CURRENT
 from isthmus.engines.local.api.weights import WeightUpdates
 from isthmus.errors import IsthmusError
@@ -200,8 +201,8 @@ class Server:
         choices = await _unless_disconnected(request, exchange.choices())
         vocabulary, prompts = self.service.vocabulary, exchange.prompts
         shown = [
-            completion_choice(ask, vocabulary, prompts[c.index // ask.n], c, exchange.prompt_tokens[c.index // ask.n])
-            for c in choices
+            completion_choice(ask, vocabulary, prompts[p], c, exchange.rules, exchange.prompt_tokens[p])
+            for c, p in ((choice, choice.index // ask.n) for choice in choices)
         ]
         return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
 
@@ -460,14 +461,15 @@ class Server:
 
     async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
         head, vocabulary = self._envelope("text_completion"), self.service.vocabulary
-        offsets = [0] * exchange.size
+        starts = [0] * exchange.size
         for index in range(exchange.size if ask.echo else 0):
             text = echo(ask, vocabulary, exchange.prompts[index // ask.n], index)
+            starts[index] = len(text)
             shown = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
             yield head | {"choices": [shown]} | _no_usage(ask)
+        places = [TextPlaces(vocabulary, exchange.rules, start) for start in starts]
         async for piece in exchange.pieces():
-            shown = completion_piece(ask, vocabulary, piece, offsets[piece.index])
-            offsets[piece.index] += sum(len(vocabulary.text_of(token)) for token in piece.drawn.tokens)
+            shown = completion_piece(ask, vocabulary, piece, places[piece.index])
             if shown["text"] or len(piece.drawn) or piece.choice:
                 yield head | {"choices": [shown]} | _no_usage(ask)
         if ask.include_usage:
