@@ -52,8 +52,8 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
 
 
 def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:
-    """A [serve] with `changes` that are not None, then with `serve.key=value` overrides."""
-    given = {key: value for key, value in changes.items() if value is not None}
+    """A [serve] with `changes` that are not None or empty, then with `serve.key=value` overrides."""
+    given = {key: value for key, value in changes.items() if value is not None and value != ()}
     tree: dict[str, Any] = {"serve": {**section.model_dump(), **given}}
     for override in overrides:
         if not override.strip().startswith("serve."):

@@ -92,15 +92,21 @@ class Keyring:
         if level == Level.PUBLIC or (level == Level.USER and not self.has_users):
             return found
         if found is None:
-            what = "the admin key" if level == Level.ADMIN else "an API key"
-            raise ApiError(
-                f"this route needs {what}: send the header Authorization: Bearer KEY",
-                status=401,
-                code="invalid_api_key",
-            )
+            raise ApiError(_explain_missing(authorization, level), status=401, code="invalid_api_key")
         if found.level < level:
             raise ApiError(f"the key {found.name!r} may not use this route", status=403, code="admin_key_required")
         return found
+
+
+def _explain_missing(authorization: str, level: Level) -> str:
+    """Never with the key itself: an error is logged and shown."""
+    what = "the admin key" if level == Level.ADMIN else "an API key"
+    scheme, _, secret = authorization.partition(" ")
+    if scheme.lower() == "bearer" and secret.strip():
+        return f"Incorrect API key provided: this server does not know it, and this route needs {what}"
+    if authorization:
+        return f"this route needs {what} as `Authorization: Bearer KEY`, and the header has another form"
+    return f"this route needs {what}: send the header Authorization: Bearer KEY"
 
 
 def check_exposure(host: str, keys: Keyring, allow_open: bool) -> None:

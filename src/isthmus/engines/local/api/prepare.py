@@ -14,6 +14,7 @@ from isthmus.engines.local.api.protocol import (
     Conversation,
     NamedTool,
     check_tokens,
+    too_long,
 )
 from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.text import CLOSE_THINK, CallReader
@@ -108,12 +109,7 @@ def encode_text(service: Service, text: str, field: str) -> list[int]:
     """Token ids of a text. One that is too long however it is split is refused before that is tried."""
     length, tokenizer = service.core.length, service.tokenizer
     if len(text) > length * tokenizer.longest_token:
-        raise ApiError(
-            f"this model's sequences have at most {length} tokens, and {len(text)} characters are more than that; "
-            "shorten it",
-            param=field,
-            code="context_length_exceeded",
-        )
+        raise too_long(length, -(-len(text) // tokenizer.longest_token), 0, field, field, at_least=True)
     return tokenizer.encode(text)
 
 
@@ -194,8 +190,6 @@ def _grammar_with_calls(service: Service, ask: ChatAsk, form: CallFormat, answer
         answers = _format_or_calls(ask)
     elif not ask.must_call:
         answers = form.answers(written)
-        if answers is None:
-            raise ApiError("strict functions need tool_choice required or a named one here", param="tools")
     parallel = ask.parallel_tool_calls and not isinstance(ask.tool_choice, NamedTool)
     return call_grammar(form, functions, written, parallel=parallel, answers=answers)
 

@@ -75,6 +75,7 @@ class Service:
     golden: Golden | None = None
     other_ends: frozenset[int] = frozenset()
     default_tokens: int | None = None
+    other_names: tuple[str, ...] = ()
     default_temperature: float = 1.0
     max_waiting: int = 4096
     max_waiting_tokens: int | None = None
@@ -86,6 +87,11 @@ class Service:
         self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
         self.layout = layout_of(self.tensors)
         self.bundle_version = self.core.version
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model in the API; the first is the one that answers carry."""
+        return (self.identity.model, *self.other_names)
 
     @property
     def fingerprint(self) -> str:
