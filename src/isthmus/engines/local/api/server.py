@@ -57,6 +57,8 @@ from isthmus.engines.local.api.protocol import (
     read,
     usage,
 )
+from isthmus.engines.local.api.response_ask import ResponseAsk, in_its_own_words
+from isthmus.engines.local.api.response_items import ResponseWriter
 from isthmus.engines.local.api.responses import (
     chat_choice,
     chat_opening,
@@ -163,6 +165,7 @@ class Server:
         operations = [
             Operation(user, "POST", "/v1/completions", self.completions, (CompletionAsk,), gives=streams, also=busy),
             Operation(user, "POST", "/v1/chat/completions", self.chat, (ChatAsk,), gives=streams, also=busy),
+            Operation(user, "POST", "/v1/responses", self.respond, (ResponseAsk,), gives=streams, also=busy),
             Operation(user, "GET", "/v1/models", self.models),
             Operation(user, "GET", "/v1/models/{model:path}", self.model, also=(404,)),
             Operation(user, "POST", "/tokenize", self.tokenize, tokenizes),
@@ -237,6 +240,20 @@ class Server:
         if ask.return_token_ids:
             body["prompt_token_ids"] = exchange.prompts[0]
         return JSONResponse(body)
+
+    async def respond(self, request: Request) -> Response:
+        """A turn of a conversation, in the shape of OpenAI's Responses API. Nothing of it is kept."""
+        asked = parse(ResponseAsk, await _json_body(request))
+        try:
+            ask = read(ChatAsk, asked.chat())
+            self._check(ask)
+            exchange = await self._exchange(ask, prepare_chat(self.service, ask))
+            writer = ResponseWriter(asked, exchange, ask.model or self.service.identity.model)
+            if ask.stream:
+                return _event_stream(writer.events(), named=True)
+            return JSONResponse(await _unless_disconnected(request, writer.whole()))
+        except ApiError as error:
+            raise in_its_own_words(error) from None
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation, in vLLM's shape."""
@@ -621,12 +638,23 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _event_stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    return StreamingResponse(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+def _event_stream(chunks: AsyncIterator[dict[str, Any]], *, named: bool = False) -> Response:
+    """Server-sent events: of chat and completions, or `named` by their types."""
+    events = _named_events(chunks) if named else _events(chunks)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _named_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The last of them says how it ended, a failure too."""
+    try:
+        async for chunk in chunks:
+            yield f"event: {chunk['type']}\n".encode() + _event(chunk)
+    except ApiError as error:
+        note_error(error)
 
 
 async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Server-sent events. The status is already sent, so a failure half way is an event too."""
+    """The status is already sent, so a failure half way is an event too."""
     try:
         async for chunk in chunks:
             yield _event(chunk)
