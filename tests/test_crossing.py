@@ -11,7 +11,9 @@ import pytest
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import DamagedFile
 from isthmus.formats.files.bundle import CHECKSUMS, file_hashes, read_bundle
+from isthmus.parity.engine import BITS
 from isthmus.parity.seal import read_verdict, verify_seal
+from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import write_small_bundle
 from tests.support.flow_recipe import isthmus
 
@@ -111,7 +113,11 @@ def test_an_engine_is_verified_by_its_url_and_one_with_other_weights_refused(car
     assert refused.returncode == 1 and "engine against healthy twins" in refused.stderr
     (folder / "verdict.json").unlink()
     (folder / CHECKSUMS).write_text(json.dumps(file_hashes(folder)))
-    with LocalEngine(carried, log=tmp_path / "engine.log") as engine:
+    options = EngineOptions(batch_invariant=True)
+    with LocalEngine(carried, log=tmp_path / "engine.log", options=options) as engine:
         verified = isthmus("verify", folder, "--url", engine.url, "--api-key", engine.api_key)
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    assert verify_seal(folder).lineage.target_pool.startswith("isthmus ")
+    seal = verify_seal(folder)
+    assert seal.lineage.target_pool.startswith("isthmus ")
+    bits = next(check for check in seal.checks if check.name == BITS)
+    assert (bits.outcome, bits.figure.value, bits.limit.value) == ("pass", 0, 0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -78,6 +80,8 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
         raise
     watch = _watch()
     watch.say(f"\n[bold]done[/] in {time.monotonic() - began:,.0f} s")
+    for line in importlib.import_module("isthmus.stages.report").outcome(opened):
+        watch.say(line)
     watch.say(f"  read   {opened.path / 'report.html'}")
     watch.say(f"  chat   isthmus serve {opened.path}")
 
@@ -315,6 +319,8 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
     stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
     """
     stage = importlib.import_module("isthmus.stages.serve")
+    if folder.name == "bundle" and (folder.parent / "recipe.json").exists():
+        folder = folder.parent
     if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
         stage.execute_bundle(folder, _watch(), overrides, **changes)
     else:
@@ -334,12 +340,12 @@ def follow(folder: Path, **options: Any) -> None:
 
 
 @cli.command("inspect")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="BUNDLE")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUNDLE|RUN")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--diff", type=click.Path(path_type=Path), metavar="OTHER", help="List the tensors that differ.")
 @click.option("--trust", type=click.Path(path_type=Path), help="Public keys, one of which must have signed the seal.")
 def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path | None) -> None:
-    """Show what a bundle is, what its gate found, and who vouches for it.
+    """Show what a bundle is, what its gate found, and who vouches for it. Of a run it is the bundle that it sealed.
 
     Exit code 1 if it is tampered, untrusted, or was refused by its gate.
     """
@@ -474,13 +480,25 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except IsthmusError as error:
-        click.echo(f"isthmus: {error}", err=True)
+        click.echo(_wrapped(f"isthmus: {error}"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo(
             f"\nisthmus: stopped. Nothing is lost; to go on, run the same command again:\n  {_command_line()}", err=True
         )
         sys.exit(INTERRUPTED)
+
+
+def _wrapped(text: str) -> str:
+    """Lines no wider than the terminal, broken between words alone; elsewhere the text as it is."""
+    if not sys.stderr.isatty():
+        return text
+    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for line in text.splitlines():
+        wrapper.subsequent_indent = line[: len(line) - len(line.lstrip())] + "  "
+        lines.append(wrapper.fill(line))
+    return "\n".join(lines)
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 from click.testing import CliRunner
 
@@ -21,3 +28,36 @@ def test_the_help_tells_the_stages_in_their_order_from_the_tools():
 def test_a_mistyped_verb_is_answered_with_the_nearest():
     answer = CliRunner().invoke(cli, ["qualfy"])
     assert answer.exit_code == 2 and "'qualify'" in answer.output
+
+
+def said_on_a_terminal(columns: int, *arguments: str) -> list[str]:
+    """The lines that a command prints on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "isthmus", *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 65536):
+            said += part
+    except OSError:
+        pass
+    finally:
+        os.close(ours)
+    process.wait()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).splitlines()
+
+
+def test_an_error_is_broken_between_words(tmp_path):
+    message = f"isthmus: {tmp_path} is not a run folder: it has no recipe.json. Start one with: isthmus run RECIPE"
+    lines = said_on_a_terminal(40, "report", str(tmp_path))
+    assert len(lines) > 2 and " ".join(line.strip() for line in lines) == message
+    assert all(len(line) <= 40 or str(tmp_path) in line for line in lines)
+
+
+def test_the_chips_fit_a_terminal_of_80_columns():
+    lines = said_on_a_terminal(80, "chips")
+    assert max(map(len, lines)) <= 80 and not any("\u2026" in line for line in lines)
+    assert len(lines) < 50 and sum("ascend-910b-313t" in line for line in lines) == 1

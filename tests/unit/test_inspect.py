@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from isthmus.parity.coverage import check_coverage
 from isthmus.parity.manifest import add_file, write_manifest
 from isthmus.parity.seal import write_seal
 from isthmus.parity.signing import public_key
-from isthmus.records import Check, LedgerRow, ParityVerdict
-from isthmus.run import Figure
-from isthmus.tools.inspect import compare, inspect
+from isthmus.recipe.read import load_recipe
+from isthmus.records import Check, HandoffRecord, LedgerRow, ParityVerdict
+from isthmus.run import Figure, RunFolder
+from isthmus.tools.inspect import compare, find_bundle, inspect
 from tests.support.bundles import TinyTokenizer, passed
+from tests.support.flow_recipe import RECIPE
 from tests.support.small import tiny_architecture
 
 ARCHITECTURE = tiny_architecture()
@@ -140,6 +143,36 @@ def test_the_difference_of_two_bundles(bundle, tmp_path, with_manifest):
     assert NORM in page and "only there" in page
     assert json.loads(asked("inspect", bundle, "--diff", other, "--json")[1])["diff"]["changed"] == [NORM]
     assert compare(bundle, bundle).changed == []
+
+
+def test_the_bundle_of_a_run_is_found_by_the_run_and_by_its_folder_of_bundles(bundle, tmp_path):
+    run = RunFolder.create(tmp_path / "run", load_recipe(RECIPE))
+    with pytest.raises(IsthmusError, match="isthmus handoff"):
+        find_bundle(run.path)
+    shutil.copytree(bundle, run.path / "bundle" / "w8a8")
+    record = HandoffRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=0.0,
+        ended=1.0,
+        source_pool="home",
+        target_pool="away",
+        format="w8a8",
+        verdict="pass",
+        checks=[],
+        bundles={"w8a8": "bundle/w8a8"},
+        seal_id=None,
+        figures={},
+    )
+    run.write_record("parity", record)
+    for named in (run.path, run.path / "bundle", run.path / "bundle" / "w8a8"):
+        code, page = asked("inspect", named)
+        assert code == 0 and str(run.path / "bundle" / "w8a8") in page
+
+
+def test_architecture_and_parameters_are_named(bundle):
+    code, page = asked("inspect", bundle)
+    total = sum(value.numel() for value in Model(ARCHITECTURE).parameters())
+    assert code == 0 and "deepseek_v3" in page and f"{total:,}, of which a token uses" in page
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):

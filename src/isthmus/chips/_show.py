@@ -11,22 +11,29 @@ from rich.text import Text
 from isthmus.chips._facts import FIGURES, TEXTS, Chip
 from isthmus.run import Figure
 
-UNKNOWN = "unknown"
-_COLUMNS = {"bf16_tflops": "bf16 TFLOPS", "int8_tops": "int8 TOPS", "mem_gb": "GB", "mem_bw_gbs": "GB/s", "tpp": "TPP"}
+UNKNOWN, NOT_PUBLISHED = "unknown", "–"
+_COLUMNS = {
+    "bf16_tflops": "bf16\nTFLOPS",
+    "int8_tops": "int8\nTOPS",
+    "mem_gb": "GB",
+    "mem_bw_gbs": "GB/s",
+    "tpp": "TPP",
+}
+_TO_READ = f"""\
+Declared figures; {NOT_PUBLISHED} was not published. `isthmus chips NAME` shows one chip
+with its dtypes, formats and links, and the source of each fact."""
 
 
 def describe_chips(chips: list[Chip]) -> RenderableType:
-    """One row per chip."""
-    table = Table(box=box.SIMPLE_HEAD, caption="Declared figures. `isthmus chips NAME` gives the sources.")
+    """One line per chip, within 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("chip", style="bold", no_wrap=True)
-    table.add_column("vendor")
+    table.add_column("vendor", no_wrap=True)
     for title in _COLUMNS.values():
-        table.add_column(title, justify="right")
-    table.add_column("formats")
+        table.add_column(title, justify="right", no_wrap=True)
     for chip in chips:
-        numbers = [_short(getattr(chip, column)) for column in _COLUMNS]
-        table.add_row(chip.slug, chip.vendor, *numbers, _listed(chip.formats))
-    return table
+        table.add_row(chip.slug, chip.vendor, *(_short(getattr(chip, column), NOT_PUBLISHED) for column in _COLUMNS))
+    return Group(table, Text(_TO_READ, style="dim"))
 
 
 def describe_chip(chip: Chip, device: str, can_rehearse: bool) -> RenderableType:
@@ -73,12 +80,12 @@ def _properties(chip: Chip, device: str, can_rehearse: bool) -> Table:
     return table
 
 
-def _short(figure: Figure | None) -> str:
+def _short(figure: Figure | None, unknown: str = UNKNOWN) -> str:
     if figure is None:
-        return UNKNOWN
+        return unknown
     if figure.value is not None:
         return f"{figure.value:,.10g}"
-    return f"≥ {figure.low:,.10g}" if figure.low is not None else UNKNOWN
+    return f"≥ {figure.low:,.10g}" if figure.low is not None else unknown
 
 
 def _long(figure: Figure | None, unit: str) -> str:

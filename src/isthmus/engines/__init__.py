@@ -67,6 +67,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def bits(self) -> str | None:
+        """What decides the last bit of what the engine computes, where that is known and the batch does not."""
+        ...
+
+    @property
     def takes_deltas(self) -> bool:
         """Whether `update_delta` works with this engine."""
         ...

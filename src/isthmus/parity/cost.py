@@ -11,12 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from isthmus.model.model import Model
-from isthmus.parity.gate import at_most, finite, reach
+from isthmus.parity.gate import COST, at_most, finite, reach
 from isthmus.parity.tokens import GoldenSequence, TokenParity, compare_tokens
 from isthmus.records import Check
 from isthmus.run import Figure
 
-NAME = "what the format costs, KL to the trained model"
 UNIT = "nats/token"
 
 
@@ -71,7 +70,7 @@ def check_cost(cost: FormatCost, format_name: str, origin: str, limit: Figure, c
     source = f"trained model against the exact emulator of {format_name}, golden sequences: {origin}"
     return Check(
         layer="tokens",
-        name=NAME,
+        name=COST,
         outcome=at_most(limit.value, cost.kl, interval, samples=cost.sequences),
         figure=finite(cost.kl, UNIT, source, rehearsed=False, interval=cost.kl_interval),
         limit=limit,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,9 +41,12 @@ DISTANCE = "distance to the emulator, engine against healthy twins"
 FIRST_CHOICES = "first choices that differ from the emulator's, engine against healthy twins"
 LOSS = "distance to the trained model, engine minus emulator"
 TIMES = "times that of healthy twins"
+BITS = "log-probabilities that are not, bit for bit, those of this host"
 
 Score = Callable[[list[list[int]]], list[list[TokenScore]]]
 """Asks an engine what it says of every token but the first of each sequence."""
+Exact = Callable[[list[GoldenSequence]], Tensor]
+"""What a healthy engine says of the completion tokens [N] to the last bit, where that can be known."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class EngineParity:
     """What was found on the completion tokens of golden sequences, each counted once.
 
     `arithmetic` is that of the twins. Without first choices of the engine there are no `flips`, without a trained model
-    to compare with, as of a slice, no `loss`.
+    to compare with, as of a slice, no `loss`. `other_bits` counts the tokens whose log-probabilities are not, bit for
+    bit, those that a healthy engine gives, where these are known.
     """
 
     beyond: Beyond
@@ -59,6 +63,7 @@ class EngineParity:
     flips: Flips | None
     arithmetic: str
     confidence: float
+    other_bits: int | None = None
 
 
 def compare_engine(
@@ -70,12 +75,13 @@ def compare_engine(
     *,
     confidence: float = 0.95,
     alpha: float = ALPHA,
+    exact: Exact | None = None,
 ) -> EngineParity:
     """Let the engine score the sequences, and compare what it says of each completion token.
 
     `build` makes the format's model, `arithmetic` names the dtype in which the engine is said to compute, and `trained`
     [N] are the trained model's log-probabilities of the completion tokens of all sequences. `alpha` is the size of each
-    test against twins.
+    test against twins. With `exact` the limit is zero, whatever twins do.
     """
     kept = distinct(sequences)
     trained = None if trained is None else of_sequences(trained, sequences, kept)
@@ -86,7 +92,8 @@ def compare_engine(
     calibration = Calibration.of(
         build, arithmetic, sequences, chosen=torch.tensor([one.best for one in found], dtype=torch.long)
     )
-    return compare_logprobs(said, trained, calibration, confidence, alpha)
+    found = compare_logprobs(said, trained, calibration, confidence, alpha)
+    return found if exact is None else replace(found, other_bits=_differing(said, exact(sequences)))
 
 
 def compare_logprobs(
@@ -98,12 +105,18 @@ def compare_logprobs(
     return EngineParity(beyond, loss, flips, calibration.arithmetic, confidence)
 
 
+def _differing(said: Tensor, exact: Tensor) -> int:
+    """How many log-probabilities [N] are not those of fp32, bit for bit; one that is no number is none."""
+    return int((said.float() != exact.float()).sum())
+
+
 @dataclass(frozen=True)
 class Spot:
     """A version of the weights, by a few greedy answers of an engine: |Δlogp| to the emulator, `mean` and `largest`.
 
     `beyond` is None where engine and emulator agree to RESOLUTION: no twin has to be asked then. `lost` says that the
     engine is further from the trained model than the emulator by more than the budget, with its whole interval.
+    `other_bits` counts the tokens that differ where the engine's bits are known, None elsewhere.
     """
 
     tokens: int
@@ -111,15 +124,21 @@ class Spot:
     largest: float
     beyond: Beyond | None
     lost: bool
+    other_bits: int | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether it was shown that the engine computes something else. So few tokens never show that it does not."""
+        """Whether it was shown that the engine computes something else. Where its bits are not known, so few tokens
+        never show that it does not."""
+        if self.tokens and self.other_bits is not None:
+            return self.other_bits > 0
         return not self.tokens or self.lost or (self.beyond is not None and judge_distance(self.beyond) == "fail")
 
     @property
     def limit(self) -> float | None:
-        """The mean |Δlogp| that a healthy engine would not pass on these tokens, where twins told one."""
+        """The mean |Δlogp| that a healthy engine would not pass on these tokens, where bits or twins told one."""
+        if self.other_bits is not None:
+            return 0.0
         if self.beyond is None or not math.isfinite(self.beyond.limit):
             return None
         return self.beyond.twins * self.beyond.limit
@@ -132,25 +151,35 @@ def spot_check(
     answers: list[tuple[GoldenSequence, list[float]]],
     budget: float,
     seed: int,
+    exact: Exact | None = None,
 ) -> Spot:
     """Hold greedy answers, with the log-probabilities that the engine gave their tokens, against the format's model.
 
-    The twins are calibrated anew, on these very weights and tokens: SPOT_TWINS of them pass side by side.
+    With `exact` they must be the same bits, and no twin is asked. Elsewhere twins are calibrated anew, on these very
+    weights and tokens: SPOT_TWINS of them pass side by side.
     """
     sequences = [sequence for sequence, _ in answers]
     said = torch.tensor([value for _, logprobs in answers for value in logprobs], dtype=torch.float64)
+    if exact is not None:
+        wanted = exact(sequences)
+        return Spot(len(said), *_gaps(said, wanted), None, lost=False, other_bits=_differing(said, wanted))
     emulator = score_tokens(build(), sequences)
-    gaps = (said - emulator.logprobs[0]).abs()
-    gaps = gaps.where(gaps.isfinite(), math.inf)
-    mean, largest = (float(gaps.mean()), float(gaps.max())) if len(gaps) else (math.nan, math.nan)
+    mean, largest = _gaps(said, emulator.logprobs[0])
     if not largest > RESOLUTION:
-        return Spot(len(gaps), mean, largest, None, lost=False)
+        return Spot(len(said), mean, largest, None, lost=False)
     twins = score_tokens(make_twin(build(), DTYPES[arithmetic], seed, GRANTED), sequences, copies=SPOT_TWINS)
     calibration = Calibration(emulator, twins, lengths_of(sequences), arithmetic)
     loss = calibration.loss(said, score_tokens(trained, sequences).logprobs[0], SPOT_CONFIDENCE)
     reached = reach(loss.difference, loss.interval, loss.sequences, SPOT_CONFIDENCE)
     lost = reached is not None and reached[0] > budget
-    return Spot(len(gaps), mean, largest, calibration.beyond(said), lost)
+    return Spot(len(said), mean, largest, calibration.beyond(said), lost)
+
+
+def _gaps(said: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Mean and largest |Δlogp| of tokens [N]; NaN of none."""
+    gaps = (said - expected).abs()
+    gaps = gaps.where(gaps.isfinite(), math.inf)
+    return (float(gaps.mean()), float(gaps.max())) if len(gaps) else (math.nan, math.nan)
 
 
 def check_engine(
@@ -160,6 +189,8 @@ def check_engine(
     emulator, in nats per token; `how` says whose tokens these are."""
     source = f"{found.beyond.sequences} {how} {server}, {found.beyond.tokens} tokens"
     checks = [check_distance(DISTANCE, found.beyond, found.arithmetic, source, "engine", "engine", rehearsed=rehearsed)]
+    if found.other_bits is not None:
+        checks.append(_check_bits(found.other_bits, found.beyond, source, rehearsed=rehearsed))
     if found.flips is not None:
         checks.append(_check_flips(found, found.flips, source, rehearsed=rehearsed))
     if found.loss is None or budget is None:
@@ -209,6 +240,18 @@ def told(found: Beyond) -> str:
     return (
         f"of the twins: {found.twins:.3g}; {found.detectable:.3g} times would have shown with {POWER:.0%}. What moves "
         "tokens less than rounding does is not seen"
+    )
+
+
+def _check_bits(other: int, beyond: Beyond, source: str, *, rehearsed: bool) -> Check:
+    limit = "engine and this host compute each token in one order of sums, with the same kernels on the same processor"
+    return Check(
+        layer="engine",
+        name=BITS,
+        outcome=at_most(0, other),
+        figure=finite(other, "tokens", source, rehearsed=rehearsed),
+        limit=finite(0, "tokens", limit, rehearsed=False),
+        detail=f"of {beyond.tokens}: the engine is batch-invariant and its bits are known",
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from scipy.special import ndtri, stdtrit
@@ -31,6 +33,11 @@ STYLES: dict[str, str] = {
     "unknown": "bold yellow",
     "refuse": "bold red",
 }
+_MEANS: dict[CheckOutcome, str] = {
+    "caution": "caution: known to go wrong elsewhere, or not looked at; it refuses nothing",
+    "unknown": "unknown: not enough was seen to tell; a doubt refuses, and more golden prompts may settle it",
+}
+COST = "what the format costs, KL to the trained model"
 _AGAINST_LIMIT: dict[CheckOutcome, str] = {"fail": "outside", "unknown": "not shown to be within"}
 
 
@@ -200,22 +207,50 @@ def shown(check: Check) -> dict[str, str | None]:
     return {"layer": check.layer, "name": check.name, "outcome": check.outcome, "found": found, "module": check.module}
 
 
-def check_table(title: str, rows: Iterable[Mapping[str, str | None]]) -> Table:
-    """Findings for a person, each as `shown` gives it."""
-    table = Table(title=title, title_justify="left")
-    for column in ("layer", "check", "outcome", "found", "module"):
-        table.add_column(column, overflow="fold")
+def check_list(title: str, rows: Iterable[Mapping[str, str | None]]) -> RenderableType:
+    """All findings for a person, each as `shown` gives it, within any width."""
+    return Group(Text(title, style="bold"), _lines(rows))
+
+
+def check_summary(title: str, checks: Sequence[Check], bundle: str) -> RenderableType:
+    """A few lines for a person: what it cost, how many checks of each layer passed, and every one that did not.
+
+    `isthmus inspect` shows them all, of the folder that `bundle` names.
+    """
+    cost = [check for check in checks if check.outcome == "pass" and check.name.endswith(COST)]
+    told = [*cost, *(check for check in checks if check.outcome != "pass")]
+    passed = Counter(check.layer for check in checks if check.outcome == "pass")
+    count = ", ".join(f"{number} of {layer}" for layer, number in passed.items())
+    hints = [text for outcome, text in _MEANS.items() if any(check.outcome == outcome for check in told)]
+    return Group(
+        Text(title, style="bold"),
+        Text.assemble(("  pass", STYLES["pass"]), f"     {count}" if count else "     nothing"),
+        _lines(map(shown, told)),
+        *(Text(f"  {text}", style="dim") for text in hints),
+        Text(f"  all of it: isthmus inspect {bundle}", style="dim"),
+    )
+
+
+def _lines(rows: Iterable[Mapping[str, str | None]]) -> Table:
+    """A row per finding: its outcome and its layer, then its name with what was found below."""
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column()
     for row in rows:
-        cells = (row.get(key) or "" for key in ("layer", "name", "outcome", "found", "module"))
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+        outcome, name = row.get("outcome") or "", row.get("name") or ""
+        where = f"\nin {module}" if (module := row.get("module")) else ""
+        text = Text.assemble((name, "bold"), f"\n{row.get('found') or ''}{where}")
+        table.add_row(Text(f"  {outcome}", style=STYLES.get(outcome, "")), row.get("layer") or "", text)
     return table
 
 
 def ledger_table(rows: Iterable[LedgerRow]) -> Table:
     """Rows of the error ledger for a person."""
     table = Table(title="error ledger, the costliest blocks", title_justify="left")
-    for column in ("block", "kind", "quantisation", "chip", "floor of the chip"):
-        table.add_column(column, overflow="fold")
+    table.add_column("block", no_wrap=True)
+    for column in ("kind", "quantised", "chip", "its floor"):
+        table.add_column(column)
     for row in rows:
         costs = (row.quantisation, row.chip, row.floor)
         table.add_row(row.module, row.kind, *("-" if cost is None else f"{100 * cost:.3g} %" for cost in costs))

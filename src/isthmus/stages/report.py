@@ -146,6 +146,19 @@ def execute(run: RunFolder, watch: Watch) -> Path:
     return path
 
 
+def outcome(run: RunFolder) -> list[str]:
+    """What came of a run, in a line each: what was learnt, what was sealed."""
+    dossier = read_dossier(run)
+    lines = []
+    if rl := dossier.rl:
+        before, after = (f"{figure.value:.3g} {figure.unit}" for figure in (rl.accuracy_before, rl.accuracy_after))
+        lines.append(f"  learnt {before} of {rl.heldout_problems} held-out problems right before RL, {after} after")
+    if handoff := dossier.handoff:
+        sealed = f"sealed as {handoff.seal_id}" if handoff.seal_id else "not sealed"
+        lines.append(f"  gate   {handoff.format} for pool {handoff.target_pool}: {handoff.verdict}, {sealed}")
+    return lines
+
+
 def read_dossier(run: RunFolder) -> Dossier:
     """Read every record and event that the run folder has."""
     names = [pool.name for pool in placed_pools(run.recipe)]

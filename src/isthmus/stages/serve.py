@@ -122,7 +122,12 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
             report_kernels(serving.tell, service.core.kernels)
             on_ready()
 
-        run_app(server, listener, on_ready=ready, drain_s=section.drain_seconds)
+        def drain(running: int) -> None:
+            waits = f"{running} requests run and have {section.drain_seconds:g} s to end; Ctrl-C again ends them now"
+            watch.say(f"  stopping: {waits if running else 'nothing runs'}")
+
+        run_app(server, listener, on_ready=ready, drain_s=section.drain_seconds, on_drain=drain)
+        watch.say(f"  stopped. The bundle is as it was; to serve it again: isthmus serve {folder}")
     finally:
         listener.close()
     if service.core.failure is not None:
@@ -241,7 +246,7 @@ def _announce(watch: Watch, service: Service, host: str, port: int, *, has_keys:
         watch.say(f"  kernels {service.core.kernels}")
     watch.say(f"  chat   {url}/")
     watch.say(f"  API    {url}/v1")
-    watch.say("  Ctrl-C stops it. For example:")
+    watch.say("  Ctrl-C lets running requests end, then stops it. For example:")
     watch.console.print(_curl(url, service.examples, has_keys), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -13,16 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.forecast.count import count_parameters
 from isthmus.formats import recognise_format
-from isthmus.formats.files.bundle import read_config
+from isthmus.formats.files.bundle import CONFIG, architecture_of, read_config
 from isthmus.formats.files.published import StoredTensors, weight_files
 from isthmus.parity.gate import STYLES as OUTCOMES
-from isthmus.parity.gate import check_table, ledger_table, shown
+from isthmus.parity.gate import check_list, ledger_table, shown
 from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing
 from isthmus.parity.signing import read_trusted
 from isthmus.progress import Watch
-from isthmus.records import LedgerRow, ParityVerdict, costliest
+from isthmus.records import HandoffRecord, LedgerRow, ParityVerdict, costliest
+from isthmus.run import RunFolder
 
 SHOWN_TENSORS = 40
 STYLES: dict[str, str] = {
@@ -37,6 +39,7 @@ STYLES: dict[str, str] = {
 
 class Inspection(BaseModel):
     """What `isthmus inspect` found. Sizes in bytes; `signature` says in words what it is worth; hashes in hexadecimal.
+    `parameters` are those of the model, in all and used for a token; none where the architecture is not understood.
     `problems` are files that are there and cannot be read.
 
     `checks` and `ledger` are those of verdict.json, without one the checks of the seal. The ledger has its worst rows.
@@ -48,6 +51,8 @@ class Inspection(BaseModel):
     state: State
     reason: str
     problems: list[str]
+    architecture: str
+    parameters: dict[str, int]
     format: str
     bytes: int
     files: int
@@ -84,8 +89,9 @@ def execute(
 ) -> Inspection:
     """Show a bundle, and how it differs from `diff`. `trust`: a file of public keys, one of which must have signed.
 
-    Raises IsthmusError if there is no bundle.
+    Of a run folder it is the bundle that its hand-off was about. Raises IsthmusError if there is no bundle.
     """
+    folder = find_bundle(folder)
     found = inspect(folder, read_trusted(trust) if trust else None)
     difference = compare(folder, diff) if diff is not None else None
     if as_json:
@@ -97,6 +103,17 @@ def execute(
         if difference is not None:
             watch.console.print(render_difference(difference))
     return found
+
+
+def find_bundle(folder: Path) -> Path:
+    """The bundle that is meant: the folder itself, or that of the hand-off of a run, or of the `bundle` of a run."""
+    run = folder.parent if folder.name == "bundle" else folder
+    if (folder / CONFIG).is_file() or not (run / "recipe.json").is_file():
+        return folder
+    record = RunFolder.open(run).require_record("parity", HandoffRecord, "handoff")
+    if record.format not in record.bundles:
+        raise IsthmusError(f"the hand-off of {run} left no bundle in {record.format}; see {run / 'parity.json'}")
+    return run / record.bundles[record.format]
 
 
 def inspect(folder: Path, trusted: list[str] | None = None) -> Inspection:
@@ -114,6 +131,8 @@ def inspect(folder: Path, trusted: list[str] | None = None) -> Inspection:
         state=where.state,
         reason=where.reason,
         problems=problems,
+        architecture=str(config.get("model_type", "unknown")),
+        parameters=_parameters(folder, config),
         format=_format_name(config),
         bytes=sum(path.stat().st_size for path in paths),
         files=len(paths),
@@ -160,6 +179,8 @@ def render(found: Inspection) -> RenderableType:
         table.add_row("problem", Text(problem, style="bold red"))
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.tensors.items())
     rows = {
+        "architecture": found.architecture,
+        "parameters": _told(found.parameters),
         "format": found.format,
         "size": f"{found.bytes:,} bytes in {found.files} files",
         "tensors": kinds,
@@ -177,8 +198,8 @@ def render(found: Inspection) -> RenderableType:
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(value, style=STYLES.get(value, "")))
-    tables = [check_table("checks", found.checks)] if found.checks else []
-    return Group(table, *tables, *([ledger_table(found.ledger)] if found.ledger else []))
+    checks = [check_list("checks", found.checks)] if found.checks else []
+    return Group(table, *checks, *([ledger_table(found.ledger)] if found.ledger else []))
 
 
 def render_difference(difference: Difference) -> RenderableType:
@@ -223,6 +244,21 @@ def _format_name(config: dict[str, Any]) -> str:
         return recognise_format(config).name
     except IsthmusError as error:
         return f"unknown: {error}"
+
+
+def _parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
+    try:
+        counted = count_parameters(architecture_of(folder, config))
+    except IsthmusError:
+        return {}
+    return {"total": counted.total, "active": counted.active}
+
+
+def _told(parameters: dict[str, int]) -> str:
+    if not parameters:
+        return "unknown: this architecture is not understood"
+    total, active = parameters["total"], parameters["active"]
+    return f"{total:,}" if active == total else f"{total:,}, of which a token uses {active:,}"
 
 
 def _kinds(folder: Path) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from isthmus.engines.local.core.replica import exact_for
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.started import started
 from isthmus.errors import GateRefused, IsthmusError
@@ -23,7 +24,7 @@ from isthmus.formats.files.bundle import SEAL, Bundle, read_bundle
 from isthmus.formats.files.sliced import SLICE, read_slice, weights_id
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
-from isthmus.parity.gate import check_table, declared, judge, ledger_table, refusal, shown, unmeasured
+from isthmus.parity.gate import check_summary, declared, judge, refusal, unmeasured
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.target import ANNOUNCED, DTYPES
@@ -31,7 +32,7 @@ from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.twins import ALPHA
 from isthmus.parity.verify import Limits, Target, Tell, check_format_cost, verify_bundle, write_verdict
 from isthmus.progress import Watch
-from isthmus.records import Check, ParityVerdict, costliest
+from isthmus.records import Check, ParityVerdict
 
 BEHIND_A_URL = Check(
     layer="modules",
@@ -83,9 +84,7 @@ def execute(
     layers = ("files",) if behind_an_api else ("files", "config", "modules")
     if left := unmeasured(read_verdict(folder), verdict.checks, layers):
         verdict = verdict.model_copy(update={"verdict": "refuse", "checks": [*verdict.checks, *left]})
-    watch.console.print(check_table(f"parity on {verdict.target}: {verdict.verdict}", map(shown, verdict.checks)))
-    if verdict.ledger:
-        watch.console.print(ledger_table(costliest(verdict.ledger)))
+    watch.console.print(check_summary(f"parity on {verdict.target}: {verdict.verdict}", verdict.checks, str(folder)))
     write_verdict(folder, verdict)
     if verdict.verdict == "refuse":
         opening = f"{folder} is refused, and not sealed."
@@ -94,6 +93,7 @@ def execute(
         folder, verdict="pass", checks=verdict.checks, lineage=Lineage(target_pool=verdict.target), sign_key=sign_key
     )
     watch.say(f"  sealed as {seal.id}")
+    watch.say(f"  chat   isthmus serve {folder}")
     return verdict
 
 
@@ -189,6 +189,7 @@ def _whole(folder: Path, engine: HttpEngine, at: EngineAt, limits: Limits) -> tu
         golden.listed.golden_sequences(),
         golden.token_logprobs().trained,
         confidence=limits.confidence,
+        exact=exact_for(engine.bits, bundle.build),
     )
     budget = declared(limits.max_chip_kl, "nats/token", limits.source)
     where = f"{engine.server} at {engine.url}, {arithmetic}"
@@ -200,8 +201,8 @@ def _slice(folder: Path, whole: Path, engine: HttpEngine, at: EngineAt, count: i
     bundle, one = read_bundle(folder), read_slice(folder)
     golden = [GoldenSequence(row[:1], row[1:]) for row in one.sequences()]
     golden = golden or GoldenSet(whole).listed.golden_sequences()
-    arithmetic = at.arithmetic(engine, bundle)
-    found = compare_engine(engine.score, bundle.build, arithmetic, golden, None, alpha=ALPHA / count)
+    arithmetic, exact = at.arithmetic(engine, bundle), exact_for(engine.bits, bundle.build)
+    found = compare_engine(engine.score, bundle.build, arithmetic, golden, None, alpha=ALPHA / count, exact=exact)
     where = f"{engine.server}, {arithmetic}"
     checks = check_engine(found, where, None, "sequences of golden inputs scored by")
     return [

@@ -94,6 +94,11 @@ class HttpEngine:
         return self._server.arithmetic
 
     @property
+    def bits(self) -> str | None:
+        """What decides the last bit of what the server computes; None where that is not known, or the batch does."""
+        return self._server.bits
+
+    @property
     def version(self) -> int:
         """Version of the weights in use, as far as is known here."""
         return self._server.weights.version

@@ -33,11 +33,12 @@ class Weights:
 
 class Dialect(Protocol):
     """How one kind of server is spoken to. `release` is its own version, where it tells it, and `arithmetic` the dtype
-    in which it computes, where that is known."""
+    in which it computes, where that is known. `bits` names what decides the last bit, where the batch does not."""
 
     name: str
     release: str | None
     arithmetic: str | None
+    bits: str | None
     weights: Weights
 
     @property
@@ -63,6 +64,7 @@ class WholeWeights:
 
     name: str
     arithmetic: str | None = None
+    bits: str | None = None
     takes_deltas = False
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:

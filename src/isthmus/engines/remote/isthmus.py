@@ -28,6 +28,7 @@ class Isthmus:
     def __init__(self, transport: Transport, health: dict[str, Any]):
         self._transport = transport
         self._model = model_id(health.get("model"), transport)
+        self.bits: str | None = health.get("bits")
         self.weights = Weights(int(health.get("weight_version", 0)))
 
     def check(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from isthmus.errors import GateRefused
 from isthmus.parity import gate
@@ -66,10 +66,10 @@ def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
     return record
 
 
-def render(record: HandoffRecord) -> Table:
-    """The parity table."""
+def render(record: HandoffRecord) -> RenderableType:
+    """What the gate found, in a few lines."""
     title = f"parity of {record.format} for pool {record.target_pool}: {record.verdict}"
-    return gate.check_table(title, map(gate.shown, record.checks))
+    return gate.check_summary(title, record.checks, f"RUN/{record.bundles.get(record.format, '')}")
 
 
 def refusal(run: RunFolder, record: HandoffRecord) -> str:

@@ -34,7 +34,7 @@ from isthmus.parity.verify import Target
 from isthmus.pools import Pool, default_threads
 from isthmus.progress import Watch
 from isthmus.recipe.schema import DataSection, HandoffSection, ServeSection
-from isthmus.records import ParityVerdict, costliest
+from isthmus.records import ParityVerdict
 from isthmus.stages.handoff.crossing import (
     SAMPLES_PER_PROBLEM,
     Answers,
@@ -131,9 +131,7 @@ def execute(source: Path, folder: Path, asked: Asked, watch: Watch) -> ParityVer
             _examine(crossing, examination, bundle, asked, watch)
         verdict = examination.write_verdict(bundle)
     title = f"parity on {verdict.target}: {verdict.verdict}"
-    watch.console.print(gate.check_table(title, map(gate.shown, verdict.checks)))
-    if verdict.ledger:
-        watch.console.print(gate.ledger_table(costliest(verdict.ledger)))
+    watch.console.print(gate.check_summary(title, verdict.checks, str(folder)))
     if verdict.verdict == "refuse":
         opening = f"{folder} is refused, and not sealed."
         reasons = gate.refusal(opening, verdict.checks, verdict.culprit, verdict.operator)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from isthmus.engines import Engine, Sampling
 from isthmus.engines.channel import Channel, writer
+from isthmus.engines.local.core.replica import exact_for
 from isthmus.errors import GateRefused
 from isthmus.formats import get_format
+from isthmus.model.model import Model
 from isthmus.parity.engine import SPOT_TWINS, Spot, spot_check
 from isthmus.parity.target import ANNOUNCED
 from isthmus.parity.tokens import GoldenSequence
@@ -82,17 +84,22 @@ class Crossing:
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         answers = [group[0] for group in self.engine.generate(self.prompts, sampling)]
         recipe = self.state.run.recipe
+
+        def build() -> Model:
+            return self.format.build(recipe.model, dict(tensors))
+
         said = [
             (GoldenSequence(prompt, one.tokens), one.logprobs)
             for prompt, one in zip(self.prompts, answers, strict=True)
         ]
         return spot_check(
-            lambda: self.format.build(recipe.model, dict(tensors)),
+            build,
             self.arithmetic,
             self.state.model,
             said,
             recipe.handoff.max_chip_kl,
             seed=self.state.step,
+            exact=exact_for(self.engine.bits, build),
         )
 
     def _alarm(self, first: Spot, again: Spot) -> None:
@@ -103,17 +110,22 @@ class Crossing:
         outcome = "still" if again.is_over else "helped:"
         self.say(
             f"  [bold red]alarm[/] version {self.state.step}: {what}, {first.mean:.3g} nats/token from the exact model "
-            f"(healthy twins stay below {first.limit or math.nan:.3g}); all weights sent again, {outcome} "
+            f"({self._allowed(first)}); all weights sent again, {outcome} "
             f"{again.mean:.3g}"
         )
+
+    def _allowed(self, gap: Spot) -> str:
+        if gap.other_bits is not None:
+            return "a healthy engine of these bits gives the same"
+        return f"{SPOT_TWINS} healthy twins in {self.arithmetic} stay below {gap.limit or math.nan:.3g}"
 
     def _refusal(self, gap: Spot) -> GateRefused:
         return GateRefused(
             "the engine on the rollout pool does not compute what was sent to it: at version "
             f"{self.state.step} its log-probabilities are {gap.mean:.3g} nats/token from the exact model of "
-            f"{self.section.rollout_format}, where {SPOT_TWINS} healthy twins in {self.arithmetic} stay below "
-            f"{gap.limit or math.nan:.3g} on the same tokens, in {self.strikes} checks in a row and "
-            "after all weights were sent again. It must not generate: qualify the pool again, or use another engine"
+            f"{self.section.rollout_format} ({self._allowed(gap)} on the same tokens), in {self.strikes} checks "
+            "in a row and after all weights were sent again. It must not generate: qualify the pool again, or use "
+            "another engine"
         )
 
 

@@ -63,9 +63,16 @@ class _Host(uvicorn.Server):
     The second one ends the drain, a third one everything.
     """
 
-    def __init__(self, config: uvicorn.Config, server: Server, on_ready: Callable[[], None], drain_s: float):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server: Server,
+        on_ready: Callable[[], None],
+        drain_s: float,
+        on_drain: Callable[[int], None],
+    ):
         super().__init__(config)
-        self._server, self._on_ready, self._drain_s = server, on_ready, drain_s
+        self._server, self._on_ready, self._drain_s, self._on_drain = server, on_ready, drain_s, on_drain
         self._signals = 0
         self._drain_ends: float | None = None
 
@@ -89,6 +96,7 @@ class _Host(uvicorn.Server):
             self._drain_ends = now + self._drain_s
             gate.log.event("drain", running=gate.generating, seconds=self._drain_s)
             gate.drain()
+            self._on_drain(gate.generating)
         if gate.generating and now < self._drain_ends and self._signals < 2:
             return False
         gate.end_all(STOPPED)
@@ -121,10 +129,20 @@ def configuration(server: Server, log_level: str = "warning") -> uvicorn.Config:
     )
 
 
-def run_app(server: Server, listener: socket.socket, *, on_ready: Callable[[], None], drain_s: float = DRAIN_S) -> None:
-    """Serve until SIGTERM, Ctrl-C or a failure of the core; what runs then has `drain_s` seconds to end."""
+def run_app(
+    server: Server,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None],
+    drain_s: float = DRAIN_S,
+    on_drain: Callable[[int], None] = lambda running: None,
+) -> None:
+    """Serve until SIGTERM, Ctrl-C or a failure of the core; what runs then has `drain_s` seconds to end.
+
+    `on_drain` is told how many requests run when that begins.
+    """
     try:
-        _Host(configuration(server), server, on_ready, drain_s).run(sockets=[listener])
+        _Host(configuration(server), server, on_ready, drain_s, on_drain).run(sockets=[listener])
     finally:
         server.service.core.stop()
         server.log.close()

@@ -312,6 +312,7 @@ class Server:
             "pool": identity.pool,
             "rehearsal": self._rehearsal(),
             "kernels": core.kernels,
+            "bits": core.bits,
             "weight_version": core.version,
             "max_model_len": core.length,
             "running": core.running,

@@ -17,6 +17,7 @@ import torch
 from isthmus.engines import EngineError
 from isthmus.engines.local.core.cache import blocks_for
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS
+from isthmus.engines.local.core.replica import bits_of
 from isthmus.engines.local.core.runner import Runner
 from isthmus.engines.local.core.scheduler import Counters, Finished, Request, Sample, Scheduler
 from isthmus.engines.local.core.steps import Steps
@@ -90,6 +91,11 @@ class Core:
     def kernels(self) -> str:
         """`native`, or `torch` and why."""
         return self.runner.kernels
+
+    @property
+    def bits(self) -> str | None:
+        """What decides the last bit of what it computes; None if the batch does too."""
+        return bits_of(self.runner)
 
     @property
     def running(self) -> int:

@@ -252,6 +252,13 @@ def tried_library() -> ctypes.CDLL | NativeUnavailable:
         return reason
 
 
+@cache
+def library_digest() -> str:
+    """SHA-256 of the compiled kernels in use. Raises NativeUnavailable where there are none."""
+    load_library()
+    return hashlib.sha256(_compiled().read_bytes()).hexdigest()
+
+
 def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
@@ -269,7 +276,7 @@ def _compiled() -> Path:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NativeUnavailable("there is no C compiler here; install one (gcc or clang) or name it in $CC")
-    known = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()))
+    known = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, processor()))
     target = _cache_folder() / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         _compile(compiler, target)
@@ -297,7 +304,7 @@ def _compile(compiler: str, target: Path) -> None:
         raise NativeUnavailable(f"the kernels could not be compiled: {error}") from None
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native depends on: a cache folder may be shared by several machines."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
