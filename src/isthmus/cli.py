@@ -309,6 +309,7 @@ def verify(folder: Path, **options: Any) -> None:
 @click.option("--drain-seconds", type=float, help="What running requests get after SIGTERM or Ctrl-C.")
 @click.option("--allow-open", is_flag=True, default=None, help="Listen beyond this machine without API keys.")
 @click.option("--allow-unsealed", is_flag=True, default=None, help="Serve what no seal vouches for, loudly.")
+@click.option("--thinking", type=click.Choice(["auto", "always", "never"]), help="Auto: as the chat template has it.")
 @click.option("--trust", "trusted_keys", type=click.Path(path_type=Path), help="Public keys that may sign the seal.")
 @click.option("--set", "overrides", multiple=True, metavar="serve.B=C", help="Override a key of the recipe's [serve].")
 def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:

@@ -93,7 +93,7 @@ HARMLESS = {"user", "request_id", "verbosity", "store", "metadata", "service_tie
         {"top_k": -1, "top_p": 1, "stop": [], "stop_token_ids": [], "min_tokens": 0, "ignore_eos": False},
         {"best_of": 1, "suffix": "", "user": "me", "request_id": "req-1", "verbosity": "low"},
         {"store": True, "metadata": {"run": "1"}, "service_tier": "flex", "prompt_cache_retention": "24h"},
-        {"use_beam_search": False, "length_penalty": 1.0, "priority": 0, "add_special_tokens": False},
+        {"use_beam_search": False, "length_penalty": 1.0, "priority": 0},
         {"response_format": {"type": "text"}, "structured_outputs": None, "stream": False, "stop": None},
     ],
 )
@@ -119,7 +119,7 @@ def test_another_value_of_such_a_field_is_refused_by_name(field, value):
 
 def test_chat_without_tools_takes_the_choices_that_mean_none():
     assert ask(ChatAsk, tools=[], tool_choice="none", parallel_tool_calls=True, top_logprobs=0).offered == []
-    assert ask(ChatAsk, chat_template_kwargs={}, include_reasoning=True, modalities=["text"]).variables == {}
+    assert ask(ChatAsk, chat_template_kwargs={}, include_reasoning=True, modalities=["text"]).chat_template_kwargs == {}
 
 
 TOOL = {"type": "function", "function": {"name": "look"}}
@@ -171,8 +171,9 @@ def test_a_message_that_was_received_can_be_sent_back():
     plain = Message(**received).plain()
     assert plain == {
         "role": "assistant",
-        "content": "",
+        "content": None,
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}, "id": "c"}],
+        "reasoning_content": "secret",
     }
     assert Message(
         role="developer", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

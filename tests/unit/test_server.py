@@ -387,7 +387,7 @@ def test_text_survives_the_way_through_tokens(text, thinking):
         "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish())
         == expected
     )
-    writer = ChannelledText(vocabulary, Rules(), thinking)
+    writer = ChannelledText(vocabulary, Rules(), "inside" if thinking else "without")
     deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
     assert "".join(delta.text for delta in deltas) == expected
     assert {delta.channel for delta in deltas} <= {"reasoning" if thinking else "content"}
@@ -418,9 +418,9 @@ def test_thinking_is_told_apart_where_its_end_is_no_token(text, thought, answer)
         ["think"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
     tokenizer = Tokenizer(bpe, "{{ messages[0].content }}<think>", None, "<end>")
-    vocabulary, prompt = Vocabulary(tokenizer), tokenizer.chat([{"role": "user", "content": "Weather?"}])
-    assert vocabulary.close_think is None and vocabulary.opens_thinking(prompt)
-    writer = ChannelledText(vocabulary, Rules(), thinking=True)
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.close_think is None and tokenizer.opens_thinking
+    writer = ChannelledText(vocabulary, Rules(), "inside")
     deltas = [delta for token in tokenizer.encode(text) for delta in writer.push(token)] + writer.finish()
     for channel, expected in (("reasoning", thought), ("content", answer)):
         assert "".join(delta.text for delta in deltas if delta.channel == channel) == expected

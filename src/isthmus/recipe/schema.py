@@ -34,6 +34,7 @@ Mebibytes = Annotated[Positive, Unit("MiB")]
 Problems = Annotated[Positive, Unit("problems")]
 Prompts = Annotated[Positive, Unit("prompts")]
 Rows = Annotated[Positive, Unit("rows")]
+Thinking = Literal["auto", "always", "never"]
 Versions = Annotated[Positive, Unit("versions")]
 PlacedStage = Literal["train", "rollout", "serve"]
 
@@ -242,6 +243,9 @@ class ServeSection(EngineOptions):
         None, "longest answer where a request does not say; the rest of the context if absent"
     )
     temperature: Number = key(0.6, "temperature where a request does not say; 0: the likeliest token", ge=0)
+    thinking: Thinking = key(
+        "auto", "auto: as the chat template has it; always: open it where the template does not; never: close it"
+    )
     key_file: Path | None = key(None, "API keys, a line `name key` each; $ISTHMUS_API_KEYS has more")
     allow_open: bool = key(False, "listen beyond this machine without user keys")
     allow_origins: list[str] = key([], "origins whose pages may ask from a browser, or `*`")

@@ -155,6 +155,7 @@ def open_service(folder: Path, serving: Serving) -> Service:
         options=section,
         state=found.state,
         signer=found.seal.signer if found.seal else None,
+        thinking=section.thinking,
     )
     service.other_names = tuple(section.served_model_name[1:])
     service.default_tokens = section.max_new_tokens

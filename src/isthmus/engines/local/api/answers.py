@@ -78,7 +78,7 @@ class Exchange:
         self, service: Service, ask: Ask, prepared: Prepared, visit: Visit, constraint: Constraint | None = None
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
-        self._calls = prepared.calls
+        self._calls, self._thinking = prepared.calls, prepared.thinking
         self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
@@ -253,9 +253,9 @@ class Exchange:
     def _writer(self, prompt: list[int], rules: Rules) -> Writer:
         vocabulary = self.service.vocabulary
         if not isinstance(self.ask, ChatAsk):
-            return PlainText(vocabulary, rules)
+            return PlainText(vocabulary, rules, prompt)
         reader = None if self._calls is None else self._calls.reader()
-        return ChannelledText(vocabulary, rules, vocabulary.opens_thinking(prompt), reader)
+        return ChannelledText(vocabulary, rules, self._thinking, reader)
 
 
 def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:

@@ -27,7 +27,6 @@ LONGEST_PAUSE_S = 86_400
 # Values of fields that this server does not have, and with which they ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
     "best_of": (1,),
     "continue_final_message": (False,),
     "echo": (False,),
@@ -205,6 +204,7 @@ class CompletionAsk(Ask):
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Alternatives | None = None
     echo: Flag = False
+    add_special_tokens: Flag = True
     seeds: list[Seed] | None = None
 
     @property
@@ -243,7 +243,7 @@ class ToolCall(Part):
 
 
 class Message(Part):
-    """A turn. A client may send back what it received: nulls, empty annotations and earlier thinking are left out."""
+    """A turn. A client may send back what it received, thinking included; empty annotations and calls are left out."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -267,21 +267,26 @@ class Message(Part):
             raise ValueError("only an assistant's message has tool_calls")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError("only a tool's message has a tool_call_id")
-        if self.content is None and self.tool_calls is None:
+        if self.content is None and self.tool_calls is None and self.thought is None:
             raise ValueError("content is missing")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """What the chat template sees. Earlier thinking is left out, as R1's template leaves it out."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        """What the chat template sees. Content that is null, or left out, is null."""
+        content = self.content
+        text = "".join(part.text for part in content) if isinstance(content, list) else content
         shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls is not None:
             shown["tool_calls"] = [call.plain() for call in self.tool_calls]
         for key in ("name", "tool_call_id"):
             if getattr(self, key) is not None:
                 shown[key] = getattr(self, key)
-        return shown
+        return shown if self.thought is None else {**shown, "reasoning_content": self.thought}
+
+    @property
+    def thought(self) -> str | None:
+        """The thinking of an earlier turn, under either of its names."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 class Function(Part):
@@ -308,18 +313,14 @@ class NamedTool(Part):
 
 
 class Conversation(Part):
-    """What the chat template makes a prompt of. `reasoning_effort` is a variable of the template like any other."""
+    """What the chat template makes a prompt of. thinking.py says what becomes of the wishes in it."""
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
     reasoning_effort: str | None = None
+    enable_thinking: Flag | None = None
     chat_template_kwargs: Schema = {}
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What the template is given beside messages and tools."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {**self.chat_template_kwargs, **effort}
+    add_special_tokens: Flag = False
 
 
 class ChatAsk(Ask, Conversation):
@@ -356,6 +357,7 @@ class TokenizeAsk(Part):
 
     model: str | None = None
     prompt: str
+    add_special_tokens: Flag = True
     return_token_strs: Flag = False
 
 

@@ -176,11 +176,15 @@ class ResponseAsk(Part):
             )
         return value
 
-    def chat(self) -> dict[str, Any]:
-        """The fields of the chat completion that this comes to."""
+    def chat(self, *, with_thinking: bool) -> dict[str, Any]:
+        """The fields of the chat completion that this comes to.
+
+        Without `with_thinking` that of earlier turns is left out: clients send it back unasked, and some templates have
+        no place for it.
+        """
         asked: dict[str, Any] = {
             "model": self.model,
-            "messages": messages_of(self.input, self.instructions),
+            "messages": messages_of(self.input, self.instructions, with_thinking=with_thinking),
             "stream": self.stream,
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
@@ -218,14 +222,14 @@ def in_its_own_words(error: ApiError) -> ApiError:
     return error
 
 
-def messages_of(items: list[Item], instructions: str | None) -> list[dict[str, Any]]:
+def messages_of(items: list[Item], instructions: str | None, *, with_thinking: bool) -> list[dict[str, Any]]:
     """The conversation: instructions before it, calls in the assistant's message that they follow."""
     messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     thought = ""
     for item in items:
         last = messages[-1] if messages else {}
         if isinstance(item, ReasoningItem):
-            thought += _text(item.content or [])
+            thought += _text(item.content or []) if with_thinking else ""
         elif isinstance(item, OutputItem):
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         elif isinstance(item, CallItem):

@@ -245,7 +245,8 @@ class Server:
         """A turn of a conversation, in the shape of OpenAI's Responses API. Nothing of it is kept."""
         asked = parse(ResponseAsk, await _json_body(request))
         try:
-            ask = read(ChatAsk, asked.chat())
+            template = self.service.tokenizer.tool_template if asked.tools else self.service.tokenizer.template
+            ask = read(ChatAsk, asked.chat(with_thinking=template.reads_reasoning or template.cuts_thinking))
             self._check(ask)
             exchange = await self._exchange(ask, prepare_chat(self.service, ask))
             writer = ResponseWriter(asked, exchange, ask.model or self.service.identity.model)
@@ -265,7 +266,7 @@ class Server:
         else:
             ask = read(TokenizeAsk, content)
             self._check_model(ask.model)
-            tokens = encode_text(self.service, ask.prompt, "prompt")
+            tokens = encode_text(self.service, ask.prompt, "prompt", raw=ask.add_special_tokens)
         texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
         return JSONResponse(body)
@@ -315,6 +316,7 @@ class Server:
             "bits": core.bits,
             "weight_version": core.version,
             "max_model_len": core.length,
+            "thinks": self.service.thinks,
             "running": core.running,
             "waiting": core.waiting,
         }
