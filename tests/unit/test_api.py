@@ -15,6 +15,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
+from tokenizers import Tokenizer as BpeTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from isthmus.engines.local.api.keys import Key, Keyring
 from isthmus.engines.local.api.server import Server
@@ -461,6 +463,38 @@ def test_a_model_is_found_by_each_of_its_names_and_by_no_other(hermes):
         assert caught.value.code == "model_not_found" and "'org/small'" in str(caught.value)
     finally:
         hermes.service.other_names = ()
+
+
+PREFILLS = ["The sea is", "The sea is ", "<think>\nIt is", "<think>\nso\n</think>\n\nThe sea is"]
+
+
+@pytest.mark.parametrize("content", PREFILLS)
+@pytest.mark.parametrize("name", ["hermes", "llama", "deepseek v3.1"])
+def test_a_last_message_goes_on_as_transformers_lets_it(serve, name, content):
+    served = serve(name)
+    messages = [*CHAT, {"role": "assistant", "content": content}]
+    answer = served.chat(
+        "blue", messages=messages, extra_body={"continue_final_message": True, "add_generation_prompt": False}
+    )
+    prompt = served.service.tokenizer.decode(served.asked().prompts[0], skip_special=False)
+    tokenizer = served.service.tokenizer
+    theirs = PreTrainedTokenizerFast(tokenizer_object=BpeTokenizer.from_str(tokenizer.serialise()))
+    theirs.chat_template, theirs.bos_token, theirs.eos_token = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
+    try:
+        expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    except ValueError:
+        return
+    assert prompt == expected
+    message = answer.choices[0].message
+    inside = served.service.vocabulary.thinks and "<think>" in content and "</think>" not in content
+    assert (message.reasoning_content if inside else message.content) == "blue"
+
+
+def test_only_text_of_the_assistant_goes_on(hermes):
+    error = refused(hermes.port, "/v1/chat/completions", messages=CHAT, continue_final_message=True)
+    assert "last message of the assistant" in error["message"]
+    hermes.chat("blue", extra_body={"add_generation_prompt": False})
+    assert "assistant" not in hermes.service.tokenizer.decode(hermes.asked().prompts[0], skip_special=False)[-20:]
 
 
 def test_fields_that_are_for_others_change_nothing(hermes):

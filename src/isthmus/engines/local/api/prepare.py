@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.data.chat_template import END_THINK
+from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.data.tokenizer import leaves_thinking_open
 from isthmus.engines.local.api.protocol import (
     ApiError,
@@ -25,6 +25,9 @@ from isthmus.engines.local.api.tools import CallFormat, call_grammar, format_of
 from isthmus.engines.local.core.grammar import GrammarRefused, choice_grammar, json_grammar, literal, regex_grammar
 from isthmus.engines.local.core.scheduler import Constraint
 from isthmus.errors import IsthmusError
+
+_GOES_ON = "\ue000goes-on\ue000 "
+"""A mark that no conversation has; the space at its end shows whether the template trims."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
         calls = _calls(service, ask)
         grammar = _grammar_with_calls(service, ask, calls.form, grammar)
     _check_ending(ask, grammar)
-    return Prepared([prompt], grammar, calls, _wanted_by(ask), _beginning(service, text))
+    return Prepared([prompt], grammar, calls, _wanted_by(ask), _beginning(service, text, ask))
 
 
 def chat_prompt(service: Service, ask: Conversation, *, with_tools: bool) -> list[int]:
@@ -112,15 +115,35 @@ def chat_text(service: Service, ask: Conversation, *, with_tools: bool) -> str:
     if with_tools and "tools" not in template.variables:
         raise ApiError("the chat template of this model has no place for tools", param="tools")
     tools = [tool.model_dump(exclude_none=True) for tool in ask.tools] if with_tools else None
+    messages, variables = [message.plain() for message in ask.messages], dict(asked.variables)
+    if ask.continue_final_message:
+        messages[-1]["content"] += _GOES_ON
+    if ask.continue_final_message or not ask.add_generation_prompt:
+        variables["add_generation_prompt"] = False
     try:
-        text = tokenizer.chat_text([message.plain() for message in ask.messages], tools, **asked.variables)
+        text = tokenizer.chat_text(messages, tools, **variables)
     except IsthmusError as error:
         raise ApiError(str(error), param="messages", code="invalid_value") from None
-    return asked.finish(text, template)
+    if ask.continue_final_message:
+        return _cut_to_go_on(text)
+    return asked.finish(text, template) if ask.add_generation_prompt else text
 
 
-def _beginning(service: Service, prompt: str) -> Beginning:
+def _cut_to_go_on(text: str) -> str:
+    """The prompt up to where the last message ends, as transformers cuts it; a template may trim messages."""
+    place = text.rfind(_GOES_ON.rstrip())
+    if place < 0:
+        message = "the chat template of this model leaves the last message out, so it cannot be continued"
+        raise ApiError(message, param="continue_final_message")
+    before = text[:place]
+    return before if text.startswith(_GOES_ON, place) else before.rstrip()
+
+
+def _beginning(service: Service, prompt: str, ask: ChatAsk) -> Beginning:
     """How the answer to the text of a chat's prompt begins."""
+    if ask.continue_final_message and service.vocabulary.thinks:
+        begun = str(ask.messages[-1].plain()["content"])
+        return "inside" if begun.rfind(THINK) > begun.rfind(END_THINK) else "without"
     if not service.vocabulary.thinks or prompt.rstrip().endswith(END_THINK):
         return "without"
     return "inside" if leaves_thinking_open(prompt) else "free"

@@ -149,7 +149,7 @@ class Ask(Part):
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, strict=True)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, strict=True)]] = Field(
         default={}, max_length=MAX_BIASES
     )
@@ -321,6 +321,15 @@ class Conversation(Part):
     enable_thinking: Flag | None = None
     chat_template_kwargs: Schema = {}
     add_special_tokens: Flag = False
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
+
+    @model_validator(mode="after")
+    def _can_go_on(self) -> Conversation:
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
+            raise ValueError("continue_final_message needs a last message of the assistant with text to go on with")
+        return self
 
 
 class ChatAsk(Ask, Conversation):
