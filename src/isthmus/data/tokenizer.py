@@ -209,9 +209,12 @@ class Tokenizer:
         found = {"bos_token": self.bos, "eos_token": self.eos, **named}
         return {name: text for name, text in found.items() if text is not None}
 
-    @cached_property
-    def bytes_of(self) -> Callable[[int], bytes]:
+    def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for, which may be a part of a character."""
+        return self._read_bytes(token)
+
+    @cached_property
+    def _read_bytes(self) -> Callable[[int], bytes]:
         return bytes_reader(self._bpe)
 
     def is_structure(self, token: int) -> bool:

@@ -24,8 +24,8 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
     """The middleware that lets pages of these origins ask; `*` stands for all. None are needed for the server's own."""
     if not origins:
         return []
-    options = {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-    return [Middleware(CORSMiddleware, expose_headers=_SHOWN, **options)]
+    allowed = {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+    return [Middleware(CORSMiddleware, expose_headers=_SHOWN, **allowed)]  # pyright: ignore[reportArgumentType]
 
 
 def check_host(header: str | None, names: Collection[str]) -> None:
