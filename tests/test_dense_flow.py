@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -146,6 +147,7 @@ def test_a_qwen2_checkpoint_is_trained_handed_off_and_served(tmp_path: Path):
     assert service.identity.format == "w8a8" and service.architecture.model_type == "qwen2"
 
 
+@pytest.mark.long
 def test_a_llama_checkpoint_crosses_unchanged_if_nothing_is_learnt(tmp_path: Path):
     rope = {
         "rope_type": "llama3",

@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.engines import Sampling
+from isthmus.engines.local import LocalEngine
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord
 from isthmus.run import RunFolder
+from tests.support.examples import example
 from tests.support.flow_recipe import RECIPE, ROOT, command, isthmus, settings
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("flow") / "run"
-    result = isthmus("run", RECIPE, "--run", folder, *settings())
+    result = example("rl_elsewhere_train.sh", RECIPE, folder.parent / "published", "--run", folder, *settings())
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
@@ -71,11 +74,21 @@ def test_the_report_is_one_file_without_network(finished):
     assert "rehearsed" in page and "seal" in page.lower()
 
 
+def test_an_engine_elsewhere_follows_what_was_published(finished, tmp_path):
+    with LocalEngine(finished[0] / "bundle" / "w8a8", log=tmp_path / "engine.log") as engine:
+        (tmp_path / "key").write_text(engine.api_key)
+        followed = example(
+            "rl_elsewhere_engine.sh", finished[0].parent / "published", engine.url, tmp_path / "key", "--once"
+        )
+        assert followed.returncode == 0, followed.stdout + followed.stderr
+        assert engine.generate([[0]], Sampling(1))[0][0].version == 12
+
+
 def test_a_second_run_skips_everything_and_is_quick(finished):
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*.safetensors")}
-    result = isthmus("run", RECIPE, "--run", finished[0], *settings())
+    result = isthmus("run", finished[0])
     assert result.returncode == 0
-    assert result.stdout.count("skipped") == 5
+    assert result.stdout.count("skipped") == 5 and "held-out problems right before RL" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*.safetensors")} == before
 
 

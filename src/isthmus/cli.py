@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import click
 from isthmus import __version__
 from isthmus.chips import servers
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.lock import writing_bundle, writing_run
 from isthmus.pools import placed_pools
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
@@ -70,14 +72,8 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
         return
     opened = _open(target, folder, overrides, before_start=_check_before_start)
     began = time.monotonic()
-    try:
-        for number, stage in enumerate(STAGES, start=1):
-            _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
-    except DamagedFile:
-        raise
-    except GateRefused:
-        _run_stage("report", opened, heading="report")
-        raise
+    with _writing(opened):
+        _run_all(opened)
     watch = _watch()
     watch.say(f"\n[bold]done[/] in {time.monotonic() - began:,.0f} s")
     for line in importlib.import_module("isthmus.stages.report").outcome(opened):
@@ -86,11 +82,23 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     watch.say(f"  chat   isthmus serve {opened.path}")
 
 
+def _run_all(opened: RunFolder) -> None:
+    try:
+        for number, stage in enumerate(STAGES, start=1):
+            _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
+    except DamagedFile:
+        raise
+    except GateRefused:
+        _run_stage("report", opened, heading="report")
+        raise
+
+
 def _stage_command(stage: str, summary: str, repeatable: bool = False, traceable: bool = False) -> None:
     def command(target: Path, folder: Path | None, overrides: tuple[str, ...], **options: bool) -> None:
         check = _check_before_start if stage != "report" else _no_check
         opened = _open(target, folder, overrides, before_start=check)
-        _run_stage(stage, opened, heading=stage, **options)
+        with _writing(opened) if stage != "report" else nullcontext():
+            _run_stage(stage, opened, heading=stage, **options)
 
     command.__doc__ = summary + "\n\nTARGET is a run folder or a recipe."
     for decorate in (_SET, _RUN, _TARGET):
@@ -117,10 +125,11 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
     """
     opened = _open(target, folder, overrides, before_start=partial(_check_before_start, pools=options["pools"]))
     given = {name: value for name, value in options.items() if value}
-    if given:
-        _show(importlib.import_module("isthmus.stages.qualify"), opened, again=again, **given)
-    else:
-        _run_stage("qualify", opened, heading="qualify", again=again)
+    with _writing(opened):
+        if given:
+            _show(importlib.import_module("isthmus.stages.qualify"), opened, again=again, **given)
+        else:
+            _run_stage("qualify", opened, heading="qualify", again=again)
 
 
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
@@ -178,7 +187,8 @@ def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again
             f"{first.opts[0]} is for a checkpoint, and {target} is none: [handoff] of its recipe says it"
         )
     opened = _open(target, folder, overrides, before_start=_check_before_start)
-    _run_stage("handoff", opened, heading="handoff", again=again)
+    with _writing(opened):
+        _run_stage("handoff", opened, heading="handoff", again=again)
 
 
 _CONVERTED = ("format_name", "server", "budget", "calibrate", "calibrate_tokens", "balance", "rounding")
@@ -195,8 +205,9 @@ def _hand_off_checkpoint(source: Path, given: dict[str, Any]) -> None:
     conversion = converter.Options(**{name: given.pop(name) for name in _CONVERTED if name in given})
     asked = published.prepare(source, published.Options(**given))
     watch = _watch()
-    converter.convert(source, out, conversion, watch)
-    published.execute(source, out, asked, watch)
+    with writing_bundle(out):
+        converter.convert(source, out, conversion, watch)
+        published.execute(source, out, asked, watch)
 
 
 def _options(command: str) -> list[click.Option]:
@@ -226,7 +237,8 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     per sequence, best of the model's own.
     """
     stage = importlib.import_module("isthmus.tools.convert")
-    stage.execute(source, out, stage.Options(**options), _watch())
+    with writing_bundle(out):
+        stage.execute(source, out, stage.Options(**options), _watch())
 
 
 _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")
@@ -246,7 +258,8 @@ _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, 
 )
 def capture(folder: Path, **options: Any) -> None:
     """Put golden inputs and outputs into a bundle, where its trained weights are."""
-    importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
+    with writing_bundle(folder):
+        importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
 
 
 @cli.command("slice")
@@ -258,7 +271,8 @@ def capture(folder: Path, **options: Any) -> None:
 @click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, help="Golden places, at most.")
 def slice_bundle(folder: Path, out: Path, **options: Any) -> None:
     """Write a few layers of a captured bundle as a bundle, for `isthmus verify --slices`."""
-    importlib.import_module("isthmus.tools.slice").execute(folder, out, _watch(), **options)
+    with writing_bundle(out):
+        importlib.import_module("isthmus.tools.slice").execute(folder, out, _watch(), **options)
 
 
 @cli.command()
@@ -293,7 +307,8 @@ def verify(folder: Path, **options: Any) -> None:
 
     Nothing but the folder is needed. A refusal names the module and the operator.
     """
-    importlib.import_module("isthmus.tools.verify").execute(folder, _watch(), **options)
+    with writing_bundle(folder):
+        importlib.import_module("isthmus.tools.verify").execute(folder, _watch(), **options)
 
 
 @cli.command()
@@ -528,6 +543,11 @@ def _open(
     recipe = load_recipe(target, overrides)
     before_start(recipe)
     return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
+
+
+def _writing(opened: RunFolder) -> AbstractContextManager[None]:
+    """The lock of a run folder; of several ranks the first one holds it."""
+    return writing_run(opened.path) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def _no_check(_recipe: Recipe) -> None:

@@ -166,7 +166,12 @@ def test_a_list_of_operators_becomes_the_one_that_fails(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("crash", "killed by signal 9"), ("raise", "RuntimeError"), ("hang", "a hang")]
+    ("how", "said"),
+    [
+        ("crash", "killed by signal 9"),
+        ("raise", "RuntimeError"),
+        pytest.param("hang", "a hang", marks=pytest.mark.long),
+    ],
 )
 def test_crashes_errors_and_hangs_shrink_to_the_ranks_and_steps_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str

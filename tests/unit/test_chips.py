@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from isthmus import chips, pools
 from isthmus.chips import Vendor, amd, ascend, cambricon, metax, nvidia
@@ -26,19 +25,13 @@ from isthmus.formats import format_names
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
 from tests.support.flow_recipe import RECIPE
+from tests.support.printed import printed
 
 AWAY = "ascend-910b-313t"
 
 
 def recipe(*overrides: str) -> Recipe:
     return load_recipe(RECIPE, overrides)
-
-
-def printed(renderable: object) -> str:
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get()
 
 
 def table(name: str) -> list[dict[str, str]]:

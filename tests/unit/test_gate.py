@@ -22,14 +22,15 @@ from isthmus.formats.files.golden import GoldenAnswer
 from isthmus.model.model import Model
 from isthmus.parity import gate
 from isthmus.parity.capture import capture
-from isthmus.parity.cost import NAME as COST
 from isthmus.parity.cost import FormatCost, check_cost
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.gate import (
+    COST,
     at_least,
     at_most,
     check_kl,
-    check_table,
+    check_list,
+    check_summary,
     check_top1,
     declared,
     judge,
@@ -48,6 +49,7 @@ from isthmus.parity.verify import DISTANCE, LOSS, Limits, Target, check_modules,
 from isthmus.records import Check
 from isthmus.tools import verify
 from tests.support.bundles import TinyTokenizer
+from tests.support.printed import printed
 from tests.support.small import tiny_architecture
 
 LAYERS = ("files", "coverage", "config", "modules", "tokens", "engine", "task")
@@ -401,7 +403,19 @@ def test_a_refusal_says_what_was_found_and_where_the_fault_is():
 def test_the_table_shows_every_check_and_why_one_did_not_pass():
     rows = [shown(check) for check in (finding("config", "caution"), kl(tokens(0.03, (0.002, 0.09))))]
     assert rows[0]["found"] == "no answer" and str(rows[1]["found"]).endswith("; because")
-    assert check_table("parity", rows).row_count == 2
+    page = printed(check_list("parity", rows))
+    assert all(part in page for part in ("caution", "config", "a question", "no answer", "fail", "because"))
+
+
+def test_the_summary_counts_what_passed_and_shows_what_it_cost_and_what_did_not_pass():
+    passed = [finding("modules", "pass").model_copy(update={"name": f"quiet {number}"}) for number in range(12)]
+    cost = kl(tokens(0.001, (0.0005, 0.002))).model_copy(update={"name": f"bf16: {COST}"})
+    unsure = finding("tokens", "unknown").model_copy(update={"name": "a doubt"})
+    page = printed(check_summary("parity", [*passed, cost, finding("config", "caution"), unsure], "runs/x"))
+    assert "12 of modules" in page and "quiet" not in page
+    assert COST in page and "0.001" in page and "a doubt" in page
+    assert "caution: known" in page and "unknown: not enough" in page and "isthmus inspect runs/x" in page
+    assert "unknown: not enough" not in printed(check_summary("parity", passed, "runs/x"))
 
 
 @pytest.mark.parametrize("logprobs", [[math.nan, -1.0], [-0.5, math.nan]])

@@ -23,7 +23,7 @@ from isthmus.formats.files.golden import PROMPTS, read_golden
 from isthmus.model.model import Model
 from isthmus.parity import engine as engine_parity
 from isthmus.parity import verify
-from isthmus.parity.cost import NAME as COST
+from isthmus.parity.gate import COST
 from isthmus.parity.seal import read_verdict, verify_seal
 from isthmus.parity.signing import new_key
 from isthmus.parity.verify import Target, verify_bundle

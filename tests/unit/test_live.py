@@ -356,7 +356,7 @@ def test_without_a_compiler_nothing_is_compared(monkeypatch: pytest.MonkeyPatch)
     assert not found["failed"] and "C++ compiler" in found["unchecked"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eager_and_compiled_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     named = os.environ.get("CXX")
     if not any(map(shutil.which, [named] if named else ["c++", "g++", "clang++"])):

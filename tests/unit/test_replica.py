@@ -36,8 +36,10 @@ def dense(_name: str) -> Model:
     return randomised(dense_architecture("qwen2"), 1).eval().requires_grad_(False)
 
 
-def core_of(model: Model, *, invariant: bool = True, **options: int) -> Core:
-    return Core(model, eos_id=NO_EOS, length=LONGEST, options=EngineOptions(batch_invariant=invariant, **options))
+def core_of(model: Model, *, invariant: bool = True, block_size: int = 16) -> Core:
+    return Core(
+        model, eos_id=NO_EOS, length=LONGEST, options=EngineOptions(batch_invariant=invariant, block_size=block_size)
+    )
 
 
 def answers(core: Core, prompts: list[list[int]] = PROMPTS) -> list[tuple[GoldenSequence, list[float]]]:

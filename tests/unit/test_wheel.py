@@ -402,7 +402,7 @@ def test_without_pyelftools_the_error_says_how_to_install_it(small: Path):
     program = "import sys; sys.modules['elftools'] = None; from isthmus.cli import main; "
     program += f"sys.argv = {command}; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2 and "pip install 'isthmus[wheel]'" in done.stderr
+    assert done.returncode == 2 and "pip install 'isthmus[vendor-wheels]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -74,7 +74,7 @@ def read_elf(image: Image, name: str) -> SharedLibrary:
     if importlib.util.find_spec("elftools") is None:
         raise IsthmusError(
             "reading the libraries of a vendor's software needs pyelftools, which is not installed. "
-            "Install it with: pip install 'isthmus[wheel]'"
+            "Install it with: pip install 'isthmus[vendor-wheels]'"
         )
     from elftools.common.exceptions import ELFError
 

@@ -21,10 +21,11 @@ from isthmus.data.tasks import Task, load_section
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Sampling
 from isthmus.errors import GateRefused, IsthmusError
+from isthmus.formats import recognise_format
 from isthmus.formats.files.basis import read_conversion
 from isthmus.formats.files.bundle import CONFIG, Bundle, architecture_of, open_bundle, read_config
 from isthmus.formats.files.published import Checkpoint, StoredTensors
-from isthmus.parity import cost, gate
+from isthmus.parity import gate
 from isthmus.parity.capture import SYNTHETIC, synthetic_prompts
 from isthmus.parity.manifest import add_file
 from isthmus.parity.seal import Lineage, write_seal
@@ -47,6 +48,8 @@ from isthmus.stages.handoff.crossing import (
 
 CPU = "cpu"
 EXAMPLES, MOST_EXAMPLES = "examples.json", 6
+SHARE_OF_BUDGET = 0.6
+"""Of what a format may cost, a mixture is chosen for: the interval of its cost has to fit, too."""
 COMMAND_LINE = "the command line"
 CHECKPOINT = "the checkpoint"
 
@@ -137,7 +140,7 @@ def execute(source: Path, folder: Path, asked: Asked, watch: Watch) -> ParityVer
     if verdict.verdict == "refuse":
         opening = f"{folder} is refused, and not sealed."
         reasons = gate.refusal(opening, verdict.checks, verdict.culprit, verdict.operator)
-        raise GateRefused(f"{reasons}\n{_what_may_help(verdict, asked)}")
+        raise GateRefused(f"{reasons}\n{_what_may_help(verdict, source, folder, asked)}")
     lineage = Lineage(target_pool=verdict.target)
     seal = write_seal(folder, verdict="pass", checks=verdict.checks, lineage=lineage, sign_key=asked.options.sign_key)
     watch.say(f"  sealed {folder} as {seal.id}")
@@ -242,16 +245,29 @@ def _task(given: str | None) -> Task | None:
     )
 
 
-def _what_may_help(verdict: ParityVerdict, asked: Asked) -> str:
+def _cheaper(source: Path, folder: Path, options: Options) -> list[str]:
+    """Commands whose bundles lose less than that of `folder`, the one that computes in int8 alone first."""
+    prompts = "" if options.prompts is None else f" --prompts {options.prompts}"
+    command = f"  isthmus handoff {source}{prompts}"
+    used = recognise_format(read_config(folder)).name
+    found = []
+    if not read_conversion(folder).balance:
+        found.append(f"{command} --format {used} --balance --calibrate FILE")
+    mixed = f"--format modelslim_mixed --budget {SHARE_OF_BUDGET * options.max_mean_kl:g} --calibrate FILE"
+    return [*found, f"{command} {mixed}", f"{command} --format bf16"]
+
+
+def _what_may_help(verdict: ParityVerdict, source: Path, folder: Path, asked: Asked) -> str:
     """What to try next, by what refused."""
     names = {check.name for check in verdict.checks if gate.refuses(check)}
     advice = []
-    if cost.NAME in names:
+    if gate.COST in names:
+        told = "\n".join(_cheaper(source, folder, asked.options))
         advice.append(
-            "The format costs more than its budget: --calibrate FILE with --balance, --rounding gptq or --budget NATS, "
-            "or another --format, cost less, and --max-mean-kl says what may be lost"
+            f"The format costs more than its budget. These cost less, on text of the model's own in FILE:\n{told}\n"
+            "Or --max-mean-kl says that more may be lost"
         )
-    if cost.NAME in names and asked.sequences is None and asked.task is None:
+    if gate.COST in names and asked.sequences is None and asked.task is None:
         advice.append("It was measured on random tokens: give --prompts FILE.jsonl or --task T")
     if any(check.outcome == "unknown" for check in verdict.checks):
         advice.append("Where nothing was shown, more prompts or --problems tell more")
