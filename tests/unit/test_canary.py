@@ -76,6 +76,15 @@ def test_golden_answers_are_the_same_piece_by_piece(bundle, monkeypatch):
         assert make_golden(lent, PROMPTS, small_tokenizer().ends) == read_golden(folder)
 
 
+def test_a_golden_answer_ends_at_any_of_the_ends(bundle):
+    whole_bundle = read_bundle(bundle[0])
+    free = make_golden(whole_bundle, PROMPTS, ()).answers
+    ends = {free[0].tokens[4], free[1].tokens[6]}
+    for answer, whole in zip(make_golden(whole_bundle, PROMPTS, ends).answers, free, strict=True):
+        first = next((at for at, token in enumerate(whole.tokens) if token in ends), len(whole.tokens))
+        assert answer.tokens == whole.tokens[: first + 1]
+
+
 def test_golden_answers_are_those_of_the_model_alone(bundle):
     folder, _ = bundle
     golden, stored = read_golden(folder), read_bundle(folder)

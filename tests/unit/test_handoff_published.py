@@ -13,6 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from isthmus.cli import cli
+from isthmus.data.corpus import completion_of, prompt_ids, run_tokenizer, sft_documents
+from isthmus.data.tasks import load_task, split_completion
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.canary import Canary
 from isthmus.engines.local.api.keys import Keyring
@@ -24,6 +26,8 @@ from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.seal import read_verdict, standing
 from isthmus.progress import Watch
+from isthmus.recipe.read import parse_recipe
+from isthmus.run import RunFolder
 from isthmus.stages import serve
 from isthmus.stages.handoff import crossing
 from tests.support.bundles import published
@@ -204,15 +208,32 @@ def test_options_of_a_checkpoint_are_refused_for_a_run(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_teaches_thinking_by_the_template(tmp_path: Path):
-    """What the run's prompts end in, transformers and engines render from the bundle's template alone."""
-    plain = chatml_tokenizer()
-    asked = [{"role": "user", "content": "Why?"}]
-    assert not plain.thinks and not plain.chat_text(asked).endswith("<think>\n")
-    taught = plain.taught_to_think()
-    assert taught.chat_text(asked) == plain.chat_text(asked) + "<think>\n"
-    assert taught.taught_to_think() is taught
-    taught.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) == taught.chat_text(asked)
-    assert Tokenizer.load(tmp_path).chat_text(asked) == taught.chat_text(asked)
+def test_a_run_keeps_the_template_and_the_ends_of_its_checkpoint(source: Path, tmp_path: Path):
+    """What prompts end in, transformers and engines render from the same template; the model is taught the rest."""
+    rate = {"name": "adamw", "learning_rate": 1e-3}
+    recipe = parse_recipe(
+        {
+            "name": "small",
+            "model": {"from": str(source)},
+            "pools": {"home": {"chip": "cpu", "threads": 1}},
+            "place": {"train": ["home"], "rollout": ["home"], "serve": ["home"]},
+            "data": {"teacher_give_up": 0.9},
+            "sft": {"steps": 1, "batch_size": 4, "optimizer": rate},
+            "rl": {"steps": 1, "optimizer": rate},
+        },
+        tmp_path,
+    )
+    run, task = RunFolder.create(tmp_path / "run", recipe), load_task(recipe)
+    run_tokenizer(run, task)
+    kept, theirs = run_tokenizer(run, task), AutoTokenizer.from_pretrained(source)
+    assert kept.ends == Tokenizer.load(source).ends == (1, 2, 5)
+    asked = [{"role": "user", "content": task.train[0].prompt}]
+    expected = theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert prompt_ids(kept, task.train[0]) == expected
+    document = sft_documents(run, task, kept, 0)[0]
+    assert document.tokens[-1] == kept.eos_id and kept.decode(document.tokens[: document.prompt_length])
+    learnt = kept.decode(document.tokens[document.prompt_length : -1])
+    assert learnt.startswith("<think>\n") and split_completion(learnt)[1]
+    assert split_completion(completion_of(kept, kept.encode("(3*7)+1"))) == ("", "(3*7)+1")
+    assert split_completion(completion_of(kept, kept.encode("<think>\nhm</think>\n\n7"))) == ("hm", "7")
+    assert split_completion(completion_of(kept, kept.encode("<think>\nhm")))[1] is None

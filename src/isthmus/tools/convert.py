@@ -84,7 +84,7 @@ class SourceFiles:
     def bos_id(self) -> int | None:
         return self._ids.get("bos_token_id")
 
-    @cached_property
+    @property
     def ends(self) -> tuple[int, ...]:
         found = read_ends(self.folder)
         if not found:

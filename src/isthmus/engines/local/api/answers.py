@@ -19,7 +19,7 @@ from isthmus.engines.local.api.protocol import (
     too_long,
 )
 from isthmus.engines.local.api.service import Service
-from isthmus.engines.local.api.text import Call, ChannelledText, Delta, PlainText, Rules, Writer
+from isthmus.engines.local.api.text import Beginning, Call, ChannelledText, Delta, PlainText, Rules, Writer
 from isthmus.engines.local.api.visit import Visit
 from isthmus.engines.local.core.grammar import GrammarConstraint
 from isthmus.engines.local.core.scheduler import Constraint, Finished, PromptToken, Request, Token, TopLogprobs
@@ -78,7 +78,8 @@ class Exchange:
         self, service: Service, ask: Ask, prepared: Prepared, visit: Visit, constraint: Constraint | None = None
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
-        self._calls, self._thinking = prepared.calls, prepared.thinking
+        self._calls = prepared.calls
+        self._thinking: Beginning = prepared.thinking
         self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
