@@ -1,7 +1,7 @@
 """LangChain: a chat, a stream, and an answer in a format.
 
-    pip install langchain-openai
-    python examples/clients/langchain_client.py http://127.0.0.1:8000
+pip install langchain-openai
+python examples/clients/langchain_client.py http://127.0.0.1:8000
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LiteLLM: a chat, a stream, and what it makes of a conversation that is too long.
 
-    pip install litellm
-    python examples/clients/litellm_client.py http://127.0.0.1:8000
+pip install litellm
+python examples/clients/litellm_client.py http://127.0.0.1:8000
 """
 
 from __future__ import annotations

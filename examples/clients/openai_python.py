@@ -1,7 +1,7 @@
 """OpenAI's client for Python: a chat, a stream, a format, the Responses API.
 
-    pip install openai
-    python examples/clients/openai_python.py http://127.0.0.1:8000
+pip install openai
+python examples/clients/openai_python.py http://127.0.0.1:8000
 """
 
 from __future__ import annotations

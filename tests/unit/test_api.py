@@ -52,6 +52,7 @@ class Script:
         self.tokenizer, self.texts, self.requests = tokenizer, [], []
         self.random = np.random.default_rng(0)
         self.cached = 0
+        self.default: str | None = None
 
     def submit(self, request: Request) -> None:
         self.requests.append(request)
@@ -72,8 +73,9 @@ class Script:
     def _tokens(self, request: Request) -> tuple[list[int], str, int | None]:
         if request.max_new_tokens == 0:
             return [], "length", None
-        if self.texts:
-            tokens = [*self.tokenizer.encode(self.texts.pop(0)), self.tokenizer.eos_id]
+        text = self.texts.pop(0) if self.texts else self.default if request.constraint is None else None
+        if text is not None:
+            tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
         else:
             tokens = self._constrained(request)
         for place, token in enumerate(tokens):

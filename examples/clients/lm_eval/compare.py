@@ -1,4 +1,6 @@
-"""lm-eval's log-likelihoods through the API against its own `hf` backend on the same checkpoint; run it from the repository's root.
+"""lm-eval's log-likelihoods through the API against its own `hf` backend on the same checkpoint.
+
+Run it from the repository's root:
 
     isthmus convert CHECKPOINT bundle --format bf16
     isthmus serve bundle --allow-unsealed &
@@ -10,10 +12,10 @@ It prints the largest difference, and exits with 1 if that is beyond `BOUND`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import urllib.request
-import json
 from pathlib import Path
 
 BOUND = 1e-4
