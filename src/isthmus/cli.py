@@ -315,6 +315,8 @@ def verify(folder: Path, **options: Any) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--host", help="Address to listen on; the recipe's if absent.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; the recipe's if absent.")
+@click.option("--served-model-name", multiple=True, metavar="NAME", help="Name of the model in the API; may repeat.")
+@click.option("--allow-origin", "allow_origins", multiple=True, metavar="URL", help="Pages of it may ask; may repeat.")
 @click.option("--key-file", type=click.Path(path_type=Path), help="API keys, one `name key` per line; mode 600.")
 @click.option("--access-log", metavar="FILE", help="A file, stdout, stderr or none; RUN/serve/access.jsonl if absent.")
 @click.option("--log-prompts", is_flag=True, default=None, help="Write prompts and answers into the access log.")

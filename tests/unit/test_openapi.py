@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -62,7 +64,7 @@ def cases(draw, operation):
     """Requests that fit the document, that break it, and ones with few of their fields, which are more often right."""
     case = draw(operation.as_strategy(generation_mode=draw(st.sampled_from(GenerationMode))))
     if isinstance(case.body, dict) and draw(st.booleans()):
-        kept = draw(st.sets(st.sampled_from(["", *case.body]), max_size=3)) | {"prompt", "messages", "tokens"}
+        kept = draw(st.sets(st.sampled_from(["", *case.body]), max_size=2)) | {"prompt", "messages", "tokens"}
         case.body = {name: value for name, value in case.body.items() if name in kept}
     return case
 
@@ -97,7 +99,12 @@ def test_whatever_is_asked_the_answer_is_as_documented(port, document):
 
 
 def test_every_route_is_in_the_document(server, document):
-    routes = {(r.path, method.lower()) for r in server.app().routes if isinstance(r, Route) for method in r.methods}
+    routes = {
+        (re.sub(r":\w+}", "}", r.path), method.lower())
+        for r in server.app().routes
+        if isinstance(r, Route)
+        for method in r.methods
+    }
     routes -= {(path, "head") for path, _ in routes}
     assert routes == {(path, method) for path, methods in document["paths"].items() for method in methods}
 

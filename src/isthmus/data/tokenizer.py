@@ -6,7 +6,7 @@ Numbers up to three digits are one token, with or without a space before them, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from tokenizers import Tokenizer as BpeTokenizer
 
 from isthmus.data.chat_template import END_THINK, THINK, ChatTemplate
 from isthmus.data.tiktoken import find_tiktoken, read_tiktoken
+from isthmus.data.token_bytes import bytes_reader
 from isthmus.errors import IsthmusError
+from isthmus.lines import read_text
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -207,6 +209,18 @@ class Tokenizer:
         found = {"bos_token": self.bos, "eos_token": self.eos, **named}
         return {name: text for name, text in found.items() if text is not None}
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        return self._read_bytes(token)
+
+    @cached_property
+    def _read_bytes(self) -> Callable[[int], bytes]:
+        return bytes_reader(self._bpe)
+
+    def is_structure(self, token: int) -> bool:
+        """Whether a token structures a conversation and is no part of its text."""
+        return token in self._hidden
+
     def serialise(self) -> str:
         """The content of tokenizer.json."""
         return self._bpe.to_str()
@@ -330,7 +344,7 @@ def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key:
 def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a file; of a file that need not be there, nothing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         if needed:
             raise IsthmusError(f"{path.parent} has no tokenizer: {path.name} is missing") from None

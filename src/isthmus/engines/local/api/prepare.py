@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.data.chat_template import END_THINK
+from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.data.tokenizer import leaves_thinking_open
 from isthmus.engines.local.api.protocol import (
     ApiError,
@@ -16,6 +16,7 @@ from isthmus.engines.local.api.protocol import (
     Conversation,
     NamedTool,
     check_tokens,
+    too_long,
 )
 from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.text import CLOSE_THINK, Beginning, CallReader
@@ -24,6 +25,9 @@ from isthmus.engines.local.api.tools import CallFormat, call_grammar, format_of
 from isthmus.engines.local.core.grammar import GrammarRefused, choice_grammar, json_grammar, literal, regex_grammar
 from isthmus.engines.local.core.scheduler import Constraint
 from isthmus.errors import IsthmusError
+
+_GOES_ON = "\ue000goes-on\ue000 "
+"""A mark that no conversation has; the space at its end shows whether the template trims."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
         calls = _calls(service, ask)
         grammar = _grammar_with_calls(service, ask, calls.form, grammar)
     _check_ending(ask, grammar)
-    return Prepared([prompt], grammar, calls, _wanted_by(ask), _beginning(service, text))
+    return Prepared([prompt], grammar, calls, _wanted_by(ask), _beginning(service, text, ask))
 
 
 def chat_prompt(service: Service, ask: Conversation, *, with_tools: bool) -> list[int]:
@@ -111,15 +115,35 @@ def chat_text(service: Service, ask: Conversation, *, with_tools: bool) -> str:
     if with_tools and "tools" not in template.variables:
         raise ApiError("the chat template of this model has no place for tools", param="tools")
     tools = [tool.model_dump(exclude_none=True) for tool in ask.tools] if with_tools else None
+    messages, variables = [message.plain() for message in ask.messages], dict(asked.variables)
+    if ask.continue_final_message:
+        messages[-1]["content"] += _GOES_ON
+    if ask.continue_final_message or not ask.add_generation_prompt:
+        variables["add_generation_prompt"] = False
     try:
-        text = tokenizer.chat_text([message.plain() for message in ask.messages], tools, **asked.variables)
+        text = tokenizer.chat_text(messages, tools, **variables)
     except IsthmusError as error:
         raise ApiError(str(error), param="messages", code="invalid_value") from None
-    return asked.finish(text, template)
+    if ask.continue_final_message:
+        return _cut_to_go_on(text)
+    return asked.finish(text, template) if ask.add_generation_prompt else text
 
 
-def _beginning(service: Service, prompt: str) -> Beginning:
+def _cut_to_go_on(text: str) -> str:
+    """The prompt up to where the last message ends, as transformers cuts it; a template may trim messages."""
+    place = text.rfind(_GOES_ON.rstrip())
+    if place < 0:
+        message = "the chat template of this model leaves the last message out, so it cannot be continued"
+        raise ApiError(message, param="continue_final_message")
+    before = text[:place]
+    return before if text.startswith(_GOES_ON, place) else before.rstrip()
+
+
+def _beginning(service: Service, prompt: str, ask: ChatAsk) -> Beginning:
     """How the answer to the text of a chat's prompt begins."""
+    if ask.continue_final_message and service.vocabulary.thinks:
+        begun = str(ask.messages[-1].plain()["content"])
+        return "inside" if begun.rfind(THINK) > begun.rfind(END_THINK) else "without"
     if not service.vocabulary.thinks or prompt.rstrip().endswith(END_THINK):
         return "without"
     return "inside" if leaves_thinking_open(prompt) else "free"
@@ -132,12 +156,7 @@ def encode_text(service: Service, text: str, field: str, *, raw: bool = False) -
     """
     length, tokenizer = service.core.length, service.tokenizer
     if len(text) > length * tokenizer.longest_token:
-        raise ApiError(
-            f"this model's sequences have at most {length} tokens, and {len(text)} characters are more than that; "
-            "shorten it",
-            param=field,
-            code="context_length_exceeded",
-        )
+        raise too_long(length, -(-len(text) // tokenizer.longest_token), 0, field, field, at_least=True)
     return tokenizer.encode_raw(text) if raw else tokenizer.encode(text)
 
 
@@ -218,8 +237,6 @@ def _grammar_with_calls(service: Service, ask: ChatAsk, form: CallFormat, answer
         answers = _format_or_calls(ask)
     elif not ask.must_call:
         answers = form.answers(written)
-        if answers is None:
-            raise ApiError("strict functions need tool_choice required or a named one here", param="tools")
     parallel = ask.parallel_tool_calls and not isinstance(ask.tool_choice, NamedTool)
     return call_grammar(form, functions, written, parallel=parallel, answers=answers)
 

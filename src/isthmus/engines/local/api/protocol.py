@@ -31,12 +31,9 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "echo": (False,),
     "length_penalty": (1, 1.0),
-    "metadata": ({},),
     "modalities": (["text"],),
     "priority": (0,),
-    "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
-    "store": (False,),
     "suffix": ("",),
     "tools": ([],),
     "use_beam_search": (False,),
@@ -91,7 +88,7 @@ class Part(BaseModel):
 
 class StreamOptions(Part):
     include_usage: Flag = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: Flag = False
     include_obfuscation: Literal[False] = False
 
 
@@ -134,7 +131,11 @@ class StructuredOutputs(Part):
 
 
 class Ask(Part):
-    """What completions and chat share. `user`, `safety_identifier` and `prompt_cache_key` ask for nothing."""
+    """What completions and chat share.
+
+    `user`, `metadata`, `store`, `service_tier`, `verbosity`, `safety_identifier`, `prompt_cache_key` and
+    `prompt_cache_retention` change nothing here: they are for who pays, keeps or caches answers, or advice to a model.
+    """
 
     model: str | None = None
     stream: Flag = False
@@ -148,7 +149,7 @@ class Ask(Part):
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, strict=True)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, strict=True)]] = Field(
         default={}, max_length=MAX_BIASES
     )
@@ -164,6 +165,12 @@ class Ask(Part):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    metadata: Schema | None = None
+    store: Flag | None = None
+    service_tier: str | None = None
+    verbosity: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
     return_token_ids: Flag = False
 
     @field_validator("stop", mode="before", json_schema_input_type=Stop | Stops)
@@ -177,8 +184,18 @@ class Ask(Part):
         return self.max_tokens
 
     @property
+    def limit_name(self) -> str:
+        """The field that asked for them."""
+        return "max_tokens"
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream counts the tokens so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionAsk(Ask):
@@ -304,6 +321,15 @@ class Conversation(Part):
     enable_thinking: Flag | None = None
     chat_template_kwargs: Schema = {}
     add_special_tokens: Flag = False
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
+
+    @model_validator(mode="after")
+    def _can_go_on(self) -> Conversation:
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
+            raise ValueError("continue_final_message needs a last message of the assistant with text to go on with")
+        return self
 
 
 class ChatAsk(Ask, Conversation):
@@ -319,6 +345,10 @@ class ChatAsk(Ask, Conversation):
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        return "max_completion_tokens" if self.max_tokens is None else "max_tokens"
 
     @property
     def offered(self) -> list[Function]:
@@ -512,11 +542,23 @@ def check_tokens(ask: Ask, vocab_size: int) -> None:
             )
 
 
-def envelope(kind: str, model: str, fingerprint: str) -> dict[str, Any]:
+def too_long(length: int, prompt: int, completion: int, what: str, param: str, *, at_least: bool = False) -> ApiError:
+    """The refusal of a sequence beyond `length` tokens, in OpenAI's words: clients recognise them, and shorten."""
+    about = "at least " if at_least else ""
+    return ApiError(
+        f"This model's maximum context length is {length} tokens. However, you requested {about}{prompt + completion} "
+        f"tokens ({about}{prompt} in the {what}, {completion} in the completion). Please reduce the length of the "
+        f"{what if prompt >= length else f'{what} or the completion'}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def envelope(kind: str, model: str, fingerprint: str, request_id: str | None = None) -> dict[str, Any]:
     """The fields that every response and every chunk of a stream begins with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": f"{prefix}-{request_id or uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
         "model": model,

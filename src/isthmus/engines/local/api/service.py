@@ -22,6 +22,7 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, check_values, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
+from isthmus.lines import read_text
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import EngineOptions, Thinking
@@ -74,6 +75,7 @@ class Service:
     golden: Golden | None = None
     thinking: Thinking = "auto"
     default_tokens: int | None = None
+    other_names: tuple[str, ...] = ()
     default_temperature: float = 1.0
     max_waiting: int = 4096
     max_waiting_tokens: int | None = None
@@ -86,6 +88,11 @@ class Service:
         self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
         self.layout = layout_of(self.tensors)
         self.bundle_version = self.core.version
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model in the API; the first is the one that answers carry."""
+        return (self.identity.model, *self.other_names)
 
     @property
     def thinks(self) -> bool:
@@ -215,7 +222,7 @@ def read_examples(folder: Path) -> list[str]:
     path = folder / "examples.json"
     if not path.is_file():
         return []
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = json.loads(read_text(path))
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise IsthmusError(f"{path} must be a JSON list of strings")
     return content

@@ -26,6 +26,10 @@ class Decoder(Protocol):
 
     def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str: ...
 
+    def bytes_of(self, token: int) -> bytes: ...
+
+    def is_structure(self, token: int) -> bool: ...
+
 
 class Delta(NamedTuple):
     """New text of one channel."""
@@ -82,13 +86,23 @@ class Vocabulary:
         self.tokenizer, self.thinks = tokenizer, thinks
         self.open_think = self.single(OPEN_THINK) if thinks else None
         self.close_think = self.single(CLOSE_THINK) if thinks else None
-        self._texts: dict[int, str] = {}
 
     def text_of(self, token: int) -> str:
-        """The text of one token, special ones included."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token], skip_special=False)
-        return self._texts[token]
+        """The text of one token, special ones included; bytes of a character in part become replacement characters."""
+        return self.bytes_of(token).decode(errors="replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for, special ones included."""
+        return self.tokenizer.bytes_of(token)
+
+    def is_structure(self, token: int) -> bool:
+        """Whether a token structures a conversation and is no part of its text."""
+        return self.tokenizer.is_structure(token)
+
+    def is_hidden(self, token: int, rules: Rules) -> bool:
+        """Whether a token has no text in an answer."""
+        structures = rules.skip_special and token not in rules.shown and self.is_structure(token)
+        return structures or token in rules.ends
 
     def single(self, mark: str) -> int | None:
         """The token that a mark is, if it is one."""
