@@ -189,7 +189,7 @@ class RlRecord(Record):
     sample_after: str
 
 
-Layer = Literal["files", "coverage", "config", "modules", "tokens", "engine", "task"]
+Layer = Literal["source", "files", "coverage", "config", "modules", "tokens", "engine", "task"]
 """The layers of the parity gate, cheapest first."""
 CheckOutcome = Literal["pass", "caution", "fail", "unknown"]
 """`unknown`: it was measured, and what was found does not tell. `caution`: a known risk that was not measured."""

@@ -41,6 +41,18 @@ def trained_state(arch: DeepseekSection, seed: int = 0) -> dict[str, torch.Tenso
     return model.state_dict()
 
 
+def taught(model: Model, rows: list[list[int]], steps: int = 30, rate: float = 0.01) -> Model:
+    """The model after a few steps on token ids [B, T], all of one length: no longer one that makes no sense of them."""
+    tokens = torch.tensor(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model
+
+
 def module_tree(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     """Linear modules with the published names, as compressed-tensors sees a checkpoint."""
     root = torch.nn.Module()

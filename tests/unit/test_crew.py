@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
 import pytest
 
+from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Crew
+from isthmus.launch.places import Answer
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +54,50 @@ def test_of_ranks_that_hang_the_one_that_lags_is_named(crew: Crew):
 def test_a_deadline_ends_a_call_that_goes_on(crew: Crew):
     called = crew.call("tests.support.crew_work:lag", {"who": 0}, deadline_s=1.0)
     assert not called.ok and called.seconds < 20
+
+
+class Idle:
+    """A rank that answers its set-up at once, and then after a while without a beat; it had no processor till then."""
+
+    connection: Connection | None = None
+
+    def __init__(self, answers_after_s: float, *, starved: bool):
+        self.after, self.starved, self.asked = answers_after_s, starved, None
+
+    def start(self, setup: object) -> None:
+        pass
+
+    def ask(self, function: str, arguments: dict[str, object]) -> None:
+        self.asked = time.monotonic()
+
+    def answer(self) -> Answer | None:
+        waited = self.after if self.asked is None else time.monotonic() - self.asked
+        return Answer("done", None, waited) if waited >= self.after else None
+
+    def beat(self) -> Beat:
+        return Beat(0.0, 0, 0, 0, "")
+
+    def starved_s(self) -> float:
+        return time.monotonic() - self.asked if self.asked is not None and self.starved else 0.0
+
+    def log(self) -> str:
+        return ""
+
+    def release(self) -> None:
+        pass
+
+    def end(self, *, politely: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("starved", "state"), [(True, "done"), (False, "hung")])
+def test_a_rank_that_waits_for_a_processor_does_not_hang(starved: bool, state: str):
+    with Crew(1, places=[Idle(0.5, starved=starved)]) as crew:
+        called = crew.call("any:thing", deadline_s=30.0, stall_s=0.2)
+    assert called.replies[0].state == state
+
+
+def test_the_wait_for_a_processor_is_read_off_the_system(crew: Crew):
+    crew.start()
+    assert all(place.starved_s() >= 0.0 for place in crew.places)
+    assert all(place.starved_s() > 0.0 for place in crew.places) == Path("/proc/self/schedstat").is_file()

@@ -21,7 +21,7 @@ from isthmus.formats.files.bundle import write_bundle
 from isthmus.formats.files.golden import GoldenAnswer
 from isthmus.model.model import Model
 from isthmus.parity import gate
-from isthmus.parity.capture import capture
+from isthmus.parity.capture import CaptureOptions, capture, synthetic_prompts
 from isthmus.parity.cost import FormatCost, check_cost
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.gate import (
@@ -359,7 +359,7 @@ def test_a_seal_on_a_doubt_is_no_seal(bundle, monkeypatch):
 
 def captured(bundle: Path, state: dict[str, torch.Tensor]) -> Path:
     entries, _ = check_coverage(state, bundle)
-    capture(bundle, state, [list(range(first, first + 10)) for first in range(2, 10)])
+    capture(bundle, state, synthetic_prompts(ARCHITECTURE.vocab_size, 8, 10), CaptureOptions(synthetic=True))
     write_manifest(bundle, coverage=entries, architecture=ARCHITECTURE)
     return bundle
 

@@ -30,7 +30,7 @@ from isthmus.recipe.read import parse_recipe
 from isthmus.run import RunFolder
 from isthmus.stages import serve
 from isthmus.stages.handoff import crossing
-from tests.support.bundles import published
+from tests.support.bundles import published, taught
 from tests.support.live_server import call, live
 from tests.support.sampled import OddIsRight, SampledHere
 from tests.support.small_dense import dense_architecture
@@ -59,8 +59,13 @@ def chatml_tokenizer() -> Tokenizer:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint in bf16 with ChatML and two ends of a sequence."""
     folder = tmp_path_factory.mktemp("published") / "small-instruct"
-    published(folder, Model(DENSE).initialise(0))
-    chatml_tokenizer().save(folder)
+    tokenizer = chatml_tokenizer()
+    model = Model(DENSE).initialise(0)
+    chat = "<|im_start|>user\nWhat is {} plus {}?<|im_end|>\n<|im_start|>assistant\n It is a number."
+    texts = [tokenizer.encode(chat.format(number, more)) for number in range(10, 22) for more in (number + 2, "one")]
+    model = taught(Model(DENSE).initialise(0), [text[: min(map(len, texts))] for text in texts], steps=60)
+    published(folder, model)
+    tokenizer.save(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     return folder
 

@@ -171,8 +171,9 @@ class Crew:
     ) -> Called:
         """Run `module:function` on every rank with the same arguments.
 
-        After `deadline_s`, or `stall_s` without any beat of any rank, ranks that have not answered count as hung. After
-        a failure all ranks are ended, and the next call starts new ones. `watch` is shown the beats now and then.
+        After `deadline_s`, or `stall_s` without any beat of any rank, ranks that have not answered count as hung; while
+        a rank waits for a processor that others use, it does not stall. After a failure all ranks are ended, and the
+        next call starts new ones. `watch` is shown the beats now and then.
         """
         started = self.start()
         if not started.ok:
@@ -205,7 +206,7 @@ class Crew:
                     replies[rank] = self._reply(rank, answer)
                     patience.saw(replies[rank])
             beats = self._beats()
-            patience.look(beats)
+            patience.look(beats, max(place.starved_s() for place in self.places))
             if watch is not None:
                 watch(beats)
         failed = any(reply.state != "done" for reply in replies.values())
@@ -238,23 +239,32 @@ class Crew:
 
 
 class _Patience:
-    """When to stop waiting: at the deadline, after a stall, or a moment after a rank failed."""
+    """When to stop waiting: at the deadline, after a stall, or a moment after a rank failed.
+
+    The time in which a rank waits for a processor that others use is no part of a stall.
+    """
 
     def __init__(self, deadline_s: float, stall_s: float | None):
         self._began = self._moved = time.monotonic()
         self._deadline, self._stall = deadline_s, stall_s
         self._failed: float | None = None
         self._last: list[tuple[int, int]] = []
+        self._starved_s = self._starved_before = 0.0
 
     def saw(self, reply: Reply) -> None:
-        self._moved = time.monotonic()
+        self._move()
         if reply.state != "done" and self._failed is None:
             self._failed = time.monotonic()
 
-    def look(self, beats: list[Beat]) -> None:
+    def look(self, beats: list[Beat], starved_s: float) -> None:
+        self._starved_s = starved_s
         now = [(beat.beats, beat.collectives) for beat in beats]
         if now != self._last:
-            self._last, self._moved = now, time.monotonic()
+            self._last = now
+            self._move()
+
+    def _move(self) -> None:
+        self._moved, self._starved_before = time.monotonic(), self._starved_s
 
     @property
     def waited(self) -> float:
@@ -265,6 +275,7 @@ class _Patience:
         now = time.monotonic()
         if self._failed is not None and now - self._failed > GRACE_S:
             return True
-        if self._stall is not None and now - self._moved > self._stall:
+        idle = now - self._moved - max(0.0, self._starved_s - self._starved_before)
+        if self._stall is not None and idle > self._stall:
             return True
         return now - self._began > self._deadline

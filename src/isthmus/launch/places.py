@@ -54,6 +54,10 @@ class Place(Protocol):
 
     def beat(self) -> Beat: ...
 
+    def starved_s(self) -> float:
+        """Seconds that it was ready to run so far and had no processor; 0 where nothing tells it."""
+        ...
+
     def log(self) -> str:
         """The end of what its process printed."""
         ...
@@ -111,6 +115,16 @@ class LocalPlace:
     def beat(self) -> Beat:
         assert self._folder is not None
         return read_beat(self._folder / "beat")
+
+    def starved_s(self) -> float:
+        """Of the thread that waited longest, by Linux' /proc (Documentation/scheduler/sched-stats.rst)."""
+        if self._process is None:
+            return 0.0
+        waits = [0.0]
+        for path in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, IndexError, ValueError):  # a thread that has just ended
+                waits.append(int(path.read_text().split()[1]) / 1e9)
+        return max(waits)
 
     def log(self) -> str:
         path = self._folder and self._folder / "log"
@@ -183,6 +197,9 @@ class RemotePlace:
     def beat(self) -> Beat:
         key = f"beat/{self._rank}"
         return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else Beat(0.0, 0, 0, 0, "")
+
+    def starved_s(self) -> float:
+        return 0.0
 
     def log(self) -> str:
         key = f"log/{self._rank}"

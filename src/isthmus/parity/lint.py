@@ -1,8 +1,8 @@
 """Lint: the numbers around the weights, where they are written and where they arrived.
 
 `lint_config` holds config.json against the architecture of the manifest, against the tensors that are stored, and
-against what is known of the target chip; it reads no weight. `lint_model` reads the hyper-parameters back from a model
-as it was built.
+against what is known of the target chip; of the tensors it reads scales, offsets and routing biases. `lint_model` reads
+the hyper-parameters back from a model as it was built.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import architecture_of, read_config
 from isthmus.formats.files.published import StoredTensors
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD, ROUTER_BIAS, announced_dtype
+from isthmus.formats.parts.values import value_problems
 from isthmus.model.attention import LatentAttention, RotaryTable
 from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequencies, softmax_scale
 from isthmus.model.dense import GroupedQueryAttention
@@ -68,6 +69,7 @@ def lint_config(bundle_folder: Path, architecture: ModelSection | None = None, c
     announced = Announced(config)
     with StoredTensors(bundle_folder) as stored:
         problems, names = [*_stored(config, found, announced, stored)], stored.names
+        problems += [(module_of(name), f"{name} {words}") for name, words in value_problems(names, stored.read)]
     checks += _listed(STORED, problems, "dtypes, shapes and what is quantised are as announced")
     if chip is not None:
         checks += _target(config, found, names, chip)

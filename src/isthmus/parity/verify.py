@@ -28,6 +28,7 @@ from isthmus.parity.lint import lint_config, lint_model
 from isthmus.parity.loaded import Loaded
 from isthmus.parity.manifest import add_file, check_manifest
 from isthmus.parity.replay import LIMIT, Measure, Replay, Replayer
+from isthmus.parity.sanity import check_sanity
 from isthmus.parity.seal import VERDICT
 from isthmus.parity.target import DTYPES, stream_target, stream_twin
 from isthmus.parity.tokens import (
@@ -108,7 +109,8 @@ def verify_bundle(
         if any(map(refuses, checks)):
             return judged(checks)
         golden = GoldenSet(folder)
-        checks.insert(0, check_format_cost(golden, limits))
+        vocabulary = bundle.architecture.vocab_size
+        checks[:0] = [check_sanity(golden, vocabulary, limits.confidence), check_format_cost(golden, limits)]
         found, ledger = _ask(bundle, golden, build, target, limits, tell)
     return judged(checks + found, ledger=ledger)
 

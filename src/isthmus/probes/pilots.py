@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import Chip, get_chip
-from isthmus.chips.rehearse import Profile
+from isthmus.chips.rehearse import Profile, can_rehearse, profile_of
 from isthmus.engines import Engine, EngineError, Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
@@ -24,6 +24,7 @@ from isthmus.formats.updates.wire import pack as pack_wire
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
 from isthmus.probes.judge.thresholds import METRICS, apply_thresholds, load_thresholds
+from isthmus.probes.static.weights import Placed, placed
 from isthmus.probes.workload import Workload
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Outcome
@@ -89,10 +90,8 @@ def hold_against_thresholds(found: Findings, sizes: dict[str, float]) -> None:
 def training(found: Findings, work: Workload) -> None:
     """A few real steps of supervised training, after one to warm up, and what a token costs the learner of RL."""
     steps = found.recipe.qualify.pilot_steps
-    losses = [work.sft_step(0, work.batch(0))]
-    seconds = time_each(
-        lambda: losses.append(work.sft_step(len(losses), work.batch(len(losses)))), work.device, steps, warm_up=0
-    )
+    losses = [work.pilot_step(0)]
+    seconds = time_each(lambda: losses.append(work.pilot_step(len(losses))), work.device, steps, warm_up=0)
     step = found.setting.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
     prompts, completions = work.lengths()
     examples = f"{len(prompts)} worked examples of this recipe"
@@ -104,10 +103,24 @@ def training(found: Findings, work: Workload) -> None:
         ),
         "longest_completion_tokens": found.setting.measured(max(completions), "tokens", f"longest of {examples}"),
     }
-    outcome: Outcome = "pass" if all(map(math.isfinite, losses)) else "fail"
-    detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    outcome, words = _finite_steps(work, losses)
+    detail = f"{len(losses)} steps of this model on this recipe's data: loss {losses[0]:.3f} to {losses[-1]:.3f}{words}"
     found.add("pilot of training", "software", "training", outcome, detail, len(losses), {"sft_step_s": step})
     _pace_of_learning(found, work)
+
+
+def _finite_steps(work: Workload, losses: list[float]) -> tuple[Outcome, str]:
+    """Whether every step gave a number; what this machine's CPU cannot do better is the recipe's own."""
+    if all(map(math.isfinite, losses)):
+        return "pass", ""
+    broken = next(step for step, loss in enumerate(losses) if not math.isfinite(loss))
+    what = f"; a loss or a gradient is not finite at step {broken}"
+    if work.device.type != "cpu":
+        trusted = Workload(work.run, torch.device("cpu"))
+        if all(math.isfinite(trusted.pilot_step(step)) for step in range(broken + 1)):
+            return "fail", f"{what}, and this machine's CPU has numbers there"
+    own = f"{what}, the recipe's own, since this machine's CPU has none there either"
+    return ("pass", own) if broken else ("unknown", f"{own}; so nothing is known of its training: change the recipe")
 
 
 def _pace_of_learning(found: Findings, work: Workload) -> None:
@@ -155,12 +168,19 @@ def generation(found: Findings, work: Workload, rules: AbstractContextManager[ob
 
 
 def weight_formats(found: Findings, profile: Profile | None) -> None:
-    """Whether the chip computes in the formats in which the recipe would place weights on it."""
+    """Whether the chip computes in the formats in which the recipe would place weights on it.
+
+    What its tables say of dtypes holds for a chip that is here, too; which operators its software has, `profile` says.
+    """
     chip = get_chip(found.pool.chip)
+    tables = profile_of(chip.slug) if can_rehearse(chip.slug) else None
     for name in placed_formats(found):
         operators = profile.formats.get(name, ()) if profile else ()
         lacking = [operator for operator in operators if profile and profile.status(operator) != "native"]
-        if chip.formats is None:
+        rules = placed(name, found.recipe.model, tables) if tables else Placed((), ())
+        if rules.refusals:
+            outcome, detail = "fail", f"{chip.name} does not compute in {name}: {'; '.join(rules.refusals)}"
+        elif chip.formats is None:
             outcome, detail = "unknown", f"whether {chip.name} computes in {name} is not known"
         elif name not in chip.formats or lacking:
             outcome = "fail"
@@ -168,6 +188,7 @@ def weight_formats(found: Findings, profile: Profile | None) -> None:
         else:
             outcome = "pass"
             detail = f"computed by {', '.join(operators)}" if operators else chip.capabilities.source
+        detail = "; but ".join([detail, *rules.cautions])
         found.add(f"weights in {name}", "software", "serving", outcome, detail)
 
 

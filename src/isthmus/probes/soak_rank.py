@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from isthmus.data.corpus import run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
-from isthmus.errors import DamagedFile
+from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.launch.crew_rank import Rank
 from isthmus.model.digest import tensor_sha256
@@ -101,15 +101,18 @@ def soak(
     least_rounds: int = 2,
     save_every: int = 1,
     planted: Sequence[str] = (),
+    horizon: int | None = None,
 ) -> dict[str, Any]:
     """Train in rounds of `round_steps` steps for about `seconds`, at least `least_rounds` rounds.
 
     After the steps of a round one is computed twice, known answers are computed, the pace is taken, and every
     `save_every` rounds the state is saved under `folder`, read back from the disk and verified. `run` is the run's
-    folder, `pool` the pool's name in its recipe, `planted` the faults of its ranks, for a case. Returns `Seen`.
+    folder, `pool` the pool's name in its recipe, `planted` the faults of its ranks, for a case. After every `horizon`
+    steps, if that is given, training starts anew: a recipe whose own numbers do not last is soaked for as long as any.
+    Returns `Seen`.
     """
     began = time.monotonic()
-    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder), planted)
+    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder), planted, horizon)
     step, rounds = 0, 0
     started = time.monotonic()
     go_on = True
@@ -135,11 +138,26 @@ def soak(
     return vars(work.seen)
 
 
+def steps_again(rank: Rank, run: str, pool: str, folder: str, steps: int, horizon: int | None = None) -> dict[str, Any]:
+    """The first steps of a soak and nothing else, for a chip that is trusted. Returns `Seen`."""
+    work = _Work(rank, RunFolder.open(Path(run)), pool, Path(folder), (), horizon)
+    with training.deterministic(rank.device):
+        for step in range(steps):
+            work.step(step)
+            if work.seen.stopped is not None:
+                break
+    work.close()
+    return vars(work.seen)
+
+
 class _Work:
     """The model, its data and its optimiser on one rank, and what was seen."""
 
-    def __init__(self, rank: Rank, run: RunFolder, pool: str, folder: Path, planted: Sequence[str]):
+    def __init__(
+        self, rank: Rank, run: RunFolder, pool: str, folder: Path, planted: Sequence[str], horizon: int | None
+    ):
         self.rank, self.run, self.recipe, self.pool, self.planted = rank, run, run.recipe, pool, planted
+        self.horizon = horizon
         self.seen = Seen()
         rank.beat("building the model")
         grouped = rank.world > 1
@@ -153,20 +171,31 @@ class _Work:
         self.tokenizer = run_tokenizer(run, self.task)
         with ThreadPoolExecutor(max_workers=1) as host:
             self.model = host.submit(_model, self.recipe, self.ranks, self.section).result()
-        sft = self.recipe.sft
-        self.optimizer = Optimizer(self.model, sft.optimizer, sft.steps, self.ranks, self.section.replicate)
+        self.optimizer = self._optimizer()
         self.folder = folder
         self.writer = CheckpointWriter(folder, 1, storage)
         self.watch = LocalWatch(self.model)
 
+    def _optimizer(self) -> Optimizer:
+        sft = self.recipe.sft
+        return Optimizer(self.model, sft.optimizer, sft.steps, self.ranks, self.section.replicate)
+
+    def _at(self, step: int) -> int:
+        """The step of training that a step of the soak is."""
+        return step % self.horizon if self.horizon else step
+
     def batch(self, step: int) -> Batch:
-        """This rank's rows of a step's worked examples."""
+        """This rank's rows of the worked examples of a step of training."""
         whole = pack(sft_documents(self.run, self.task, self.tokenizer, step), None, multiple_of=self.ranks.world)
         return whole.select(range(self.ranks.rank, len(whole.tokens), self.ranks.world))
 
     def step(self, step: int) -> None:
         """One step of supervised training, as `train_step`, which it leaves out if a number is not finite."""
-        batch = self.batch(step)
+        at = self._at(step)
+        if step and not at:
+            initialise(self.model, self.recipe.seed)
+            self.optimizer = self._optimizer()
+        batch = self.batch(at)
         self.rank.beat("soak step", step)
         began, cpu = time.perf_counter(), time.process_time()
         self.watch.begin(hashing=False)
@@ -177,7 +206,10 @@ class _Work:
         if self._somewhere(not (math.isfinite(losses.loss) and self._gradients_are_finite())):
             self.seen.stopped, self.seen.bad_here = step, not self.watch.is_finite
             return
-        norm = self.optimizer.step(step)
+        norm = self._update(at)
+        if norm is None:
+            self.seen.stopped = step
+            return
         update_router_bias(self.model.routers(), losses.loads, self.recipe.sft.bias_update_speed)
         self._finish()
         self.seen.norms.append(norm)
@@ -188,9 +220,16 @@ class _Work:
         if self.rank.device.type != "cpu":
             self.seen.on_device.append(torch.accelerator.memory_allocated(self.rank.device))
 
+    def _update(self, at: int) -> float | None:
+        """The norm of all gradients, after an update; None if their squares do not fit into a number."""
+        try:
+            return self.optimizer.step(at)
+        except IsthmusError:  # that the norm is not finite, which is the same on every rank
+            return None
+
     def twice(self, step: int) -> None:
         """The losses and gradients of a step, computed twice from the same parameters, bit for bit."""
-        batch = self.batch(step)
+        batch = self.batch(self._at(step))
         found = []
         for _ in range(2):
             self.rank.beat("the same step again", step)

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from isthmus.chips import stability_rule
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.data.corpus import run_tokenizer
 from isthmus.data.tasks import load_task
+from isthmus.errors import IsthmusError
 from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew
@@ -28,6 +30,7 @@ from isthmus.probes.judge.failure_rate import figures_of_soak
 from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.judge.soak_judgement import Problem, Trend, problems_of, trends_of
 from isthmus.probes.portable import training
+from isthmus.probes.recipes_own import owners_of, raised_by_recipe, stopped_by_recipe
 from isthmus.records import Evidence, Use
 from isthmus.run import Figure, RunFolder
 
@@ -171,7 +174,9 @@ def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list
 def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
     """Real steps of this run's training for as long as the recipe says, with known answers, repeats and verified saves.
 
-    A trend that seems to matter is looked at again, for twice as long.
+    A trend that seems to matter is looked at again, for twice as long. Steps that look wrong and that a trusted chip
+    repeats are the recipe's own: a recipe whose numbers end there is soaked with the steps before, over and over.
+    Raises IsthmusError for a recipe whose examples the model cannot take.
     """
     seconds = setting.recipe.qualify.soak_s
     run = RunFolder.open(setting.root)
@@ -179,23 +184,79 @@ def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
     ready = crew.call(READY, deadline_s=READY_S)
     if not ready.ok:
         return [_broken("soak", ready, "training", None)]
-    called = _soak(crew, setting, seconds, round_steps)
-    hours = _chip_hours(setting, called)
+    look = partial(_look, crew, setting, round_steps)
+    first = look(seconds)
+    if first.broken is not None:
+        return [_broken_soak(setting, first.broken, first.hours)]
+    if first.stopped == 0 and not first.problems:
+        return [_not_soaked(setting, first)]
+    if first.stopped is not None and not first.problems:
+        first = look(seconds, horizon=first.stopped, before=first)
+        if first.broken is not None:
+            return [_broken_soak(setting, first.broken, first.hours)]
+    if first.problems or first.doubts or not any(trend.matters for found in first.trends.values() for trend in found):
+        return [_soak_finding(crew, setting, first)]
+    second = look(2.0 * seconds, horizon=first.horizon, before=first)
+    if second.broken is not None:
+        return [_broken_soak(setting, second.broken, second.hours)]
+    second.problems += _confirmed(first.trends, second.trends)
+    return [_soak_finding(crew, setting, second)]
+
+
+@dataclass
+class _Look:
+    """One soak: what the ranks saw, whose the problems are, the trends, and the chip-hours with those before.
+
+    `broken` is a call that not all ranks ended. `stopped` is the step at which the recipe's own numbers end, `horizon`
+    the steps after which training was started anew. `own` says what the recipe does by itself, on any chip.
+    """
+
+    hours: float
+    broken: Called | None = None
+    seen: Sequence[dict[str, Any]] = ()
+    problems: list[Problem] = field(default_factory=list)
+    doubts: list[Problem] = field(default_factory=list)
+    trends: dict[str, list[Trend]] = field(default_factory=dict)
+    stopped: int | None = None
+    horizon: int | None = None
+    own: list[str] = field(default_factory=list)
+
+
+def _look(
+    crew: Crew,
+    setting: Setting,
+    round_steps: int,
+    seconds: float,
+    horizon: int | None = None,
+    before: _Look | None = None,
+) -> _Look:
+    called = _soak(crew, setting, seconds, round_steps, horizon)
+    hours = _chip_hours(setting, called) + (before.hours if before else 0.0)
     if not called.ok:
-        return [_broken_soak(setting, called, hours)]
+        if (words := raised_by_recipe(called)) is not None:
+            raise IsthmusError(words)
+        return _Look(hours, called)
     seen = called.values
-    problems, trends = problems_of(seen), _trends(crew.device, seen)
-    if not problems and any(trend.matters for found in trends.values() for trend in found):
-        again = _soak(crew, setting, 2.0 * seconds, round_steps)
-        hours += _chip_hours(setting, again)
-        if not again.ok:
-            return [_broken_soak(setting, again, hours)]
-        problems = problems_of(again.values) + _confirmed(trends, _trends(crew.device, again.values))
-        seen, trends = again.values, _trends(crew.device, again.values)
-    return [_soak_finding(crew, setting, seen, hours, problems, trends)]
+    owners = owners_of(crew, setting, seen, problems_of(seen), deadline_s=4.0 * seconds + DEADLINE_S, horizon=horizon)
+    return _Look(
+        hours=hours,
+        seen=seen,
+        problems=owners.problems,
+        doubts=owners.open,
+        trends=_trends(crew.device, seen),
+        stopped=stopped_by_recipe(owners, seen),
+        horizon=horizon,
+        own=list(dict.fromkeys([*(before.own if before else ()), *filter(None, [str(owners)])])),
+    )
 
 
-def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Called:
+def _not_soaked(setting: Setting, look: _Look) -> Evidence:
+    """A recipe whose own first step is not finite soaks no pool."""
+    detail = f"{' '.join(look.own)} So nothing could be soaked: change the recipe"
+    return _finding("soak", "unknown", detail, 0, _rates(setting, look.hours, 0, None), needed_for="training")
+
+
+def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int, horizon: int | None) -> Called:
     folder = setting.folder / "soak"
     arguments = {
         "run": str(setting.root),
@@ -204,6 +265,7 @@ def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int) -> Cal
         "seconds": seconds,
         "round_steps": round_steps,
         "planted": [str(fault) for fault in crew.faults],
+        "horizon": horizon,
     }
     storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
     patience = setting.stall_s + storage_s
@@ -264,34 +326,35 @@ def _confirmed(first: dict[str, list[Trend]], second: dict[str, list[Trend]]) ->
     return found
 
 
-def _soak_finding(
-    crew: Crew,
-    setting: Setting,
-    seen: Sequence[dict[str, Any]],
-    hours: float,
-    problems: Sequence[Problem],
-    trends: dict[str, list[Trend]],
-) -> Evidence:
-    first, confidence = seen[0], setting.recipe.qualify.confidence
+def _soak_finding(crew: Crew, setting: Setting, look: _Look) -> Evidence:
+    seen, confidence = look.seen, setting.recipe.qualify.confidence
+    first = seen[0]
     steps, saves = len(first["losses"]), first["saves_s"]
     save_s = setting.measured(statistics.median(saves), "s", f"median of {len(saves)} saves") if saves else None
-    figures = _rates(setting, hours, int(bool(problems)), save_s)
-    figures |= _slopes(setting, trends)
+    figures = _rates(setting, look.hours, int(bool(look.problems)), save_s)
+    figures |= _slopes(setting, look.trends)
     if save_s is not None:
         figures["save_s"] = save_s
-    if problems:
-        detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in problems)
-        ranks = sorted({rank for problem in problems for rank in problem.ranks})
+    wrong = look.problems or look.doubts
+    detail = f"in {steps} real steps: " + "; ".join(problem.what for problem in wrong)
+    detail += f". {' '.join(look.own)}" if look.own else ""
+    if look.problems:
+        ranks = sorted({rank for problem in look.problems for rank in problem.ranks})
         kept = next((one["kept"] for one in seen if one["kept"]), None)
         return _failing("soak", "training", detail, ranks, crew.world, kept, steps, figures, confidence)
+    if look.doubts:
+        return _finding("soak", "unknown", detail, steps, figures, confidence=confidence, needed_for="training")
     step_bound = zero_failure_bound(steps * crew.world, confidence)
-    detail = (
-        f"{steps} real steps on {crew.world} ranks {first['layout']}, "
+    laps = f", from the start again after every {look.horizon}" if look.horizon else ""
+    parts = [
+        f"{steps} real steps on {crew.world} ranks {first['layout']}{laps}, "
         f"{first['repeats']} of them computed twice with equal bits, "
         f"{sum(one['known'] for one in seen)} known answers, {len(saves)} saves read back and equal; loss "
-        f"{first['losses'][0]:.3f} to {first['losses'][-1]:.3f}. {_power(setting, figures, step_bound, trends)}"
-    )
-    return _finding("soak", "pass", detail, steps, figures, confidence=confidence, needed_for="training")
+        f"{first['losses'][0]:.3f} to {first['losses'][-1]:.3f}.",
+        *look.own,
+        _power(setting, figures, step_bound, look.trends),
+    ]
+    return _finding("soak", "pass", " ".join(parts), steps, figures, confidence=confidence, needed_for="training")
 
 
 def _power(setting: Setting, figures: dict[str, Figure], step_bound: float, trends: dict[str, list[Trend]]) -> str:

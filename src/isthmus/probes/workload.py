@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.engines.local.core.runner import Trial
+from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import Batch, pack
@@ -24,8 +26,12 @@ class Workload:
         self.run, self.recipe, self.device = run, run.recipe, device
         self.task = load_task(run.recipe)
         self.tokenizer = run_tokenizer(run, self.task)
-        self.model = Model(run.recipe.model).initialise(run.recipe.seed).to(device)
-        self.optimizer = Optimizer(self.model, run.recipe.sft.optimizer, run.recipe.sft.steps)
+        self.start()
+
+    def start(self) -> None:
+        """The model and its optimiser as training begins."""
+        self.model = Model(self.recipe.model).initialise(self.recipe.seed).to(self.device)
+        self.optimizer = Optimizer(self.model, self.recipe.sft.optimizer, self.recipe.sft.steps)
 
     def batch(self, step: int) -> Batch:
         documents = sft_documents(self.run, self.task, self.tokenizer, step)
@@ -45,6 +51,18 @@ class Workload:
         """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
         losses, _ = train_step(self.model, self.optimizer, batch, self.recipe.sft, step)
         return losses.loss
+
+    def pilot_step(self, step: int) -> float:
+        """One step of supervised fine-tuning on its own data. Returns the loss; NaN, and a fresh start for the next
+        step, where a loss or a gradient is not finite."""
+        batch = self.batch(step)
+        try:
+            loss = self.sft_step(step, batch)
+        except IsthmusError:  # which the optimiser raises for a norm that is not finite
+            loss = math.nan
+        if not math.isfinite(loss):
+            self.start()
+        return loss
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """The gradients of one batch, without an update."""

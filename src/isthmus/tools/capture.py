@@ -13,10 +13,11 @@ from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats.files.basis import read_conversion
 from isthmus.formats.files.bundle import CONFIG, open_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
-from isthmus.parity.capture import SYNTHETIC, CaptureOptions, GoldenList, capture, synthetic_prompts
+from isthmus.parity.capture import SYNTHETIC, CaptureOptions, GoldenList, GoldenSet, capture, synthetic_prompts
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.gate import refusal, refuses
 from isthmus.parity.manifest import write_manifest
+from isthmus.parity.sanity import check_sanity
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
@@ -25,7 +26,8 @@ from isthmus.records import Check
 def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, max_mb: int, watch: Watch) -> GoldenList:
     """Check that every weight of `source` is in the bundle, and write its golden inputs and its manifest.
 
-    Raises GateRefused if a weight is not, IsthmusError if there are no prompts or the source does not fit.
+    Raises GateRefused if a weight is not, or if the source makes no sense of the prompts, IsthmusError if there are no
+    prompts or the source does not fit.
     """
     with open_bundle(folder) as bundle, source_weights(source, bundle.architecture) as weights:
         watch.say(f"  {len(weights)} tensors of {source}, {len(bundle.tensors)} of {folder} in {bundle.format}")
@@ -49,6 +51,10 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
         watch.say(f"  {listed.bound}")
     if listed.cost is not None:
         watch.say(f"  {bundle.format} costs {listed.cost.kl:.3g} nats per token to the trained model; {listed.cost}")
+    sane = check_sanity(GoldenSet(folder), bundle.architecture.vocab_size)
+    if refuses(sane):
+        raise GateRefused(refusal(f"{source} is not what a trained model is; {folder} would not be sealed:", [sane]))
+    watch.say(f"  {sane.name}: {sane.detail}")
     if not synthetic:
         watch.say(f"  [yellow]the prompts of {origin} are in the bundle, and who has it can read them[/]")
     watch.say(f"  next, on the machine of the target: isthmus verify {folder}")

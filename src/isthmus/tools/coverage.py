@@ -33,11 +33,13 @@ from isthmus.probes.static.check import (
     needs_of,
     percent,
     rule_text,
+    serves_int8,
     sites_of,
     static_coverage,
 )
 from isthmus.probes.static.sites import Site
 from isthmus.probes.static.trace import Layout
+from isthmus.probes.static.weights import StoredWeights, stored_weights
 from isthmus.progress import Watch
 from isthmus.recipe.read import apply_override, load_recipe, parse_recipe, preset_names
 from isthmus.recipe.schema import Recipe
@@ -56,6 +58,8 @@ USES: tuple[Use, ...] = ("training", "serving")
 class CoverageReport:
     """What `isthmus coverage` found. `rules` are the documented shape rules that are about an operation of the model:
     which, and whether it keeps to the rule. `software` is what a wheel or an installation added to the chip's tables.
+    `weights` are those of a checkpoint that is quantised, as they are stored; the operators are those of its
+    dequantised weights.
     """
 
     model: str
@@ -65,6 +69,7 @@ class CoverageReport:
     needs: list[NeedFound]
     rules: list[HeldRule]
     software: Software
+    weights: StoredWeights | None = None
 
     @property
     def trains(self) -> bool:
@@ -94,6 +99,9 @@ class CoverageReport:
     def _reasons(self, use: Use) -> list[str]:
         """Why a use cannot run at all."""
         found = [reason for one in self.of(use) for reason in one.impossible]
+        stored = self.weights
+        if use == "serving" and stored is not None and stored.computed is False:
+            found.append(f"weights stored in {stored.form}: {stored.detail}; convert them first (isthmus convert)")
         return list(dict.fromkeys([*self.software.blocking, *found]))
 
 
@@ -132,16 +140,31 @@ def examine(recipe: Recipe, chip: Chip, software: Software, ranks: int) -> Cover
     layout = Layout.of(recipe.model, recipe.train, ranks)
     uses = static_coverage(recipe, chip, profile, layout)
     sites = {use: sites_of(uses, use) for use in USES}
-    held = [one for use in USES for one in held_rules(fused_tables_of(chip.slug).rules, sites[use], use)]
+    folder = recipe.model.from_
+    stored = stored_weights(folder, recipe.model, chip, profile) if folder is not None else None
+    int8 = stored.int8 if stored is not None else serves_int8(recipe)
+    needs = [need for use in USES for need in needs_of(sites[use], chip, profile, use, int8=int8)]
+    held = [
+        one
+        for use in USES
+        for one in held_rules(fused_tables_of(chip.slug).rules, sites[use], use)
+        if one.rule.operator in _offered(needs, use)
+    ]
     return CoverageReport(
         model=recipe.name,
         chip=chip,
         ranks=ranks,
         uses=uses,
-        needs=[need for use in USES for need in needs_of(sites[use], chip, profile, use)],
+        needs=needs,
         rules=_once_each(held),
         software=software,
+        weights=stored,
     )
+
+
+def _offered(needs: list[NeedFound], use: Use) -> set[str]:
+    """The fused operators that are there for a need of the model in a use: rules of others are not about it."""
+    return {one.operator for need in needs if need.use == use for one in (*need.usable, *need.unusable)}
 
 
 def _once_each(held: list[HeldRule]) -> list[HeldRule]:
@@ -184,7 +207,8 @@ def _recipe_around(
         "pools": {"target": {"chip": chip, "count": ranks or 1, "rehearsed": True}},
         "place": {stage: ["target"] for stage in ("train", "rollout", "serve")},
         "sft": {"steps": 1, "optimizer": optimizer},
-        "rl": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+        "rl": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}, "rollout_format": "bf16"},
+        "handoff": {"format": "bf16"},
     }
     for override in overrides:
         apply_override(tree, override)
@@ -207,6 +231,9 @@ def render(report: CoverageReport) -> RenderableType:
     """A table per use, the fused operators, the broken shape rules, and a verdict for training and for serving."""
     heading = f"{report.model} on {report.chip.name}: what its software makes of it (a rehearsal, not a measurement)"
     parts: list[RenderableType] = [Text(heading, style="bold")]
+    if report.weights is not None:
+        said = Text(f"\nweights as stored: {report.weights.said}", style="italic")
+        parts += [said, _indented(_of_weights(report.weights))]
     for found in report.uses:
         parts += [Text(f"\n{found.use}: {found.what}", style="italic"), OperatorTable(found), *_notes(found)]
     parts += [Text(), *_fused(report), *_rules(report)]
@@ -217,6 +244,17 @@ def render(report: CoverageReport) -> RenderableType:
         parts.append(Text(f"{use}: {report.answer(use)}", style="bold"))
         parts += [_indented(f"{one.what}: {one.headline()}") for one in report.of(use)]
     return Group(*parts)
+
+
+def _of_weights(stored: StoredWeights) -> str:
+    """What the chip makes of weights as they are stored, and what the tables below are about."""
+    computes = {
+        True: "the chip computes in it",
+        False: "the chip does not compute in it",
+        None: "whether the chip computes in it is not known",
+    }
+    below = "The operators below are those of its dequantised weights, with which training begins."
+    return f"{computes[stored.computed]}: {stored.detail}. {below}"
 
 
 @dataclass(frozen=True)
@@ -284,7 +322,7 @@ def _names(rows: list[OperatorShare]) -> str:
 
 
 def _remarks(row: OperatorShare) -> list[str]:
-    remarks = [f"{dtype} is refused" for dtype in row.refused]
+    remarks = [f"{dtype} is refused" for dtype in row.refused] + list(row.weak)
     remarks += ["not deterministic by default"] if row.unrepeatable else []
     return [*remarks, *(caution.replace("_", " ") for caution in row.cautions)]
 
@@ -351,6 +389,7 @@ def as_dictionary(report: CoverageReport) -> dict[str, Any]:
         "ranks": report.ranks,
         "uses": [_use(found) for found in report.uses],
         "needs": [dataclasses.asdict(need) for need in report.needs],
+        "weights": None if report.weights is None else dataclasses.asdict(report.weights),
         "rules": [
             {
                 **dataclasses.asdict(one.rule),

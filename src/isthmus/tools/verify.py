@@ -20,12 +20,13 @@ from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.started import started
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import SEAL, Bundle, read_bundle
+from isthmus.formats.files.bundle import SEAL, Bundle, architecture_of, read_bundle, read_config
 from isthmus.formats.files.sliced import SLICE, read_slice, weights_id
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
 from isthmus.parity.gate import check_summary, declared, judge, refusal, refuses, unmeasured
 from isthmus.parity.manifest import check_manifest
+from isthmus.parity.sanity import check_sanity
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
 from isthmus.parity.served import check_served
 from isthmus.parity.target import ANNOUNCED, DTYPES
@@ -159,7 +160,9 @@ def verify_engine(
         )
     chosen = slices_of(folder, slices) if slices else []
     total, where = 1 + len(chosen) + bool(float_bundle), ""
-    checks = [check_format_cost(GoldenSet(folder), limits), *check_manifest(folder)]
+    golden, vocabulary = GoldenSet(folder), architecture_of(folder, read_config(folder)).vocab_size
+    checks = [check_sanity(golden, vocabulary, limits.confidence), check_format_cost(golden, limits)]
+    checks += check_manifest(folder)
     with at.serving(folder) as engine:
         found, where = _whole(folder, engine, at, limits)
     checks += [BEHIND_A_URL if not chosen else SLICES_ALONE, *found]

@@ -114,11 +114,13 @@ def load_published(model: Model, folder: Path) -> list[str]:
 
     Returns in words what the folder holds beyond the model, such as an MTP layer that the recipe does without: the
     caller tells the user. Raises IsthmusError naming missing, extra, mis-shaped or quantised tensors, and DamagedFile
-    naming a file that is missing or not whole; the model is untouched then.
+    naming a file that is missing or not whole, or a tensor with a number that is not finite; the model is untouched
+    then.
     """
     with StoredTensors(folder) as stored:
         checkpoint = Checkpoint(stored, model.architecture)
         receive = Receiver(model)
+        checkpoint.check_values(receive.wants)
         for name, tensor in checkpoint.tensors(receive.wants):
             receive(name, tensor)
         return checkpoint.left_out

@@ -116,10 +116,13 @@ class Rehearsal(OperatorWatch):
 
     def _check_dtype(self, operator: str, dtype: str) -> None:
         rule = self.profile.dtypes.get(dtype)
-        if rule is None or rule.action == "caution":
+        if rule is None:
             return
-        if rule.action == "substitute" and self.emulate and self.emulate.substitute:
+        replaced = rule.action == "substitute" and self.emulate is not None and self.emulate.substitute
+        if replaced:
             self._note_untested(operator, dtype)
+        if replaced or not (rule.action == "substitute" or rule.refuses(operator)):
+            self.tally.cautions[f"{operator} with {dtype}: {rule.behaviour}"] += 1
             return
         raise RehearsalRefused(
             f"{operator} with {dtype} is refused on {self.profile.chip}: {rule.behaviour} "

@@ -59,7 +59,8 @@ DtypeAction = Literal["refuse", "substitute", "caution"]
 class DtypeRule:
     """A dtype that the chip refuses, replaces silently by another (`stands_in`), or with which it is weak.
 
-    `warning` is what the vendor's software prints, once, when it replaces one.
+    `refused_in` are operators that refuse one with which it is weak elsewhere. `warning` is what the vendor's software
+    prints, once, when it replaces one.
     """
 
     dtype: str
@@ -69,6 +70,11 @@ class DtypeRule:
     source: str
     stands_in: str | None = None
     warning: str = ""
+    refused_in: tuple[str, ...] = ()
+
+    def refuses(self, operator: str) -> bool:
+        """Whether this operator does not take the dtype."""
+        return self.action == "refuse" or operator in self.refused_in
 
 
 @dataclass(frozen=True)
@@ -356,6 +362,7 @@ def _dtype_rule(row: dict[str, str]) -> DtypeRule:
         source=row["source"],
         stands_in=row["stands_in"] or None,
         warning=row["warning"],
+        refused_in=tuple(name for name in row["refused_in"].split("|") if name),
     )
 
 

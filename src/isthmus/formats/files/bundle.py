@@ -34,6 +34,7 @@ from isthmus.formats.files.stream import TensorWriter, described, shown
 from isthmus.formats.parts.names import mtp_copies
 from isthmus.formats.parts.pieces import Adapt, streamed
 from isthmus.formats.parts.ranges import Calibration
+from isthmus.formats.parts.values import value_problems
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
@@ -320,6 +321,16 @@ def _compare_with_layout(folder: Path, chosen: Format, architecture: ModelSectio
             problems.append(f"{name} is {described(*found[name])} and should be {described(*expected[name])}")
     if problems:
         raise DamagedFile(f"{_misfit(folder, chosen)}: {shown(sorted(problems))}")
+
+
+def check_values(bundle: Bundle) -> None:
+    """Raise DamagedFile if a scale, an offset or a routing bias has a value that no layout allows.
+
+    For whoever serves a bundle that no gate has looked at: the gate finds it by itself, with the module.
+    """
+    problems = [f"{name} {problem}" for name, problem in value_problems(bundle.tensors, bundle.tensors.__getitem__)]
+    if problems:
+        raise DamagedFile(f"{bundle.folder} holds values that nothing here writes: {shown(problems)}")
 
 
 def _misfit(folder: Path, chosen: Format) -> str:

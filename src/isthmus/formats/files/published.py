@@ -1,7 +1,11 @@
 """Weights in Hugging Face layout: one safetensors file, or several and an index, read tensor by tensor.
 
-DeepSeek's fp8 checkpoints are read too: `X.weight` in float8_e4m3fn, and `X.weight_scale_inv` with one fp32 factor per
-block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.py`).
+DeepSeek's fp8 checkpoints are read too: `X.weight` in float8_e4m3fn, and `X.weight_scale_inv` with one factor per
+block of 128x128 (github.com/deepseek-ai/DeepSeek-V3, `inference/fp8_cast_bf16.py`), in a float type or in E8M0. Where
+config.json says `scale_fmt = "ue8m0"` (DeepSeek-V3.1) they are powers of two, and bytes are E8M0 as well.
+
+A checkpoint that holds a number which is not finite, or a scale that is none, is damaged before anything is made of it,
+and the error names the tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +25,16 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.files.stream import INDEX, KINDS, WEIGHTS, TensorWriter, shown
-from isthmus.formats.parts.assemble import EMBEDDING, HEAD, unfilled
+from isthmus.formats.parts.assemble import EMBEDDING, HEAD, ROUTER_BIAS, unfilled
 from isthmus.formats.parts.names import SCALE, dequantise_blocks, mtp_copies
+from isthmus.formats.parts.values import (
+    FLOAT_KINDS,
+    UE8M0,
+    block_scale_kinds,
+    scale_numbers,
+    scale_problem,
+    weight_problem,
+)
 from isthmus.recipe.architecture import DeepseekSection, ModelSection, text_config
 
 CONFIG = "config.json"
@@ -218,42 +230,53 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         config = _read_config(self.stored.folder)
-        self._block, self._nested = _fp8_block(self.stored.folder, config), text_config(config) is not config
+        self._fp8, self._nested = _fp8(self.stored.folder, config), text_config(config) is not config
+        self._sound: set[str] = set()
         self._used = self._select()
         self._check()
 
     def tensors(self, wants: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         """The tensors that `wants` names under their published names, one at a time, fp8 dequantised to fp32.
 
-        Raises DamagedFile if a copy of a shared tensor differs from it.
+        Raises DamagedFile if a copy of a shared tensor differs from it, or naming a tensor of which a value is wrong.
         """
-        self._compare_copies()
+        self._check_small()
         for name in self._names():
             if wants(name):
                 yield name, self._float(name)
 
+    def check_values(self, wants: Callable[[str], bool] = lambda name: True) -> None:
+        """Read the tensors that `wants` names, for their values alone; they are not looked at again after it.
+
+        Raises DamagedFile as `tensors` does.
+        """
+        self._check_small()
+        for name in filter(wants, self._names()):
+            self._float(name)
+
     def state(self) -> Mapping[str, Tensor]:
         """The same tensors as a mapping, in the order of the files, that reads each whenever it is asked for it.
 
-        Raises DamagedFile if a copy of a shared tensor differs from it.
+        Raises DamagedFile as `tensors` does, of a weight when it is read.
         """
-        self._compare_copies()
+        self._check_small()
         return _CheckpointState(self)
 
     @property
     def block(self) -> tuple[int, int] | None:
         """Rows and columns of a block of fp8 weights; None if the weights are float."""
-        return self._block
+        return self._fp8.block if self._fp8 else None
 
     def scales(self) -> Iterator[tuple[str, Tensor]]:
-        """The scales of the fp8 weights by the weight's name, one at a time."""
+        """The scales of the fp8 weights in fp32 by the weight's name, one at a time."""
         for name in self._used:
             if name.endswith(SCALE):
-                yield name.removesuffix(SCALE), self.stored.read(name)
+                yield name.removesuffix(SCALE), scale_numbers(self.stored.read(name))
 
     def blocks(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A weight in fp8 as it is stored: e4m3 [M, K] and the scales of its blocks. None if it is float."""
-        return (self.stored.read(name), self.stored.read(f"{name}{SCALE}")) if f"{name}{SCALE}" in self.stored else None
+        """A weight in fp8: e4m3 [M, K] as it is stored, and the scales of its blocks in fp32. None if it is float."""
+        scale = f"{name}{SCALE}"
+        return (self.stored.read(name), scale_numbers(self.stored.read(scale))) if scale in self.stored else None
 
     def copies(self) -> dict[str, str]:
         """The stored names that are copies of another tensor, and of which: they are carried by that one."""
@@ -318,26 +341,66 @@ class Checkpoint:
         found, kind = self.stored.shape(name), self.stored.kind(name)
         if found != shape:
             return [f"{name} is {list(found)} and should be {list(shape)}"]
-        if kind == "F8_E4M3":
-            return [] if f"{name}{SCALE}" in self.stored else [f"{name} is fp8, and {name}{SCALE} is missing"]
-        return [] if kind in ("F64", "F32", "F16", "BF16") else [f"{name} is quantised ({kind}), which is not read"]
+        if kind in FLOAT_KINDS:
+            return []
+        if kind != "F8_E4M3":
+            return [f"{name} is quantised ({kind}), which is not read"]
+        if len(shape) != 2 or not name.endswith(".weight"):
+            return [f"{name} is fp8, and only matrices are stored in it"]
+        if f"{name}{SCALE}" not in self.stored:
+            return [f"{name} is fp8, and {name}{SCALE} is missing"]
+        if self._fp8 and (entry := self._fp8.left_in_float(name)) is not None:
+            return [f"{name} is fp8, and {CONFIG} says that {entry} is not converted"]
+        return []
 
     def _scale_problems(self, name: str) -> list[str]:
         weight = name.removesuffix(SCALE)
         if weight not in self.stored or self.stored.kind(weight) != "F8_E4M3":
             return [f"unexpected {name}"]
-        if self._block is None:
+        if self._fp8 is None:
             return [f"{weight} is fp8, and {CONFIG} has no quantization_config of fp8"]
-        blocks = [-(-size // block) for size, block in zip(self.stored.shape(weight), self._block, strict=False)]
+        kind, kinds = self.stored.kind(name), block_scale_kinds(self._fp8.scale_fmt)
+        if kind not in kinds:
+            hint = f'; bytes are E8M0 only where quantization_config has scale_fmt = "{UE8M0}"' if kind == "U8" else ""
+            return [f"{name} has the type {kind}, and scales are {', '.join(kinds)}{hint}"]
+        blocks = [-(-size // block) for size, block in zip(self.stored.shape(weight), self._fp8.block, strict=False)]
         found = list(self.stored.shape(name))
         return [] if found == blocks else [f"{name} is {found} and should be {blocks}"]
 
     def _float(self, name: str) -> Tensor:
         tensor = self.stored.read(name)
-        if self.stored.kind(name) != "F8_E4M3":
-            return tensor
-        assert self._block is not None, "checked when the checkpoint was opened"
-        return dequantise_blocks(tensor, self.stored.read(f"{name}{SCALE}"), self._block)
+        if self.stored.kind(name) == "F8_E4M3":
+            assert self._fp8 is not None, "checked when the checkpoint was opened"
+            tensor = dequantise_blocks(tensor, scale_numbers(self.stored.read(f"{name}{SCALE}")), self._fp8.block)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        """Once for each tensor."""
+        if name in self._sound:
+            return
+        if problem := weight_problem(tensor):
+            raise DamagedFile(self._damage(name, problem))
+        self._sound.add(name)
+
+    def _check_small(self) -> None:
+        """What is small: scales and routing biases, and the copies of shared tensors."""
+        powers = self._fp8 is not None and self._fp8.scale_fmt == UE8M0
+        for name in self._used:
+            problem = None
+            if name.endswith(SCALE):
+                problem = scale_problem(self.stored.read(name), powers_of_two=powers)
+            elif name.endswith(ROUTER_BIAS):
+                problem = weight_problem(self.stored.read(name))
+            if problem:
+                raise DamagedFile(self._damage(name, problem))
+        self._compare_copies()
+
+    def _damage(self, name: str, problem: str) -> str:
+        return (
+            f"{self.stored.folder}: {name} {problem}. The source itself has them, before anything was made of it: copy "
+            "this checkpoint again, or start from another one"
+        )
 
     def _compare_copies(self) -> None:
         for copy, original in self._copies.items():
@@ -358,7 +421,12 @@ class _CheckpointState(Mapping[str, Tensor]):
     def rows(self, name: str, rows: range) -> Tensor:
         """Rows of a tensor; of one in fp8, whose scales are of blocks, all are read."""
         stored = self._checkpoint.stored
-        return self[name][rows.start : rows.stop] if stored.kind(name) == "F8_E4M3" else stored.rows(name, rows)
+        if stored.kind(name) == "F8_E4M3":
+            return self[name][rows.start : rows.stop]
+        found = stored.rows(name, rows)
+        if problem := weight_problem(found):
+            raise DamagedFile(self._checkpoint._damage(name, f"from row {rows.start} on {problem}"))
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -380,16 +448,40 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} is not valid JSON: {error}") from None
 
 
-def _fp8_block(folder: Path, config: dict[str, Any]) -> tuple[int, int] | None:
-    """Block size of a checkpoint in DeepSeek's fp8; None if its weights are float. Raises IsthmusError for others."""
+@dataclass(frozen=True)
+class _Fp8:
+    """What a config.json says of fp8: the rows and columns of a block, the rule of its scales, and what stays float."""
+
+    block: tuple[int, int]
+    scale_fmt: str | None
+    unconverted: tuple[str, ...]
+
+    def left_in_float(self, name: str) -> str | None:
+        """The entry that says that the module of this weight is not converted."""
+        module = name.removesuffix(".weight")
+        return next((one for one in self.unconverted if module == one or module.startswith(f"{one}.")), None)
+
+
+def _fp8(folder: Path, config: dict[str, Any]) -> _Fp8 | None:
+    """What is announced of DeepSeek's fp8; None if weights are float. Raises IsthmusError for another quantisation."""
     path = folder / CONFIG
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
     if not quantization:
         return None
-    block = quantization.get("weight_block_size")
+    if not isinstance(quantization, dict):
+        raise DamagedFile(f"{path}: quantization_config is {type(quantization).__name__}, and should be an object")
+    block, element = quantization.get("weight_block_size"), quantization.get("fmt") or "e4m3"
     if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise IsthmusError(
             f"{path} announces quantisation {quantization.get('quant_method')!r} with weight_block_size {block!r}. "
             "What is read is float weights, or fp8 with a scale per block: use the unquantised checkpoint"
         )
-    return int(block[0]), int(block[1])
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in block):
+        raise DamagedFile(f"{path}: weight_block_size is {block!r}, and should be two numbers of rows and columns")
+    if element not in ("e4m3", "float8_e4m3fn"):
+        raise IsthmusError(f"{path}: fp8 weights are {element!r}, and e4m3 is read: use the unquantised checkpoint")
+    scale_fmt = quantization.get("scale_fmt")
+    if scale_fmt not in (None, UE8M0):
+        raise IsthmusError(f"{path}: scale_fmt is {scale_fmt!r}; what is read is {UE8M0!r}, or none for any number")
+    listed = quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or []
+    return _Fp8((block[0], block[1]), scale_fmt, tuple(_alone(str(one)) for one in listed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from isthmus.errors import IsthmusError
 from isthmus.formats import Layout
 from isthmus.formats.parts.ranges import Calibration
 from isthmus.model.model import Model
@@ -75,11 +77,24 @@ class TensorByTensor(ABC):
 def export_float(name: str, tensor: Tensor, architecture: ModelSection, dtype: torch.dtype) -> dict[str, Tensor]:
     """A tensor in `dtype`, except the routing bias, which published checkpoints keep in fp32.
 
-    A tied output head is left out, as in published checkpoints.
+    A tied output head is left out, as in published checkpoints. Raises IsthmusError for a number that fp16 cannot hold.
     """
     if _is_tied_head(name, architecture):
         return {}
-    return {name: tensor.detach().to(_stored_dtype(name, dtype)).contiguous()}
+    stored = tensor.detach().to(_stored_dtype(name, dtype)).contiguous()
+    if stored.dtype == torch.float16 and stored.numel() and tensor.dtype != torch.float16:
+        _check_fits(name, tensor, stored)
+    return {name: stored}
+
+
+def _check_fits(name: str, tensor: Tensor, stored: Tensor) -> None:
+    """Numbers beyond 65,504 would become infinite in fp16."""
+    low, high = (float(one) for one in torch.aminmax(stored))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise IsthmusError(
+            f"{name} holds numbers up to {float(tensor.abs().max()):.6g}, and float16 ends at "
+            f"{torch.finfo(torch.float16).max:,.0f}: choose a format in bfloat16"
+        )
 
 
 def float_layout(architecture: ModelSection, dtype: torch.dtype) -> Layout:

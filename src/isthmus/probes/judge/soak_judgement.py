@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,14 @@ STEADY = 0.75
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and the ranks at fault where they are known."""
+    """What is wrong, and the ranks at fault where they are known.
+
+    `step` is there where a recipe may do it on any chip: the last step at which it shows.
+    """
 
     what: str
     ranks: tuple[int, ...] = ()
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ def _numbers(seen: Sequence[dict[str, Any]]) -> list[Problem]:
         step = next(one["stopped"] for one in seen if one["stopped"] is not None)
         ranks = _some((rank for rank, one in enumerate(seen) if one["bad_here"]), len(seen))
         where = f", first in the activations of rank {_joined(ranks)}" if ranks else ""
-        found.append(Problem(f"a loss or a gradient is not finite at step {step}{where}", ranks))
-    if spike := _spike(seen[0]["norms"]):
-        found.append(Problem(spike))
+        found.append(Problem(f"a loss or a gradient is not finite at step {step}{where}", ranks, step))
+    if (spike := _spikes(seen[0]["norms"])) is not None:
+        found.append(spike)
     wrong = {rank: one["wrong"] for rank, one in enumerate(seen) if one["wrong"]}
     if wrong:
         first = next(iter(wrong.values()))[0]
@@ -69,17 +74,26 @@ def _some(ranks: Iterable[int], world: int) -> tuple[int, ...]:
     return () if 1 < world == len(found) else found
 
 
-def _spike(norms: Sequence[float]) -> str | None:
-    """The first norm of a gradient whose square is too far above the mean of those before."""
-    rule = stability_rule("gradient-spike")
-    total = 0.0
+def spikes_of(norms: Sequence[float]) -> dict[int, float]:
+    """The steps at which the square of a gradient's norm is too far above the mean of those before, and how far."""
+    limit, total = stability_rule("gradient-spike").value, 0.0
+    found = {}
     for step, norm in enumerate(norms):
         mean = total / step if step else 0.0
         total += norm**2
-        if step >= SPIKE_AFTER and norm**2 > rule.value * mean:
-            times = norms[step] ** 2 / mean
-            return f"the squared norm of the gradient at step {step} is {times:.3g} {rule.unit} ({rule.source})"
-    return None
+        if step >= SPIKE_AFTER and norm**2 > limit * mean:
+            found[step] = norm**2 / mean if mean else math.inf
+    return found
+
+
+def _spikes(norms: Sequence[float]) -> Problem | None:
+    rule, found = stability_rule("gradient-spike"), spikes_of(norms)
+    if not found:
+        return None
+    first, more = next(iter(found)), len(found) - 1
+    others = f", and in {more} steps after it" if more else ""
+    what = f"the squared norm of the gradient at step {first} is {found[first]:.3g} {rule.unit}{others} ({rule.source})"
+    return Problem(what, step=max(found))
 
 
 def _repeats(seen: Sequence[dict[str, Any]]) -> list[Problem]:

@@ -20,6 +20,7 @@ from isthmus.chips import Chip
 from isthmus.chips.rehearse import Profile, RehearsalRefused
 from isthmus.chips.rehearse.fused import FusedOperator, FusedTables, ShapeRule, fused_tables_of
 from isthmus.chips.rehearse.tables import Status
+from isthmus.formats import get_format
 from isthmus.probes.findings import finding
 from isthmus.probes.static.costs import BACKWARD, WHOLE_ATTENTION, Call, Costs
 from isthmus.probes.static.operators import Support, support_of
@@ -75,6 +76,7 @@ class OperatorShare:
     cautions: tuple[str, ...] = ()
     unrepeatable: str | None = None
     refused: tuple[str, ...] = ()
+    weak: tuple[str, ...] = ()
 
     @property
     def may_fall_back(self) -> bool:
@@ -264,6 +266,11 @@ def _rows(
                 cautions=found.cautions.get(listed, ()),
                 unrepeatable=unrepeatable.get(name),
                 refused=tuple(dtype for dtype, names in found.refused_dtypes.items() if listed in names),
+                weak=tuple(
+                    f"{dtype}: {profile.dtypes[dtype].behaviour}"
+                    for dtype, names in found.weak_dtypes.items()
+                    if listed in names
+                ),
             )
         )
     return rows
@@ -337,7 +344,8 @@ _NEED_OF: dict[str, tuple[str, ...]] = {
     LINEAR: ("W8A8",),
     OPTIMISER: ("optimiser",),
 }
-_NOT_IN_TRAINING = ("W8A8",)
+_OF_INT8 = ("W8A8",)
+"""Needs of weights in int8, which are served and not trained."""
 
 
 def sites_of(found: Iterable[StaticCoverage], use: Use) -> tuple[Site, ...]:
@@ -345,12 +353,13 @@ def sites_of(found: Iterable[StaticCoverage], use: Use) -> tuple[Site, ...]:
     return tuple(sorted({site for one in found if one.use == use for site in one.sites}))
 
 
-def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use) -> list[NeedFound]:
+def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use, *, int8: bool = True) -> list[NeedFound]:
     """For each need of a model that has these sites, the fused operators of the chip that this use can take, and those
     that it cannot.
 
-    An operator counts only where the chip's software has it, and where it can take the place of one of the sites. One
-    whose documented shape rules a site breaks is unusable, with the rules that say so.
+    Without `int8` weights nobody needs W8A8. An operator counts only where the chip's software has it, and where it can
+    take the place of one of the sites. One whose documented shape rules a site breaks is unusable, with the rules that
+    say so.
     """
     tables, sites = fused_tables_of(chip.slug), tuple(sites)
     kinds = {site.kind for site in sites}
@@ -359,7 +368,7 @@ def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use) -> l
     broken = {one.operator: broken_rules(tables.rules, one.operator, sites, use) for one in known}
     found = []
     for need in NEEDS:
-        if need not in needed or (use == "training" and need in _NOT_IN_TRAINING):
+        if need not in needed or (need in _OF_INT8 and (use == "training" or not int8)):
             continue
         offered = [one for one in known if one.need == need and one.use in (use, "both")]
         usable = [one for one in offered if one.serves(use) and not broken[one.operator]]
@@ -367,6 +376,12 @@ def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use) -> l
         rules = {one.operator: broken[one.operator] for one in offered if broken[one.operator]}
         found.append(NeedFound(need, use, tuple(usable), tuple(others), rules))
     return found
+
+
+def serves_int8(recipe: Recipe) -> bool:
+    """Whether the recipe generates or serves with weights in int8."""
+    placed = (recipe.rl.rollout_format, recipe.handoff.format)
+    return any(torch.int8 in {dtype for dtype, _ in get_format(one).layout(recipe.model).values()} for one in placed)
 
 
 def broken_rules(rules: Iterable[ShapeRule], operator: str, sites: Iterable[Site], use: Use) -> tuple[ShapeRule, ...]:
@@ -411,10 +426,11 @@ def static_findings(recipe: Recipe, chip: Chip, profile: Profile, *, ranks: int 
     problem = layout_problem(recipe.model, recipe.train, ranks)
     layout = Layout() if problem else Layout.of(recipe.model, recipe.train, ranks)
     found = static_coverage(recipe, chip, profile, layout)
-    findings = [finding_of(one) for one in found]
+    findings, int8 = [finding_of(one) for one in found], serves_int8(recipe)
     if fused_tables_of(chip.slug).operators:
         findings += [
-            _fused_finding(needs_of(sites_of(found, use), chip, profile, use), use) for use in ("training", "serving")
+            _fused_finding(needs_of(sites_of(found, use), chip, profile, use, int8=int8), use)
+            for use in ("training", "serving")
         ]
     if problem:
         findings.append(_finding("layout", "fail", problem, needed_for="training"))

@@ -38,16 +38,25 @@ def support_of(called: Mapping[str, set[str]], profile: Profile) -> Support:
     return Support(
         operators={status: tuple(names) for status, names in by_status.items()},
         cautions={name: row.cautions for name, row in known.items() if row.cautions},
-        refused_dtypes=_ruled_dtypes(called, profile, "refuse", "substitute"),
-        weak_dtypes=_ruled_dtypes(called, profile, "caution"),
+        refused_dtypes=_ruled_dtypes(called, profile, refused=True),
+        weak_dtypes=_ruled_dtypes(called, profile, refused=False),
         source=f"the operator table of {profile.chip} ({profile.version})",
     )
 
 
-def _ruled_dtypes(called: Mapping[str, set[str]], profile: Profile, *actions: str) -> dict[str, tuple[str, ...]]:
+def _ruled_dtypes(called: Mapping[str, set[str]], profile: Profile, *, refused: bool) -> dict[str, tuple[str, ...]]:
+    """Of each dtype that has a rule, the operators that it is refused in, or those that take it and are weak with it.
+
+    Where a dtype is replaced, an operator does not compute in it.
+    """
     ruled = {
-        dtype: tuple(sorted(name for name, seen in called.items() if dtype in seen))
+        dtype: tuple(
+            sorted(
+                name
+                for name, seen in called.items()
+                if dtype in seen and (rule.action == "substitute" or rule.refuses(name)) == refused
+            )
+        )
         for dtype, rule in profile.dtypes.items()
-        if rule.action in actions
     }
     return {dtype: names for dtype, names in ruled.items() if names}

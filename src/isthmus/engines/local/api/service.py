@@ -20,7 +20,7 @@ from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
+from isthmus.formats.files.bundle import Bundle, check_values, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
 from isthmus.lines import read_text
 from isthmus.model.model import Model
@@ -157,6 +157,8 @@ def load_service(
     torch.set_num_threads(threads)
     state = state or ("sealed" if seal else "unsealed")
     bundle = read_bundle(folder, check_files=state != "tampered")
+    if state != "tampered":
+        check_values(bundle)
     tokenizer = Tokenizer.load(folder)
     model = bundle.build()
     rehearsal = rehearse_steps(model, rehearse) if rehearse else None
