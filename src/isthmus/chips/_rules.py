@@ -61,7 +61,4 @@ def rules_for(slug: str, tensors: Collection[str]) -> list[Rule]:
 @functools.cache
 def _rules() -> tuple[Rule, ...]:
     text = resources.files("isthmus.chips").joinpath("rules.csv").read_text(encoding="utf-8")
-    return tuple(
-        Rule(**{**row, "breach": cast(Breach, row["breach"]), "standing": cast(Standing, row["standing"])})
-        for row in csv_rows(text)
-    )
+    return tuple(Rule(**cast(dict[str, Any], row)) for row in csv_rows(text))

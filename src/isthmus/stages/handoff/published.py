@@ -51,6 +51,7 @@ EXAMPLES, MOST_EXAMPLES = "examples.json", 6
 SHARE_OF_BUDGET = 0.6
 """Of what a format may cost, a mixture is chosen for: the interval of its cost has to fit, too."""
 COMMAND_LINE = "the command line"
+ANSWER_TOKENS = 256
 CHECKPOINT = "the checkpoint"
 
 
@@ -67,7 +68,7 @@ class Options:
     on: str = CPU
     dtype: str = "fp32"
     problems: int = 100
-    max_new_tokens: int = ServeSection().max_new_tokens
+    max_new_tokens: int = ANSWER_TOKENS
     temperature: float = ServeSection().temperature
     max_mean_kl: float = HandoffSection().max_mean_kl
     max_chip_kl: float = HandoffSection().max_chip_kl
