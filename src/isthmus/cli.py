@@ -300,6 +300,8 @@ def verify(folder: Path, **options: Any) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--host", help="Address to listen on; the recipe's if absent.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; the recipe's if absent.")
+@click.option("--served-model-name", multiple=True, metavar="NAME", help="Name of the model in the API; may repeat.")
+@click.option("--allow-origin", "allow_origins", multiple=True, metavar="URL", help="Pages of it may ask; may repeat.")
 @click.option("--key-file", type=click.Path(path_type=Path), help="API keys, one `name key` per line; mode 600.")
 @click.option("--access-log", metavar="FILE", help="A file, stdout, stderr or none; RUN/serve/access.jsonl if absent.")
 @click.option("--log-prompts", is_flag=True, default=None, help="Write prompts and answers into the access log.")
@@ -307,6 +309,7 @@ def verify(folder: Path, **options: Any) -> None:
 @click.option("--drain-seconds", type=float, help="What running requests get after SIGTERM or Ctrl-C.")
 @click.option("--allow-open", is_flag=True, default=None, help="Listen beyond this machine without API keys.")
 @click.option("--allow-unsealed", is_flag=True, default=None, help="Serve what no seal vouches for, loudly.")
+@click.option("--thinking", type=click.Choice(["auto", "always", "never"]), help="Auto: as the chat template has it.")
 @click.option("--trust", "trusted_keys", type=click.Path(path_type=Path), help="Public keys that may sign the seal.")
 @click.option("--set", "overrides", multiple=True, metavar="serve.B=C", help="Override a key of the recipe's [serve].")
 def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from isthmus.algos import algorithm_config, algorithm_names, get_algorithm
 from isthmus.errors import IsthmusError
@@ -18,11 +20,18 @@ def section(**changes) -> RlSection:
     return RlSection(steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
 
 
-@pytest.mark.parametrize("name", algorithm_names())
-def test_equal_rewards_teach_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in algorithm_names()), ("grpo", {"divide_by_std": False})]
+)
+@given(value=st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False), group=st.integers(2, 64))
+@example(value=torch.tensor(0.1).item(), group=8)
+def test_equal_rewards_teach_nothing_and_leave_other_groups_alone(name, options, value, group):
     algorithm = get_algorithm(name)
-    config = algorithm.Config()
-    assert torch.all(algorithm.advantages(torch.full((3, 4), 0.7), config) == 0)
+    config = algorithm.Config(**options)
+    other = torch.arange(group, dtype=torch.float32)
+    together = algorithm.advantages(torch.stack([torch.full((group,), value), other]), config)
+    assert torch.all(together[0] == 0)
+    assert torch.equal(together[1:], algorithm.advantages(other[None], config)) and together[1].abs().max() > 0
 
 
 @pytest.mark.parametrize("name", algorithm_names())

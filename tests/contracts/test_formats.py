@@ -38,7 +38,7 @@ TOKENS = torch.randint(53, (2, 18), generator=torch.Generator().manual_seed(0))
 
 
 class TinyTokenizer:
-    bos_id, eos_id = 0, 1
+    bos_id, ends = 0, (1,)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")

@@ -63,7 +63,7 @@ def raw(port, request: bytes | str) -> tuple[int, bytes]:
 
 
 def post(fields: str, body: str = BODY, version: str = "1.1") -> str:
-    return f"POST /v1/completions HTTP/{version}\r\nHost: a\r\nConnection: close\r\n{fields}\r\n{body}"
+    return f"POST /v1/completions HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\n{fields}\r\n{body}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,8 @@ def test_other_content_types_are_refused(port, content_type):
     ids=["UTF-16", "gzip", "zeros", "two objects", "byte order mark"],
 )
 def test_bodies_that_only_claim_to_be_json(port, body):
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
+    fields = f"Host: localhost\r\nConnection: close\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}"
     status, answer = raw(port, head.encode() + body)
     assert status == 400 and json.loads(answer)["error"]["message"]
 
@@ -153,13 +154,13 @@ def test_bodies_that_only_claim_to_be_json(port, body):
     [
         b"\x00\xff\xfe\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
-        b"G@T /health HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"G@T /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 2_000_000 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 400_000 + b"\r\n",
-        b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 2_000_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 400_000 + b"\r\n",
+        b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         post(f"{JSON}Content-Length: -1\r\n").encode(),
         post(f"{JSON}Content-Length: 35\r\nContent-Length: 36\r\n").encode(),
         post(f"{JSON}Content-Length: 0x23\r\n").encode(),
@@ -176,12 +177,12 @@ def test_what_is_not_http_gets_400_or_nothing(port, request_bytes):
 
 def test_one_message_is_never_read_as_two(port):
     """Content-Length and Transfer-Encoding together: whoever reads the other one would see a second request."""
-    hidden = "GET /weight_info HTTP/1.1\r\nHost: a\r\n\r\n"
+    hidden = "GET /weight_info HTTP/1.1\r\nHost: localhost\r\n\r\n"
     body = f"0\r\n\r\n{hidden}"
     fields = f"{JSON}Content-Length: {len(body)}\r\nTransfer-Encoding: chunked\r\n"
     with connected(port) as connection:
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{fields}\r\n{body}".encode()
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}\r\n{body}".encode()
         )
         connection.shutdown(socket.SHUT_WR)
         assert said(connection).count(b"HTTP/1.1 ") == 1
@@ -214,7 +215,7 @@ def test_http_1_0_is_served_and_ends_with_its_connection(port, body):
     ],
 )
 def test_files_outside_the_page_are_not_there(port, path):
-    status, body = raw(port, f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    status, body = raw(port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert status == 404 and json.loads(body)["error"]["message"]
 
 
@@ -250,7 +251,7 @@ def test_bad_queries_are_refused_by_name_and_change_nothing(port, path, query, n
 
 @pytest.mark.parametrize("key", ["Bearer ", "Bearer \xff\xfe", "Basic c2stcm9vdA==", "Bearer sk-root sk-root", "\t"])
 def test_odd_authorization_opens_nothing(port, key):
-    head = f"GET /weight_info HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAuthorization: {key}\r\n\r\n"
+    head = f"GET /weight_info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: {key}\r\n\r\n"
     assert raw(port, head.encode("latin-1"))[0] in (400, 401)
 
 
@@ -269,9 +270,9 @@ def is_closed(connection) -> bool:
     [
         "",
         "GET /hea",
-        "GET /health HTTP/1.1\r\nHost: a\r\nX-Slow: ",
-        "GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea",
-        f"POST /nowhere HTTP/1.1\r\nHost: a\r\n{JSON}Content-Length: 1000\r\n\r\n" + "{",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+        f"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: 1000\r\n\r\n" + "{",
     ],
     ids=["nothing", "half a line", "half the headers", "half of the second request", "half of an unread body"],
 )

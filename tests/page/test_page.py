@@ -53,13 +53,14 @@ def test_the_page_says_what_is_served(page, server):
     facts = dict(zip(page.texts("#facts dt"), page.texts("#facts dd"), strict=True))
     expected = {"model": "small", "format": "fp32", "seal": "0f1e2d3c4b5a", "weights": "version 0", "pool": "away"}
     assert facts == expected and page.text("#model") == "small"
-    assert not page.visible("#rehearsal")
+    assert page.visible("#thinks") and not page.visible("#rehearsal")
     statement = "rehearsed on CPU with the rules of some-chip"
-    health = {"status": "ok", "model": "m", "seal": None, "weight_version": 3, "max_model_len": 4096}
+    health = {"status": "ok", "model": "m", "seal": None, "weight_version": 3, "max_model_len": 4096, "thinks": False}
     server.pages["/health"] = {**health, "rehearsal": {"chip": "some-chip", "statement": statement, "operators": {}}}
     page.reload()
     page.shows("#statement", statement.capitalize().replace("cpu", "CPU"))
     assert page.visible("#rehearsal") and page.texts("#facts dd") == ["m", "none", "version 3"]
+    assert not page.visible("#thinks")
     assert page.js("return document.getElementById('history').checked"), "the context has room for earlier turns"
 
 

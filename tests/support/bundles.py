@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers.models import WordLevel
 
 from isthmus.formats.files.bundle import file_hashes
 from isthmus.model.config import hf_config
@@ -22,10 +24,13 @@ class TinyTokenizer:
     """The smallest thing with a tokenizer's files."""
 
     def __init__(self, bos_id: int = 3, eos_id: int = 5):
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos_id, self.ends = bos_id, (eos_id,)
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
+        words = WordLevel({f"w{number}": number for number in range(8)}, unk_token="w0")
+        BpeTokenizer(words).save(str(folder / "tokenizer.json"))
+        config = {"eos_token": f"w{self.ends[0]}", "chat_template": "{{ messages[0].content }}"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def trained_state(arch: DeepseekSection, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ TENSOR_NAME = re.compile(r"(?:model|lm_head)\.[\w.]*?weight\w*")
 class NoTokenizer:
     """Random models need none."""
 
-    bos_id, eos_id = 0, 1
+    bos_id, ends = 0, (1,)
 
     def save(self, folder: Path) -> None:
         write_atomic(folder / "tokenizer.json", b"{}\n")

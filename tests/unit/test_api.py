@@ -13,15 +13,17 @@ from typing import Literal
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
+from isthmus.engines.local.api.keys import Key, Keyring
 from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import Identity, Service
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.scheduler import Finished, PromptToken, Request, Token
 from tests.support.chat_templates import tokenizer_for
 from tests.support.engine_bundle import small_model
-from tests.support.live_server import call, live, refused
+from tests.support.live_server import ask, call, live, refused
 
 CHAT = [{"role": "user", "content": "Weather?"}]
 CITY = {
@@ -33,6 +35,12 @@ CITY = {
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": CITY}}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Oslo"}}\n</tool_call>'
 VOCAB_SIZE = 340
+LEGACY = ("tokens", "top_logprobs", "text_offset")
+
+
+def bytes_of_name(name: str) -> bytes:
+    """What a name of the legacy layout stands for."""
+    return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", "")) if "\\x" in name else name.encode()
 
 
 class Script:
@@ -107,8 +115,9 @@ def scripted_service(name, monkeypatch_context, **options):
 class Served:
     """A server, the client of it, and the script behind it."""
 
-    def __init__(self, port, client, service, script):
-        self.port, self.client, self.service, self.script = port, client, service, script
+    def __init__(self, port, client, server, script):
+        self.port, self.client, self.server, self.script = port, client, server, script
+        self.service = server.service
 
     def chat(self, *texts, **fields):
         self.script.texts = list(texts)
@@ -131,10 +140,11 @@ def serve():
         def get(name):
             if name not in started:
                 service, script = scripted_service(name, patch)
-                port = stack.enter_context(live(Server(service)))
+                server = Server(service)
+                port = stack.enter_context(live(server))
                 url = f"http://127.0.0.1:{port}/v1"
                 client = stack.enter_context(openai.OpenAI(base_url=url, api_key="none", max_retries=0))
-                started[name] = Served(port, client, service, script)
+                started[name] = Served(port, client, server, script)
             return started[name]
 
         yield get
@@ -301,13 +311,19 @@ def test_a_format_that_cannot_be_kept_is_refused_with_the_reason(hermes, fields,
     assert reason in error["message"] and error["param"] in fields
 
 
-def test_strict_functions_are_refused_where_free_text_cannot_be_told_from_calls():
+def test_strict_functions_hold_where_the_marks_of_calls_are_text():
     with pytest.MonkeyPatch.context() as patch:
-        service, _ = scripted_service("hermes", patch, single=False)
+        service, script = scripted_service("hermes", patch, single=False)
         with live(Server(service)) as port:
-            strict = [{"type": "function", "function": {"name": "look", "strict": True}}]
-            error = refused(port, "/v1/chat/completions", messages=CHAT, tools=strict)
-            assert error["param"] == "tools" and "tool_choice required" in error["message"]
+            strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+            script.texts = ["</think>Rain"]
+            status, answer = call(port, "POST", "/v1/chat/completions", {"messages": CHAT, "tools": strict})
+            assert status == 200 and answer["choices"][0]["message"]["content"] == "Rain"
+            state, tokenizer = script.requests[-1].constraint.start(free=False), service.tokenizer
+            for token in tokenizer.encode('Well: <tool_call>\n{"name": "look", "arguments": {"'):
+                assert state.mask()[token]
+                state.accept(token)
+            assert state.mask()[tokenizer.encode("c")[0]] and not state.mask()[tokenizer.encode("x")[0]]
 
 
 def test_variables_of_the_template_are_taken_and_may_close_the_thinking(hermes):
@@ -379,6 +395,181 @@ def test_an_echoed_prompt_comes_before_the_completion(hermes):
     assert texts == ["Use 3 reach", "Use 3!"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_character_have_their_own_bytes_names_and_places(hermes, stream):
+    text, tokenizer = "a🙂é中!", hermes.service.tokenizer
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text) + 3, "the test needs characters of several tokens"
+    answer = hermes.complete(text, logprobs=2, prompt="x", stream=stream)
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    names, tops, places = ([one for part in parts for one in getattr(part, name)] for name in LEGACY)
+    assert len(tops) == len(tokens) + 1 and all(len(top) == 2 for top in tops)
+    assert all(name in top for name, top in zip(names, tops, strict=True))
+    joined = [b"".join(map(tokenizer.bytes_of, tokens[:n])) for n in range(len(tokens) + 1)]
+    assert places == [len(seen.decode(errors="ignore")) for seen in joined] and set(places) == set(range(len(text) + 1))
+    assert b"".join(map(bytes_of_name, names[:-1])).decode() == text
+
+
+def test_the_bytes_of_a_chats_tokens_are_its_text(hermes):
+    text = "a🙂é中!"
+    steps = hermes.chat(text, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert bytes(byte for step in steps[:-1] for byte in step.bytes).decode() == text
+    assert any(step.token.startswith("\\x") for step in steps)
+    assert all((step.top_logprobs[0].token, step.top_logprobs[0].bytes) == (step.token, step.bytes) for step in steps)
+
+
+def test_a_stop_string_and_an_echo_move_no_token_beyond_the_text(hermes):
+    choice = hermes.complete("ab STOP cd", prompt="é🙂 ", echo=True, logprobs=1, stop=["STOP"]).choices[0]
+    assert choice.text == "é🙂 ab "
+    named = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert all(place == len(choice.text) or choice.text[place] == name[0] for name, place in named if "\\x" not in name)
+    assert [place for name, place in named if "\\x" in name] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+def test_each_chunk_counts_the_tokens_so_far_if_that_is_wanted(hermes, chat, include):
+    ask = hermes.chat if chat else hermes.complete
+    options = {"include_usage": include, "continuous_usage_stats": True}
+    chunks = list(ask("Rain and snow", stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert (
+        counts == sorted(counts)
+        and counts[0] <= 1
+        and counts[-1] == len(hermes.service.tokenizer.encode("Rain and snow")) + 1
+    )
+    assert all(
+        chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens for chunk in chunks
+    )
+    assert (not chunks[-1].choices) == include
+
+
+def test_a_chat_without_a_limit_may_use_the_rest_of_the_context(hermes):
+    prompt = hermes.chat("Rain").usage.prompt_tokens
+    assert hermes.asked().max_new_tokens == hermes.service.core.length - prompt
+
+
+def test_a_model_is_found_by_each_of_its_names_and_by_no_other(hermes):
+    hermes.service.other_names = ("org/small", "gpt-4o")
+    try:
+        assert [model.id for model in hermes.client.models.list()] == ["small", "org/small", "gpt-4o"]
+        assert hermes.client.models.retrieve("org/small").root == "small"
+        assert hermes.chat("Rain", model="gpt-4o").model == "gpt-4o"
+        with pytest.raises(openai.NotFoundError) as caught:
+            hermes.client.models.retrieve("org/large")
+        assert caught.value.code == "model_not_found" and "'org/small'" in str(caught.value)
+    finally:
+        hermes.service.other_names = ()
+
+
+def test_fields_that_are_for_others_change_nothing(hermes):
+    more = {"metadata": {"a": "b"}, "store": True, "user": "me", "verbosity": "low", "request_id": "req-7"}
+    answer = hermes.chat("Rain", extra_body=more)
+    assert answer.choices[0].message.content == hermes.chat("Rain").choices[0].message.content
+    assert answer.id == "chatcmpl-req-7"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd, gzip"])
+def test_a_compressed_body_is_refused_in_words(hermes, encoding):
+    status, body = call(hermes.port, "POST", "/v1/completions", b"\x1f\x8b", {"Content-Encoding": encoding})
+    assert (status, body["error"]["code"]) == (415, "unsupported_content_encoding") and encoding in body["error"][
+        "message"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("localhost", 200),
+        ("chat.localhost:1", 200),
+        ("Inside.Example", 200),
+        ("attacker.example", 403),
+        ("127.0.0.1.attacker.example:8000", 403),
+        ("localhost.attacker.example", 403),
+        ("[::1", 403),
+    ],
+)
+def test_without_keys_a_server_answers_to_its_own_names_alone(hermes, host, status):
+    hermes.server.gate.hosts = ("inside.example",)
+    found, body = call(hermes.port, "GET", "/v1/models", headers={"Host": host})
+    assert found == status and (status == 200 or "allowed_hosts" in body["error"]["message"])
+
+
+def test_pages_of_a_listed_origin_may_ask_and_with_keys_any_name_is_answered_to():
+    with pytest.MonkeyPatch.context() as patch:
+        service, _ = scripted_service("hermes", patch)
+        keys = Keyring([Key.of("alice", "sk-alice")])
+        with live(Server(service, keys=keys, origins=["https://chat.example"])) as port:
+            wanted = {"Origin": "https://chat.example", "Host": "any.example"}
+            preflight = {
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,x-stainless-os",
+            }
+            status, headers, _ = ask(port, "OPTIONS", "/v1/chat/completions", headers=wanted | preflight)
+            assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://chat.example"
+            assert "x-stainless-os" in headers["Access-Control-Allow-Headers"]
+            for key, said in (("sk-wrong", "Incorrect API key provided"), (None, "needs an API key")):
+                status, headers, body = ask(port, "GET", "/v1/models", key=key, headers=wanted)
+                assert status == 401 and said in body["error"]["message"] and "sk-wrong" not in body["error"]["message"]
+                assert headers["Access-Control-Allow-Origin"] == "https://chat.example"
+            assert ask(port, "GET", "/v1/models", key="sk-alice", headers=wanted)[0] == 200
+            other = ask(port, "GET", "/v1/models", key="sk-alice", headers={"Origin": "https://other.example"})
+            assert "Access-Control-Allow-Origin" not in other[1]
+
+
+# What vLLM's own board asks for: examples/observability/prometheus_grafana/grafana.json of vLLM, by series and labels.
+BOARD = {
+    **{f"vllm:e2e_request_latency_seconds_{part}": {"model_name"} for part in ("bucket", "sum", "count")},
+    **{f"vllm:inter_token_latency_seconds_{part}": {"model_name"} for part in ("bucket", "sum", "count")},
+    **{f"vllm:time_to_first_token_seconds_{part}": {"model_name"} for part in ("bucket", "sum", "count")},
+    "vllm:prompt_tokens_total": {"model_name"},
+    "vllm:generation_tokens_total": {"model_name"},
+    "vllm:num_requests_running": {"model_name"},
+    "vllm:num_requests_waiting": {"model_name"},
+    "vllm:kv_cache_usage_perc": {"model_name"},
+    "vllm:request_prompt_tokens_bucket": {"model_name", "le"},
+    "vllm:request_generation_tokens_bucket": {"model_name", "le"},
+    "vllm:request_success_total": {"model_name", "finished_reason"},
+    "vllm:request_queue_time_seconds_sum": {"model_name"},
+    "vllm:request_prefill_time_seconds_sum": {"model_name"},
+    "vllm:request_decode_time_seconds_sum": {"model_name"},
+    "vllm:request_max_num_generation_tokens_sum": {"model_name"},
+}
+
+
+def samples_of(port: int) -> dict[str, list]:
+    """The samples of /metrics by name, as the official parser reads them."""
+    found: dict[str, list] = {}
+    for family in text_string_to_metric_families(call(port, "GET", "/metrics")[1]):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def test_every_series_of_vllms_board_is_there_and_moves(hermes):
+    before = samples_of(hermes.port)
+    hermes.complete("Rain", "Rain and snow", n=2, max_tokens=50)
+    after = samples_of(hermes.port)
+    for name, labels in BOARD.items():
+        assert after.get(name), name
+        assert all(labels <= sample.labels.keys() and sample.labels["model_name"] == "small" for sample in after[name])
+
+    def change(name: str) -> float:
+        return sum(one.value for one in after[name]) - sum(one.value for one in before.get(name, []))
+
+    lengths = [len(hermes.service.tokenizer.encode(text)) + 1 for text in ("Rain", "Rain and snow")]
+    assert change("vllm:request_max_num_generation_tokens_sum") == max(lengths)
+    assert change("vllm:request_max_num_generation_tokens_count") == change("vllm:request_params_n_count") == 1
+    assert (change("vllm:request_params_n_sum"), change("vllm:request_params_max_tokens_sum")) == (2, 100)
+    assert change("vllm:generation_tokens_total") == sum(lengths)
+    assert change("vllm:request_prefill_time_seconds_sum") == pytest.approx(2 * 0.1)
+    assert change("vllm:request_decode_time_seconds_sum") == pytest.approx(2 * 0.1)
+    assert change("vllm:request_inference_time_seconds_sum") == pytest.approx(2 * 0.2)
+
+
 def test_every_option_reaches_the_core(hermes):
     options = {
         "top_k": 7,
@@ -426,7 +617,6 @@ def test_tokenize_and_detokenize_count_what_a_prompt_has(hermes):
     usage = hermes.chat("a", tools=TOOLS).usage
     assert usage.prompt_tokens == chat["count"]
     assert refused(hermes.port, "/detokenize", tokens=[VOCAB_SIZE])["param"] == "tokens"
-    assert refused(hermes.port, "/tokenize", prompt="a", add_special_tokens=True)["param"] == "add_special_tokens"
     assert call(hermes.port, "POST", "/tokenize", {"model": "gpt", "prompt": "a"})[0] == 404
 
 

@@ -36,7 +36,7 @@ PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20, [5, 6], [77, 78, 79, 80]]
 def sealed_bundle(parent, format_name="w8a8"):
     folder = parent / format_name
     _, tokenizer = write_small_bundle(folder, format_name)
-    write_golden(folder, make_golden(read_bundle(folder), PROMPTS, tokenizer.eos_id))
+    write_golden(folder, make_golden(read_bundle(folder), PROMPTS, tokenizer.ends))
     return folder, write_seal(folder, **passed())
 
 
@@ -73,7 +73,7 @@ def test_golden_answers_are_the_same_piece_by_piece(bundle, monkeypatch):
     monkeypatch.setattr("isthmus.formats.files.golden.WHOLE_BYTES", 0)
     with open_bundle(folder) as lent:
         monkeypatch.setattr(Bundle, "build", None)
-        assert make_golden(lent, PROMPTS, small_tokenizer().eos_id) == read_golden(folder)
+        assert make_golden(lent, PROMPTS, small_tokenizer().ends) == read_golden(folder)
 
 
 def test_golden_answers_are_those_of_the_model_alone(bundle):

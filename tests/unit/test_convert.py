@@ -20,6 +20,7 @@ from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.coverage import check_coverage
 from isthmus.parity.seal import verify_seal
+from isthmus.parity.served import check_served
 from isthmus.recipe.architecture import ModelSection
 from isthmus.tools.convert import CONVERSION
 from tests.support.bundles import published
@@ -119,6 +120,78 @@ def test_every_tensor_of_the_source_is_accounted_for(tmp_path: Path):
     assert "not carried" in said and "MTP layer: num_nextn_predict_layers = 0" in said
     assert set(found["dropped"]) == {name for name in tensors if name.startswith("model.layers.3.")}
     assert set(read_bundle(tmp_path / "b").tensors) | set(found["dropped"]) | set(found["merged"]) == set(tensors)
+
+
+def test_every_file_beside_the_weights_is_carried_or_left_out_for_a_reason(tmp_path: Path):
+    """llama.cpp 26193: the vocabulary of Kimi K2, its code, and what that imports; mlx-examples 312: qwen.tiktoken."""
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    needed = {
+        "LICENSE", "additional_chat_templates/tool_use.jinja", "encoding_k3.py", "merges.txt",
+        "preprocessor_config.json", "qwen.tiktoken", "tekken.json", "tiktoken.model", "tokenization_kimi.py",
+        "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    }  # fmt: skip
+    others = {
+        "README.md",
+        "pytorch_model.bin",
+        "modeling_kimi.py",
+        "configuration_kimi.py",
+        ".gitattributes",
+        "seal.json",
+    }
+    for name in sorted((needed | others) - {"tokenizer.json", "tokenizer_config.json"}):
+        (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "c" / name).write_text(name)
+    (tmp_path / "c" / "original").mkdir()
+    names = {path.name for path in (tmp_path / "c").iterdir()} - {"additional_chat_templates"}
+    said = convert(tmp_path / "c", tmp_path / "b", "--format", "bf16")
+    told = json.loads((tmp_path / "b" / CONVERSION).read_text())
+    assert set(told["carried_files"]) == needed and "carried beside the weights: LICENSE" in said
+    assert {name for name in told["carried_files"] if "/" not in name} | {
+        name.rstrip("/") for name in told["files_left_out"]
+    } == names
+    assert (
+        told["files_left_out"]["pytorch_model.bin"] == "weights in another layout"
+        and "original/" in told["files_left_out"]
+    )
+    assert all((tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes() for name in needed)
+    assert not any((tmp_path / "b" / name).exists() for name in others)
+    read_bundle(tmp_path / "b")
+
+
+def test_a_bundle_whose_tokenizer_could_not_be_served_is_not_sealed(tmp_path: Path):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    (tmp_path / "c" / "tokenizer.json").unlink()
+    (tmp_path / "c" / "tiktoken.model").write_text("YQ== 0\n")
+    (tmp_path / "c" / "tokenization_x.py").write_text("pat_str = compute()")
+    with pytest.raises(IsthmusError, match="no code beside it has the pattern"):
+        invoke("handoff", tmp_path / "c", "--format", "bf16", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    convert(tmp_path / "c", tmp_path / "b", "--format", "bf16")
+    invoke("capture", tmp_path / "b", "--source", tmp_path / "c", "--synthetic", "--max-mb", 1)
+    with pytest.raises(GateRefused, match=r"the tokenizer can be served.*`isthmus serve` cannot use it"):
+        invoke("verify", tmp_path / "b")
+    assert not (tmp_path / "b" / "seal.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "words"),
+    [
+        (lambda folder: None, "pass", "a chat template, 3 ends"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "fail", "cannot be read by the tokenizers"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "caution", "there is none"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 300}'),
+            "fail",
+            "the token 300, and the model has 300",
+        ),
+    ],
+)
+def test_what_a_server_reads_beside_the_weights_is_checked(tmp_path: Path, change, outcome: str, words: str):
+    checkpoint(tmp_path / "c", Model(DENSE).initialise(0))
+    change(tmp_path / "c")
+    found = check_served(tmp_path / "c")
+    assert (found.outcome, found.layer) == (outcome, "files") and words in found.detail
+    assert check_served(tmp_path / "c", elsewhere=True).outcome in (outcome, "caution")
 
 
 def test_balancing_and_gptq_go_into_the_bundle_and_bring_it_nearer(tmp_path: Path):

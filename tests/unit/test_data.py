@@ -16,7 +16,7 @@ from isthmus.data.tasks import Problem, completion_text, split_completion
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.recipe.schema import DataSection
-from isthmus.rewards import countdown, exact
+from isthmus.rewards import countdown
 
 TASK = load(DataSection())
 TEXTS = [p.prompt + completion_text(*TASK.worked_example(p, random.Random(i))) for i, p in enumerate(TASK.train)]
@@ -92,6 +92,8 @@ def test_the_teacher_is_as_impatient_as_the_recipe_says():
         ("True*22", 0.0, 0.0),
         ("", 0.0, 0.0),
         ("(" * 40 + "1", 0.0, 0.0),
+        ("3*7+0x1", 0.0, 0.0),
+        ("3*7+0_1", 0.0, 0.0),
     ],
 )
 def test_countdown_reward(answer, accuracy, form):
@@ -106,12 +108,6 @@ def test_a_completion_that_never_closes_its_thinking_earns_nothing():
         reward = countdown.score(problem, text)
         assert (reward.accuracy, reward.format) == (0.0, 0.0)
     assert split_completion("why\n</think>\n\n 42 ") == ("why\n", "42")
-
-
-@pytest.mark.parametrize(("given_answer", "accuracy"), [("0.5", 1.0), ("1/2", 1.0), ("1,000", 0.0), ("half", 0.0)])
-def test_exact_reward_compares_numbers_as_numbers(given_answer, accuracy):
-    problem = Problem("p", "", "0.50")
-    assert exact.score(problem, completion_text("", given_answer)).accuracy == accuracy
 
 
 @given(st.text(max_size=80))

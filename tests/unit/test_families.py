@@ -27,7 +27,7 @@ every_family = pytest.mark.parametrize("architecture", FAMILIES.values(), ids=FA
 
 
 class TinyTokenizer:
-    bos_id, eos_id = 0, 1
+    bos_id, ends = 0, (1,)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")

@@ -31,7 +31,7 @@ from tests.support.small import tiny_architecture
 class NoTokenizer:
     """Enough of a tokenizer for a bundle that nobody serves."""
 
-    bos_id, eos_id = 0, 1
+    bos_id, ends = 0, (1,)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")

@@ -86,7 +86,7 @@ def test_one_command_seals_a_bundle_that_can_be_served_and_checks_itself(source:
     assert verdict is not None and {check.layer for check in verdict.checks} >= {"files", "config", "modules", "tokens"}
     assert GoldenSet(out).listed.origin == "mine.jsonl"
     config = json.loads((out / "config.json").read_text())
-    assert config["eos_token_id"] == [1, 2]
+    assert config["eos_token_id"] == [1, 2, 5], "those of generation_config.json, and that of config.json"
     golden, model = read_golden(out), read_bundle(out).build()
     assert golden is not None and len(golden.answers) == 8
     for answer in golden.answers:

@@ -438,7 +438,7 @@ def test_a_sender_that_dies_in_a_message_changes_nothing(served):
     with socket.create_connection(("127.0.0.1", port)) as sender:
         lines = [
             f"POST /update_weights?version=4&sha256={digest(payload)} HTTP/1.1",
-            "Host: a",
+            "Host: localhost",
             f"Authorization: Bearer {ADMIN}",
             f"Content-Length: {len(payload)}",
         ]

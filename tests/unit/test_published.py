@@ -41,7 +41,7 @@ every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 class TinyTokenizer:
-    bos_id, eos_id = 3, 5
+    bos_id, ends = 3, (5,)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")

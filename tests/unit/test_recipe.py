@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from isthmus.errors import IsthmusError
 from isthmus.recipe.architecture import DeepseekSection, DenseSection
 from isthmus.recipe.read import load_recipe, override_serve, parse_recipe, preset_names
 from isthmus.recipe.schema import Recipe, ServeSection
@@ -409,7 +410,7 @@ def test_unreadable_files_are_explained(tmp_path: Path, path: Path):
     with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(tmp_path)
     path.write_bytes(b"name = \xff")
-    with pytest.raises(RecipeError, match="not UTF-8"):
+    with pytest.raises(IsthmusError, match="not UTF-8"):
         load_recipe(path)
     path.write_text("name = [", encoding="utf-8")
     with pytest.raises(RecipeError, match="not valid TOML"):

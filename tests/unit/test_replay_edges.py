@@ -15,7 +15,7 @@ from tests.support.small import architecture
 
 
 class NoTokenizer:
-    bos_id, eos_id = 0, 1
+    bos_id, ends = 0, (1,)
 
     def save(self, folder):
         write_atomic(folder / "tokenizer.json", b"{}\n")

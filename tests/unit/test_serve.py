@@ -62,7 +62,7 @@ def run(tmp_path):
     folder = opened.path / "bundle" / "w8a8"
     folder.parent.mkdir()
     _, tokenizer = write_small_bundle(folder, "w8a8")
-    write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.eos_id))
+    write_golden(folder, make_golden(read_bundle(folder), GOLDEN_PROMPTS, tokenizer.ends))
     record = HandoffRecord(recipe_sha256=digest, **PARITY)
     seal = write_seal(folder, **passed(lineage=Lineage(checkpoint_sha256="c" * 64)))
     opened.write_record("parity", record.model_copy(update={"seal_id": seal.id}))

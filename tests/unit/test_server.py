@@ -125,7 +125,8 @@ def test_logprobs_of_chat_come_with_alternatives(client):
     for step in answer.choices[0].logprobs.content:
         values = [top.logprob for top in step.top_logprobs]
         assert len(values) == 4 and values == sorted(values, reverse=True)
-        assert bytes(step.bytes).decode() == step.token
+        text = bytes(step.bytes).decode(errors="backslashreplace")
+        assert text == step.token
         assert step.logprob <= values[0] + 1e-6
 
 
@@ -147,7 +148,7 @@ def test_completion_logprobs_have_the_legacy_layout_streamed_or_not(client):
     options = {"model": "small", "prompt": "Use 3", "max_tokens": 12, "seed": 5, "temperature": 1.0}
     whole = client.completions.create(**options, logprobs=2).choices[0].logprobs
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == len(whole.text_offset)
-    assert whole.text_offset == [sum(len(t) for t in whole.tokens[:i]) for i in range(len(whole.tokens))]
+    assert whole.text_offset == sorted(whole.text_offset) and whole.text_offset[0] == 0
     assert all(
         len(top) <= 2 and max(top.values()) >= value - 1e-6
         for top, value in zip(whole.top_logprobs, whole.token_logprobs, strict=True)
@@ -185,8 +186,6 @@ def test_seeds_give_each_prompt_its_own_stream(client):
         ({"best_of": 3}, "best_of"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"suffix": "b"}, "suffix"),
-        ({"store": True}, "store"),
-        ({"metadata": {"a": "b"}}, "metadata"),
         ({"min_p": 1.5}, "min_p"),
         ({"top_k": -2}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -248,8 +247,15 @@ def test_chat_refuses_what_it_cannot_do(port, fields, named):
 
 def test_an_over_long_prompt_says_how_long_it_may_be(port):
     error = refused(port, "/v1/completions", prompt=[5] * 96)
-    assert "at most 96 tokens" in error["message"] and error["code"] == "context_length_exceeded"
-    assert refused(port, "/v1/completions", prompt=[5] * 90, max_tokens=7)["code"] == "context_length_exceeded"
+    assert error["message"].startswith(
+        "This model's maximum context length is 96 tokens. However, you requested 112 tok"
+    )
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    over = refused(port, "/v1/completions", prompt=[5] * 90, max_tokens=7)
+    assert (over["code"], over["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "you requested 97 tokens (90 in the prompt, 7 in the completion). Please reduce" in over["message"]
+    chat = refused(port, "/v1/chat/completions", messages=[{"role": "user", "content": "x" * 9000}])
+    assert "maximum context length is 96 tokens" in chat["message"] and chat["param"] == "messages"
     assert call(port, "POST", "/v1/completions", {"prompt": [5] * 90, "max_tokens": 6})[0] == 200
 
 
@@ -298,7 +304,7 @@ def test_a_client_that_leaves_frees_its_slots(port, service, stream):
     body = json.dumps({"prompt": ["a"] * 64, "n": 8, "max_tokens": 90, "stream": stream}).encode()
     lines = [
         "POST /v1/completions HTTP/1.1",
-        "Host: a",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     ]
@@ -381,7 +387,7 @@ def test_text_survives_the_way_through_tokens(text, thinking):
         "".join(d.text for token in tokens for d in plain.push(token)) + "".join(d.text for d in plain.finish())
         == expected
     )
-    writer = ChannelledText(vocabulary, Rules(), thinking)
+    writer = ChannelledText(vocabulary, Rules(), "inside" if thinking else "without")
     deltas = [delta for token in tokens for delta in writer.push(token)] + writer.finish()
     assert "".join(delta.text for delta in deltas) == expected
     assert {delta.channel for delta in deltas} <= {"reasoning" if thinking else "content"}
@@ -412,9 +418,9 @@ def test_thinking_is_told_apart_where_its_end_is_no_token(text, thought, answer)
         ["think"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
     tokenizer = Tokenizer(bpe, "{{ messages[0].content }}<think>", None, "<end>")
-    vocabulary, prompt = Vocabulary(tokenizer), tokenizer.chat([{"role": "user", "content": "Weather?"}])
-    assert vocabulary.close_think is None and vocabulary.opens_thinking(prompt)
-    writer = ChannelledText(vocabulary, Rules(), thinking=True)
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.close_think is None and tokenizer.opens_thinking
+    writer = ChannelledText(vocabulary, Rules(), "inside")
     deltas = [delta for token in tokenizer.encode(text) for delta in writer.push(token)] + writer.finish()
     for channel, expected in (("reasoning", thought), ("content", answer)):
         assert "".join(delta.text for delta in deltas if delta.channel == channel) == expected

@@ -27,8 +27,12 @@ class Config(Section):
 
 
 def advantages(rewards: Tensor, config: Config) -> Tensor:
-    """rewards [P, G] of P prompts with G samples each; returns [P, G]. A group of equal rewards gets zeros."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    """rewards [P, G] of P prompts with G samples each; returns [P, G].
+
+    A group of equal rewards gets exact zeros: their rounded mean may differ from them.
+    """
+    is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0.0)
     if not config.divide_by_std:
         return centred
     return centred / (rewards.std(dim=1, keepdim=True) + config.std_epsilon)

@@ -5,13 +5,13 @@ Facts are declared, each with its source; what nobody published is None. Nothing
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
+from isthmus.lines import csv_rows
 from isthmus.run import Figure
 
 FIGURES: dict[str, tuple[str, str]] = {
@@ -174,7 +174,7 @@ def chips_from_table(
 @functools.cache
 def _table() -> tuple[dict[str, str], ...]:
     text = (resources.files("isthmus.chips") / "chips.csv").read_text(encoding="utf-8")
-    return tuple(csv.DictReader(text.splitlines()))
+    return tuple(csv_rows(text))
 
 
 def _chip(

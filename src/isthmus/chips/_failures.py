@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import resources
+
+from isthmus.lines import csv_rows
 
 
 @dataclass(frozen=True)
@@ -51,5 +52,5 @@ def failure_rates() -> tuple[FailureRate, ...]:
             source=row["source"],
             note=row["note"],
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in csv_rows(text)
     )

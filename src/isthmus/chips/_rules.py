@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import resources
 from typing import Any, Literal, cast
+
+from isthmus.lines import csv_rows
 
 Breach = Literal["fail", "caution"]
 Standing = Literal["documented", "read in code", "assumed"]
@@ -62,5 +63,5 @@ def _rules() -> tuple[Rule, ...]:
     text = resources.files("isthmus.chips").joinpath("rules.csv").read_text(encoding="utf-8")
     return tuple(
         Rule(**{**row, "breach": cast(Breach, row["breach"]), "standing": cast(Standing, row["standing"])})
-        for row in csv.DictReader(text.splitlines())
+        for row in csv_rows(text)
     )

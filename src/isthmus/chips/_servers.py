@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
 
 from isthmus.chips._rules import Standing
+from isthmus.lines import csv_rows
 
 Models = Literal["dense", "moe"]
 
@@ -37,4 +37,4 @@ def read_by(server: str, models: Models) -> list[Reading]:
 @functools.cache
 def _readings() -> tuple[Reading, ...]:
     text = resources.files("isthmus.chips").joinpath("servers.csv").read_text(encoding="utf-8")
-    return tuple(Reading(**row) for row in csv.DictReader(text.splitlines()))  # pyright: ignore[reportArgumentType]
+    return tuple(Reading(**row) for row in csv_rows(text))  # pyright: ignore[reportArgumentType]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from dataclasses import dataclass
 from importlib import resources
+
+from isthmus.lines import csv_rows
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,5 @@ def stability_rule(name: str) -> StabilityRule:
 @functools.cache
 def _rules() -> dict[str, StabilityRule]:
     text = resources.files("isthmus.chips").joinpath("stability_rules.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
+    rows = csv_rows(text)
     return {row["rule"]: StabilityRule(row["rule"], float(row["value"]), row["unit"], row["source"]) for row in rows}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Iterable
 from importlib import resources
 from types import MappingProxyType
+
+from isthmus.lines import csv_rows
 
 
 @functools.cache
@@ -17,7 +18,7 @@ def fault_weights() -> MappingProxyType[str, MappingProxyType[str, float]]:
     """
     text = (resources.files("isthmus.chips") / "fault_weights.csv").read_text(encoding="utf-8")
     counts: dict[str, dict[str, float]] = {}
-    for row in csv.DictReader(text.splitlines()):
+    for row in csv_rows(text):
         counts.setdefault(row["aspect"], {})[row["kind"]] = float(row["weight"])
     return MappingProxyType(
         {

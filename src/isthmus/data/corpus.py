@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 
+from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.data.pretrain import corpus_tokenizer, sample_texts
 from isthmus.data.tasks import Problem, Task, completion_text, seeded
 from isthmus.data.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
     folder = run.path / "tokenizer"
     if folder.is_dir():
         return Tokenizer.load(folder)
-    tokenizer = _new_tokenizer(run, task).taught_to_think()
+    tokenizer = _new_tokenizer(run, task)
     if tokenizer.vocab_size > run.recipe.model.vocab_size:
         raise IsthmusError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
@@ -35,6 +37,8 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
         )
     with new_folder(folder) as new:
         tokenizer.save(new)
+        ends = json.dumps({"eos_token_id": list(tokenizer.ends)})
+        (new / "generation_config.json").write_text(ends, encoding="utf-8")
     return tokenizer
 
 
@@ -49,14 +53,15 @@ def _new_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The prompt of a problem as the model sees it, opened at <think> if the model thinks."""
+    """The prompt of a problem as the model sees it, by its own template."""
     return tokenizer.chat([{"role": "user", "content": problem.prompt}])
 
 
 def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """The text of a completion as rewards read it: all of it is the answer of a model that does not think."""
+    """The text of a completion as rewards read it: all of it is the answer where nothing opens the thinking."""
     text = tokenizer.decode(tokens)
-    return text if tokenizer.thinks else completion_text("", text)
+    thinks = tokenizer.opens_thinking or THINK in text or END_THINK in text
+    return text if thinks else completion_text("", text)
 
 
 def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -> list[Document]:
@@ -77,7 +82,10 @@ def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -
 def _document(task: Task, tokenizer: Tokenizer, problem: Problem, draw: float) -> Document:
     prompt = prompt_ids(tokenizer, problem)
     thought, answer = task.worked_example(problem, seeded(problem.id, draw))
-    return Document([*prompt, *tokenizer.encode(completion_text(thought, answer)), tokenizer.eos_id], len(prompt))
+    text = completion_text(thought, answer)
+    if not tokenizer.opens_thinking:
+        text = f"{THINK}\n{text}" if thought else answer
+    return Document([*prompt, *tokenizer.encode(text), tokenizer.eos_id], len(prompt))
 
 
 def _texts(run: RunFolder, task: Task) -> list[str]:

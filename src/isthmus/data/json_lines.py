@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import IsthmusError
+from isthmus.lines import encoding_hint
 
 
 def read_objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,7 +40,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     try:
         row: Any = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error.reason}") from None
+        raise ValueError(f"not UTF-8 text: {error.reason}{encoding_hint(line)}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

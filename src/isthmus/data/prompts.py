@@ -18,7 +18,8 @@ class PromptFile:
     """A file with a sequence on each line: `tokens`, or a `prompt` that a `completion` may follow; never both.
 
     Further keys are left alone. Prompt and completion become tokens one after the other, as they do in generation, by
-    the tokenizer of `folder`, which is loaded if there is a text. Tokens are ids below `vocabulary`, if that is given.
+    the tokenizer of `folder`, which is loaded if there is a text; what it puts before a raw text stands before the
+    prompt. Tokens are ids below `vocabulary`, if that is given.
     """
 
     def __init__(self, path: Path, folder: Path, vocabulary: int | None = None):
@@ -69,7 +70,7 @@ class PromptFile:
         if not isinstance(text, str):
             raise ValueError(f"`{key}` must be a text, not {text!r}")
         check_text(text)
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode_raw(text) if key == "prompt" else self._tokenizer.encode(text)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from isthmus.data.text_files import TextPiece, cut_text, text_pieces, texts_of
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
+from isthmus.lines import read_text
 from isthmus.run import replaced, sha256_file
 
 SHARD_BYTES = 16 * 2**20
@@ -358,7 +359,7 @@ def _layout_of(path: Path, root: Path) -> TokenLayout:
             f"document, such as {LAYOUT_EXAMPLE}."
         )
     try:
-        layout = TokenLayout.model_validate(json.loads(source.read_text(encoding="utf-8")))
+        layout = TokenLayout.model_validate(json.loads(read_text(source)))
     except ValueError as error:
         raise IsthmusError(f"{source} does not describe token shards: {_first_fault(error)}") from None
     _check_layout(layout, source, path)

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from isthmus.data.tokenizer import END_THINK, THINK
+from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.recipe.schema import DataSection, Recipe
 
 

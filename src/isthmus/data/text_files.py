@@ -12,6 +12,7 @@ from typing import IO
 
 from isthmus.data.json_lines import check_text, parse_object
 from isthmus.errors import IsthmusError
+from isthmus.lines import encoding_hint
 
 BLOCK_BYTES = 2**20
 LONGEST_TEXT = 2**20
@@ -119,7 +120,14 @@ def _decoded(file: IO[bytes], end: int, piece: TextPiece) -> Iterator[str]:
         while (left := end - file.tell()) > 0:
             yield decoder.decode(file.read(min(left, BLOCK_BYTES)), final=left <= BLOCK_BYTES)
     except UnicodeDecodeError as error:
-        raise IsthmusError(f"{_undecodable_line(piece.path)}: not UTF-8 text: {error.reason}") from None
+        raise IsthmusError(
+            f"{_undecodable_line(piece.path)}: not UTF-8 text: {error.reason}{_hint(piece.path)}"
+        ) from None
+
+
+def _hint(path: Path) -> str:
+    with path.open("rb") as file:
+        return encoding_hint(file.read(2))
 
 
 def _undecodable_line(path: Path) -> str:
@@ -135,10 +143,11 @@ def _undecodable_line(path: Path) -> str:
 def _json_texts(file: IO[bytes], end: int, piece: TextPiece) -> Iterator[str]:
     while (position := file.tell()) < end:
         line = file.readline()
-        if not line.strip():
+        content = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+        if not content.strip():
             continue
         try:
-            text = _text_in(line.removeprefix(codecs.BOM_UTF8) if position == 0 else line)
+            text = _text_in(content)
         except ValueError as error:
             raise IsthmusError(f"{piece.path}:{_line_number(piece.path, position)}: {error}") from None
         yield text

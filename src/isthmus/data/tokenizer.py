@@ -6,33 +6,28 @@ Numbers up to three digits are one token, with or without a space before them, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 
+from isthmus.data.chat_template import END_THINK, THINK, ChatTemplate
+from isthmus.data.tiktoken import find_tiktoken, read_tiktoken
+from isthmus.data.token_bytes import bytes_reader
 from isthmus.errors import IsthmusError
+from isthmus.lines import read_text
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, END_THINK = "<think>", "</think>"
 SPECIAL_TOKENS = [BOS, EOS, USER, ASSISTANT, THINK, END_THINK]
-_TEMPLATE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
-_KEPT = ("pad_token", "unk_token", "model_max_length")
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""The names of templates, where a checkpoint has several: https://huggingface.co/docs/transformers/chat_templating"""
+CHAT_FILE, CHAT_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_KEPT = (*(f"{name}_token" for name in _NAMED[2:]), "add_bos_token", "model_max_length")
 _WORDS = r" ?[✗✓]\n?| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+"
 
 # DeepSeek-R1's template: earlier thinking is cut from the history, and a new turn opens inside <think>.
@@ -50,26 +45,29 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """Text to token ids and back, and conversations to prompts.
 
-    `template_variables` are what the chat template can be given. `thinks` says whether the model was taught to: its
-    vocabulary or its template knows <think>.
+    `ends` are the tokens that end an answer: the end token, and what generation_config.json and config.json list beside
+    it. `template` is the chat template, `tool_template` the one for conversations with tools.
     """
 
     def __init__(
         self,
         bpe: BpeTokenizer,
-        chat_template: str = CHAT_TEMPLATE,
+        chat_template: str | dict[str, str] = CHAT_TEMPLATE,
         bos: str | None = BOS,
         eos: str = EOS,
         kept: dict[str, Any] | None = None,
+        other_ends: Iterable[int] = (),
     ):
-        """`kept` are further keys for tokenizer_config.json."""
+        """`chat_template` may be several by name, a default one among them. `kept` are further keys for
+        tokenizer_config.json."""
         self._bpe, self._kept = bpe, kept or {}
-        self.chat_template = chat_template
+        self._templates = {DEFAULT: chat_template} if isinstance(chat_template, str) else chat_template
+        self.template = ChatTemplate(self._templates[DEFAULT])
+        self.tool_template = ChatTemplate(self._templates[TOOL_USE]) if TOOL_USE in self._templates else self.template
         self.bos, self.eos = bos, eos
         self.bos_id, self.eos_id = None if bos is None else self._special(bos), self._special(eos)
-        self._template, self.template_variables = _compile(chat_template)
+        self.ends = (self.eos_id, *sorted(set(other_ends) - {self.eos_id}))
         self._hidden = self._hidden_ids()
-        self.thinks = THINK in chat_template or bpe.token_to_id(THINK) is not None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -93,29 +91,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a checkpoint or bundle folder, with its special tokens and chat template.
+        """Read the tokenizer of a checkpoint or bundle folder, with its special tokens, ends and chat template.
 
         The template is chat_template.jinja or that of tokenizer_config.json. The special tokens are those of
-        tokenizer_config.json, special_tokens_map.json or config.json, whichever names them first. Raises IsthmusError
-        saying what is missing.
+        tokenizer_config.json, special_tokens_map.json or config.json, whichever names them first. Tokens that
+        tokenizer_config.json adds to the vocabulary are added, as transformers adds them. Raises IsthmusError saying
+        what is missing.
         """
         config = _read_json(folder / "tokenizer_config.json", needed=True)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
-        bpe = BpeTokenizer.from_file(str(path))
+        bpe = _read_vocabulary(folder, config)
+        _add_tokens(bpe, config, folder / "tokenizer_config.json")
         bos, eos = (_special_token(folder, config, bpe, key) for key in ("bos", "eos"))
         if eos is None:
             raise IsthmusError(f"{folder} names no eos_token: write it into tokenizer_config.json")
-        kept = {key: config[key] for key in _KEPT if key in config}
-        return cls(bpe, _chat_template(folder, config, bpe), bos, eos, kept)
-
-    def taught_to_think(self) -> Tokenizer:
-        """The same for a model that is to learn it: prompts end inside <think>, by the chat template itself."""
-        if self.thinks:
-            return self
-        opening = "{% if add_generation_prompt %}" + THINK + "\n{% endif %}"
-        return Tokenizer(self._bpe, self.chat_template + opening, self.bos, self.eos, self._kept)
+        named = _read_json(folder / "special_tokens_map.json") | config
+        kept = {key: named[key] for key in _KEPT if key in named}
+        return cls(bpe, _chat_templates(folder, config, bpe), bos, eos, kept, read_ends(folder))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers and vLLM read them."""
@@ -124,15 +115,21 @@ class Tokenizer:
 
     def config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""
+        several = [{"name": name, "template": source} for name, source in self._templates.items()]
         return {
+            "add_bos_token": False,
             **self._kept,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos,
             "eos_token": self.eos,
-            "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template,
+            "chat_template": self._templates[DEFAULT] if len(several) == 1 else several,
         }
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the template."""
+        return self.template.source
 
     @property
     def vocab_size(self) -> int:
@@ -146,6 +143,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written out in it become their ids."""
         return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The same with what the tokenizer puts around a raw text: a token for the beginning, of most that have one.
+
+        Its post-processor says so, or add_bos_token of tokenizer_config.json. A text that has it already keeps one.
+        """
+        ids = self._bpe.encode(text, add_special_tokens=True).ids
+        if self.bos_id is None:
+            return ids
+        if ids[:2] == [self.bos_id, self.bos_id]:
+            return ids[1:]
+        wanted = self._kept.get("add_bos_token") is True and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if wanted else ids
 
     def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str:
         """Text of token ids. `skip_special` leaves special tokens out, but never <think>, </think> and `shown`."""
@@ -163,37 +173,54 @@ class Tokenizer:
     def chat_text(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
     ) -> str:
-        """The prompt of a conversation. Of a model that thinks it ends inside <think>, whatever the template says.
+        """The prompt of a conversation, as the template has it and transformers renders it.
 
-        Where the template closes the thinking, it ends after </think>. `tools` are functions in OpenAI's layout;
-        `variables` are further ones of the template. Raises IsthmusError if the template refuses.
+        `tools` are functions in OpenAI's layout; `variables` are further ones of the template, and may take the place
+        of add_generation_prompt. Raises IsthmusError if the template refuses.
         """
-        text = self._render(messages, tools, variables)
-        decided = not self.thinks or text.rstrip().endswith((THINK, END_THINK))
-        return text if decided else f"{text}{THINK}\n"
+        template = self.template if tools is None else self.tool_template
+        given = {"add_generation_prompt": True, "documents": None, **self.special_tokens, **variables}
+        return template.render(messages, tools=tools, **given)
+
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """Whether the template lets an answer begin inside <think>."""
+        return leaves_thinking_open(self._opening)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether a model is to think by its template: that opens the thinking, or leaves it to the model to open."""
+        if self.opens_thinking or not self.template.opens_by_mark:
+            return self.opens_thinking
+        return not self._opening.rstrip().endswith(END_THINK)
+
+    @cached_property
+    def _opening(self) -> str:
+        """The prompt of a conversation of one turn; nothing, of a template that refuses it."""
+        try:
+            return self.chat_text([{"role": "user", "content": "?"}])
+        except IsthmusError:
+            return ""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens that there are, by the names that templates know them by."""
+        named = {f"{name}_token": _text_of(self._kept.get(f"{name}_token")) for name in _NAMED[2:]}
+        found = {"bos_token": self.bos, "eos_token": self.eos, **named}
+        return {name: text for name, text in found.items() if text is not None}
+
+    @cached_property
+    def bytes_of(self) -> Callable[[int], bytes]:
+        """The bytes that a token stands for, which may be a part of a character."""
+        return bytes_reader(self._bpe)
+
+    def is_structure(self, token: int) -> bool:
+        """Whether a token structures a conversation and is no part of its text."""
+        return token in self._hidden
 
     def serialise(self) -> str:
         """The content of tokenizer.json."""
         return self._bpe.to_str()
-
-    def _render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
-    ) -> str:
-        """Templates want the arguments of calls as objects, or as text that they append to other text."""
-        given = {
-            **variables,
-            "bos_token": self.bos or "",
-            "eos_token": self.eos,
-            "tools": tools,
-            "add_generation_prompt": True,
-        }
-        try:
-            try:
-                return self._template.render(messages=messages, **given)
-            except TypeError:
-                return self._template.render(messages=_with_text_arguments(messages), **given)
-        except _TEMPLATE_FAILURES as error:
-            raise IsthmusError(f"the chat template refuses this conversation: {error}") from None
 
     def _special(self, token: str) -> int:
         number = self._bpe.token_to_id(token)
@@ -211,69 +238,98 @@ class Tokenizer:
         return special | {number for number in named if number is not None}
 
 
-def _compile(chat_template: str) -> tuple[Template, frozenset[str]]:
-    """The template in a sandbox, with what published templates use, as in transformers; and its variables."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+def leaves_thinking_open(prompt: str) -> bool:
+    """Whether the answer to a prompt begins inside <think>."""
+    return prompt.rstrip().endswith(THINK)
+
+
+def read_ends(folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, as generation_config.json and config.json have them: one, a list, or none each."""
+    found: dict[int, None] = {}
+    for name in ("generation_config.json", "config.json"):
+        config = _read_json(folder / name)
+        for source in (config, config.get("text_config") or {}):
+            listed = source.get("eos_token_id")
+            found |= dict.fromkeys([] if listed is None else listed if isinstance(listed, list) else [listed])
+    if wrong := [one for one in found if type(one) is not int]:
+        raise IsthmusError(f"{folder}: eos_token_id must be a token id or a list of them, and holds {wrong[0]!r}")
+    return tuple(found)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file of a tokenizer, of any kind."""
+    names = (
+        "tokenizer*",
+        "tokenization_*.py",
+        "*.tiktoken",
+        "tiktoken.model",
+        "tekken.json",
+        "spiece.model",
+        "vocab.*",
     )
-    environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _strftime_now}
-    environment.filters["tojson"] = _to_json
+    return any(path.is_file() for name in names for path in folder.glob(name))
+
+
+def _read_vocabulary(folder: Path, config: dict[str, Any]) -> BpeTokenizer:
+    """A vocabulary that encodes texts of any length, whatever limit the file was saved with."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (other := find_tiktoken(folder)) is not None:
+            return read_tiktoken(other, config)
+        raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
     try:
-        variables = meta.find_undeclared_variables(environment.parse(chat_template)) - environment.globals.keys()
-        return environment.from_string(chat_template), frozenset(variables)
-    except TemplateError as error:
-        raise IsthmusError(f"the chat template cannot be read: {error}") from None
+        bpe = BpeTokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
+        raise IsthmusError(f"{path} cannot be read by the tokenizers library: {error}") from None
+    bpe.no_truncation()
+    bpe.no_padding()
+    return bpe
 
 
-def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same conversation, with the arguments of each call as JSON text."""
-    return [
-        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    ]
+def _add_tokens(bpe: BpeTokenizer, config: dict[str, Any], source: Path) -> None:
+    """Add what `added_tokens_decoder` has and tokenizer.json does not, in the order of its ids."""
+    known = {token.content for token in bpe.get_added_tokens_decoder().values()}
+    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0]))
+    for number, token in listed:
+        if token["content"] in known:
+            continue
+        bpe.add_tokens([AddedToken(**{key: value for key, value in token.items() if key != "__type"})])
+        if bpe.token_to_id(token["content"]) != int(number):
+            raise IsthmusError(
+                f"{source} gives {token['content']!r} the id {number}, and by tokenizer.json it is "
+                f"{bpe.token_to_id(token['content'])}; the two files are not of one model"
+            )
 
 
-def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function["arguments"]
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
+def _chat_templates(folder: Path, config: dict[str, Any], bpe: BpeTokenizer) -> dict[str, str]:
+    """The templates by name. Files come before tokenizer_config.json, as in transformers."""
+    named = {path.stem: path for path in sorted((folder / CHAT_FOLDER).glob("*.jinja"))}
+    if (folder / CHAT_FILE).is_file():
+        named[DEFAULT] = folder / CHAT_FILE
+    if named:
+        found = {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+    else:
+        listed = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+        listed = {DEFAULT: listed} if isinstance(listed, str) else listed or {}
+        found = {one["name"]: one["template"] for one in listed} if isinstance(listed, list) else listed
+    if not found and all(bpe.token_to_id(token) is not None for token in (USER, ASSISTANT)):
+        return {DEFAULT: CHAT_TEMPLATE}
+    if not found:
+        raise IsthmusError(f"{folder} has no chat template: write one into {CHAT_FILE}")
+    if DEFAULT not in found:
+        raise IsthmusError(f"{folder} has chat templates named {', '.join(found)}, and none named {DEFAULT}")
+    return found
 
 
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    """Jinja's own filter escapes HTML characters."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _chat_template(folder: Path, config: dict[str, Any], bpe: BpeTokenizer) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
-    if template is not None:
-        return template
-    if all(bpe.token_to_id(token) is not None for token in (USER, ASSISTANT)):
-        return CHAT_TEMPLATE
-    raise IsthmusError(f"{folder} has no chat template: write one into {path.name}")
+def _text_of(token: Any) -> str | None:
+    """A special token as configurations have it: a text, or an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key: str) -> str | None:
     """The text of the bos or eos token."""
     for source in (config, _read_json(folder / "special_tokens_map.json")):
-        token = source.get(f"{key}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+        text = _text_of(source.get(f"{key}_token"))
         if text is not None:
             return text
     number = _read_json(folder / "config.json").get(f"{key}_token_id")
@@ -285,7 +341,7 @@ def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key:
 def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a file; of a file that need not be there, nothing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         if needed:
             raise IsthmusError(f"{path.parent} has no tokenizer: {path.name} is missing") from None

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from isthmus.errors import IsthmusError
+from isthmus.lines import lines_of, read_text
 from isthmus.run import explain_io_errors
 
 _PUBLIC = re.compile(r"ed25519:[0-9a-f]{64}")
@@ -69,7 +70,7 @@ def read_trusted(path: Path) -> list[str]:
     """
     with explain_io_errors(path):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = lines_of(read_text(path))
         except FileNotFoundError:
             raise IsthmusError(f"there is no file of trusted keys at {path}") from None
     words = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]

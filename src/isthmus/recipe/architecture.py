@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
+from isthmus.lines import read_text
 from isthmus.recipe.explain import explain
 from isthmus.recipe.section import Count, Number, RecipeError, Section, Tokens, Unit, Whole, key
 
@@ -396,7 +397,7 @@ _ARCHITECTURE: TypeAdapter[AnySection] = TypeAdapter(Architecture)
 
 def read_architecture(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
     except FileNotFoundError:
         raise RecipeError(f"[model] from = {str(folder)!r}: there is no config.json in that folder") from None
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isthmus.errors import suggestion
+from isthmus.lines import read_text
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.explain import explain
 from isthmus.recipe.schema import Recipe, ServeSection
@@ -19,13 +20,11 @@ from isthmus.recipe.section import RecipeError
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read, override (`a.b=c`), resolve and check a recipe. Raises RecipeError with what to write instead."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}{_nearby_recipes(path)}") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder; a recipe is a .toml file") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
@@ -53,8 +52,8 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
 
 
 def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:
-    """A [serve] with `changes` that are not None, then with `serve.key=value` overrides."""
-    given = {key: value for key, value in changes.items() if value is not None}
+    """A [serve] with `changes` that are not None or empty, then with `serve.key=value` overrides."""
+    given = {key: value for key, value in changes.items() if value is not None and value != ()}
     tree: dict[str, Any] = {"serve": {**section.model_dump(), **given}}
     for override in overrides:
         if not override.strip().startswith("serve."):

@@ -34,6 +34,7 @@ Mebibytes = Annotated[Positive, Unit("MiB")]
 Problems = Annotated[Positive, Unit("problems")]
 Prompts = Annotated[Positive, Unit("prompts")]
 Rows = Annotated[Positive, Unit("rows")]
+Thinking = Literal["auto", "always", "never"]
 Versions = Annotated[Positive, Unit("versions")]
 PlacedStage = Literal["train", "rollout", "serve"]
 
@@ -237,10 +238,18 @@ class ServeSection(EngineOptions):
     host: str = key("127.0.0.1", "address to listen on")
     port: Whole = key(8000, "port to listen on; 0: a free one", ge=0, le=65535)
     max_batch: Annotated[Positive, Unit("samples")] = key(32, "samples that run at the same time")
-    max_new_tokens: Tokens = key(256, "longest answer where a request does not say")
+    served_model_name: list[str] = key([], "names of the model in the API; its own if absent")
+    max_new_tokens: Tokens | None = key(
+        None, "longest answer where a request does not say; the rest of the context if absent"
+    )
     temperature: Number = key(0.6, "temperature where a request does not say; 0: the likeliest token", ge=0)
+    thinking: Thinking = key(
+        "auto", "auto: as the chat template has it; always: open it where the template does not; never: close it"
+    )
     key_file: Path | None = key(None, "API keys, a line `name key` each; $ISTHMUS_API_KEYS has more")
     allow_open: bool = key(False, "listen beyond this machine without user keys")
+    allow_origins: list[str] = key([], "origins whose pages may ask from a browser, or `*`")
+    allowed_hosts: list[str] = key([], "names that a server without user keys answers to, beside its addresses")
     allow_unsealed: bool = key(False, "serve what no seal vouches for, and say so everywhere")
     trusted_keys: Path | None = key(None, "public keys, one of which must have signed the seal")
     max_waiting: Annotated[Positive, Unit("samples")] = key(4096, "samples in the line; more are refused")

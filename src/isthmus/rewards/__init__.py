@@ -21,7 +21,9 @@ class Reward:
 
 
 class RewardModule(Protocol):
-    def score(self, problem: Problem, completion: str) -> Reward: ...
+    def score(self, problem: Problem, completion: str) -> Reward:
+        """What a completion is worth, in milliseconds whatever a model writes: nothing is computed that can grow."""
+        ...
 
 
 def get_reward(name: str) -> RewardModule:

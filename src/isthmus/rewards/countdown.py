@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 
 from isthmus.data.countdown import NO_ANSWER
 from isthmus.data.tasks import Problem, split_completion
@@ -11,6 +12,7 @@ from isthmus.rewards import Reward
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 LONGEST_ANSWER = 64
+_WRITTEN = re.compile(r"[0-9+*() -]*")
 
 
 def score(problem: Problem, completion: str) -> Reward:
@@ -28,7 +30,7 @@ def score(problem: Problem, completion: str) -> Reward:
 
 def evaluate(expression: str) -> tuple[int, list[int]] | None:
     """(value, numbers used) of a sum of products over natural numbers; None if it is anything else."""
-    if len(expression) > LONGEST_ANSWER:
+    if len(expression) > LONGEST_ANSWER or not _WRITTEN.fullmatch(expression):
         return None
     try:
         tree = ast.parse(expression, mode="eval")

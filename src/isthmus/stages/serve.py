@@ -146,7 +146,7 @@ def open_service(folder: Path, serving: Serving) -> Service:
     seal = found.seal if found.state == "sealed" else None
     service = load_service(
         folder,
-        model_name=serving.model_name,
+        model_name=next(iter(section.served_model_name), serving.model_name),
         seal=seal.id if seal else None,
         pool=serving.pool,
         rehearse=serving.rehearse,
@@ -155,7 +155,9 @@ def open_service(folder: Path, serving: Serving) -> Service:
         options=section,
         state=found.state,
         signer=found.seal.signer if found.seal else None,
+        thinking=section.thinking,
     )
+    service.other_names = tuple(section.served_model_name[1:])
     service.default_tokens = section.max_new_tokens
     service.default_temperature = section.temperature
     service.max_waiting = section.max_waiting
@@ -184,7 +186,9 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
         watch.say(f"  [bold red]{state.upper()}[/] {warning}")
         log.event(state, reason=warning)
         serving.tell(state, reason=warning)
-    return Server(service, keys=keys, limits=limits, log=log, canary=canary, page=True)
+    hosts = (section.host, *section.allowed_hosts)
+    options: dict[str, Any] = {"keys": keys, "limits": limits, "log": log, "canary": canary}
+    return Server(service, page=True, origins=section.allow_origins, hosts=hosts, **options)
 
 
 def _canary(folder: Path, service: Service, serving: Serving, watch: Watch) -> CanaryPlan | None:

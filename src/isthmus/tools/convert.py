@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,11 +24,13 @@ from torch import Tensor
 
 from isthmus.chips import read_by, servers
 from isthmus.data.prompts import FORM, PromptFile
+from isthmus.data.tokenizer import read_ends
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import Format, check_format_name, fp8, get_format, mxfp8
 from isthmus.formats.calibration.balance import ALPHA, find_balance
 from isthmus.formats.calibration.calibrate import calibrate
 from isthmus.formats.files.basis import Conversion
+from isthmus.formats.files.beside import Beside, beside_weights
 from isthmus.formats.files.bundle import CHECKSUMS, CONVERSION, verify_files, write_bundle
 from isthmus.formats.files.published import CONFIG, Checkpoint, StoredTensors
 from isthmus.formats.mixing.mixture import Mixture, choose_mixture
@@ -39,21 +40,11 @@ from isthmus.formats.parts.names import SCALE
 from isthmus.formats.parts.pieces import streamed
 from isthmus.formats.parts.ranges import Calibration
 from isthmus.progress import Watch
-from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
+from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture, text_config
 from isthmus.recipe.section import RecipeError
 from isthmus.run import write_atomic
 
 GENERATION = "generation_config.json"
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 MOST_THREADS, MOST_SHOWN = 4, 24
 MIXTURES = {"modelslim_dynamic": (DYNAMIC, FLOAT), "modelslim_mixed": (DYNAMIC, WEIGHTS_ONLY, FLOAT)}
 """The formats in which modules may have different types, and which."""
@@ -83,32 +74,32 @@ class Options:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The tokenizer of the source, file by file, and what became of its tensors."""
+    """What the source has beside its weights, file by file, and what became of its tensors."""
 
     folder: Path
+    beside: Beside
     conversion: dict[str, Any]
 
     @property
     def bos_id(self) -> int | None:
         return self._ids.get("bos_token_id")
 
-    @property
-    def eos_id(self) -> int | list[int]:
-        return self._ids["eos_token_id"]
-
     @cached_property
-    def _ids(self) -> dict[str, Any]:
-        found = {**_read_json(self.folder / CONFIG), **_read_json(self.folder / GENERATION, optional=True)}
-        if found.get("eos_token_id") is None:
+    def ends(self) -> tuple[int, ...]:
+        found = read_ends(self.folder)
+        if not found:
             raise IsthmusError(
                 f"neither {CONFIG} nor {GENERATION} of {self.folder} has an eos_token_id; write it there"
             )
         return found
 
+    @cached_property
+    def _ids(self) -> dict[str, Any]:
+        config = _read_json(self.folder / CONFIG)
+        return {**text_config(config), **config, **_read_json(self.folder / GENERATION, optional=True)}
+
     def save(self, folder: Path) -> None:
-        for name in COPIED:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        self.beside.copy(self.folder, folder)
         write_atomic(folder / CONVERSION, json.dumps(self.conversion, indent=2, sort_keys=True).encode() + b"\n")
 
 
@@ -147,10 +138,14 @@ def convert(source: Path, out: Path, options: Options, watch: Watch) -> None:
             "calibration_tokens": None,
             "calibration_unseen": [],
         }
+        beside = beside_weights(source)
+        conversion |= {"carried_files": beside.carried, "files_left_out": beside.left_out}
         prepared = _prepare(checkpoint, options, conversion, watch)
         if options.budget is not None:
             chosen = _mix(chosen, prepared, options, architecture, conversion, watch)
-        _write(out, chosen, options, checkpoint, prepared, SourceFiles(source, conversion), watch)
+        _write(out, chosen, options, checkpoint, prepared, SourceFiles(source, beside, conversion), watch)
+    if beside.carried:
+        watch.say(f"  carried beside the weights: {escape(', '.join(beside.carried))}")
     watch.say(f"  wrote {escape(str(out))} in {chosen.name}")
 
 

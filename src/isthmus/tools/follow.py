@@ -18,6 +18,7 @@ from isthmus.errors import IsthmusError
 from isthmus.formats.updates.delta import WeightSet
 from isthmus.formats.updates.version_folder import LATEST, Lost, StoredVersion, advance, next_versions, read_versions
 from isthmus.formats.updates.wire import digest, pack
+from isthmus.lines import read_text
 from isthmus.progress import Watch
 
 NAME = "follow"
@@ -148,7 +149,7 @@ def _read_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        key = read_text(path).strip()
     except OSError as error:
         raise IsthmusError(f"--api-key-file {path} cannot be read: {error}") from None
     if not key or len(key.split()) != 1:

@@ -24,9 +24,10 @@ from isthmus.formats.files.bundle import SEAL, Bundle, read_bundle
 from isthmus.formats.files.sliced import SLICE, read_slice, weights_id
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.engine import check_engine, compare_engine
-from isthmus.parity.gate import check_summary, declared, judge, refusal, unmeasured
+from isthmus.parity.gate import check_summary, declared, judge, refusal, refuses, unmeasured
 from isthmus.parity.manifest import check_manifest
 from isthmus.parity.seal import Lineage, read_verdict, write_seal
+from isthmus.parity.served import check_served
 from isthmus.parity.target import ANNOUNCED, DTYPES
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.twins import ALPHA
@@ -81,6 +82,13 @@ def execute(
         watch.say(f"  {folder} on {target}")
         with watch.count("blocks", 1) as counter:
             verdict = verify_bundle(folder, target=target, limits=limits, tell=counter.tell)
+    served = check_served(folder, elsewhere=behind_an_api)
+    verdict = verdict.model_copy(
+        update={
+            "verdict": "refuse" if refuses(served) else verdict.verdict,
+            "checks": [served, *verdict.checks],
+        }
+    )
     layers = ("files",) if behind_an_api else ("files", "config", "modules")
     if left := unmeasured(read_verdict(folder), verdict.checks, layers):
         verdict = verdict.model_copy(update={"verdict": "refuse", "checks": [*verdict.checks, *left]})

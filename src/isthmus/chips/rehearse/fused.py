@@ -5,13 +5,13 @@ Every row has a source and a standing. A family without these tables has none of
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
 from isthmus.chips._registry import get_chip, vendor_of
+from isthmus.lines import csv_rows
 
 COMPARISONS = {
     "<=": lambda value, other: value <= other,
@@ -147,4 +147,4 @@ def _holds(row: dict[str, str], generation: str | None) -> bool:
 
 def _rows(family: str, table: str) -> list[dict[str, str]]:
     file = resources.files("isthmus.chips.rehearse") / family / f"{table}.csv"
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+    return csv_rows(file.read_text(encoding="utf-8")) if file.is_file() else []

@@ -6,7 +6,6 @@ over cite both.
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Literal, TypeGuard, get_args
 
 from isthmus.chips._registry import get_chip
 from isthmus.errors import IsthmusError
+from isthmus.lines import csv_rows
 from isthmus.run import Figure
 
 Status = Literal["native", "generic", "decomposes", "fallback", "none", "unknown"]
@@ -425,4 +425,4 @@ def _status(text: str) -> Status:
 def _rows(family: str, table: str) -> list[dict[str, str]]:
     """A table of a family's folder; none where the family has no such table."""
     path = resources.files("isthmus.chips.rehearse") / family / f"{table}.csv"
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    return csv_rows(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from isthmus.errors import IsthmusError
+from isthmus.lines import csv_lines
 
 PACKAGE = "torch_npu"
 MAIN_LIBRARY = "libtorch_npu.so"
@@ -130,7 +131,7 @@ class Wheel:
         return self._content(path).decode("utf-8", "replace")
 
     def _record(self) -> dict[str, str]:
-        rows = csv.reader(self._text("RECORD").splitlines())
+        rows = csv.reader(csv_lines(self._text("RECORD")))
         return {row[0]: row[1] for row in rows if len(row) > 1}
 
     def _facts(self) -> WheelFacts:

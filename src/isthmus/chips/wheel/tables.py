@@ -14,6 +14,7 @@ from isthmus.chips.rehearse.tables import STATUSES, Status
 from isthmus.chips.wheel.archive import PACKAGE
 from isthmus.chips.wheel.registrations import Registrations
 from isthmus.errors import IsthmusError
+from isthmus.lines import csv_lines, read_text
 from isthmus.run import write_atomic
 
 COLUMNS = ("operator", "status", "documented_dtypes", "documented_absent_on", "caution", "version", "source")
@@ -83,8 +84,8 @@ def write_table(registrations: Registrations, path: Path, documented: Path | Non
 
 def _rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, str]]:
     try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
+        reader = csv.DictReader(csv_lines(read_text(path)))
+    except OSError as error:
         raise IsthmusError(f"the table {path} cannot be read: {error}") from None
     if tuple(reader.fieldnames or ()) != columns:
         raise IsthmusError(f"{path} is not a table of operators: its columns must be {', '.join(columns)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from isthmus.errors import IsthmusError
+from isthmus.lines import csv_rows
 
 
 @dataclass(frozen=True)
@@ -192,4 +192,4 @@ def _number(text: str) -> int | None:
 
 def _rows(name: str) -> list[dict[str, str]]:
     text = (resources.files("isthmus.chips.wheel") / name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    return csv_rows(text)

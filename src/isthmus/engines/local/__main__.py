@@ -47,7 +47,7 @@ def _serve(options: argparse.Namespace) -> int:
         threads=options.threads,
         options=read_flags(options),
     )
-    server = Server(service, keys=keys)
+    server = Server(service, keys=keys, hosts=(options.host, *options.allowed_host))
     url = f"http://{options.host}:{listener.getsockname()[1]}"
     ready = {"url": url, "model": service.identity.model, "format": service.identity.format, "pid": os.getpid()}
     ready["kernels"] = service.core.kernels
@@ -78,6 +78,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", metavar="CHIP", help="refuse to start unless the rules of this chip allow it")
     parser.add_argument("--admin", action="store_true", help=f"allow weight updates to the bearer of ${ADMIN_KEY}")
     parser.add_argument("--allow-open", action="store_true", help="listen beyond this machine without user keys")
+    parser.add_argument("--allowed-host", action="append", default=[], help="name to answer to without user keys")
     parser.add_argument("--drain-seconds", type=float, default=5.0, help="what running requests get after SIGTERM")
     parser.add_argument("--follow-stdin", action="store_true", help="exit when standard input closes")
     return parser

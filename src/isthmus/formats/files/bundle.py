@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +52,9 @@ class TokenizerFiles(Protocol):
     def bos_id(self) -> int | None: ...
 
     @property
-    def eos_id(self) -> int | list[int]: ...
+    def ends(self) -> Sequence[int]:
+        """The tokens that end an answer; the first is the end token."""
+        ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -101,11 +103,12 @@ def write_bundle(
     Raises DamagedFile if the state does not fit the architecture, IsthmusError if the format lacks a calibration.
     """
     chosen = get_format(chosen) if isinstance(chosen, str) else chosen
-    config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    ends = tokenizer.ends[0] if len(tokenizer.ends) == 1 else list(tokenizer.ends)
+    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+    config = hf_config(architecture, dtype=chosen.dtype, bos_token_id=tokenizer.bos_id, eos_token_id=ends)
     quantization = chosen.quantization_config(architecture)
     if quantization is not None:
         config["quantization_config"] = quantization
-    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
     def stored(name: str) -> dict[str, Tensor]:
         found = chosen.export_one(name, state[name], architecture, calibration)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,10 +64,10 @@ class Golden(BaseModel):
     answers: list[GoldenAnswer]
 
 
-def make_golden(bundle: Bundle, prompts: list[list[int]], eos_id: int) -> Golden:
+def make_golden(bundle: Bundle, prompts: list[list[int]], ends: Collection[int]) -> Golden:
     """Answer up to PROMPTS prompts with up to TOKENS tokens each by the bundle's model, every step from scratch.
 
-    A model of more than WHOLE_BYTES is in memory piece by piece.
+    An answer ends after one of `ends`. A model of more than WHOLE_BYTES is in memory piece by piece.
     """
     shapes = [shape for _, shape in get_format(bundle.format).layout(bundle.architecture).values()]
     model = bundle.build() if 4 * sum(map(math.prod, shapes)) <= WHOLE_BYTES else bundle.stream()
@@ -77,7 +78,7 @@ def make_golden(bundle: Bundle, prompts: list[list[int]], eos_id: int) -> Golden
         rows = [
             row
             for row, (prompt, (tokens, *_)) in enumerate(zip(chosen, found, strict=True))
-            if tokens[-1:] != [eos_id] and len(prompt) + len(tokens) < room
+            if not (tokens and tokens[-1] in ends) and len(prompt) + len(tokens) < room
         ]
         if not rows:
             break

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import DESCRIPTION, get_format
+from isthmus.formats.files.beside import beside_weights
 from isthmus.formats.files.bundle import CHECKSUMS, Bundle, file_hashes, read_object
 from isthmus.formats.files.published import CONFIG, weight_files, write_tensors
 from isthmus.formats.parts.assemble import EMBEDDING, HEAD
@@ -29,7 +30,7 @@ from isthmus.model.config import hf_config
 from isthmus.run import new_folder, write_atomic
 
 SLICE = "slice.json"
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+GENERATION = "generation_config.json"
 
 
 class Slice(BaseModel):
@@ -93,9 +94,9 @@ def write_slice(folder: Path, bundle: Bundle, layers: range, inputs: Tensor | No
         cut = cut.model_copy(update={"tie_word_embeddings": False})
     told = Slice(of=weights_id(bundle.folder), layers=(layers.start, layers.stop), lengths=lengths)
     with new_folder(folder) as new:
-        for name in COPIED:
-            if (bundle.folder / name).is_file():
-                shutil.copyfile(bundle.folder / name, new / name)
+        beside_weights(bundle.folder).copy(bundle.folder, new)
+        if (bundle.folder / GENERATION).is_file():
+            shutil.copyfile(bundle.folder / GENERATION, new / GENERATION)
         _write_json(new / CONFIG, _config(bundle, cut, layers))
         if (bundle.folder / DESCRIPTION).is_file():
             described = read_object(bundle.folder / DESCRIPTION)

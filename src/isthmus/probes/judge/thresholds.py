@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, cast
 
 from isthmus.chips import Chip, load_chips
 from isthmus.errors import IsthmusError, suggestion
+from isthmus.lines import csv_lines, read_text
 from isthmus.records import Aspect, Evidence, Outcome, Use
 from isthmus.run import Figure
 
@@ -133,8 +134,8 @@ def load_thresholds(path: Path | None = None, chips: Mapping[str, Chip] | None =
     if path is None:
         return package
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except OSError as error:
         raise IsthmusError(f"the thresholds {path} cannot be read: {error}") from None
     own = read_rules(text, str(path), chips)
     problems = check_sanity(own, chips, beside=package)
@@ -153,7 +154,7 @@ def package_thresholds() -> tuple[Rule, ...]:
 
 def read_rules(text: str, name: str, chips: Mapping[str, Chip]) -> tuple[Rule, ...]:
     """The rules of a CSV text. `name` is for messages. Raises IsthmusError, naming the line, for a wrong one."""
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(csv_lines(text))
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise IsthmusError(f"{name} is not a table of thresholds: its first line must be {','.join(COLUMNS)}")
     return tuple(

@@ -274,7 +274,7 @@ class Examination:
             stochastic=written.stochastic,
         )
         chosen = crossing.prompts if prompts is None else prompts
-        write_golden(folder, make_golden(bundle, chosen, crossing.tokenizer.eos_id))
+        write_golden(folder, make_golden(bundle, chosen, crossing.tokenizer.ends))
         texts = [[*one.prompt, *one.completion] for one in golden]
         options = CaptureOptions(
             max_bytes=section.capture_mb << 20, origin=crossing.asked, synthetic=crossing.asked == SYNTHETIC

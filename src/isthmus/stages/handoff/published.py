@@ -100,12 +100,14 @@ class Asked:
 
 
 def prepare(source: Path, options: Options) -> Asked:
-    """Read what the options name. Raises IsthmusError for what does not fit `source`, or each other."""
+    """Read what the options name. Raises IsthmusError for what does not fit `source`, or each other, and for a source
+    whose tokenizer could not be served."""
     if not (source / CONFIG).is_file():
         raise IsthmusError(f"{source} is no checkpoint: it has no {CONFIG}, and no recipe.json of a run either")
     if options.dtype not in DTYPES:
         raise IsthmusError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPES)}")
     architecture = architecture_of(source, read_config(source))
+    Tokenizer.load(source)
     on, chip = _target(options)
     if options.task is not None and on.device != CPU:
         raise IsthmusError(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from isthmus.data.corpus import completion_of
 from isthmus.data.tasks import seeded
 from isthmus.engines import Completion, Sampling
 from isthmus.parity.paired import paired_difference, wilson_interval
@@ -71,7 +72,7 @@ def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str]
 
     began = time.perf_counter()
     sampled, greedy = answers(section.temperature), answers(0.0)
-    texts = [rollouts.tokenizer.decode(answer.tokens) for answer in sampled]
+    texts = [completion_of(rollouts.tokenizer, answer.tokens) for answer in sampled]
     result = Evaluation(right(sampled), [len(answer.tokens) for answer in sampled], texts, right(greedy))
     write_atomic(path, json.dumps(result.__dict__).encode())
     run.event(

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from isthmus.data.corpus import prompt_ids
+from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tasks import Problem, Task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
@@ -111,7 +111,7 @@ class Rollouts:
         return [prompt_ids(self.tokenizer, problem) for problem in problems]
 
     def score(self, problem: Problem, completion: Completion) -> Reward:
-        return self.reward.score(problem, self.tokenizer.decode(completion.tokens))
+        return self.reward.score(problem, completion_of(self.tokenizer, completion.tokens))
 
     def store(self, step: int) -> None:
         """Keep the samples that older weights generated for this step: a continued run learns from the same ones."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus.engines.local.api.access_log import AccessLog
+from isthmus.engines.local.api.browsers import check_host
 from isthmus.engines.local.api.keys import ANYONE, Keyring, Level
 from isthmus.engines.local.api.limits import TOO_MANY_REQUESTS, TOO_MANY_TOKENS, KeyBudget, KeyLimits, Rate, Refused
 from isthmus.engines.local.api.metrics import Metrics
@@ -30,11 +31,20 @@ GENERATING = "/v1/"
 class Gate:
     """What all requests of a server have in common. Follows visits, to know how fast the engine is.
 
-    `sample_rate` and `prompt_rate` are the samples and prompt tokens that ended lately; `held` counts the requests that
-    stand before a closed gate.
+    Without user keys only some names are answered to: see browsers.py. `sample_rate` and `prompt_rate` are the samples
+    and prompt tokens that ended lately; `held` counts the requests that stand before a closed gate.
     """
 
-    def __init__(self, service: Service, metrics: Metrics, keys: Keyring, limits: KeyLimits, log: AccessLog):
+    def __init__(
+        self,
+        service: Service,
+        metrics: Metrics,
+        keys: Keyring,
+        limits: KeyLimits,
+        log: AccessLog,
+        hosts: Collection[str] = (),
+    ):
+        self.hosts = hosts
         self.service, self.metrics, self.keys, self.limits, self.log = service, metrics, keys, limits, log
         self.draining, self.damaged = False, False
         self.visits: list[Visit] = []
@@ -145,6 +155,8 @@ class Gate:
         token = CURRENT.set(visit)
         try:
             try:
+                if not self.keys.has_users:
+                    check_host(headers.get("host"), self.hosts)
                 self._check_key(visit, headers.get("authorization", ""), level)
                 if generates and self.draining:
                     raise self._refusal_of_drain()

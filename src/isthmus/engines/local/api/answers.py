@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from isthmus.engines import EngineError
 from isthmus.engines.local.api.prepare import Prepared
-from isthmus.engines.local.api.protocol import DEFAULT_COMPLETION_TOKENS, ApiError, Ask, ChatAsk, CompletionAsk
+from isthmus.engines.local.api.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    ApiError,
+    Ask,
+    ChatAsk,
+    CompletionAsk,
+    too_long,
+)
 from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.text import Call, ChannelledText, Delta, PlainText, Rules, Writer
 from isthmus.engines.local.api.visit import Visit
@@ -71,12 +78,12 @@ class Exchange:
         self, service: Service, ask: Ask, prepared: Prepared, visit: Visit, constraint: Constraint | None = None
     ):
         self.service, self.ask, self.prompts, self.visit = service, ask, prepared.prompts, visit
-        self._calls = prepared.calls
+        self._calls, self._thinking = prepared.calls, prepared.thinking
         self._constraint, self._wanted_by = constraint, prepared.wanted_by
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
-        rules = self._rules()
-        self._writers = [self._writer(self.prompts[index // ask.n], rules) for index in range(self.size)]
+        self.rules = self._rules()
+        self._writers = [self._writer(self.prompts[index // ask.n], self.rules) for index in range(self.size)]
         self._drawn = [Drawn() for _ in range(self.size)]
         self._parts: list[list[Delta | Call]] = [[] for _ in range(self.size)]
         self._called = [0] * self.size
@@ -154,11 +161,12 @@ class Exchange:
         )
 
     def _submit(self) -> None:
+        self.visit.submitted(self._request)
         try:
             self.service.core.submit(self._request)
         except EngineError as error:
+            self.visit.submitted(None)
             raise ApiError(str(error), status=503) from None
-        self.visit.submitted(self._request)
 
     def _deliver(self, event: Token | Finished) -> None:
         """Called from the engine's thread."""
@@ -245,9 +253,9 @@ class Exchange:
     def _writer(self, prompt: list[int], rules: Rules) -> Writer:
         vocabulary = self.service.vocabulary
         if not isinstance(self.ask, ChatAsk):
-            return PlainText(vocabulary, rules)
+            return PlainText(vocabulary, rules, prompt)
         reader = None if self._calls is None else self._calls.reader()
-        return ChannelledText(vocabulary, rules, vocabulary.opens_thinking(prompt), reader)
+        return ChannelledText(vocabulary, rules, self._thinking, reader)
 
 
 def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:
@@ -258,21 +266,13 @@ def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:
     if not prompts or min(map(len, prompts)) == 0:
         raise ApiError("a prompt must have at least one token", param=field, code="invalid_value")
     if longest >= length:
-        raise ApiError(
-            f"this model's sequences have at most {length} tokens, and the prompt has {longest}; shorten it",
-            param=field,
-            code="context_length_exceeded",
-        )
+        least = 1 if isinstance(ask, ChatAsk) else DEFAULT_COMPLETION_TOKENS
+        raise too_long(length, longest, least if ask.limit is None else ask.limit, field, field)
     limit = ask.limit if ask.limit is not None else _default_limit(service, ask, length - longest)
     if ask.min_tokens > limit:
         raise ApiError(f"min_tokens is {ask.min_tokens}, and at most {limit} are generated", param="min_tokens")
     if longest + limit > length:
-        raise ApiError(
-            f"this model's sequences have at most {length} tokens; the prompt has {longest}, so at most "
-            f"{length - longest} can be generated, and {limit} were asked for",
-            param="max_completion_tokens" if isinstance(ask, ChatAsk) else "max_tokens",
-            code="context_length_exceeded",
-        )
+        raise too_long(length, longest, limit, field, ask.limit_name)
     return limit
 
 

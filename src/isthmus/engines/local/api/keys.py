@@ -18,6 +18,7 @@ from pathlib import Path
 
 from isthmus.engines.local.api.protocol import ApiError
 from isthmus.errors import IsthmusError
+from isthmus.lines import lines_of, read_text
 
 API_KEYS, ADMIN_KEY = "ISTHMUS_API_KEYS", "ISTHMUS_ADMIN_KEY"
 ADMIN = "admin"
@@ -62,7 +63,7 @@ class Keyring:
     @classmethod
     def load(cls, file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Keyring:
         """The keys of a file and of the environment together. Raises IsthmusError that says what is wrong with them."""
-        keys = _parse(file.read_text(encoding="utf-8"), str(file)) if file and _is_private(file) else []
+        keys = _parse(read_text(file), str(file)) if file and _is_private(file) else []
         keys += _parse(environment.get(API_KEYS, "").replace(",", "\n"), f"${API_KEYS}")
         if secret := environment.get(ADMIN_KEY):
             keys.append(Key.of(ADMIN, secret))
@@ -91,15 +92,21 @@ class Keyring:
         if level == Level.PUBLIC or (level == Level.USER and not self.has_users):
             return found
         if found is None:
-            what = "the admin key" if level == Level.ADMIN else "an API key"
-            raise ApiError(
-                f"this route needs {what}: send the header Authorization: Bearer KEY",
-                status=401,
-                code="invalid_api_key",
-            )
+            raise ApiError(_explain_missing(authorization, level), status=401, code="invalid_api_key")
         if found.level < level:
             raise ApiError(f"the key {found.name!r} may not use this route", status=403, code="admin_key_required")
         return found
+
+
+def _explain_missing(authorization: str, level: Level) -> str:
+    """Never with the key itself: an error is logged and shown."""
+    what = "the admin key" if level == Level.ADMIN else "an API key"
+    scheme, _, secret = authorization.partition(" ")
+    if scheme.lower() == "bearer" and secret.strip():
+        return f"Incorrect API key provided: this server does not know it, and this route needs {what}"
+    if authorization:
+        return f"this route needs {what} as `Authorization: Bearer KEY`, and the header has another form"
+    return f"this route needs {what}: send the header Authorization: Bearer KEY"
 
 
 def check_exposure(host: str, keys: Keyring, allow_open: bool) -> None:
@@ -114,7 +121,7 @@ def check_exposure(host: str, keys: Keyring, allow_open: bool) -> None:
 
 def _parse(text: str, origin: str) -> list[Key]:
     """One `name key` per line; a key alone is named by its number. Lines that begin with # are left out."""
-    lines = [line.split() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    lines = [line.split() for line in lines_of(text) if line.strip() and not line.strip().startswith("#")]
     keys = []
     for number, words in enumerate(lines, start=1):
         if len(words) > 2:

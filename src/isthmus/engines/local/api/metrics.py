@@ -33,6 +33,7 @@ REQUEST_S = (
 )
 # fmt: on
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+SAMPLES = (1, 2, 5, 10, 20)
 _ENGINE = "0"
 
 
@@ -54,6 +55,16 @@ class Metrics:
         lengths = _one_two_five(core.length)
         self._prompt_lengths = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a sample", lengths)
         self._lengths = self._histogram("vllm:request_generation_tokens", "Generated tokens of a sample", lengths)
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Generated tokens of the longest sample of a prompt", lengths
+        )
+        self._asked_samples = self._histogram("vllm:request_params_n", "Samples asked for of a prompt", SAMPLES)
+        self._asked_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "Tokens that a sample might have had", lengths
+        )
+        self._computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens that were not in the prefix cache", lengths
+        )
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of an engine step", STEP_TOKENS)
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN_S
@@ -67,6 +78,13 @@ class Metrics:
             "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a sample", TOKEN_S
         )
         self._queue_time = self._histogram("vllm:request_queue_time_seconds", "From arrival until it runs", REQUEST_S)
+        self._prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", "From when it runs to the first token", REQUEST_S
+        )
+        self._decode_time = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first to the last token", REQUEST_S
+        )
+        self._run_time = self._histogram("vllm:request_inference_time_seconds", "While it runs", REQUEST_S)
         self._total = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", REQUEST_S)
         self._add_own(service)
         core.steps.observers.append(self._step_tokens.observe)
@@ -114,11 +132,17 @@ class Metrics:
         prompt, choice = divmod(sample.choice, visit.n)
         if choice == 0:
             self.prompt_tokens.inc(len(visit.prompts[prompt]))
+        self._note_prompt(visit, sample, prompt)
         if not sample.tokens:
             return
         self._prompt_lengths.observe(len(visit.prompts[prompt]))
         self._lengths.observe(len(sample.tokens))
+        self._asked_tokens.observe(visit.request.max_new_tokens if visit.request else len(sample.tokens))
+        self._computed.observe(len(visit.prompts[prompt]) - sample.cached_tokens)
         self._queue_time.observe(sample.queued_s)
+        self._prefill_time.observe(max(0.0, sample.first_token_s - sample.queued_s))
+        self._decode_time.observe(max(0.0, sample.elapsed_s - sample.first_token_s))
+        self._run_time.observe(max(0.0, sample.elapsed_s - sample.queued_s))
         self._first_token.observe(sample.first_token_s)
         self._total.observe(sample.elapsed_s)
         if len(sample.tokens) > 1:
@@ -126,6 +150,13 @@ class Metrics:
             self._per_token.observe(mean)
             if not visit.stream:
                 self._between_tokens.observe(mean)
+
+    def _note_prompt(self, visit: Visit, sample: Finished, prompt: int) -> None:
+        """When the last sample of a prompt has ended: the visit has the earlier ones."""
+        earlier = [len(one.tokens) for one in visit.samples if one.choice // visit.n == prompt]
+        if len(earlier) == visit.n - 1:
+            self._longest.observe(max([len(sample.tokens), *earlier]))
+            self._asked_samples.observe(visit.n)
 
     def rejected(self, reason: str) -> None:
         """A request was turned away by a limit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import mimetypes
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from isthmus.engines.local.api.protocol import Part
 
 JSON, EVENTS, TEXT, BYTES = "application/json", "text/event-stream", "text/plain", "application/octet-stream"
 Handler = Callable[[Request], Awaitable[Response]]
+_IN_NAMES = str.maketrans("/", "_", "{}")
 _SCHEMAS = "#/components/schemas/"
 _ERROR = {
     "type": "object",
@@ -99,7 +101,7 @@ def document(operations: list[Operation], *, users_need_keys: bool) -> dict[str,
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
         body = [names[kind, "validation"] for kind in one.takes]
-        paths.setdefault(one.path, {})[one.method.lower()] = _operation(one, body, users_need_keys)
+        paths.setdefault(_plain(one.path), {})[one.method.lower()] = _operation(one, body, users_need_keys)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Isthmus", "version": __version__},
@@ -113,7 +115,7 @@ def document(operations: list[Operation], *, users_need_keys: bool) -> dict[str,
 
 def _operation(one: Operation, body: list[Any], users_need_keys: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {
-        "operationId": f"{one.method.lower()}{one.path}".replace("/", "_"),
+        "operationId": f"{one.method.lower()}{_plain(one.path)}".translate(_IN_NAMES),
         "summary": (inspect.getdoc(one.handler) or one.path).splitlines()[0],
         "security": [{"bearer": []}] if one.level == Level.ADMIN or users_need_keys else [{}, {"bearer": []}],
         "responses": {str(status): _response(one, status) for status in one.statuses},
@@ -125,9 +127,20 @@ def _operation(one: Operation, body: list[Any], users_need_keys: bool) -> dict[s
         shown["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
     if one.takes_bytes:
         shown["requestBody"] = {"required": True, "content": {BYTES: {"schema": {}}}}
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in _names(one)]
     if one.query is not None:
-        shown["parameters"] = _parameters(one.query)
-    return shown
+        parameters += _parameters(one.query)
+    return {**shown, "parameters": parameters} if parameters else shown
+
+
+def _names(one: Operation) -> list[str]:
+    """The parameters in a path."""
+    return re.findall(r"{(\w+)", one.path)
+
+
+def _plain(path: str) -> str:
+    """A path without the kinds of its parameters, which are Starlette's."""
+    return re.sub(r":\w+}", "}", path)
 
 
 def _response(one: Operation, status: int) -> dict[str, Any]:

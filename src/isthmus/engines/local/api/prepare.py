@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from isthmus.data.chat_template import END_THINK
+from isthmus.data.tokenizer import leaves_thinking_open
 from isthmus.engines.local.api.protocol import (
     ApiError,
     Ask,
@@ -14,15 +16,15 @@ from isthmus.engines.local.api.protocol import (
     Conversation,
     NamedTool,
     check_tokens,
+    too_long,
 )
 from isthmus.engines.local.api.service import Service
-from isthmus.engines.local.api.text import CLOSE_THINK, CallReader
+from isthmus.engines.local.api.text import CLOSE_THINK, Beginning, CallReader
+from isthmus.engines.local.api.thinking import check_history, read_wishes
 from isthmus.engines.local.api.tools import CallFormat, call_grammar, format_of
 from isthmus.engines.local.core.grammar import GrammarRefused, choice_grammar, json_grammar, literal, regex_grammar
 from isthmus.engines.local.core.scheduler import Constraint
 from isthmus.errors import IsthmusError
-
-_RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class Calls:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`prompts` are token ids. `grammar`, which the field `wanted_by` asks for, is compiled by `constraint`."""
+    """`prompts` are token ids. `grammar`, which the field `wanted_by` asks for, is compiled by `constraint`.
+
+    `thinking` says how a chat's answer begins: inside its thinking, with it if the model chooses to, or without.
+    """
 
     prompts: list[list[int]]
     grammar: str | None = None
     calls: Calls | None = None
     wanted_by: str | None = None
-    chat: bool = False
+    thinking: Beginning = "without"
 
     def constraint(self, service: Service) -> Constraint | None:
         """The constraint on the answer; a chat's begins after its thinking. Raises ApiError (400).
@@ -55,12 +60,13 @@ class Prepared:
         """
         if self.grammar is None:
             return None
-        vocabulary = service.vocabulary
-        after = None
-        if self.chat and vocabulary.opens_thinking(self.prompts[0]):
+        vocabulary, after, opening = service.vocabulary, None, None
+        if self.thinking == "inside":
             after = CLOSE_THINK if vocabulary.close_think is None else vocabulary.close_think
+        elif self.thinking == "free" and vocabulary.close_think is not None:
+            after, opening = vocabulary.close_think, vocabulary.open_think
         try:
-            return service.grammars.compile(self.grammar, after)
+            return service.grammars.compile(self.grammar, after, opening)
         except GrammarRefused as error:
             raise ApiError(str(error), param=self.wanted_by, code="invalid_value") from None
 
@@ -68,7 +74,10 @@ class Prepared:
 def prepare_completion(service: Service, ask: CompletionAsk) -> Prepared:
     """Raises ApiError (400)."""
     check_tokens(ask, service.architecture.vocab_size)
-    prompts = [encode_text(service, one, "prompt") if isinstance(one, str) else one for one in ask.prompts]
+    prompts = [
+        encode_text(service, one, "prompt", raw=ask.add_special_tokens) if isinstance(one, str) else one
+        for one in ask.prompts
+    ]
     check_prompt_tokens(service, prompts)
     grammar = answer_grammar(ask)
     _check_ending(ask, grammar)
@@ -78,43 +87,54 @@ def prepare_completion(service: Service, ask: CompletionAsk) -> Prepared:
 def prepare_chat(service: Service, ask: ChatAsk) -> Prepared:
     """Raises ApiError (400)."""
     check_tokens(ask, service.architecture.vocab_size)
-    prompt = chat_prompt(service, ask, with_tools=bool(ask.offered))
+    text = chat_text(service, ask, with_tools=bool(ask.offered))
+    prompt = encode_text(service, text, "messages", raw=ask.add_special_tokens)
+    check_prompt_tokens(service, [prompt], "messages")
     grammar, calls = answer_grammar(ask), None
     if ask.offered:
         calls = _calls(service, ask)
         grammar = _grammar_with_calls(service, ask, calls.form, grammar)
     _check_ending(ask, grammar)
-    return Prepared([prompt], grammar, calls, _wanted_by(ask), chat=True)
+    return Prepared([prompt], grammar, calls, _wanted_by(ask), _beginning(service, text))
 
 
 def chat_prompt(service: Service, ask: Conversation, *, with_tools: bool) -> list[int]:
     """Token ids of a conversation. Raises ApiError (400)."""
-    tokenizer, variables = service.tokenizer, ask.variables
-    unused = sorted(variables.keys() - (tokenizer.template_variables - _RESERVED))
-    if unused:
-        field = "reasoning_effort" if unused == ["reasoning_effort"] else "chat_template_kwargs"
-        raise ApiError(f"{field}: the chat template of this model does not use {', '.join(unused)}", param=field)
-    if with_tools and "tools" not in tokenizer.template_variables:
+    return encode_text(service, chat_text(service, ask, with_tools=with_tools), "messages", raw=ask.add_special_tokens)
+
+
+def chat_text(service: Service, ask: Conversation, *, with_tools: bool) -> str:
+    """The prompt of a conversation: its template's rendering, and what [serve] thinking adds. Raises ApiError (400)."""
+    tokenizer = service.tokenizer
+    template = tokenizer.tool_template if with_tools else tokenizer.template
+    asked = read_wishes(template, ask, service.thinking)
+    check_history(template, ask.messages)
+    if with_tools and "tools" not in template.variables:
         raise ApiError("the chat template of this model has no place for tools", param="tools")
     tools = [tool.model_dump(exclude_none=True) for tool in ask.tools] if with_tools else None
     try:
-        text = tokenizer.chat_text([message.plain() for message in ask.messages], tools, **variables)
+        text = tokenizer.chat_text([message.plain() for message in ask.messages], tools, **asked.variables)
     except IsthmusError as error:
         raise ApiError(str(error), param="messages", code="invalid_value") from None
-    return encode_text(service, text, "messages")
+    return asked.finish(text, template)
 
 
-def encode_text(service: Service, text: str, field: str) -> list[int]:
-    """Token ids of a text. One that is too long however it is split is refused before that is tried."""
+def _beginning(service: Service, prompt: str) -> Beginning:
+    """How the answer to the text of a chat's prompt begins."""
+    if not service.vocabulary.thinks or prompt.rstrip().endswith(END_THINK):
+        return "without"
+    return "inside" if leaves_thinking_open(prompt) else "free"
+
+
+def encode_text(service: Service, text: str, field: str, *, raw: bool = False) -> list[int]:
+    """Token ids of a text, with what the tokenizer puts around a `raw` one.
+
+    One that is too long however it is split is refused before that is tried.
+    """
     length, tokenizer = service.core.length, service.tokenizer
     if len(text) > length * tokenizer.longest_token:
-        raise ApiError(
-            f"this model's sequences have at most {length} tokens, and {len(text)} characters are more than that; "
-            "shorten it",
-            param=field,
-            code="context_length_exceeded",
-        )
-    return tokenizer.encode(text)
+        raise too_long(length, -(-len(text) // tokenizer.longest_token), 0, field, field, at_least=True)
+    return tokenizer.encode_raw(text) if raw else tokenizer.encode(text)
 
 
 def check_prompt_tokens(service: Service, prompts: list[list[int]], field: str = "prompt") -> None:
@@ -167,7 +187,7 @@ def _structured_grammar(ask: Ask) -> str | None:
 
 
 def _calls(service: Service, ask: ChatAsk) -> Calls:
-    form = format_of(service.tokenizer.chat_template)
+    form = format_of(service.tokenizer.tool_template.source)
     if form is None:
         raise ApiError("the chat template of this model writes calls in a way that is not known here", param="tools")
     one_only = isinstance(ask.tool_choice, NamedTool) or not ask.parallel_tool_calls
@@ -194,8 +214,6 @@ def _grammar_with_calls(service: Service, ask: ChatAsk, form: CallFormat, answer
         answers = _format_or_calls(ask)
     elif not ask.must_call:
         answers = form.answers(written)
-        if answers is None:
-            raise ApiError("strict functions need tool_choice required or a named one here", param="tools")
     parallel = ask.parallel_tool_calls and not isinstance(ask.tool_choice, NamedTool)
     return call_grammar(form, functions, written, parallel=parallel, answers=answers)
 

@@ -27,17 +27,13 @@ LONGEST_PAUSE_S = 86_400
 # Values of fields that this server does not have, and with which they ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
     "best_of": (1,),
     "continue_final_message": (False,),
     "echo": (False,),
     "length_penalty": (1, 1.0),
-    "metadata": ({},),
     "modalities": (["text"],),
     "priority": (0,),
-    "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
-    "store": (False,),
     "suffix": ("",),
     "tools": ([],),
     "use_beam_search": (False,),
@@ -92,7 +88,7 @@ class Part(BaseModel):
 
 class StreamOptions(Part):
     include_usage: Flag = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: Flag = False
     include_obfuscation: Literal[False] = False
 
 
@@ -135,7 +131,11 @@ class StructuredOutputs(Part):
 
 
 class Ask(Part):
-    """What completions and chat share. `user`, `safety_identifier` and `prompt_cache_key` ask for nothing."""
+    """What completions and chat share.
+
+    `user`, `metadata`, `store`, `service_tier`, `verbosity`, `safety_identifier`, `prompt_cache_key` and
+    `prompt_cache_retention` change nothing here: they are for who pays, keeps or caches answers, or advice to a model.
+    """
 
     model: str | None = None
     stream: Flag = False
@@ -165,6 +165,12 @@ class Ask(Part):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    metadata: Schema | None = None
+    store: Flag | None = None
+    service_tier: str | None = None
+    verbosity: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
     return_token_ids: Flag = False
 
     @field_validator("stop", mode="before", json_schema_input_type=Stop | Stops)
@@ -178,8 +184,18 @@ class Ask(Part):
         return self.max_tokens
 
     @property
+    def limit_name(self) -> str:
+        """The field that asked for them."""
+        return "max_tokens"
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream counts the tokens so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionAsk(Ask):
@@ -188,6 +204,7 @@ class CompletionAsk(Ask):
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Alternatives | None = None
     echo: Flag = False
+    add_special_tokens: Flag = True
     seeds: list[Seed] | None = None
 
     @property
@@ -226,7 +243,7 @@ class ToolCall(Part):
 
 
 class Message(Part):
-    """A turn. A client may send back what it received: nulls, empty annotations and earlier thinking are left out."""
+    """A turn. A client may send back what it received, thinking included; empty annotations and calls are left out."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -250,21 +267,26 @@ class Message(Part):
             raise ValueError("only an assistant's message has tool_calls")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError("only a tool's message has a tool_call_id")
-        if self.content is None and self.tool_calls is None:
+        if self.content is None and self.tool_calls is None and self.thought is None:
             raise ValueError("content is missing")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """What the chat template sees. Earlier thinking is left out, as R1's template leaves it out."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        """What the chat template sees. Content that is null, or left out, is null."""
+        content = self.content
+        text = "".join(part.text for part in content) if isinstance(content, list) else content
         shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls is not None:
             shown["tool_calls"] = [call.plain() for call in self.tool_calls]
         for key in ("name", "tool_call_id"):
             if getattr(self, key) is not None:
                 shown[key] = getattr(self, key)
-        return shown
+        return shown if self.thought is None else {**shown, "reasoning_content": self.thought}
+
+    @property
+    def thought(self) -> str | None:
+        """The thinking of an earlier turn, under either of its names."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 class Function(Part):
@@ -291,18 +313,14 @@ class NamedTool(Part):
 
 
 class Conversation(Part):
-    """What the chat template makes a prompt of. `reasoning_effort` is a variable of the template like any other."""
+    """What the chat template makes a prompt of. thinking.py says what becomes of the wishes in it."""
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
     reasoning_effort: str | None = None
+    enable_thinking: Flag | None = None
     chat_template_kwargs: Schema = {}
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What the template is given beside messages and tools."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {**self.chat_template_kwargs, **effort}
+    add_special_tokens: Flag = False
 
 
 class ChatAsk(Ask, Conversation):
@@ -320,6 +338,10 @@ class ChatAsk(Ask, Conversation):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def limit_name(self) -> str:
+        return "max_completion_tokens" if self.max_tokens is None else "max_tokens"
+
+    @property
     def offered(self) -> list[Function]:
         """The functions that the model may call: none where the choice is `none`."""
         return [] if self.tool_choice == "none" else [tool.function for tool in self.tools]
@@ -335,6 +357,7 @@ class TokenizeAsk(Part):
 
     model: str | None = None
     prompt: str
+    add_special_tokens: Flag = True
     return_token_strs: Flag = False
 
 
@@ -510,11 +533,23 @@ def check_tokens(ask: Ask, vocab_size: int) -> None:
             )
 
 
-def envelope(kind: str, model: str, fingerprint: str) -> dict[str, Any]:
+def too_long(length: int, prompt: int, completion: int, what: str, param: str, *, at_least: bool = False) -> ApiError:
+    """The refusal of a sequence beyond `length` tokens, in OpenAI's words: clients recognise them, and shorten."""
+    about = "at least " if at_least else ""
+    return ApiError(
+        f"This model's maximum context length is {length} tokens. However, you requested {about}{prompt + completion} "
+        f"tokens ({about}{prompt} in the {what}, {completion} in the completion). Please reduce the length of the "
+        f"{what if prompt >= length else f'{what} or the completion'}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def envelope(kind: str, model: str, fingerprint: str, request_id: str | None = None) -> dict[str, Any]:
     """The fields that every response and every chunk of a stream begins with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": f"{prefix}-{request_id or uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
         "model": model,

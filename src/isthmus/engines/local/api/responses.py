@@ -6,7 +6,8 @@ from typing import Any
 
 from isthmus.engines.local.api.answers import Choice, Drawn, Piece
 from isthmus.engines.local.api.protocol import ChatAsk, CompletionAsk
-from isthmus.engines.local.api.text import Call, Delta, Vocabulary
+from isthmus.engines.local.api.text import Call, Delta, Rules, Vocabulary
+from isthmus.engines.local.api.token_names import TextPlaces, by_name, chat_name, legacy_name, prompt_places
 from isthmus.engines.local.core.scheduler import PromptToken
 
 # JSON has no infinity; vLLM writes this instead.
@@ -18,18 +19,27 @@ def completion_choice(
     vocabulary: Vocabulary,
     prompt: list[int],
     choice: Choice,
+    rules: Rules,
     prompt_tokens: list[PromptToken] | None = None,
 ) -> dict[str, Any]:
-    """One choice of a text completion. `prompt_tokens` are its prompt's, if their log-probabilities are wanted."""
+    """One choice of a text completion, which became text by `rules`.
+
+    `prompt_tokens` are its prompt's, if their log-probabilities are wanted.
+    """
+    before = echo(ask, vocabulary, prompt, choice.index) if ask.echo else ""
     shown: dict[str, Any] = {
         "index": choice.index,
-        "text": (echo(ask, vocabulary, prompt, choice.index) if ask.echo else "") + choice.content,
+        "text": before + choice.content,
         "logprobs": None,
         **_ending(choice),
     }
     if ask.logprobs is not None:
         echoed = prompt_tokens if ask.echo and prompt_tokens is not None else []
-        shown["logprobs"] = completion_logprobs(vocabulary, choice.drawn, ask.logprobs, 0, echoed)
+        places = TextPlaces(vocabulary, rules, len(before)).of(choice.drawn.tokens)
+        places = [min(place, len(shown["text"])) for place in places]
+        if echoed:
+            places = prompt_places(vocabulary, [one.token for one in echoed], before) + places
+        shown["logprobs"] = completion_logprobs(vocabulary, choice.drawn, ask.logprobs, places, echoed)
     if ask.prompt_logprobs is not None and prompt_tokens is not None:
         shown["prompt_logprobs"] = prompt_logprobs(vocabulary, prompt_tokens, ask.prompt_logprobs)
     if ask.return_token_ids:
@@ -37,8 +47,8 @@ def completion_choice(
     return shown
 
 
-def completion_piece(ask: CompletionAsk, vocabulary: Vocabulary, piece: Piece, offset: int) -> dict[str, Any]:
-    """One choice in a chunk of a streamed text completion. `offset` counts the token characters before it."""
+def completion_piece(ask: CompletionAsk, vocabulary: Vocabulary, piece: Piece, places: TextPlaces) -> dict[str, Any]:
+    """One choice in a chunk of a streamed text completion. `places` are those of its choice so far."""
     shown: dict[str, Any] = {
         "index": piece.index,
         "text": "".join(part.text for part in piece.parts if isinstance(part, Delta)),
@@ -46,7 +56,8 @@ def completion_piece(ask: CompletionAsk, vocabulary: Vocabulary, piece: Piece, o
         "finish_reason": None,
     }
     if ask.logprobs is not None and len(piece.drawn):
-        shown["logprobs"] = completion_logprobs(vocabulary, piece.drawn, ask.logprobs, offset)
+        found = places.of(piece.drawn.tokens)
+        shown["logprobs"] = completion_logprobs(vocabulary, piece.drawn, ask.logprobs, found)
     if piece.choice is not None:
         shown |= _ending(piece.choice)
     if ask.return_token_ids:
@@ -61,26 +72,29 @@ def echo(ask: CompletionAsk, vocabulary: Vocabulary, prompt: list[int], index: i
 
 
 def completion_logprobs(
-    vocabulary: Vocabulary, drawn: Drawn, alternatives: int, offset: int, echoed: list[PromptToken] | None = None
+    vocabulary: Vocabulary,
+    drawn: Drawn,
+    alternatives: int,
+    places: list[int],
+    echoed: list[PromptToken] | None = None,
 ) -> dict[str, Any]:
-    """The legacy layout: parallel lists, an echoed prompt first. `top_logprobs` is null where none were asked for."""
+    """The legacy layout: parallel lists, an echoed prompt first. `top_logprobs` is null where none were asked for.
+
+    `places` are where the tokens begin in the text.
+    """
     before = echoed or []
-    texts = [vocabulary.text_of(token) for token in [*(one.token for one in before), *drawn.tokens]]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+    tokens = [*(one.token for one in before), *drawn.tokens]
     tops: list[Any] | None = None
     if alternatives:
         shown = [one.top[:alternatives] for one in before] + drawn.top
-        tops = [{vocabulary.text_of(token): value for token, value in top} for top in shown]
+        tops = [by_name(vocabulary, token, top) for token, top in zip(tokens, shown, strict=True)]
         if before:
             tops[0] = None
     return {
-        "tokens": texts,
+        "tokens": [legacy_name(vocabulary, token) for token in tokens],
         "token_logprobs": [one.logprob for one in before] + drawn.logprobs,
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": places,
     }
 
 
@@ -178,5 +192,4 @@ def _call(call: Call) -> dict[str, Any]:
 
 
 def _named(vocabulary: Vocabulary, token: int, logprob: float) -> dict[str, Any]:
-    text = vocabulary.text_of(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": chat_name(vocabulary, token), "logprob": logprob, "bytes": list(vocabulary.bytes_of(token))}

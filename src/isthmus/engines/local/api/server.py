@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from isthmus import __version__
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.admission import Gate, note_error, refuse
 from isthmus.engines.local.api.answers import Exchange
+from isthmus.engines.local.api.browsers import cross_origin
 from isthmus.engines.local.api.canary import Canary, CanaryReport
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
@@ -55,6 +57,8 @@ from isthmus.engines.local.api.protocol import (
     read,
     usage,
 )
+from isthmus.engines.local.api.response_ask import ResponseAsk, in_its_own_words
+from isthmus.engines.local.api.response_items import ResponseWriter
 from isthmus.engines.local.api.responses import (
     chat_choice,
     chat_opening,
@@ -65,6 +69,7 @@ from isthmus.engines.local.api.responses import (
     prompt_logprobs,
 )
 from isthmus.engines.local.api.service import Service
+from isthmus.engines.local.api.token_names import TextPlaces
 from isthmus.engines.local.api.visit import CURRENT
 from isthmus.engines.local.api.weights import WeightUpdates
 from isthmus.errors import IsthmusError
@@ -103,7 +108,8 @@ class CanaryPlan:
 class Server:
     """The routes of one service.
 
-    The routes of administrators exist if there is an admin key: the one in `keys`, or `admin_key`.
+    Pages of `origins` may ask it, and without user keys it answers under its addresses and `hosts`. The routes of
+    administrators exist if there is an admin key: the one in `keys`, or `admin_key`.
     """
 
     def __init__(
@@ -116,17 +122,21 @@ class Server:
         log: AccessLog | None = None,
         canary: CanaryPlan | None = None,
         page: bool = False,
+        origins: Sequence[str] = (),
+        hosts: Collection[str] = (),
     ):
         self.service = service
         self.metrics = Metrics(service)
         keys = keys or Keyring([])
         self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
         self.log = log or AccessLog(None)
-        self.gate = Gate(service, self.metrics, self.keys, limits, self.log)
+        self.gate = Gate(service, self.metrics, self.keys, limits, self.log, hosts)
+        self._origins = origins
         self.updates = WeightUpdates(service)
         self.canary = self._canary(canary) if canary and service.golden and service.golden.answers else None
         self._canary_every_s = canary.every_s if canary else None
         self._page = page
+        self._began = int(time.time())
         self._end_of_pause: asyncio.TimerHandle | None = None
         self._document: dict[str, Any] = {}
 
@@ -142,7 +152,12 @@ class Server:
             ClientDisconnect: _gone,
         }
         gate = Middleware(self.gate.middleware, {one.path: one.level for one in operations})
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan, middleware=[gate])
+        return Starlette(
+            routes=routes,
+            exception_handlers=handlers,
+            lifespan=self._lifespan,
+            middleware=[*cross_origin(self._origins), gate],
+        )
 
     def _operations(self) -> list[Operation]:
         user, public = Level.USER, Level.PUBLIC
@@ -150,7 +165,9 @@ class Server:
         operations = [
             Operation(user, "POST", "/v1/completions", self.completions, (CompletionAsk,), gives=streams, also=busy),
             Operation(user, "POST", "/v1/chat/completions", self.chat, (ChatAsk,), gives=streams, also=busy),
+            Operation(user, "POST", "/v1/responses", self.respond, (ResponseAsk,), gives=streams, also=busy),
             Operation(user, "GET", "/v1/models", self.models),
+            Operation(user, "GET", "/v1/models/{model:path}", self.model, also=(404,)),
             Operation(user, "POST", "/tokenize", self.tokenize, tokenizes),
             Operation(user, "POST", "/detokenize", self.detokenize, (DetokenizeAsk,)),
             Operation(user, "GET", "/metrics", self.prometheus, gives=(TEXT,)),
@@ -200,10 +217,10 @@ class Server:
         choices = await _unless_disconnected(request, exchange.choices())
         vocabulary, prompts = self.service.vocabulary, exchange.prompts
         shown = [
-            completion_choice(ask, vocabulary, prompts[c.index // ask.n], c, exchange.prompt_tokens[c.index // ask.n])
-            for c in choices
+            completion_choice(ask, vocabulary, prompts[p], c, exchange.rules, exchange.prompt_tokens[p])
+            for c, p in ((choice, choice.index // ask.n) for choice in choices)
         ]
-        return JSONResponse(self._envelope("text_completion") | {"choices": shown, "usage": self._count(exchange)})
+        return JSONResponse(self._envelope("text_completion", ask) | {"choices": shown, "usage": self._count(exchange)})
 
     async def chat(self, request: Request) -> Response:
         """A turn of a conversation."""
@@ -213,7 +230,7 @@ class Server:
         if ask.stream:
             return _event_stream(self._chat_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
-        body = self._envelope("chat.completion") | {
+        body = self._envelope("chat.completion", ask) | {
             "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
             "usage": self._count(exchange),
         }
@@ -223,6 +240,21 @@ class Server:
         if ask.return_token_ids:
             body["prompt_token_ids"] = exchange.prompts[0]
         return JSONResponse(body)
+
+    async def respond(self, request: Request) -> Response:
+        """A turn of a conversation, in the shape of OpenAI's Responses API. Nothing of it is kept."""
+        asked = parse(ResponseAsk, await _json_body(request))
+        try:
+            template = self.service.tokenizer.tool_template if asked.tools else self.service.tokenizer.template
+            ask = read(ChatAsk, asked.chat(with_thinking=template.reads_reasoning or template.cuts_thinking))
+            self._check(ask)
+            exchange = await self._exchange(ask, prepare_chat(self.service, ask))
+            writer = ResponseWriter(asked, exchange, ask.model or self.service.identity.model)
+            if ask.stream:
+                return _event_stream(writer.events(), named=True)
+            return JSONResponse(await _unless_disconnected(request, writer.whole()))
+        except ApiError as error:
+            raise in_its_own_words(error) from None
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation, in vLLM's shape."""
@@ -234,7 +266,7 @@ class Server:
         else:
             ask = read(TokenizeAsk, content)
             self._check_model(ask.model)
-            tokens = encode_text(self.service, ask.prompt, "prompt")
+            tokens = encode_text(self.service, ask.prompt, "prompt", raw=ask.add_special_tokens)
         texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
         return JSONResponse(body)
@@ -247,16 +279,25 @@ class Server:
         return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
 
     async def models(self, _request: Request) -> Response:
-        """The one model that is served."""
-        identity = self.service.identity
-        model = {
-            "id": identity.model,
+        """The one model that is served, under each of its names."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.service.names]})
+
+    async def model(self, request: Request) -> Response:
+        """The model of that name."""
+        name = request.path_params["model"]
+        self._check_model(name)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
             "object": "model",
-            "created": 0,
+            "created": self._began,
             "owned_by": "isthmus",
+            "root": self.service.identity.model,
+            "parent": None,
             "max_model_len": self.service.core.length,
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, _request: Request) -> Response:
         """What is served, and whether the engine works."""
@@ -275,6 +316,7 @@ class Server:
             "bits": core.bits,
             "weight_version": core.version,
             "max_model_len": core.length,
+            "thinks": self.service.thinks,
             "running": core.running,
             "waiting": core.waiting,
         }
@@ -346,6 +388,7 @@ class Server:
         Within a started update it is one part of the new weights, otherwise all of them, and takes their `version`.
         """
         query = _query(UpdateWeightsQuery, request)
+        _check_encoding(request)
         payload, version, sha256 = await request.body(), query.version, query.sha256
         if version is None or self.updates.knows(version):
             return JSONResponse({"update": await self._change_weights(self.updates.add, payload, sha256, version)})
@@ -460,28 +503,29 @@ class Server:
         return self.canary
 
     async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
-        head, vocabulary = self._envelope("text_completion"), self.service.vocabulary
-        offsets = [0] * exchange.size
+        head, vocabulary = self._envelope("text_completion", ask), self.service.vocabulary
+        starts = [0] * exchange.size
         for index in range(exchange.size if ask.echo else 0):
             text = echo(ask, vocabulary, exchange.prompts[index // ask.n], index)
+            starts[index] = len(text)
             shown = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-            yield head | {"choices": [shown]} | _no_usage(ask)
+            yield head | {"choices": [shown]} | self._running_usage(exchange)
+        places = [TextPlaces(vocabulary, exchange.rules, start) for start in starts]
         async for piece in exchange.pieces():
-            shown = completion_piece(ask, vocabulary, piece, offsets[piece.index])
-            offsets[piece.index] += sum(len(vocabulary.text_of(token)) for token in piece.drawn.tokens)
+            shown = completion_piece(ask, vocabulary, piece, places[piece.index])
             if shown["text"] or len(piece.drawn) or piece.choice:
-                yield head | {"choices": [shown]} | _no_usage(ask)
+                yield head | {"choices": [shown]} | self._running_usage(exchange)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
 
     async def _chat_chunks(self, ask: ChatAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
-        head = self._envelope("chat.completion.chunk")
+        head = self._envelope("chat.completion.chunk", ask)
         for index in range(exchange.size):
-            yield head | {"choices": [chat_opening(index)]} | _no_usage(ask)
+            yield head | {"choices": [chat_opening(index)]} | self._running_usage(exchange)
         async for piece in exchange.pieces():
             shown = chat_piece(ask, self.service.vocabulary, piece)
             if shown is not None:
-                yield head | {"choices": [shown]} | _no_usage(ask)
+                yield head | {"choices": [shown]} | self._running_usage(exchange)
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
 
@@ -499,9 +543,9 @@ class Server:
         self.gate.check_line()
 
     def _check_model(self, asked: str | None) -> None:
-        known = self.service.identity.model
-        if asked is not None and asked != known:
-            message = f"the model {asked!r} does not exist here; this server has {known!r}"
+        known = self.service.names
+        if asked is not None and asked not in known:
+            message = f"the model {asked!r} does not exist here; this server has {', '.join(map(repr, known))}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
 
     def _count(self, exchange: Exchange) -> dict[str, Any]:
@@ -509,8 +553,14 @@ class Server:
         prompt_tokens = sum(map(len, exchange.prompts))
         return usage(prompt_tokens, exchange.generated, exchange.cached_tokens, reasoning)
 
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return envelope(kind, self.service.identity.model, self.service.fingerprint)
+    def _running_usage(self, exchange: Exchange) -> dict[str, Any]:
+        """The usage in a chunk before the last: that so far if it is wanted, else null if a last one will come."""
+        if exchange.ask.continuous_usage:
+            return {"usage": self._count(exchange)}
+        return {"usage": None} if exchange.ask.include_usage else {}
+
+    def _envelope(self, kind: str, ask: Ask) -> dict[str, Any]:
+        return envelope(kind, ask.model or self.service.identity.model, self.service.fingerprint, ask.request_id)
 
     def _rehearsal(self) -> dict[str, Any] | None:
         identity = self.service.identity
@@ -542,7 +592,15 @@ def _file(name: str) -> Handler:
     return send
 
 
+def _check_encoding(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"the body is compressed ({encoding[:40]}), and this server reads none that is: send it as it is"
+        raise ApiError(message, status=415, code="unsupported_content_encoding")
+
+
 async def _json_body(request: Request) -> bytes:
+    _check_encoding(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":
         raise ApiError(f"send Content-Type: application/json (this request has {kind or 'none'!r})", status=415)
@@ -583,12 +641,23 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _event_stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    return StreamingResponse(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+def _event_stream(chunks: AsyncIterator[dict[str, Any]], *, named: bool = False) -> Response:
+    """Server-sent events: of chat and completions, or `named` by their types."""
+    events = _named_events(chunks) if named else _events(chunks)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _named_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The last of them says how it ended, a failure too."""
+    try:
+        async for chunk in chunks:
+            yield f"event: {chunk['type']}\n".encode() + _event(chunk)
+    except ApiError as error:
+        note_error(error)
 
 
 async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Server-sent events. The status is already sent, so a failure half way is an event too."""
+    """The status is already sent, so a failure half way is an event too."""
     try:
         async for chunk in chunks:
             yield _event(chunk)
@@ -600,10 +669,6 @@ async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _no_usage(ask: Ask) -> dict[str, None]:
-    return {"usage": None} if ask.include_usage else {}
 
 
 def _query(kind: type[AskType], request: Request) -> AskType:

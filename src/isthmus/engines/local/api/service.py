@@ -20,11 +20,12 @@ from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
-from isthmus.formats.files.bundle import Bundle, read_bundle, read_object, weights_sha256
+from isthmus.formats.files.bundle import Bundle, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
+from isthmus.lines import read_text
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
-from isthmus.recipe.schema import EngineOptions
+from isthmus.recipe.schema import EngineOptions, Thinking
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LONGEST_SEQUENCE = 8192
@@ -60,7 +61,7 @@ class Service:
     `tensors` are the weights in use, as stored: what a delta update adds to. The model's own tensors are views of them
     where the format allows it (fp32); otherwise they are held beside it. `is_original` says whether they are the
     bundle's; `revision` counts the exchanges of weights. Prompt tokens may wait up to `max_waiting_tokens`.
-    `other_ends` are the tokens that end an answer beside the tokenizer's own, as generation_config.json lists them.
+    `thinking` is what the server adds to the chat template: see prepare.py.
     """
 
     identity: Identity
@@ -72,8 +73,9 @@ class Service:
     rehearsal: dict[str, int] | None = None
     examples: list[str] = field(default_factory=list)
     golden: Golden | None = None
-    other_ends: frozenset[int] = frozenset()
+    thinking: Thinking = "auto"
     default_tokens: int | None = None
+    other_names: tuple[str, ...] = ()
     default_temperature: float = 1.0
     max_waiting: int = 4096
     max_waiting_tokens: int | None = None
@@ -81,10 +83,26 @@ class Service:
     revision: int = 0
 
     def __post_init__(self) -> None:
-        self.vocabulary = Vocabulary(self.tokenizer)
+        marked = self.tokenizer.template.knows_thinking or self.thinking == "always"
+        self.vocabulary = Vocabulary(self.tokenizer, marked)
         self.grammars = Compiler(self.tokenizer, self.architecture.vocab_size)
         self.layout = layout_of(self.tensors)
         self.bundle_version = self.core.version
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model in the API; the first is the one that answers carry."""
+        return (self.identity.model, *self.other_names)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers think, where a request does not say otherwise."""
+        return self.tokenizer.thinks if self.thinking == "auto" else self.thinking == "always"
+
+    @property
+    def other_ends(self) -> frozenset[int]:
+        """The tokens that end an answer beside the tokenizer's own."""
+        return frozenset(self.tokenizer.ends[1:])
 
     @property
     def fingerprint(self) -> str:
@@ -129,6 +147,7 @@ def load_service(
     options: EngineOptions = DEFAULT_OPTIONS,
     state: str | None = None,
     signer: str | None = None,
+    thinking: Thinking = "auto",
 ) -> Service:
     """Read a bundle, rehearse it if asked, and start its core. Raises IsthmusError if it cannot be served.
 
@@ -155,7 +174,7 @@ def load_service(
         rehearsal,
         read_examples(folder),
         read_golden(folder),
-        read_ends(folder) - {tokenizer.eos_id},
+        thinking,
     )
 
 
@@ -196,22 +215,12 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise DamagedFile(f"{name} has values that are infinite or not a number")
 
 
-def read_ends(folder: Path) -> frozenset[int]:
-    """The tokens that end an answer, as generation_config.json or else config.json has them: one, a list, or none."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        found = read_object(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
-
-
 def read_examples(folder: Path) -> list[str]:
     """Prompts to try, from the bundle's examples.json (a list of strings), which it need not have."""
     path = folder / "examples.json"
     if not path.is_file():
         return []
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = json.loads(read_text(path))
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise IsthmusError(f"{path} must be a JSON list of strings")
     return content

@@ -4,14 +4,19 @@ stop strings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from isthmus.data.chat_template import END_THINK, THINK
+
 Channel = Literal["reasoning", "content"]
-OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
+Beginning = Literal["inside", "free", "without"]
+OPEN_THINK, CLOSE_THINK = THINK, END_THINK
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 8
-_LONGEST_OPENING = 16
+_CONTEXT = 6
+"""Tokens of a prompt that its completion is read after: a few, for what a decoder does between two tokens."""
 
 
 class Decoder(Protocol):
@@ -20,6 +25,10 @@ class Decoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special: bool = True, shown: frozenset[int] = frozenset()) -> str: ...
+
+    def bytes_of(self, token: int) -> bytes: ...
+
+    def is_structure(self, token: int) -> bool: ...
 
 
 class Delta(NamedTuple):
@@ -68,30 +77,32 @@ class Rules:
 
 
 class Vocabulary:
-    """A tokenizer with what the server keeps about it: the text of single tokens, and the marks around thinking."""
+    """A tokenizer with what the server keeps about it: the text of single tokens, and the marks around thinking.
 
-    def __init__(self, tokenizer: Decoder):
-        self.tokenizer = tokenizer
-        self.open_think, self.close_think = self.single(OPEN_THINK), self.single(CLOSE_THINK)
-        self._texts: dict[int, str] = {}
+    Where nothing `thinks`, the marks are text like any other.
+    """
+
+    def __init__(self, tokenizer: Decoder, thinks: bool = True):
+        self.tokenizer, self.thinks = tokenizer, thinks
+        self.open_think = self.single(OPEN_THINK) if thinks else None
+        self.close_think = self.single(CLOSE_THINK) if thinks else None
 
     def text_of(self, token: int) -> str:
-        """The text of one token, special ones included."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token], skip_special=False)
-        return self._texts[token]
+        """The text of one token, special ones included; bytes of a character in part become replacement characters."""
+        return self.bytes_of(token).decode(errors="replace")
 
-    def opens_thinking(self, prompt: list[int]) -> bool:
-        """Whether a completion of this prompt begins inside <think>."""
-        if self.close_think is None:
-            end = self.tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special=False)
-            return end.rstrip().endswith(OPEN_THINK)
-        for token in reversed(prompt):
-            if token == self.close_think:
-                return False
-            if token == self.open_think:
-                return True
-        return False
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for, special ones included."""
+        return self.tokenizer.bytes_of(token)
+
+    def is_structure(self, token: int) -> bool:
+        """Whether a token structures a conversation and is no part of its text."""
+        return self.tokenizer.is_structure(token)
+
+    def is_hidden(self, token: int, rules: Rules) -> bool:
+        """Whether a token has no text in an answer."""
+        structures = rules.skip_special and token not in rules.shown and self.is_structure(token)
+        return structures or token in rules.ends
 
     def single(self, mark: str) -> int | None:
         """The token that a mark is, if it is one."""
@@ -100,29 +111,44 @@ class Vocabulary:
 
 
 class CharacterStream:
-    """Text of arriving tokens of a byte-level vocabulary, held back while it ends inside a character."""
+    """Text of arriving tokens, held back while it ends inside a character; together, the text of all of them.
 
-    def __init__(self, tokenizer: Decoder, rules: Rules):
+    What a token adds is seen after the tokens before it, as in the tokenizers library's DecodeStream: a decoder may
+    leave out the space at the very beginning, and join pieces. Here broken bytes neither wait for ever nor raise. The
+    text follows that of the tokens `before`.
+    """
+
+    def __init__(self, tokenizer: Decoder, rules: Rules, before: Sequence[int] = ()):
         self._tokenizer, self._rules = tokenizer, rules
-        self._ids: list[int] = []
+        self._ids, self._given = list(before), self._decode(list(before))
+        if self._given.endswith(_REPLACEMENT):
+            self._ids, self._given = [], ""
+        self._read = len(self._ids)
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
         self._ids.append(token)
-        text = self.decode(self._ids)
-        if text.endswith(_REPLACEMENT) and len(self._ids) < _MAX_HELD:
-            return ""
-        self._ids.clear()
-        return text
+        return self._new(self._ids, final=len(self._ids) - self._read >= _MAX_HELD)
+
+    def push_all(self, tokens: list[int]) -> str:
+        """The same of many tokens at once."""
+        self._ids += tokens
+        return self._new(self._ids, final=True)
 
     def flush(self) -> str:
         """What was held back; broken bytes become replacement characters."""
-        text = self.decode(self._ids)
-        self._ids.clear()
-        return text
+        return self._new(self._ids, final=True)
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of tokens at once."""
+    def _new(self, ids: list[int], *, final: bool) -> str:
+        text = self._decode(ids)
+        if len(text) <= len(self._given) or (text.endswith(_REPLACEMENT) and not final):
+            return ""
+        new = text[len(self._given) :]
+        self._ids = ids[self._read :]
+        self._read, self._given = len(self._ids), self._decode(self._ids)
+        return new
+
+    def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, self._rules.skip_special, self._rules.shown)
 
 
@@ -200,14 +226,16 @@ class Writer(Protocol):
 class ChannelledText:
     """One completion as deltas: reasoning until </think>, then content without the blank lines before it, and calls.
 
-    Where </think> is no token of the vocabulary, it is looked for in the text.
+    Where the marks are no tokens of the vocabulary, they are looked for in the text: <think> at its beginning.
     """
 
-    def __init__(self, vocabulary: Vocabulary, rules: Rules, thinking: bool, calls: CallReader | None = None):
+    def __init__(self, vocabulary: Vocabulary, rules: Rules, thinking: Beginning, calls: CallReader | None = None):
         self._vocabulary, self._rules, self._calls = vocabulary, rules, calls
-        self._channel: Channel = "reasoning" if thinking else "content"
+        self._channel: Channel = "reasoning" if thinking == "inside" else "content"
         self._after_thought = False
-        self._mark = StopCutter([CLOSE_THINK]) if thinking and vocabulary.close_think is None else None
+        in_text = vocabulary.close_think is None
+        self._mark = StopCutter([CLOSE_THINK]) if in_text and thinking == "inside" else None
+        self._beginning = "" if in_text and thinking == "free" else None
         self.reasoning_tokens = 0
         self._open()
 
@@ -237,6 +265,9 @@ class ChannelledText:
 
     def finish(self) -> list[Delta | Call]:
         given = self._close()
+        if self._beginning is not None:
+            held, self._beginning = self._beginning, None
+            given += self._shown(held)
         if self._mark is not None:
             given += self._shown(self._mark.flush())
         return given if self._calls is None else given + _of_content(self._calls.flush())
@@ -250,6 +281,7 @@ class ChannelledText:
         return self._given(rest + self._cutter.flush())
 
     def _given(self, text: str) -> list[Delta | Call]:
+        text = text if self._beginning is None else self._after_opening(self._beginning + text)
         if self._mark is None:
             return self._shown(text)
         thought = self._shown(self._mark.push(text))
@@ -258,6 +290,18 @@ class ChannelledText:
         self._channel, self._after_thought = "content", True
         rest, self._mark = self._mark.rest, None
         return thought + self._shown(rest)
+
+    def _after_opening(self, text: str) -> str:
+        """The beginning of an answer, held back while it may be <think>, which begins the reasoning."""
+        begun = text.lstrip()
+        if len(begun) < len(OPEN_THINK) and OPEN_THINK.startswith(begun):
+            self._beginning = text
+            return ""
+        self._beginning = None
+        if not begun.startswith(OPEN_THINK):
+            return text
+        self._channel, self._mark = "reasoning", StopCutter([CLOSE_THINK])
+        return begun.removeprefix(OPEN_THINK)
 
     def _shown(self, text: str) -> list[Delta | Call]:
         if self._after_thought:
@@ -269,13 +313,13 @@ class ChannelledText:
 
 
 class PlainText:
-    """One completion as it is, thinking marks included."""
+    """One completion as it is, thinking marks included: what follows the text of its prompt."""
 
     reasoning_tokens = 0
 
-    def __init__(self, vocabulary: Vocabulary, rules: Rules):
+    def __init__(self, vocabulary: Vocabulary, rules: Rules, prompt: Sequence[int] = ()):
         self._ends = rules.ends
-        self._characters = CharacterStream(vocabulary.tokenizer, rules)
+        self._characters = CharacterStream(vocabulary.tokenizer, rules, prompt[-_CONTEXT:])
         self._cutter = StopCutter(rules.stops, rules.keep_stop)
 
     @property
@@ -293,7 +337,7 @@ class PlainText:
 
     def push_all(self, tokens: list[int]) -> list[Delta | Call]:
         whole = tokens[:-1] if tokens and tokens[-1] in self._ends else tokens
-        return self._given(self._cutter.push(self._characters.decode(whole)))
+        return self._given(self._cutter.push(self._characters.push_all(whole)))
 
     def finish(self) -> list[Delta | Call]:
         rest = self._cutter.push(self._characters.flush())

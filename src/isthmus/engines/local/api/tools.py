@@ -45,8 +45,8 @@ class CallFormat(Protocol):
         """Rules in Lark for `calls`: one call, or with `parallel` one or more."""
         ...
 
-    def answers(self, written: Marks) -> str | None:
-        """The right side of a rule for free text and calls after it; None where a grammar cannot tell them apart."""
+    def answers(self, written: Marks) -> str:
+        """The right side of a rule for free text and calls after it, and what it needs of further rules."""
         ...
 
 
@@ -107,9 +107,9 @@ class DeepseekFormat:
             rules.append(f"{opening} {name} {_arguments(function)} {tail} {closing}")
         between = '"\\n"' if self._fenced else ""
         more = f"({between} call)*" if parallel else ""
-        return f"calls: {begin} call {more} {end}\n" + _alternatives(rules)
+        return f"calls: {begin} begun\nbegun: call {more} {end}\n" + _alternatives(rules)
 
-    def answers(self, written: Marks) -> str | None:
+    def answers(self, written: Marks) -> str:
         return _text_then_calls(self.marks[0], written)
 
 
@@ -130,11 +130,11 @@ class HermesFormat:
         rules = []
         for function in functions:
             head, tail = literal(f'\n{{"name": "{function.name}", "arguments": '), literal("}\n")
-            rules.append(f"{opening} {head} {_arguments(function)} {tail} {closing}")
-        more = '("\\n" call)*' if parallel else ""
-        return f"calls: call {more}\n" + _alternatives(rules)
+            rules.append(f"{head} {_arguments(function)} {tail} {closing}")
+        more = f'("\\n" {opening} call)*' if parallel else ""
+        return f"calls: {opening} begun\nbegun: call {more}\n" + _alternatives(rules)
 
-    def answers(self, written: Marks) -> str | None:
+    def answers(self, written: Marks) -> str:
         return _text_then_calls(self.marks[0], written)
 
 
@@ -154,7 +154,7 @@ class LlamaFormat:
         more = '("; " call)*' if parallel else ""
         return f"calls: call {more}\n" + _alternatives(rules)
 
-    def answers(self, written: Marks) -> str | None:
+    def answers(self, written: Marks) -> str:
         return "TEXT | calls\nTEXT: /\\s*([^{\\s](.|\\n)*)?/"
 
 
@@ -304,10 +304,12 @@ def _uncertain(text: str, marks: Sequence[str]) -> int:
     return len(text) - len(rest.rstrip())
 
 
-def _text_then_calls(opening: str, written: Marks) -> str | None:
+def _text_then_calls(opening: str, written: Marks) -> str:
+    """A mark that is a token ends the text by itself; one that is text is looked for in it."""
+    text = f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{opening}(.|\\n)*/"
     if written(opening) == literal(opening):
-        return None
-    return f"TEXT calls?\nTEXT: /(.|\\n)*/ & ~/(.|\\n)*{opening}(.|\\n)*/"
+        return f"TEXT | up_to_call begun\nup_to_call[lazy]: /(.|\\n)*{opening}/\n{text}"
+    return f"TEXT calls?\n{text}"
 
 
 def _alternatives(rules: list[str]) -> str:

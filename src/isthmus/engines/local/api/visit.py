@@ -82,8 +82,8 @@ class Visit:
         """The server takes these prompts on, with `n` samples each."""
         self.prompts, self.n = prompts, n
 
-    def submitted(self, request: Request) -> None:
-        """The core has taken the samples of this request."""
+    def submitted(self, request: Request | None) -> None:
+        """The core is given the samples of this request; None if it has not taken them."""
         self.request = request
 
     def tell(self, event: Token | Finished) -> None:

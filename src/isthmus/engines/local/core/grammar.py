@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,10 +29,10 @@ class GrammarRefused(IsthmusError):
 
 
 class SerialTokenizer(Protocol):
-    """What is needed of a tokenizer: its tokenizer.json and its end token."""
+    """What is needed of a tokenizer: its tokenizer.json and the tokens that end an answer, the end token first."""
 
     @property
-    def eos_id(self) -> int: ...
+    def ends(self) -> Sequence[int]: ...
 
     def serialise(self) -> str: ...
 
@@ -72,16 +73,18 @@ class Compiler:
         self._vocabulary: LLTokenizer | None = None
         self._reading = threading.Lock()
 
-    def compile(self, grammar: str, after: int | str | None = None) -> GrammarConstraint:
+    def compile(self, grammar: str, after: int | str | None = None, opening: int | None = None) -> GrammarConstraint:
         """A constraint from the first token on, or from after the token or text `after` on. Takes up to a second.
 
-        Raises GrammarRefused with llguidance's reason.
+        With an `opening` token it is for the model to say: `after` counts if that comes first. Raises GrammarRefused
+        with llguidance's reason.
         """
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarRefused(f"the grammar has {len(grammar)} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
         vocabulary = self._read()
         matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=self.limits)
-        constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, self._tokenizer.eos_id, after)
+        ends = tuple(self._tokenizer.ends)
+        constraint = GrammarConstraint(vocabulary, matcher, self._vocab_size, ends, after, opening)
         constraint.start(free=False).mask()
         if matcher.is_error():
             raise GrammarRefused(f"the grammar is refused: {matcher.get_error()[:MAX_REASON_CHARACTERS]}")
@@ -93,14 +96,15 @@ class Compiler:
         """The vocabulary as llguidance holds it, read when the first grammar comes."""
         with self._reading:
             if self._vocabulary is None:
-                eos, size = self._tokenizer.eos_id, self._vocab_size
-                self._vocabulary = LLTokenizer(self._tokenizer.serialise(), n_vocab=size, eos_token=eos)
+                ends, size = list(self._tokenizer.ends), self._vocab_size
+                self._vocabulary = LLTokenizer(self._tokenizer.serialise(), n_vocab=size, eos_token=ends)
             return self._vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class GrammarConstraint:
-    """A compiled grammar. Before the token or text `after` everything but the end token is allowed, if it is given.
+    """A compiled grammar. Before the token or text `after` everything but the end tokens is allowed, if it is given;
+    with an `opening`, only where that is the first token, which it may be.
 
     `failures` receives why a sample could not go on (llguidance limits the work for one token); such a sample ends.
     """
@@ -108,26 +112,28 @@ class GrammarConstraint:
     vocabulary: LLTokenizer
     matcher: LLMatcher
     vocab_size: int
-    eos_id: int
+    ends: tuple[int, ...]
     after: int | str | None = None
+    opening: int | None = None
     failures: list[str] = field(default_factory=list)
 
     def start(self, free: bool = True) -> GrammarState:
         """The beginning of a sample. Without `free` it is where the grammar begins."""
-        return GrammarState(self, self.matcher.deep_copy(), free and self.after is not None)
+        opens = free and self.opening is not None
+        return GrammarState(self, self.matcher.deep_copy(), free and self.after is not None and not opens, opens)
 
     def everything_but_the_end(self) -> NDArray[np.bool_]:
         """[V]."""
         allowed = np.ones(self.vocab_size, dtype=np.bool_)
-        allowed[self.eos_id] = False
+        allowed[list(self.ends)] = False
         return allowed
 
 
 class GrammarState:
     """How far one sample is."""
 
-    def __init__(self, constraint: GrammarConstraint, matcher: LLMatcher, free: bool):
-        self._constraint, self._matcher, self._free = constraint, matcher, free
+    def __init__(self, constraint: GrammarConstraint, matcher: LLMatcher, free: bool, opens: bool = False):
+        self._constraint, self._matcher, self._free, self._opens = constraint, matcher, free, opens
         self._failed = False
         self._tail = b""
 
@@ -138,12 +144,17 @@ class GrammarState:
         allowed = self._allowed()
         if self._matcher.is_error() or not allowed.any():
             self._fail(self._matcher.get_error() or "no token can follow")
-            allowed[self._constraint.eos_id] = True
+            allowed[self._constraint.ends[0]] = True
+        if self._opens:
+            allowed[self._constraint.opening] = True
         return allowed
 
     def accept(self, token: int) -> None:
         """The token that was drawn."""
-        if not self._free:
+        opens, self._opens = self._opens, False
+        if opens and token == self._constraint.opening:
+            self._free = True
+        elif not self._free:
             self._consume([token])
         elif isinstance(self._constraint.after, str):
             self._look_for_text(token, self._constraint.after.encode())

@@ -23,7 +23,8 @@ const views = new Map(); // The turns on the page.
 
 let conversation = newConversation(),
   fingerprint = null,
-  following = true;
+  following = true,
+  thinks = false;
 
 start();
 
@@ -74,6 +75,8 @@ async function showFacts() {
     notify("health", "The engine of this server has failed. It has to be started again.", { "Try again": connect });
   document.title = `${health.model} · Isthmus`;
   byId("model").textContent = health.model;
+  thinks = health.thinks;
+  byId("thinks").hidden = !thinks;
   earlierTurns.checked = settings.current().history ?? health.max_model_len > SMALL_CONTEXT;
   const facts = {
     model: health.model,
@@ -310,7 +313,7 @@ async function run(owner, turn) {
   refresh();
   follow(true);
   focusBox();
-  announce("Thinking");
+  announce(thinks ? "Thinking" : "Answering");
   job.finish(await stream(job));
   jobs.delete(owner.id);
   owner.updated = Date.now();
