@@ -3,7 +3,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/tiny.toml
 TESTERS ?= 3
-VENDORED := markdown-it@15.0.3/dist/browser/markdown-it.umd.min.js temml@0.13.5/dist/temml.min.js
+VENDORED := markdown-it@15.0.3:dist/browser/markdown-it.umd.min.js temml@0.13.5:dist/temml.min.js \
+	markdown-it-footnote@4.0.0:dist/markdown-it-footnote.min.js @highlightjs/cdn-assets@11.12.0:es/highlight.min.js
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -89,8 +90,8 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 
 vendor:                          ## fetch the chat page's libraries anew; then mend vendor/NOTICE.txt
 	folder=$$(mktemp -d) && for file in $(VENDORED); do \
-		packed=$$(npm pack --silent --pack-destination "$$folder" $${file%%/*}) && \
-		tar --extract --to-stdout --file "$$folder/$$packed" package/$${file#*/} \
+		packed=$$(npm pack --silent --pack-destination "$$folder" $${file%%:*}) && \
+		tar --extract --to-stdout --file "$$folder/$$packed" package/$${file#*:} \
 			> src/isthmus/engines/local/page/vendor/$${file##*/} || exit 1; \
 	done
 

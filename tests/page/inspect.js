@@ -49,6 +49,7 @@ return {
   mathsElements: [...new Set(formulas.map((node) => node.nodeName))],
   mathsAttributes: attributes(formulas),
   mathsClasses: [...new Set(formulas.flatMap((node) => [...node.classList]))],
+  codeClasses: [...new Set([...document.querySelectorAll(".content code *")].flatMap((node) => [...node.classList]))],
   styles: [...new Set(formulas.flatMap((node) => [...node.style]))],
   escaped,
   addresses: [...document.querySelectorAll("a[href]")].map((link) => link.protocol),

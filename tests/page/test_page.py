@@ -375,7 +375,8 @@ def test_a_server_that_is_gone_is_told(page, server):
 
 def test_settings_are_sent_and_kept(page, server):
     page.click("#open-settings")
-    for name, value in {"system": "Be brief.", "temperature": "0.3", "maxTokens": "17", "seed": "5"}.items():
+    given = {"system": "Be brief.", "temperature": "0.3", "topP": "0.9", "maxTokens": "17", "seed": "5"}
+    for name, value in given.items():
         page.find(f"#settings [name={name}]").send_keys(value)
     page.click("#settings [type=submit]")
     talk(page, server, "One", "1")
@@ -383,8 +384,8 @@ def test_settings_are_sent_and_kept(page, server):
     talk(page, server, "Two", "2")
     for asked, question in zip(server.asked, ("One", "Two"), strict=True):
         assert roles(asked) == [("system", "Be brief."), ("user", question)]
-        sent = {name: asked.body.get(name) for name in ("temperature", "max_tokens", "seed")}
-        assert sent == {"temperature": 0.3, "max_tokens": 17, "seed": 5}
+        sent = {name: asked.body.get(name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+        assert sent == {"temperature": 0.3, "top_p": 0.9, "max_tokens": 17, "seed": 5}
         assert "authorization" not in asked.headers
     page.click("#open-settings")
     page.find("#settings [name=temperature]").send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
@@ -421,9 +422,18 @@ def test_the_key_is_sent_and_outlives_the_tab_only_if_asked_to(page, server, kep
 def test_a_server_that_wants_a_key_leads_to_the_settings(page, server):
     server.script(b'{"error":{"message":"this server needs an API key"}}', status=401)
     page.ask("One")
-    page.shows(".problem", "This server needs an API key")
+    page.shows(".problem", "This server answers only those who have a key")
     page.js("document.querySelector('#notices [data-key=key] button').click()")
-    assert page.js("return document.getElementById('settings').open")
+    assert page.js("return document.getElementById('settings').open") and page.focused("[name=key]")
+    page.press("sk-right", Keys.ENTER)
+    wait(lambda: not page.visible("#notices [data-key=key]"), "the end of the notice, now that the key is right")
+    server.script(b"{}", status=401)
+    page.click(".retry")
+    page.shows("#notices", "The server does not know this key")
+    say(server, "Here")
+    page.click(".retry")
+    page.shows(".content", "Here")
+    wait(lambda: not page.visible("#notices [data-key=key]"))
 
 
 # Stored conversations

@@ -36,6 +36,22 @@ $$
 | $a$ | b |
 |-----|---|
 | $\frac{1}{2}$ | c |
+
+\begin{align}
+u &= v
+\end{align}
+
+\[
+
+p
+
+\]
+
+```math
+q
+```
+
+So \boxed{7}.
 """
 WIDE = "$$" + " + ".join(f"x_{{{i}}}^{{{i}}}" for i in range(80)) + "$$"
 
@@ -91,6 +107,13 @@ def structure(html: str) -> str:
         ("| $x$ |\n|---|\n| $y$ |", [("x", False), ("y", False)]),
         ("# $x$", [("x", False)]),
         (r"\(a\) and \(b", [("a", False)]),
+        (r"a $ \frac{1}{2} $ b, $ x = 1 $", [(r"\frac{1}{2}", False), ("x = 1", False)]),
+        ("a $`x^2`$ b", [("x^2", False)]),
+        ("```math\nx\n```", [("x", True)]),
+        (r"The answer is \boxed{\frac{1}{2}}.", [(r"\boxed{\frac{1}{2}}", False)]),
+        ("so\n\\begin{align*}\na &= b\n\\end{align*}\nand", [("\\begin{align*}\na &= b\n\\end{align*}", True)]),
+        ("\\[\n\nx\n\n\\]", [("x", True)]),
+        ("设$x$为\\(y\\)。", [("x", False), ("y", False)]),
     ],
 )  # fmt: skip
 def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas):
@@ -101,6 +124,10 @@ def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas)
     "text",
     [
         "it costs $5 and $6",
+        "it costs $ 5 and then $ 6 more",
+        "run $ FOO=1 cmd; then $ ls",
+        "```math\nx",
+        r"\boxed{5",
         "from $5 to $6, or $7/$8, or $9-$10",
         "a $ b $ c",
         "`$x$` and `\\(x\\)`",
@@ -173,7 +200,7 @@ def test_an_unfinished_formula_disturbs_nothing(in_page):
         ANSWER,
     )
     whole = Formulas(html[-1]).found
-    assert html[-2] == html[-1] and len(whole) == 11
+    assert html[-2] == html[-1] and len(whole) == 15
     for cut, part in enumerate(html, 1):
         shown = Formulas(part)
         assert [formula for formula in shown.found if formula not in whole] == [], ANSWER[:cut]

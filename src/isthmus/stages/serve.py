@@ -10,7 +10,8 @@ import functools
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ WARNINGS: dict[str, str] = {
 class Serving:
     """How a bundle is served. `seal_id`, if given, is the only seal that is accepted. `refused`: its hand-off was.
 
-    `access_log` is where the log goes if the section does not say. `tell` records events, as RunFolder.event does.
+    `access_log` is where the log goes if the section does not say, `report` the dossier of the run.
+    `tell` records events, as RunFolder.event does.
     """
 
     section: ServeSection = field(default_factory=ServeSection)
@@ -62,6 +64,7 @@ class Serving:
     threads: int = field(default_factory=default_threads)
     examples: list[str] = field(default_factory=list)
     access_log: Path | None = None
+    report: Path | None = None
     tell: Callable[..., None] = lambda _event, **_fields: None
 
 
@@ -87,6 +90,7 @@ def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **cha
         threads=pool.threads,
         examples=example_prompts(run),
         access_log=run.path / NAME / "access.jsonl",
+        report=run.path / "report.html",
         tell=functools.partial(run.event, NAME),
     )
     began = time.monotonic()
@@ -157,6 +161,7 @@ def open_service(folder: Path, serving: Serving) -> Service:
         signer=found.seal.signer if found.seal else None,
         thinking=section.thinking,
     )
+    service.seal_checks = _outcomes(found.seal.checks) if found.seal else {}
     service.other_names = tuple(section.served_model_name[1:])
     service.default_tokens = section.max_new_tokens
     service.default_temperature = section.temperature
@@ -164,6 +169,11 @@ def open_service(folder: Path, serving: Serving) -> Service:
     service.max_waiting_tokens = section.max_waiting_tokens
     service.examples = service.examples or serving.examples
     return service
+
+
+def _outcomes(checks: Mapping[str, str]) -> Counter[str]:
+    """How many checks of a seal, each of which begins with its outcome and a colon, came out how."""
+    return Counter(said.partition(":")[0] for said in checks.values())
 
 
 def _standing(folder: Path, serving: Serving) -> Standing:
@@ -187,7 +197,7 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
         log.event(state, reason=warning)
         serving.tell(state, reason=warning)
     hosts = (section.host, *section.allowed_hosts)
-    options: dict[str, Any] = {"keys": keys, "limits": limits, "log": log, "canary": canary}
+    options: dict[str, Any] = {"keys": keys, "limits": limits, "log": log, "canary": canary, "report": serving.report}
     return Server(service, page=True, origins=section.allow_origins, hosts=hosts, **options)
 
 

@@ -89,6 +89,10 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+REPORT_HEADERS = PAGE_HEADERS | {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+}
 ResultType = TypeVar("ResultType")
 
 
@@ -109,7 +113,8 @@ class Server:
     """The routes of one service.
 
     Pages of `origins` may ask it, and without user keys it answers under its addresses and `hosts`. The routes of
-    administrators exist if there is an admin key: the one in `keys`, or `admin_key`.
+    administrators exist if there is an admin key: the one in `keys`, or `admin_key`. `report` is the dossier of the run
+    that is served; it need not be written yet.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class Server:
         page: bool = False,
         origins: Sequence[str] = (),
         hosts: Collection[str] = (),
+        report: Path | None = None,
     ):
         self.service = service
         self.metrics = Metrics(service)
@@ -135,7 +141,7 @@ class Server:
         self.updates = WeightUpdates(service)
         self.canary = self._canary(canary) if canary and service.golden and service.golden.answers else None
         self._canary_every_s = canary.every_s if canary else None
-        self._page = page
+        self._page, self._report = page, report
         self._began = int(time.time())
         self._end_of_pause: asyncio.TimerHandle | None = None
         self._document: dict[str, Any] = {}
@@ -179,6 +185,8 @@ class Server:
         ]
         if self.keys.has_admin:
             operations += self._admin_operations()
+        if self._report is not None:
+            operations.append(Operation(user, "GET", "/report", self.report, gives=("text/html",), also=(404,)))
         if self._page:
             operations.append(Operation(public, "GET", "/examples", self.examples, form="array"))
             operations.append(file_operation("/", "index.html", _file("index.html")))
@@ -310,6 +318,9 @@ class Server:
             "seal": identity.seal,
             "state": identity.state,
             "signer": identity.signer,
+            "checks": dict(self.service.seal_checks),
+            "sealed_weights": self.service.is_sealed,
+            "report": self._report is not None and self._report.is_file(),
             "pool": identity.pool,
             "rehearsal": self._rehearsal(),
             "kernels": core.kernels,
@@ -317,6 +328,7 @@ class Server:
             "weight_version": core.version,
             "max_model_len": core.length,
             "thinks": self.service.thinks,
+            "holds_turns": self.service.holds_turns,
             "running": core.running,
             "waiting": core.waiting,
         }
@@ -333,6 +345,12 @@ class Server:
     async def examples(self, _request: Request) -> Response:
         """Prompts to try."""
         return JSONResponse(self.service.examples)
+
+    async def report(self, _request: Request) -> Response:
+        """The dossier of the run that is served."""
+        if self._report is None or not self._report.is_file():
+            raise ApiError("this run has no dossier yet; `isthmus report` writes it", status=404)
+        return FileResponse(self._report, headers=REPORT_HEADERS)
 
     async def ready(self, _request: Request) -> Response:
         """Whether requests should be sent here."""

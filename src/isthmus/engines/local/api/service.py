@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Service:
     `tensors` are the weights in use, as stored: what a delta update adds to. The model's own tensors are views of them
     where the format allows it (fp32); otherwise they are held beside it. `is_original` says whether they are the
     bundle's; `revision` counts the exchanges of weights. Prompt tokens may wait up to `max_waiting_tokens`.
-    `thinking` is what the server adds to the chat template: see prepare.py.
+    `thinking` is what the server adds to the chat template: see prepare.py. `seal_checks` are the checks of the seal,
+    counted by their outcome.
     """
 
     identity: Identity
@@ -76,6 +78,7 @@ class Service:
     thinking: Thinking = "auto"
     default_tokens: int | None = None
     other_names: tuple[str, ...] = ()
+    seal_checks: Mapping[str, int] = field(default_factory=dict)
     default_temperature: float = 1.0
     max_waiting: int = 4096
     max_waiting_tokens: int | None = None
@@ -98,6 +101,16 @@ class Service:
     def thinks(self) -> bool:
         """Whether answers think, where a request does not say otherwise."""
         return self.tokenizer.thinks if self.thinking == "auto" else self.thinking == "always"
+
+    @cached_property
+    def holds_turns(self) -> bool:
+        """Whether the chat template gives earlier turns a place in the prompt."""
+        turns = {"earlier-question": "user", "earlier-answer": "assistant", "this-question": "user"}
+        try:
+            prompt = self.tokenizer.chat_text([{"role": role, "content": text} for text, role in turns.items()])
+        except IsthmusError:
+            return False
+        return all(text in prompt for text in turns)
 
     @property
     def other_ends(self) -> frozenset[int]:

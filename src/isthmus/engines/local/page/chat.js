@@ -1,6 +1,7 @@
 // The chat page: which conversation is open, what is being answered, and what the server says it is.
 
-import { announce, byId, capitalised, download, element, notify, withdraw } from "./dom.js";
+import * as about from "./about.js";
+import { announce, byId, capitalised, count, download, element, notify, withdraw } from "./dom.js";
 import { Job } from "./job.js";
 import * as settings from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -8,7 +9,10 @@ import { Store, NotKept, area, asMarkdown, current, isConversation, newAnswer, n
 import { Failure, SILENT, complete } from "./stream.js";
 import { TurnView } from "./turn.js";
 
-const SMALL_CONTEXT = 1024; // Below this, earlier turns would soon fill it, so they are left out unless asked for.
+const SMALL_CONTEXT = 512; // Below this, one more turn would fill it, so they are left out unless asked for.
+const OVERFLOW = "context_length_exceeded";
+const NO_KEY = "This server answers only those who have a key. Whoever runs it can give you one.",
+  WRONG_KEY = "The server does not know this key. Is it written exactly as you were given it?";
 const LONGEST_TITLE = 60,
   FOLLOWED = 120; // Characters; pixels from the end of the log within which it is followed.
 
@@ -24,7 +28,8 @@ const views = new Map(); // The turns on the page.
 let conversation = newConversation(),
   fingerprint = null,
   following = true,
-  thinks = false;
+  thinks = false,
+  context = null; // How many tokens the model can read at once.
 
 start();
 
@@ -44,6 +49,8 @@ function start() {
     open("");
   });
   byId("save-all").addEventListener("click", saveAll);
+  byId("import").addEventListener("click", () => byId("import-file").click());
+  byId("import-file").addEventListener("change", takeFile);
   earlierTurns.addEventListener("change", () => settings.change({ history: earlierTurns.checked }));
   window.addEventListener("hashchange", () => show(location.hash.slice(1)));
   window.addEventListener("storage", onOtherPage);
@@ -54,6 +61,7 @@ function start() {
     }),
   );
   settings.start(connect);
+  about.start();
   fit();
   show(location.hash.slice(1));
   connect();
@@ -64,6 +72,18 @@ function start() {
 function connect() {
   showFacts();
   showExamples();
+  checkKey();
+}
+
+/** Tell whether the server wants a key, or another one, before something is asked. */
+async function checkKey() {
+  const answer = await fetch("v1/models", { headers: settings.authorisation() }).catch(() => null);
+  if (answer?.status === 401) tellKey();
+  else if (answer?.ok) withdraw("key");
+}
+
+function tellKey() {
+  notify("key", settings.hasKey() ? WRONG_KEY : NO_KEY, { "Enter the key": () => settings.open("key") });
 }
 
 async function showFacts() {
@@ -77,29 +97,19 @@ async function showFacts() {
   byId("model").textContent = health.model;
   thinks = health.thinks;
   byId("thinks").hidden = !thinks;
-  earlierTurns.checked = settings.current().history ?? health.max_model_len > SMALL_CONTEXT;
-  const facts = {
-    model: health.model,
-    format: health.format,
-    seal: health.seal ?? "none",
-    weights: `version ${health.weight_version}`,
-    pool: health.pool,
-  };
-  byId("facts").replaceChildren(
-    ...Object.entries(facts)
-      .filter(([, value]) => value)
-      .map(fact),
-  );
+  context = health.max_model_len;
+  offerTurns(health.holds_turns !== false);
+  about.show(health);
   byId("rehearsal").hidden = !health.rehearsal;
-  if (health.rehearsal)
-    byId("statement").textContent =
-      `${capitalised(health.rehearsal.statement)}. The rules are that chip's, the speed is this machine's.`;
+  if (health.rehearsal) byId("statement").textContent = `${capitalised(health.rehearsal.statement)}.`;
 }
 
-function fact([name, value]) {
-  const pair = document.createElement("div");
-  pair.append(element("dt", "", name), element("dd", "", value));
-  return pair;
+/** Earlier turns are sent wherever the model can read them, unless the reader chose otherwise. */
+function offerTurns(possible) {
+  const label = earlierTurns.closest("label");
+  earlierTurns.disabled = !possible;
+  earlierTurns.checked = possible && (settings.current().history ?? context >= SMALL_CONTEXT);
+  label.title = possible ? "" : "This model was made for single questions: its prompt has no place for earlier turns.";
 }
 
 async function showExamples() {
@@ -143,6 +153,7 @@ function showTurn(turn) {
   const owner = conversation;
   const view = new TurnView(turn, {
     retry: () => again(owner, turn, current(turn).question),
+    goOn: () => goOn(owner, turn),
     edit: (text) => again(owner, turn, text),
     select: (index) => {
       if (owner.turns.at(-1) === turn) {
@@ -151,6 +162,7 @@ function showTurn(turn) {
       }
     },
     isLast: () => owner.turns.at(-1) === turn,
+    isLeftOut: () => owner.turns.indexOf(turn) < owner.from,
   });
   views.set(turn, view);
   log.append(view.root);
@@ -221,6 +233,27 @@ function saveAll() {
   download("conversations.json", JSON.stringify(store.all().conversations, null, 1), "application/json");
 }
 
+async function takeFile() {
+  const [file] = byId("import-file").files,
+    text = await file.text();
+  byId("import-file").value = ""; // So that the same file can be chosen again.
+  byId("settings").close();
+  try {
+    const { taken, known, unreadable } = store.take(text);
+    const said = [
+      `${count(taken, "conversation")} imported.`,
+      known && `${known} not, because this browser has them already.`,
+      unreadable && `${unreadable} not, because they are no conversations of this page.`,
+    ];
+    notify("import", said.filter(Boolean).join(" "));
+  } catch (error) {
+    if (!(error instanceof SyntaxError || error instanceof NotKept)) throw error;
+    const reason = error instanceof NotKept ? error.message : `“${file.name}” is not a file that this page exported`;
+    notify("import", `${reason}. What can be imported is what “Export all conversations” saves.`);
+  }
+  refresh();
+}
+
 function remove(id) {
   const removed = known(id),
     job = jobs.get(id);
@@ -282,14 +315,36 @@ function again(owner, turn, question) {
   run(owner, turn);
 }
 
+/** Let an answer that was cut or stopped go on where it ended. */
+function goOn(owner, turn) {
+  if (!jobs.has(owner.id)) run(owner, turn, { goesOn: true });
+}
+
+/** Leave out half of the earlier turns, the oldest; whether there was one. */
+function shorten(owner, turn) {
+  const place = owner.turns.indexOf(turn);
+  if (!earlierTurns.checked || owner.from >= place) return false;
+  owner.from += Math.ceil((place - owner.from) / 2);
+  return true;
+}
+
+/** Ask the same in a new conversation. What was not answered does not stay in the old one. */
+function anew(owner, turn) {
+  const { question } = current(turn);
+  owner.turns.splice(owner.turns.indexOf(turn), 1);
+  keep(owner);
+  open("");
+  ask(question);
+}
+
 function titleOf(question) {
   const line = question.split("\n", 1)[0];
   return line.length > LONGEST_TITLE ? `${line.slice(0, LONGEST_TITLE - 1)}…` : line;
 }
 
-function request(owner, turn) {
+function request({ conversation: owner, turn, goesOn }) {
   const { system } = settings.current();
-  const earlier = earlierTurns.checked ? owner.turns.slice(0, owner.turns.indexOf(turn)).map(current) : [];
+  const earlier = earlierTurns.checked ? owner.turns.slice(owner.from, owner.turns.indexOf(turn)).map(current) : [];
   const said = earlier
     .filter(({ answer }) => answer.content)
     .flatMap(({ question, answer }) => [
@@ -301,11 +356,18 @@ function request(owner, turn) {
     ...said,
     { role: "user", content: current(turn).question },
   ];
-  return { messages, ...settings.sampling() };
+  if (!goesOn) return { messages, ...settings.sampling() };
+  messages.push({ role: "assistant", content: begun(current(turn).answer) });
+  return { messages, continue_final_message: true, add_generation_prompt: false, ...settings.sampling() };
 }
 
-async function run(owner, turn) {
-  const job = new Job(owner, turn, { draw, keep });
+/** What an answer that goes on begins with: its thinking has no place beside it, and is all where there is no answer. */
+function begun({ content, thought }) {
+  return content || `<think>\n${thought}`;
+}
+
+async function run(owner, turn, options = {}) {
+  const job = new Job(owner, turn, { draw, keep }, options);
   owner.updated = Date.now();
   jobs.set(owner.id, job);
   keep(owner);
@@ -319,6 +381,7 @@ async function run(owner, turn) {
   owner.updated = Date.now();
   if (!job.discarded) keep(owner);
   draw(job);
+  if (conversation === owner) views.forEach((view) => view.turn !== turn && view.update(null)); // They may be left out.
   refresh();
   follow(false);
   if (document.activeElement === document.body) focusBox();
@@ -341,14 +404,44 @@ function draw(job) {
 /** Returns what went wrong, or null. */
 async function stream(job) {
   try {
-    const asked = request(job.conversation, job.turn);
-    for await (const chunk of complete(asked, settings.authorisation(), job.signal)) job.take(chunk);
+    for await (const chunk of complete(request(job), settings.authorisation(), job.signal)) job.take(chunk);
+    withdraw("key");
     return null;
   } catch (error) {
     if (!(error instanceof Failure) && error.name !== "AbortError") throw error;
-    if (error.status === 401) notify("key", "This server wants an API key.", { "Open settings": settings.open });
-    return error;
+    if (error.code === OVERFLOW && job.shortens && shorten(job.conversation, job.turn)) return stream(job);
+    return explained(error, job);
   }
+}
+
+/** What went wrong in the words of who asked, with ways on. */
+function explained(error, job) {
+  if (error.code === OVERFLOW) return explainedOverflow(job);
+  if (error.status !== 401) return error;
+  tellKey();
+  return new Failure(settings.hasKey() ? WRONG_KEY : NO_KEY);
+}
+
+function explainedOverflow(job) {
+  const { conversation: owner, turn, answer, goesOn } = job,
+    { maxTokens } = settings.current(),
+    length = context ? ` (${count(context, "token")})` : "",
+    room = maxTokens ? `, with the ${count(maxTokens, "token")} that the settings keep for the answer` : "";
+  const ways = {};
+  if (earlierTurns.checked && owner.turns.indexOf(turn) > owner.from) {
+    ways["Leave out the oldest turns"] = () => {
+      shorten(owner, turn);
+      run(owner, turn, { goesOn, shortens: true });
+    };
+    if (!goesOn) ways["Start anew with this message"] = () => anew(owner, turn);
+    answer.ways = ways;
+    return new Failure(`This conversation has become longer than the model can read at once${length}${room}.`);
+  }
+  if (!goesOn) ways["Change the message"] = () => views.get(turn)?.edit();
+  if (maxTokens) ways["Open settings"] = () => settings.open("maxTokens");
+  answer.ways = ways;
+  const what = goesOn ? "The answer fills all that the model can read at once" : "This message is longer than the model can read at once";
+  return new Failure(`${what}${length}${room}.`);
 }
 
 function stop() {

@@ -10,16 +10,23 @@ export class Job {
   #controller = new AbortController();
   #began = performance.now();
   #first = null;
+  #before;
   #kept = performance.now();
   #frame = 0;
   #ticking;
   #actions;
 
-  /** The answer goes into the version of `turn` that counts. `actions` has draw(job) and keep(conversation). */
-  constructor(conversation, turn, actions) {
+  /**
+   * The answer goes into the version of `turn` that counts, after what it has already if it goes on. If it `shortens`,
+   * earlier turns may be left out until the rest fits. `actions` has draw(job) and keep(conversation).
+   */
+  constructor(conversation, turn, actions, { goesOn = false, shortens = false } = {}) {
     this.conversation = conversation;
     this.turn = turn;
     this.answer = current(turn).answer;
+    Object.assign(this, { goesOn, shortens });
+    this.#before = { ...this.answer };
+    Object.assign(this.answer, { state: "writing", problem: null, ways: {} });
     this.discarded = false; // Nobody wants it stored any more.
     this.#actions = actions;
     this.#ticking = setInterval(() => actions.draw(this), TICK);
@@ -44,7 +51,7 @@ export class Job {
       delta = choice?.delta ?? {};
     const thought = delta.reasoning_content ?? "",
       content = delta.content ?? "";
-    if (chunk.usage) answer.usage = { prompt: chunk.usage.prompt_tokens, completion: chunk.usage.completion_tokens };
+    if (chunk.usage) answer.usage = this.#counted(chunk.usage);
     answer.model = chunk.model ?? answer.model;
     answer.fingerprint = chunk.system_fingerprint ?? answer.fingerprint;
     if (thought || content) this.#measure(thought);
@@ -54,14 +61,20 @@ export class Job {
     this.#show();
   }
 
+  /** The prompt of an answer that goes on holds what it had: that counts once. */
+  #counted({ prompt_tokens: prompt, completion_tokens: completion }) {
+    const before = this.#before.usage;
+    return { prompt: before?.prompt ?? prompt, completion: (before?.completion ?? 0) + completion };
+  }
+
   #measure(thought) {
     const { answer } = this,
       now = performance.now();
     this.#first ??= now;
-    answer.firstSeconds = (this.#first - this.#began) / 1000;
-    answer.seconds = (now - this.#first) / 1000;
+    answer.firstSeconds = this.#before.firstSeconds ?? (this.#first - this.#began) / 1000;
+    answer.seconds = (this.#before.seconds ?? 0) + (now - this.#first) / 1000;
     if (thought) answer.thoughtTokens += 1;
-    if (thought || !answer.content) answer.thoughtSeconds = (now - this.#began) / 1000;
+    if (thought || !answer.content) answer.thoughtSeconds = (this.#before.thoughtSeconds ?? 0) + this.elapsed;
   }
 
   #show() {
@@ -82,6 +95,7 @@ export class Job {
     if (this.signal.aborted) answer.state = "stopped";
     else if (answer.state === "writing") answer.state = error ? "failed" : "done";
     if (answer.state === "failed") answer.problem = capitalised(error.message);
+    if (answer.state === "failed" && this.goesOn) answer.state = this.#before.state;
     if (error?.retryAfter) answer.retryAt = performance.now() + error.retryAfter * 1000;
     if (!answer.content && answer.state === "done") answer.problem = "It ended without an answer.";
     if (!answer.content && answer.state === "cut") answer.problem = "It was still thinking when its tokens ran out.";

@@ -2,13 +2,15 @@
 // The elements and attributes are those named here and in maths.js, and a link keeps its address only if its scheme is
 // one of SCHEMES. HTML stays text, an image becomes a link, and a line break stays a line break.
 
-/* global markdownit */
+/* global markdownit, markdownitFootnote */
 
-import { maths, mathsNode } from "./maths.js";
+import { colourSoon } from "./colours.js";
+import { fenceNode, isMaths, maths, mathsNode } from "./maths.js";
 
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const DEEPEST = 16, // Blocks within blocks below this are text,
   DEEPEST_MARK = 40; // and marks within marks below this are not marked.
+const NOTE = /\[\^([^\]\s]{1,80})\]/g;
 const BREAK = /<br ?\/?>/i;
 const CJK = /[\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]/;
 const ELEMENTS = {
@@ -28,13 +30,16 @@ const ELEMENTS = {
   hr: "hr",
   hardbreak: "br",
   softbreak: "br",
+  footnote_reference_open: "div",
 };
 const SIDES = { "text-align:right": "right", "text-align:center": "centre" };
 const HEADINGS = { h1: "h3", h2: "h4", h3: "h5" }; // The page's own headings stand above those of an answer.
 
-const markdown = markdownit({ breaks: true, linkify: true }).use(maths);
+const markdown = markdownit({ breaks: true, linkify: true }).use(maths).use(footnotes);
 // A text that grows must not turn into a heading or into code, nor vanish into a definition.
 markdown.disable(["lheading", "code", "reference"]);
+// A note keeps its mark and its place, so that nothing is numbered or moved anew while an answer grows.
+markdown.disable(["footnote_tail", "footnote_inline"]);
 markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 markdown.linkify.pretest = (text) => /https?:|mailto:/i.test(text);
 markdown.validateLink = (text) => safeAddress(text) !== null;
@@ -69,8 +74,10 @@ export function safeAddress(text) {
 
 /** All of a text, as nodes. */
 export function render(text) {
-  const root = document.createDocumentFragment();
-  for (const block of blocksOf(text)) build(root, block.tokens);
+  const root = document.createDocumentFragment(),
+    notes = new Set();
+  blocksOf(text, notes);
+  for (const block of blocksOf(text, notes)) build(root, block.tokens);
   return root;
 }
 
@@ -80,6 +87,7 @@ export class MarkdownView {
   #blocks = [];
   #settled = ""; // The text whose blocks cannot change any more,
   #count = 0; // and how many those are.
+  #notes = new Set(); // The marks of the notes that were found.
 
   constructor(root) {
     this.#root = root;
@@ -93,9 +101,15 @@ export class MarkdownView {
   update(text) {
     const whole = text.replaceAll(/\r\n?/g, "\n");
     if (!whole.startsWith(this.#settled)) [this.#settled, this.#count] = ["", 0];
-    const rest = whole.slice(this.#settled.length),
-      blocks = blocksOf(rest),
-      kept = this.#blocks.slice(0, this.#count);
+    let rest = whole.slice(this.#settled.length);
+    const known = new Set(this.#notes);
+    let blocks = blocksOf(rest, this.#notes);
+    if ([...this.#notes].some((mark) => !known.has(mark) && whole.includes(`[^${mark.slice(1)}]`))) {
+      // What stands already may refer to a note that is known only now.
+      [this.#settled, this.#count, rest] = ["", 0, whole];
+      blocks = blocksOf(rest, this.#notes);
+    }
+    const kept = this.#blocks.slice(0, this.#count);
     reconcile(this.#root, this.#blocks.slice(this.#count), blocks, this.#count);
     this.#blocks = [...kept, ...blocks];
     if (blocks.length < 3) return;
@@ -103,6 +117,11 @@ export class MarkdownView {
     const lines = rest.split("\n", blocks.at(-2).first);
     this.#settled += lines.map((line) => `${line}\n`).join("");
     this.#count += blocks.length - 2;
+  }
+
+  /** Nothing will come any more: code that does not end has its colours too. */
+  finish() {
+    this.#root.querySelectorAll(".code").forEach(colourSoon);
   }
 }
 
@@ -113,15 +132,24 @@ function reconcile(root, before, parts, from = 0) {
       [old, opening] = [before[place], part.tokens[0]];
     if (!node) build(root, part.tokens);
     else if (continues(old.tokens[0], opening))
-      node.querySelector("code").firstChild.appendData(code(opening).slice(code(old.tokens[0]).length));
+      grow(node, code(old.tokens[0]), opening);
     else if (old.key !== part.key && isSameList(old.tokens[0], opening)) reconcile(node, itemsOf(old), itemsOf(part));
     else if (old.key !== part.key) node.replaceWith(built(part.tokens));
   });
   while (root.children.length > from + parts.length) root.lastElementChild.remove();
 }
 
+/** More of a code. What has its colours already loses them until they are found anew. */
+function grow(block, before, token) {
+  const node = block.querySelector("code"),
+    more = code(token).slice(before.length);
+  if (more && node.childNodes.length === 1 && node.firstChild instanceof Text) node.firstChild.appendData(more);
+  else if (more) node.textContent = code(token);
+  if (isClosed(token)) colourSoon(block);
+}
+
 function continues(before, token) {
-  const isFence = before.type === "fence" && token.type === "fence";
+  const isFence = before.type === "fence" && token.type === "fence" && !isMaths(token);
   return isFence && before.info === token.info && code(token).startsWith(code(before));
 }
 
@@ -133,13 +161,24 @@ function code(token) {
   return token.content.replace(/\n$/, "");
 }
 
+/** Whether a code has the line that ends it. */
+function isClosed({ map: [first, end], content }) {
+  return (!content || content.endsWith("\n")) && end - first === content.split("\n").length + 1;
+}
+
 function start(list) {
   return list.attrGet("start");
 }
 
-function blocksOf(text) {
-  const tokens = [];
-  markdown.block.parse(text, markdown, {}, tokens);
+/** The blocks of a text. The marks of the notes in it are added to `notes`: a reference is one only to a note in them. */
+function blocksOf(text, notes) {
+  const tokens = [],
+    environment = {};
+  markdown.block.parse(text, markdown, environment, tokens);
+  Object.keys(environment.footnotes?.refs ?? {}).forEach((mark) => notes.add(mark));
+  tokens.forEach((token) => {
+    if (token.type === "inline") token.meta = { notes };
+  });
   return partsOf(tokens, text, 0);
 }
 
@@ -158,14 +197,44 @@ function partsOf(tokens, text, from) {
       [first, end] = own[0].map,
       source = lines.slice(first - from, end - from).join("\n");
     // A paragraph of a list is hidden or not by what comes after its item.
-    const key = [token.type, own.filter(({ hidden }) => hidden).length, source].join("\n");
+    const key = [token.type, own.filter(({ hidden }) => hidden).length, referred(own), source].join("\n");
     parts.push({ first, source, key, tokens: own });
     opened = place + 1;
   });
   return parts;
 }
 
+/** The notes that a block refers to. */
+function referred(tokens) {
+  return tokens
+    .filter(({ type }) => type === "inline")
+    .flatMap(notesOf)
+    .join();
+}
+
+/** The marks of the notes that a text refers to, each with a colon before it, as the plug-in keeps them. */
+function notesOf({ content, meta }) {
+  const marks = meta?.notes.size ? [...content.matchAll(NOTE)].map(([, label]) => `:${label}`) : [];
+  return marks.filter((mark) => meta.notes.has(mark));
+}
+
 // Rules
+
+/** The plug-in for notes, which does not say on which lines a note stands. */
+function footnotes(markdown) {
+  const { ruler } = markdown.block;
+  const before = (place, name, rule, options) => ruler.before(place, name, withLines(rule), options);
+  markdownitFootnote(Object.create(markdown, { block: { value: { ruler: { before } } } }));
+}
+
+function withLines(rule) {
+  return (state, first, end, silent) => {
+    const place = state.tokens.length;
+    if (!rule(state, first, end, silent)) return false;
+    if (!silent) state.tokens[place].map = [first, state.line];
+    return true;
+  };
+}
 
 /** What is nested too deep is a paragraph with all that is left; markdown-it would leave it out. */
 function textBelowDeepest(state, first, end) {
@@ -223,15 +292,19 @@ function nodeOf(token, parent) {
   const { type, content } = token;
   switch (type) {
     case "inline":
-      return built(markdown.parseInline(content, {})[0].children);
+      return built(inlineOf(token));
     case "text":
       return broken(content);
     case "code_inline":
       return made("code", content);
     case "fence":
-      return codeNode(token);
+      return isMaths(token) && isClosed(token) ? fenceNode(token) : codeNode(token);
     case "maths":
       return mathsNode(token);
+    case "footnote_reference_open":
+      return noteNode(token.meta.label);
+    case "footnote_ref":
+      return made("sup", referenceNode(token.meta.label));
     case "heading_open":
       return made(HEADINGS[token.tag] ?? "h6");
     case "table_open":
@@ -243,6 +316,11 @@ function nodeOf(token, parent) {
     default:
       return plainNode(token);
   }
+}
+
+function inlineOf({ content, meta }) {
+  const refs = Object.fromEntries(notesOf({ content, meta }).map((mark) => [mark, -1]));
+  return markdown.parseInline(content, Object.keys(refs).length ? { footnotes: { refs } } : {})[0].children;
 }
 
 function built(tokens) {
@@ -280,14 +358,38 @@ function isTask(token) {
   return /^[☐☑] /.test(token.content);
 }
 
+/** A note, with its mark before it. */
+function noteNode(label) {
+  const mark = made("span", label),
+    root = made("div", mark);
+  mark.className = "mark-of-note";
+  root.className = "note-text";
+  root.dataset.note = label;
+  root.tabIndex = -1;
+  return root;
+}
+
+/** The mark of a note in a text. The page goes to the note on a click: an address of its own it has none. */
+function referenceNode(label) {
+  const node = made("button", label);
+  node.type = "button";
+  node.className = "to-note";
+  node.dataset.note = label;
+  node.setAttribute("aria-label", `Note ${label}`);
+  return node;
+}
+
 function codeNode(token) {
   const button = made("button", "Copy"),
-    bar = made("div", made("span", token.info.trim().split(/\s/, 1)[0] || "text"), button),
+    [language] = token.info.trim().split(/\s/, 1),
+    bar = made("div", made("span", language || "text"), button),
     root = made("div", bar, reachable(made("pre", made("code", code(token))), "Code"));
   button.type = "button";
   button.className = "copy-code";
   bar.className = "bar";
   root.className = "code";
+  root.dataset.language = language.toLowerCase();
+  if (token.map && isClosed(token)) colourSoon(root);
   return root;
 }
 

@@ -7,8 +7,14 @@ const PAIRS = [
   ["$$", "$$"],
   ["\\[", "\\]"],
   ["\\(", "\\)"],
+  ["$`", "`$"],
   ["$", "$"],
 ];
+// Environments that stand for themselves in LaTeX, and languages whose code is a formula, as GitHub and GitLab have it.
+const ENVIRONMENT = /^\\begin\{((?:equation|align|gather|alignat|multline|eqnarray|CD)\*?|[pbBvV]?matrix|cases|aligned)\}/;
+const ENDS = /\\end\{([A-Za-z]+\*?)\}\s*[.,;:]?\s*$/;
+const BOXED = "\\boxed{";
+const FENCES = new Set(["math", "maths"]);
 const LONGEST = 4000, // Characters of a formula,
   MOST_LINES = 200, // its lines,
   DEEPEST = 60, // its elements within each other,
@@ -36,10 +42,12 @@ const HUGE = /(?<![.\d#])\d{3,}[.\d]*[a-z]|e\+/i; // A hundred or more of any un
 export function maths(markdown) {
   markdown.inline.ruler.before("escape", "maths", inlineMaths);
   markdown.block.ruler.before("fence", "maths", blockMaths, { alt: ["paragraph", "blockquote", "list"] });
+  markdown.block.ruler.before("maths", "environment", environment, { alt: ["paragraph", "blockquote", "list"] });
 }
 
 function inlineMaths(state, silent) {
   const { src, pos } = state;
+  if (src.startsWith(BOXED, pos)) return boxed(state, silent);
   const pair = PAIRS.find(([opening]) => src.startsWith(opening, pos));
   if (!pair) return false;
   const [opening, closing] = pair,
@@ -57,6 +65,24 @@ function inlineMaths(state, silent) {
   return true;
 }
 
+/** \boxed{...} without signs around it, as models that were trained on sums end. */
+function boxed(state, silent) {
+  const { src, pos, posMax } = state;
+  let end = pos + BOXED.length;
+  for (let open = 1; open && end < posMax && end - pos < LONGEST; end += 1) {
+    if (src[end] === "\\") end += 1;
+    else if (src[end] === "{") open += 1;
+    else if (src[end] === "}") open -= 1;
+    if (!open) {
+      const written = src.slice(pos, end + 1);
+      if (!silent) push(state, written, "$", written);
+      state.pos = end + 1;
+      return true;
+    }
+  }
+  return false;
+}
+
 /** Where a sign stands at or after a place, or -1; a text is not searched for it twice in vain. */
 function find(state, sign, from) {
   state.missing ??= new Set();
@@ -65,11 +91,23 @@ function find(state, sign, from) {
   return place;
 }
 
-/** Where $...$ ends, or -1. As pandoc has it, so that a price stays one: no space inside, no digit after. */
+/**
+ * Where $...$ ends, or -1. As pandoc has it, so that a price stays one: no space inside, no digit after. With a space at
+ * both ends it is a formula too, if it has a sign of one and no word of a text.
+ */
 function dollarEnd(text, start) {
   let end = text.indexOf("$", start);
   while (end >= 0 && text[end - 1] === "\\") end = text.indexOf("$", end + 1);
-  return end < 0 || /\s/.test(text[start] + text[end - 1]) || /\d/.test(text[end + 1]) ? -1 : end;
+  if (end < 0 || /\d/.test(text[end + 1])) return -1;
+  const isSpaced = [text[start], text[end - 1]].map((sign) => /\s/.test(sign));
+  if (isSpaced.every(Boolean)) return isFormula(text.slice(start, end)) ? end : -1;
+  return isSpaced.some(Boolean) ? -1 : end;
+}
+
+function isFormula(text) {
+  if (text.length > LONGEST || text.includes("\n")) return false;
+  const bare = text.replaceAll(/\\(text|mathrm|operatorname)\{[^{}]*\}|\\[A-Za-z]+/g, "\\");
+  return /[\\^_=+<>]/.test(bare) && !/\p{L}{3}/u.test(bare);
 }
 
 /** A formula on lines of its own, up to its end. Without one it goes on to a blank line, and is shown as written. */
@@ -78,7 +116,11 @@ function blockMaths(state, first, end, silent) {
   const pair = PAIRS.slice(0, 2).find(([opening]) => state.src.startsWith(opening, from));
   if (!pair) return false;
   const [opening, closing] = pair;
-  const isWithin = (line) => line < end && !state.isEmpty(line) && state.sCount[line] >= state.blkIndent;
+  const isAlone = (line, sign) => state.src.slice(state.bMarks[line], state.eMarks[line]).trim() === sign;
+  // Some models leave a line free after \[ and before \].
+  const isLoose = opening === "\\[" && isAlone(first, opening) && first + 1 < end && state.isEmpty(first + 1);
+  const isFree = (line) => isLoose && state.isEmpty(line) && (line === first + 1 || (line + 1 < end && isAlone(line + 1, closing)));
+  const isWithin = (line) => line < end && (isFree(line) || (!state.isEmpty(line) && state.sCount[line] >= state.blkIndent));
   const endIn = (line, at) => state.src.slice(at, state.eMarks[line]).indexOf(closing);
   let line = first,
     found = endIn(line, from + 2);
@@ -94,6 +136,33 @@ function blockMaths(state, first, end, silent) {
   push(state, close < 0 ? "" : written.slice(2, close) + after, opening, written, [first, line + 1]);
   state.line = line + 1;
   return true;
+}
+
+/** \begin{align} ... \end{align} on lines of its own, without signs around it; without an end as in blockMaths. */
+function environment(state, first, end, silent) {
+  const from = state.bMarks[first] + state.tShift[first];
+  const [, name] = ENVIRONMENT.exec(state.src.slice(from, state.eMarks[first])) ?? [];
+  if (!name) return false;
+  if (silent) return true;
+  const isWithin = (line) => line < end && !state.isEmpty(line) && state.sCount[line] >= state.blkIndent;
+  const ends = (line) => ENDS.exec(state.src.slice(state.bMarks[line], state.eMarks[line]))?.[1] === name;
+  let line = first;
+  while (!ends(line) && isWithin(line + 1) && line - first < MOST_LINES) line += 1;
+  const written = state.getLines(first, line + 1, state.blkIndent, false).trim();
+  push(state, ends(line) ? written : "", "$$", written, [first, line + 1]);
+  state.line = line + 1;
+  return true;
+}
+
+/** Whether a code is a formula, by its language. */
+export function isMaths({ info }) {
+  return FENCES.has(info.trim().split(/\s/, 1)[0].toLowerCase());
+}
+
+/** The node of a formula that is written as code. */
+export function fenceNode({ content, markup, info }) {
+  const written = `${markup}${info}\n${content}${markup}`;
+  return mathsNode({ content, markup: "$$", info: written, block: true });
 }
 
 function push(state, content, opening, written, map = null) {

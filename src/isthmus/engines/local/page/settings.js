@@ -7,7 +7,7 @@ const SETTINGS = "isthmus.settings",
   KEY = "isthmus.key",
   THEME = "isthmus.theme",
   VERSION = 1;
-const DEFAULTS = { system: "", temperature: null, maxTokens: null, seed: null, history: null };
+const DEFAULTS = { system: "", temperature: null, topP: null, maxTokens: null, seed: null, history: null };
 const local = area("localStorage"),
   session = area("sessionStorage");
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -26,9 +26,13 @@ export function change(changes) {
 
 /** The fields of a request that were set; the others are the server's. */
 export function sampling() {
-  const { temperature, maxTokens, seed } = settings;
-  const fields = { temperature, max_tokens: maxTokens, seed };
+  const { temperature, topP, maxTokens, seed } = settings;
+  const fields = { temperature, top_p: topP, max_tokens: maxTokens, seed };
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
+}
+
+export function hasKey() {
+  return Boolean(key);
 }
 
 export function authorisation() {
@@ -40,7 +44,7 @@ export function start(changed) {
   const dialog = byId("settings"),
     form = dialog.querySelector("form"),
     field = form.elements;
-  byId("open-settings").addEventListener("click", open);
+  byId("open-settings").addEventListener("click", () => open());
   byId("close-settings").addEventListener("click", () => dialog.close());
   byId("theme").addEventListener("click", () => setTheme(shownTheme() === "dark" ? "light" : "dark"));
   dark.addEventListener("change", nameTheme);
@@ -50,6 +54,7 @@ export function start(changed) {
     change({
       system: field.system.value.trim(),
       temperature: number("temperature"),
+      topP: number("topP"),
       maxTokens: number("maxTokens"),
       seed: number("seed"),
     });
@@ -61,19 +66,22 @@ export function start(changed) {
   nameTheme();
 }
 
-export function open() {
+/** Show the dialog, with the cursor in one of its fields. */
+export function open(name = "system") {
   const field = byId("settings").querySelector("form").elements;
-  for (const name of ["system", "temperature", "maxTokens", "seed"]) field[name].value = settings[name] ?? "";
+  for (const name of ["system", "temperature", "topP", "maxTokens", "seed"]) field[name].value = settings[name] ?? "";
   field.key.value = key;
   field.keepKey.checked = Boolean(local?.getItem(KEY));
   field.theme.value = document.documentElement.dataset.theme ?? "system";
   byId("settings").showModal();
+  field[name].focus();
 }
 
 function stored() {
   try {
     const { version, ...found } = JSON.parse(local?.getItem(SETTINGS) ?? "{}");
-    const fits = { system: "string", temperature: "number", maxTokens: "number", seed: "number", history: "boolean" };
+    const numbers = { temperature: "number", topP: "number", maxTokens: "number", seed: "number" };
+    const fits = { system: "string", history: "boolean", ...numbers };
     const known = Object.entries(found).filter(([name, value]) => version === VERSION && typeof value === fits[name]);
     return { ...DEFAULTS, ...Object.fromEntries(known) };
   } catch {

@@ -1,10 +1,12 @@
 // Conversations in the browser, one entry each, so that a damaged one costs no other.
 //
-// A conversation is {version, id, title, named, created, updated, turns}. A turn is {versions, shown}: what was asked
-// and answered, as often as it was tried, and which one counts. Times are milliseconds since 1970.
+// A conversation is {version, id, title, named, created, updated, from, turns}. A turn is {versions, shown}: what was
+// asked and answered, as often as it was tried, and which one counts. The turns before `from` are not sent any more.
+// Times are milliseconds since 1970.
 
 export const VERSION = 1;
 const PREFIX = "isthmus.conversation.";
+const SAFE_ID = /^[A-Za-z0-9]{1,64}$/; // What newConversation() makes: it stands in an address.
 const STATES = new Set(["writing", "done", "cut", "stopped", "failed"]);
 
 /** The browser refused to keep something. */
@@ -70,6 +72,28 @@ export class Store {
     this.#area?.removeItem(PREFIX + id);
   }
 
+  /**
+   * Take in what was exported: the text of a list of conversations, or of one. Returns how many were taken, how many
+   * were here already, at least as new, and how many cannot be read. Raises SyntaxError for a text that is no JSON, and
+   * NotKept once the browser refuses one.
+   */
+  take(text) {
+    const found = JSON.parse(text),
+      count = { taken: 0, known: 0, unreadable: 0 };
+    for (const one of Array.isArray(found) ? found : [found]) {
+      const conversation = cleaned(one);
+      const isGood = conversation && SAFE_ID.test(conversation.id);
+      const stored = isGood && this.load(conversation.id);
+      if (!isGood) count.unreadable += 1;
+      else if (stored && stored.updated >= conversation.updated) count.known += 1;
+      else {
+        this.save(conversation);
+        count.taken += 1;
+      }
+    }
+    return count;
+  }
+
   /** What stands under the given keys, as text. */
   raw(keys) {
     return keys.map((key) => this.#area.getItem(key)).join("\n");
@@ -95,7 +119,7 @@ export function isConversation(key) {
 export function newConversation() {
   const now = Date.now(),
     id = Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36)).join("");
-  return { version: VERSION, id, title: "New chat", named: false, created: now, updated: now, turns: [] };
+  return { version: VERSION, id, title: "New chat", named: false, created: now, updated: now, from: 0, turns: [] };
 }
 
 export function newAnswer() {
@@ -140,11 +164,21 @@ function read(text) {
   }
 }
 
+function cleaned(found) {
+  try {
+    return clean(found);
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    return null;
+  }
+}
+
 function clean(found) {
   expect(found?.version === VERSION && Array.isArray(found.turns));
   const { version, id, title, named, created, updated } = found;
   expect([id, title].every(isText) && [created, updated].every(Number.isFinite));
-  return { version, id, title, named: Boolean(named), created, updated, turns: found.turns.map(cleanTurn) };
+  const from = Number.isInteger(found.from) ? Math.min(Math.max(found.from, 0), found.turns.length) : 0;
+  return { version, id, title, named: Boolean(named), created, updated, from, turns: found.turns.map(cleanTurn) };
 }
 
 function cleanTurn({ versions, shown }) {

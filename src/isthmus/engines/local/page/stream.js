@@ -3,11 +3,15 @@
 export const SILENT = "The server does not answer. Is it still running?",
   BROKEN = "The connection broke off.";
 
-/** An answer that could not be had, or not to its end. `retryAfter` is in seconds where the server named them. */
+/**
+ * An answer that could not be had, or not to its end. `code` is the server's word for the reason, `retryAfter` is in
+ * seconds where the server named them.
+ */
 export class Failure extends Error {
-  constructor(message, { status = null, retryAfter = null } = {}) {
+  constructor(message, { status = null, code = null, retryAfter = null } = {}) {
     super(message);
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -75,7 +79,8 @@ function parsed(data) {
 async function refusal(answer) {
   const content = await answer.json().catch(() => null);
   const message = content?.error?.message ?? `The server failed (${answer.status}).`;
-  return new Failure(message, { status: answer.status, retryAfter: seconds(answer.headers.get("Retry-After")) });
+  const retryAfter = seconds(answer.headers.get("Retry-After"));
+  return new Failure(message, { status: answer.status, code: content?.error?.code ?? null, retryAfter });
 }
 
 /** Retry-After in seconds: a number, or a date from now on. */

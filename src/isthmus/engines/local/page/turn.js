@@ -1,6 +1,6 @@
 // One question with its answer, as often as it was tried, on the page.
 
-import { announce, capitalised, copyFrom, count, instance } from "./dom.js";
+import { announce, capitalised, copyFrom, count, element, instance } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 const NEAR_END = 60; // Pixels from its end within which a growing thought is followed.
@@ -19,7 +19,7 @@ export class TurnView {
   #announced = 0;
   #timer = null;
 
-  /** `actions` has retry(), edit(text), select(index) and isLast(). */
+  /** `actions` has retry(), goOn(), edit(text), select(index), isLast() and isLeftOut(). */
   constructor(turn, actions) {
     this.turn = turn;
     this.#actions = actions;
@@ -109,6 +109,7 @@ export class TurnView {
   #listen() {
     this.#part("edit").addEventListener("click", () => this.edit());
     this.#part("retry").addEventListener("click", () => this.#actions.retry());
+    this.#part("go-on").addEventListener("click", () => this.#actions.goOn());
     this.#part("earlier").addEventListener("click", () => this.#select(this.#index - 1));
     this.#part("later").addEventListener("click", () => this.#select(this.#index + 1));
     this.#part("copy").addEventListener("click", (event) =>
@@ -119,7 +120,15 @@ export class TurnView {
     });
     this.#part("content").addEventListener("click", ({ target }) => {
       if (target.matches(".copy-code")) copyFrom(target, target.closest(".code").querySelector("code").textContent);
+      if (target.matches(".to-note")) this.#goToNote(target.dataset.note);
     });
+  }
+
+  #goToNote(label) {
+    const notes = [...this.#part("content").querySelectorAll(".note-text")];
+    const note = notes.find(({ dataset }) => dataset.note === label);
+    note?.focus({ preventScroll: true });
+    note?.scrollIntoView({ block: "nearest" });
   }
 
   #select(index) {
@@ -168,6 +177,11 @@ export class TurnView {
   #settle(answer) {
     this.#part("problem").textContent = answer.problem ?? "";
     this.#part("problem").hidden = !answer.problem;
+    const ways = Object.entries(answer.ways ?? {});
+    this.#part("ways").replaceChildren(...ways.map(wayOn));
+    this.#part("retry").hidden = ways.length > 0; // The same would fail again.
+    this.#part("go-on").hidden = answer.state === "done" || !(answer.content || answer.thought);
+    this.#markdown.finish();
     this.#part("copy").hidden = !answer.content;
     this.#part("answer").dataset.state = answer.state;
     this.#countDown(answer);
@@ -175,7 +189,8 @@ export class TurnView {
 
   #note(answer) {
     const isElsewhere = !this.#actions.isLast() && this.#index !== this.turn.shown;
-    return [NOTES[answer.state], isElsewhere && "not part of what follows"].filter(Boolean).join(" · ");
+    const isLeftOut = this.#actions.isLeftOut() && "left out of what is sent";
+    return [NOTES[answer.state], isElsewhere && "not part of what follows", isLeftOut].filter(Boolean).join(" · ");
   }
 
   /** Hold the retry back for as long as the server asked. */
@@ -196,6 +211,13 @@ export class TurnView {
     for (const node of nodes.slice(this.#announced)) announce(spoken(node));
     this.#announced = Math.max(this.#announced, nodes.length);
   }
+}
+
+function wayOn([label, act]) {
+  const button = element("button", "quiet", label);
+  button.type = "button";
+  button.addEventListener("click", act);
+  return button;
 }
 
 /** The text of a block without its buttons, and with formulas as they were written. */
