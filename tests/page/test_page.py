@@ -726,3 +726,217 @@ def test_the_log_follows_the_answer_until_the_reader_scrolls_away(page, server):
     assert page.js("return document.getElementById('log').scrollTop") == 100
     page.click("#jump")
     wait(lambda: page.js(rest) < 5 and not page.visible("#jump"))
+
+
+# What goes on
+
+
+def test_an_answer_that_was_cut_goes_on_in_its_place(page, server):
+    server.script(piece(thought="hm"), piece("One and"), ending(5, 7, finish="length"))
+    page.ask("Count")
+    page.idle()
+    assert page.text(".note") == "cut at the token limit" and page.visible(".go-on")
+    server.script(piece(" two"), ending(12, 3, finish="length"))
+    page.click(".go-on")
+    page.shows(".content", "One and two")
+    page.idle()
+    say(server, ".\n\nDone", prompt=15, completion=2)
+    page.reload()
+    page.click(".go-on")
+    page.shows(".content", "Done")
+    page.idle()
+    assert page.texts(".content p") == ["One and two.", "Done"] and not page.visible(".versions")
+    assert "5 tokens in, 12 out" in page.text(".figures") and not page.visible(".go-on") and not page.text(".note")
+    for asked, begun in zip(server.asked[1:], ("One and", "One and two"), strict=True):
+        assert roles(asked) == [("user", "Count"), ("assistant", begun)]
+        assert asked.body["continue_final_message"] is True and asked.body["add_generation_prompt"] is False
+    assert "continue_final_message" not in server.asked[0].body
+
+
+def test_thinking_that_was_cut_goes_on_as_thinking(page, server):
+    server.script(piece(thought="Let me"), ending(finish="length"))
+    page.ask("Think")
+    page.shows(".problem", "It was still thinking")
+    page.idle()
+    server.script(piece(thought=" see."), piece("23"), ending())
+    page.click(".go-on")
+    page.shows(".content", "23")
+    page.idle()
+    assert roles(server.asked[1])[-1] == ("assistant", "<think>\nLet me") and not page.visible(".problem")
+    assert page.text(".thought") == "Let me see."
+
+
+OVERFLOW = json.dumps(
+    {"error": {"message": "This model's maximum context", "code": "context_length_exceeded"}}
+).encode()
+
+
+def test_a_full_context_offers_to_leave_turns_out_or_to_start_anew(page, server):
+    page.click("#history")
+    for question in "abcd":
+        talk(page, server, question, question.upper())
+    server.script(OVERFLOW, status=400)
+    page.ask("e")
+    page.shows(".problem", "longer than the model can read at once (96 tokens)")
+    page.idle()
+    server.script(OVERFLOW, status=400)
+    say(server, "E")
+    page.js("document.querySelector('.turn:last-child .ways button').click()")
+    page.shows(".turn:last-child .content", "E")
+    page.idle()
+    assert roles(server.asked[-1]) == [("user", "d"), ("assistant", "D"), ("user", "e")]
+    page.reload()
+    assert page.texts(".note") == ["left out of what is sent"] * 3 + ["", ""]
+    server.script(OVERFLOW, status=400)
+    page.ask("f")
+    page.shows(".problem", "longer than the model can read at once")
+    page.idle()
+    say(server, "F")
+    page.js("document.querySelectorAll('.turn:last-child .ways button')[1].click()")
+    page.shows(".content", "F")
+    page.idle()
+    assert page.texts(".question .text") == ["f"] and roles(server.asked[-1]) == [("user", "f")]
+    assert sorted(len(item["turns"]) for item in page.stored()) == [1, 5]
+
+
+def test_a_message_that_is_too_long_alone_can_be_changed(page, server):
+    server.script(OVERFLOW, status=400)
+    page.ask("long")
+    page.shows(".problem", "This message is longer than the model can read at once (96 tokens).")
+    page.idle()
+    page.js("document.querySelector('.ways button').click()")
+    wait(lambda: page.focused(".editor textarea"))
+
+
+def test_earlier_turns_are_sent_where_the_model_can_hold_them(page, server):
+    health = {"status": "ok", "model": "m", "weight_version": 0, "max_model_len": 512}
+    shown = "const box = document.getElementById('history'); return [box.checked, box.disabled]"
+    for changes, expected in [
+        ({"holds_turns": True}, [True, False]),
+        ({"holds_turns": True, "max_model_len": 384}, [False, False]),
+        ({"holds_turns": False, "max_model_len": 8192}, [False, True]),
+    ]:
+        server.pages["/health"] = health | changes
+        page.reload()
+        assert page.js(shown) == expected
+
+
+def test_exported_conversations_come_back_and_overwrite_nothing_newer(page, server, tmp_path):
+    for question in ("Apples?", "Pears?"):
+        page.click("#new")
+        talk(page, server, question, "red")
+    exported = page.stored()
+    older = {**exported[0], "title": "older", "updated": exported[0]["updated"] - 1}
+    page.js("localStorage.removeItem(arguments[0])", PREFIX + exported[1]["id"])
+    file = tmp_path / "conversations.json"
+    file.write_text(json.dumps([older, exported[1], {"version": 1}, {**exported[0], "id": "../x"}]))
+    page.all("#import-file")[0].send_keys(str(file))
+    page.shows("#notices", "1 conversation imported. 1 not, because this browser has them already. 2 not, because")
+    assert sorted(page.stored(), key=str) == sorted(exported, key=str)
+    file.write_text("# A text")
+    page.all("#import-file")[0].send_keys(str(file))
+    page.shows("#notices", "“conversations.json” is not a file that this page exported")
+
+
+# The seal, notes, colours
+
+
+def test_the_seal_is_explained_and_leads_to_the_dossier(page, server):
+    sealed = {"status": "ok", "model": "m", "seal": "0f1e", "state": "sealed", "weight_version": 0, "max_model_len": 96}
+    server.pages["/health"] = sealed | {"signer": "ed25519:abc", "checks": {"pass": 28, "caution": 1}, "report": True}
+    page.reload()
+    assert page.text("#standing") == "sealed"
+    page.click("#open-about")
+    facts = dict(zip(page.texts("#about-facts dt"), page.texts("#about-facts dd"), strict=True))
+    assert facts["signed by"] == "ed25519:abc" and facts["verdict"] == "passed; of 29 checks 28 pass, 1 caution"
+    assert "passed the parity gate" in page.text("#explanation") and page.visible("#dossier")
+    for changes, words in [
+        ({"sealed_weights": False}, "have been replaced"),
+        ({"seal": None, "state": "refused"}, "refused it"),
+        ({"seal": None, "state": "unsealed"}, "No parity gate"),
+    ]:
+        server.pages["/health"] = sealed | changes
+        page.reload()
+        assert page.text("#standing") == "not sealed" and words in page.text("#explanation")
+        assert not page.js("return !document.getElementById('dossier').hidden")
+
+
+def test_on_a_phone_the_header_is_one_line(page, server):
+    statement = {"chip": "c", "statement": "rehearsed on CPU with the rules of ascend-910b-313t"}
+    server.pages["/health"] = {
+        "status": "ok", "model": "m" * 40, "format": "w8a8", "seal": "f" * 16, "pool": "away", "weight_version": 3,
+        "max_model_len": 96, "rehearsal": statement,
+    }  # fmt: skip
+    page.open(390, 844)
+    assert page.js("return document.getElementById('log').getBoundingClientRect().top") < 80
+    assert page.visible("#statement") and page.visible("#open-about")
+
+
+def test_a_note_is_reached_from_its_mark(page, server):
+    gate = threading.Event()
+    server.script(
+        piece("So[^a] and[^1], not [^0-9].\n\nThen\n\nthis.\n\n"), gate, piece("[^1]: First\n[^a]: *Why*"), ending()
+    )
+    page.ask("Notes")
+    page.shows(".content", "this.")
+    assert page.texts(".content p")[0] == "So[^a] and[^1], not [^0-9]."
+    gate.set()
+    page.idle()
+    assert page.texts(".content p")[0] == "Soa and1, not [^0-9]." and page.texts(".to-note") == ["a", "1"]
+    page.js("document.querySelector('.to-note').click()")
+    assert page.focused(".note-text") and page.js("return document.activeElement.textContent") == "aWhy"
+
+
+CODE = "```python\ndef f(x):  # say\n    return 'a<b' + 1\n```\n\n```unknown\ndef\n```\n\n" + "```js\nlet x = 1"
+
+
+def test_code_has_its_colours_once_it_is_whole(page, server):
+    server.script(piece(CODE), ending(finish="length"))
+    page.ask("Code")
+    page.idle()
+    kinds = """
+        const parts = (block) => [...block.querySelectorAll("code span")];
+        const shown = (block) => parts(block).map((part) => [part.className, part.textContent]);
+        return [...document.querySelectorAll(".code")].map(shown);
+        """
+    wait(lambda: page.js(kinds)[2], "the colours")
+    python, unknown, javascript = page.js(kinds)
+    expected = [["keyword", "def"], ["name", "f"], ["comment", "# say"], ["keyword", "return"], ["string", "'a<b'"]]
+    assert python == [*expected, ["number", "1"]] and unknown == []
+    assert javascript == [["keyword", "let"], ["number", "1"]], "a code that was cut has colours too"
+    server.script(piece("2;\n```"), ending())
+    page.click(".go-on")
+    page.idle()
+    wait(lambda: page.js(kinds)[2] == [["keyword", "let"], ["number", "12"]])
+    assert page.texts(".code code")[0] == "def f(x):  # say\n    return 'a<b' + 1"
+
+
+@pytest.mark.parametrize("language", ["csharp", "cpp", "java"])
+def test_no_code_holds_the_page_up(page, server, language):
+    """The slowest grammars, on what they are slowest with: as long as is coloured, and longer."""
+    began = time.monotonic()
+    lines = ("a" * 249 + "\n") * 46
+    server.script(piece(f"```{language}\n{lines}```\n\n```{language}\n{'a' * 50_000}\n```\n\n```py\n1\n```"), ending())
+    page.ask("Slow")
+    page.idle()
+    wait(lambda: page.texts(".code .number") == ["1"], "the colours of the last code")
+    assert time.monotonic() - began < 15
+
+
+def test_the_real_engine_goes_on_where_it_was_cut(page):
+    page.click("#open-settings")
+    for name, value in {"temperature": "0", "maxTokens": "5"}.items():
+        page.find(f"#settings [name={name}]").send_keys(value)
+    page.click("#settings [type=submit]")
+    page.ask("Use 3, 4 and 5 to reach 23.")
+    page.idle()
+    first = page.stored()[0]["turns"][0]["versions"][0]["answer"]
+    assert first["state"] == "cut"
+    page.click(".go-on")
+    page.idle()
+    whole = page.stored()[0]["turns"][0]["versions"][0]["answer"]
+    assert whole["state"] in ("cut", "done") and first["usage"]["completion"] < whole["usage"]["completion"] <= 10
+    text = first["thought"] + first["content"]
+    assert (whole["thought"] + whole["content"]).startswith(text) and len(whole["thought"] + whole["content"]) > len(
+        text
+    )

@@ -106,6 +106,18 @@ def test_routes_have_levels(served):
     }
 
 
+def test_the_dossier_is_given_to_who_has_a_key_once_it_is_written(served, tmp_path):
+    dossier = tmp_path / "report.html"
+    port, _, _ = served(keys=keyring(), page=True, report=dossier)
+    assert ask(port, "GET", "/report", key=USER)[0] == 404 and ask(port, "GET", "/health")[2]["report"] is False
+    dossier.write_text("<!doctype html><title>dossier</title>", encoding="utf-8")
+    assert ask(port, "GET", "/health")[2]["report"] is True
+    assert ask(port, "GET", "/report")[0] == 401
+    status, headers, content = ask(port, "GET", "/report", key=USER)
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8") and "dossier" in str(content)
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'unsafe-inline'")
+
+
 def test_an_open_server_takes_any_key(served):
     port, _, _ = served()
     assert ask(port, "GET", "/v1/models", key="whatever")[0] == 200

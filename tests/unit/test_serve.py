@@ -118,6 +118,12 @@ def test_a_bundle_is_served_without_its_run_and_with_keys(run, tmp_path):
     try:
         health = wait_for_health(port, process)
         assert health["model"] == "w8a8" and health["pool"] is None and health["seal"]
+        seal = json.loads((run.path / "bundle" / "w8a8" / "seal.json").read_text())
+        assert sum(health["checks"].values()) == len(seal["checks"]) and set(health["checks"]) <= {
+            "pass",
+            "caution",
+            "unknown",
+        }
         body = {"prompt": "a", "max_tokens": 2}
         assert ask(port, "POST", "/v1/completions", body)[0] == 401
         assert ask(port, "POST", "/v1/completions", body, "sk-alice")[0] == 200

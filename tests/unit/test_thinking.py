@@ -221,3 +221,17 @@ def test_earlier_thinking_reaches_the_template_or_is_refused():
     assert refusal.value.param == "messages"
     empty = [history[0], {**history[1], "reasoning_content": None, "reasoning": ""}, history[2]]
     assert "because" not in chat_text(service(PLAIN), ask(empty), with_tools=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "holds"),
+    [
+        (PLAIN, True),
+        (R1, True),
+        ("{{ messages[-1].content }}", False),
+        ("{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}", False),
+    ],
+    ids=["plain", "r1", "last", "refuses"],
+)
+def test_a_service_knows_whether_its_template_has_a_place_for_earlier_turns(template: str, holds: bool):
+    assert service(template).holds_turns is holds
