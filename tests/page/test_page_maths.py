@@ -114,6 +114,10 @@ def structure(html: str) -> str:
         ("so\n\\begin{align*}\na &= b\n\\end{align*}\nand", [("\\begin{align*}\na &= b\n\\end{align*}", True)]),
         ("\\[\n\nx\n\n\\]", [("x", True)]),
         ("设$x$为\\(y\\)。", [("x", False), ("y", False)]),
+        ("an angle \\(\\theta\\) by:\n\n\\[\n\\begin{pmatrix}\na & -b \\\\\nc & d\n\\end{pmatrix}\n\\]",
+         [("\\theta", False), ("\\begin{pmatrix}\na & -b \\\\\nc & d\n\\end{pmatrix}", True)]),
+        ("\\[\n\\text{Power}(f)\n=\n10\\log_{10}\n\\]", [("\\text{Power}(f)\n=\n10\\log_{10}", True)]),
+        ("$y$：$n\\times 1$ and the $n$th", [("y", False), ("n\\times 1", False), ("n", False)]),
     ],
 )  # fmt: skip
 def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas):
@@ -126,6 +130,9 @@ def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas)
         "it costs $5 and $6",
         "it costs $ 5 and then $ 6 more",
         "run $ FOO=1 cmd; then $ ls",
+        "export PATH=$HOME/bin:$PATH",
+        "$/PR is down but $/session is up",
+        "of $AAPL is 123$ left",
         "```math\nx",
         r"\boxed{5",
         "from $5 to $6, or $7/$8, or $9-$10",

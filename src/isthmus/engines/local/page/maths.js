@@ -92,22 +92,21 @@ function find(state, sign, from) {
 }
 
 /**
- * Where $...$ ends, or -1. As pandoc has it, so that a price stays one: no space inside, no digit after. With a space at
- * both ends it is a formula too, if it has a sign of one and no word of a text.
+ * Where $...$ ends, or -1. As pandoc has it, so that a price stays one: no space inside, no digit after. What looks like a
+ * variable of a shell after it, or has words and no sign of a formula, is none either; with a space at both ends it is
+ * one only if it has a sign and no word.
  */
 function dollarEnd(text, start) {
   let end = text.indexOf("$", start);
   while (end >= 0 && text[end - 1] === "\\") end = text.indexOf("$", end + 1);
-  if (end < 0 || /\d/.test(text[end + 1])) return -1;
+  if (end < 0 || /[\dA-Z_{]/.test(text[end + 1] ?? "")) return -1;
   const isSpaced = [text[start], text[end - 1]].map((sign) => /\s/.test(sign));
-  if (isSpaced.every(Boolean)) return isFormula(text.slice(start, end)) ? end : -1;
-  return isSpaced.some(Boolean) ? -1 : end;
-}
-
-function isFormula(text) {
-  if (text.length > LONGEST || text.includes("\n")) return false;
-  const bare = text.replaceAll(/\\(text|mathrm|operatorname)\{[^{}]*\}|\\[A-Za-z]+/g, "\\");
-  return /[\\^_=+<>]/.test(bare) && !/\p{L}{3}/u.test(bare);
+  if (isSpaced[0] !== isSpaced[1]) return -1;
+  if (end - start > LONGEST) return isSpaced[0] ? -1 : end;
+  const bare = text.slice(start, end).replaceAll(/\\(text|mathrm|operatorname)\{[^{}]*\}|\\[A-Za-z]+/g, "\\");
+  const [hasSign, hasWord] = [/[\\^_=+<>]/.test(bare), /\p{L}{3}/u.test(bare)];
+  if (isSpaced[0]) return hasSign && !hasWord && !bare.includes("\n") ? end : -1;
+  return !hasSign && hasWord && /\s/.test(bare) ? -1 : end;
 }
 
 /** A formula on lines of its own, up to its end. Without one it goes on to a blank line, and is shown as written. */
