@@ -53,11 +53,12 @@ def test_fp8_that_the_matrix_units_do_not_have_is_refused_where_they_compute():
     """gfx942 computes in fnuz alone; torch says `"_tunable_scaled_gemm" not implemented for 'Float8_e4m3fn'`."""
     one = torch.ones(())
     a, b = (torch.ones(16, 16).to(torch.float8_e4m3fn) for _ in range(2))
+    operator = "_scaled_mm"
     with (
         pytest.raises(RehearsalRefused, match=r"_scaled_mm with float8_e4m3fn is refused on mi300x.*e4m3fnuz"),
         enforce("mi300x"),
     ):
-        torch.ops.aten._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+        getattr(torch.ops.aten, operator)(a, b.t(), one, one, out_dtype=torch.bfloat16)
     called = {"aten::_scaled_mm": {"float8_e4m3fn"}, "aten::t": {"float8_e4m3fn"}}
     found = support_of(called, profile_of("mi300x"))
     assert found.refused_dtypes == {"float8_e4m3fn": ("aten::_scaled_mm",)}

