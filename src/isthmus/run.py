@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.recipe.read import resolved_recipe
-from isthmus.recipe.schema import Recipe
+from isthmus.recipe.schema import Recipe, content_digest
 
 Kind = Literal["measured", "declared", "forecast", "rehearsed"]
 _WEAKEST_LAST: tuple[Kind, ...] = ("measured", "declared", "forecast", "rehearsed")
@@ -137,7 +137,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Open an existing run folder; its recipe is checked against its hash."""
+        """Open an existing run folder; its recipe is checked against its hash.
+
+        Keys that this version has and the one that made the folder had not have their defaults.
+        """
         stored = path / "recipe.json"
         if not stored.is_file():
             raise IsthmusError(f"{path} is not a run folder: it has no recipe.json. Start one with: isthmus run RECIPE")
@@ -145,7 +148,7 @@ class RunFolder:
         if not isinstance(content, dict):
             raise DamagedFile(f"{stored} is not a stored recipe. Restore it, or start a new run folder.")
         recipe = resolved_recipe(content.get("recipe", {}), origin=stored)
-        if recipe.digest() != content.get("sha256"):
+        if content_digest(content.get("recipe", {})) != content.get("sha256"):
             raise DamagedFile(
                 f"{stored} does not match its hash: it was edited. A changed recipe needs a new run folder."
             )

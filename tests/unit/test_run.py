@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.recipe.read import parse_recipe
-from isthmus.recipe.schema import Recipe
+from isthmus.recipe.schema import Recipe, content_digest
 from isthmus.records import PlanRecord
 from isthmus.run import Figure, RunFolder, sha256_file, write_atomic
 
@@ -190,6 +190,18 @@ def test_a_record_that_is_missing_or_damaged_is_named(run: RunFolder):
     (run.path / "plan.json").write_text('{"placements": []}', encoding="utf-8")
     with pytest.raises(DamagedFile, match="not a valid PlanRecord"):
         run.read_record("plan", PlanRecord)
+
+
+def test_a_folder_of_an_older_version_opens_and_an_edited_one_does_not(run: RunFolder):
+    stored = json.loads((run.path / "recipe.json").read_text())
+    del stored["recipe"]["serve"]["thinking"]
+    older = {"recipe": stored["recipe"], "sha256": content_digest(stored["recipe"])}
+    (run.path / "recipe.json").write_text(json.dumps(older))
+    assert RunFolder.open(run.path).recipe == run.recipe
+    older["recipe"]["seed"] += 1
+    (run.path / "recipe.json").write_text(json.dumps(older))
+    with pytest.raises(DamagedFile, match="it was edited"):
+        RunFolder.open(run.path)
 
 
 def test_events_come_back_in_order_and_by_stage(run: RunFolder):

@@ -329,11 +329,20 @@ class Recipe(Section):
 
     def canonical(self) -> str:
         """The resolved recipe as JSON with sorted keys: the text that is hashed and stored."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, indent=2)
+        return _canonical(self.model_dump(mode="json", by_alias=True))
 
     def digest(self) -> str:
         """SHA-256 of `canonical()`, hexadecimal."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+        return content_digest(self.model_dump(mode="json", by_alias=True))
+
+
+def content_digest(content: Any) -> str:
+    """SHA-256 of JSON with sorted keys, hexadecimal: of a recipe's, what `Recipe.digest` gives."""
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, indent=2)
 
 
 def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str | None:
