@@ -117,7 +117,8 @@ def test_an_engine_is_verified_by_its_url_and_one_with_other_weights_refused(car
     with LocalEngine(carried, log=tmp_path / "engine.log", options=options) as engine:
         verified = isthmus("verify", folder, "--url", engine.url, "--api-key", engine.api_key)
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    seal = verify_seal(folder)
-    assert seal.lineage.target_pool.startswith("isthmus ")
-    bits = next(check for check in seal.checks if check.name == BITS)
+    assert verify_seal(folder).lineage.target_pool.startswith("isthmus ")
+    verdict = read_verdict(folder)
+    assert verdict is not None
+    bits = next(check for check in verdict.checks if check.name == BITS)
     assert (bits.outcome, bits.figure.value, bits.limit.value) == ("pass", 0, 0)

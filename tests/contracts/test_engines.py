@@ -135,7 +135,7 @@ def test_an_update_in_the_middle_of_a_generation_is_told(engine):
 
 
 def test_what_the_engine_refuses_is_an_error_with_its_reason(engine):
-    with pytest.raises(EngineError, match="at most 96 tokens"):
+    with pytest.raises(EngineError, match="maximum context length is 96 tokens"):
         engine.generate([[5] * 90], Sampling(20))
     with pytest.raises(EngineError, match="token ids must be between"):
         engine.generate([[5, 100_000]], Sampling(2))

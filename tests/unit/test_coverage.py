@@ -486,9 +486,10 @@ def test_check_manifest_names_what_is_wrong(source, w8a8):
         assert (check.outcome, check.module, check.layer) == ("fail", name.rpartition(".")[0], "files")
         assert name in check.detail
         (w8a8 / "model.safetensors").write_bytes(whole)
-    (w8a8 / "tokenizer.json").write_text("{} ")
+    tokenizer = (w8a8 / "tokenizer.json").read_text()
+    (w8a8 / "tokenizer.json").write_text(tokenizer + " ")
     assert "tokenizer.json" in check_manifest(w8a8)[0].detail
-    (w8a8 / "tokenizer.json").write_text("{}")
+    (w8a8 / "tokenizer.json").write_text(tokenizer)
     (w8a8 / "more").write_text("")
     assert "more" in check_manifest(w8a8)[0].detail
     (w8a8 / "more").unlink()

@@ -33,6 +33,14 @@ CHECKS = [
     response_schema_conformance,
     unsupported_method,
 ]
+PLAIN = {
+    "/v1/completions": {"prompt": "Use 3", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Use 3"}], "max_tokens": 2},
+    "/v1/responses": {"input": "Use 3", "max_output_tokens": 2},
+    "/tokenize": {"prompt": "Use 3"},
+    "/detokenize": {"tokens": [60, 61]},
+}
+"""Requests that a client would send; those that are drawn are seldom right."""
 KEYS = {"ISTHMUS_API_KEYS": f"alice {USER}", "ISTHMUS_ADMIN_KEY": ADMIN}
 
 
@@ -69,33 +77,32 @@ def cases(draw, operation):
     return case
 
 
-def statuses_of(operation, port, examples):
-    """The statuses with which requests for an operation are answered. Raises what schemathesis finds wrong."""
-    found = set()
+def check_answers(operation, port, examples):
+    """Answers to requests for an operation are as documented. Raises what schemathesis finds wrong."""
 
     @settings(derandomize=True, max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(cases(operation))
     def holds(case):
         headers = {"Authorization": f"Bearer {ADMIN}"}
-        found.add(case.call_and_validate(headers=headers, checks=CHECKS, timeout=60).status_code)
+        case.call_and_validate(headers=headers, checks=CHECKS, timeout=60)
         if operation.path == "/pause":
             assert ask(port, "POST", "/resume", key=ADMIN)[0] == 200
 
     holds()
-    return found
 
 
 def test_whatever_is_asked_the_answer_is_as_documented(port, document):
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=f"http://127.0.0.1:{port}")
     schema.config.generation.update(with_security_parameters=False)
-    seen = {}
     for found in schema.get_all_operations():
         operation = found.ok()
         takes = operation.body or operation.query
-        seen[operation.label] = statuses_of(operation, port, examples=50 if takes else 2)
-    done = {label for label, statuses in seen.items() if 200 in statuses}
-    assert {"POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize", "POST /detokenize"} <= done
+        check_answers(operation, port, examples=50 if takes else 2)
+    for path, body in PLAIN.items():
+        case = schema[path]["POST"].Case(body=body, media_type="application/json")
+        answer = case.call_and_validate(headers={"Authorization": f"Bearer {USER}"}, checks=CHECKS, timeout=60)
+        assert answer.status_code == 200, path
 
 
 def test_every_route_is_in_the_document(server, document):

@@ -105,7 +105,7 @@ folder, port = pathlib.Path(sys.argv[1]), sys.argv[2]
 one = read_bundle(folder)
 name = "model.layers.{layer}.self_attn.o_proj.weight_scale"
 changed = one.tensors[name].clone()
-changed[3] = 0
+changed[3] *= 1e-6
 with_other_weights(pathlib.Path(sys.argv[3]), folder, one.tensors | {{name: changed}})
 command = [sys.executable, "-m", "isthmus.engines.local", "--bundle", sys.argv[3], "--port", port]
 sys.exit(subprocess.call(command))
