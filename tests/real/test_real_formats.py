@@ -15,7 +15,7 @@ from isthmus.errors import GateRefused
 from isthmus.formats.files.bundle import CONVERSION
 from isthmus.parity.seal import verify_seal
 from tests.support.bundles import rehash
-from tests.support.real_model import first_layers
+from tests.support.real_model import first_layers, own_words
 
 pytestmark = pytest.mark.real
 ANSWERS = Path(__file__).with_name("answers.jsonl")
@@ -61,8 +61,12 @@ def test_a_wrong_row_of_a_compensated_weight_is_found(source: Path, balanced: Pa
     rehash(balanced)
 
 
-def test_what_was_balanced_and_compensated_is_sealed(source: Path, balanced: Path, prompts: Path) -> None:
-    isthmus("capture", balanced, "--source", source, "--prompts", prompts, "--max-mb", 1)
+def test_what_was_balanced_and_compensated_is_sealed(
+    source: Path, balanced: Path, prompts: Path, tmp_path: Path
+) -> None:
+    beginnings = [json.loads(line)["tokens"][-16:] for line in prompts.read_text().splitlines()]
+    words = own_words(source, tmp_path / "words.jsonl", beginnings)
+    isthmus("capture", balanced, "--source", source, "--prompts", words, "--max-mb", 1)
     assert "sealed as" in isthmus("verify", balanced) and verify_seal(balanced)
     manifest = json.loads((balanced / "manifest.json").read_text())
     shares = [entry["error"] for entry in manifest["coverage"] if "GPTQ" in entry["detail"]]

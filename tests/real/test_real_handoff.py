@@ -1,5 +1,6 @@
 """The hand-off of the real model's first layers, by one command: ChatML, tied embeddings, nine heads, no thinking."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ from isthmus.engines.local.api.canary import Canary
 from isthmus.parity.capture import GoldenSet
 from isthmus.parity.seal import read_verdict, standing
 from isthmus.stages import serve
-from tests.support.real_model import first_layers
+from tests.support.real_model import first_layers, own_words
 
 pytestmark = pytest.mark.real
 ANSWERS = Path(__file__).with_name("answers.jsonl")
 
 
 def test_the_real_model_is_handed_off_and_served(smollm2: Path, tmp_path: Path) -> None:
-    source, out, prompts = first_layers(smollm2, tmp_path / "source", 1), tmp_path / "out", tmp_path / "some.jsonl"
-    prompts.write_text("".join(ANSWERS.read_text().splitlines(keepends=True)[:4]))
+    source, out = first_layers(smollm2, tmp_path / "source", 1), tmp_path / "out"
+    beginnings = [json.loads(line)["tokens"][-16:] for line in ANSWERS.read_text().splitlines()[:4]]
+    prompts = own_words(source, tmp_path / "words.jsonl", beginnings)
     options = ["--format", "bf16", "--prompts", str(prompts), "--out", str(out)]
     done = CliRunner().invoke(cli, ["handoff", str(source), *options], standalone_mode=False)
     assert done.exception is None, done.exception

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.recipe.architecture import ModelSection, parse_architecture, read_architecture
@@ -84,6 +86,18 @@ def first_layers(source: Path, folder: Path, layers: int) -> Path:
     kept = {n: t for n, t in tensors.items() if not n.startswith(prefix) or int(n.split(".")[2]) < layers}
     safetensors.torch.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def own_words(folder: Path, path: Path, beginnings: Sequence[Sequence[int]], new_tokens: int = 32) -> Path:
+    """Golden sequences that a checkpoint makes sense of, whatever was cut off it: `path`, its own likeliest words."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lines = []
+    for begin in beginnings:
+        asked = torch.tensor([list(begin)])
+        row = model.generate(asked, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens)[0]
+        lines.append(json.dumps({"tokens": row.tolist()}) + "\n")
+    path.write_text("".join(lines))
+    return path
 
 
 def trained_state(folder: Path) -> tuple[ModelSection, dict[str, Tensor]]:
