@@ -24,7 +24,7 @@ from isthmus.lock import writing_bundle, writing_run
 from isthmus.pools import placed_pools
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
-from isthmus.run import RunFolder
+from isthmus.run import RunFolder, meant_run
 
 STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")
 INTERRUPTED = 130
@@ -335,8 +335,7 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
     stand in $ISTHMUS_API_KEYS and $ISTHMUS_ADMIN_KEY.
     """
     stage = importlib.import_module("isthmus.stages.serve")
-    if folder.name == "bundle" and (folder.parent / "recipe.json").exists():
-        folder = folder.parent
+    folder = meant_run(folder)
     if (folder / "config.json").is_file() and not (folder / "recipe.json").exists():
         stage.execute_bundle(folder, _watch(), overrides, **changes)
     else:

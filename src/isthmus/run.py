@@ -207,6 +207,11 @@ class RunFolder:
         return list(kept.values())
 
 
+def meant_run(path: Path) -> Path:
+    """The run folder of its folder of bundles; any other path as it is."""
+    return path.parent if path.name == "bundle" and (path.parent / "recipe.json").is_file() else path
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write so that a reader sees the old content or the new, never a part; leaves no file behind if it fails."""
     with replaced(path, str(os.getpid())) as file:

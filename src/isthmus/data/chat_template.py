@@ -129,15 +129,17 @@ def _fields(tree: nodes.Template) -> Iterator[str]:
     """Names that are read of something: `x.name`, `x['name']`, `x.get('name')`, `'name' in x`."""
     for node in tree.find_all(nodes.Getattr):
         yield node.attr
-    for node in tree.find_all(nodes.Const):
-        if isinstance(node.value, str):
-            yield node.value
+    yield from _literals(tree)
 
 
 def _texts(tree: nodes.Template) -> Iterator[str]:
     """What the template prints, or looks for: its text, and the literals in its code."""
     for node in tree.find_all(nodes.TemplateData):
         yield node.data
+    yield from _literals(tree)
+
+
+def _literals(tree: nodes.Template) -> Iterator[str]:
     for node in tree.find_all(nodes.Const):
         if isinstance(node.value, str):
             yield node.value

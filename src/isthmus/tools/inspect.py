@@ -24,7 +24,7 @@ from isthmus.parity.seal import Lineage, State, read_verdict, standing
 from isthmus.parity.signing import read_trusted
 from isthmus.progress import Watch
 from isthmus.records import HandoffRecord, LedgerRow, ParityVerdict, costliest
-from isthmus.run import RunFolder
+from isthmus.run import RunFolder, meant_run
 
 SHOWN_TENSORS = 40
 STYLES: dict[str, str] = {
@@ -107,7 +107,7 @@ def execute(
 
 def find_bundle(folder: Path) -> Path:
     """The bundle that is meant: the folder itself, or that of the hand-off of a run, or of the `bundle` of a run."""
-    run = folder.parent if folder.name == "bundle" else folder
+    run = meant_run(folder)
     if (folder / CONFIG).is_file() or not (run / "recipe.json").is_file():
         return folder
     record = RunFolder.open(run).require_record("parity", HandoffRecord, "handoff")
