@@ -57,7 +57,7 @@ def answers(core: Core, prompts: list[list[int]] = PROMPTS) -> list[tuple[Golden
 def test_a_batch_invariant_engine_in_a_crowd_gives_the_bits_of_the_replica(build, name):
     core = core_of(build(name))
     said = answers(core)
-    exact = exact_for(core.bits, lambda: build(name))
+    exact = exact_for(core.bits, lambda: build(name), [sequence for sequence, _ in said])
     assert exact is not None
     expected = exact([sequence for sequence, _ in said])
     assert expected.tolist() == [value for _, logprobs in said for value in logprobs]
@@ -65,9 +65,9 @@ def test_a_batch_invariant_engine_in_a_crowd_gives_the_bits_of_the_replica(build
 
 def test_bits_are_not_known_where_the_batch_or_other_kernels_decide_them():
     assert core_of(made("w8a8"), invariant=False).bits is None
-    assert exact_for(None, lambda: made("w8a8")) is None
-    assert exact_for("other kernels", lambda: made("w8a8")) is None
-    assert exact_for(core_of(made("mxfp8"), block_size=4).bits, lambda: made("mxfp8")) is None
+    assert exact_for(None, lambda: made("w8a8"), []) is None
+    assert exact_for("other kernels", lambda: made("w8a8"), []) is None
+    assert exact_for(core_of(made("mxfp8"), block_size=4).bits, lambda: made("mxfp8"), []) is None
     compiled = Replica(made("w8a8"), LONGEST)
     if core_of(made("w8a8")).kernels == "native":
         assert compiled.bits != Replica(made("mxfp8"), LONGEST).bits, "torch's operators are not the compiled layers"
@@ -76,7 +76,7 @@ def test_bits_are_not_known_where_the_batch_or_other_kernels_decide_them():
 def test_a_last_bit_of_one_weight_is_seen_which_twins_cannot_see():
     nudged = core_of(made("fp32", nudged="model.norm.weight"))
     said = answers(nudged)
-    exact = exact_for(nudged.bits, lambda: made("fp32"))
+    exact = exact_for(nudged.bits, lambda: made("fp32"), [sequence for sequence, _ in said])
 
     def score(asked: list[list[int]]) -> list[list[TokenScore]]:
         told = Replica(made("fp32", nudged="model.norm.weight"), LONGEST)

@@ -192,15 +192,15 @@ def slices_of(folder: Path, slices: Path) -> list[Path]:
 
 def _whole(folder: Path, engine: HttpEngine, at: EngineAt, limits: Limits) -> tuple[list[Check], str]:
     bundle, golden = read_bundle(folder), GoldenSet(folder)
-    arithmetic = at.arithmetic(engine, bundle)
+    arithmetic, sequences = at.arithmetic(engine, bundle), golden.listed.golden_sequences()
     found = compare_engine(
         engine.score,
         bundle.build,
         arithmetic,
-        golden.listed.golden_sequences(),
+        sequences,
         golden.token_logprobs().trained,
         confidence=limits.confidence,
-        exact=exact_for(engine.bits, bundle.build),
+        exact=exact_for(engine.bits, bundle.build, sequences),
     )
     budget = declared(limits.max_chip_kl, "nats/token", limits.source)
     where = f"{engine.server} at {engine.url}, {arithmetic}"
@@ -212,7 +212,7 @@ def _slice(folder: Path, whole: Path, engine: HttpEngine, at: EngineAt, count: i
     bundle, one = read_bundle(folder), read_slice(folder)
     golden = [GoldenSequence(row[:1], row[1:]) for row in one.sequences()]
     golden = golden or GoldenSet(whole).listed.golden_sequences()
-    arithmetic, exact = at.arithmetic(engine, bundle), exact_for(engine.bits, bundle.build)
+    arithmetic, exact = at.arithmetic(engine, bundle), exact_for(engine.bits, bundle.build, golden)
     found = compare_engine(engine.score, bundle.build, arithmetic, golden, None, alpha=ALPHA / count, exact=exact)
     where = f"{engine.server}, {arithmetic}"
     checks = check_engine(found, where, None, "sequences of golden inputs scored by")

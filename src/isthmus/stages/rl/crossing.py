@@ -99,7 +99,7 @@ class Crossing:
             said,
             recipe.handoff.max_chip_kl,
             seed=self.state.step,
-            exact=exact_for(self.engine.bits, build),
+            exact=exact_for(self.engine.bits, build, [sequence for sequence, _ in said]),
         )
 
     def _alarm(self, first: Spot, again: Spot) -> None:

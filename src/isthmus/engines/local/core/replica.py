@@ -35,19 +35,17 @@ def bits_of(runner: Runner) -> str | None:
     return hashlib.sha256("\n".join((library, torch.__version__, *machine)).encode()).hexdigest()[:16]
 
 
-def exact_for(engine_bits: str | None, build: Callable[[], Model]) -> Exact | None:
-    """What an engine says to the last bit, if it announces the bits that this host computes; `build` makes its model.
+def exact_for(engine_bits: str | None, build: Callable[[], Model], sequences: Sequence[GoldenSequence]) -> Exact | None:
+    """What an engine says of these sequences to the last bit, if it announces the bits that this host computes; `build`
+    makes its model.
 
     None where bits tell nothing: the batch decides them too, or the engine's kernels or processor are others.
     """
-    if engine_bits is None or Replica(model := build(), 1).bits != engine_bits:
+    if engine_bits is None:
         return None
-    return lambda sequences: Replica(model, longest_of(sequences)).logprobs(sequences)
-
-
-def longest_of(sequences: Sequence[GoldenSequence]) -> int:
-    """The most tokens in one."""
-    return max((len(one.prompt) + len(one.completion) for one in sequences), default=1)
+    longest = max((len(one.prompt) + len(one.completion) for one in sequences), default=1)
+    replica = Replica(build(), longest)
+    return replica.logprobs if replica.bits == engine_bits else None
 
 
 class Replica:
