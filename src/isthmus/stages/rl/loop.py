@@ -29,6 +29,7 @@ from isthmus.progress import Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
 from isthmus.rewards import get_reward
 from isthmus.run import RunFolder
+from isthmus.stages.rl.beside import reference_model
 from isthmus.stages.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.rl.evaluation import Comparison, evaluate
 from isthmus.stages.rl.learner import Learner
@@ -80,8 +81,8 @@ def learn(shores: Shores, watch: Watch) -> None:
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
             rewards = rollout.totals(section.format_reward)
-            advantages = learner.advantages(rewards)
-            measures = learner.update(rollout, advantages)
+            advantages = learner.advantages(rollout, rewards)
+            measures = learner.update(rollout, rewards, advantages)
             state.step += 1
             clock.append(time.perf_counter())
             rollouts.wait()
@@ -92,7 +93,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": round(rewards.mean().item(), 5), "staleness": state.step - 1 - rollout.version}
+            seen |= {"reward": round(rewards.nanmean().item(), 5), "staleness": state.step - 1 - rollout.version}
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
@@ -121,7 +122,7 @@ def open_shores(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Wat
         rollouts = Rollouts(run, task, tokenizer, get_reward(task.reward), engine, background)
         crossing = Crossing(state, engine, rollouts.prompts([*task.heldout, *task.train][:SPOT_PROMPTS]), watch.say)
         run.event(NAME, "crossing", weight_version=state.step, **crossing.send())
-        yield Shores(state, rollouts, Learner(state), crossing)
+        yield Shores(state, rollouts, Learner(state, reference_model(state, train)), crossing)
 
 
 @contextmanager
