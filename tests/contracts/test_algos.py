@@ -22,8 +22,9 @@ def section(**changes) -> RlSection:
     return RlSection(steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
 
 
-REWARDED = [name for name in algorithm_names() if get_algorithm(name).Config.learns_from == "rewards"]
-VARIANTS = [*((name, {}) for name in REWARDED), ("grpo", {"divide_by_std": False})]
+CONFIGS = {name: get_algorithm(name).Config for name in algorithm_names()}
+GROUPED = [name for name, c in CONFIGS.items() if c.learns_from == "rewards" and c.compares == "group"]
+VARIANTS = [*((name, {}) for name in GROUPED), ("grpo", {"divide_by_std": False})]
 
 
 def advantages_of(name, rewards, lengths=None, **options):
@@ -103,7 +104,7 @@ def test_a_token_of_weight_zero_teaches_nothing(name):
     algorithm = get_algorithm(name)
     logprobs = torch.tensor([-1.0, -0.5, -2.0, -0.1], requires_grad=True)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    tokens = tokens_of(logprobs, advantages, [0, 0, 1, 1], weights=torch.tensor([1.0, 0, 0, 0]), teacher=-advantages)
+    tokens = tokens_of(logprobs, advantages, [0, 0, 1, 1], weights=torch.tensor([1.0, 0, 0, 0]), teacher=advantages)
     algorithm.loss(tokens, algorithm.Config()).value.backward()
     assert torch.all(logprobs.grad[1:] == 0) and logprobs.grad[0] != 0
 
@@ -171,3 +172,9 @@ def test_the_kl_to_a_reference_written_out():
         kl.sum().backward()
         slopes = [f * ((1 - r) + (k if times_ratio else 0)) for f, r, k in zip(factors, (0.5, 2), k3, strict=True)]
         assert now.grad.tolist() == pytest.approx(slopes)
+
+
+def test_what_an_algorithm_cannot_honour_is_refused_by_name():
+    with pytest.raises(IsthmusError, match=r"rl.loss.off_policy_mask: opd cannot honour it, for .*advantage"):
+        algorithm_config(section(algorithm="opd", loss={"off_policy_mask": 0.1}))
+    algorithm_config(section(algorithm="opd", loss={"kl_weight": 0.1}))

@@ -33,6 +33,9 @@ class Options(Section):
     learns_from: ClassVar[Literal["rewards", "teacher"]] = "rewards"
     """With "teacher" `Tokens.teacher` is there, and equal rewards are no reason to leave a group out."""
 
+    compares: ClassVar[Literal["group", "batch"]] = "group"
+    """What a reward is held against. With "batch" a group of equal rewards teaches too."""
+
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Keys of `[rl.loss]` that the algorithm cannot honour, and why: set to other than their default they are refused.
     """

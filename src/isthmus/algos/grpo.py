@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from isthmus.algos import Aggregation, Loss, Options, Scores, Tokens
-from isthmus.algos.parts.groups import by_group, centred
+from isthmus.algos.parts.groups import STD_EPSILON, by_group, centred, standardised
 from isthmus.algos.parts.policy import aggregate, clipped_objective
 from isthmus.recipe.section import Number, key
 
@@ -24,7 +24,7 @@ class Config(Options):
     clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
     clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
     divide_by_std: bool = key(True, "divide advantages by the deviation in their group")
-    std_epsilon: Number = key(1e-6, "added to that deviation", gt=0)
+    std_epsilon: Number = key(STD_EPSILON, "added to that deviation", gt=0)
     aggregation: Literal["token-mean", "sample-mean"] = key("token-mean", "of the tokens' losses")
 
     def aggregated(self) -> Aggregation:
@@ -37,7 +37,7 @@ def advantages(scores: Scores, config: Config) -> Tensor:
     def of_groups(rewards: Tensor) -> Tensor:
         if not config.divide_by_std:
             return centred(rewards)
-        return centred(rewards) / (rewards.std(dim=1, keepdim=True) + config.std_epsilon)
+        return standardised(rewards, config.std_epsilon)
 
     return by_group(of_groups, scores.rewards)
 

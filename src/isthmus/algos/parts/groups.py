@@ -34,3 +34,12 @@ def centred(rewards: Tensor) -> Tensor:
     differ from them."""
     is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0.0)
+
+
+def standardised(rewards: Tensor, epsilon: float) -> Tensor:
+    """Rewards [P, G] less the mean of their group, over its deviation (of a sample, n - 1) plus epsilon."""
+    return centred(rewards) / (rewards.std(dim=1, keepdim=True) + epsilon)
+
+
+STD_EPSILON = 1e-6
+"""verl's `compute_grpo_outcome_advantage`; TRL has 1e-4."""

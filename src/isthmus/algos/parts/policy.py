@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.algos import Aggregation, Tokens
+from isthmus.algos import Aggregation, Loss, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,25 @@ def clipped_objective(tokens: Tokens, ratio: Tensor, low: float, high: float) ->
     clipped = ratio.clamp(1 - low, 1 + high)
     cut = (clipped * advantages < ratio * advantages).sum().item()
     return (ratio * advantages).minimum(clipped * advantages), cut
+
+
+def sample_log_ratio(tokens: Tokens) -> Tensor:
+    """The sum over each sample of log(trainer now / trainer before), [samples]. An off-policy weight scales what its
+    token passes on of the gradient, so that a token of weight 0 passes on nothing."""
+    moved = tokens.logprobs - tokens.logprobs.detach()
+    return tokens.summed(tokens.weights * moved + tokens.logprobs.detach() - tokens.old)
+
+
+def clipped_samples(tokens: Tokens, log_ratio: Tensor, low: float, high: float) -> Loss:
+    """PPO's objective with one ratio for each sample, `log_ratio` [samples], averaged over samples; `clipped` counts
+    the tokens of those that the clip cuts off."""
+    lengths = tokens.lengths
+    advantages = tokens.summed(tokens.advantages) / lengths.clamp(min=1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - low, 1 + high)
+    cut = lengths[clipped * advantages < ratio * advantages].sum().item()
+    objective = (ratio * advantages).minimum(clipped * advantages)
+    return Loss(-objective[lengths > 0].sum() / tokens.totals.samples, cut)
 
 
 def reference_kl(tokens: Tokens, times_ratio: bool) -> Tensor:
