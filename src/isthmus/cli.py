@@ -558,7 +558,7 @@ def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
 
     A process that torchrun started among others sees the chips of its own machine, and so asks for none.
     """
-    importlib.import_module("isthmus.algos").algorithm_config(recipe.rl)
+    importlib.import_module("isthmus.algos").algorithm_config(recipe.rl, recipe.model)
     formats = importlib.import_module("isthmus.formats")
     for name in (recipe.rl.rollout_format, recipe.handoff.format):
         formats.check_format_name(name)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 from pydantic import ValidationError
 
 from isthmus.errors import IsthmusError, suggestion
+from isthmus.recipe.architecture import MixtureSection, ModelSection
 from isthmus.recipe.schema import RlSection
 from isthmus.recipe.section import Section
 
@@ -139,8 +140,8 @@ def get_algorithm(name: str) -> Algorithm:
     return cast(Algorithm, importlib.import_module(f"{__name__}.{name}"))
 
 
-def algorithm_config(section: RlSection) -> Any:
-    """The algorithm's own options, checked, and `[rl.loss]` with them.
+def algorithm_config(section: RlSection, model: ModelSection | None = None) -> Any:
+    """The algorithm's own options, checked, and `[rl.loss]` with them, against the model too if it is given.
 
     Raises IsthmusError that names the option and its neighbours, or the key that the algorithm cannot honour.
     """
@@ -155,4 +156,6 @@ def algorithm_config(section: RlSection) -> Any:
     for name, why in options.refuses.items():
         if getattr(section.loss, name) != type(section.loss).model_fields[name].default:
             raise IsthmusError(f"rl.loss.{name}: {section.algorithm} cannot honour it, for {why}")
+    if section.loss.router_replay and model is not None and not isinstance(model, MixtureSection):
+        raise IsthmusError("rl.loss.router_replay: a dense model has no experts, and so no routes to take over")
     return options

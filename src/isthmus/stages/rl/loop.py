@@ -26,6 +26,7 @@ from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
+from isthmus.recipe.schema import EngineOptions
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
 from isthmus.rewards import get_reward
 from isthmus.run import RunFolder
@@ -132,6 +133,8 @@ def _open_engine(state: State, pool: Pool, tokenizer: Tokenizer) -> Iterator[Loc
     write_bundle(bundle, recipe.rl.rollout_format, state.weights(), recipe.model, tokenizer)
     threads = pool.shared_threads if recipe.rl.staleness else pool.threads
     rehearse = pool.chip if pool.rehearsed else None
-    with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=folder / "engine.log") as engine:
+    options = EngineOptions(record_routes=recipe.rl.loss.router_replay)
+    log = folder / "engine.log"
+    with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log, options=options) as engine:
         report_kernels(partial(state.run.event, NAME), engine.kernels)
         yield engine

@@ -100,7 +100,8 @@ class Rollouts:
         problems = chance.choices(self.task.train, k=section.prompts_per_step)
         seeds = [chance.getrandbits(48) for _ in problems]
         prompts = self.prompts(problems)
-        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt)
+        replay = section.loss.router_replay
+        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt, routes=replay)
         completions = self.engine.generate(prompts, sampling, seeds)
         rewards = [
             [self.score(problem, one) for one in group] for problem, group in zip(problems, completions, strict=True)
