@@ -30,6 +30,7 @@ from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
 from isthmus.probes.cases.first_difference import first_difference, keep_operator
 from isthmus.probes.portable import known_answers, training
+from isthmus.recipe.practice import taught
 from isthmus.recipe.schema import Recipe, TrainSection, layout_problem
 from isthmus.run import RunFolder
 from isthmus.trainer.batch import Batch, pack
@@ -177,7 +178,7 @@ class _Work:
         self.watch = LocalWatch(self.model)
 
     def _optimizer(self) -> Optimizer:
-        sft = self.recipe.sft
+        sft = taught(self.recipe)
         return Optimizer(self.model, sft.optimizer, sft.steps, self.ranks, self.section.replicate)
 
     def _at(self, step: int) -> int:
@@ -200,7 +201,7 @@ class _Work:
         began, cpu = time.perf_counter(), time.process_time()
         self.watch.begin(hashing=False)
         losses = accumulate_gradients(
-            self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+            self.model, self.optimizer, batch, taught(self.recipe), self.ranks, self.recipe.train.rows_per_microbatch
         )
         self.seen.losses.append(_finite(losses.loss))
         if self._somewhere(not (math.isfinite(losses.loss) and self._gradients_are_finite())):
@@ -210,7 +211,7 @@ class _Work:
         if norm is None:
             self.seen.stopped = step
             return
-        update_router_bias(self.model.routers(), losses.loads, self.recipe.sft.bias_update_speed)
+        update_router_bias(self.model.routers(), losses.loads, taught(self.recipe).bias_update_speed)
         self._finish()
         self.seen.norms.append(norm)
         self.seen.step_s.append(time.perf_counter() - began)
@@ -235,7 +236,7 @@ class _Work:
             self.rank.beat("the same step again", step)
             self.watch.begin(hashing=True)
             accumulate_gradients(
-                self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+                self.model, self.optimizer, batch, taught(self.recipe), self.ranks, self.recipe.train.rows_per_microbatch
             )
             gradients = hashlib.sha256()
             for part in parts_of(self.model):
@@ -256,7 +257,7 @@ class _Work:
 
         def again() -> None:
             accumulate_gradients(
-                self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+                self.model, self.optimizer, batch, taught(self.recipe), self.ranks, self.recipe.train.rows_per_microbatch
             )
 
         self.rank.beat("looking for the operator", step)

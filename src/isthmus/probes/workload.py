@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from isthmus.recipe.practice import generating, taught
 from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
 from isthmus.data.tasks import load_task
 from isthmus.engines.local.core.runner import Trial
@@ -26,12 +27,13 @@ class Workload:
         self.run, self.recipe, self.device = run, run.recipe, device
         self.task = load_task(run.recipe)
         self.tokenizer = run_tokenizer(run, self.task)
+        self.text = taught(self.recipe)
         self.start()
 
     def start(self) -> None:
         """The model and its optimiser as training begins."""
         self.model = Model(self.recipe.model).initialise(self.recipe.seed).to(self.device)
-        self.optimizer = Optimizer(self.model, self.recipe.sft.optimizer, self.recipe.sft.steps)
+        self.optimizer = Optimizer(self.model, self.text.optimizer, self.text.steps)
 
     def batch(self, step: int) -> Batch:
         documents = sft_documents(self.run, self.task, self.tokenizer, step)
@@ -49,7 +51,7 @@ class Workload:
 
     def sft_step(self, step: int, batch: Batch) -> float:
         """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
-        losses, _ = train_step(self.model, self.optimizer, batch, self.recipe.sft, step)
+        losses, _ = train_step(self.model, self.optimizer, batch, self.text, step)
         return losses.loss
 
     def pilot_step(self, step: int) -> float:
@@ -66,13 +68,13 @@ class Workload:
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """The gradients of one batch, without an update."""
-        accumulate_gradients(self.model, self.optimizer, batch, self.recipe.sft)
+        accumulate_gradients(self.model, self.optimizer, batch, self.text)
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def learn(self, batch: Batch) -> None:
         """What reinforcement learning differentiates on a batch of samples, but for the choice of the loss."""
         self.optimizer.zero_grad()
-        logprobs, _ = target_logprobs(self.model, batch, self.recipe.rl.temperature)
+        logprobs, _ = target_logprobs(self.model, batch, generating(self.recipe).temperature)
         logprobs.mean().backward()
 
     @torch.inference_mode()

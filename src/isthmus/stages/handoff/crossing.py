@@ -45,8 +45,9 @@ from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.practice import answering
 from isthmus.recipe.schema import HandoffSection
-from isthmus.records import Check, ParityVerdict, PlanRecord, RlRecord
+from isthmus.records import Check, ParityVerdict, PlanRecord, read_weights
 from isthmus.rewards import get_reward
 from isthmus.run import Figure, RunFolder
 from isthmus.trainer.checkpoint import load_model_state
@@ -91,21 +92,21 @@ class Crossing:
     @classmethod
     def of(cls, run: RunFolder) -> Crossing:
         plan = run.require_record("plan", PlanRecord, "plan")
-        rl = run.require_record("rl", RlRecord, "rl")
-        source, target = get_pool(run.recipe, rl.train_pool), get_pool(run.recipe, plan.pool_of("serve"))
-        task, sampled = load_task(run.recipe), run.recipe.rl
+        trained = read_weights(run, run.recipe.handed_off.name)
+        source, target = get_pool(run.recipe, trained.pool), get_pool(run.recipe, plan.pool_of("serve"))
+        task, (most_tokens, temperature) = load_task(run.recipe), answering(run.recipe)
         return cls(
             folder=run.path / "bundle",
             work=run.path / NAME,
-            architecture=run.recipe.model,
-            state=load_model_state(run.path / rl.checkpoint, rl.checkpoint_sha256),
+            architecture=run.recipe.architecture_of(run.recipe.handed_off),
+            state=load_model_state(run.path / trained.checkpoint, trained.checkpoint_sha256),
             tokenizer=run_tokenizer(run, task),
             section=run.recipe.handoff,
             limits_from=SECTION,
             asked="held-out problems of the run",
             task=task,
             problems=task.heldout[: run.recipe.handoff.heldout_problems],
-            sampling=Sampling(sampled.max_new_tokens, sampled.temperature, n=SAMPLES_PER_PROBLEM),
+            sampling=Sampling(most_tokens, temperature, n=SAMPLES_PER_PROBLEM),
             seed=run.recipe.seed,
             source=source,
             target=target,

@@ -10,8 +10,8 @@ from torch import Tensor
 from isthmus.algos import algorithm_config, get_algorithm
 from isthmus.data.corpus import Document
 from isthmus.slopes import least_squares_slope
-from isthmus.stages.rl.rollout import Rollout
-from isthmus.stages.rl.state import NAME, State
+from isthmus.stages.steps.rl.rollout import Rollout
+from isthmus.stages.steps.rl.state import State
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.correction import mismatch, truncated_importance
 from isthmus.trainer.step import target_logprobs
@@ -45,7 +45,7 @@ class Learner:
     """Learns by the recipe's algorithm: advantages of a rollout's rewards, then updates of the state."""
 
     def __init__(self, state: State):
-        self.state, self.section = state, state.run.recipe.rl
+        self.state, self.section = state, state.work.section
         self.algorithm, self.options = get_algorithm(self.section.algorithm), algorithm_config(self.section)
 
     def advantages(self, rewards: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Learner:
         kept = [index for index, value in enumerate(advantages.reshape(-1).tolist()) if value != 0.0]
         if not kept:
             why = "every group has equal rewards"
-            self.state.run.event(NAME, "skipped-update", step=self.state.step + 1, why=why)
+            self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
             return {}
         updates = self.section.updates_per_rollout
         chosen = [kept[start::updates] for start in range(min(updates, len(kept)))]

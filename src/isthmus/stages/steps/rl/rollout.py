@@ -17,9 +17,10 @@ from isthmus.data.tasks import Problem, Task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
 from isthmus.errors import DamagedFile
+from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Reward, RewardModule
-from isthmus.run import RunFolder, write_atomic
-from isthmus.stages.rl.state import NAME
+from isthmus.run import write_atomic
+from isthmus.stages.steps.step import StepRun
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Rollouts:
     come from the weights of one step before, and a checkpoint keeps them, for a continued run has other weights.
     """
 
-    run: RunFolder
+    work: StepRun[RlSection]
     task: Task
     tokenizer: Tokenizer
     reward: RewardModule
@@ -82,7 +83,7 @@ class Rollouts:
     def take(self, step: int) -> Rollout:
         """The samples of a step. The next ones are begun, if they may lag behind."""
         rollout = self._next.result() if self._next else self.generate(step)
-        section = self.run.recipe.rl
+        section = self.work.section
         begun = section.staleness and step + 1 < section.steps
         self._next = self.background.submit(self.generate, step + 1) if begun else None
         return rollout
@@ -95,8 +96,8 @@ class Rollouts:
     def generate(self, step: int) -> Rollout:
         """Samples for the prompts of a step; prompts and sampling depend on the seed and the step alone."""
         began = time.perf_counter()
-        section = self.run.recipe.rl
-        chance = seeded("rl", self.run.recipe.seed, step)
+        section = self.work.section
+        chance = seeded(self.work.stream, self.work.recipe.seed, step)
         problems = chance.choices(self.task.train, k=section.prompts_per_step)
         seeds = [chance.getrandbits(48) for _ in problems]
         prompts = self.prompts(problems)
@@ -115,7 +116,7 @@ class Rollouts:
 
     def store(self, step: int) -> None:
         """Keep the samples that older weights generated for this step: a continued run learns from the same ones."""
-        path, section = self._path(step), self.run.recipe.rl
+        path, section = self._path(step), self.work.section
         if self._next is not None:
             write_atomic(path, _ROLLOUT.dump_json(self._next.result()))
         oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
@@ -137,4 +138,4 @@ class Rollouts:
         self._next.set_result(stored)
 
     def _path(self, step: int) -> Path:
-        return self.run.path / NAME / f"rollout-{step:06d}.json"
+        return self.work.folder / f"rollout-{step:06d}.json"
