@@ -49,6 +49,12 @@ class StagesAndTools(click.Group):
                 formatter.write_dl([(name.ljust(wide), text) for name, text in zip(names, told, strict=True)])
 
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args[0] in ("train", "rl", "pretrain", "sft", "sample"):
+            ctx.fail(f"No such command {args[0]!r}. A step is run by its name: isthmus run RUN --only NAME")
+        return super().resolve_command(ctx, args)
+
+
 @click.group(cls=StagesAndTools, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="isthmus")
 def cli() -> None:

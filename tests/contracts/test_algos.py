@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from isthmus.algos import algorithm_config, algorithm_names, get_algorithm
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import OptimizerSection, RlSection
+from isthmus.recipe.steps import OptimizerSection, RlSection
 
 
 def section(**changes) -> RlSection:
-    return RlSection(steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
+    return RlSection(name="reinforced", kind="rl", steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from isthmus.data.corpus import sft_documents
 from isthmus.progress import Watch
 from isthmus.recipe.steps import SftSection
 from isthmus.records import TextRecord
-from isthmus.stages.steps.data import learnt, tokenizer_of
+from isthmus.stages.steps.data import data_identity, learnt, tokenizer_of
 from isthmus.stages.steps.step import StepRun
 from isthmus.stages.steps.text import Text, learn
+from isthmus.tasks import seeded
 from isthmus.trainer.batch import ROW_LENGTH, Batch, pack
 from isthmus.trainer.mesh import Ranks
 
@@ -19,12 +20,13 @@ def execute(step: StepRun[SftSection], watch: Watch, *, profile: bool = False) -
 
 
 def _text(step: StepRun[SftSection], ranks: Ranks) -> Text:
-    examples, tokenizer = learnt(step), tokenizer_of(step, ranks)
+    examples, tokenizer, seed = learnt(step), tokenizer_of(step, ranks), step.recipe.seed
     row_length = ROW_LENGTH if step.recipe.train.rows_per_microbatch else None
 
     def rows(number: int) -> Batch:
-        documents = sft_documents(examples, tokenizer, step.architecture, step.batch_draw(number))
+        chance = seeded(step.stream, seed, number)
+        documents = sft_documents(examples, tokenizer, step.architecture, step.section.batch_size, chance)
         whole = pack(documents, row_length, multiple_of=ranks.world)
         return whole.select(range(ranks.rank, len(whole.tokens), ranks.world))
 
-    return Text(step.name, rows, examples.identity)
+    return Text(step.name, rows, data_identity(step))

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.lineage import line
 from isthmus.recipe.practice import stream
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, StepSection
@@ -48,6 +49,11 @@ class StepRun(Generic[S]):
     @property
     def architecture(self) -> ModelSection:
         return self.recipe.architecture_of(self.section)
+
+    @property
+    def model_name(self) -> str | None:
+        """Which of [models.*] the step trains; None is [model]."""
+        return line(self.recipe.step, self.name)[0].model
 
     @property
     def stream(self) -> str:
