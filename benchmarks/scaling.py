@@ -62,7 +62,9 @@ from tests.support.presets import preset_architecture
 from tests.support.traffic import KINDS, Traffic, loopback_bytes
 
 STEPS = 4
-SECTION = SftSection(name="taught", kind="sft", steps=1000, optimizer=OptimizerSection(name="adamw", learning_rate=1e-4))
+SECTION = SftSection(
+    name="taught", kind="sft", steps=1000, optimizer=OptimizerSection(name="adamw", learning_rate=1e-4)
+)
 
 
 @dataclass(frozen=True)

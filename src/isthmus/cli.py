@@ -48,7 +48,6 @@ class StagesAndTools(click.Group):
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(wide), text) for name, text in zip(names, told, strict=True)])
 
-
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         if args[0] in ("train", "rl", "pretrain", "sft", "sample"):
             ctx.fail(f"No such command {args[0]!r}. A step is run by its name: isthmus run RUN --only NAME")

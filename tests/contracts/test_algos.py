@@ -17,7 +17,9 @@ from isthmus.recipe.steps import OptimizerSection, RlSection
 
 
 def section(**changes) -> RlSection:
-    return RlSection(name="reinforced", kind="rl", steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
+    return RlSection(
+        name="reinforced", kind="rl", steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.local import run_ranks
 from isthmus.progress import Watch
 from isthmus.recipe.section import RecipeError
-from isthmus.records import TextRecord, WeightsRecord, read_weights
+from isthmus.records import WeightsRecord, read_weights
 from isthmus.run import RunFolder
-from isthmus.stages import steps
 from tests.support.flow_recipe import isthmus
 from tests.support.ranks_recipe import interrupt_group, kill_second_rank, planned, stop_at, working_on
 

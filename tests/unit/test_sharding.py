@@ -74,7 +74,9 @@ def train(
     architecture: ModelSection = TINY_MODEL,
 ) -> Seen:
     section = TrainSection(**options)
-    sft = SftSection(name="taught", kind="sft", steps=steps, optimizer=optimizer, balance_alpha=0.01, bias_update_speed=0.01)
+    sft = SftSection(
+        name="taught", kind="sft", steps=steps, optimizer=optimizer, balance_alpha=0.01, bias_update_speed=0.01
+    )
     model = unfilled(architecture)
     if section.activation_checkpointing:
         model.recompute_activations()
@@ -256,7 +258,9 @@ def compiled_losses(rank: int) -> list[float]:
     """Losses of steps with different numbers of tokens; a part that is compiled for each of them would raise."""
     model = Model(TINY_MODEL).initialise(0)
     compile_parts(model)
-    sft = SftSection(name="taught", kind="sft", steps=STEPS, optimizer=ADAMW, balance_alpha=0.01, bias_update_speed=0.01)
+    sft = SftSection(
+        name="taught", kind="sft", steps=STEPS, optimizer=ADAMW, balance_alpha=0.01, bias_update_speed=0.01
+    )
     optimizer = Optimizer(model, ADAMW, STEPS)
     return [train_step(model, optimizer, batch_of_step(step, 0, 1), sft, step)[0].loss for step in range(10)]
 

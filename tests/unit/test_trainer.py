@@ -25,8 +25,13 @@ from tests.support.against_transformers import randomised
 from tests.support.plain import mtp_logits
 from tests.support.small import architecture
 
-OBJECTIVE = SftSection(name="taught", kind="sft", 
-    steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), balance_alpha=0.01, bias_update_speed=0.01
+OBJECTIVE = SftSection(
+    name="taught",
+    kind="sft",
+    steps=1,
+    optimizer=OptimizerSection(name="adamw", learning_rate=1e-3),
+    balance_alpha=0.01,
+    bias_update_speed=0.01,
 )
 MUON = OptimizerSection(name="muon", learning_rate=1e-2, matrix_learning_rate=2e-2, warmup_steps=2)
 

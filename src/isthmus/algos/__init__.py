@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from pydantic import ValidationError
 
 from isthmus.errors import IsthmusError, suggestion
-from isthmus.recipe.steps import RlSection
 from isthmus.recipe.section import Section
+from isthmus.recipe.steps import RlSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,4 +69,6 @@ def algorithm_config(section: RlSection) -> Any:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         known = ", ".join(sorted(config.model_fields))
-        raise IsthmusError(f"step.{section.name}.options.{where}: {problem['msg']}; options of {section.algorithm}: {known}") from None
+        raise IsthmusError(
+            f"step.{section.name}.options.{where}: {problem['msg']}; options of {section.algorithm}: {known}"
+        ) from None

@@ -23,7 +23,7 @@ def modernised(tree: dict[str, Any]) -> dict[str, Any]:
     for name, section in (("pretrain", "pretrain"), ("cold-start", "sft"), ("reasoning", "rl")):
         if not isinstance(tree.get(section), dict):
             continue
-        step = {"name": name, "kind": section}
+        step: dict[str, Any] = {"name": name, "kind": section}
         if steps:
             step["from"] = steps[-1]["name"]
         said = {key: value for key, value in tree[section].items() if value is not None}

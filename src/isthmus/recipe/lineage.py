@@ -28,7 +28,9 @@ def problem(
             return f"step {step.name!r}: {found}"
     trained = [step.name for step in steps if not isinstance(step, SampleSection)]
     if handed_off is not None and handed_off not in trained:
-        return f"handoff.step names {handed_off!r}{suggestion(handed_off, trained)}; steps with weights: {_list(trained)}"
+        return (
+            f"handoff.step names {handed_off!r}{suggestion(handed_off, trained)}; steps with weights: {_list(trained)}"
+        )
     if handed_off is None and last_of_model(steps) is None:
         return "no step trains [model], so nothing can be handed off; name a step with handoff.step"
     return None
@@ -115,9 +117,7 @@ def _start_problem(
     return None
 
 
-def _data_problem(
-    step: StepSection, steps: Sequence[StepSection], place: int, tasks: Mapping[str, Any]
-) -> str | None:
+def _data_problem(step: StepSection, steps: Sequence[StepSection], place: int, tasks: Mapping[str, Any]) -> str | None:
     if isinstance(step, PretrainSection):
         return None
     made = [other.name for other in steps[:place] if isinstance(other, SampleSection)]

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe import lineage
+from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe.section import (
     Count,
     Nats,
@@ -24,14 +24,13 @@ from isthmus.recipe.section import (
     Seconds,
     Section,
     Share,
-    Steps,
     Tokens,
     Unit,
     Whole,
     key,
 )
-
 from isthmus.recipe.steps import MODEL, Problems, Prompts, Rows, Step, StepSection
+
 Mebibytes = Annotated[Positive, Unit("MiB")]
 Thinking = Literal["auto", "always", "never"]
 PlacedStage = Literal["train", "rollout", "serve"]
@@ -204,7 +203,8 @@ class Recipe(Section):
     place: PlaceSection = Field(description="which pools do what")
     models: dict[str, Architecture] = key({}, "further models, which steps name")
     tasks: dict[str, dict[str, Any]] = key(
-        {"countdown": {}}, "what is learnt, by name: `kind`, a file in isthmus/tasks and the name if absent, and options"
+        {"countdown": {}},
+        "what is learnt, by name: `kind`, a file in isthmus/tasks and the name if absent, and options",
     )
     rewards: dict[str, dict[str, Any]] = key({}, "options of rewards, by name; `kind` if it is not the name")
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")

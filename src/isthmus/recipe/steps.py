@@ -73,7 +73,9 @@ class TextSection(StepSection):
 
 def _weights(value: Any) -> Any:
     """A list of names means that all weigh the same."""
-    return dict.fromkeys(value, 1.0) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+    return (
+        dict.fromkeys(value, 1.0) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+    )
 
 
 Mix = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.steps import PretrainSection, RlSection, SampleSection, SftSection, StepSection
-from isthmus.records import AnyStepRecord, RlRecord, SampleRecord, WeightsRecord
+from isthmus.records import AnyStepRecord, RlRecord, WeightsRecord
 from isthmus.report_page import charts, numbers
 from isthmus.report_page.charts import Mark, Series
 from isthmus.run import Figure, Kind
@@ -80,7 +80,9 @@ class Chapter:
     def progress(self) -> str:
         """How far a step is that has no record."""
         if isinstance(self.section, SampleSection):
-            return f"It has answered {self.steps[-1]['step']} batches of prompts." if self.steps else "Nothing is sampled."
+            return (
+                f"It has answered {self.steps[-1]['step']} batches of prompts." if self.steps else "Nothing is sampled."
+            )
         last = getattr(self.section, "steps", 0)
         return f"It reached update {self.steps[-1]['step']} of {last}." if self.steps else "No update is made."
 

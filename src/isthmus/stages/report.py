@@ -6,12 +6,11 @@ Equal run folders give equal bytes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from functools import cached_property
+from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple

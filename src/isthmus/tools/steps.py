@@ -11,7 +11,9 @@ from isthmus.recipe.lineage import unused_steps
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
 from isthmus.records import SampleRecord, WeightsRecord, step_record
+from isthmus.rewards import checked_reward
 from isthmus.run import RunFolder
+from isthmus.tasks import checked_task
 
 COLOURS = {"done": "green", "running": "yellow", "waiting": "dim"}
 
@@ -21,6 +23,10 @@ def check(recipe: Recipe) -> None:
     for step in recipe.step:
         if isinstance(step, RlSection):
             algorithm_config(step)
+            for name in step.rewards:
+                checked_reward(name, recipe.rewards.get(name, {}))
+    for name, given in recipe.tasks.items():
+        checked_task(name, given)
 
 
 def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
@@ -35,7 +41,9 @@ def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
         else:
             above = nodes[start]
         nodes[step.name] = above.add(_told(step, recipe, run))
-    return Group(*roots.values(), *(f"[yellow]{escape(one)}[/]" for one in unused_steps(recipe.step, recipe.handed_off.name)))
+    return Group(
+        *roots.values(), *(f"[yellow]{escape(one)}[/]" for one in unused_steps(recipe.step, recipe.handed_off.name))
+    )
 
 
 def _told(step: StepSection, recipe: Recipe, run: RunFolder | None) -> str:

@@ -11,11 +11,11 @@ from isthmus.data.corpus import run_tokenizer
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.lines import read_objects
-from isthmus.recipe.steps import RlSection, SampleSection, SftSection
+from isthmus.recipe.steps import SampleSection, SftSection
 from isthmus.records import SampleRecord, step_record
 from isthmus.run import RunFolder, sha256_file
 from isthmus.stages.steps.step import StepRun
-from isthmus.tasks import Mixture, Problem, Task, load_tasks
+from isthmus.tasks import Mixture, Problem, Task, interleaved, load_tasks
 from isthmus.trainer.mesh import Ranks
 
 
@@ -44,12 +44,6 @@ def learnt(step: StepRun[SftSection]) -> Mixture:
     weights: Mapping[str, float] = step.section.data or dict.fromkeys(tasks, 1.0)
     made = {one.name for one in step.recipe.step if isinstance(one, SampleSection)}
     return Mixture({name: kept_of(step.run, name) if name in made else tasks[name] for name in weights}, weights)
-
-
-def asked(step: StepRun[RlSection] | StepRun[SampleSection]) -> Mixture:
-    """The tasks whose prompts a step draws."""
-    tasks = load_tasks(step.recipe)
-    return Mixture(tasks, step.section.tasks or dict.fromkeys(tasks, 1.0))
 
 
 def kept_of(run: RunFolder, name: str) -> Task:
@@ -95,3 +89,8 @@ def tokenizer_of(step: StepRun[Any], ranks: Ranks | None = None) -> Tokenizer:
         ranks.wait()
     return run_tokenizer(step.run, tasks, model)
 
+
+def some_problems(tasks: Mixture, count: int) -> list[Problem]:
+    """A few problems, held-out ones first."""
+    trained = {name: task.train[:count] for name, task in tasks.tasks.items()}
+    return [*interleaved(tasks.heldout, count), *interleaved(trained, count)][:count]

@@ -20,7 +20,7 @@ from isthmus.run import RunFolder
 from isthmus.trainer.checkpoint import load_weights
 from isthmus.trainer.parts import initialise, load_published, model_state
 
-S = TypeVar("S", bound=StepSection)
+S = TypeVar("S", bound=StepSection, covariant=True)
 
 
 @dataclass(frozen=True)

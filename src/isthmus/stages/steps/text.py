@@ -24,7 +24,7 @@ from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Counter, Watch
-from isthmus.recipe.steps import TextSection
+from isthmus.recipe.steps import PretrainSection, SftSection
 from isthmus.records import TextRecord
 from isthmus.run import Figure
 from isthmus.stages.steps.step import StepRun
@@ -40,7 +40,7 @@ from isthmus.trainer.step import StepLosses, train_step
 
 TRACED_STEPS = (2, 1, 3)
 """Steps of a profile: before it, to warm up, and in the trace."""
-TextStep = StepRun[TextSection]
+TextStep = StepRun[PretrainSection | SftSection]
 
 
 @dataclass(frozen=True)

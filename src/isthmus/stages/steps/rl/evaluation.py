@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.data.corpus import completion_of
-from isthmus.data.tasks import seeded
 from isthmus.engines import Completion, Sampling
 from isthmus.parity.paired import paired_difference, wilson_interval
 from isthmus.recipe.steps import RlSection
@@ -16,6 +15,7 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure, write_atomic
 from isthmus.stages.steps.rl.rollout import Rollouts
 from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import interleaved, seeded
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
 PER_STEP = {
@@ -59,7 +59,7 @@ def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Call
         return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
     say(f"  held-out problems {which} RL")
     section = work.section
-    problems = rollouts.task.heldout[: section.heldout_problems]
+    problems = interleaved(rollouts.tasks.heldout, section.heldout_problems)
     prompts = rollouts.prompts(problems)
     seeds = [seeded("heldout", work.recipe.seed, problem.id).getrandbits(48) for problem in problems]
 
@@ -69,7 +69,7 @@ def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Call
 
     def right(answers: list[Completion]) -> list[bool]:
         pairs = zip(problems, answers, strict=True)
-        return [rollouts.score(problem, answer).accuracy == 1.0 for problem, answer in pairs]
+        return [rollouts.is_correct(problem, answer) for problem, answer in pairs]
 
     began = time.perf_counter()
     sampled, greedy = answers(section.temperature), answers(0.0)

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 
 from isthmus.chips import device_of
-from isthmus.data.corpus import run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.formats.files.bundle import write_bundle
@@ -27,12 +25,15 @@ from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
-from isthmus.rewards import get_reward
+from isthmus.rewards import open_rewards
+from isthmus.stages.steps.data import some_problems, tokenizer_of
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
 from isthmus.stages.steps.rl.rollout import Rollouts
 from isthmus.stages.steps.rl.state import State
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import tasks_of
 
 PARTS = ("train_s", "wait_s", "sync_s")
 """Seconds of a step, in the order in which it spends them, after those of its rollout."""
@@ -76,7 +77,7 @@ def learn(shores: Shores, watch: Watch) -> None:
         while state.step < section.steps:
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
-            rewards = rollout.totals(section.format_reward)
+            rewards = rollout.totals
             advantages = learner.advantages(rewards)
             measures = learner.update(rollout, advantages)
             state.step += 1
@@ -111,12 +112,15 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Ite
     if home.ranks > 1:
         work.event("fallback", what=f"one of {home.ranks} ranks learns", why="RL does not spread over ranks")
     torch.set_num_threads(home.shared_threads if section.staleness else home.threads)
-    task = load_task(recipe)
-    tokenizer = run_tokenizer(run, task)
+    tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
     state = State.open(work, torch.device(device_of(home)), watch.say)
-    with _open_engine(state, away, tokenizer) as engine, ThreadPoolExecutor(max_workers=1) as background:
-        rollouts = Rollouts(run, task, tokenizer, get_reward(task.reward), engine, background)
-        crossing = Crossing(state, engine, rollouts.prompts([*task.heldout, *task.train][:SPOT_PROMPTS]), watch.say)
+    with (
+        open_rewards(section.rewards, recipe.rewards) as rewards,
+        _open_engine(state, away, tokenizer) as engine,
+        ThreadPoolExecutor(max_workers=1) as background,
+    ):
+        rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
+        crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())
         yield Shores(state, rollouts, Learner(state), crossing)
 
