@@ -81,7 +81,7 @@ def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
 def sft_documents(
     examples: Mixture, tokenizer: Tokenizer, architecture: ModelSection, count: int, chance: random.Random
 ) -> list[Document]:
-    """`count` worked examples; they depend on `chance` alone. Raises IsthmusError for one that the model cannot hold."""
+    """`count` worked examples; they depend on `chance` alone. Raises IsthmusError for one that is too long."""
     problems = examples.draw(chance, count)
     documents = [_document(examples.of(problem), tokenizer, problem, chance.random()) for problem in problems]
     limit = architecture.max_position_embeddings

@@ -78,8 +78,8 @@ def _nothing_comes_of(step: StepSection) -> str:
     if isinstance(step, SampleSection):
         return f"nothing takes the data of {step.name!r}: name it in `data` of an `sft` step, or leave it out"
     return (
-        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, or leave it out; its "
-        f"weights stay in steps/{step.name}"
+        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, or leave it out; "
+        f"its weights stay in steps/{step.name}"
     )
 
 

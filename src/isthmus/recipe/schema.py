@@ -204,7 +204,7 @@ class Recipe(Section):
     models: dict[str, Architecture] = key({}, "further models, which steps name")
     tasks: dict[str, dict[str, Any]] = key(
         {"countdown": {}},
-        "what is learnt, by name: `kind`, a file in isthmus/tasks and the name if absent, and options",
+        "what is learnt, by name: `kind`, a file in isthmus/tasks or the name, and options",
     )
     rewards: dict[str, dict[str, Any]] = key({}, "options of rewards, by name; `kind` if it is not the name")
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
