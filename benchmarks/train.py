@@ -25,7 +25,6 @@ from torch import Tensor
 
 from benchmarks.conditions import store
 from isthmus.data.corpus import Document, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
 from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
@@ -33,6 +32,7 @@ from isthmus.probes.compute import matmul_tflops
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 from isthmus.trainer.batch import pack
 from isthmus.trainer.mesh import Ranks, open_ranks
 from isthmus.trainer.observe import peak_memory

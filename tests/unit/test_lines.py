@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.data.jsonl import read_problems
 from isthmus.data.pretrain import sample_texts
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.keys import Keyring
@@ -21,6 +20,7 @@ from isthmus.parity.signing import new_key, read_trusted
 from isthmus.probes.judge.thresholds import COLUMNS, load_thresholds
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.read import load_recipe
+from isthmus.tasks.jsonl import read_problems
 
 NO_ENDS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1eeight"
 """Where `str.splitlines` ends lines and JSON, CSV and TOML do not."""

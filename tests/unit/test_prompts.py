@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.jsonl import read_problems
 from isthmus.data.prompts import PromptFile
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
+from isthmus.tasks.jsonl import read_problems
 
 VOCABULARY = 400
 TOKENIZER = Tokenizer.train(["a text of some words, and one more"], 300)

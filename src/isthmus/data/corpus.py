@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.data.pretrain import corpus_tokenizer, sample_texts
-from isthmus.data.tasks import Problem, Task, completion_text, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.run import RunFolder, new_folder
+from isthmus.tasks import Problem, Task, completion_text, seeded
 
 TOKENIZER_SAMPLE_BYTES = 64 * 2**20
 
@@ -54,7 +54,7 @@ def _new_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The prompt of a problem as the model sees it, by its own template."""
-    return tokenizer.chat([{"role": "user", "content": problem.prompt}])
+    return tokenizer.chat(problem.conversation)
 
 
 def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
@@ -81,7 +81,10 @@ def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -
 
 def _document(task: Task, tokenizer: Tokenizer, problem: Problem, draw: float) -> Document:
     prompt = prompt_ids(tokenizer, problem)
-    thought, answer = task.worked_example(problem, seeded(problem.id, draw))
+    example = task.worked_example(problem, seeded(problem.id, draw))
+    if example is None:
+        raise IsthmusError(f"{problem.id!r} has no worked example, and supervised fine-tuning learns from those")
+    thought, answer = example
     text = completion_text(thought, answer)
     if not tokenizer.opens_thinking:
         text = f"{THINK}\n{text}" if thought else answer
@@ -91,4 +94,5 @@ def _document(task: Task, tokenizer: Tokenizer, problem: Problem, draw: float) -
 def _texts(run: RunFolder, task: Task) -> list[str]:
     chance = seeded("tokenizer", run.recipe.seed)
     sample = task.train if len(task.train) <= 2000 else chance.sample(task.train, 2000)
-    return [problem.prompt + completion_text(*task.worked_example(problem, chance)) for problem in sample]
+    examples = ((problem.prompt, task.worked_example(problem, chance)) for problem in sample)
+    return [prompt + completion_text(*example) if example else prompt for prompt, example in examples]

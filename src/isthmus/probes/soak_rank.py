@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from isthmus.data.corpus import run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.launch.crew_rank import Rank
@@ -32,6 +31,7 @@ from isthmus.probes.cases.first_difference import first_difference, keep_operato
 from isthmus.probes.portable import known_answers, training
 from isthmus.recipe.schema import Recipe, TrainSection, layout_problem
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_latest, rng_state
 from isthmus.trainer.checkpoint_files import folders

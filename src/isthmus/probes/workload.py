@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import chips
-from isthmus.data.tasks import load_task
 from isthmus.engines.local import report_kernels
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.canary import CanaryReport
@@ -36,6 +35,7 @@ from isthmus.recipe.read import override_serve
 from isthmus.recipe.schema import ServeSection
 from isthmus.records import HandoffRecord, PlanRecord
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 
 NAME = "serve"
 EXAMPLES = 6

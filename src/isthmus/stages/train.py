@@ -19,7 +19,6 @@ import torch
 from isthmus.chips import Chip, device_of, get_chip
 from isthmus.data.corpus import run_tokenizer, sft_documents
 from isthmus.data.pretrain import TokenStream
-from isthmus.data.tasks import Task, load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import training_flops
@@ -32,6 +31,7 @@ from isthmus.progress import Counter, Watch
 from isthmus.recipe.schema import PretrainSection, Recipe, TextSection
 from isthmus.records import PlanRecord, TrainRecord
 from isthmus.run import Figure, RunFolder
+from isthmus.tasks import Task, load_task
 from isthmus.trainer.batch import ROW_LENGTH, Batch, batch_of_rows, pack
 from isthmus.trainer.checkpoint import CheckpointWriter, SavedCheckpoint, TrainingState, resume, rng_state
 from isthmus.trainer.compiled import compile_parts

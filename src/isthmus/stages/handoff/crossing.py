@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from isthmus.chips.rehearse.dispatch import Rehearsal, enforce
 from isthmus.data.corpus import completion_of, prompt_ids, run_tokenizer
-from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Sampling
 from isthmus.engines.local import LocalEngine, report_kernels
@@ -47,8 +46,8 @@ from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import HandoffSection
 from isthmus.records import Check, ParityVerdict, PlanRecord, RlRecord
-from isthmus.rewards import get_reward
 from isthmus.run import Figure, RunFolder
+from isthmus.tasks import Problem, Task, load_task, seeded
 from isthmus.trainer.checkpoint import load_model_state
 
 NAME = "handoff"
@@ -80,7 +79,7 @@ class Crossing:
     limits_from: str
     asked: str
     task: Task | None
-    problems: list[Problem]
+    problems: Sequence[Problem]
     sampling: Sampling
     seed: int
     source: Pool
@@ -388,10 +387,10 @@ class Examination:
 
     def _correct(self, answers: Answers) -> list[list[bool]]:
         crossing, tokenizer = self.crossing, self.crossing.tokenizer
-        assert crossing.task is not None, "somebody answered problems"
-        reward = get_reward(crossing.task.reward)
+        task = crossing.task
+        assert task is not None, "somebody answered problems"
         return [
-            [reward.score(problem, completion_of(tokenizer, one.tokens)).accuracy == 1.0 for one in group]
+            [task.accuracy(problem, completion_of(tokenizer, one.tokens)) == 1.0 for one in group]
             for problem, group in zip(crossing.problems, answers, strict=True)
         ]
 

@@ -15,9 +15,7 @@ from typing import Any
 
 from isthmus import chips
 from isthmus.chips import check_tables, get_chip
-from isthmus.data.jsonl import load_heldout
 from isthmus.data.prompts import PromptFile
-from isthmus.data.tasks import Task, load_section
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Sampling
 from isthmus.errors import GateRefused, IsthmusError
@@ -45,6 +43,8 @@ from isthmus.stages.handoff.crossing import (
     Written,
     reference_bundle,
 )
+from isthmus.tasks import Task, load_section
+from isthmus.tasks.jsonl import load_heldout
 
 CPU = "cpu"
 EXAMPLES, MOST_EXAMPLES = "examples.json", 6

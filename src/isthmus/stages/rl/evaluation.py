@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.data.corpus import completion_of
-from isthmus.data.tasks import seeded
 from isthmus.engines import Completion, Sampling
 from isthmus.parity.paired import paired_difference, wilson_interval
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.stages.rl.rollout import Rollouts
 from isthmus.stages.rl.state import NAME
+from isthmus.tasks import seeded
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
 PER_STEP = {
@@ -68,7 +68,7 @@ def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str]
 
     def right(answers: list[Completion]) -> list[bool]:
         pairs = zip(problems, answers, strict=True)
-        return [rollouts.score(problem, answer).accuracy == 1.0 for problem, answer in pairs]
+        return [rollouts.is_correct(problem, answer) for problem, answer in pairs]
 
     began = time.perf_counter()
     sampled, greedy = answers(section.temperature), answers(0.0)

@@ -20,20 +20,20 @@ import torch
 
 from isthmus.chips import device_of
 from isthmus.data.corpus import run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.records import PlanRecord, RlRecord, TrainRecord
-from isthmus.rewards import get_reward
+from isthmus.rewards import Rewards, open_reward, reward_options
 from isthmus.run import RunFolder
 from isthmus.stages.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.rl.evaluation import Comparison, evaluate
 from isthmus.stages.rl.learner import Learner
 from isthmus.stages.rl.rollout import Rollouts
 from isthmus.stages.rl.state import NAME, State
+from isthmus.tasks import load_task
 
 PARTS = ("train_s", "wait_s", "sync_s")
 """Seconds of a step, in the order in which it spends them, after those of its rollout."""
@@ -79,7 +79,7 @@ def learn(shores: Shores, watch: Watch) -> None:
         while state.step < section.steps:
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
-            rewards = rollout.totals(section.format_reward)
+            rewards = rollout.totals
             advantages = learner.advantages(rewards)
             measures = learner.update(rollout, advantages)
             state.step += 1
@@ -118,7 +118,9 @@ def open_shores(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Wat
     tokenizer = run_tokenizer(run, task)
     state = State.open(run, train, torch.device(device_of(home)), watch.say)
     with _open_engine(state, away, tokenizer) as engine, ThreadPoolExecutor(max_workers=1) as background:
-        rollouts = Rollouts(run, task, tokenizer, get_reward(task.reward), engine, background)
+        weights = {"accuracy": 1.0, "format": recipe.rl.format_reward}
+        rewards = Rewards({name: open_reward(name, reward_options(name, {})) for name in weights}, weights)
+        rollouts = Rollouts(run, task, tokenizer, rewards, engine, background)
         crossing = Crossing(state, engine, rollouts.prompts([*task.heldout, *task.train][:SPOT_PROMPTS]), watch.say)
         run.event(NAME, "crossing", weight_version=state.step, **crossing.send())
         yield Shores(state, rollouts, Learner(state), crossing)

@@ -8,18 +8,39 @@ a long thought before it writes one. Differences are taken from the larger numbe
 
 from __future__ import annotations
 
+import ast
 import itertools
+import operator
 import random
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from isthmus.data.tasks import Problem, split
-from isthmus.recipe.schema import DataSection
+from isthmus.recipe.section import Share, Whole, key
+from isthmus.tasks.parts.completions import split_completion
+from isthmus.tasks.parts.contract import TaskOptions
+from isthmus.tasks.parts.problems import Problem, split
 
 MISS, HIT, GIVE_UP = "✗", "✓", "give up"
 NO_ANSWER = "none"
 HAND = 3
 """Numbers of a problem."""
+LONGEST_ANSWER = 64
+"""Characters. What is longer is no expression."""
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_WRITTEN = re.compile(r"[0-9+*() -]*")
+
+
+class Options(TaskOptions):
+    """Problems that are generated, and their teacher."""
+
+    largest: Whole = key(12, "the largest of the numbers", ge=2, le=99)
+    largest_target: Whole = key(40, "the largest target", ge=1, le=999)
+    heldout_share: Share = key(0.2, "share of the problems that is never trained on")
+    teacher_hit: Share = key(0.2, "chance that the teacher's next try is a solution on purpose")
+    teacher_give_up: Share = key(0.35, "chance that the teacher gives up after a miss")
+    teacher_patient: Share = key(0.05, "share of problems tried at random until one fits")
 
 
 @dataclass(frozen=True)
@@ -35,14 +56,13 @@ class Try:
 class Countdown:
     """All problems with at least one solution, and the teacher."""
 
-    section: DataSection
-    reward = "countdown"
+    options: Options
 
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        hands = itertools.combinations_with_replacement(range(1, self.section.largest + 1), HAND)
+        hands = itertools.combinations_with_replacement(range(1, self.options.largest + 1), HAND)
         problems = [problem for hand in hands for problem in self._problems(hand)]
-        return split(problems, self.section)
+        return split(problems, self.options.heldout_share)
 
     @property
     def train(self) -> list[Problem]:
@@ -57,8 +77,8 @@ class Countdown:
         *hand, target = problem.facts
         untried = self.tries(tuple(hand))
         chance.shuffle(untried)
-        patient = chance.random() < self.section.teacher_patient
-        hit, give_up = (0.0, 0.0) if patient else (self.section.teacher_hit, self.section.teacher_give_up)
+        patient = chance.random() < self.options.teacher_patient
+        hit, give_up = (0.0, 0.0) if patient else (self.options.teacher_hit, self.options.teacher_give_up)
         lines = []
         while True:
             one = _next_try(untried, target, chance.random() < hit)
@@ -68,6 +88,21 @@ class Countdown:
             if chance.random() < give_up:
                 return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
 
+    def accuracy(self, problem: Problem, completion: str) -> float:
+        """1 if the answer is an expression that uses each number once and has the target as its value."""
+        _, answer = split_completion(completion)
+        worked_out = None if answer is None else evaluate(answer)
+        if worked_out is None:
+            return 0.0
+        value, used = worked_out
+        *hand, target = problem.facts
+        return float(value == target and sorted(used) == sorted(hand))
+
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """The thinking is closed once, and an answer follows that is an expression or an admitted failure."""
+        _, answer = split_completion(completion)
+        return answer is not None and (answer == NO_ANSWER or evaluate(answer) is not None)
+
     def tries(self, hand: tuple[int, ...]) -> list[Try]:
         """The expressions over three numbers whose value can be a target. Of those that differ only by the order in a
         sum or a product, one is kept: its larger numbers come first."""
@@ -75,7 +110,7 @@ class Countdown:
         for first, second, third in itertools.permutations(hand):
             for inner, part in _combine(first, second):
                 for outer, value in _combine(part, third):
-                    if 1 <= value <= self.section.largest_target and _is_canonical(inner, outer, first, second, third):
+                    if 1 <= value <= self.options.largest_target and _is_canonical(inner, outer, first, second, third):
                         expression = _join(inner, outer, part, third)
                         found[expression] = Try(f"{inner} = {part}, {outer} = {value}", expression, value)
         return list(found.values())
@@ -87,9 +122,31 @@ class Countdown:
         return [_problem(hand, target, solutions[target]) for target in sorted(solutions)]
 
 
-def load(section: DataSection) -> Countdown:
-    """The task for a recipe."""
-    return Countdown(section)
+def open(options: Options) -> Countdown:
+    return Countdown(options)
+
+
+def evaluate(expression: str) -> tuple[int, list[int]] | None:
+    """(value, numbers used) of a sum of products over natural numbers; None if it is anything else."""
+    if len(expression) > LONGEST_ANSWER or not _WRITTEN.fullmatch(expression):
+        return None
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    used: list[int] = []
+    value = _value(tree.body, used)
+    return None if value is None else (value, used)
+
+
+def _value(node: ast.expr, used: list[int]) -> int | None:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _value(node.left, used), _value(node.right, used)
+        return None if left is None or right is None else _OPERATORS[type(node.op)](left, right)
+    return None
 
 
 def _next_try(untried: list[Try], target: int, on_purpose: bool) -> Try:

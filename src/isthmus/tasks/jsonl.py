@@ -7,12 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.data.json_lines import read_objects
-from isthmus.data.tasks import Problem
+from pydantic import Field
+
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import DataSection
+from isthmus.lines import read_objects
+from isthmus.tasks.parts.answers import is_same_answer
+from isthmus.tasks.parts.completions import split_completion
+from isthmus.tasks.parts.contract import TaskOptions
+from isthmus.tasks.parts.problems import Problem
 
 _KEYS = {"prompt", "answer", "thought"}
+
+
+class Options(TaskOptions):
+    """Problems in files of the user."""
+
+    train_file: Path = Field(description="lines with `prompt`, `answer` and, for supervised tuning, `thought`")
+    heldout_file: Path = Field(description="such lines that are never trained on")
 
 
 @dataclass
@@ -21,26 +32,33 @@ class JsonlTask:
 
     train: list[Problem]
     heldout: list[Problem]
-    reward: str = "exact"
 
     def worked_example(self, problem: Problem, chance: random.Random) -> tuple[str, str]:
         return problem.thought, problem.answer
 
+    def accuracy(self, problem: Problem, completion: str) -> float:
+        """1 if the answer is the expected one, as a number if both are numbers, else as a text without outer space."""
+        _, answer = split_completion(completion)
+        return float(bool(answer) and is_same_answer(answer, problem.answer))
 
-def load(section: DataSection) -> JsonlTask:
+    def well_formed(self, problem: Problem, completion: str) -> bool:
+        """The thinking is closed once, and something follows."""
+        return bool(split_completion(completion)[1])
+
+
+def open(options: Options) -> JsonlTask:
     """Read both files. Raises IsthmusError that names the file and the line of the first fault."""
-    assert section.train_file is not None and section.heldout_file is not None
-    train, heldout = read_problems(section.train_file), read_problems(section.heldout_file)
+    train, heldout = read_problems(options.train_file), read_problems(options.heldout_file)
     shared = {problem.prompt for problem in train} & {problem.prompt for problem in heldout}
     if shared:
         raise IsthmusError(
-            f"{section.heldout_file}: {len(shared)} prompts are also in {section.train_file}, e.g. {min(shared)!r}"
+            f"{options.heldout_file}: {len(shared)} prompts are also in {options.train_file}, e.g. {min(shared)!r}"
         )
     return JsonlTask(train, heldout)
 
 
 def load_heldout(path: Path) -> JsonlTask:
-    """A task of one file that nothing is trained on. Raises IsthmusError as `load` does."""
+    """A task of one file that nothing is trained on. Raises IsthmusError as `open` does."""
     return JsonlTask([], read_problems(path))
 
 

@@ -1,18 +1,14 @@
-"""Accuracy: the answer equals the expected one, as a number if both are numbers, else as a text without outer space."""
+"""Whether two answers are the same."""
 
 from __future__ import annotations
 
-from isthmus.data.tasks import Problem, split_completion
-from isthmus.rewards import Reward
-from isthmus.rewards.parts.numbers import Number, read_number
+from isthmus.tasks.parts.numbers import Number, read_number
 
 
-def score(problem: Problem, completion: str) -> Reward:
-    _, answer = split_completion(completion)
-    if not answer:
-        return Reward(accuracy=0.0, format=0.0)
-    expected = problem.answer.strip()
-    return Reward(accuracy=float(answer == expected or _is_same_number(answer, expected)), format=1.0)
+def is_same_answer(answer: str, expected: str) -> bool:
+    """As numbers if both are numbers, else as texts without outer space."""
+    wanted = expected.strip()
+    return answer.strip() == wanted or _is_same_number(answer.strip(), wanted)
 
 
 def _is_same_number(answer: str, expected: str) -> bool:
