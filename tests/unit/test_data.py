@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.tasks import Problem, completion_text, countdown, split_completion
+from isthmus.tasks import Problem, completion_text, countdown, jsonl, split_completion
 from isthmus.tasks.countdown import NO_ANSWER, Options
 from isthmus.tasks.jsonl import read_problems
 
