@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.tasks import Problem, completion_text, countdown, split_completion
+from isthmus.tasks import Problem, completion_text, countdown, jsonl, split_completion
 from isthmus.tasks.countdown import NO_ANSWER, Options
 from isthmus.tasks.jsonl import read_problems
 
@@ -160,8 +160,6 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, message):
 
 
 def test_jsonl_refuses_held_out_prompts_that_are_trained_on(tmp_path):
-    from isthmus.data import jsonl
-
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     options = jsonl.Options(train_file=tmp_path / "train.jsonl", heldout_file=tmp_path / "heldout.jsonl")
