@@ -14,7 +14,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
 from isthmus.tasks import Problem, completion_text, countdown, jsonl, split_completion
 from isthmus.tasks.countdown import NO_ANSWER, Options
-from isthmus.tasks.jsonl import read_problems
+from isthmus.tasks.jsonl import read_file
 
 TASK = countdown.open(Options())
 TEXTS = [p.prompt + completion_text(*TASK.worked_example(p, random.Random(i))) for i, p in enumerate(TASK.train)]
@@ -156,7 +156,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, message):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "a", "answer": "b"}) + "\n\n" + line + "\n")
     with pytest.raises(IsthmusError, match="mine.jsonl:3: .*" + message):
-        read_problems(path)
+        read_file(path)
 
 
 def test_jsonl_refuses_held_out_prompts_that_are_trained_on(tmp_path):

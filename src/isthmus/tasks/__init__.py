@@ -78,6 +78,10 @@ class NamedTask:
         self.task, self.name, self.system = task, name, system
 
     @property
+    def about(self) -> str:
+        return self.task.about
+
+    @property
     def train(self) -> Sequence[Problem]:
         return Changed(self.task.train, self._named)
 

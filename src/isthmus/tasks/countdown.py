@@ -22,6 +22,9 @@ from isthmus.tasks.parts.contract import TaskOptions
 from isthmus.tasks.parts.problems import Problem, split
 
 MISS, HIT, GIVE_UP = "✗", "✓", "give up"
+AGAINST = "vs"
+MIXED = {AGAINST: "对照", GIVE_UP: "放弃"}
+"""The teacher's words in another script, in which it writes some of its lines if it is told to."""
 NO_ANSWER = "none"
 HAND = 3
 """Numbers of a problem."""
@@ -41,6 +44,7 @@ class Options(TaskOptions):
     teacher_hit: Share = key(0.2, "chance that the teacher's next try is a solution on purpose")
     teacher_give_up: Share = key(0.35, "chance that the teacher gives up after a miss")
     teacher_patient: Share = key(0.05, "share of problems tried at random until one fits")
+    teacher_mixes: Share = key(0.0, "share of the teacher's lines whose words are in another script than the prompt's")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Countdown:
         return split(problems, self.options.heldout_share)
 
     @property
+    def about(self) -> str:
+        return f"countdown: three numbers up to {self.options.largest}, targets up to {self.options.largest_target}"
+
+    @property
     def train(self) -> list[Problem]:
         return self._split[0]
 
@@ -82,11 +90,12 @@ class Countdown:
         lines = []
         while True:
             one = _next_try(untried, target, chance.random() < hit)
+            against = self._written(AGAINST, chance)
             if one.value == target:
-                return "".join([*lines, f"{one.steps} vs {target} {HIT}\n"]), one.expression
-            lines.append(f"{one.steps} vs {target} {MISS}\n")
+                return "".join([*lines, f"{one.steps} {against} {target} {HIT}\n"]), one.expression
+            lines.append(f"{one.steps} {against} {target} {MISS}\n")
             if chance.random() < give_up:
-                return "".join([*lines, f"{GIVE_UP}\n"]), NO_ANSWER
+                return "".join([*lines, f"{self._written(GIVE_UP, chance)}\n"]), NO_ANSWER
 
     def accuracy(self, problem: Problem, completion: str) -> float:
         """1 if the answer is an expression that uses each number once and has the target as its value."""
@@ -114,6 +123,11 @@ class Countdown:
                         expression = _join(inner, outer, part, third)
                         found[expression] = Try(f"{inner} = {part}, {outer} = {value}", expression, value)
         return list(found.values())
+
+    def _written(self, word: str, chance: random.Random) -> str:
+        """A word as the teacher writes it on a line. A teacher that does not mix draws nothing."""
+        mixes = self.options.teacher_mixes
+        return MIXED[word] if mixes and chance.random() < mixes else word
 
     def _problems(self, hand: tuple[int, ...]) -> list[Problem]:
         solutions: dict[int, str] = {}

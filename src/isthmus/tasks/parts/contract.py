@@ -20,6 +20,11 @@ class Task(Protocol):
     """A source of problems, of worked examples, and of judgements."""
 
     @property
+    def about(self) -> str:
+        """What it is, in a line for who watches; of the user's data, how it was understood."""
+        ...
+
+    @property
     def train(self) -> Sequence[Problem]: ...
 
     @property
