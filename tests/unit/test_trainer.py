@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from isthmus.data.corpus import Document
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
-from isthmus.recipe.steps import OptimizerSection, SftSection
+from isthmus.recipe.steps import LossSection, OptimizerSection, SftSection
 from isthmus.trainer import step as step_module
 from isthmus.trainer.batch import pack
-from isthmus.trainer.correction import mismatch, truncated_importance
+from isthmus.trainer.correction import importance_weights, mismatch, off_policy_samples
 from isthmus.trainer.optimizer import Muon, Optimizer, is_hidden_matrix, orthogonalise
 from isthmus.trainer.parts import Part, parts_of
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step, update_router_bias
@@ -222,17 +222,33 @@ def test_steps_equal_those_of_torchs_optimisers():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_mismatch_and_truncated_importance_on_a_written_out_example():
+def test_mismatch_and_importance_weights_on_a_written_out_example():
     engine = torch.tensor([0.5, 0.25, 0.1]).log()
     trainer = torch.tensor([0.25, 0.25, 0.4]).log()
     gap = mismatch(trainer, engine)
     assert gap.mean_abs == pytest.approx((math.log(2) + 0 + math.log(4)) / 3, rel=1e-6)
     k3 = [(0.5 - 1 - math.log(0.5)), 0.0, (4 - 1 - math.log(4))]
     assert gap.k3 == pytest.approx(sum(k3) / 3, rel=1e-6)
-    correction = truncated_importance(trainer, engine, cap=2.0)
-    torch.testing.assert_close(correction.weights, torch.tensor([0.5, 1.0, 2.0]))
-    assert correction.clipped == pytest.approx(1 / 3)
-    assert correction.mean == pytest.approx((0.5 + 1 + 4) / 3, rel=1e-6)
+    for options, weights, clipped in (
+        ({}, [0.5, 1.0, 2.0], 1),
+        ({"importance_cap": 5.0}, [0.5, 1.0, 4.0], 0),
+        ({"importance": "mask", "importance_floor": 0.6, "importance_cap": 3.0}, [0.0, 1.0, 0.0], 2),
+        ({"importance": "none"}, [1.0, 1.0, 1.0], 0),
+    ):
+        correction = importance_weights(trainer, engine, LossSection(**options))
+        torch.testing.assert_close(correction.weights, torch.tensor(weights))
+        assert correction.clipped == clipped and correction.total == pytest.approx(0.5 + 1 + 4, rel=1e-6)
+
+
+def test_a_bad_sample_that_the_policy_has_left_is_masked():
+    """Means of log(engine / trainer) by sample: 0.3, 0.3, 0.1, -0.3; the first is good, and stays."""
+    sample = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, -1.0, -1.0])
+    gap = torch.tensor([0.1, 0.5, 0.6, 0.0, 0.3, -0.1, -0.3])
+    trainer = torch.full((7,), -2.0)
+    masked = off_policy_samples(trainer, trainer + gap, advantages, sample, limit=0.2)
+    assert masked.tolist() == [False, False, True, True, False, False, False]
+    assert off_policy_samples(*[torch.zeros(0)] * 3, torch.zeros(0, dtype=torch.long), 0.2).tolist() == []
 
 
 def test_k3_estimates_the_kl_divergence():

@@ -1,14 +1,18 @@
 """RL algorithms. One file each, with its own `Config`, `advantages` and `loss`; the file name is the registration.
 
-These files do not import torch when they are loaded, so that the desk can check an algorithm's options.
+What a loss may have beside an algorithm's own formula stands in `[rl.loss]`, is checked here, and is computed once for
+all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
+check an algorithm's options.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from pydantic import ValidationError
 
@@ -19,10 +23,91 @@ from isthmus.recipe.steps import RlSection
 if TYPE_CHECKING:
     from torch import Tensor
 
+Aggregation = Literal["token-mean", "sample-mean", "constant"]
+"""How losses of tokens become one: all tokens weigh the same; all samples; or each token 1 / (samples * longest)."""
+
+
+class Options(Section):
+    """Base of an algorithm's `Config`: what else the learner must know of the algorithm."""
+
+    learns_from: ClassVar[Literal["rewards", "teacher"]] = "rewards"
+    """With "teacher" `Tokens.teacher` is there, and equal rewards are no reason to leave a group out."""
+
+    compares: ClassVar[Literal["group", "batch"]] = "group"
+    """What a reward is held against. With "batch" a group of equal rewards teaches too."""
+
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keys of `[rl.loss]` that the algorithm cannot honour, and why: set to other than their default they are refused.
+    """
+
+    def aggregated(self) -> Aggregation:
+        """How the losses of tokens become one, those of the shared terms too."""
+        return "token-mean"
+
+    def rollouts_at_most(self) -> int:
+        """Rollouts that may be made for one step until there are enough groups of unequal rewards."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of P prompts with G samples each: `rewards` [P, G], NaN where a sample is left out; `lengths` [P, G], tokens."""
+
+    rewards: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Denominators of a whole update, whatever part of it is at hand.
+
+    `tokens` and `samples` are those that are learnt from. `rolled_tokens` and `rolled_samples` have those too whose
+    advantage is zero, but not what was left out. `longest` is the limit on a completion, in tokens.
+    """
+
+    tokens: int
+    samples: int
+    rolled_tokens: int
+    rolled_samples: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that an update learns from, or a part of them with whole samples; all [N] over the tokens.
+
+    `logprobs` are the trainer's now, with their gradient; `old` the trainer's when the update began; `engine` those of
+    the rollout engine: all of the distribution that was sampled, temperature included. `advantages` are those of each
+    token's sample. `weights` are the off-policy weights, detached: 0 for a token that must not be learnt from. `sample`
+    numbers the sample of each token, from 0 to `samples` - 1. `reference` and `teacher` are log-probabilities of the
+    same tokens, where there is such a model.
+    """
+
+    logprobs: Tensor
+    old: Tensor
+    engine: Tensor
+    advantages: Tensor
+    weights: Tensor
+    sample: Tensor
+    samples: int
+    totals: Totals
+    reference: Tensor | None = None
+    teacher: Tensor | None = None
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sums [samples] of values [N]."""
+        return values.new_zeros(self.samples).index_add(0, self.sample, values)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sample, [samples]; 0 for a sample of which none is here."""
+        return self.summed(self.logprobs.new_ones(len(self.sample)))
+
 
 @dataclass
 class Loss:
-    """`value` is what is differentiated; `clipped` the share of tokens whose ratio the algorithm cut off."""
+    """`value` is this part's share of the whole update's loss: parts are added. `clipped` counts the tokens whose ratio
+    the algorithm cut off."""
 
     value: Tensor
     clipped: float
@@ -31,25 +116,19 @@ class Loss:
 class Algorithm(Protocol):
     """The contract of a file in this folder."""
 
-    Config: type[Section]
+    Config: type[Options]
 
-    def advantages(self, rewards: Tensor, config: Any) -> Tensor:
-        """rewards [P, G] of P prompts with G samples each; returns [P, G]."""
+    def advantages(self, scores: Scores, config: Any) -> Tensor:
+        """[P, G], finite. A sample that is left out, or alone in its group, gets an exact zero."""
         ...
 
-    def loss(
-        self, logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, sample: Tensor, config: Any
-    ) -> Loss:
-        """All [N] over the N target tokens.
-
-        The trainer's log-probabilities now and when the update began, the advantage of each token's sample, the
-        off-policy weight, and the number of the sample.
-        """
+    def loss(self, tokens: Tokens, config: Any) -> Loss:
+        """What is differentiated. Denominators are those of `tokens.totals`."""
         ...
 
 
 def algorithm_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -61,10 +140,13 @@ def get_algorithm(name: str) -> Algorithm:
 
 
 def algorithm_config(section: RlSection) -> Any:
-    """The algorithm's own options, checked. Raises IsthmusError that names the option and its neighbours."""
+    """The algorithm's own options, checked, and `[rl.loss]` with them.
+
+    Raises IsthmusError that names the option and its neighbours, or the key that the algorithm cannot honour.
+    """
     config = get_algorithm(section.algorithm).Config
     try:
-        return config.model_validate(section.options)
+        options = config.model_validate(section.options)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -72,3 +154,7 @@ def algorithm_config(section: RlSection) -> Any:
         raise IsthmusError(
             f"step.{section.name}.options.{where}: {problem['msg']}; options of {section.algorithm}: {known}"
         ) from None
+    for name, why in options.refuses.items():
+        if getattr(section.loss, name) != type(section.loss).model_fields[name].default:
+            raise IsthmusError(f"step.{section.name}.loss.{name}: {section.algorithm} cannot honour it, for {why}")
+    return options

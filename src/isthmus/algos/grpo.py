@@ -9,48 +9,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from isthmus.algos import Loss
-from isthmus.recipe.section import Number, Section, key
+from isthmus.algos import Aggregation, Loss, Options, Scores, Tokens
+from isthmus.algos.parts.groups import STD_EPSILON, by_group, centred, standardised
+from isthmus.algos.parts.policy import aggregate, clipped_objective
+from isthmus.recipe.section import Number, key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Config(Section):
+class Config(Options):
     """`token-mean` weighs all tokens of the step equally (DAPO), `sample-mean` all samples (the original GRPO)."""
 
     clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
     clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
     divide_by_std: bool = key(True, "divide advantages by the deviation in their group")
-    std_epsilon: Number = key(1e-6, "added to that deviation", gt=0)
+    std_epsilon: Number = key(STD_EPSILON, "added to that deviation", gt=0)
     aggregation: Literal["token-mean", "sample-mean"] = key("token-mean", "of the tokens' losses")
 
-
-def advantages(rewards: Tensor, config: Config) -> Tensor:
-    """rewards [P, G] of P prompts with G samples each; returns [P, G].
-
-    A group of equal rewards gets exact zeros: their rounded mean may differ from them.
-    """
-    is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    centred = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0.0)
-    if not config.divide_by_std:
-        return centred
-    return centred / (rewards.std(dim=1, keepdim=True) + config.std_epsilon)
+    def aggregated(self) -> Aggregation:
+        return self.aggregation
 
 
-def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, sample: Tensor, config: Config) -> Loss:
-    """All [N], over the target tokens: see `isthmus.algos.Algorithm`."""
-    ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = (ratio * advantages).minimum(clipped * advantages)
-    share = (clipped * advantages < ratio * advantages).float().mean().item()
-    return Loss(-_aggregate(weights * objective, sample, config), share)
+def advantages(scores: Scores, config: Config) -> Tensor:
+    """[P, G]; exact zeros for a group of equal rewards."""
+
+    def of_groups(rewards: Tensor) -> Tensor:
+        if not config.divide_by_std:
+            return centred(rewards)
+        return standardised(rewards, config.std_epsilon)
+
+    return by_group(of_groups, scores.rewards)
 
 
-def _aggregate(objective: Tensor, sample: Tensor, config: Config) -> Tensor:
-    if config.aggregation == "token-mean":
-        return objective.mean()
-    count = int(sample.max()) + 1
-    lengths = objective.new_zeros(count).index_add(0, sample, objective.new_ones(len(sample)))
-    per_sample = objective.new_zeros(count).index_add(0, sample, objective) / lengths.clamp(min=1)
-    return per_sample[lengths > 0].mean()
+def loss(tokens: Tokens, config: Config) -> Loss:
+    """See `isthmus.algos.Algorithm`."""
+    ratio = (tokens.logprobs - tokens.old).exp()
+    objective, cut = clipped_objective(tokens, ratio, config.clip_low, config.clip_high)
+    return Loss(-aggregate(tokens.weights * objective, tokens, config.aggregation), cut)

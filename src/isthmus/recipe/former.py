@@ -28,6 +28,8 @@ def modernised(tree: dict[str, Any]) -> dict[str, Any]:
             step["from"] = steps[-1]["name"]
         said = {key: value for key, value in tree[section].items() if value is not None}
         if section == "rl":
+            if (cap := said.pop("importance_cap", None)) is not None:
+                step["loss"] = {"importance_cap": cap}
             step["rewards"] = {"accuracy": 1.0, "format": said.pop("format_reward", 0.1)}
         steps.append(step | said)
     kept = {name: value for name, value in tree.items() if name not in FORMER}

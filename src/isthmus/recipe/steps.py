@@ -99,6 +99,33 @@ class PretrainSection(TextSection):
     row_length: Annotated[int, Unit("tokens")] = key(512, "length of a packed row", ge=8)
 
 
+class LossSection(Section):
+    """What a loss may have beside its algorithm's own formula. What an algorithm cannot honour it refuses by name.
+
+    With r = trainer / engine of a sampled token's probability, "truncate" weighs its loss by min(r, cap), "mask" by r
+    where floor <= r <= cap and by 0 elsewhere (IcePop, ringtech.notion.site/icepop, 2025), "none" by 1.
+    """
+
+    importance: Literal["truncate", "mask", "none"] = key("truncate", "what becomes of the trainer/engine ratio")
+    importance_cap: Number = key(2.0, "truncation of the trainer/engine probability ratio, or end of its mask", gt=0)
+    importance_floor: Number | None = key(None, "where a mask begins; IcePop has 0.5, and a cap of 5", gt=0)
+    off_policy_mask: Nats | None = key(
+        None, "samples of negative advantage are left out whose mean log(engine / trainer) is above this (V3.2)"
+    )
+    kl_weight: Number = key(0.0, "weight of the k3 estimate of the KL to the weights that the step began with", ge=0)
+    kl_times_ratio: bool = key(False, "k3 times trainer now / trainer before, which has no bias (V3.2)")
+
+    @model_validator(mode="after")
+    def _keys_that_need_others(self) -> Self:
+        if (self.importance == "mask") != (self.importance_floor is not None):
+            raise ValueError('importance = "mask" needs importance_floor, and nothing else has it')
+        if self.importance_floor is not None and self.importance_floor >= self.importance_cap:
+            raise ValueError(f"importance_floor must be below importance_cap, {self.importance_cap:g}")
+        if self.kl_times_ratio and not self.kl_weight:
+            raise ValueError("kl_times_ratio multiplies a term that has no weight: set kl_weight")
+        return self
+
+
 class RlSection(StepSection):
     """Reinforcement learning with verifiable rewards. `options` are the algorithm's own, checked in its file."""
 
@@ -116,7 +143,7 @@ class RlSection(StepSection):
     temperature: Number = key(1.0, "temperature of the distribution that is sampled, and learnt", gt=0)
     max_new_tokens: Tokens = key(128, "longest completion of a sample")
     optimizer: OptimizerSection = Field(description="what turns gradients into updates")
-    importance_cap: Number = key(2.0, "truncation of the trainer/engine probability ratio", gt=0)
+    loss: LossSection = key(LossSection(), "beside the algorithm's own formula")
     drift_budget: Nats = key(
         0.05, "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
     )

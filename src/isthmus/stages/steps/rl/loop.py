@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isthmus.chips import device_of
 from isthmus.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
+from isthmus.stages.steps.rl.beside import reference_model
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
@@ -78,8 +80,8 @@ def learn(shores: Shores, watch: Watch) -> None:
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
             rewards = rollout.totals
-            advantages = learner.advantages(rewards)
-            measures = learner.update(rollout, advantages)
+            advantages = learner.advantages(rollout, rewards)
+            measures = learner.update(rollout, rewards, advantages)
             state.step += 1
             clock.append(time.perf_counter())
             rollouts.wait()
@@ -90,7 +92,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": round(rewards.mean().item(), 5), "staleness": state.step - 1 - rollout.version}
+            seen |= {"reward": _mean(rewards), "staleness": state.step - 1 - rollout.version}
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
@@ -99,8 +101,15 @@ def learn(shores: Shores, watch: Watch) -> None:
                 state.save()
 
 
+def _mean(rewards: Tensor) -> float | None:
+    """Of the samples that could be judged; None if there is none."""
+    judged = rewards[~rewards.isnan()]
+    return round(judged.mean().item(), 5) if len(judged) else None
+
+
 def _status(seen: dict[str, Any]) -> str:
-    status = f"accuracy {seen['accuracy']:.2f}  length {seen['completion_tokens']:.0f}"
+    accuracy = f"accuracy {seen['accuracy']:.2f}  " if seen.get("accuracy") is not None else ""
+    status = f"{accuracy}length {seen['completion_tokens']:.0f}"
     return f"{status}  |Δlogp| {seen['mismatch_abs']:.4f}" if "mismatch_abs" in seen else status
 
 
@@ -122,7 +131,7 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Ite
         rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
         crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())
-        yield Shores(state, rollouts, Learner(state), crossing)
+        yield Shores(state, rollouts, Learner(state, reference_model(state)), crossing)
 
 
 @contextmanager
