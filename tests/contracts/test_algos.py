@@ -142,7 +142,7 @@ def test_grpo_written_out():
 def test_options_are_checked_with_the_names_that_exist():
     with pytest.raises(IsthmusError, match="did you mean 'grpo'"):
         algorithm_config(section(algorithm="grop"))
-    with pytest.raises(IsthmusError, match=r"rl.options.clip_hihg.*clip_high"):
+    with pytest.raises(IsthmusError, match=r"step.reinforced.options.clip_hihg.*clip_high"):
         algorithm_config(section(options={"clip_hihg": 0.3}))
 
 
@@ -177,6 +177,6 @@ def test_the_kl_to_a_reference_written_out():
 
 
 def test_what_an_algorithm_cannot_honour_is_refused_by_name():
-    with pytest.raises(IsthmusError, match=r"rl.loss.off_policy_mask: opd cannot honour it, for .*advantage"):
+    with pytest.raises(IsthmusError, match=r"step.reinforced.loss.off_policy_mask: opd cannot honour it, for .*advantage"):
         algorithm_config(section(algorithm="opd", loss={"off_policy_mask": 0.1}))
     algorithm_config(section(algorithm="opd", loss={"kl_weight": 0.1}))
