@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.conditions import store
 from isthmus.data.corpus import prompt_ids, run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.engines import Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 NEW_TOKENS, REPEATS = 96, 3

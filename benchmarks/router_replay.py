@@ -2,8 +2,8 @@
 
     python -m benchmarks.router_replay [--steps N] [--prompts N] [--samples N]
 
-The model of recipes/tiny.toml, after N steps of its supervised fine-tuning, in fp32. Our engine answers training prompts
-at temperature 1 in each format and notes its experts. The learner (fp32) then gives log-probabilities of the same
+The model of recipes/tiny.toml after N updates of its supervised fine-tuning, in fp32. Our engine answers prompts at
+temperature 1 in each format and notes its experts. The learner (fp32) then gives log-probabilities of the same
 tokens, routing by itself and as the engine did. `routed_otherwise` is the share of tokens that have another set of
 experts in some layer.
 """
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import store
-from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
+from isthmus.data.corpus import prompt_ids, sft_documents
 from isthmus.engines import Sampling
 from isthmus.engines.local import LocalEngine
 from isthmus.formats.files.bundle import write_bundle
@@ -29,55 +28,58 @@ from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Trace
 from isthmus.recipe.read import load_recipe
-from isthmus.recipe.schema import EngineOptions, Recipe
+from isthmus.recipe.schema import EngineOptions
+from isthmus.rewards import Scores
 from isthmus.run import RunFolder
-from isthmus.stages.rl.rollout import Rollout
-from isthmus.stages.rl.samples import Samples
+from isthmus.stages.steps.data import learnt, some_problems, tokenizer_of
+from isthmus.stages.steps.rl.rollout import Rollout
+from isthmus.stages.steps.rl.samples import Samples
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import seeded
 from isthmus.trainer.batch import pack
 from isthmus.trainer.correction import mismatch
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import target_logprobs, train_step
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.toml"
+RECIPE, STEP, TOKENS = Path(__file__).parents[1] / "recipes" / "tiny.toml", "cold-start", 160
 FORMATS = ("fp32", "bf16", "w8a8")
 
 
-def trained(run: RunFolder, steps: int) -> Model:
-    """By the recipe's supervised section, for so many steps."""
-    recipe = run.recipe
-    task = load_task(recipe)
-    tokenizer = run_tokenizer(run, task)
-    model = Model(recipe.model).initialise(recipe.seed)
-    optimizer = Optimizer(model, recipe.sft.optimizer, steps)
+def trained(work: StepRun[Any], steps: int) -> Model:
+    """As the supervised step does, for so many updates."""
+    examples, tokenizer, section, seed = learnt(work), tokenizer_of(work), work.section, work.recipe.seed
+    model = Model(work.architecture).initialise(seed)
+    optimizer = Optimizer(model, section.optimizer, steps)
     for step in range(steps):
-        losses, _ = train_step(model, optimizer, pack(sft_documents(run, task, tokenizer, step)), recipe.sft, step)
+        chance = seeded(work.stream, seed, step)
+        documents = sft_documents(examples, tokenizer, work.architecture, section.batch_size, chance)
+        losses, _ = train_step(model, optimizer, pack(documents), section, step)
         if step % 20 == 0:
             print(f"  step {step}: loss {losses.loss:.3f}", flush=True)
     return model.requires_grad_(False)
 
 
-def answered(run: RunFolder, model: Model, name: str, folder: Path, prompts: int, samples: int) -> Rollout:
+def answered(work: StepRun[Any], model: Model, name: str, folder: Path, prompts: int, samples: int) -> Rollout:
     """What the engine wrote in a format, with its experts."""
-    task = load_task(run.recipe)
-    tokenizer = run_tokenizer(run, task)
-    asked = [prompt_ids(tokenizer, problem) for problem in task.train[:prompts]]
-    write_bundle(folder, name, dict(model.state_dict()), run.recipe.model, tokenizer)
-    sampling = Sampling(run.recipe.rl.max_new_tokens, n=samples, routes=True)
+    tokenizer = tokenizer_of(work)
+    asked = [prompt_ids(tokenizer, problem) for problem in some_problems(learnt(work), prompts)]
+    write_bundle(folder, name, dict(model.state_dict()), work.architecture, tokenizer)
+    sampling = Sampling(TOKENS, n=samples, routes=True)
     options = EngineOptions(record_routes=True)
     with LocalEngine(folder, log=folder.with_suffix(".log"), options=options) as engine:
-        return Rollout([], asked, engine.generate(asked, sampling, list(range(prompts))), [], 1.0)
+        return Rollout([], asked, engine.generate(asked, sampling, list(range(prompts))), Scores([], [], {}), 1.0)
 
 
-def measured(recipe: Recipe, model: Model, rollout: Rollout) -> dict[str, Any]:
-    count = len(rollout.flat)
+def measured(model: Model, rollout: Rollout) -> dict[str, Any]:
+    count, architecture = len(rollout.flat), model.architecture
     batch = Samples.of(rollout, range(count), torch.ones(count))
     assert batch.routes is not None
-    routes = batch.routes.long().unflatten(-1, (-1, recipe.model.num_experts_per_tok))  # pyright: ignore
+    routes = batch.routes.long().unflatten(-1, (-1, architecture.num_experts_per_tok))  # pyright: ignore
     with torch.no_grad():
         own, _ = target_logprobs(model, batch.batch, 1.0)
         replayed, _ = target_logprobs(model, batch.batch, 1.0, routes)
         trace = Trace()
-        spans = Documents.of(batch.batch.document, recipe.model.num_attention_heads)
+        spans = Documents.of(batch.batch.document, architecture.num_attention_heads)
         model.hidden(batch.batch.tokens, batch.batch.positions, spans, trace=trace)
     engine = batch.at_targets(batch.engine)
     otherwise = _otherwise(trace, routes)
@@ -120,11 +122,12 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(Path(folder) / "run", load_recipe(RECIPE, ()))
-        model = trained(run, asked.steps)
+        work = StepRun.of(run, STEP)
+        model = trained(work, asked.steps)
         rows = {}
         for name in FORMATS:
-            rollout = answered(run, model, name, Path(folder) / name, asked.prompts, asked.samples)
-            rows[name] = measured(run.recipe, model, rollout)
+            rollout = answered(work, model, name, Path(folder) / name, asked.prompts, asked.samples)
+            rows[name] = measured(model, rollout)
             print(f"{name:5} {rows[name]}", flush=True)
     store("router_replay", {"asked": vars(asked), "formats": rows})
 

@@ -50,7 +50,8 @@ from isthmus.model.model import Model
 from isthmus.model.moe import Experts, MixtureOfExperts, Routing
 from isthmus.probes.static.costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 from isthmus.recipe.architecture import DeepseekSection, ModelSection
-from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.schema import TrainSection
+from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.mesh import Ranks, open_ranks
 from isthmus.trainer.optimizer import Optimizer
@@ -61,7 +62,9 @@ from tests.support.presets import preset_architecture
 from tests.support.traffic import KINDS, Traffic, loopback_bytes
 
 STEPS = 4
-SECTION = SftSection(steps=1000, optimizer=OptimizerSection(name="adamw", learning_rate=1e-4))
+SECTION = SftSection(
+    name="taught", kind="sft", steps=1000, optimizer=OptimizerSection(name="adamw", learning_rate=1e-4)
+)
 
 
 @dataclass(frozen=True)

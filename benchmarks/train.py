@@ -25,14 +25,15 @@ from torch import Tensor
 
 from benchmarks.conditions import store
 from isthmus.data.corpus import Document, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
 from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.probes.compute import matmul_tflops
 from isthmus.recipe.read import load_recipe
-from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.schema import TrainSection
+from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.run import RunFolder
+from isthmus.tasks import load_task
 from isthmus.trainer.batch import pack
 from isthmus.trainer.mesh import Ranks, open_ranks
 from isthmus.trainer.observe import peak_memory
@@ -45,7 +46,9 @@ from tests.support.presets import preset_architecture
 ROOT = Path(__file__).parents[1]
 STEPS, ROUNDS = 4, 2
 OPTIMIZER = OptimizerSection(name="adamw", learning_rate=1e-4, gradient_clip=1.0)
-SECTION = SftSection(steps=1000, optimizer=OPTIMIZER, mtp_weight=0.0, balance_alpha=0.0, bias_update_speed=0.0)
+SECTION = SftSection(
+    name="taught", kind="sft", steps=1000, optimizer=OPTIMIZER, mtp_weight=0.0, balance_alpha=0.0, bias_update_speed=0.0
+)
 TOKENS = {"r-nano": 0, "r-100m": 2048, "r-1b": 65536}
 """Tokens of a step; 0 takes the tiny recipe's own batch."""
 

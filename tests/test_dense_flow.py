@@ -17,13 +17,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from isthmus.data.tasks import completion_text, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.formats.files.bundle import read_bundle
 from isthmus.recipe.read import load_recipe
 from isthmus.records import HandoffRecord, TrainRecord
 from isthmus.run import RunFolder
 from isthmus.stages.serve import Serving, open_service
+from isthmus.tasks import completion_text, load_task, seeded
 from tests.support.flow_recipe import isthmus
 
 RECIPE = """

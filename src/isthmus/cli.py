@@ -19,14 +19,15 @@ import click
 
 from isthmus import __version__
 from isthmus.chips import servers
-from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError, suggestion
 from isthmus.lock import writing_bundle, writing_run
 from isthmus.pools import placed_pools
+from isthmus.recipe.practice import rollout_formats
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.run import RunFolder, meant_run
 
-STAGES = ("qualify", "plan", "train", "rl", "handoff", "report")
+STAGES = ("qualify", "plan", "handoff", "report")
 INTERRUPTED = 130
 
 _TARGET = click.argument("target", type=click.Path(path_type=Path))
@@ -40,12 +41,17 @@ class StagesAndTools(click.Group):
     """Lists the stages in the order in which a run comes to them, then the tools."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        stages, wide = ("run", *STAGES, "serve"), max(map(len, self.commands))
+        stages, wide = ("run", *STAGES[:2], "steps", *STAGES[2:], "serve"), max(map(len, self.commands))
         tools = [name for name in self.commands if name not in stages]
         for title, names in (("Stages", stages), ("Tools", tools)):
             told = [self.commands[name].get_short_help_str(formatter.width - wide - 6) for name in names]
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(wide), text) for name, text in zip(names, told, strict=True)])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args[0] in ("train", "rl", "pretrain", "sft", "sample"):
+            ctx.fail(f"No such command {args[0]!r}. A step is run by its name: isthmus run RUN --only NAME")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=StagesAndTools, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -61,20 +67,37 @@ def cli() -> None:
 @_TARGET
 @_RUN
 @_SET
+@click.option("--only", metavar="NAME", help="This step or stage alone; what it needs has to be done.")
+@click.option("--until", metavar="NAME", help="All up to this step or stage.")
+@click.option("--profile", is_flag=True, help="With --only STEP: write a Chrome trace of a few updates.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; write nothing.")
-def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Run every stage of a recipe in order.
+def run(
+    target: Path,
+    folder: Path | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    until: str | None,
+    profile: bool,
+    dry_run: bool,
+) -> None:
+    """Run every stage of a recipe in order: qualify, plan, each step of training, hand-off, report.
 
-    Finished stages are skipped, so the same command goes on where it stopped. TARGET is a recipe or a run folder.
+    What is done is skipped, so the same command goes on where it stopped. TARGET is a recipe or a run folder.
     """
     if dry_run:
-        _dry_run(target, folder, overrides)
+        _dry_run(target, folder, overrides, only, until)
         return
     opened = _open(target, folder, overrides, before_start=_check_before_start)
+    acts = _chosen(opened.recipe, only, until)
+    if profile and (only is None or only in STAGES):
+        raise IsthmusError("--profile traces one step; name it with --only")
     began = time.monotonic()
     with _writing(opened):
-        _run_all(opened)
+        _run_all(opened, acts, profile)
     watch = _watch()
+    if acts[-1] != "report":
+        watch.say(f"\n[bold]{acts[-1]}[/] is done. See it:  isthmus steps {opened.path}")
+        return
     watch.say(f"\n[bold]done[/] in {time.monotonic() - began:,.0f} s")
     for line in importlib.import_module("isthmus.stages.report").outcome(opened):
         watch.say(line)
@@ -82,10 +105,32 @@ def run(target: Path, folder: Path | None, overrides: tuple[str, ...], dry_run: 
     watch.say(f"  chat   isthmus serve {opened.path}")
 
 
-def _run_all(opened: RunFolder) -> None:
+def _acts(recipe: Recipe) -> list[str]:
+    """The stages and the steps of a run by name, in order."""
+    return [*STAGES[:2], *(step.name for step in recipe.step), *STAGES[2:]]
+
+
+def _chosen(recipe: Recipe, only: str | None, until: str | None) -> list[str]:
+    """The acts that a command asks for. Raises IsthmusError with a suggestion for a name that none has."""
+    acts = _acts(recipe)
+    if only is not None and until is not None:
+        raise IsthmusError("--only runs one act and --until all up to one; give one of them")
+    for option, name in (("--only", only), ("--until", until)):
+        if name is not None and name not in acts:
+            raise IsthmusError(f"{option} {name}: the run has no such step or stage{suggestion(name, acts)}")
+    return [only] if only is not None else acts[: acts.index(until) + 1] if until is not None else acts
+
+
+def _run_all(opened: RunFolder, acts: list[str], profile: bool) -> None:
+    kinds = {step.name: f" ({step.kind})" for step in opened.recipe.step}
+    every = _acts(opened.recipe)
     try:
-        for number, stage in enumerate(STAGES, start=1):
-            _run_stage(stage, opened, heading=f"{number}/{len(STAGES)} {stage}")
+        for act in acts:
+            heading = f"{every.index(act) + 1}/{len(every)} {act}{kinds.get(act, '')}"
+            if act in kinds:
+                _run_step(act, opened, heading, profile)
+            else:
+                _run_stage(act, opened, heading)
     except DamagedFile:
         raise
     except GateRefused:
@@ -93,7 +138,7 @@ def _run_all(opened: RunFolder) -> None:
         raise
 
 
-def _stage_command(stage: str, summary: str, repeatable: bool = False, traceable: bool = False) -> None:
+def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
     def command(target: Path, folder: Path | None, overrides: tuple[str, ...], **options: bool) -> None:
         check = _check_before_start if stage != "report" else _no_check
         opened = _open(target, folder, overrides, before_start=check)
@@ -105,8 +150,6 @@ def _stage_command(stage: str, summary: str, repeatable: bool = False, traceable
         command = decorate(command)
     if repeatable:
         command = click.option("--again", is_flag=True, help="Repeat the stage even if it is done.")(command)
-    if traceable:
-        command = click.option("--profile", is_flag=True, help="Write a Chrome trace of a few steps.")(command)
     cli.command(stage)(command)
 
 
@@ -133,8 +176,15 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
 
 
 _stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
-_stage_command("train", "Pretraining, if the recipe has it, and supervised fine-tuning.", traceable=True)
-_stage_command("rl", "Reinforcement learning; rollouts on the other pool.")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN|RECIPE")
+def steps(folder: Path) -> None:
+    """Draw which weights and data come from where, and which steps are done, running or waiting."""
+    opened = RunFolder.open(meant_run(folder)) if folder.is_dir() else None
+    recipe = opened.recipe if opened else load_recipe(folder)
+    _watch().console.print(importlib.import_module("isthmus.tools.steps").execute(recipe, opened))
 
 
 _RATE = click.FloatRange(0, 100, min_open=True)
@@ -558,9 +608,9 @@ def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
 
     A process that torchrun started among others sees the chips of its own machine, and so asks for none.
     """
-    importlib.import_module("isthmus.algos").algorithm_config(recipe.rl, recipe.model)
+    importlib.import_module("isthmus.tools.steps").check(recipe)
     formats = importlib.import_module("isthmus.formats")
-    for name in (recipe.rl.rollout_format, recipe.handoff.format):
+    for name in (*rollout_formats(recipe), recipe.handoff.format):
         formats.check_format_name(name)
     chips = importlib.import_module("isthmus.chips")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -569,21 +619,32 @@ def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
         chips.check_available(recipe, pools)
 
 
-def _dry_run(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> None:
+def _dry_run(
+    target: Path, folder: Path | None, overrides: tuple[str, ...], only: str | None, until: str | None
+) -> None:
     recipe = load_recipe(target, overrides)
     _check_before_start(recipe)
     click.echo(recipe.canonical())
     click.echo(f"recipe sha256 {recipe.digest()}")
-    click.echo(f"would run {', '.join(STAGES)} in {folder or Path('runs') / recipe.name}")
+    click.echo(f"would run {', '.join(_chosen(recipe, only, until))} in {folder or Path('runs') / recipe.name}")
 
 
-def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False, profile: bool = False) -> None:
+def _run_step(name: str, opened: RunFolder, heading: str, profile: bool) -> None:
+    watch = _watch()
+    if importlib.import_module("isthmus.records").step_record(opened, name) is not None:
+        watch.say(f"[dim]{heading}: done before, skipped[/]")
+        return
+    watch.say(f"[bold]{heading}[/]")
+    importlib.import_module("isthmus.stages.steps").execute(opened, watch, name=name, profile=profile)
+
+
+def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False) -> None:
     watch = _watch()
     if not again and _is_done(stage, opened):
         watch.say(f"[dim]{heading}: done before, skipped[/]")
         return
     watch.say(f"[bold]{heading}[/]")
-    options = {"again": True} if again and stage == "qualify" else {"profile": True} if profile else {}
+    options = {"again": True} if again and stage == "qualify" else {}
     _show(importlib.import_module(f"isthmus.stages.{stage}"), opened, **options)
 
 
@@ -612,8 +673,7 @@ def _is_done(stage: str, opened: RunFolder) -> bool:
     if stage == "handoff":
         record = opened.read_record("parity", records.HandoffRecord)
         return record is not None and record.verdict == "pass"
-    kinds = {"plan": records.PlanRecord, "train": records.TrainRecord, "rl": records.RlRecord}
-    return opened.read_record(stage, kinds[stage]) is not None
+    return opened.read_record(stage, records.PlanRecord) is not None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from isthmus.errors import IsthmusError
 
@@ -42,3 +45,49 @@ def encoding_hint(begins: bytes) -> str:
     if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "; its first bytes are those of UTF-16: save it as UTF-8"
     return ""
+
+
+def read_objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of each line that is not blank; `what` is in it, for the message about a missing file.
+
+    Raises IsthmusError that names the line for what is not UTF-8 or not a JSON object.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise IsthmusError(f"no {what} file at {path}") from None
+    except OSError as error:
+        raise IsthmusError(f"the {what} file {path} cannot be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not content.strip():
+                continue
+            try:
+                row = parse_object(content)
+            except ValueError as error:
+                raise IsthmusError(f"{path}:{number}: {error}") from None
+            yield f"{path}:{number}", row
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The object of one line. Raises ValueError that says what is wrong with it."""
+    try:
+        row: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason}{encoding_hint(line)}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be an object, not {type(row).__name__}")
+    return row
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for a text that no UTF-8 file could hold: JSON's escapes can write half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half of a surrogate pair at character {error.start}") from None

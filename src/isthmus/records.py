@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from isthmus.run import Figure, Record
+from isthmus.errors import IsthmusError
+from isthmus.run import Figure, Record, RunFolder
 
 Verdict = Literal["fit", "fit with limits", "serve-only", "unfit", "not enough evidence"]
 Outcome = Literal["pass", "fail", "unknown"]
@@ -155,10 +156,17 @@ class PlanRecord(Record):
         raise KeyError(stage)
 
 
-class TrainRecord(Record):
-    """`train.json`: supervised fine-tuning."""
+class WeightsRecord(Record):
+    """`steps/NAME/record.json` of a step that leaves weights. `pool` trained them; `steps` are its updates.
 
+    It started from the checkpoint with the hash `started_from_sha256` of the step `started_from`; from a model if that
+    is `model`. `checkpoint` is relative to the run folder.
+    """
+
+    step: str
     pool: str
+    started_from: str
+    started_from_sha256: str | None = None
     steps: int
     resumed_from: list[int]
     checkpoint: str
@@ -166,17 +174,19 @@ class TrainRecord(Record):
     figures: dict[str, Figure]
 
 
-class RlRecord(Record):
-    """`rl.json`"""
+class TextRecord(WeightsRecord):
+    """Of a step that trains on text."""
 
-    train_pool: str
+    kind: Literal["pretrain", "sft"]
+
+
+class RlRecord(WeightsRecord):
+    """Of reinforcement learning. The last version of the weights is `weight_version`."""
+
+    kind: Literal["rl"] = "rl"
     rollout_pool: str
     rollout_rehearsed: bool
     algorithm: str
-    steps: int
-    resumed_from: list[int]
-    checkpoint: str
-    checkpoint_sha256: str
     weight_version: int
     heldout_problems: int
     accuracy_before: Figure
@@ -184,9 +194,54 @@ class RlRecord(Record):
     accuracy_gain: Figure
     thought_tokens_before: Figure
     thought_tokens_after: Figure
-    figures: dict[str, Figure]
     sample_before: str
     sample_after: str
+
+
+class SampleRecord(Record):
+    """`steps/NAME/record.json` of a step that leaves data: answers that passed its filters, in `samples`.
+
+    `dropped` counts what each filter took away, in the order of the filters, of `generated` answers to `prompts`
+    problems. The weights that answered are those of the checkpoint with `weights_sha256` of the step `weights_of`.
+    """
+
+    step: str
+    kind: Literal["sample"] = "sample"
+    pool: str
+    rehearsed: bool
+    weights_of: str
+    weights_sha256: str | None
+    format: str
+    seed: int
+    prompts: int
+    generated: int
+    kept: int
+    dropped: dict[str, int]
+    samples: str
+    samples_sha256: str
+    figures: dict[str, Figure]
+
+
+AnyStepRecord = TextRecord | RlRecord | SampleRecord
+STEP_RECORDS: dict[str, type[AnyStepRecord]] = {
+    "pretrain": TextRecord,
+    "sft": TextRecord,
+    "rl": RlRecord,
+    "sample": SampleRecord,
+}
+
+
+def step_record(run: RunFolder, name: str) -> AnyStepRecord | None:
+    """The record of a step, or None if it is not done. Raises KeyError for a name that no step has."""
+    return run.read_record(f"steps/{name}/record", STEP_RECORDS[run.recipe.named(name).kind])
+
+
+def read_weights(run: RunFolder, name: str) -> WeightsRecord:
+    """The record of a step that leaves weights; raises IsthmusError that says what to run if it is not done."""
+    record = step_record(run, name)
+    if not isinstance(record, WeightsRecord):
+        raise IsthmusError(f"step {name!r} is not done yet; first run: isthmus run {run.path} --until {name}")
+    return record
 
 
 Layer = Literal["source", "files", "coverage", "config", "modules", "tokens", "engine", "task"]

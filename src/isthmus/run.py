@@ -154,6 +154,10 @@ class RunFolder:
             )
         return cls(path, recipe)
 
+    def step_folder(self, name: str) -> Path:
+        """Where a step of the recipe leaves its record, its checkpoints and what else it makes."""
+        return self.path / "steps" / name
+
     def write_record(self, name: str, record: Record) -> None:
         """Store a record as `name`.json, atomically."""
         write_atomic(self.path / f"{name}.json", record.model_dump_json(indent=2).encode() + b"\n")

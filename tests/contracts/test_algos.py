@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from isthmus.algos import Scores, algorithm_config, algorithm_names, get_algorithm
 from isthmus.algos.parts.policy import reference_kl
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import OptimizerSection, RlSection
+from isthmus.recipe.steps import OptimizerSection, RlSection
 from tests.support.algos import tokens_of
 
 
 def section(**changes) -> RlSection:
-    return RlSection(steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes)
+    return RlSection(
+        name="reinforced", kind="rl", steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), **changes
+    )
 
 
 CONFIGS = {name: get_algorithm(name).Config for name in algorithm_names()}
@@ -140,7 +142,7 @@ def test_grpo_written_out():
 def test_options_are_checked_with_the_names_that_exist():
     with pytest.raises(IsthmusError, match="did you mean 'grpo'"):
         algorithm_config(section(algorithm="grop"))
-    with pytest.raises(IsthmusError, match=r"rl.options.clip_hihg.*clip_high"):
+    with pytest.raises(IsthmusError, match=r"step.reinforced.options.clip_hihg.*clip_high"):
         algorithm_config(section(options={"clip_hihg": 0.3}))
 
 
@@ -175,6 +177,8 @@ def test_the_kl_to_a_reference_written_out():
 
 
 def test_what_an_algorithm_cannot_honour_is_refused_by_name():
-    with pytest.raises(IsthmusError, match=r"rl.loss.off_policy_mask: opd cannot honour it, for .*advantage"):
+    with pytest.raises(
+        IsthmusError, match=r"step.reinforced.loss.off_policy_mask: opd cannot honour it, for .*advantage"
+    ):
         algorithm_config(section(algorithm="opd", loss={"off_policy_mask": 0.1}))
     algorithm_config(section(algorithm="opd", loss={"kl_weight": 0.1}))

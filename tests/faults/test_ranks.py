@@ -11,9 +11,8 @@ from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.local import run_ranks
 from isthmus.progress import Watch
 from isthmus.recipe.section import RecipeError
-from isthmus.records import TrainRecord
+from isthmus.records import WeightsRecord, read_weights
 from isthmus.run import RunFolder
-from isthmus.stages import train
 from tests.support.flow_recipe import isthmus
 from tests.support.ranks_recipe import interrupt_group, kill_second_rank, planned, stop_at, working_on
 
@@ -29,8 +28,8 @@ def uninterrupted(tmp_path_factory) -> tuple[Path, str, str]:
     return folder, result.stdout, result.stderr
 
 
-def record_of(folder: Path) -> TrainRecord:
-    return RunFolder.open(folder).require_record("train", TrainRecord, "train")
+def record_of(folder: Path) -> WeightsRecord:
+    return read_weights(RunFolder.open(folder), TAUGHT)
 
 
 def test_two_ranks_start_by_themselves_and_one_speaks(uninterrupted):
@@ -39,9 +38,9 @@ def test_two_ranks_start_by_themselves_and_one_speaks(uninterrupted):
     heading, progress = output.splitlines()
     assert heading == "train" and progress.startswith("  SFT 24/24  loss ")
     run = RunFolder.open(folder)
-    lines = [event for event in run.events("train") if event["event"] in ("start", "end")]
+    lines = [event for event in run.events(TAUGHT) if event["event"] in ("start", "end")]
     assert [event["event"] for event in lines] == ["start", "end"]
-    steps = run.events("train", "step")
+    steps = run.events(TAUGHT, "step")
     assert [event["step"] for event in steps] == list(range(1, 25)) and {event["ranks"] for event in steps} == {2}
     assert len((folder / "events.jsonl").read_text().splitlines()) == len(steps) + len(lines)
     assert not (folder / "train" / "ranks").exists()

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from isthmus.data.corpus import Document
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
-from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.schema import TrainSection
+from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.trainer import checkpoint, checkpoint_files
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_latest
@@ -236,7 +237,9 @@ def train_model(rank: int, root: Path, layout: dict[str, int], save_at: int | No
     """The losses of a sharded model to the last step; it is saved at `save_at`, or goes on from what is saved."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     ranks = Ranks(rank, world, torch.device("cpu"), world > 1, dist.new_group(backend="gloo") if world > 1 else None)
-    section = SftSection(steps=STEPS, optimizer=OPTIMIZER, balance_alpha=0.01, bias_update_speed=0.01)
+    section = SftSection(
+        name="taught", kind="sft", steps=STEPS, optimizer=OPTIMIZER, balance_alpha=0.01, bias_update_speed=0.01
+    )
     model = Model(tiny_architecture()).initialise(0 if save_at else 1)
     if world > 1:
         distribute(model, ranks, TrainSection(**layout), torch.float32)

@@ -10,36 +10,50 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "tiny.toml"
 
-SMALL = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 64,
-    "model.moe_intermediate_size": 24,
-    "model.num_hidden_layers": 2,
-    "data.teacher_give_up": 0.9,
-    "sft.steps": 80,
-    "sft.batch_size": 24,
-    "sft.checkpoint_every": 15,
-    "rl.steps": 12,
-    "rl.prompts_per_step": 4,
-    "rl.samples_per_prompt": 4,
-    "rl.max_new_tokens": 40,
-    "rl.checkpoint_every": 2,
-    "rl.heldout_problems": 40,
-    "handoff.golden_prompts": 8,
-    "handoff.heldout_problems": 40,
-    "handoff.max_accuracy_drop": 0.3,
-    "qualify.matmul_size": 128,
-    "qualify.memory_mib": 4,
-    "qualify.repeats": 3,
-    "qualify.pilot_steps": 2,
-    "qualify.soak_s": 1.0,
-    "qualify.budget": "5s",
+_SMALL = {
+    "model__hidden_size": 32,
+    "model__intermediate_size": 64,
+    "model__moe_intermediate_size": 24,
+    "model__num_hidden_layers": 2,
+    "data__teacher_give_up": 0.9,
+    "sft__steps": 80,
+    "sft__batch_size": 24,
+    "sft__checkpoint_every": 15,
+    "rl__steps": 12,
+    "rl__prompts_per_step": 4,
+    "rl__samples_per_prompt": 4,
+    "rl__max_new_tokens": 40,
+    "rl__checkpoint_every": 2,
+    "rl__heldout_problems": 40,
+    "handoff__golden_prompts": 8,
+    "handoff__heldout_problems": 40,
+    "handoff__max_accuracy_drop": 0.3,
+    "qualify__matmul_size": 128,
+    "qualify__memory_mib": 4,
+    "qualify__repeats": 3,
+    "qualify__pilot_steps": 2,
+    "qualify__soak_s": 1.0,
+    "qualify__budget": "5s",
 }
 
 
+TAUGHT, REINFORCED = "cold-start", "reasoning"
+"""The steps of the recipe."""
+_WRITTEN = {"data": "tasks.countdown", "sft": f"step.{TAUGHT}", "rl": f"step.{REINFORCED}"}
+
+
+def written(name: str) -> str:
+    """A key as the recipe has it: `sft`, `rl` and `data` stand for its steps and its task, two underscores for dots."""
+    first, *rest = name.replace("__", ".").split(".")
+    return ".".join([_WRITTEN.get(first, first), *rest])
+
+
+SMALL = {written(name): value for name, value in _SMALL.items()}
+
+
 def settings(**changes: object) -> list[str]:
-    """--set options of the small recipe; dots in names are written as two underscores."""
-    merged = {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
+    """--set options of the small recipe; names as `written` reads them."""
+    merged = {**SMALL, **{written(name): value for name, value in changes.items()}}
     return [word for name, value in merged.items() for word in ("--set", f"{name}={value}")]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from isthmus.recipe.read import load_recipe
 from isthmus.records import Placement, PlanRecord
 from isthmus.run import RunFolder
-from tests.support.flow_recipe import ROOT, command
+from tests.support.flow_recipe import ROOT, TAUGHT, command, written
 
 RECIPE = """
 name = "ranks"
@@ -33,7 +33,7 @@ train = ["home"]
 rollout = ["home"]
 serve = ["home"]
 
-[data]
+[tasks.countdown]
 teacher_give_up = 0.9
 
 [qualify]
@@ -42,23 +42,29 @@ memory_mib = 1
 repeats = 3
 pilot_steps = 2
 
-[sft]
+[[step]]
+name = "cold-start"
+kind = "sft"
+from = "model"
 steps = 24
 batch_size = 16
 checkpoint_every = 6
 
-[sft.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = 3e-3
 
-[rl]
+[[step]]
+name = "reasoning"
+kind = "rl"
+from = "cold-start"
 steps = 2
 prompts_per_step = 4
 samples_per_prompt = 4
 max_new_tokens = 24
 heldout_problems = 12
 
-[rl.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = 1e-4
 
@@ -72,10 +78,10 @@ max_accuracy_drop = 0.6
 
 
 def planned(folder: Path, text: str = RECIPE, **changes: object) -> Path:
-    """A run folder that only lacks training; dots in the names of keys are written as two underscores."""
+    """A run folder that only lacks training; names of keys as `flow_recipe.written` reads them."""
     recipe_file = folder.with_suffix(".toml")
     recipe_file.write_text(text, encoding="utf-8")
-    overrides = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
+    overrides = [f"{written(name)}={value}" for name, value in changes.items()]
     run = RunFolder.create(folder, load_recipe(recipe_file, overrides))
     places = [Placement(stage=stage, pool="home", reason="the only one") for stage in ("train", "rollout", "serve")]
     record = PlanRecord(
@@ -86,9 +92,9 @@ def planned(folder: Path, text: str = RECIPE, **changes: object) -> Path:
 
 
 def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`isthmus train FOLDER` in a session of its own, where Ctrl-C is not ignored."""
+    """The supervised step of FOLDER in a session of its own, where Ctrl-C is not ignored."""
     return subprocess.Popen(
-        command("train", folder),
+        command("run", folder, "--until", TAUGHT),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,6 @@ import torch
 
 from isthmus.engines import Completion, Sampling
 from isthmus.formats.files.bundle import read_bundle
-from isthmus.rewards import Reward
 
 
 class SampledHere:
@@ -52,8 +51,6 @@ class SampledHere:
         return found
 
 
-class OddIsRight:
-    """A reward that a model without training earns half of the time."""
-
-    def score(self, problem, completion: str) -> Reward:
-        return Reward(float(len(completion) % 2), 1.0)
+def odd_is_right(task: object, problem: object, completion: str) -> float:
+    """A task's `accuracy` that a model without training reaches half of the time."""
+    return float(len(completion) % 2)

@@ -22,7 +22,7 @@ from isthmus.model.config import hf_config, rope_amplitude, rope_inverse_frequen
 from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import Router, Routing, Trace, sequence_balance_sums
 from isthmus.recipe.architecture import DeepseekSection, YarnScaling
-from isthmus.recipe.schema import OptimizerSection
+from isthmus.recipe.steps import OptimizerSection
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import train_step

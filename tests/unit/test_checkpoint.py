@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
-from isthmus.recipe.schema import OptimizerSection
+from isthmus.recipe.steps import OptimizerSection
 from isthmus.trainer import checkpoint_files
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,

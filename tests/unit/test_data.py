@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.countdown import NO_ANSWER, load
-from isthmus.data.jsonl import read_problems
-from isthmus.data.tasks import Problem, completion_text, split_completion
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import DataSection
-from isthmus.rewards import countdown
+from isthmus.tasks import Problem, completion_text, countdown, jsonl, split_completion
+from isthmus.tasks.countdown import NO_ANSWER, Options
+from isthmus.tasks.jsonl import read_file
 
-TASK = load(DataSection())
+TASK = countdown.open(Options())
 TEXTS = [p.prompt + completion_text(*TASK.worked_example(p, random.Random(i))) for i, p in enumerate(TASK.train)]
 TOKENIZER = Tokenizer.train(TEXTS, 512)
 
@@ -38,9 +36,9 @@ def test_every_solvable_problem_is_there_once_and_split_for_good():
     hands = {problem.facts[:3] for problem in problems}
     for hand in sorted(hands)[::7]:
         targets = {problem.facts[3] for problem in problems if problem.facts[:3] == hand}
-        assert targets == {value for value in reachable(hand) if 1 <= value <= TASK.section.largest_target}
+        assert targets == {value for value in reachable(hand) if 1 <= value <= TASK.options.largest_target}
     assert len(TASK.heldout) >= 500
-    again = load(DataSection(largest=7))
+    again = countdown.open(Options(largest=7))
     assert {p.id for p in again.heldout} <= {p.id for p in TASK.heldout}
 
 
@@ -58,21 +56,21 @@ def test_the_teacher_works_out_every_line_and_marks_only_hits(problem):
             left, _, right = step.partition(" = ")
             assert eval(left) == int(right)
         assert (mark == "✓") == (int(second.partition(" = ")[2]) == target)
-    assert countdown.score(problem, completion_text(thought, answer)).accuracy == float(answer != NO_ANSWER)
-    assert countdown.score(problem, completion_text("", problem.answer)).accuracy == 1.0
+    assert TASK.accuracy(problem, completion_text(thought, answer)) == float(answer != NO_ANSWER)
+    assert TASK.accuracy(problem, completion_text("", problem.answer)) == 1.0
 
 
 def test_the_teacher_is_as_impatient_as_the_recipe_says():
-    task = load(DataSection(teacher_patient=0.0, teacher_hit=0.0, teacher_give_up=0.3))
+    task = countdown.open(Options(teacher_patient=0.0, teacher_hit=0.0, teacher_give_up=0.3))
     gives_up = misses = 0
     for index, problem in enumerate(task.train * 3):
         thought, _ = task.worked_example(problem, random.Random(index))
         misses += thought.count("✗")
         gives_up += thought.count("give up")
     assert gives_up / misses == pytest.approx(0.3, abs=0.03)
-    on_purpose = load(DataSection(teacher_patient=0.0, teacher_hit=1.0))
+    on_purpose = countdown.open(Options(teacher_patient=0.0, teacher_hit=1.0))
     assert all("✗" not in on_purpose.worked_example(p, random.Random(0))[0] for p in on_purpose.train[::20])
-    patient = load(DataSection(teacher_patient=1.0))
+    patient = countdown.open(Options(teacher_patient=1.0))
     assert all("give up" not in patient.worked_example(p, random.Random(0))[0] for p in patient.train[::20])
 
 
@@ -98,15 +96,14 @@ def test_the_teacher_is_as_impatient_as_the_recipe_says():
 )
 def test_countdown_reward(answer, accuracy, form):
     problem = Problem("p", "Make 22 from 1 3 7.", "(3*7)+1", (1, 3, 7, 22))
-    reward = countdown.score(problem, completion_text("3*7=21 21+1=22 ✓\n", answer))
-    assert (reward.accuracy, reward.format) == (accuracy, form)
+    completion = completion_text("3*7=21 21+1=22 ✓\n", answer)
+    assert (TASK.accuracy(problem, completion), TASK.well_formed(problem, completion)) == (accuracy, bool(form))
 
 
 def test_a_completion_that_never_closes_its_thinking_earns_nothing():
     problem = Problem("p", "", "", (1, 3, 7, 22))
     for text in ("(3*7)+1", "a</think>b</think>(3*7)+1", "a</think><think>(3*7)+1"):
-        reward = countdown.score(problem, text)
-        assert (reward.accuracy, reward.format) == (0.0, 0.0)
+        assert (TASK.accuracy(problem, text), TASK.well_formed(problem, text)) == (0.0, False)
     assert split_completion("why\n</think>\n\n 42 ") == ("why\n", "42")
 
 
@@ -159,14 +156,12 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, message):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "a", "answer": "b"}) + "\n\n" + line + "\n")
     with pytest.raises(IsthmusError, match="mine.jsonl:3: .*" + message):
-        read_problems(path)
+        read_file(path)
 
 
 def test_jsonl_refuses_held_out_prompts_that_are_trained_on(tmp_path):
-    from isthmus.data import jsonl
-
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    section = DataSection(task="jsonl", train_file=tmp_path / "train.jsonl", heldout_file=tmp_path / "heldout.jsonl")
+    options = jsonl.Options(train_file=tmp_path / "train.jsonl", heldout_file=tmp_path / "heldout.jsonl")
     with pytest.raises(IsthmusError, match="also in"):
-        jsonl.load(section)
+        jsonl.open(options)

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from isthmus.data.corpus import prompt_ids, run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, EngineError
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
@@ -33,9 +32,11 @@ from isthmus.records import Check, HandoffRecord, Placement, PlanRecord, RlRecor
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.stages import handoff
 from isthmus.stages.handoff import crossing
+from isthmus.tasks import load_task
+from isthmus.tasks.countdown import Countdown
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 from tests.support.bundles import published
-from tests.support.sampled import OddIsRight, SampledHere
+from tests.support.sampled import SampledHere, odd_is_right
 from tests.support.small import TINY
 
 RECIPE = {
@@ -108,7 +109,7 @@ def template(parent: Path, limits: tuple[tuple[str, object], ...]) -> Path:
 def start(tmp_path, tmp_path_factory, monkeypatch):
     """Makes a run folder that has come to the hand-off, and takes out of it what needs another process."""
     monkeypatch.setattr(crossing, "LocalEngine", SampledHere)
-    monkeypatch.setattr(crossing, "get_reward", lambda _name: OddIsRight())
+    monkeypatch.setattr(Countdown, "accuracy", odd_is_right)
 
     def make(**limits) -> RunFolder:
         shutil.copytree(template(templates, tuple(limits.items())), tmp_path / "run")

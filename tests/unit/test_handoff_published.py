@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from isthmus.cli import cli
 from isthmus.data.corpus import completion_of, prompt_ids, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task, split_completion
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.canary import Canary
 from isthmus.engines.local.api.keys import Keyring
@@ -30,9 +29,11 @@ from isthmus.recipe.read import parse_recipe
 from isthmus.run import RunFolder
 from isthmus.stages import serve
 from isthmus.stages.handoff import crossing
+from isthmus.tasks import load_task, split_completion
+from isthmus.tasks.jsonl import JsonlTask
 from tests.support.bundles import published, taught
 from tests.support.live_server import call, live
-from tests.support.sampled import OddIsRight, SampledHere
+from tests.support.sampled import SampledHere, odd_is_right
 from tests.support.small_dense import dense_architecture
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -118,7 +119,7 @@ def test_one_command_seals_a_bundle_that_can_be_served_and_checks_itself(source:
 
 def test_a_task_is_answered_by_both_models_and_is_in_the_verdict(source: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(crossing, "LocalEngine", SampledHere)
-    monkeypatch.setattr(crossing, "get_reward", lambda _name: OddIsRight())
+    monkeypatch.setattr(JsonlTask, "accuracy", odd_is_right)
     task = tmp_path / "sums.jsonl"
     rows = [{"prompt": f"What is {number} plus one?", "answer": str(number + 1)} for number in range(40)]
     task.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.data.jsonl import read_problems
 from isthmus.data.pretrain import sample_texts
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local.api.keys import Keyring
@@ -21,6 +20,7 @@ from isthmus.parity.signing import new_key, read_trusted
 from isthmus.probes.judge.thresholds import COLUMNS, load_thresholds
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.read import load_recipe
+from isthmus.tasks.jsonl import read_file
 
 NO_ENDS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1eeight"
 """Where `str.splitlines` ends lines and JSON, CSV and TOML do not."""
@@ -35,7 +35,7 @@ def problem(**fields: str) -> bytes:
 def problems(folder: Path) -> object:
     path = folder / "problems.jsonl"
     path.write_bytes(BOM + problem() + b"\r\n\r\n" + problem(answer=NO_ENDS) + b"\n")
-    return [(one.prompt, one.answer) for one in read_problems(path)] == [(NO_ENDS, "4"), (NO_ENDS, NO_ENDS)]
+    return [(one.prompt, one.answer) for one in read_file(path).problems] == [(NO_ENDS, "4"), (NO_ENDS, NO_ENDS)]
 
 
 def corpus(folder: Path) -> object:
@@ -114,7 +114,7 @@ def test_the_line_that_is_named_is_the_line_of_an_editor(content: bytes, line: i
     path = tmp_path / "problems.jsonl"
     path.write_bytes(content)
     with pytest.raises(IsthmusError, match=rf"problems\.jsonl:{line}: "):
-        read_problems(path)
+        read_file(path)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.jsonl").write_bytes(content.replace(b'"prompt"', b'"text"'))
@@ -129,7 +129,7 @@ def test_a_file_in_utf_16_says_so(encoding: str, tmp_path: Path):
     with pytest.raises(IsthmusError, match=r"problems\.jsonl is not UTF-8 text: .*UTF-16: save it as UTF-8"):
         load_recipe(path)
     with pytest.raises(IsthmusError, match=r":1: not UTF-8 text: .*UTF-16: save it as UTF-8"):
-        read_problems(path)
+        read_file(path)
 
 
 def test_lines_and_rows_of_a_text():

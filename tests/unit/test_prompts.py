@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.jsonl import read_problems
 from isthmus.data.prompts import PromptFile
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
+from isthmus.tasks.jsonl import read_file
 
 VOCABULARY = 400
 TOKENIZER = Tokenizer.train(["a text of some words, and one more"], 300)
@@ -136,4 +136,4 @@ def test_the_task_of_ones_own_files_ends_its_lines_at_line_feeds_alone(tmp_path:
     path = tmp_path / "train.jsonl"
     escaped = json.dumps(row, ensure_ascii=False).encode()
     path.write_bytes(b"\xef\xbb\xbf" + escaped + b"\r\n" + escaped)
-    assert [getattr(problem, key) for problem in read_problems(path)] == [LINE_ENDS_ELSEWHERE] * 2
+    assert [getattr(problem, key) for problem in read_file(path).problems] == [LINE_ENDS_ELSEWHERE] * 2

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.tasks import Problem, completion_text
-from isthmus.rewards import countdown, exact
-from isthmus.rewards.parts.numbers import read_number
+from isthmus.tasks import Problem, completion_text, countdown, jsonl
+from isthmus.tasks.parts.numbers import read_number
 
+EXACT, COUNTDOWN = jsonl.JsonlTask([], []), countdown.open(countdown.Options())
 DEADLINE_S = 0.25
 """Far above what a judgement takes, and far below what is noticed in a step of training."""
 
 
 def accuracy(answer: str, expected: str) -> float:
-    return exact.score(Problem("x", "x", expected), completion_text("", answer)).accuracy
+    return EXACT.accuracy(Problem("x", "x", expected), completion_text("", answer))
 
 
 @given(whole=st.integers(0, 10**15), part=st.integers(0, 999), places=st.integers(0, 3), minus=st.booleans())
@@ -105,6 +105,6 @@ def test_numbers_are_read_as_people_write_them(answer: str, expected: str, right
 def test_no_answer_takes_longer_than_a_deadline(answer: str, expected: str):
     began = time.thread_time()
     completion = completion_text("", answer)
-    exact.score(Problem("x", "x", expected), completion)
-    countdown.score(Problem("x", "x", "(3*7)+1", (1, 3, 7, 22)), completion)
+    EXACT.accuracy(Problem("x", "x", expected), completion)
+    COUNTDOWN.accuracy(Problem("x", "x", "(3*7)+1", (1, 3, 7, 22)), completion)
     assert time.thread_time() - began < DEADLINE_S

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from isthmus.stages.rl import loop
 
-from isthmus.data.tasks import load_task
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
 from isthmus.formats.updates.version_folder import read_versions
 from isthmus.model.model import Model
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
-from isthmus.rewards import Reward
+from isthmus.rewards import EachAlone, Rewards
 from isthmus.run import RunFolder
-from isthmus.stages.rl import loop
+from isthmus.tasks import load_task
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 from tests.support.flow_recipe import RECIPE, SMALL
 
@@ -40,6 +40,11 @@ def recipe_of(changes):
     return load_recipe(RECIPE, tuple(f"{name}={value}" for name, value in small.items()))
 
 
+class OddIsRight(EachAlone):
+    def judge(self, sample):
+        return float(len(sample.text) % 2)
+
+
 @contextlib.contextmanager
 def shores_in(folder, **changes):
     """The stage as it stands before its loop, on a model that has learnt nothing; rewards are drawn from the texts."""
@@ -51,7 +56,7 @@ def shores_in(folder, **changes):
     plan = SimpleNamespace(pool_of={"train": "home", "rollout": "away"}.__getitem__)
     train = SimpleNamespace(checkpoint=str(saved.folder.relative_to(folder)), checkpoint_sha256=saved.sha256)
     with loop.open_shores(run, plan, train, QUIET) as shores:
-        shores.rollouts.reward = SimpleNamespace(score=lambda _problem, text: Reward(float(len(text) % 2), 0.0))
+        shores.rollouts.rewards = Rewards({"accuracy": OddIsRight()}, {"accuracy": 1.0})
         yield shores
 
 

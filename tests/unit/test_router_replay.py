@@ -18,9 +18,10 @@ from isthmus.engines.remote.openai import OpenAi
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace
-from isthmus.recipe.schema import EngineOptions, LossSection, OptimizerSection, RlSection
-from isthmus.stages.rl.rollout import Rollout
-from isthmus.stages.rl.samples import Samples
+from isthmus.recipe.schema import EngineOptions
+from isthmus.recipe.steps import LossSection, OptimizerSection, RlSection
+from isthmus.stages.steps.rl.rollout import Rollout
+from isthmus.stages.steps.rl.samples import Samples
 from isthmus.trainer.batch import pack
 from isthmus.trainer.step import target_logprobs
 from tests.support.engine_bundle import ask, finished, run_core, small_model
@@ -143,15 +144,17 @@ def test_routes_stand_where_their_tokens_stand():
 
 def test_what_cannot_be_replayed_is_refused(monkeypatch):
     section = RlSection(
+        name="all",
+        kind="rl",
         steps=1,
         optimizer=OptimizerSection(name="adamw", learning_rate=1e-3),
         loss=LossSection(router_replay=True),
     )
     dense = next(iter(FAMILIES.values()))
-    with pytest.raises(IsthmusError, match=r"rl.loss.router_replay: a dense model has no experts"):
+    with pytest.raises(IsthmusError, match=r"loss.router_replay: a dense model has no experts"):
         algorithm_config(section, dense)
     algorithm_config(section, tiny_architecture())
     engine = HttpEngine("http://127.0.0.1:9")
     monkeypatch.setattr("isthmus.engines.remote.recognise", lambda *_: OpenAi(None, "m"))
-    with pytest.raises(EngineError, match=r"not asked for the experts.*rl.loss.router_replay = false"):
+    with pytest.raises(EngineError, match=r"not asked for the experts.*loss.router_replay = false"):
         engine.generate([[1]], Sampling(1, routes=True))

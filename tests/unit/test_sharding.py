@@ -22,7 +22,8 @@ from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
 from isthmus.recipe.architecture import ModelSection
-from isthmus.recipe.schema import OptimizerSection, SftSection, TrainSection
+from isthmus.recipe.schema import TrainSection
+from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.compiled import compile_parts
 from isthmus.trainer.mesh import Ranks, alone, check_layout
@@ -73,7 +74,9 @@ def train(
     architecture: ModelSection = TINY_MODEL,
 ) -> Seen:
     section = TrainSection(**options)
-    sft = SftSection(steps=steps, optimizer=optimizer, balance_alpha=0.01, bias_update_speed=0.01)
+    sft = SftSection(
+        name="taught", kind="sft", steps=steps, optimizer=optimizer, balance_alpha=0.01, bias_update_speed=0.01
+    )
     model = unfilled(architecture)
     if section.activation_checkpointing:
         model.recompute_activations()
@@ -255,7 +258,9 @@ def compiled_losses(rank: int) -> list[float]:
     """Losses of steps with different numbers of tokens; a part that is compiled for each of them would raise."""
     model = Model(TINY_MODEL).initialise(0)
     compile_parts(model)
-    sft = SftSection(steps=STEPS, optimizer=ADAMW, balance_alpha=0.01, bias_update_speed=0.01)
+    sft = SftSection(
+        name="taught", kind="sft", steps=STEPS, optimizer=ADAMW, balance_alpha=0.01, bias_update_speed=0.01
+    )
     optimizer = Optimizer(model, ADAMW, STEPS)
     return [train_step(model, optimizer, batch_of_step(step, 0, 1), sft, step)[0].loss for step in range(10)]
 

@@ -60,7 +60,8 @@ from isthmus.probes.static.trace import (
 )
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
-from isthmus.recipe.schema import OptimizerSection, Recipe, SftSection, TrainSection
+from isthmus.recipe.schema import Recipe, TrainSection
+from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.records import Use
 from isthmus.tools.coverage import CoverageReport, OperatorTable, as_dictionary, examine, execute, recipe_of, show
 from isthmus.trainer.mesh import Ranks
@@ -95,7 +96,7 @@ def on_meta(model: ModelSection) -> Model:
 
 
 def sft(optimizer: OptimizerSection = ADAMW) -> SftSection:
-    return SftSection(steps=1, optimizer=optimizer)
+    return SftSection(name="taught", kind="sft", steps=1, optimizer=optimizer)
 
 
 def recipe_with(model: ModelSection, **changes: Any) -> Recipe:

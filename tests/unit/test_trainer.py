@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from isthmus.data.corpus import Document
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
-from isthmus.recipe.schema import LossSection, OptimizerSection, SftSection
+from isthmus.recipe.steps import LossSection, OptimizerSection, SftSection
 from isthmus.trainer import step as step_module
 from isthmus.trainer.batch import pack
 from isthmus.trainer.correction import importance_weights, mismatch, off_policy_samples
@@ -26,7 +26,12 @@ from tests.support.plain import mtp_logits
 from tests.support.small import architecture
 
 OBJECTIVE = SftSection(
-    steps=1, optimizer=OptimizerSection(name="adamw", learning_rate=1e-3), balance_alpha=0.01, bias_update_speed=0.01
+    name="taught",
+    kind="sft",
+    steps=1,
+    optimizer=OptimizerSection(name="adamw", learning_rate=1e-3),
+    balance_alpha=0.01,
+    bias_update_speed=0.01,
 )
 MUON = OptimizerSection(name="muon", learning_rate=1e-2, matrix_learning_rate=2e-2, warmup_steps=2)
 

@@ -17,8 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.errors import IsthmusError
+from isthmus.tasks.parts.completions import END_THINK as END_THINK
+from isthmus.tasks.parts.completions import THINK as THINK
 
-THINK, END_THINK = "<think>", "</think>"
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which published templates (Qwen3, GLM-4.5; DeepSeek-V3.1) let a request switch thinking on and off."""
 REASONING = ("reasoning_content", "thinking", "reasoning")

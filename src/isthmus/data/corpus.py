@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from isthmus.data.chat_template import END_THINK, THINK
 from isthmus.data.pretrain import corpus_tokenizer, sample_texts
-from isthmus.data.tasks import Problem, Task, completion_text, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
+from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.practice import pretrained
 from isthmus.run import RunFolder, new_folder
+from isthmus.tasks import Mixture, Problem, Task, completion_text, seeded
 
-TOKENIZER_SAMPLE_BYTES = 64 * 2**20
+TOKENIZER_SAMPLE_BYTES, TEXTS = 64 * 2**20, 2000
+"""What a new tokenizer is trained on, at most: bytes of the corpus, and problems of each task."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,16 @@ class Document:
     prompt_length: int
 
 
-def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
-    """The tokenizer of a run: that of the checkpoint it starts from or of the corpus, or one trained on its text."""
-    folder = run.path / "tokenizer"
+def run_tokenizer(run: RunFolder, tasks: Sequence[Task], model: str | None = None) -> Tokenizer:
+    """The tokenizer of a run's model: that of the checkpoint it starts from or of the corpus, or one trained on its
+    text. A further `model` has its own if it starts from a checkpoint, and else the run's."""
+    recipe = run.recipe
+    architecture = recipe.model if model is None else recipe.models[model]
+    folder = run.path / ("tokenizer" if model is None or architecture.from_ is None else f"tokenizer-{model}")
     if folder.is_dir():
-        return Tokenizer.load(folder)
-    tokenizer = _new_tokenizer(run, task)
-    if tokenizer.vocab_size > run.recipe.model.vocab_size:
-        raise IsthmusError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {run.recipe.model.vocab_size}; "
-            f"set model.vocab_size to at least {tokenizer.vocab_size}"
-        )
+        return _fitting(Tokenizer.load(folder), architecture, model)
+    given = recipe.model if folder.name == "tokenizer" else architecture
+    tokenizer = _fitting(_new_tokenizer(run, given, tasks), architecture, model)
     with new_folder(folder) as new:
         tokenizer.save(new)
         ends = json.dumps({"eos_token_id": list(tokenizer.ends)})
@@ -42,19 +46,29 @@ def run_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
     return tokenizer
 
 
-def _new_tokenizer(run: RunFolder, task: Task) -> Tokenizer:
-    source, pretrain = run.recipe.model.from_, run.recipe.pretrain
+def _fitting(tokenizer: Tokenizer, architecture: ModelSection, model: str | None) -> Tokenizer:
+    if tokenizer.vocab_size > architecture.vocab_size:
+        where = "model" if model is None else f"models.{model}"
+        raise IsthmusError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model room for {architecture.vocab_size}; "
+            f"set {where}.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _new_tokenizer(run: RunFolder, architecture: ModelSection, tasks: Sequence[Task]) -> Tokenizer:
+    source, pretrain = architecture.from_, pretrained(run.recipe)
     if source is not None:
         return Tokenizer.load(source)
     if pretrain is not None and (given := corpus_tokenizer(pretrain.folder)) is not None:
         return given
     corpus = sample_texts(pretrain.folder, TOKENIZER_SAMPLE_BYTES) if pretrain is not None else ()
-    return Tokenizer.train(itertools.chain(corpus, _texts(run, task)), run.recipe.model.vocab_size)
+    return Tokenizer.train(itertools.chain(corpus, _texts(run, tasks)), architecture.vocab_size)
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The prompt of a problem as the model sees it, by its own template."""
-    return tokenizer.chat([{"role": "user", "content": problem.prompt}])
+    return tokenizer.chat(problem.conversation)
 
 
 def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
@@ -64,12 +78,13 @@ def completion_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return text if thinks else completion_text("", text)
 
 
-def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -> list[Document]:
-    """The worked examples of one step; they depend on the recipe's seed and the step alone."""
-    chance = seeded("sft", run.recipe.seed, step)
-    problems = chance.choices(task.train, k=run.recipe.sft.batch_size)
-    documents = [_document(task, tokenizer, problem, chance.random()) for problem in problems]
-    limit = run.recipe.model.max_position_embeddings
+def sft_documents(
+    examples: Mixture, tokenizer: Tokenizer, architecture: ModelSection, count: int, chance: random.Random
+) -> list[Document]:
+    """`count` worked examples; they depend on `chance` alone. Raises IsthmusError for one that is too long."""
+    problems = examples.draw(chance, count)
+    documents = [_document(examples.of(problem), tokenizer, problem, chance.random()) for problem in problems]
+    limit = architecture.max_position_embeddings
     for problem, document in zip(problems, documents, strict=True):
         if len(document.tokens) > limit:
             raise IsthmusError(
@@ -81,14 +96,20 @@ def sft_documents(run: RunFolder, task: Task, tokenizer: Tokenizer, step: int) -
 
 def _document(task: Task, tokenizer: Tokenizer, problem: Problem, draw: float) -> Document:
     prompt = prompt_ids(tokenizer, problem)
-    thought, answer = task.worked_example(problem, seeded(problem.id, draw))
+    example = task.worked_example(problem, seeded(problem.id, draw))
+    if example is None:
+        raise IsthmusError(f"{problem.id!r} has no worked example, and supervised fine-tuning learns from those")
+    thought, answer = example
     text = completion_text(thought, answer)
     if not tokenizer.opens_thinking:
         text = f"{THINK}\n{text}" if thought else answer
     return Document([*prompt, *tokenizer.encode(text), tokenizer.eos_id], len(prompt))
 
 
-def _texts(run: RunFolder, task: Task) -> list[str]:
+def _texts(run: RunFolder, tasks: Sequence[Task]) -> Iterator[str]:
     chance = seeded("tokenizer", run.recipe.seed)
-    sample = task.train if len(task.train) <= 2000 else chance.sample(task.train, 2000)
-    return [problem.prompt + completion_text(*task.worked_example(problem, chance)) for problem in sample]
+    for task in tasks:
+        sample = task.train if len(task.train) <= TEXTS else chance.sample(task.train, TEXTS)
+        for problem in sample:
+            example = task.worked_example(problem, chance)
+            yield problem.prompt + (completion_text(*example) if example else "")

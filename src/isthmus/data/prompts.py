@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from isthmus.data.json_lines import check_text, read_objects
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
+from isthmus.lines import check_text, read_objects
 
 FORM = '{"tokens": [1, 2, ...]} or {"prompt": "...", "completion": "..."}, where the completion may be left out'
 

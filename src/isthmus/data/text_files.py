@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from isthmus.data.json_lines import check_text, parse_object
 from isthmus.errors import IsthmusError
-from isthmus.lines import encoding_hint
+from isthmus.lines import check_text, encoding_hint, parse_object
 
 BLOCK_BYTES = 2**20
 LONGEST_TEXT = 2**20

@@ -38,8 +38,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Routes:
-    """The experts [T - 1, R] of the T tokens of a prompt and its completion but the last, R = layers * experts per token:
-    base64 of `dtype`, uint8 or int16, little-endian."""
+    """The experts [T - 1, R] of the T tokens of a prompt and its completion but the last, with R = layers * experts per
+    token: base64 of `dtype`, uint8 or int16, little-endian."""
 
     shape: tuple[int, int]
     dtype: Literal["uint8", "int16"]

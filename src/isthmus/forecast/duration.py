@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from isthmus.recipe.practice import answering, taught
 from isthmus.recipe.schema import Recipe
+from isthmus.recipe.steps import RlSection, SampleSection, SftSection, StepSection
 from isthmus.records import QualifyRecord
 from isthmus.run import Figure
 
@@ -81,20 +83,20 @@ _GENERATING = ("engine_start_s", "crossing_s", "decode_step_s", "decode_token_s"
 
 
 def estimate(recipe: Recipe, train: QualifyRecord, rollout: QualifyRecord) -> dict[str, Figure]:
-    """Seconds of "train", "rl" and "handoff". Unknown, not guessed, where a pilot did not run."""
+    """Seconds of each step by name, and of "handoff". Unknown, not guessed, where nothing like it was timed: a pilot
+    did not run, text that is no worked example, or another model than the recipe's own."""
     pace = Pace.of(train, rollout)
-    if pace is None:
-        missing = f"pilots did not run on both {train.pool} and {rollout.pool}"
-        return {
-            stage: Figure(value=None, unit="s", kind="forecast", source=missing) for stage in ("train", "rl", "handoff")
-        }
+    missing = f"pilots did not run on both {train.pool} and {rollout.pool}"
     source = f"pilots on {train.pool} and {rollout.pool}; P50, with P10 and P90"
-    spans = {
-        "train": train_seconds(recipe, pace),
-        "rl": rl_seconds(recipe, pace),
-        "handoff": handoff_seconds(recipe, pace),
+    spans = {step.name: None if pace is None else step_seconds(recipe, step, pace) for step in recipe.step}
+    spans["handoff"] = None if pace is None else handoff_seconds(recipe, pace)
+    untimed = missing if pace is None else "no pilot does the like of this step"
+    return {
+        act: Figure(value=None, unit="s", kind="forecast", source=untimed)
+        if span is None
+        else _forecast(span.widened(), source)
+        for act, span in spans.items()
     }
-    return {stage: _forecast(span.widened(), source) for stage, span in spans.items()}
 
 
 def total(parts: dict[str, Figure]) -> Figure:
@@ -109,50 +111,68 @@ def total(parts: dict[str, Figure]) -> Figure:
     return Figure(value=float(sum(values)), unit="s", kind="forecast", source=source, low=low, high=high)
 
 
-def train_seconds(recipe: Recipe, pace: Pace) -> Span:
-    """Supervised fine-tuning: its steps."""
-    seconds = recipe.sft.steps * pace.sft_step
+def step_seconds(recipe: Recipe, step: StepSection, pace: Pace) -> Span | None:
+    """Seconds of a step; None if the pilots did nothing of its kind."""
+    if recipe.architecture_of(step) != recipe.model:
+        return None
+    if isinstance(step, SftSection):
+        return sft_seconds(step, taught(recipe), pace)
+    if isinstance(step, RlSection):
+        return rl_seconds(step, pace)
+    return sample_seconds(step, pace) if isinstance(step, SampleSection) else None
+
+
+def sft_seconds(step: SftSection, timed: SftSection, pace: Pace) -> Span:
+    """Supervised fine-tuning: its updates, in proportion to the batch of the step that was timed."""
+    seconds = step.steps * pace.sft_step * step.batch_size / timed.batch_size
     return Span(seconds, seconds, seconds)
 
 
-def rl_seconds(recipe: Recipe, pace: Pace) -> Span:
+def sample_seconds(step: SampleSection, pace: Pace) -> Span:
+    """Starting the engine, and the answers."""
+    count, limit = step.prompts * step.samples_per_prompt, step.max_new_tokens
+    low, middle, high = (_generate(limit, pace, count, case) for case in GROWTH)
+    return Span(low, middle, high) + _start(pace)
+
+
+def rl_seconds(rl: RlSection, pace: Pace) -> Span:
     """Starting the engine, the steps, and the held-out problems before and after, sampled and greedy.
 
     With samples one version old the two pools work at the same time, and the slower one sets the pace.
     """
-    rl = recipe.rl
-    samples = rl.prompts_per_step * rl.samples_per_prompt
+    samples, limit = rl.prompts_per_step * rl.samples_per_prompt, rl.max_new_tokens
     steps = [
-        _overlapped(recipe, _generate(recipe, pace, samples, case), _learn(recipe, pace, samples, case)) + pace.crossing
+        _overlapped(rl, _generate(limit, pace, samples, case), _learn(limit, pace, samples, case)) + pace.crossing
         for case in GROWTH
     ]
     low, middle, high = (rl.steps * step for step in steps)
-    return Span(low, middle, high) + _answers(recipe, pace, rl.heldout_problems) * 4 + _start(pace)
+    return Span(low, middle, high) + _answers(limit, pace, rl.heldout_problems) * 4 + _start(pace)
 
 
 def handoff_seconds(recipe: Recipe, pace: Pace) -> Span:
     """Reference and target answer the held-out problems side by side, two samples each; golden prompts are scored."""
     golden = recipe.handoff.golden_prompts * (pace.prompt_tokens + 2.0 * pace.completion_tokens) * pace.learn_token
-    return _answers(recipe, pace, 2 * recipe.handoff.heldout_problems) + _start(pace) + Span(golden, golden, golden)
+    limit, _ = answering(recipe)
+    return _answers(limit, pace, 2 * recipe.handoff.heldout_problems) + _start(pace) + Span(golden, golden, golden)
 
 
-def _overlapped(recipe: Recipe, generate: float, learn: float) -> float:
-    return max(generate, learn) if recipe.rl.staleness else generate + learn
+def _overlapped(rl: RlSection, generate: float, learn: float) -> float:
+    return max(generate, learn) if rl.staleness else generate + learn
 
 
-def _generate(recipe: Recipe, pace: Pace, samples: int, case: str) -> float:
-    mean, longest = _lengths(recipe, pace, case)
+def _generate(limit: int, pace: Pace, samples: int, case: str) -> float:
+    mean, longest = _lengths(limit, pace, case)
     waves = -(-samples // SLOTS)
     return waves * longest * pace.decode_step + samples * mean * pace.decode_token
 
 
-def _learn(recipe: Recipe, pace: Pace, samples: int, case: str) -> float:
-    mean, _ = _lengths(recipe, pace, case)
+def _learn(limit: int, pace: Pace, samples: int, case: str) -> float:
+    mean, _ = _lengths(limit, pace, case)
     return samples * (pace.prompt_tokens + mean) * pace.learn_token
 
 
-def _answers(recipe: Recipe, pace: Pace, problems: int) -> Span:
-    low, middle, high = (_generate(recipe, pace, problems, case) for case in GROWTH)
+def _answers(limit: int, pace: Pace, problems: int) -> Span:
+    low, middle, high = (_generate(limit, pace, problems, case) for case in GROWTH)
     return Span(low, middle, high)
 
 
@@ -160,10 +180,9 @@ def _start(pace: Pace) -> Span:
     return Span(pace.engine_start, pace.engine_start, pace.engine_start)
 
 
-def _lengths(recipe: Recipe, pace: Pace, case: str) -> tuple[float, float]:
-    """(mean, longest) completion in tokens."""
+def _lengths(limit: int, pace: Pace, case: str) -> tuple[float, float]:
+    """(mean, longest) completion in tokens, `limit` at most."""
     mean, longest = GROWTH[case]
-    limit = float(recipe.rl.max_new_tokens)
     return min(limit, mean * pace.completion_tokens), min(limit, longest * pace.longest_completion)
 
 

@@ -21,6 +21,7 @@ from isthmus.data.corpus import Document
 from isthmus.engines.local.core.runner import Trial
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import GroupedSection, ModelSection, Qwen3MoeSection
+from isthmus.recipe.practice import generating, taught
 from isthmus.recipe.schema import Recipe
 from isthmus.trainer.batch import pack
 from isthmus.trainer.optimizer import Optimizer
@@ -48,7 +49,7 @@ def recipe_calls(recipe: Recipe) -> list[Call]:
     """
     section = small_model(recipe.model)
     model = Model(section).initialise(recipe.seed)
-    text = recipe.sft
+    text = taught(recipe)
     optimizer = Optimizer(model, text.optimizer, text.steps)
     documents = _documents(section.vocab_size)
     batch = pack(documents)
@@ -58,7 +59,7 @@ def recipe_calls(recipe: Recipe) -> list[Call]:
         recorder.use = "training"
         train_step(model, optimizer, batch, text, 0)
         optimizer.zero_grad()
-        target_logprobs(model, batch, recipe.rl.temperature)[0].mean().backward()
+        target_logprobs(model, batch, generating(recipe).temperature)[0].mean().backward()
         recorder.use = "serving"
         with torch.inference_mode():
             _generate(model, [document.tokens for document in documents[:3]])

@@ -26,6 +26,7 @@ from isthmus.probes.findings import Findings
 from isthmus.probes.judge.thresholds import METRICS, apply_thresholds, load_thresholds
 from isthmus.probes.static.weights import Placed, placed
 from isthmus.probes.workload import Workload
+from isthmus.recipe.practice import generating, rollout_formats
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
@@ -195,8 +196,9 @@ def weight_formats(found: Findings, profile: Profile | None) -> None:
 def placed_formats(found: Findings) -> list[str]:
     """The formats of the weights that the recipe may place on this pool."""
     recipe = found.recipe
-    placed = {"rollout": recipe.rl.rollout_format, "serve": recipe.handoff.format}
-    return sorted({form for stage, form in placed.items() if found.pool.name in getattr(recipe.place, stage)})
+    placed = {"rollout": rollout_formats(recipe), "serve": [recipe.handoff.format]}
+    here = [forms for stage, forms in placed.items() if found.pool.name in getattr(recipe.place, stage)]
+    return sorted({form for forms in here for form in forms})
 
 
 def engine(found: Findings, work: Workload, run: RunFolder, folder: Path) -> None:
@@ -256,7 +258,7 @@ def _generate(engine: Engine, work: Workload, samples: int) -> tuple[int, int, f
     """(steps, tokens, seconds) of a batch of samples, after one to warm up."""
     prompts, recipe = work.prompts(samples // 8), work.recipe
     room = recipe.model.max_position_embeddings - max(map(len, prompts))
-    sampling = Sampling(min(PILOT_TOKENS, recipe.rl.max_new_tokens, room), n=8)
+    sampling = Sampling(min(PILOT_TOKENS, generating(recipe).max_new_tokens, room), n=8)
     engine.generate(prompts, sampling)
     began = time.perf_counter()
     lengths = [len(one.tokens) for group in engine.generate(prompts, sampling) for one in group]
@@ -265,7 +267,7 @@ def _generate(engine: Engine, work: Workload, samples: int) -> tuple[int, int, f
 
 def _rl_threads(found: Findings) -> int:
     """Threads in reinforcement learning, where with stale samples another pool works at the same time."""
-    return found.pool.shared_threads if found.recipe.rl.staleness else found.pool.threads
+    return found.pool.shared_threads if generating(found.recipe).staleness else found.pool.threads
 
 
 def solve_pace(small: tuple[int, int, float], full: tuple[int, int, float]) -> tuple[float, float]:

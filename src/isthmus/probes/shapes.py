@@ -10,6 +10,7 @@ import torch
 
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
+from isthmus.recipe.practice import generating, pretrained, taught
 from isthmus.recipe.schema import Recipe
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -89,10 +90,11 @@ def shapes_of(recipe: Recipe, world: int, device: str, most_bytes: int | None = 
 
 def tokens_per_rank(recipe: Recipe, world: int) -> int:
     """Tokens that a rank computes at once: of pretraining if there is any, else at most those of worked examples."""
-    if recipe.pretrain is not None:
-        rows = -(-recipe.pretrain.rows_per_step // world)
-        return min(rows, recipe.train.rows_per_microbatch or rows) * recipe.pretrain.row_length
-    return max(1, recipe.sft.batch_size * recipe.rl.max_new_tokens // world)
+    plain = pretrained(recipe)
+    if plain is not None:
+        rows = -(-plain.rows_per_step // world)
+        return min(rows, recipe.train.rows_per_microbatch or rows) * plain.row_length
+    return max(1, taught(recipe).batch_size * generating(recipe).max_new_tokens // world)
 
 
 def exchange_numel(recipe: Recipe, world: int) -> int:

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from isthmus.data.corpus import run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.launch.crew_rank import Rank
@@ -30,8 +29,10 @@ from isthmus.model.digest import tensor_sha256
 from isthmus.model.model import Model
 from isthmus.probes.cases.first_difference import first_difference, keep_operator
 from isthmus.probes.portable import known_answers, training
+from isthmus.recipe.practice import taught
 from isthmus.recipe.schema import Recipe, TrainSection, layout_problem
 from isthmus.run import RunFolder
+from isthmus.tasks import load_tasks, seeded, tasks_of
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_latest, rng_state
 from isthmus.trainer.checkpoint_files import folders
@@ -167,8 +168,10 @@ class _Work:
         self.section = _layout(self.recipe, rank.world)
         if self.section != self.recipe.train:
             self.seen.layout = f"in another layout, for [train] does not divide {rank.world} ranks"
-        self.task = load_task(self.recipe)
-        self.tokenizer = run_tokenizer(run, self.task)
+        tasks = load_tasks(self.recipe)
+        self.text = taught(self.recipe)
+        self.tasks = tasks_of(self.recipe, self.text, tasks)
+        self.tokenizer = run_tokenizer(run, list(tasks.values()))
         with ThreadPoolExecutor(max_workers=1) as host:
             self.model = host.submit(_model, self.recipe, self.ranks, self.section).result()
         self.optimizer = self._optimizer()
@@ -177,7 +180,7 @@ class _Work:
         self.watch = LocalWatch(self.model)
 
     def _optimizer(self) -> Optimizer:
-        sft = self.recipe.sft
+        sft = self.text
         return Optimizer(self.model, sft.optimizer, sft.steps, self.ranks, self.section.replicate)
 
     def _at(self, step: int) -> int:
@@ -186,7 +189,9 @@ class _Work:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the worked examples of a step of training."""
-        whole = pack(sft_documents(self.run, self.task, self.tokenizer, step), None, multiple_of=self.ranks.world)
+        chance, size = seeded(self.text.kind, self.recipe.seed, step), self.text.batch_size
+        documents = sft_documents(self.tasks, self.tokenizer, self.recipe.model, size, chance)
+        whole = pack(documents, None, multiple_of=self.ranks.world)
         return whole.select(range(self.ranks.rank, len(whole.tokens), self.ranks.world))
 
     def step(self, step: int) -> None:
@@ -200,7 +205,7 @@ class _Work:
         began, cpu = time.perf_counter(), time.process_time()
         self.watch.begin(hashing=False)
         losses = accumulate_gradients(
-            self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+            self.model, self.optimizer, batch, self.text, self.ranks, self.recipe.train.rows_per_microbatch
         )
         self.seen.losses.append(_finite(losses.loss))
         if self._somewhere(not (math.isfinite(losses.loss) and self._gradients_are_finite())):
@@ -210,7 +215,7 @@ class _Work:
         if norm is None:
             self.seen.stopped = step
             return
-        update_router_bias(self.model.routers(), losses.loads, self.recipe.sft.bias_update_speed)
+        update_router_bias(self.model.routers(), losses.loads, self.text.bias_update_speed)
         self._finish()
         self.seen.norms.append(norm)
         self.seen.step_s.append(time.perf_counter() - began)
@@ -235,7 +240,7 @@ class _Work:
             self.rank.beat("the same step again", step)
             self.watch.begin(hashing=True)
             accumulate_gradients(
-                self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+                self.model, self.optimizer, batch, self.text, self.ranks, self.recipe.train.rows_per_microbatch
             )
             gradients = hashlib.sha256()
             for part in parts_of(self.model):
@@ -256,7 +261,7 @@ class _Work:
 
         def again() -> None:
             accumulate_gradients(
-                self.model, self.optimizer, batch, self.recipe.sft, self.ranks, self.recipe.train.rows_per_microbatch
+                self.model, self.optimizer, batch, self.text, self.ranks, self.recipe.train.rows_per_microbatch
             )
 
         self.rank.beat("looking for the operator", step)

@@ -17,6 +17,7 @@ from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.findings import finding
 from isthmus.probes.trusted import trusted_errors
 from isthmus.recipe.architecture import GroupedSection
+from isthmus.recipe.practice import rollout_formats
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Use
 
@@ -42,7 +43,7 @@ _finding = partial(finding, aspect="software")
 def run_dtypes(recipe: Recipe, chip: Chip) -> list[str]:
     """The floating dtypes that a run may compute in on a chip: fp32 always, bf16 where the chip has it or the recipe
     asks for it, fp16 where weights are placed in a format that computes in it."""
-    formats = (recipe.rl.rollout_format, recipe.handoff.format)
+    formats = (*rollout_formats(recipe), recipe.handoff.format)
     dtypes = ["float32"]
     if recipe.train.precision == "bf16" or "bf16" in formats or "bf16" in (chip.dtypes or ()):
         dtypes.append("bfloat16")

@@ -19,7 +19,6 @@ import torch
 from isthmus.chips import stability_rule
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.data.corpus import run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.errors import IsthmusError
 from isthmus.forecast.count import count_parameters
 from isthmus.launch.beats import Beat
@@ -33,6 +32,7 @@ from isthmus.probes.portable import training
 from isthmus.probes.recipes_own import owners_of, raised_by_recipe, stopped_by_recipe
 from isthmus.records import Evidence, Use
 from isthmus.run import Figure, RunFolder
+from isthmus.tasks import load_tasks
 
 KNOWN_ANSWERS = "isthmus.probes.portable.known_answers:products"
 CHECKSUM = "isthmus.probes.portable.known_answers:checksum"
@@ -180,7 +180,7 @@ def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
     """
     seconds = setting.recipe.qualify.soak_s
     run = RunFolder.open(setting.root)
-    run_tokenizer(run, load_task(setting.recipe))
+    run_tokenizer(run, list(load_tasks(setting.recipe).values()))
     ready = crew.call(READY, deadline_s=READY_S)
     if not ready.ok:
         return [_broken("soak", ready, "training", None)]

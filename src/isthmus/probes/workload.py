@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from isthmus.data.corpus import prompt_ids, run_tokenizer, sft_documents
-from isthmus.data.tasks import load_task
+from isthmus.data.corpus import Document, prompt_ids, run_tokenizer, sft_documents
 from isthmus.engines.local.core.runner import Trial
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
+from isthmus.recipe.practice import generating, taught
 from isthmus.run import RunFolder
+from isthmus.tasks import load_tasks, seeded, tasks_of
 from isthmus.trainer.batch import Batch, pack
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step
@@ -24,32 +25,38 @@ class Workload:
 
     def __init__(self, run: RunFolder, device: torch.device):
         self.run, self.recipe, self.device = run, run.recipe, device
-        self.task = load_task(run.recipe)
-        self.tokenizer = run_tokenizer(run, self.task)
+        tasks = load_tasks(run.recipe)
+        self.tasks = tasks_of(run.recipe, taught(run.recipe), tasks)
+        self.tokenizer = run_tokenizer(run, list(tasks.values()))
+        self.text = taught(self.recipe)
         self.start()
 
     def start(self) -> None:
         """The model and its optimiser as training begins."""
         self.model = Model(self.recipe.model).initialise(self.recipe.seed).to(self.device)
-        self.optimizer = Optimizer(self.model, self.recipe.sft.optimizer, self.recipe.sft.steps)
+        self.optimizer = Optimizer(self.model, self.text.optimizer, self.text.steps)
 
     def batch(self, step: int) -> Batch:
-        documents = sft_documents(self.run, self.task, self.tokenizer, step)
+        documents = self._documents(step)
         return pack(documents).to(self.device)
+
+    def _documents(self, step: int) -> list[Document]:
+        chance = seeded(self.text.kind, self.recipe.seed, step)
+        return sft_documents(self.tasks, self.tokenizer, self.recipe.model, self.text.batch_size, chance)
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """Tokens of the prompts and of the completions in one step's worked examples."""
-        documents = sft_documents(self.run, self.task, self.tokenizer, 0)
+        documents = self._documents(0)
         return [d.prompt_length for d in documents], [len(d.tokens) - d.prompt_length for d in documents]
 
     def prompts(self, count: int) -> list[list[int]]:
         """`count` prompts of the task, over again if it has fewer."""
-        problems = self.task.train
+        problems = next(iter(self.tasks.tasks.values())).train
         return [prompt_ids(self.tokenizer, problems[index % len(problems)]) for index in range(count)]
 
     def sft_step(self, step: int, batch: Batch) -> float:
         """One step of supervised fine-tuning, as `train` does it. Returns the loss."""
-        losses, _ = train_step(self.model, self.optimizer, batch, self.recipe.sft, step)
+        losses, _ = train_step(self.model, self.optimizer, batch, self.text, step)
         return losses.loss
 
     def pilot_step(self, step: int) -> float:
@@ -66,13 +73,13 @@ class Workload:
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """The gradients of one batch, without an update."""
-        accumulate_gradients(self.model, self.optimizer, batch, self.recipe.sft)
+        accumulate_gradients(self.model, self.optimizer, batch, self.text)
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def learn(self, batch: Batch) -> None:
         """What reinforcement learning differentiates on a batch of samples, but for the choice of the loss."""
         self.optimizer.zero_grad()
-        logprobs, _ = target_logprobs(self.model, batch, self.recipe.rl.temperature)
+        logprobs, _ = target_logprobs(self.model, batch, generating(self.recipe).temperature)
         logprobs.mean().backward()
 
     @torch.inference_mode()

@@ -91,7 +91,7 @@ def _union(members: list[type[Section]], path: str, options: Options) -> Iterato
     shared = {name: str(field) for name, field in base.model_fields.items()}
     own = [{n: f for n, f in one.model_fields.items() if shared.get(n) != str(f)} for one in members]
     yield _table(base, path, "", {n: f for n, f in base.model_fields.items() if not all(n in one for one in own)})
-    tag = next(name for name in ("model_type", "type") if name in base.model_fields)
+    tag = next(name for name in ("model_type", "type", "kind") if name in base.model_fields)
     for section, fields in zip(members, own, strict=True):
         when = f"{tag} = {_type(section.model_fields[tag].annotation)}"
         yield _table(section, path, when, fields)

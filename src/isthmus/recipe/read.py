@@ -13,6 +13,7 @@ from isthmus.errors import suggestion
 from isthmus.lines import read_text
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.explain import explain
+from isthmus.recipe.former import FORMER, is_former, modernised, toml_of
 from isthmus.recipe.schema import Recipe, ServeSection
 from isthmus.recipe.section import RecipeError
 
@@ -27,19 +28,38 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(f"{path} is a folder; a recipe is a .toml file") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    if is_former(tree):
+        raise RecipeError(_in_the_present_form(str(path), tree))
     for override in overrides:
         apply_override(tree, override)
     return parse_recipe(tree, origin=path)
 
 
+def _in_the_present_form(what: str, tree: dict[str, Any]) -> str:
+    sections = ", ".join(f"[{name}]" for name in FORMER if name in tree)
+    return (
+        f"{what}: {sections} are written as [tasks.NAME] and [[step]]. This recipe in that form:\n\n"
+        f"{toml_of(modernised(tree))}"
+    )
+
+
 def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     """Check a recipe given as nested dictionaries. Paths in it are relative to the folder of `origin`."""
+    if is_former(tree):
+        raise RecipeError(_in_the_present_form(str(origin or "the recipe"), tree))
     model = tree.get("model")
     if isinstance(model, dict):
         tree = {**tree, "model": _resolve_model(model, origin)}
-    for section in ("data", "pretrain", "rl", "serve", "qualify"):
+    for section in ("serve", "qualify"):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: _resolve_files(tree[section], origin)}
+    if isinstance(steps := tree.get("step"), list):
+        tree = {**tree, "step": [_resolve_files(step, origin) if isinstance(step, dict) else step for step in steps]}
+    for section in ("tasks", "rewards", "models"):
+        if isinstance(named := tree.get(section), dict):
+            resolve = _resolve_model if section == "models" else _resolve_files
+            done = {name: resolve(one, origin) if isinstance(one, dict) else one for name, one in named.items()}
+            tree = {**tree, section: done}
     return resolved_recipe(tree, origin)
 
 
@@ -110,13 +130,26 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {override!r}: write --set section.key=value")
-    node = tree
+    node: Any = tree
     *parents, last = key.strip().split(".")
+    if parents and parents[0] in FORMER and "step" in tree:
+        raise RecipeError(f"--set {override!r}: what is trained is in [[step]]; write --set step.NAME.{last}={text}")
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        node = _named(node, parent, override) if isinstance(node, list) else node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise RecipeError(f"--set {override!r}: {parent!r} is a value, not a section")
+    if isinstance(node, list):
+        _named(node, last, override)
+        raise RecipeError(f"--set {override!r}: {last!r} is a step; write --set step.{last}.KEY=VALUE")
     node[last] = _override_value(text.strip())
+
+
+def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:
+    """The one of [[step]] that has this name."""
+    found = {one.get("name"): one for one in tables if isinstance(one, dict)}
+    if name not in found:
+        raise RecipeError(f"--set {override!r}: no step {name!r}{suggestion(name, map(str, found))}")
+    return found[name]
 
 
 def _override_value(text: str) -> Any:

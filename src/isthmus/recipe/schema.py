@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from isthmus.recipe import lineage
 from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
 from isthmus.recipe.section import (
     Count,
@@ -23,19 +24,15 @@ from isthmus.recipe.section import (
     Seconds,
     Section,
     Share,
-    Steps,
     Tokens,
     Unit,
     Whole,
     key,
 )
+from isthmus.recipe.steps import MODEL, Problems, Prompts, Rows, Step, StepSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
-Problems = Annotated[Positive, Unit("problems")]
-Prompts = Annotated[Positive, Unit("prompts")]
-Rows = Annotated[Positive, Unit("rows")]
 Thinking = Literal["auto", "always", "never"]
-Versions = Annotated[Positive, Unit("versions")]
 PlacedStage = Literal["train", "rollout", "serve"]
 
 
@@ -64,73 +61,6 @@ class PlaceSection(Section):
     serve: list[str] = Field(min_length=1, description="pools for the bundle that the hand-off makes")
 
 
-class DataSection(Section):
-    """The task. `countdown` is generated; `jsonl` reads the user's own prompts and answers."""
-
-    task: Literal["countdown", "jsonl"] = key("countdown", "what the problems are")
-    largest: Whole = key(12, "of countdown: the largest of the numbers", ge=2, le=99)
-    largest_target: Whole = key(40, "of countdown: the largest target", ge=1, le=999)
-    heldout_share: Share = key(0.2, "of countdown: share of the problems that is never trained on")
-    teacher_hit: Share = key(0.2, "chance that the teacher's next try is a solution on purpose")
-    teacher_give_up: Share = key(0.35, "chance that the teacher gives up after a miss")
-    teacher_patient: Share = key(0.05, "share of problems tried at random until one fits")
-    train_file: Path | None = key(None, "of jsonl: lines with `prompt`, `answer` and, for supervised tuning, `thought`")
-    heldout_file: Path | None = key(None, "of jsonl: such lines that are never trained on")
-
-    @model_validator(mode="after")
-    def _files_for_jsonl(self) -> Self:
-        if self.task == "jsonl" and (self.train_file is None or self.heldout_file is None):
-            raise ValueError('task = "jsonl" needs train_file and heldout_file')
-        return self
-
-
-class OptimizerSection(Section):
-    """Muon on the matrices, AdamW on the rest; `name = "adamw"` uses AdamW for all."""
-
-    name: Literal["muon", "adamw"] = key("muon", "what updates the hidden matrices")
-    learning_rate: Number = Field(gt=0, description="rate of AdamW after the warm-up")
-    matrix_learning_rate: Number | None = key(None, "rate of Muon after the warm-up; muon needs it", gt=0)
-    betas: tuple[Share, Share] = key((0.9, 0.95), "how much AdamW keeps of its two moments at a step")
-    weight_decay: Number = key(0.0, "decoupled: a step takes this times its rate off each weight", ge=0)
-    warmup_steps: Annotated[int, Unit("steps")] = key(0, "steps over which the rate rises linearly", ge=0)
-    decay_share: Share = key(0.0, "share of the steps, at the end, over which the rate falls to its final value")
-    decay: Literal["linear", "cosine"] = key("linear", "how the rate falls")
-    final_rate: Share = key(0.0, "the rate at the end, as a share of the learning rate")
-    gradient_clip: Number = key(1.0, "largest norm of the whole gradient; a longer one is scaled", gt=0)
-
-    @model_validator(mode="after")
-    def _muon_needs_its_rate(self) -> Self:
-        if self.name == "muon" and self.matrix_learning_rate is None:
-            raise ValueError('name = "muon" needs matrix_learning_rate')
-        return self
-
-
-class TextSection(Section):
-    """What every training on text has."""
-
-    steps: Steps = Field(description="updates in all")
-    optimizer: OptimizerSection = Field(description="what turns gradients into updates")
-    mtp_weight: Number = key(0.3, "weight of multi-token prediction in the loss; 0: not trained", ge=0)
-    balance_alpha: Number = key(1e-4, "weight of the sequence-wise balance of experts in the loss", ge=0)
-    bias_update_speed: Number = key(1e-3, "step of a router's biases towards balance", ge=0)
-    checkpoint_every: Steps = key(100, "steps between two checkpoints")
-    keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
-
-
-class SftSection(TextSection):
-    """Supervised fine-tuning on chains of thought."""
-
-    batch_size: Annotated[Positive, Unit("examples")] = key(64, "worked examples of a step, on all ranks")
-
-
-class PretrainSection(TextSection):
-    """Next-token prediction on a folder of text or of token shards, before supervised fine-tuning."""
-
-    folder: Path = Field(description="*.txt, *.jsonl with `text`, or token shards")
-    rows_per_step: Rows = key(64, "packed rows of a step, on all ranks")
-    row_length: Annotated[int, Unit("tokens")] = key(512, "length of a packed row", ge=8)
-
-
 class TrainSection(Section):
     """How the stage `train` computes, whatever it trains on.
 
@@ -153,73 +83,10 @@ class TrainSection(Section):
         return self.precision or ("fp32" if device == "cpu" else "bf16")
 
 
-class LossSection(Section):
-    """What a loss may have beside its algorithm's own formula. What an algorithm cannot honour it refuses by name.
-
-    With r = trainer / engine of a sampled token's probability, "truncate" weighs its loss by min(r, cap), "mask" by r
-    where floor <= r <= cap and by 0 elsewhere (IcePop, ringtech.notion.site/icepop, 2025), "none" by 1.
-    """
-
-    importance: Literal["truncate", "mask", "none"] = key("truncate", "what becomes of the trainer/engine ratio")
-    importance_cap: Number = key(2.0, "truncation of the trainer/engine probability ratio, or end of its mask", gt=0)
-    importance_floor: Number | None = key(None, "where a mask begins; IcePop has 0.5, and a cap of 5", gt=0)
-    off_policy_mask: Nats | None = key(
-        None, "samples of negative advantage are left out whose mean log(engine / trainer) is above this (V3.2)"
-    )
-    router_replay: bool = key(
-        False, "the learner sends each token to the experts that the engine sent it to (arXiv 2510.11370)"
-    )
-    kl_weight: Number = key(0.0, "weight of the k3 estimate of the KL to the weights that the step began with", ge=0)
-    kl_times_ratio: bool = key(False, "k3 times trainer now / trainer before, which has no bias (V3.2)")
-
-    @model_validator(mode="after")
-    def _keys_that_need_others(self) -> Self:
-        if (self.importance == "mask") != (self.importance_floor is not None):
-            raise ValueError('importance = "mask" needs importance_floor, and nothing else has it')
-        if self.importance_floor is not None and self.importance_floor >= self.importance_cap:
-            raise ValueError(f"importance_floor must be below importance_cap, {self.importance_cap:g}")
-        if self.kl_times_ratio and not self.kl_weight:
-            raise ValueError("kl_times_ratio multiplies a term that has no weight: set kl_weight")
-        return self
-
-
-class RlSection(Section):
-    """Reinforcement learning with verifiable rewards. `[rl.options]` are the algorithm's own, checked in its file."""
-
-    algorithm: str = key("grpo", "what makes a loss of rewards: a file in isthmus/algos")
-    options: dict[str, Any] = key({}, "options of the algorithm")
-    steps: Steps = Field(description="rollouts in all, each followed by its updates")
-    prompts_per_step: Prompts = key(32, "prompts of a rollout")
-    samples_per_prompt: Annotated[int, Unit("samples")] = key(8, "samples of each prompt, its group", ge=2)
-    updates_per_rollout: Count = key(1, "optimiser steps on the samples of a rollout, each on a part")
-    temperature: Number = key(1.0, "temperature of the distribution that is sampled, and learnt", gt=0)
-    max_new_tokens: Tokens = key(128, "longest completion of a sample")
-    optimizer: OptimizerSection = Field(description="what turns gradients into updates")
-    loss: LossSection = key(LossSection(), "beside the algorithm's own formula")
-    drift_budget: Nats = key(
-        0.05, "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
-    )
-    format_reward: Number = key(0.1, "reward of a completion in the right form; a right answer gets 1", ge=0)
-    rollout_format: str = key("w8a8", "format of the weights that generate, a file in isthmus/formats")
-    staleness: Annotated[Literal[0, 1], Unit("versions")] = key(
-        0, "versions by which samples may lag behind the trainer; 1: they are generated while it learns"
-    )
-    update: Literal["delta", "full"] = key("delta", "what crosses at a step: changes, or all weights")
-    snapshot_every: Versions = key(32, "versions after which all weights are sent again")
-    publish: Path | None = key(None, "a folder for `isthmus follow` that receives every version")
-    parity_tokens: Annotated[int, Unit("tokens")] = key(
-        8, "tokens of each of two prompts that check an engine's new weights; 0: no check", ge=0
-    )
-    parity_every: Versions = key(1, "versions between two such checks")
-    parity_strikes: Count = key(2, "failed checks in a row after which the stage is refused")
-    checkpoint_every: Steps = key(10, "steps between two checkpoints")
-    keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
-    heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
-
-
 class HandoffSection(Section):
     """The gate between the trained weights and the bundle that is served; docs/crossing.md tells how it judges."""
 
+    step: str | None = key(None, "the step whose weights cross; the last one that trains [model] if absent")
     format: str = key("w8a8", "format of the bundle that is served, a file in isthmus/formats")
     export: Literal["bf16", "bf16-stochastic", "fp32"] = key(
         "bf16",
@@ -237,6 +104,8 @@ class HandoffSection(Section):
         64, "held-out problems whose answers are compared token by token, heldout_problems at most"
     )
     heldout_problems: Problems = key(500, "held-out problems that reference and target answer")
+    max_new_tokens: Tokens | None = key(None, "longest answer to them; as the last RL has it, else 256, if absent")
+    temperature: Number | None = key(None, "of these answers; as the last RL has it, else 1, if absent", gt=0)
     max_mean_kl: Nats = key(0.02, "limit on the mean KL of the format, and of the target, against the fp32 reference")
     max_chip_kl: Nats = key(
         0.01, "what target and engine may be further from the trained model than the exact emulator of the format is"
@@ -333,12 +202,15 @@ class Recipe(Section):
     model: Architecture = Field(description="the architecture")
     pools: dict[str, PoolSection] = Field(min_length=1, description="what there is to compute on, by name")
     place: PlaceSection = Field(description="which pools do what")
-    data: DataSection = key(DataSection(), "the task")
+    models: dict[str, Architecture] = key({}, "further models, which steps name")
+    tasks: dict[str, dict[str, Any]] = key(
+        {"countdown": {}},
+        "what is learnt, by name: `kind`, a file in isthmus/tasks or the name, and options",
+    )
+    rewards: dict[str, dict[str, Any]] = key({}, "options of rewards, by name; `kind` if it is not the name")
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
     train: TrainSection = key(TrainSection(), "how training computes")
-    pretrain: PretrainSection | None = key(None, "training on text before the other; none if absent")
-    sft: SftSection = Field(description="supervised fine-tuning")
-    rl: RlSection = Field(description="reinforcement learning")
+    step: list[Step] = Field(min_length=1, description="what is trained, in this order")
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")
 
@@ -357,6 +229,32 @@ class Recipe(Section):
             if not pool.rehearsed and (problem := layout_problem(self.model, self.train, pool.ranks or pool.count)):
                 raise ValueError(f"pool {name!r}: {problem}")
         return self
+
+    @model_validator(mode="after")
+    def _steps_hang_together(self) -> Self:
+        if problem := lineage.problem(self.step, self.tasks, self.models, self.handoff.step):
+            raise ValueError(problem)
+        return self
+
+    def named(self, name: str) -> Step:
+        """The step of that name; raises KeyError."""
+        return {one.name: one for one in self.step}[name]
+
+    def start_of(self, step: StepSection) -> str:
+        """The name of the step whose weights a step starts from, or MODEL."""
+        return step.from_ or MODEL
+
+    def architecture_of(self, step: StepSection) -> Architecture:
+        """What a step trains: [model], or the further model that the first step of its line names."""
+        name = lineage.line(self.step, step.name)[0].model
+        return self.model if name is None else self.models[name]
+
+    @property
+    def handed_off(self) -> Step:
+        """The step whose weights cross in the hand-off."""
+        last = self.handoff.step or lineage.last_of_model(self.step)
+        assert last is not None
+        return self.named(last)
 
     def canonical(self) -> str:
         """The resolved recipe as JSON with sorted keys: the text that is hashed and stored."""

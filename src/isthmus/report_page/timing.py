@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 UNTIMED_STAGES = frozenset({"serve", "report"})
-STAGE_TITLES = {"qualify": "Qualify", "plan": "Plan", "train": "SFT", "handoff": "Hand-off"}
+STAGES = {"qualify": ("Qualify", "p-desk"), "plan": ("Plan", "p-desk"), "handoff": ("Hand-off", "p-handoff")}
+KINDS = {"pretrain": "p-pretrain", "sft": "p-sft", "rl": "p-other", "sample": "p-rollout"}
+Part = tuple[str, float, str]
+"""What took how many seconds, and the class of its colour."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of a stage, from its start event to its end event, or to its last event if it was cut off.
-
-    `pretraining` are the seconds until its last step of pretraining.
-    """
+    """One try of a stage or a step, from its start event to its end event, or to its last event if it was cut off."""
 
     stage: str
     pool: str | None
     seconds: float
     finished: bool
-    pretraining: float = 0.0
 
 
 def attempts(events: Sequence[dict[str, Any]]) -> list[Attempt]:
@@ -51,48 +50,46 @@ def finished_stages(events: Sequence[dict[str, Any]]) -> set[str]:
     return {attempt.stage for attempt in attempts(events) if attempt.finished}
 
 
-def breakdown(events: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    """(what, seconds) in pipeline order; RL is split by its step events, and the rest of it is named as such.
-
-    Training is split where the last step of pretraining ends.
-    """
-    pretraining = math.fsum(attempt.pretraining for attempt in attempts(events))
-    parts: list[tuple[str, float]] = []
-    for stage, seconds in spent(events).items():
-        if stage == "rl":
-            parts += _rl_parts(events, seconds)
-        elif stage == "train":
-            parts += [("Pretraining", pretraining), (STAGE_TITLES[stage], seconds - pretraining)]
+def breakdown(events: Sequence[dict[str, Any]], kinds: Mapping[str, str]) -> list[Part]:
+    """Where the time went, in the order of the run. `kinds` are those of the steps by name; one of RL is split by what
+    its events say, and the rest of it is named as such."""
+    parts: list[Part] = []
+    for act, seconds in spent(events).items():
+        kind = kinds.get(act)
+        if kind == "rl":
+            parts += _rl_parts([event for event in events if event["stage"] == act], act, seconds)
+        elif kind is not None:
+            parts.append((act, seconds, KINDS[kind]))
         else:
-            parts.append((STAGE_TITLES.get(stage, stage.capitalize()), seconds))
-    return [(name, seconds) for name, seconds in parts if seconds > 0]
+            title, colour = STAGES.get(act, (act.capitalize(), "p-other"))
+            parts.append((title, seconds, colour))
+    return [part for part in parts if part[1] > 0]
 
 
 def rollouts_beside_training(events: Sequence[dict[str, Any]]) -> float:
-    """Seconds of rollouts that ran while the trainer learned (samples one version old); 0 when they took turns."""
-    steps = _rl_events(events, "step")
-    return _total(steps, "rollout_s") if _overlapped(steps) else 0.0
+    """Seconds of rollouts that ran while the trainer learned (samples a version old); 0 when they took turns."""
+    steps = [event for event in events if event["event"] == "step" and event.get("staleness")]
+    return _total(steps, "rollout_s")
 
 
-def _rl_parts(events: Sequence[dict[str, Any]], whole: float) -> list[tuple[str, float]]:
-    steps, evaluations = _rl_events(events, "step"), _rl_events(events, "evaluate")
-    parts = [("RL rollouts", _total(steps, "rollout_s"))]
+def _rl_parts(events: Sequence[dict[str, Any]], name: str, whole: float) -> list[Part]:
+    steps = [event for event in events if event["event"] == "step"]
+    evaluations = [event for event in events if event["event"] == "evaluate"]
+    parts = [(f"{name}: rollouts", _total(steps, "rollout_s"), "p-rollout")]
     if _overlapped(steps):
-        parts = [("RL waiting for rollouts", _total(steps, "wait_s"))]
-    parts += [("RL training", _total(steps, "train_s")), ("RL weight crossings", _total(steps, "sync_s"))]
+        parts = [(f"{name}: waiting for rollouts", _total(steps, "wait_s"), "p-rollout")]
+    parts += [(f"{name}: training", _total(steps, "train_s"), "p-train")]
+    parts += [(f"{name}: weight crossings", _total(steps, "sync_s"), "p-sync")]
     timed_evaluation = _total(evaluations, "seconds")
-    rest = max(0.0, whole - sum(seconds for _, seconds in parts) - timed_evaluation)
+    rest = max(0.0, whole - sum(seconds for _, seconds, _ in parts) - timed_evaluation)
     if timed_evaluation:
-        return [*parts, ("RL evaluation", timed_evaluation), ("RL, the rest", rest)]
-    return [*parts, ("RL evaluation and the rest", rest)]
+        parts += [(f"{name}: evaluation", timed_evaluation, "p-evaluation"), (f"{name}: the rest", rest, "p-other")]
+        return parts
+    return [*parts, (f"{name}: evaluation and the rest", rest, "p-other")]
 
 
 def _overlapped(steps: Sequence[dict[str, Any]]) -> bool:
     return any(step.get("staleness") for step in steps)
-
-
-def _rl_events(events: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [event for event in events if event["stage"] == "rl" and event["event"] == name]
 
 
 def _attempt(events: Sequence[dict[str, Any]]) -> Attempt:
@@ -100,10 +97,7 @@ def _attempt(events: Sequence[dict[str, Any]]) -> Attempt:
     ends = [event for event in events if event["event"] == "end"]
     seconds = ends[-1].get("seconds") if ends else None
     elapsed = last["time"] - first["time"] if seconds is None else seconds
-    spent_in_all = float(max(0.0, elapsed))
-    pretrained = [event["time"] for event in events if event["stage"] == "train" and event["event"] == "pretrain-step"]
-    pretraining = min(spent_in_all, max(pretrained) - first["time"]) if pretrained else 0.0
-    return Attempt(first["stage"], first.get("pool"), spent_in_all, bool(ends), pretraining)
+    return Attempt(first["stage"], first.get("pool"), float(max(0.0, elapsed)), bool(ends))
 
 
 def _total(events: Sequence[dict[str, Any]], key: str) -> float:

@@ -6,10 +6,10 @@ Equal run folders give equal bytes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -21,31 +21,26 @@ from pydantic import BaseModel
 
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord, costliest
-from isthmus.report_page import charts, numbers, pools, timing
-from isthmus.report_page.charts import Mark, Series
+from isthmus.recipe.lineage import line, unused_steps
+from isthmus.recipe.steps import RlSection, SampleSection
+from isthmus.records import (
+    AnyStepRecord,
+    HandoffRecord,
+    PlanRecord,
+    QualifyRecord,
+    RlRecord,
+    WeightsRecord,
+    costliest,
+    step_record,
+)
+from isthmus.report_page import charts, lineage, numbers, pools, timing
+from isthmus.report_page.chapters import Chapter
+from isthmus.report_page.charts import Series
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
 from isthmus.verdict import describe_limit, without_pairs
 
 PAGE = "isthmus.report_page"
-SMOOTHED_STEPS = 9
-MOST_HEAT_LAYERS = 6
-STAGE_ALIASES = {"sft": "train"}
 TOTAL = "total"
-TRAINING_PHASES = {"pretrain": "pretrain-step", "sft": "step"}
-"""The phases of the stage train, with the event that each writes for a step."""
-TIME_COLOURS = {
-    "Qualify": "p-desk",
-    "Plan": "p-desk",
-    "Pretraining": "p-pretrain",
-    "SFT": "p-sft",
-    "RL rollouts": "p-rollout",
-    "RL waiting for rollouts": "p-rollout",
-    "RL training": "p-train",
-    "RL weight crossings": "p-sync",
-    "RL evaluation": "p-evaluation",
-    "Hand-off": "p-handoff",
-}
 
 
 class NamedFigure(NamedTuple):
@@ -65,20 +60,6 @@ class EstimateRow(NamedTuple):
     ratio: Figure | None
 
 
-class HeatLayer(NamedTuple):
-    name: str
-    strip: Markup
-
-
-class Thought(NamedTuple):
-    """A completion, taken apart at its thinking tags."""
-
-    prompt: str
-    thinking: str
-    answer: str
-    closed: bool
-
-
 @dataclass(frozen=True)
 class Dossier:
     """All that a run folder holds, read once."""
@@ -86,8 +67,7 @@ class Dossier:
     run: RunFolder
     qualify: dict[str, QualifyRecord | None]
     plan: PlanRecord | None
-    train: TrainRecord | None
-    rl: RlRecord | None
+    steps: dict[str, AnyStepRecord | None]
     handoff: HandoffRecord | None
     events: list[dict[str, Any]]
 
@@ -108,9 +88,43 @@ class Dossier:
         rehearsed = any(pools[name].rehearsed for name in ([pool] if pool in pools else preferred))
         return "rehearsed" if rehearsed else "measured"
 
+    @cached_property
+    def chapters(self) -> list[Chapter]:
+        """One for each step, in the order of the recipe."""
+        recipe, path = self.run.recipe, self.run.path
+        return [
+            Chapter(
+                section=step,
+                architecture=recipe.architecture_of(step),
+                record=self.steps[step.name],
+                events=[entry for entry in self.events if entry["stage"] == step.name],
+                start=recipe.start_of(step),
+                kind=self.rollout_kind if isinstance(step, SampleSection) else self.train_kind,
+                rollout_kind=self.rollout_kind,
+                command=f"isthmus run {path} --until {step.name}",
+            )
+            for step in recipe.step
+        ]
+
+    @property
+    def weights(self) -> list[WeightsRecord]:
+        return [record for record in self.steps.values() if isinstance(record, WeightsRecord)]
+
+    @property
+    def rl(self) -> RlRecord | None:
+        """The last RL that is done on the way to the weights that are handed off, else of any."""
+        recipe = self.run.recipe
+        way = {step.name for step in line(recipe.step, recipe.handed_off.name)}
+        done = [record for record in self.steps.values() if isinstance(record, RlRecord)]
+        return next((one for one in reversed(done) if one.step in way), done[-1] if done else None)
+
+    @property
+    def learns_on_both(self) -> bool:
+        return any(isinstance(step, RlSection | SampleSection) for step in self.run.recipe.step)
+
     @property
     def train_pool(self) -> str | None:
-        return self.train.pool if self.train else self.pool_of("train")
+        return self.weights[-1].pool if self.weights else self.pool_of("train")
 
     @property
     def rollout_pool(self) -> str | None:
@@ -122,10 +136,8 @@ class Dossier:
 
     @property
     def crossings(self) -> int:
-        """RL steps at which weights crossed to the rollout pool so far."""
-        if self.rl:
-            return self.rl.weight_version
-        return max((int(step.get("weight_version", 0)) for step in self.of("rl", "step")), default=0)
+        """RL updates at which weights crossed to the rollout pool so far."""
+        return sum(chapter.crossings for chapter in self.chapters)
 
     @property
     def train_kind(self) -> Kind:
@@ -166,8 +178,7 @@ def read_dossier(run: RunFolder) -> Dossier:
         run=run,
         qualify={pool: run.read_record(f"qualify/{pool}", QualifyRecord) for pool in names},
         plan=run.read_record("plan", PlanRecord),
-        train=run.read_record("train", TrainRecord),
-        rl=run.read_record("rl", RlRecord),
+        steps={step.name: step_record(run, step.name) for step in run.recipe.step},
         handoff=run.read_record("parity", HandoffRecord),
         events=run.events(),
     )
@@ -193,16 +204,13 @@ def compose(dossier: Dossier) -> str:
         figures=figures,
         figure_groups={place: list(group) for place, group in groupby(figures, key=lambda item: item.place)},
         state_of=state_of(dossier),
+        lineage=lineage.picture(dossier.chapters, dossier.run.recipe.handed_off.name),
+        warnings=unused_steps(dossier.run.recipe.step, dossier.run.recipe.handed_off.name),
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
         estimates=estimate_rows(dossier),
-        training={phase: training_figures(dossier, phase) for phase in TRAINING_PHASES},
         parts=time_parts(dossier),
         attempts=timing.attempts(dossier.events),
-        has_pretraining=dossier.run.recipe.pretrain is not None or bool(dossier.of("train", "pretrain-step")),
-        expert_loads=expert_loads(dossier),
-        before=split_thought(dossier.rl.sample_before) if dossier.rl else None,
-        after=split_thought(dossier.rl.sample_after) if dossier.rl else None,
         ledger=costliest(dossier.handoff.ledger if dossier.handoff else []),
         serve_kind=dossier.kind_on(dossier.serve_pool, dossier.run.recipe.place.serve),
         **draw(dossier),
@@ -210,80 +218,14 @@ def compose(dossier: Dossier) -> str:
 
 
 def draw(dossier: Dossier) -> dict[str, Markup]:
-    """All line charts and bars of the page, by name."""
-    sft, rl = dossier.of("train", "step"), dossier.of("rl", "step")
-    gain = dossier.rl.accuracy_gain if dossier.rl else None
-    return {
-        "pretrain_chart": charts.line_chart(_losses(dossier.of("train", TRAINING_PHASES["pretrain"]))),
-        "loss_chart": charts.line_chart(_losses(sft)),
-        "learning_chart": charts.line_chart(
-            _smoothed(rl, "accuracy", "training problems", 100), suffix="%", marks=heldout(dossier)
-        ),
-        "length_chart": charts.line_chart(_smoothed(rl, "completion_tokens", "length", 1)),
-        "entropy_chart": charts.line_chart(_smoothed(rl, "entropy", "entropy", 1)),
-        "reward_chart": charts.line_chart(_smoothed(rl, "reward", "reward", 1)),
-        "gap_chart": charts.line_chart(_smoothed(rl, "mismatch_abs", "|Δ log p|", 1, "away")),
-        "k3_chart": charts.line_chart(_smoothed(rl, "mismatch_k3", "KL", 1, "away")),
-        "clipped_chart": charts.line_chart(_smoothed(rl, "importance_clipped", "clipped", 100, "away"), suffix="%"),
-        "slope_chart": charts.line_chart([Series("slope", charts.points_of(rl, "mismatch_slope"), "away")]),
-        "gain_bar": _gain_bar(gain) if gain else Markup(""),
-        "ledger_chart": charts.line_chart(_ledger_lines(dossier), suffix="%"),
-    }
-
-
-def heldout(dossier: Dossier) -> list[Mark]:
-    """Held-out accuracy before and after RL, in percent: from the record, else from the evaluation events."""
-    last_step = max((int(step["step"]) for step in dossier.of("rl", "step")), default=0)
-    ends = {"before": 0, "after": dossier.rl.steps if dossier.rl else last_step}
-    if dossier.rl:
-        known = {"before": dossier.rl.accuracy_before, "after": dossier.rl.accuracy_after}
-        return [_mark(ends[which], figure) for which, figure in known.items() if figure.value is not None]
-    evaluations = dossier.of("rl", "evaluate")
-    return [Mark("held-out problems", ends[entry["which"]], 100 * entry["accuracy"]) for entry in evaluations]
+    """The charts of the page that are of no single step, by name."""
+    return {"ledger_chart": charts.line_chart(_ledger_lines(dossier), suffix="%")}
 
 
 def computed_figures(dossier: Dossier) -> dict[str, Figure]:
     """What the report itself computes from the events."""
-    steps = dossier.of("rl", "step")
-    rehearsed = dossier.rollout_kind == "rehearsed"
-    found: dict[str, Figure] = {}
-    for key, unit in {"mismatch_abs": "nats/token", "mismatch_k3": "nats/token", "importance_clipped": "share"}.items():
-        values = [value for _, value in charts.points_of(steps, key)]
-        if values:
-            source = f"events.jsonl: mean of {key} over {len(values)} RL steps"
-            found[f"{key}_mean"] = Figure.measured(sum(values) / len(values), unit, source, rehearsed=rehearsed)
-    slopes = charts.points_of(steps, "mismatch_slope")
-    if slopes:
-        source = f"events.jsonl: mismatch_slope at step {slopes[-1][0]:g}"
-        found["mismatch_slope_last"] = Figure.measured(
-            slopes[-1][1], "nats/token per step", source, rehearsed=rehearsed
-        )
-    phases = {phase: training_figures(dossier, phase) for phase in TRAINING_PHASES}
-    found |= {f"{phase}_{name}": figure for phase, figures in phases.items() for name, figure in figures.items()}
+    found = {f"{one.name}_{name}": figure for one in dossier.chapters for name, figure in one.figures.items()}
     return found | wall_clock(dossier)
-
-
-def training_figures(dossier: Dossier, phase: str) -> dict[str, Figure]:
-    """Speed, share of the declared peak and memory of a phase of training; each only where its events say it."""
-    steps = dossier.of("train", TRAINING_PHASES[phase])
-    rehearsed = dossier.train_kind == "rehearsed"
-    found: dict[str, Figure] = {}
-    timed = [(s["tokens"], s["seconds"]) for s in steps if s.get("tokens") and s.get("seconds")]
-    if timed:
-        tokens, seconds = (math.fsum(values) for values in zip(*timed, strict=True))
-        source = f"events.jsonl: {tokens:,.0f} tokens in {seconds:,.1f} s of {len(timed)} steps"
-        found["mean_tokens_per_s"] = Figure.measured(tokens / seconds, "tokens/s", source, rehearsed=rehearsed)
-    shares = [(s["mfu"] * s["seconds"], s["seconds"]) for s in steps if s.get("mfu") is not None and s.get("seconds")]
-    if shares:
-        work, seconds = (math.fsum(values) for values in zip(*shares, strict=True))
-        source = f"events.jsonl: mean of mfu over {len(shares)} steps, measured speed over the chip's declared peak"
-        kind: Kind = "rehearsed" if rehearsed else "declared"
-        found["mfu"] = Figure(value=work / seconds, unit="share", kind=kind, source=source)
-    memory = [value for _, value in charts.points_of(steps, "memory_gib")]
-    if memory:
-        source = f"events.jsonl: largest memory_gib of {len(memory)} steps, of one process"
-        found["peak_memory"] = Figure.measured(max(memory), "GiB", source, rehearsed=rehearsed)
-    return found
 
 
 def wall_clock(dossier: Dossier) -> dict[str, Figure]:
@@ -304,7 +246,7 @@ def estimate_rows(dossier: Dossier) -> list[EstimateRow]:
         return []
     estimate = dossier.plan.estimate
     ended, spent = timing.finished_stages(dossier.events), timing.spent(dossier.events)
-    stages = {key: _stage_of(key) for key in estimate}
+    stages = {key: key for key in estimate}
     listed = [stage for stage in dict.fromkeys(stages.values()) if stage != TOTAL]
     truth = {stage: spent[stage] for stage in listed if stage in ended}
     if listed and len(truth) == len(listed):
@@ -314,9 +256,9 @@ def estimate_rows(dossier: Dossier) -> list[EstimateRow]:
 
 def time_parts(dossier: Dossier) -> dict[str, Any]:
     """The bar of where time went, and its rows: (name, seconds, share, css class)."""
-    parts = timing.breakdown(dossier.events)
-    whole = sum(seconds for _, seconds in parts)
-    rows = [(name, seconds, seconds / whole, TIME_COLOURS.get(name, "p-other")) for name, seconds in parts]
+    parts = timing.breakdown(dossier.events, {step.name: step.kind for step in dossier.run.recipe.step})
+    whole = sum(seconds for _, seconds, _ in parts)
+    rows = [(name, seconds, seconds / whole, css) for name, seconds, css in parts]
     return {
         "bar": charts.stacked_bar([(name, seconds, css) for name, seconds, _, css in rows]),
         "rows": rows,
@@ -325,31 +267,15 @@ def time_parts(dossier: Dossier) -> dict[str, Any]:
     }
 
 
-def expert_loads(dossier: Dossier) -> list[HeatLayer]:
-    """One heat strip for each MoE layer, or for MOST_HEAT_LAYERS of them, evenly chosen."""
-    steps = [step for step in dossier.of("train", "step") if step.get("expert_load")]
-    if not steps:
-        return []
-    layers = len(steps[0]["expert_load"])
-    count = min(layers, MOST_HEAT_LAYERS)
-    chosen = sorted({round(index * (layers - 1) / max(1, count - 1)) for index in range(count)})
-    same = [step for step in steps if len(step["expert_load"]) == layers]
-    return [
-        HeatLayer(_layer_name(dossier, index), charts.heat_strip([(s["step"], s["expert_load"][index]) for s in same]))
-        for index in chosen
-    ]
-
-
 def commands(dossier: Dossier) -> dict[str, str]:
     """For each stage that is not done, the command that does it."""
     done = {
         "qualify": all(dossier.qualify.values()),
         "plan": dossier.plan is not None,
-        "train": dossier.train is not None,
-        "rl": dossier.rl is not None,
+        **{name: record is not None for name, record in dossier.steps.items()},
         "handoff": dossier.handoff is not None,
     }
-    return {verb: f"isthmus {verb} {dossier.run.path}" for verb, is_done in done.items() if not is_done}
+    return {act: f"isthmus run {dossier.run.path} --until {act}" for act, is_done in done.items() if not is_done}
 
 
 def state_of(dossier: Dossier) -> str:
@@ -383,32 +309,12 @@ def figures_in(part: Any, place: str = "") -> Iterator[tuple[str, Figure]]:
             yield from figures_in(inner, f"{place}[{getattr(inner, 'name', index)}]")
 
 
-def split_thought(text: str) -> Thought:
-    """Prompt, thinking and answer of a completion. Thinking that never ended has no answer and is not `closed`."""
-    prompt, _, rest = text.partition("<think>") if "<think>" in text else ("", "", text)
-    thinking, closed, answer = rest.partition("</think>")
-    return Thought(prompt.strip(), thinking.strip(), answer.strip(), bool(closed))
-
-
 def _records(dossier: Dossier) -> dict[str, Record]:
     named: dict[str, Record | None] = {f"qualify/{pool}": record for pool, record in dossier.qualify.items()}
-    named |= {"plan": dossier.plan, "train": dossier.train, "rl": dossier.rl, "parity": dossier.handoff}
+    named |= {"plan": dossier.plan}
+    named |= {f"steps/{name}/record": record for name, record in dossier.steps.items()}
+    named |= {"parity": dossier.handoff}
     return {name: record for name, record in named.items() if record is not None}
-
-
-def _losses(events: Sequence[dict[str, Any]]) -> list[Series]:
-    return [
-        Series("next token", charts.points_of(events, "loss"), "home"),
-        Series("token after next (MTP)", charts.points_of(events, "mtp_loss"), "away", dashed=True),
-    ]
-
-
-def _smoothed(events: Sequence[dict[str, Any]], key: str, name: str, factor: float, tone: str = "home") -> list[Series]:
-    raw = charts.points_of(events, key, factor)
-    if len(raw) < 2 * SMOOTHED_STEPS:
-        return [Series(f"{name}, each step", raw, tone)]
-    mean = charts.moving_average(raw, SMOOTHED_STEPS)
-    return [Series(f"{name}, each step", raw, tone, faint=True), Series(f"mean of {SMOOTHED_STEPS} steps", mean, tone)]
 
 
 def _ledger_lines(dossier: Dossier) -> list[Series]:
@@ -426,22 +332,8 @@ def _ledger_lines(dossier: Dossier) -> list[Series]:
     ]
 
 
-def _mark(step: int, figure: Figure) -> Mark:
-    factor = 100 if figure.unit in numbers.SHARE_UNITS else 1
-    value, low, high = (None if end is None else factor * end for end in (figure.value, figure.low, figure.high))
-    assert value is not None
-    return Mark("held-out problems", step, value, low, high)
-
-
-def _gain_bar(gain: Figure) -> Markup:
-    if gain.value is None or gain.low is None or gain.high is None:
-        return Markup("")
-    factor = 100 if gain.unit in numbers.SHARE_UNITS else 1
-    return charts.interval_bar(factor * gain.value, factor * gain.low, factor * gain.high)
-
-
 def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> EstimateRow:
-    name = numbers.label(key.removesuffix("_seconds"))
+    name = numbers.label(key)
     if seconds is None or estimate.unit not in numbers.SECOND_UNITS:
         return EstimateRow(name, estimate, None, None)
     truth = Figure.measured(seconds, "s", "events.jsonl", rehearsed=False)
@@ -450,17 +342,6 @@ def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> Estimate
     return EstimateRow(
         name, estimate, truth, Figure.derived(seconds / estimate.value, "×", "truth / estimate", estimate, truth)
     )
-
-
-def _stage_of(estimate_key: str) -> str:
-    stage = estimate_key.removesuffix("_seconds").removesuffix("_s")
-    return STAGE_ALIASES.get(stage, stage)
-
-
-def _layer_name(dossier: Dossier, index: int) -> str:
-    model = dossier.run.recipe.model
-    sparse = model.sparse_layers
-    return f"Layer {sparse[index]}" if index < len(sparse) else "MTP layer"
 
 
 def _page_file(name: str) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import chips
-from isthmus.data.tasks import load_task
 from isthmus.engines.local import report_kernels
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.canary import CanaryReport
@@ -36,6 +35,7 @@ from isthmus.recipe.read import override_serve
 from isthmus.recipe.schema import ServeSection
 from isthmus.records import HandoffRecord, PlanRecord
 from isthmus.run import RunFolder
+from isthmus.tasks import interleaved, tasks_of
 
 NAME = "serve"
 EXAMPLES = 6
@@ -232,7 +232,8 @@ def _canary(folder: Path, service: Service, serving: Serving, watch: Watch) -> C
 
 def example_prompts(run: RunFolder) -> list[str]:
     """Held-out problems to try in the chat page, from all over the list."""
-    problems = load_task(run.recipe).heldout
+    heldout = tasks_of(run.recipe, run.recipe.handed_off).heldout
+    problems = interleaved(heldout, sum(map(len, heldout.values())))
     return [problem.prompt for problem in problems[:: max(1, len(problems) // EXAMPLES)][:EXAMPLES]]
 
 

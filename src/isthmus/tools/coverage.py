@@ -206,8 +206,17 @@ def _recipe_around(
         "model": model,
         "pools": {"target": {"chip": chip, "count": ranks or 1, "rehearsed": True}},
         "place": {stage: ["target"] for stage in ("train", "rollout", "serve")},
-        "sft": {"steps": 1, "optimizer": optimizer},
-        "rl": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}, "rollout_format": "bf16"},
+        "step": [
+            {"name": "taught", "kind": "sft", "steps": 1, "optimizer": optimizer},
+            {
+                "name": "reinforced",
+                "kind": "rl",
+                "from": "taught",
+                "steps": 1,
+                "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+                "rollout_format": "bf16",
+            },
+        ],
         "handoff": {"format": "bf16"},
     }
     for override in overrides:

@@ -20,7 +20,7 @@ REFRESH = "isthmus recipe --markdown > docs/recipe.md"
 def every_table() -> list[Table]:
     """The tables of a recipe, with the options of each algorithm."""
     options = {f'algorithm = "{name}"': get_algorithm(name).Config for name in algorithm_names()}
-    return tables({"rl.options": options})
+    return tables({"step.options": options})
 
 
 def execute(place: str | None, markdown: bool = False) -> str:

@@ -271,6 +271,25 @@ def load_model_state(folder: Path, sha256: str) -> dict[str, Tensor]:
     return {split_key(key)[1]: tensor for key, tensor in tensors.items()}
 
 
+def load_weights(folder: Path, sha256: str, model: dict[str, Tensor], group: ProcessGroup | None) -> None:
+    """Copy the model of a checkpoint into tensors under published names, which may be parts of sharded ones.
+
+    It is verified against the hash that a record holds. Every rank of `group` makes the same call.
+
+    Raises DamagedFile that names what does not match, and IsthmusError if the checkpoint is of another model.
+    """
+    rank, size = _rank_and_size(group)
+    wanted = {f"model/{name}": tensor for name, tensor in model.items()}
+    try:
+        manifest = _vote(lambda: read_manifest(folder, sha256)[0].of_part("model"), group)
+        _vote(lambda: _verify(folder, manifest, manifest.files[rank::size]), group)
+        _vote(lambda: _compare(folder, manifest, wanted), group)
+        _check_nothing_is_left_out(folder, manifest, wanted, group)
+        _vote(lambda: _fill(folder, manifest, wanted), group)
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}: {_advice(folder)}") from None
+
+
 def _advice(folder: Path) -> str:
     older = [other for other in folders(folder.parent) if folder_step(other) < folder_step(folder)]
     where = f"continues from {older[-1].name}" if older else "starts from its beginning"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.recipe.schema import LossSection
+from isthmus.recipe.steps import LossSection
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import OptimizerSection
+from isthmus.recipe.steps import OptimizerSection
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.parts import Part, parts_of
 

@@ -17,7 +17,7 @@ from isthmus.model.documents import Documents
 from isthmus.model.model import Model
 from isthmus.model.moe import Router, Trace, sequence_balance_sums
 from isthmus.recipe.architecture import MixtureSection
-from isthmus.recipe.schema import TextSection
+from isthmus.recipe.steps import TextSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.mesh import Ranks, alone
 from isthmus.trainer.optimizer import Optimizer

@@ -61,7 +61,7 @@ class HttpEngine:
         if sampling.routes and not isinstance(self._server, Isthmus):
             raise EngineError(
                 f"{self.server} at {self.url} is not asked for the experts of its tokens, which router replay needs: "
-                "set rl.loss.router_replay = false, or generate with an engine of isthmus"
+                "set loss.router_replay = false in the step, or generate with an engine of isthmus"
             )
         return self._server.generate(prompts, sampling, seeds)
 

@@ -40,6 +40,7 @@ from isthmus.probes.static.sites import (
     Site,
 )
 from isthmus.probes.static.trace import Layout, Options, serving_costs, training_costs
+from isthmus.recipe.practice import rollout_formats
 from isthmus.recipe.schema import Recipe, layout_problem
 from isthmus.records import Evidence, Limit, Outcome, Use
 from isthmus.run import Figure
@@ -380,7 +381,7 @@ def needs_of(sites: Iterable[Site], chip: Chip, profile: Profile, use: Use, *, i
 
 def serves_int8(recipe: Recipe) -> bool:
     """Whether the recipe generates or serves with weights in int8."""
-    placed = (recipe.rl.rollout_format, recipe.handoff.format)
+    placed = (*rollout_formats(recipe), recipe.handoff.format)
     return any(torch.int8 in {dtype for dtype, _ in get_format(one).layout(recipe.model).values()} for one in placed)
 
 

@@ -43,7 +43,9 @@ from isthmus.probes.static.costs import (
 )
 from isthmus.probes.static.sites import OPTIMISER, Site, cached_attention, watch_sites
 from isthmus.recipe.architecture import MixtureSection, ModelSection
-from isthmus.recipe.schema import Recipe, TextSection, TrainSection, layout_problem
+from isthmus.recipe.practice import first_text, pretrained
+from isthmus.recipe.schema import Recipe, TrainSection, layout_problem
+from isthmus.recipe.steps import TextSection
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import TokenExchange
@@ -97,10 +99,10 @@ class Options:
 def training_costs(recipe: Recipe, layout: Layout, options: Options) -> dict[str, Costs]:
     """One training step of one rank: `model` (forward and backward), `sharding` (what FSDP2 adds), `optimizer`.
 
-    The step is supervised training on `recipe.pretrain`'s rows if it has that stage, else on `recipe.sft`'s.
+    The step is the first on plain text, else supervised training.
     """
-    section: TextSection = recipe.pretrain or recipe.sft
-    length = recipe.pretrain.row_length if recipe.pretrain else LONGEST_ROW
+    section, plain = first_text(recipe), pretrained(recipe)
+    length = plain.row_length if plain else LONGEST_ROW
     length = min(length, recipe.model.max_position_embeddings)
     batch = full_rows(recipe.train.rows_per_microbatch or 1, length)
     with META:

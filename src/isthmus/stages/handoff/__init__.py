@@ -20,7 +20,7 @@ from isthmus.errors import GateRefused
 from isthmus.parity import gate
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.progress import Watch
-from isthmus.records import HandoffRecord, RlRecord
+from isthmus.records import HandoffRecord, read_weights
 from isthmus.run import RunFolder
 from isthmus.stages.handoff.crossing import (
     NAME,
@@ -52,7 +52,7 @@ def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
                 examination.verify(one, golden)
             for one in written.values():
                 examination.compare_tokens(one.bundle, golden)
-            start = run.recipe.model.from_
+            start = crossing.architecture.from_
             if start is not None and PLAIN in written:
                 examination.compare_updates(written[PLAIN], start)
             examination.compare_engine(target, found)
@@ -78,7 +78,7 @@ def refusal(run: RunFolder, record: HandoffRecord) -> str:
     return (
         f"{gate.refusal(opening, record.checks, record.culprit, record.operator)}\n"
         f"All checks are in {run.path / 'parity.json'}. Another format or more training may pass, and more problems\n"
-        "or golden prompts where nothing was shown: change [handoff], [rl] or [sft] and use a new run folder."
+        "or golden prompts where nothing was shown: change [handoff] or the steps and use a new run folder."
     )
 
 
@@ -106,7 +106,7 @@ def conclude(
     )
     if record.verdict == "pass":
         lineage = Lineage(
-            checkpoint_sha256=run.require_record("rl", RlRecord, "rl").checkpoint_sha256,
+            checkpoint_sha256=read_weights(run, run.recipe.handed_off.name).checkpoint_sha256,
             recipe_sha256=record.recipe_sha256,
             source_pool=record.source_pool,
             target_pool=record.target_pool,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from isthmus.chips.rehearse.dispatch import Rehearsal, enforce
 from isthmus.data.corpus import completion_of, prompt_ids, run_tokenizer
-from isthmus.data.tasks import Problem, Task, load_task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Sampling
 from isthmus.engines.local import LocalEngine, report_kernels
@@ -45,10 +44,12 @@ from isthmus.parity.verify import Limits, Target, verify_bundle, write_verdict
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.lineage import line
+from isthmus.recipe.practice import answering
 from isthmus.recipe.schema import HandoffSection
-from isthmus.records import Check, ParityVerdict, PlanRecord, RlRecord
-from isthmus.rewards import get_reward
+from isthmus.records import Check, ParityVerdict, PlanRecord, read_weights
 from isthmus.run import Figure, RunFolder
+from isthmus.tasks import Mixture, Problem, interleaved, load_tasks, seeded, tasks_of
 from isthmus.trainer.checkpoint import load_model_state
 
 NAME = "handoff"
@@ -68,7 +69,7 @@ class Crossing:
 
     `state` may read a tensor whenever it is asked for it. Bundles lie in `folder` by format; the reference and the logs
     of engines in `work`. `asked` tells of the golden prompts where they come from, and `limits_from` of the limits.
-    Without a `task` nothing is answered. `on` is where the target bundle's model runs; `tell` records events.
+    Without `tasks` nothing is answered. `on` is where the target bundle's model runs; `tell` records events.
     """
 
     folder: Path
@@ -79,8 +80,8 @@ class Crossing:
     section: HandoffSection
     limits_from: str
     asked: str
-    task: Task | None
-    problems: list[Problem]
+    tasks: Mixture | None
+    problems: Sequence[Problem]
     sampling: Sampling
     seed: int
     source: Pool
@@ -91,21 +92,23 @@ class Crossing:
     @classmethod
     def of(cls, run: RunFolder) -> Crossing:
         plan = run.require_record("plan", PlanRecord, "plan")
-        rl = run.require_record("rl", RlRecord, "rl")
-        source, target = get_pool(run.recipe, rl.train_pool), get_pool(run.recipe, plan.pool_of("serve"))
-        task, sampled = load_task(run.recipe), run.recipe.rl
+        trained = read_weights(run, run.recipe.handed_off.name)
+        source, target = get_pool(run.recipe, trained.pool), get_pool(run.recipe, plan.pool_of("serve"))
+        (most_tokens, temperature), handed_off = answering(run.recipe), run.recipe.handed_off
+        every = load_tasks(run.recipe)
+        tasks, model = tasks_of(run.recipe, handed_off, every), line(run.recipe.step, handed_off.name)[0].model
         return cls(
             folder=run.path / "bundle",
             work=run.path / NAME,
-            architecture=run.recipe.model,
-            state=load_model_state(run.path / rl.checkpoint, rl.checkpoint_sha256),
-            tokenizer=run_tokenizer(run, task),
+            architecture=run.recipe.architecture_of(run.recipe.handed_off),
+            state=load_model_state(run.path / trained.checkpoint, trained.checkpoint_sha256),
+            tokenizer=run_tokenizer(run, list(every.values()), model),
             section=run.recipe.handoff,
             limits_from=SECTION,
             asked="held-out problems of the run",
-            task=task,
-            problems=task.heldout[: run.recipe.handoff.heldout_problems],
-            sampling=Sampling(sampled.max_new_tokens, sampled.temperature, n=SAMPLES_PER_PROBLEM),
+            tasks=tasks,
+            problems=interleaved(tasks.heldout, run.recipe.handoff.heldout_problems),
+            sampling=Sampling(most_tokens, temperature, n=SAMPLES_PER_PROBLEM),
             seed=run.recipe.seed,
             source=source,
             target=target,
@@ -205,8 +208,9 @@ class Writer:
         by_inputs = section.rounding == "gptq"
         if not (get_format(section.format).needs_calibration or section.balance or by_inputs):
             return Conversion(), None
-        assert crossing.task is not None, "a run has a task"
-        problems = crossing.task.train[: section.calibration_prompts]
+        assert crossing.tasks is not None, "a run has tasks"
+        trained = {name: task.train for name, task in crossing.tasks.tasks.items()}
+        problems = interleaved(trained, section.calibration_prompts)
         prompts = [prompt_ids(crossing.tokenizer, problem) for problem in problems]
         self.watch.say(f"  {len(prompts)} training problems, answered by the reference, calibrate {section.format}")
         answers = self.engines.answer(reference, crossing.source, prompts)
@@ -388,10 +392,10 @@ class Examination:
 
     def _correct(self, answers: Answers) -> list[list[bool]]:
         crossing, tokenizer = self.crossing, self.crossing.tokenizer
-        assert crossing.task is not None, "somebody answered problems"
-        reward = get_reward(crossing.task.reward)
+        tasks = crossing.tasks
+        assert tasks is not None, "somebody answered problems"
         return [
-            [reward.score(problem, completion_of(tokenizer, one.tokens)).accuracy == 1.0 for one in group]
+            [tasks.of(problem).accuracy(problem, completion_of(tokenizer, one.tokens)) == 1.0 for one in group]
             for problem, group in zip(crossing.problems, answers, strict=True)
         ]
 

@@ -15,9 +15,7 @@ from typing import Any
 
 from isthmus import chips
 from isthmus.chips import check_tables, get_chip
-from isthmus.data.jsonl import load_heldout
 from isthmus.data.prompts import PromptFile
-from isthmus.data.tasks import Task, load_section
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Sampling
 from isthmus.errors import GateRefused, IsthmusError
@@ -34,7 +32,7 @@ from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.verify import Target
 from isthmus.pools import Pool, default_threads
 from isthmus.progress import Watch
-from isthmus.recipe.schema import DataSection, HandoffSection, ServeSection
+from isthmus.recipe.schema import HandoffSection, ServeSection
 from isthmus.records import ParityVerdict
 from isthmus.stages.handoff.crossing import (
     SAMPLES_PER_PROBLEM,
@@ -45,6 +43,8 @@ from isthmus.stages.handoff.crossing import (
     Written,
     reference_bundle,
 )
+from isthmus.tasks import Mixture, NamedTask, interleaved, open_task, task_options
+from isthmus.tasks.jsonl import load_heldout
 
 CPU = "cpu"
 EXAMPLES, MOST_EXAMPLES = "examples.json", 6
@@ -98,7 +98,7 @@ class Asked:
 
     options: Options
     sequences: list[list[int]] | None
-    task: Task | None
+    task: Mixture | None
     on: Target
     chip: str
 
@@ -208,8 +208,8 @@ def _crossing(checkpoint: Checkpoint, bundle: Bundle, asked: Asked, watch: Watch
         section=options.section(bundle.format),
         limits_from=COMMAND_LINE,
         asked=origin,
-        task=task,
-        problems=task.heldout[: options.problems] if task is not None else [],
+        tasks=task,
+        problems=interleaved(task.heldout, options.problems) if task is not None else [],
         sampling=Sampling(options.max_new_tokens, options.temperature, n=SAMPLES_PER_PROBLEM),
         seed=0,
         source=pool(CHECKPOINT, CPU, False),
@@ -233,16 +233,16 @@ def _target(options: Options) -> tuple[Target, str]:
     return Target(options.on, options.dtype), options.on
 
 
-def _task(given: str | None) -> Task | None:
+def _task(given: str | None) -> Mixture | None:
+    """A task by its kind, or of a file of held-out problems."""
     if given is None:
         return None
     if Path(given).is_file():
-        return load_heldout(Path(given))
-    if given == DataSection().task:
-        return load_section(DataSection())
+        return Mixture({given: NamedTask(load_heldout(Path(given)), given, None)}, {given: 0.0}, heldout_alone=True)
+    if given == "countdown":
+        return Mixture({given: open_task(given, task_options(given, {}), given)}, {given: 1.0})
     raise IsthmusError(
-        f'--task {given}: neither a file with a line {{"prompt": ..., "answer": ...}} per problem, nor '
-        f"{DataSection().task!r}"
+        f'--task {given}: neither a file with a line {{"prompt": ..., "answer": ...}} per problem, nor \'countdown\''
     )
 
 

@@ -20,7 +20,8 @@ class Runner:
     """A model and its cache. Block 0 is left to fill up tables.
 
     With `drafts` the cache has a layer for multi-token prediction. With `row_by_row` each token gets the same bits
-    whatever else is in the pass. `record_routes` notes the experts of every token in the store. `native` False keeps to torch's operators, which a rehearsal can see.
+    whatever else is in the pass. `native` False keeps to torch's operators, which a rehearsal can see. `record_routes`
+    notes the experts of every token in the store.
     """
 
     def __init__(

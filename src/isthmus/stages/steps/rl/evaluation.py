@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.data.corpus import completion_of
-from isthmus.data.tasks import seeded
 from isthmus.engines import Completion, Sampling
 from isthmus.parity.paired import paired_difference, wilson_interval
+from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
-from isthmus.run import Figure, RunFolder, write_atomic
-from isthmus.stages.rl.rollout import Rollouts
-from isthmus.stages.rl.state import NAME
+from isthmus.run import Figure, write_atomic
+from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import interleaved, seeded
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
 PER_STEP = {
@@ -51,16 +52,16 @@ class Evaluation:
         return sum(self.tokens) / len(self.tokens)
 
 
-def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str], None]) -> Evaluation:
+def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Callable[[str], None]) -> Evaluation:
     """Held-out problems through the engine, sampled and greedy; stored, so that a continued run does not repeat it."""
-    path = run.path / NAME / f"heldout-{which}.json"
+    path = work.folder / f"heldout-{which}.json"
     if path.exists():
         return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
     say(f"  held-out problems {which} RL")
-    section = run.recipe.rl
-    problems = rollouts.task.heldout[: section.heldout_problems]
+    section = work.section
+    problems = interleaved(rollouts.tasks.heldout, section.heldout_problems)
     prompts = rollouts.prompts(problems)
-    seeds = [seeded("heldout", run.recipe.seed, problem.id).getrandbits(48) for problem in problems]
+    seeds = [seeded("heldout", work.recipe.seed, problem.id).getrandbits(48) for problem in problems]
 
     def answers(temperature: float) -> list[Completion]:
         groups = rollouts.engine.generate(prompts, Sampling(section.max_new_tokens, temperature), seeds)
@@ -68,15 +69,14 @@ def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str]
 
     def right(answers: list[Completion]) -> list[bool]:
         pairs = zip(problems, answers, strict=True)
-        return [rollouts.score(problem, answer).accuracy == 1.0 for problem, answer in pairs]
+        return [rollouts.is_correct(problem, answer) for problem, answer in pairs]
 
     began = time.perf_counter()
     sampled, greedy = answers(section.temperature), answers(0.0)
     texts = [completion_of(rollouts.tokenizer, answer.tokens) for answer in sampled]
     result = Evaluation(right(sampled), [len(answer.tokens) for answer in sampled], texts, right(greedy))
     write_atomic(path, json.dumps(result.__dict__).encode())
-    run.event(
-        NAME,
+    work.event(
         "evaluate",
         which=which,
         problems=len(problems),
@@ -91,31 +91,34 @@ def evaluate(run: RunFolder, rollouts: Rollouts, which: str, say: Callable[[str]
 class Comparison:
     """The held-out problems before and after RL, as figures."""
 
-    def __init__(self, run: RunFolder, plan: PlanRecord, before: Evaluation, after: Evaluation):
-        self.run, self.plan, self.before, self.after = run, plan, before, after
+    def __init__(self, work: StepRun[RlSection], plan: PlanRecord, before: Evaluation, after: Evaluation):
+        self.work, self.plan, self.before, self.after = work, plan, before, after
         self.away = plan.pool_of("rollout")
-        self.rehearsed = run.recipe.pools[self.away].rehearsed
+        self.rehearsed = work.recipe.pools[self.away].rehearsed
         self.count = len(before.correct)
         self.source = (
-            f"{self.count} held-out problems, one sample each at temperature {run.recipe.rl.temperature}, "
+            f"{self.count} held-out problems, one sample each at temperature {work.section.temperature}, "
             f"generated on pool {self.away}"
         )
 
     def record(self, started: float, saved: SavedCheckpoint) -> RlRecord:
         """The record of a stage that ends now, with its last checkpoint."""
-        before, after = self.before, self.after
+        before, after, start = self.before, self.after, self.work.start
         sample_before, sample_after = self._telling_example()
         return RlRecord(
-            recipe_sha256=self.run.recipe.digest(),
+            recipe_sha256=self.work.recipe.digest(),
             started=started,
             ended=time.time(),
-            train_pool=self.plan.pool_of("train"),
+            step=self.work.name,
+            pool=self.plan.pool_of("train"),
+            started_from=start.name,
+            started_from_sha256=start.sha256,
             rollout_pool=self.away,
             rollout_rehearsed=self.rehearsed,
-            algorithm=self.run.recipe.rl.algorithm,
+            algorithm=self.work.section.algorithm,
             steps=saved.step,
-            resumed_from=[event["from_step"] for event in self.run.events(NAME, "resume")],
-            checkpoint=str(saved.folder.relative_to(self.run.path)),
+            resumed_from=[event["from_step"] for event in self.work.events("resume")],
+            checkpoint=str(saved.folder.relative_to(self.work.run.path)),
             checkpoint_sha256=saved.sha256,
             weight_version=saved.step,
             heldout_problems=self.count,
@@ -152,7 +155,7 @@ class Comparison:
 
     def _per_step(self) -> dict[str, Figure]:
         """Means over the steps; `parity_gap`, the chip's side of the gap, only if versions were checked."""
-        steps, figures = self.run.events(NAME, "step"), dict[str, Figure]()
+        steps, figures = self.work.events("step"), dict[str, Figure]()
         for name, (key, scale, unit) in PER_STEP.items():
             values = [event[key] for event in steps if event.get(key) is not None]
             source = f"mean over {len(steps)} steps, events.jsonl"

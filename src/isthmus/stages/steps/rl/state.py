@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from isthmus.model.model import Model
-from isthmus.records import TrainRecord
-from isthmus.run import RunFolder
+from isthmus.recipe.steps import RlSection
+from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
     SavedCheckpoint,
     TrainingState,
-    load_model_state,
     resume,
     rng_state,
 )
 from isthmus.trainer.optimizer import Optimizer
-
-NAME = "rl"
 
 
 @dataclass
 class State:
     """The learner after `step` finished steps. `mismatches` has that of every update, in nats per token."""
 
-    run: RunFolder
+    work: StepRun[RlSection]
     model: Model
     optimizer: Optimizer
     checkpoints: CheckpointWriter
@@ -37,15 +33,15 @@ class State:
     mismatches: list[float] = field(default_factory=list)
 
     @classmethod
-    def open(cls, run: RunFolder, train: TrainRecord, device: torch.device, say: Callable[[str], None]) -> State:
-        """From the last whole checkpoint of this stage, or from the supervised one if there is none."""
-        recipe = run.recipe
-        model = Model(recipe.model).to(device)
-        optimizer = Optimizer(model, recipe.rl.optimizer, recipe.rl.steps)
-        checkpoints = CheckpointWriter(run.path / "checkpoints" / NAME, recipe.rl.keep_checkpoints, None)
-        state = cls(run, model, optimizer, checkpoints)
+    def open(cls, work: StepRun[RlSection], device: torch.device, say: Callable[[str], None]) -> State:
+        """From the last whole checkpoint of the step, or from the weights that it starts from if there is none."""
+        section = work.section
+        model = Model(work.architecture).to(device)
+        optimizer = Optimizer(model, section.optimizer, section.steps)
+        checkpoints = CheckpointWriter(work.folder / "checkpoints", section.keep_checkpoints, None)
+        state = cls(work, model, optimizer, checkpoints)
         if not state._resume(say):
-            model.load_state_dict(load_model_state(run.path / train.checkpoint, train.checkpoint_sha256))
+            work.start.fill(model, work.recipe.seed, None, work.event)
         return state
 
     @property
@@ -68,12 +64,12 @@ class State:
         return saved
 
     def _resume(self, say: Callable[[str], None]) -> bool:
-        tell = partial(self.run.event, NAME)
+        tell = self.work.event
         loaded = resume(self.checkpoints.root, self._stored({}), None, self.device, tell, say)
         if loaded is None:
             return False
         self.step = loaded.step
-        seen = [event.get("mismatch_abs") for event in self.run.events(NAME, "step") if event["step"] <= loaded.step]
+        seen = [event.get("mismatch_abs") for event in self.work.events("step") if event["step"] <= loaded.step]
         self.mismatches = [value for value in seen if value is not None]
         tell("resume", from_step=loaded.step)
         say(f"  continuing from the checkpoint at step {loaded.step}")

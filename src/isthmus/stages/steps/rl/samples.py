@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from isthmus.algos import Tokens, Totals
 from isthmus.data.corpus import Document
 from isthmus.engines import Routes
-from isthmus.stages.rl.rollout import Rollout
+from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.trainer.batch import Batch, pack
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from isthmus.parity.engine import SPOT_TWINS, Spot, spot_check
 from isthmus.parity.target import ANNOUNCED
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.trend import trend
-from isthmus.stages.rl.state import NAME, State
+from isthmus.stages.steps.rl.state import State
 
 SPOT_PROMPTS = 2
 """Prompts whose greedy answers check a version."""
@@ -34,7 +33,7 @@ class Crossing:
 
     def __init__(self, state: State, engine: Engine, prompts: list[list[int]], say: Callable[[str], None]):
         self.state, self.engine, self.prompts, self.say = state, engine, prompts, say
-        self.section, self.tell = state.run.recipe.rl, partial(state.run.event, NAME)
+        self.section, self.tell = state.work.section, state.work.event
         self.format = get_format(self.section.rollout_format)
         self.arithmetic = engine.arithmetic or ANNOUNCED[self.format.dtype]
         self.weights_sha256, self.strikes = "", 0
@@ -51,7 +50,7 @@ class Crossing:
 
         Raises GateRefused if it computes something else too many times in a row.
         """
-        tensors = self.format.export(self.state.weights(), self.state.run.recipe.model)
+        tensors = self.format.export(self.state.weights(), self.state.work.architecture)
         sent = self.channel.send(self.state.step, tensors)
         self.weights_sha256 = sent.sha256
         return sent.shown() | self._check(tensors)
@@ -83,10 +82,10 @@ class Crossing:
     def _spot(self, tensors: dict[str, Tensor]) -> Spot:
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         answers = [group[0] for group in self.engine.generate(self.prompts, sampling)]
-        recipe = self.state.run.recipe
+        work = self.state.work
 
         def build() -> Model:
-            return self.format.build(recipe.model, dict(tensors))
+            return self.format.build(work.architecture, dict(tensors))
 
         said = [
             (GoldenSequence(prompt, one.tokens), one.logprobs)
@@ -97,7 +96,7 @@ class Crossing:
             self.arithmetic,
             self.state.model,
             said,
-            recipe.handoff.max_chip_kl,
+            work.recipe.handoff.max_chip_kl,
             seed=self.state.step,
             exact=exact_for(self.engine.bits, build, [sequence for sequence, _ in said]),
         )

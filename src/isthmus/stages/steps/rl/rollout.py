@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +14,24 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from isthmus.data.corpus import completion_of, prompt_ids
-from isthmus.data.tasks import Problem, Task, seeded
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
 from isthmus.errors import DamagedFile
-from isthmus.rewards import Reward, RewardModule
-from isthmus.run import RunFolder, write_atomic
-from isthmus.stages.rl.state import NAME
+from isthmus.recipe.steps import RlSection
+from isthmus.rewards import Rewards, Sample, Scores
+from isthmus.run import write_atomic
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import Mixture, Problem, seeded
 
 
 @dataclass
 class Rollout:
-    """Samples of one step: G completions for each of P prompts, with their rewards [P, G]."""
+    """Samples of one step: G completions for each of P prompts, with the scores of all P * G."""
 
     problems: list[Problem]
     prompts: list[list[int]]
     completions: list[list[Completion]]
-    rewards: list[list[Reward]]
+    scores: Scores
     seconds: float
 
     @property
@@ -41,19 +43,18 @@ class Rollout:
     def version(self) -> int:
         return min(completion.version for _, completion in self.flat)
 
-    def totals(self, format_reward: float) -> Tensor:
-        """[P, G], what is maximised: the accuracy, and the format by its weight."""
-        return torch.tensor([[one.total(format_reward) for one in group] for group in self.rewards])
+    @property
+    def totals(self) -> Tensor:
+        """[P, G], what is maximised; NaN for a sample that could not be judged."""
+        return torch.tensor(self.scores.numbers).reshape(len(self.prompts), -1)
 
     def shown(self) -> dict[str, Any]:
         """For an event."""
-        scored = [one for group in self.rewards for one in group]
-        tokens = sum(len(one.tokens) for _, one in self.flat)
+        samples, tokens = len(self.flat), sum(len(one.tokens) for _, one in self.flat)
         return {
-            "accuracy": round(sum(one.accuracy for one in scored) / len(scored), 5),
-            "format": round(sum(one.format for one in scored) / len(scored), 5),
-            "completion_tokens": round(tokens / len(scored), 3),
-            "truncated": sum(one.finish_reason == "length" for _, one in self.flat) / len(scored),
+            **self.scores.shown(),
+            "completion_tokens": round(tokens / samples, 3),
+            "truncated": sum(one.finish_reason == "length" for _, one in self.flat) / samples,
             "tokens": tokens,
             "tokens_per_s": round(tokens / self.seconds, 1),
             "rollout_s": round(self.seconds, 4),
@@ -71,10 +72,10 @@ class Rollouts:
     come from the weights of one step before, and a checkpoint keeps them, for a continued run has other weights.
     """
 
-    run: RunFolder
-    task: Task
+    work: StepRun[RlSection]
+    tasks: Mixture
     tokenizer: Tokenizer
-    reward: RewardModule
+    rewards: Rewards
     engine: Engine
     background: Executor
     _next: Future[Rollout] | None = None
@@ -82,7 +83,7 @@ class Rollouts:
     def take(self, step: int) -> Rollout:
         """The samples of a step. The next ones are begun, if they may lag behind."""
         rollout = self._next.result() if self._next else self.generate(step)
-        section = self.run.recipe.rl
+        section = self.work.section
         begun = section.staleness and step + 1 < section.steps
         self._next = self.background.submit(self.generate, step + 1) if begun else None
         return rollout
@@ -95,28 +96,33 @@ class Rollouts:
     def generate(self, step: int) -> Rollout:
         """Samples for the prompts of a step; prompts and sampling depend on the seed and the step alone."""
         began = time.perf_counter()
-        section = self.run.recipe.rl
-        chance = seeded("rl", self.run.recipe.seed, step)
-        problems = chance.choices(self.task.train, k=section.prompts_per_step)
+        section = self.work.section
+        chance = seeded(self.work.stream, self.work.recipe.seed, step)
+        problems = self.tasks.draw(chance, section.prompts_per_step)
         seeds = [chance.getrandbits(48) for _ in problems]
         prompts = self.prompts(problems)
         replay = section.loss.router_replay
         sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt, routes=replay)
         completions = self.engine.generate(prompts, sampling, seeds)
-        rewards = [
-            [self.score(problem, one) for one in group] for problem, group in zip(problems, completions, strict=True)
-        ]
-        return Rollout(problems, prompts, completions, rewards, time.perf_counter() - began)
+        pairs = [(problem, one) for problem, group in zip(problems, completions, strict=True) for one in group]
+        scores = self.rewards.score([self.sample(problem, one) for problem, one in pairs])
+        return Rollout(problems, prompts, completions, scores, time.perf_counter() - began)
 
-    def prompts(self, problems: list[Problem]) -> list[list[int]]:
+    def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
         return [prompt_ids(self.tokenizer, problem) for problem in problems]
 
-    def score(self, problem: Problem, completion: Completion) -> Reward:
-        return self.reward.score(problem, completion_of(self.tokenizer, completion.tokens))
+    def sample(self, problem: Problem, completion: Completion) -> Sample:
+        """A completion, for rewards."""
+        text, limit = completion_of(self.tokenizer, completion.tokens), self.work.section.max_new_tokens
+        finished = completion.finish_reason != "length"
+        return Sample(problem, self.tasks.of(problem), text, len(completion.tokens), limit, finished)
+
+    def is_correct(self, problem: Problem, completion: Completion) -> bool:
+        return self.tasks.of(problem).accuracy(problem, completion_of(self.tokenizer, completion.tokens)) == 1.0
 
     def store(self, step: int) -> None:
         """Keep the samples that older weights generated for this step: a continued run learns from the same ones."""
-        path, section = self._path(step), self.run.recipe.rl
+        path, section = self._path(step), self.work.section
         if self._next is not None:
             write_atomic(path, _ROLLOUT.dump_json(self._next.result()))
         oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
@@ -138,4 +144,4 @@ class Rollouts:
         self._next.set_result(stored)
 
     def _path(self, step: int) -> Path:
-        return self.run.path / NAME / f"rollout-{step:06d}.json"
+        return self.work.folder / f"rollout-{step:06d}.json"

@@ -12,49 +12,48 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isthmus.chips import device_of
-from isthmus.data.corpus import run_tokenizer
-from isthmus.data.tasks import load_task
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.schema import EngineOptions
-from isthmus.records import PlanRecord, RlRecord, TrainRecord
-from isthmus.rewards import get_reward
-from isthmus.run import RunFolder
-from isthmus.stages.rl.beside import reference_model
-from isthmus.stages.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
-from isthmus.stages.rl.evaluation import Comparison, evaluate
-from isthmus.stages.rl.learner import Learner
-from isthmus.stages.rl.rollout import Rollouts
-from isthmus.stages.rl.state import NAME, State
+from isthmus.recipe.steps import RlSection
+from isthmus.records import PlanRecord, RlRecord
+from isthmus.rewards import open_rewards
+from isthmus.stages.steps.data import some_problems, tokenizer_of
+from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
+from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
+from isthmus.stages.steps.rl.learner import Learner
+from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.state import State
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import tasks_of
 
 PARTS = ("train_s", "wait_s", "sync_s")
 """Seconds of a step, in the order in which it spends them, after those of its rollout."""
 
 
-def execute(run: RunFolder, watch: Watch) -> RlRecord:
-    """Train from the last RL checkpoint, or from the supervised one, to the recipe's number of steps."""
-    started = time.time()
-    plan = run.require_record("plan", PlanRecord, "plan")
-    train = run.require_record("train", TrainRecord, "train")
-    run.event(NAME, "start", pool=plan.pool_of("train"), rollout_pool=plan.pool_of("rollout"))
-    with open_shores(run, plan, train, watch) as shores:
-        before = evaluate(run, shores.rollouts, "before", watch.say)
+def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
+    """Train from the last checkpoint of the step, or from the weights that it starts from, to its number of updates."""
+    started, plan, start = time.time(), work.plan, work.start
+    work.event("start", pool=plan.pool_of("train"), rollout_pool=plan.pool_of("rollout"), start=start.name)
+    with open_shores(work, plan, watch) as shores:
+        before = evaluate(work, shores.rollouts, "before", watch.say)
         learn(shores, watch)
         saved = shores.state.save_last()
-        after = evaluate(run, shores.rollouts, "after", watch.say)
-    record = Comparison(run, plan, before, after).record(started, saved)
-    run.write_record(NAME, record)
-    run.event(NAME, "end", seconds=round(record.seconds, 3))
+        after = evaluate(work, shores.rollouts, "after", watch.say)
+    record = Comparison(work, plan, before, after).record(started, saved)
+    work.run.write_record(f"steps/{work.name}/record", record)
+    work.event("end", seconds=round(record.seconds, 3))
     watch.say(f"  held-out accuracy {record.accuracy_before} -> {record.accuracy_after}, gain {record.accuracy_gain}")
     return record
 
@@ -73,15 +72,15 @@ def learn(shores: Shores, watch: Watch) -> None:
     """The steps that are left, each as in GRPO (DeepSeekMath, arXiv 2402.03300, algorithm 1): sample, reward, compute
     advantages, update; then the new weights cross."""
     state, rollouts, learner, crossing = shores.state, shores.rollouts, shores.learner, shores.crossing
-    section, tell = state.run.recipe.rl, partial(state.run.event, NAME)
+    section, tell = state.work.section, state.work.event
     drift = DriftAlarm(section.drift_budget, section.steps, tell)
-    with watch.count("RL", section.steps) as counter:
+    with watch.count(state.work.name, section.steps) as counter:
         counter.advance_to(state.step)
         rollouts.restore(state.step)
         while state.step < section.steps:
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
-            rewards = rollout.totals(section.format_reward)
+            rewards = rollout.totals
             advantages = learner.advantages(rollout, rewards)
             measures = learner.update(rollout, rewards, advantages)
             state.step += 1
@@ -94,7 +93,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": round(rewards.nanmean().item(), 5), "staleness": state.step - 1 - rollout.version}
+            seen |= {"reward": _mean(rewards), "staleness": state.step - 1 - rollout.version}
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
@@ -103,38 +102,47 @@ def learn(shores: Shores, watch: Watch) -> None:
                 state.save()
 
 
+def _mean(rewards: Tensor) -> float | None:
+    """Of the samples that could be judged; None if there is none."""
+    judged = rewards[~rewards.isnan()]
+    return round(judged.mean().item(), 5) if len(judged) else None
+
+
 def _status(seen: dict[str, Any]) -> str:
-    status = f"accuracy {seen['accuracy']:.2f}  length {seen['completion_tokens']:.0f}"
+    accuracy = f"accuracy {seen['accuracy']:.2f}  " if seen.get("accuracy") is not None else ""
+    status = f"{accuracy}length {seen['completion_tokens']:.0f}"
     return f"{status}  |Δlogp| {seen['mismatch_abs']:.4f}" if "mismatch_abs" in seen else status
 
 
 @contextmanager
-def open_shores(run: RunFolder, plan: PlanRecord, train: TrainRecord, watch: Watch) -> Iterator[Shores]:
+def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Iterator[Shores]:
     """Both pools at work: the learner where it stopped, and an engine that has its weights."""
-    recipe = run.recipe
+    recipe, section = work.recipe, work.section
     home, away = (get_pool(recipe, plan.pool_of(stage)) for stage in ("train", "rollout"))
     if home.ranks > 1:
-        run.event(NAME, "fallback", what=f"one of {home.ranks} ranks learns", why="RL does not spread over ranks")
-    torch.set_num_threads(home.shared_threads if recipe.rl.staleness else home.threads)
-    task = load_task(recipe)
-    tokenizer = run_tokenizer(run, task)
-    state = State.open(run, train, torch.device(device_of(home)), watch.say)
-    with _open_engine(state, away, tokenizer) as engine, ThreadPoolExecutor(max_workers=1) as background:
-        rollouts = Rollouts(run, task, tokenizer, get_reward(task.reward), engine, background)
-        crossing = Crossing(state, engine, rollouts.prompts([*task.heldout, *task.train][:SPOT_PROMPTS]), watch.say)
-        run.event(NAME, "crossing", weight_version=state.step, **crossing.send())
-        yield Shores(state, rollouts, Learner(state, reference_model(state, train)), crossing)
+        work.event("fallback", what=f"one of {home.ranks} ranks learns", why="RL does not spread over ranks")
+    torch.set_num_threads(home.shared_threads if section.staleness else home.threads)
+    tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
+    state = State.open(work, torch.device(device_of(home)), watch.say)
+    with (
+        open_rewards(section.rewards, recipe.rewards) as rewards,
+        _open_engine(state, away, tokenizer) as engine,
+        ThreadPoolExecutor(max_workers=1) as background,
+    ):
+        rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
+        crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
+        work.event("crossing", weight_version=state.step, **crossing.send())
+        yield Shores(state, rollouts, Learner(state, reference_model(state)), crossing)
 
 
 @contextmanager
 def _open_engine(state: State, pool: Pool, tokenizer: Tokenizer) -> Iterator[LocalEngine]:
-    folder, recipe = state.run.path / NAME, state.run.recipe
-    bundle = folder / "rollout-bundle"
-    write_bundle(bundle, recipe.rl.rollout_format, state.weights(), recipe.model, tokenizer)
-    threads = pool.shared_threads if recipe.rl.staleness else pool.threads
+    work, section = state.work, state.work.section
+    folder, bundle = work.folder, work.folder / "rollout-bundle"
+    write_bundle(bundle, section.rollout_format, state.weights(), work.architecture, tokenizer)
+    threads = pool.shared_threads if section.staleness else pool.threads
     rehearse = pool.chip if pool.rehearsed else None
-    options = EngineOptions(record_routes=recipe.rl.loss.router_replay)
-    log = folder / "engine.log"
+    options, log = EngineOptions(record_routes=section.loss.router_replay), folder / "engine.log"
     with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log, options=options) as engine:
-        report_kernels(partial(state.run.event, NAME), engine.kernels)
+        report_kernels(work.event, engine.kernels)
         yield engine

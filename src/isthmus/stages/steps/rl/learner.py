@@ -10,9 +10,9 @@ from isthmus.algos.parts.policy import aggregate, reference_kl
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
 from isthmus.slopes import least_squares_slope
-from isthmus.stages.rl.rollout import Rollout
-from isthmus.stages.rl.samples import Samples
-from isthmus.stages.rl.state import NAME, State
+from isthmus.stages.steps.rl.rollout import Rollout
+from isthmus.stages.steps.rl.samples import Samples
+from isthmus.stages.steps.rl.state import State
 from isthmus.trainer.correction import importance_weights, mismatch, off_policy_samples
 from isthmus.trainer.step import target_logprobs
 
@@ -27,7 +27,7 @@ class Learner:
     """
 
     def __init__(self, state: State, reference: Model | None = None):
-        self.state, self.section, self.reference = state, state.run.recipe.rl, reference
+        self.state, self.section, self.reference = state, state.work.section, reference
         self.algorithm, self.options = get_algorithm(self.section.algorithm), algorithm_config(self.section)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Learner:
         kept = rolled if self._teaches_all else [index for index in rolled if flat[index] != 0.0]
         if not kept:
             why = "every group has equal rewards" if rolled else "no sample has a reward"
-            self.state.run.event(NAME, "skipped-update", step=self.state.step + 1, why=why)
+            self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
             return {}
         updates = self.section.updates_per_rollout
         chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
@@ -81,8 +81,8 @@ class Learner:
         return part
 
     def _logprobs(self, model: Model, part: Samples) -> tuple[Tensor, Tensor]:
-        """(log-probability, entropy) of each target. The model that learns routes as the engine did, where the recipe wants
-        it; a reference routes by itself."""
+        """(log-probability, entropy) of each target. The model that learns routes as the engine did, where the recipe
+        wants it; a reference routes by itself."""
         routes = part.routes if model is self.state.model else None
         if routes is not None:
             assert isinstance(model.architecture, MixtureSection)

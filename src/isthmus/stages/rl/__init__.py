@@ -1,3 +1,0 @@
-"""Reinforcement learning across two pools."""
-
-from isthmus.stages.rl.loop import execute as execute

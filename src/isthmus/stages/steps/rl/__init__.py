@@ -1,0 +1,3 @@
+"""Reinforcement learning across two pools."""
+
+from isthmus.stages.steps.rl.loop import execute as execute

@@ -1,0 +1,75 @@
+"""The steps of a run as a picture: whose weights and data each takes, and how far it is."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.tree import Tree
+
+from isthmus.algos import algorithm_config
+from isthmus.recipe.lineage import unused_steps
+from isthmus.recipe.schema import Recipe
+from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
+from isthmus.records import SampleRecord, WeightsRecord, step_record
+from isthmus.rewards import checked_reward
+from isthmus.run import RunFolder
+from isthmus.tasks import checked_task
+
+COLOURS = {"done": "green", "running": "yellow", "waiting": "dim"}
+
+
+def check(recipe: Recipe) -> None:
+    """Raise IsthmusError for options of a step, a task or a reward that nothing has."""
+    for step in recipe.step:
+        if isinstance(step, RlSection):
+            algorithm_config(step, recipe.architecture_of(step))
+            for name in step.rewards:
+                checked_reward(name, recipe.rewards.get(name, {}))
+    for name, given in recipe.tasks.items():
+        checked_task(name, given)
+
+
+def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
+    """A tree for each model, the weights that come from others under those; warnings below."""
+    roots: dict[str | None, Tree] = {}
+    nodes: dict[str, Tree] = {}
+    for step in recipe.step:
+        start = recipe.start_of(step)
+        if start == MODEL:
+            title = f"[bold]{MODEL if step.model is None else f'models.{escape(step.model)}'}[/]"
+            above = roots.setdefault(step.model, Tree(title))
+        else:
+            above = nodes[start]
+        nodes[step.name] = above.add(_told(step, recipe, run))
+    return Group(
+        *roots.values(), *(f"[yellow]{escape(one)}[/]" for one in unused_steps(recipe.step, recipe.handed_off.name))
+    )
+
+
+def _told(step: StepSection, recipe: Recipe, run: RunFolder | None) -> str:
+    told = f"[bold]{escape(step.name)}[/]  {step.kind}"  # type: ignore[attr-defined]
+    data = _data(step)
+    told += f"  [cyan]<- {escape(', '.join(data))}[/]" if data else ""
+    if run is not None:
+        state, words = _state(step, run)
+        told += f"  [{COLOURS[state]}]{state}[/]{f'  [dim]{escape(words)}[/]' if words else ''}"
+    return told + ("  [magenta]=> hand-off[/]" if step.name == recipe.handed_off.name else "")
+
+
+def _data(step: StepSection) -> list[str]:
+    if isinstance(step, SftSection):
+        return list(step.data)
+    return list(step.tasks) if isinstance(step, RlSection | SampleSection) else []
+
+
+def _state(step: StepSection, run: RunFolder) -> tuple[str, str]:
+    record = step_record(run, step.name)
+    if isinstance(record, WeightsRecord):
+        return "done", f"{record.steps} updates on {record.pool}, checkpoint {record.checkpoint_sha256[:8]}"
+    if isinstance(record, SampleRecord):
+        return "done", f"{record.kept} of {record.generated} answers kept, on {record.pool}"
+    seen = [event["step"] for event in run.events(step.name, "step")]
+    if not run.events(step.name, "start"):
+        return "waiting", ""
+    of = step.steps if isinstance(step, TextSection | RlSection) else None
+    return "running", f"{max(seen, default=0)} of {of} updates" if of else ""
