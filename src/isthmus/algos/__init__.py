@@ -1,8 +1,8 @@
 """RL algorithms. One file each, with its own `Config`, `advantages` and `loss`; the file name is the registration.
 
 What a loss may have beside an algorithm's own formula stands in `loss` of the step, is checked here, and is computed
-once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
-check an algorithm's options.
+once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the
+desk can check an algorithm's options.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from isthmus.parity.paired import paired_difference, wilson_interval
 from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure, write_atomic
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import interleaved, seeded
 from isthmus.trainer.checkpoint import SavedCheckpoint
