@@ -32,7 +32,7 @@ from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
-from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
@@ -77,7 +77,7 @@ def threads_of(work: StepRun[RlSection], home: Pool) -> int:
 def follow(work: StepRun[RlSection], crew: Crew) -> None:
     """What other ranks than the first do: their part of each update, and of what is written."""
     state = State.open(work, crew, lambda _: None)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     crew.follow(state.orders() | learner.orders())
 
 
@@ -167,7 +167,7 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: W
     away = get_pool(recipe, plan.pool_of("rollout"))
     tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
     state = State.open(work, crew, watch.say)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
         _open_engine(state, away, tokenizer) as engine,
