@@ -162,6 +162,8 @@ class RlSection(StepSection):
     checkpoint_every: Steps = key(10, "steps between two checkpoints")
     keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
     heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
+    heldout_samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
+    evaluate_every: Steps | None = key(None, "steps between two such measures; before and after alone if absent")
 
 
 class SampleSection(StepSection):
