@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from isthmus.recipe.steps import MODEL
+
 FORMER = ("data", "pretrain", "sft", "rl")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -23,9 +25,7 @@ def modernised(tree: dict[str, Any]) -> dict[str, Any]:
     for name, section in (("pretrain", "pretrain"), ("cold-start", "sft"), ("reasoning", "rl")):
         if not isinstance(tree.get(section), dict):
             continue
-        step: dict[str, Any] = {"name": name, "kind": section}
-        if steps:
-            step["from"] = steps[-1]["name"]
+        step: dict[str, Any] = {"name": name, "kind": section, "from": steps[-1]["name"] if steps else MODEL}
         said = {key: value for key, value in tree[section].items() if value is not None}
         if section == "rl":
             if (cap := said.pop("importance_cap", None)) is not None:
@@ -77,5 +77,5 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)
