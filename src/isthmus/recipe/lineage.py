@@ -28,9 +28,8 @@ def problem(
             return f"step {step.name!r}: {found}"
     trained = [step.name for step in steps if not isinstance(step, SampleSection)]
     if handed_off is not None and handed_off not in trained:
-        return (
-            f"handoff.step names {handed_off!r}{suggestion(handed_off, trained)}; steps with weights: {_list(trained)}"
-        )
+        known = f"steps with weights: {_list(trained)}"
+        return f"handoff.step names {handed_off!r}{suggestion(handed_off, trained, known)}"
     if handed_off is None and last_of_model(steps) is None:
         return "no step trains [model], so nothing can be handed off; name a step with handoff.step"
     return None
@@ -129,7 +128,7 @@ def _start_problem(
         if any(one.name == start for one in steps) and start not in names:
             return f"it starts from {start!r}, which makes data, not weights; an `sft` step can name it in `data`"
         if start not in names:
-            return f"from = {start!r} is no step{suggestion(str(start), known)}; there are {_list(known)}"
+            return f"from = {start!r} is no step{suggestion(str(start), known, f'there are {_list(known)}')}"
         if start not in before:
             return f"it starts from {start!r}, which comes after it; steps are trained in the order of the recipe"
         if step.model is not None:
@@ -151,7 +150,7 @@ def _data_problem(step: StepSection, steps: Sequence[StepSection], place: int, t
             continue
         other = next((one for one in steps if one.name == name), None)
         if other is None:
-            return f"{where} names {name!r}{suggestion(name, known)}; there are {_list(known)}"
+            return f"{where} names {name!r}{suggestion(name, known, f'there are {_list(known)}')}"
         if not isinstance(other, SampleSection):
             return f"{where} names the step {name!r}, which makes weights, not data; start from it with `from`"
         if is_sft:

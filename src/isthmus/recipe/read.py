@@ -135,7 +135,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     *parents, last = key.strip().split(".")
     if parents and parents[0] in FORMER and "step" in tree:
-        raise RecipeError(f"--set {override!r}: what is trained is in [[step]]; write --set step.NAME.{last}={text}")
+        raise RecipeError(f"--set {override!r}: {_moved(parents[0])}{'.'.join([*parents[1:], last])}={text}")
     for parent in parents:
         node = _named(node, parent, override) if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, dict | list):
@@ -144,6 +144,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         _named(node, last, override)
         raise RecipeError(f"--set {override!r}: {last!r} is a step; write --set step.{last}.KEY=VALUE")
     node[last] = _override_value(text.strip())
+
+
+def _moved(section: str) -> str:
+    if section == "data":
+        return "what is learnt is in [tasks.NAME]; write --set tasks.NAME."
+    return "what is trained is in [[step]]; write --set step.NAME."
 
 
 def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:
