@@ -129,6 +129,7 @@ class EngineOptions(Section):
     )
     speculate: bool = key(False, "draft tokens by multi-token prediction; the answers stay the same")
     batch_invariant: bool = key(False, "the same bits in any company, and slower")
+    record_routes: bool = key(False, "note the experts of every token, for requests that ask for them")
 
 
 class ServeSection(EngineOptions):

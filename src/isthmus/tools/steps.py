@@ -23,7 +23,7 @@ def check(recipe: Recipe) -> None:
     """Raise IsthmusError for options of a step, a task or a reward that nothing has."""
     for step in recipe.step:
         if isinstance(step, RlSection):
-            algorithm_config(step)
+            algorithm_config(step, recipe.architecture_of(step))
             for name in step.rewards:
                 checked_reward(name, recipe.rewards.get(name, {}))
         if isinstance(step, SampleSection):

@@ -21,6 +21,7 @@ from torch import Tensor
 from isthmus.chips import device_of
 from isthmus.pools import get_pool
 from isthmus.progress import Watch
+from isthmus.recipe.schema import EngineOptions
 from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
@@ -123,10 +124,11 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Ite
     torch.set_num_threads(home.shared_threads if section.staleness else home.threads)
     tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
     threads = away.shared_threads if section.staleness else away.threads
+    options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, torch.device(device_of(home)), watch.say)
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
-        open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads) as engine,
+        open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,
         ThreadPoolExecutor(max_workers=1) as background,
     ):
         rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
