@@ -117,6 +117,14 @@ def attention_matrices(architecture: ModelSection) -> int:
     return queries + latents + keys_and_values + heads * a.v_head_dim * a.hidden_size
 
 
+def attention_width(architecture: ModelSection) -> int:
+    """Width over which one layer's attention multiplies per token that it sees: heads times query and value."""
+    if isinstance(architecture, GroupedSection):
+        return 2 * architecture.num_attention_heads * architecture.head_size
+    a = _deepseek(architecture)
+    return a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+
+
 def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = False) -> float:
     """Operations of a forward pass per token that attends to `context` tokens, itself included, or to its window.
 
@@ -182,10 +190,7 @@ def _seen(a: ModelSection, index: int, context: float) -> float:
 
 
 def _scores_and_values(architecture: ModelSection, context: float) -> float:
-    if isinstance(architecture, GroupedSection):
-        return 4.0 * context * architecture.num_attention_heads * architecture.head_size
-    a = _deepseek(architecture)
-    return 2.0 * context * a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    return 2.0 * context * attention_width(architecture)
 
 
 def _combine(a: MixtureSection) -> float:
