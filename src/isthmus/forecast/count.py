@@ -117,6 +117,25 @@ def attention_matrices(architecture: ModelSection) -> int:
     return queries + latents + keys_and_values + heads * a.v_head_dim * a.hidden_size
 
 
+def layer_parameters(architecture: ModelSection, index: int) -> tuple[int, int]:
+    """Parameters of layer `index` outside its routed experts, and of those; the sums over the layers, with embedding,
+    head and last norm, are those of `count_parameters` without multi-token prediction."""
+    a = architecture
+    if isinstance(a, GroupedSection):
+        inputs = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_size
+        biases = inputs * a.input_bias + a.hidden_size * a.output_bias
+        norms = 2 * a.hidden_size + 2 * a.head_size * a.head_norms
+        outside = attention_matrices(a) + biases + norms
+    else:
+        outside = attention_matrices(a) + _layer_norms(_deepseek(a))
+    if not isinstance(a, MixtureSection) or not a.is_sparse(index):
+        return outside + _gated_mlp(a, a.intermediate_size), 0
+    shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
+    return outside + a.n_routed_experts * a.hidden_size + shared, a.n_routed_experts * _gated_mlp(
+        a, a.moe_intermediate_size
+    )
+
+
 def attention_width(architecture: ModelSection) -> int:
     """Width over which one layer's attention multiplies per token that it sees: heads times query and value."""
     if isinstance(architecture, GroupedSection):

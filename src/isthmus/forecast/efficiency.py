@@ -123,23 +123,23 @@ def _expected(setting: Setting) -> float:
 # Of the prior on each weight, a standard deviation in the logarithm per unit of the property.
 _PROPERTIES: dict[str, tuple[float, Callable[[Setting], float]]] = {
     "all": (1.0, lambda s: 1.0),
-    "mixture": (0.5, lambda s: float(s.model.is_mixture)),
-    "narrow, dense": (0.1, lambda s: _narrow(s) * (not s.model.is_mixture)),
-    "narrow, mixture": (0.5, lambda s: _narrow(s) * s.model.is_mixture),
-    "bandwidth per FLOP/s": (0.1, lambda s: math.log(_of(s.device.mem_bw_gbs) / 5.0 / _of(s.device.bf16_tflops))),
-    "power per FLOP/s": (0.5, lambda s: math.log(_of(s.device.power_w) / _of(s.device.bf16_tflops) / 0.55)),
-    "active parameters": (0.05, lambda s: math.log(s.model.active / 20e9)),
-    "hidden size": (0.05, lambda s: math.log(s.model.hidden / 5000.0)),
+    "mixture": (1.5, lambda s: float(s.model.is_mixture)),
+    "narrow, dense": (0.7, lambda s: _narrow(s) * (not s.model.is_mixture)),
+    "narrow, mixture": (1.0, lambda s: _narrow(s) * s.model.is_mixture),
+    "bandwidth per FLOP/s": (0.05, lambda s: math.log(_of(s.device.mem_bw_gbs) / 5.0 / _of(s.device.bf16_tflops))),
+    "power per FLOP/s": (1.0, lambda s: math.log(_of(s.device.power_w) / _of(s.device.bf16_tflops) / 0.55)),
+    "active parameters": (0.14, lambda s: math.log(s.model.active / 20e9)),
+    "hidden size": (0.02, lambda s: math.log(s.model.hidden / 5000.0)),
     "software": (0.1, lambda s: _years(s) - 25.5),
-    "software, dense": (0.05, lambda s: (_years(s) - 25.5) * (not s.model.is_mixture)),
-    "tensor": (0.1, lambda s: math.log(s.tensor or 1.0)),
-    "context": (0.05, lambda s: math.log(s.context or 1.0)),
-    "pipeline": (0.1, lambda s: math.log(s.pipeline or 1.0)),
-    "microbatch": (0.4, lambda s: math.log(s.microbatch or 1.0)),
+    "software, dense": (0.02, lambda s: (_years(s) - 25.5) * (not s.model.is_mixture)),
+    "tensor": (0.06, lambda s: math.log(s.tensor or 1.0)),
+    "context": (0.03, lambda s: math.log(s.context or 1.0)),
+    "pipeline": (0.03, lambda s: math.log(s.pipeline or 1.0)),
+    "microbatch": (0.8, lambda s: math.log(s.microbatch or 1.0)),
     "row length": (0.4, lambda s: math.log(s.length / 4096.0)),
-    "large domain": (0.1, lambda s: float(s.device.domain > 8 and s.model.is_mixture)),
+    "large domain": (0.04, lambda s: float(s.device.domain > 8 and s.model.is_mixture)),
     "checkpointing": (0.2, lambda s: float(s.checkpointing)),
-    "sharded": (0.4, lambda s: float(s.sharded)),
+    "sharded": (1.0, lambda s: float(s.sharded)),
 }
 _SPREADS = [spread for spread, _ in _PROPERTIES.values()]
 _LATEST = 25.3
@@ -164,9 +164,9 @@ def _of(value: float | None) -> float:
 
 
 # How fast likeness falls with each difference; per year for releases, per factor e for microbatches.
-_MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE = 0.2, 0.8, 0.1, 0.5, 0.25
-_SOURCE, _LAYOUT, _KIND, _YEAR, _MICROBATCH = 3.5, 0.07, 0.9, 11.0, 0.27
-ALONE = 0.2
+_MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE = 0.08, 0.9, 0.14, 0.6, 0.5
+_SOURCE, _LAYOUT, _KIND, _YEAR, _MICROBATCH = 1.8, 0.02, 0.5, 20.0, 1.9
+ALONE = 0.06
 """Likeness that an average of no results weighs with."""
 _OUTLYING = 0.35
 
