@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from isthmus.forecast.device import Device
 from isthmus.forecast.setting import ModelShape
 
-# Fitted to 1,037 measured decoding points of DeepSeek and Kimi on six devices (median error 18 %; benchmarks/forecast.py
-# --serving): shares of the peak bandwidth and of the dense peak that decoding reaches, and what starting a layer costs.
+# Fitted to 1,037 measured decoding points of DeepSeek and Kimi on six devices (the sample of aiconfigurator-core 0.12,
+# Apache-2.0; median error 18 %): shares of the peak bandwidth and of the dense peak that decoding reaches, and what
+# starting a layer costs.
 MEMORY_SHARE, COMPUTE_SHARE, START_MS_PER_LAYER = 0.8, 0.10, 0.1
 PREFILL_SHARE = 0.25
 """Of the dense peak: SGLang 24 %, DeepSeek online 15 %, CloudMatrix384 33 % of INT8, by 2 FLOPs a parameter."""

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul, ne
 
 from isthmus.forecast.published import Measured, shipped_training
 from isthmus.forecast.regression import dot, fit, residuals
@@ -18,13 +19,20 @@ from isthmus.forecast.times import step_times
 
 @dataclass(frozen=True)
 class Known:
-    """What published results tell of a setting: whether some are of its model, its device, its family of devices, and
-    whether some of its device are at its precision."""
+    """What published results tell of a setting: whether some are of its model, its device, its family of devices, of
+    its family at its precision, and of its training program."""
 
     model: bool
     device: bool
     family: bool
     precision: bool
+    program: bool
+
+    @property
+    def width(self) -> float:
+        """Half width of the 80 % interval in the logarithm."""
+        width = WIDTHS[self.missing]
+        return width if self.program else math.hypot(width, PROGRAM_WIDTH)
 
     @property
     def missing(self) -> str:
@@ -48,6 +56,13 @@ WIDTHS = {
     "family": 0.31,
     "precision": 0.32,
 }
+
+
+PROGRAM_WIDTH = 0.28
+"""What a training program of which nothing was published adds, in quadrature: whole sources left out miss by 0.36."""
+SMALLEST = 100e6
+"""Active parameters of the smallest published model; below it an interval grows by `BELOW` per factor e."""
+BELOW = 0.3
 
 
 @dataclass(frozen=True)
@@ -78,20 +93,28 @@ class Efficiency:
         values = [math.log(one.tokens_per_s) - _expected(one.setting) for one in self.results]
         self._weights = fit(self._rows, values, _SPREADS)
         self._left = [_tamed(one) for one in residuals(self._rows, values, self._weights)]
+        self._traits = [_traits(one.setting) for one in self.results]
+        self._means: dict[Traits, float] = {}
 
     def log_tokens_per_s(self, setting: Setting) -> float:
         """Logarithm of the expected tokens per second and device."""
-        explained = _expected(setting) + dot(_row(setting), self._weights)
-        weights = [_likeness(setting, one.setting) for one in self.results]
-        total = math.fsum(weights)
-        return explained + math.fsum(w * r for w, r in zip(weights, self._left, strict=True)) / (ALONE + total)
+        return _expected(setting) + dot(_row(setting), self._weights) + self._of_the_alike(setting)
+
+    def _of_the_alike(self, setting: Setting) -> float:
+        """What the results that are most alike leave unexplained, as a mean."""
+        key = _traits(setting)
+        if key not in self._means:
+            weights = [_likeness(key, other) for other in self._traits]
+            left = math.fsum(map(mul, weights, self._left))
+            self._means[key] = left / (ALONE + math.fsum(weights))
+        return self._means[key]
 
     def speed(self, setting: Setting) -> Speed:
         """Tokens per second and device, with an interval as wide as what is new asks for."""
         middle = math.exp(self.log_tokens_per_s(setting))
-        missing = self.known(setting).missing
-        reach = math.exp(WIDTHS[missing])
-        return Speed(middle, middle / reach, middle * reach, missing)
+        known = self.known(setting)
+        reach = math.exp(known.width + BELOW * max(0.0, math.log(SMALLEST / setting.model.active)))
+        return Speed(middle, middle / reach, middle * reach, known.missing)
 
     def known(self, setting: Setting) -> Known:
         """What the results tell of a setting."""
@@ -102,6 +125,7 @@ class Efficiency:
             device=any(one.device.name == setting.device.name for one in kin),
             family=bool(kin),
             precision=any(one.precision == setting.precision for one in kin),
+            program=any(one.source == setting.source for one in others),
         )
 
 
@@ -168,23 +192,36 @@ _MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE = 0.08, 0.9, 0.14, 0.6, 0.5
 _SOURCE, _LAYOUT, _KIND, _YEAR, _MICROBATCH = 1.8, 0.02, 0.5, 20.0, 1.9
 ALONE = 0.06
 """Likeness that an average of no results weighs with."""
-_OUTLYING = 0.35
+_OUTLYING, _FAR = 0.35, 12.0
 
 
-def _likeness(one: Setting, other: Setting) -> float:
-    distance = (
-        _MODEL * (one.model.name != other.model.name)
-        + _DEVICE * (one.device.name != other.device.name)
-        + _FAMILY * (one.device.family != other.device.family)
-        + _PRECISION * (one.precision != other.precision)
-        + _RECIPE * (one.recipe != other.recipe)
-        + _SOURCE * (one.source != other.source)
-        + _LAYOUT * (one.layout != other.layout)
-        + _KIND * (one.model.is_mixture != other.model.is_mixture)
-        + _YEAR * abs(_years(one) - _years(other))
-        + _MICROBATCH * abs(math.log((one.microbatch or 1.0) / (other.microbatch or 1.0)))
+Traits = tuple[str, str, str, str, str, str, str, bool, float, float]
+
+
+def _traits(s: Setting) -> Traits:
+    """What likeness is judged by: eight names, then the release and the logarithm of the microbatch."""
+    return (
+        s.model.name,
+        s.device.name,
+        s.device.family,
+        s.precision,
+        s.recipe,
+        s.source,
+        s.layout,
+        s.model.is_mixture,
+        _years(s),
+        math.log(s.microbatch or 1.0),
     )
-    return math.exp(-distance)
+
+
+_NAMED = (_MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE, _SOURCE, _LAYOUT, _KIND)
+
+
+def _likeness(one: Traits, other: Traits) -> float:
+    distance = _YEAR * abs(one[8] - other[8]) + _MICROBATCH * abs(one[9] - other[9])
+    if distance > _FAR:
+        return 0.0
+    return math.exp(-distance - sum(map(mul, _NAMED, map(ne, one[:8], other[:8]))))
 
 
 def _tamed(residual: float) -> float:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from isthmus.forecast.setting import Setting
 
 # Chosen together, so that whole models, chips, families and precisions left out of the published results are predicted
-# best (benchmarks/forecast.py --search). Shares of a dense peak that matrix products reach at best:
+# best (`isthmus forecast validate`). Shares of a dense peak that matrix products reach at best:
 DENSE_COMPUTE, MIXTURE_COMPUTE = 0.30, 0.35
 # Bytes of the residual stream's width that a layer moves per token, forward and backward: 48 times this.
 DENSE_MEMORY, MIXTURE_MEMORY = 4.0, 0.5
-# Parts of the traffic that computing does not hide: expert exchange, tensor parallelism, gradients and gathered weights.
+# Parts of the traffic that computing does not hide: expert exchange, tensor parallelism, gradients and weights.
 EXPERT_LINKS, TENSOR_LINKS, DATA_LINKS = 0.70, 8.0, 0.037
 # Milliseconds in which a layer's kernels of one microbatch start, and the part of a pipeline's bubble that shows.
 DENSE_START_MS, MIXTURE_START_MS = 0.1, 0.4

@@ -7,9 +7,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isthmus.forecast.efficiency import WIDTHS, Efficiency, without
+from isthmus.forecast.efficiency import PROGRAM_WIDTH, WIDTHS, Efficiency, shipped, without
+from isthmus.forecast.points import fit_points
 from isthmus.forecast.published import Measured
+from isthmus.forecast.rl import UNKNOWN_LENGTHS_WIDTH, WIDTH, MeasuredStep, RlCorrection
 
+RL_NEW = ("size or mode", "experiment")
+SEEN_RL_WIDTH = 0.57
+"""Half width of the 80 % interval of an RL step whose experiment was measured at another size or in another mode."""
 Same = Callable[[Measured, Measured], bool]
 
 
@@ -59,6 +64,12 @@ TESTS = (
         lambda t, o: _precision(t, o) and _kind(t, o) and not _chip(t, o) and not _model(t, o),
         "model and chip",
     ),
+    Test(
+        "new program",
+        lambda t, o: t.setting.source == o.setting.source,
+        lambda t, o: _chip(t, o) and _precision(t, o) and _kind(t, o) and t.setting.source != o.setting.source,
+        "program",
+    ),
     Test("new precision", _precision, lambda t, o: _chip(t, o) and _model(t, o) and not _precision(t, o), "precision"),
 )
 
@@ -105,14 +116,25 @@ def predictions(test: Test, targets: Sequence[Measured], results: Sequence[Measu
         ratio = math.exp(fitted[key].log_tokens_per_s(target.setting)) / target.tokens_per_s
         peers = [other.mfu for other in results if test.peers(target, other) and other.id != target.id]
         naive = statistics.median(peers) / target.mfu if peers else None
-        inside = abs(math.log(ratio)) <= WIDTHS[test.width]
+        inside = abs(math.log(ratio)) <= width_of(test)
         found.append(Prediction(target.id, test.name, ratio, naive, inside))
     return found
 
 
+def width_of(test: Test) -> float:
+    """Half width of the interval that a test holds against the truth, in the logarithm."""
+    return math.hypot(WIDTHS["nothing"], PROGRAM_WIDTH) if test.width == "program" else WIDTHS[test.width]
+
+
 def _group_key(test: Test, target: Measured) -> tuple[str, ...]:
     s = target.setting
-    named = {"model": s.model.name, "chip": s.device.name, "family": s.device.family, "precision": s.precision}
+    named = {
+        "model": s.model.name,
+        "chip": s.device.name,
+        "family": s.device.family,
+        "precision": s.precision,
+        "program": s.source,
+    }
     return tuple(named[part] for part in named if part in test.name)
 
 
@@ -132,3 +154,56 @@ def summary(name: str, found: Sequence[Prediction]) -> Outcome | None:
         p90=errors[min(len(errors) - 1, int(0.9 * len(errors)))],
         coverage=sum(one.inside for one in both) / len(both),
     )
+
+
+def calibrated(results: Sequence[Measured], points: int = 2) -> list[float]:
+    """Errors of forecasts of a pool that `points` of its own results calibrated, on the rest of them.
+
+    A pool is one model on one device at one precision by one program, of which at least `points` + 1 results are known;
+    its first results calibrate. Everything of its device is left out of what the forecast learns from.
+    """
+    pools: dict[tuple[str, ...], list[Measured]] = {}
+    for one in results:
+        s = one.setting
+        pools.setdefault((s.source, s.model.name, s.device.name, s.precision), []).append(one)
+    errors: list[float] = []
+    fitted: dict[str, Efficiency] = {}
+    for (_, _, device, _), found in pools.items():
+        if len(found) <= points:
+            continue
+        if device not in fitted:
+            fitted[device] = without(lambda other, device=device: other.setting.device.name == device, results)
+        expected = [math.exp(-fitted[device].log_tokens_per_s(one.setting)) for one in found]
+        seconds = [1.0 / one.tokens_per_s for one in found]
+        calibration = fit_points(expected[:points], seconds[:points])
+        errors += [
+            (calibration.overhead_s + calibration.factor * e) / s - 1.0
+            for e, s in zip(expected[points:], seconds[points:], strict=True)
+        ]
+    return errors
+
+
+def rl_predictions(targets: Sequence[MeasuredStep], results: Sequence[MeasuredStep], new: str) -> list[Prediction]:
+    """RL steps predicted with the same step left out ("size or mode"), or its whole experiment ("experiment")."""
+    found: list[Prediction] = []
+    for target in targets:
+        others = [one for one in results if not _same_rl(target, one, new)]
+        correction = RlCorrection(others, shipped())
+        ratio = correction.step_s(target.setting, target.experiment, target.mean_known) / target.seconds
+        peers = [one.seconds * target.setting.tokens / one.setting.tokens for one in others if _alike(target, one)]
+        naive = statistics.median(peers) / target.seconds if peers else None
+        width = SEEN_RL_WIDTH if new == RL_NEW[0] else WIDTH if target.mean_known else UNKNOWN_LENGTHS_WIDTH
+        found.append(Prediction(target.id, f"RL, new {new}", ratio, naive, abs(math.log(ratio)) <= width))
+    return found
+
+
+def _same_rl(target: MeasuredStep, other: MeasuredStep, new: str) -> bool:
+    if new == "experiment":
+        return target.experiment == other.experiment
+    a, b = target.setting, other.setting
+    same_pool = (a.generating, a.learning, a.mode, a.learner.name) == (b.generating, b.learning, b.mode, b.learner.name)
+    return target.id == other.id or (target.experiment == other.experiment and same_pool)
+
+
+def _alike(target: MeasuredStep, other: MeasuredStep) -> bool:
+    return other.setting.model.is_mixture == target.setting.model.is_mixture
