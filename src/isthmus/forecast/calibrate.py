@@ -34,7 +34,7 @@ def parse_point(text: str) -> Point:
         point = Point(float(rows), float(length), float(seconds))
     except ValueError:
         raise IsthmusError(
-            f"--point {text!r}: write ROWSxLENGTH=SECONDS, such as 256x4096=12.5: one update of 256 rows of 4096 tokens "
+            f"--point {text!r}: write ROWSxLENGTH=SECONDS, such as 256x4096=12.5: an update of 256 rows of 4096 tokens "
             "took 12.5 seconds"
         ) from None
     if not all(math.isfinite(one) and one > 0.0 for one in asdict(point).values()):
@@ -77,7 +77,7 @@ def read_calibrations(path: Path) -> dict[str, tuple[str, Calibration]]:
             found[pool] = str(entry["chip"]), Calibration(*values, points=int(entry["points"]))
         except (KeyError, TypeError, ValueError):
             raise IsthmusError(
-                f"{path} is not a calibration: the entry of {pool!r} is not whole; make it with `isthmus forecast calibrate`"
+                f"{path} is not a calibration: {pool!r} is not whole; make it with `isthmus forecast calibrate`"
             ) from None
     return found
 

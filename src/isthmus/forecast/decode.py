@@ -43,8 +43,7 @@ class Engine:
 
     @property
     def compute(self) -> float:
-        peak = self.device.fp8_tflops if self.weight_bytes <= 1.0 else None
-        peak = peak or self.device.bf16_tflops
+        peak = self.device.narrow_peak if self.weight_bytes <= 1.0 else self.device.bf16_tflops
         assert peak is not None
         return self.devices * peak * 1e12
 

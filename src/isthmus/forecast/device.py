@@ -22,6 +22,7 @@ class Device:
     bf16_tflops: float | None
     fp8_tflops: float | None = None
     fp4_tflops: float | None = None
+    int8_tops: float | None = None
     mem_gb: float | None = None
     mem_bw_gbs: float | None = None
     link_gbs: float | None = None
@@ -29,6 +30,12 @@ class Device:
     nic_gbs: float | None = None
     power_w: float | None = None
     all_in_kw: float | None = None
+
+    @property
+    def narrow_peak(self) -> float | None:
+        """Dense peak of 8-bit products in TFLOP/s or TOP/s, the faster format; of bf16 where it has no 8-bit one."""
+        narrow = [one for one in (self.fp8_tflops, self.int8_tops) if one is not None]
+        return max(narrow, default=self.bf16_tflops)
 
     def peak(self, precision: str) -> float | None:
         """Dense peak in TFLOP/s for "BF16", "FP8" or "FP4"."""
@@ -65,6 +72,7 @@ def _from_facts(chip: Chip) -> Device:
         bf16_tflops=_value(chip, "bf16_tflops"),
         fp8_tflops=_value(chip, "fp8_tflops"),
         fp4_tflops=_value(chip, "fp4_tflops"),
+        int8_tops=_value(chip, "int8_tops"),
         mem_gb=_value(chip, "mem_gb"),
         mem_bw_gbs=_value(chip, "mem_bw_gbs"),
         link_gbs=_value(chip, "scaleup_gbs_uni"),
@@ -101,6 +109,7 @@ def _table() -> tuple[tuple[str, str, Device], ...]:
                 bf16_tflops=_number(row["bf16_tflops"]),
                 fp8_tflops=_number(row["fp8_tflops"]),
                 fp4_tflops=_number(row["fp4_tflops"]),
+                int8_tops=_number(row["int8_tops"]),
                 mem_gb=_number(row["mem_gb"]),
                 mem_bw_gbs=_number(row["mem_bw_gbs"]),
                 link_gbs=_number(row["scaleup_gbs_uni"]),

@@ -87,9 +87,10 @@ def _stage_memory(
 ) -> TrainingMemory:
     a, last = architecture, layout.pipeline - 1
     layers = _layers_of(a.num_hidden_layers, layout.pipeline, stage)
-    counts = [layer_parameters(a, index) for index in layers]
-    dense = sum(outside for outside, _ in counts) / layout.tensor
-    experts = sum(routed for _, routed in counts) / layout.expert
+    alike = _alike_layers(a, layers)
+    counts = [(layer_parameters(a, index), many) for index, many in alike]
+    dense = sum(outside * many for (outside, _), many in counts) / layout.tensor
+    experts = sum(routed * many for (_, routed), many in counts) / layout.expert
     ends = a.vocab_size * a.hidden_size / layout.tensor
     dense += ends * (stage == 0) + ends * (stage == last and not (a.tie_word_embeddings and last == 0))
     if stage == last and a.num_nextn_predict_layers:
@@ -102,17 +103,25 @@ def _stage_memory(
         shared = name in states.shared
         return each * (dense / copies + experts / expert_copies if shared else dense + experts)
 
-    inside = [layer_activations(a, index) for index in layers]
-    kept = [_ACTIVATION * a.hidden_size] * len(layers) if checkpointing else inside
-    gathered = max(outside / layout.tensor + routed / layout.expert for outside, routed in counts)
+    inside = [(layer_activations(a, index), many) for index, many in alike]
+    whole = max(each for each, _ in inside)
+    kept = sum((_ACTIVATION * a.hidden_size if checkpointing else each) * many for each, many in inside)
+    gathered = max(outside / layout.tensor + routed / layout.expert for (outside, routed), _ in counts)
     return TrainingMemory(
         weights=held("weights", states.weights),
         gradients=held("gradients", states.gradients),
         optimizer=held("optimizer", states.optimizer),
-        activations=tokens * (sum(kept) * (layout.pipeline - stage) + checkpointing * max(inside)),
+        activations=tokens * (kept * (layout.pipeline - stage) + checkpointing * whole),
         logits=tokens * a.vocab_size * (_ACTIVATION + 4.0) * (stage == last),
         transient=2.0 * 2.0 * gathered if "weights" in states.shared else 4.0 * _widest_mlp(a, layers) / layout.tensor,
     )
+
+
+def _alike_layers(a: ModelSection, layers: range) -> list[tuple[int, int]]:
+    """One layer of each kind, dense or sparse, and how many there are."""
+    sparse = [index for index in layers if a.is_sparse(index)]
+    dense = [index for index in layers if not a.is_sparse(index)]
+    return [(kind[0], len(kind)) for kind in (dense, sparse) if kind]
 
 
 def _layers_of(layers: int, stages: int, stage: int) -> range:

@@ -11,7 +11,7 @@ from isthmus.forecast.goodput import HOUR, RESTART_S, SAVE_S, Goodput, goodput
 from isthmus.forecast.pace import PLAIN, Knobs, Pace, Pool, PoolFacts, make_pool, step_pace
 from isthmus.forecast.work import StepWork, Work
 
-DRAWS = 400
+DRAWS = 300
 LENGTH_SPREAD = 0.55
 """Spread of the growth of completions during RL, in the logarithm: P10 is no growth, P90 three times. Assumed."""
 

@@ -61,7 +61,7 @@ def read_training(rows: Iterable[Row]) -> list[Measured]:
 
 
 def _training(row: Row) -> Measured | None:
-    if row["stage"] not in ("train", "sft"):
+    if row["stage"] not in ("train", "sft") or "bubble-free bound" in row["note"]:
         return None
     model, device, precision = shape_named(row), published_device(row["chip"]), _precision(row)
     count = _number(row["n_chips"]) or 64.0
@@ -85,7 +85,7 @@ def _setting(row: Row, model: ModelShape, device: Device, count: int, precision:
         batch_rows=_number(row["global_batch"]),
         tensor=_size(layout, "TP"),
         pipeline=_size(layout, "PP"),
-        stages_per_rank=_size(layout, "VP"),
+        stages_per_rank=_virtual_stages(layout),
         context=_size(layout, "CP"),
         expert=_size(layout, "EP"),
         microbatch=_size(layout, "MBS"),
@@ -163,6 +163,12 @@ def _software(row: Row) -> float | None:
     if release is not None:
         return float(release[1]) + (float(release[2]) - 1.0) / 12.0 + (0.02 if release[3] else 0.0)
     return next((year for start, year in _SOFTWARE.items() if row["id"].startswith(start)), None)
+
+
+def _virtual_stages(layout: str) -> float | None:
+    """As stated; two where a source names its pipeline in prose, as TP8 PP16, and not how it interleaves."""
+    stated = _size(layout, "VP")
+    return 2.0 if stated is None and re.search(r"\bPP\d", layout) else stated
 
 
 def _size(layout: str, name: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from isthmus.forecast.outlook import Option, Outlooks
+from isthmus.forecast.outlook import Option, Outlook, Outlooks
 from isthmus.forecast.pace import PLAIN, Knobs, Pool
 
 # Low and high factor on each assumption: about P10 and P90 of what it may be.
@@ -52,12 +52,12 @@ class BreakEven:
     meaning: str
 
 
-def tornado(outlooks: Outlooks) -> list[Bar]:
+def tornado(outlooks: Outlooks, outlook: Outlook) -> list[Bar]:
     """The assumptions by how much the end of the recipe moves with them, those first that move it most.
 
     On the pools that the recipe chooses as it stands. Empty if a step cannot run anywhere.
     """
-    chosen = outlooks.outlook().chosen()
+    chosen = outlook.chosen()
     if len(chosen) < len(outlooks.work.steps):
         return []
     bars = [
@@ -67,9 +67,9 @@ def tornado(outlooks: Outlooks) -> list[Bar]:
     return sorted(bars, key=lambda bar: bar.reach, reverse=True)
 
 
-def break_evens(outlooks: Outlooks) -> list[BreakEven]:
+def break_evens(outlooks: Outlooks, outlook: Outlook) -> list[BreakEven]:
     """For each step and each other pool that can run it: efficiency, failures, links, price at which both are even."""
-    options = outlooks.outlook().options
+    options = outlook.options
     found: list[BreakEven] = []
     for chosen in (option for option in options if option.chosen):
         for other in options:

@@ -78,7 +78,7 @@ def microbatch_rows(setting: Setting) -> float:
     rows = (setting.batch_rows or 0.0) / _replicas(setting)
     if rows and setting.accumulation:
         return rows / setting.accumulation
-    return max(1.0, min(2.0, rows)) if rows else 1.0
+    return max(1.0, min(2.0, rows)) if rows and not setting.pipeline else 1.0
 
 
 def _replicas(setting: Setting) -> float:

@@ -89,7 +89,11 @@ def execute(
     question = _ask(recipe, known, *given, measured)
     changed = _ask(_changed(recipe, what_if), known, *given, measured) if what_if else None
     report = ForecastReport(
-        question, changed, tornado(question.outlooks), break_evens(question.outlooks), start or datetime.now(UTC)
+        question,
+        changed,
+        tornado(question.outlooks, question.outlook),
+        break_evens(question.outlooks, question.outlook),
+        start or datetime.now(UTC),
     )
     if csv_file is not None:
         write_atomic(csv_file, _csv(question.outlook).encode())
