@@ -98,7 +98,7 @@ def execute(
     if csv_file is not None:
         write_atomic(csv_file, _csv(question.outlook).encode())
     if as_json:
-        watch.console.file.write(json.dumps(report.as_json(), indent=2, sort_keys=True) + "\n")
+        watch.console.print_json(json.dumps(report.as_json()))
     else:
         watch.console.print(render(report))
     return report
@@ -208,7 +208,7 @@ def run_check(folder: Path, watch: Watch, *, as_json: bool) -> list[Score]:
     found = scores(run.path, plan.estimate)
     if as_json:
         content = [{**asdict(one), "inside": one.inside, "error": one.error} for one in found]
-        watch.console.file.write(json.dumps(content, indent=2) + "\n")
+        watch.console.print_json(json.dumps(content))
     else:
         watch.console.print(_score_table(found))
     return found

@@ -85,7 +85,7 @@ def execute(watch: Watch, *, rows: Path | None, as_json: bool) -> Validation:
         predictions=found,
     )
     if as_json:
-        watch.console.file.write(json.dumps(validation.as_json(), indent=2) + "\n")
+        watch.console.print_json(json.dumps(validation.as_json()))
     else:
         watch.console.print(_render(validation))
     return validation
