@@ -49,17 +49,15 @@ class Known:
 # Half widths of the 80 % interval in the logarithm, by what is new: the 80th percentiles of the errors of
 # `isthmus forecast validate`, whose test holds them.
 WIDTHS = {
-    "nothing": 0.22,
-    "model": 0.22,
-    "chip": 0.22,
-    "model and chip": 0.24,
-    "family": 0.31,
-    "precision": 0.32,
+    "nothing": 0.21,
+    "model": 0.21,
+    "chip": 0.21,
+    "model and chip": 0.225,
+    "family": 0.29,
+    "precision": 0.28,
 }
-
-
-PROGRAM_WIDTH = 0.28
-"""What a training program of which nothing was published adds, in quadrature: whole sources left out miss by 0.36."""
+PROGRAM_WIDTH = 0.21
+"""What a training program of which nothing was published adds, in quadrature: whole sources left out miss by 0.29."""
 SMALLEST = 100e6
 """Active parameters of the smallest published model; below it an interval grows by `BELOW` per factor e."""
 BELOW = 0.3
@@ -147,22 +145,22 @@ def _expected(setting: Setting) -> float:
 # Of the prior on each weight, a standard deviation in the logarithm per unit of the property.
 _PROPERTIES: dict[str, tuple[float, Callable[[Setting], float]]] = {
     "all": (1.0, lambda s: 1.0),
-    "mixture": (1.5, lambda s: float(s.model.is_mixture)),
-    "narrow, dense": (0.7, lambda s: _narrow(s) * (not s.model.is_mixture)),
-    "narrow, mixture": (1.0, lambda s: _narrow(s) * s.model.is_mixture),
+    "mixture": (2.0, lambda s: float(s.model.is_mixture)),
+    "narrow, dense": (0.2, lambda s: _narrow(s) * (not s.model.is_mixture)),
+    "narrow, mixture": (1.7, lambda s: _narrow(s) * s.model.is_mixture),
     "bandwidth per FLOP/s": (0.05, lambda s: math.log(_of(s.device.mem_bw_gbs) / 5.0 / _of(s.device.bf16_tflops))),
-    "power per FLOP/s": (1.0, lambda s: math.log(_of(s.device.power_w) / _of(s.device.bf16_tflops) / 0.55)),
-    "active parameters": (0.14, lambda s: math.log(s.model.active / 20e9)),
-    "hidden size": (0.02, lambda s: math.log(s.model.hidden / 5000.0)),
-    "software": (0.1, lambda s: _years(s) - 25.5),
-    "software, dense": (0.02, lambda s: (_years(s) - 25.5) * (not s.model.is_mixture)),
-    "tensor": (0.06, lambda s: math.log(s.tensor or 1.0)),
+    "power per FLOP/s": (1.7, lambda s: math.log(_of(s.device.power_w) / _of(s.device.bf16_tflops) / 0.55)),
+    "active parameters": (0.025, lambda s: math.log(s.model.active / 20e9)),
+    "hidden size": (0.07, lambda s: math.log(s.model.hidden / 5000.0)),
+    "software": (0.2, lambda s: _years(s) - 25.5),
+    "software, dense": (0.01, lambda s: (_years(s) - 25.5) * (not s.model.is_mixture)),
+    "tensor": (0.12, lambda s: math.log(s.tensor or 1.0)),
     "context": (0.03, lambda s: math.log(s.context or 1.0)),
-    "pipeline": (0.03, lambda s: math.log(s.pipeline or 1.0)),
+    "pipeline": (0.01, lambda s: math.log(s.pipeline or 1.0)),
     "microbatch": (0.8, lambda s: math.log(s.microbatch or 1.0)),
-    "row length": (0.4, lambda s: math.log(s.length / 4096.0)),
-    "large domain": (0.04, lambda s: float(s.device.domain > 8 and s.model.is_mixture)),
-    "checkpointing": (0.2, lambda s: float(s.checkpointing)),
+    "row length": (0.12, lambda s: math.log(s.length / 4096.0)),
+    "large domain": (0.03, lambda s: float(s.device.domain > 8 and s.model.is_mixture)),
+    "checkpointing": (0.16, lambda s: float(s.checkpointing)),
     "sharded": (1.0, lambda s: float(s.sharded)),
 }
 _SPREADS = [spread for spread, _ in _PROPERTIES.values()]
@@ -188,9 +186,9 @@ def _of(value: float | None) -> float:
 
 
 # How fast likeness falls with each difference; per year for releases, per factor e for microbatches.
-_MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE = 0.08, 0.9, 0.14, 0.6, 0.5
-_SOURCE, _LAYOUT, _KIND, _YEAR, _MICROBATCH = 1.8, 0.02, 0.5, 20.0, 1.9
-ALONE = 0.06
+_MODEL, _DEVICE, _FAMILY, _PRECISION, _RECIPE = 0.05, 1.8, 0.28, 0.9, 1.9
+_SOURCE, _LAYOUT, _KIND, _YEAR, _MICROBATCH = 1.6, 0.02, 1.7, 30.0, 3.5
+ALONE = 0.01
 """Likeness that an average of no results weighs with."""
 _OUTLYING, _FAR = 0.35, 12.0
 

@@ -166,9 +166,9 @@ def _software(row: Row) -> float | None:
 
 
 def _virtual_stages(layout: str) -> float | None:
-    """As stated; two where a source names its pipeline in prose, as TP8 PP16, and not how it interleaves."""
+    """As stated; four where a source names its pipeline in prose, as TP8 PP16, and not how it interleaves."""
     stated = _size(layout, "VP")
-    return 2.0 if stated is None and re.search(r"\bPP\d", layout) else stated
+    return 4.0 if stated is None and re.search(r"\bPP\d", layout) else stated
 
 
 def _size(layout: str, name: str) -> float | None:

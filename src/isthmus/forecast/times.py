@@ -9,14 +9,16 @@ from isthmus.forecast.setting import Setting
 
 # Chosen together, so that whole models, chips, families and precisions left out of the published results are predicted
 # best (`isthmus forecast validate`). Shares of a dense peak that matrix products reach at best:
-DENSE_COMPUTE, MIXTURE_COMPUTE = 0.30, 0.35
+DENSE_COMPUTE, MIXTURE_COMPUTE = 0.22, 0.35
 # Bytes of the residual stream's width that a layer moves per token, forward and backward: 48 times this.
 DENSE_MEMORY, MIXTURE_MEMORY = 4.0, 0.5
 # Parts of the traffic that computing does not hide: expert exchange, tensor parallelism, gradients and weights.
-EXPERT_LINKS, TENSOR_LINKS, DATA_LINKS = 0.70, 8.0, 0.037
-# Milliseconds in which a layer's kernels of one microbatch start, and the part of a pipeline's bubble that shows.
-DENSE_START_MS, MIXTURE_START_MS = 0.1, 0.4
-BUBBLE, RECOMPUTE = 0.66, 0.05
+EXPERT_LINKS, TENSOR_LINKS, DATA_LINKS = 0.70, 8.0, 0.031
+# Milliseconds in which a layer's kernels of one microbatch start.
+DENSE_START_MS, MIXTURE_START_MS = 0.1, 0.46
+# How many times its ideal bubble a pipeline costs, for stages are uneven and wait for what is sent; and what computing
+# layers again adds to a step beside what the regression finds.
+BUBBLE, RECOMPUTE = 2.6, 0.05
 NODE_DEDUPLICATION = 2.5
 """By how much less crosses between nodes when a token goes once to each node: DeepSeek-V3's limit of 4 nodes for 8
 experts, and shared experts of a node beyond it."""
