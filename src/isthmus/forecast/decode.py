@@ -10,14 +10,14 @@ from isthmus.forecast.device import Device
 from isthmus.forecast.setting import ModelShape
 
 # Fitted to 1,037 measured decoding points of DeepSeek and Kimi on six devices (the sample of aiconfigurator-core 0.12,
-# Apache-2.0; median error 18 %): shares of the peak bandwidth and of the dense peak that decoding reaches, and what
+# Apache-2.0; median error 20 %): shares of the peak bandwidth and of the dense peak that decoding reaches, and what
 # starting a layer costs.
-MEMORY_SHARE, COMPUTE_SHARE, START_MS_PER_LAYER = 0.8, 0.10, 0.1
+MEMORY_SHARE, COMPUTE_SHARE, START_MS_PER_LAYER = 0.7, 0.14, 0.12
 PREFILL_SHARE = 0.25
 """Of the dense peak: SGLang 24 %, DeepSeek online 15 %, CloudMatrix384 33 % of INT8, by 2 FLOPs a parameter."""
 MEMORY_FOR_CACHE = 0.9
 """Share of a device's memory that weights and cache may fill; servers keep the rest for activations."""
-LENGTH_SPREAD = 0.7
+LENGTH_SPREAD = 1.0
 """Standard deviation of the logarithm of a completion's length. Assumed: reasoning models' thoughts."""
 _SLICES = 24
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from isthmus.forecast.decode import Engine
+from isthmus.forecast.device import published_device
 from isthmus.forecast.efficiency import PROGRAM_WIDTH, WIDTHS, Efficiency, shipped, without
 from isthmus.forecast.points import fit_points
-from isthmus.forecast.published import Measured
+from isthmus.forecast.published import Measured, Row, shape_named
 from isthmus.forecast.rl import UNKNOWN_LENGTHS_WIDTH, WIDTH, MeasuredStep, RlCorrection
 
 RL_NEW = ("size or mode", "experiment")
-SEEN_RL_WIDTH = 0.57
+SEEN_RL_WIDTH = 0.6
 """Half width of the 80 % interval of an RL step whose experiment was measured at another size or in another mode."""
 Same = Callable[[Measured, Measured], bool]
 
@@ -207,3 +209,29 @@ def _same_rl(target: MeasuredStep, other: MeasuredStep, new: str) -> bool:
 
 def _alike(target: MeasuredStep, other: MeasuredStep) -> bool:
     return other.setting.model.is_mixture == target.setting.model.is_mixture
+
+
+_EXPERTS = {"deepseek-v3": 256.0, "kimi-k2": 384.0}
+_LATENT_CACHE = 61 * 576 * 2.0
+"""Bytes of cache per token of both models: 61 layers of a latent of 512 and 64 rotary numbers in bf16."""
+_PREFILL_BESIDE = 0.5
+"""Share of the prompts' time that decoding waits for where the same devices do both."""
+
+
+def decoding_errors(rows: Iterable[Row]) -> list[float]:
+    """Relative errors of forecast times per token, of published decoding points, by the arithmetic as it is."""
+    errors: list[float] = []
+    for row in rows:
+        model = shape_named({"params_total": "", "params_active": "", **row})
+        device = published_device(row["chip"])
+        if model is None or device is None:
+            continue
+        devices = int(row["tp"]) * int(row["dp"])
+        each = 1.0 if row["precision"] == "fp8" else 0.56
+        engine = Engine(model, device, devices, each, _LATENT_CACHE, _EXPERTS[model.name])
+        sequences, prompt, answer = float(row["batch"]) * int(row["dp"]), float(row["input"]), float(row["output"])
+        seconds = engine.step_s(sequences, prompt + answer / 2.0)
+        if row["mode"] == "agg":
+            seconds += _PREFILL_BESIDE * engine.prefill_s(sequences * prompt / answer)
+        errors.append(1e3 * seconds / float(row["tpot_ms"]) - 1.0)
+    return errors

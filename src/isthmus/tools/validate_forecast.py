@@ -22,6 +22,7 @@ from isthmus.forecast.validate import (
     Outcome,
     Prediction,
     calibrated,
+    decoding_errors,
     predictions,
     rl_predictions,
     summary,
@@ -45,6 +46,7 @@ class Validation:
     outcomes: list[Outcome]
     one_program: list[Outcome]
     two_points: float | None
+    decoding: float
     predictions: list[Prediction]
 
     def as_json(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Validation:
             "all": [{**asdict(one), "ratio": one.ratio} for one in self.outcomes],
             "one_program": [{**asdict(one), "ratio": one.ratio} for one in self.one_program],
             "two_points_median_error": self.two_points,
+            "decoding_median_error": self.decoding,
             "predictions": [asdict(one) for one in self.predictions],
         }
 
@@ -82,6 +85,7 @@ def execute(watch: Watch, *, rows: Path | None, as_json: bool) -> Validation:
         outcomes=_outcomes(found, None),
         one_program=_outcomes(found, {one.id for one in targets if one.setting.source == ONE_PROGRAM}),
         two_points=_two_points(targets),
+        decoding=statistics.median(abs(one) for one in decoding_errors(published_rows("decoding"))),
         predictions=found,
     )
     if as_json:
@@ -135,4 +139,6 @@ def _render(found: Validation) -> Table:
             )
     if found.two_points is not None:
         table.add_row("two points on the pool", "", "", f"{found.two_points:.1%}", "", "", "", "")
+    decoding = len(published_rows("decoding"))
+    table.add_row("decoding, in sample", f"{decoding:,}", "", f"{found.decoding:.1%}", "", "", "", "")
     return table
