@@ -124,7 +124,7 @@ class MeasuredStep:
 _SPREADS = {"all": 0.7, "overlapped": 0.3, "devices": 0.3, "mixture": 0.3, "mean unknown": 0.7}
 EXPERIMENT_SPREAD = 0.5
 """Of an experiment's own factor, in the logarithm: how its lengths and its program differ from what is assumed."""
-WIDTH, UNKNOWN_LENGTHS_WIDTH = 0.55, 1.35
+WIDTH, UNKNOWN_LENGTHS_WIDTH = 0.65, 1.6
 """Half widths of the 80 % interval of a step's time in the logarithm, where the mean length of completions is known and
 where it is not: of `isthmus forecast validate`, new experiment."""
 
