@@ -520,6 +520,80 @@ def coverage(target: str, **options: Any) -> None:
         raise click.exceptions.Exit(1)
 
 
+class ForecastGroup(click.Group):
+    """Takes a recipe where a command of its own is not named: `isthmus forecast RECIPE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else "--help"
+        return super().parse_args(ctx, args if first in (*self.commands, "-h", "--help") else ["recipe", *args])
+
+
+@cli.group(cls=ForecastGroup)
+def forecast() -> None:
+    """Tell which step runs where, when it ends, what it costs, and what would change that.
+
+    `isthmus forecast RECIPE` forecasts a recipe, or a run folder with what its qualification measured; its options are
+    those of `isthmus forecast recipe --help`. The other commands make it better, or tell how good it is.
+    """
+
+
+@forecast.command("recipe")
+@_TARGET
+@_SET
+@click.option(
+    "--what-if", multiple=True, metavar="A.B=C", help="The same with a key of the recipe changed; repeatable."
+)
+@click.option("--price", "prices", multiple=True, metavar="POOL=N", help="Price of a chip-hour; repeatable.")
+@click.option("--spares", multiple=True, metavar="POOL=N", help="Chips that stand by for failed ones; repeatable.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="What `calibrate` wrote.")
+@click.option("--start", type=click.DateTime(), help="When it begins; now if absent.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write each option as a line.")
+def forecast_recipe(target: Path, **options: Any) -> None:
+    """Forecast a recipe, or a run folder with what its pools were found to do.
+
+    TARGET is a recipe or a run folder. Everything in the answer is a forecast: P10, P50 and P90, never a measurement.
+    """
+    importlib.import_module("isthmus.tools.forecast").execute(target, _watch(), **options)
+
+
+@forecast.command("calibrate")
+@_TARGET
+@click.option("--pool", required=True, metavar="NAME", help="The pool on which the points were measured.")
+@click.option(
+    "--point", "points", required=True, multiple=True, metavar="ROWSxLENGTH=S", help="One update took S seconds; twice."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("calibration.json"),
+    show_default=True,
+    help="File to add to.",
+)
+def forecast_calibrate(target: Path, **options: Any) -> None:
+    """Sharpen forecasts of a pool with measured updates, two of different sizes at best.
+
+    TARGET is the recipe whose model was trained.
+    """
+    importlib.import_module("isthmus.tools.forecast").run_calibrate(target, _watch(), **options)
+
+
+@forecast.command("validate")
+@click.option("--rows", type=click.Path(path_type=Path), metavar="FILE", help="Published results to predict, as CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def forecast_validate(**options: Any) -> None:
+    """Predict published results with whole groups left out, and print how wrong that is beside naive medians."""
+    importlib.import_module("isthmus.tools.validate_forecast").execute(_watch(), **options)
+
+
+@forecast.command("check")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def forecast_check(folder: Path, **options: Any) -> None:
+    """Score a finished run's own forecast, part by part."""
+    importlib.import_module("isthmus.tools.forecast").run_check(folder, _watch(), **options)
+
+
 @cli.command("recipe")
 @click.argument("place", required=False, metavar="[SECTION[.KEY]]")
 @click.option("--markdown", is_flag=True, help="Print all of it as docs/recipe.md has it.")
