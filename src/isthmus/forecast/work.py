@@ -7,6 +7,7 @@ from typing import Literal
 
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import Recipe
+from isthmus.recipe.steps import PretrainSection, RlSection, SftSection, Step
 
 Kind = Literal["pretrain", "sft", "rl", "sample"]
 EXAMPLE_TOKENS = 512.0
@@ -96,31 +97,27 @@ def work_of(recipe: Recipe) -> Work:
 
 
 def _steps(recipe: Recipe) -> list[StepWork]:
-    found: list[StepWork] = []
-    pretrain, sft, rl = recipe.pretrain, recipe.sft, recipe.rl
-    if pretrain is not None:
-        found.append(
-            StepWork(
-                "pretrain", "pretrain", recipe.model, pretrain.steps, pretrain.rows_per_step, float(pretrain.row_length)
-            )
-        )
-    example = min(EXAMPLE_TOKENS, float(recipe.model.max_position_embeddings))
-    found.append(StepWork("sft", "sft", recipe.model, sft.steps, sft.batch_size, example))
-    prompt = min(PROMPT_TOKENS, recipe.model.max_position_embeddings / 4.0)
-    mean = MEAN_SHARE * rl.max_new_tokens
-    found.append(
-        StepWork(
-            name="rl",
-            kind="rl",
-            model=recipe.model,
-            updates=rl.steps,
-            rows=float(rl.prompts_per_step * rl.samples_per_prompt),
-            row_length=prompt + mean,
-            prompt=prompt,
-            mean=mean,
-            longest=float(rl.max_new_tokens),
-            overlapped=bool(rl.staleness),
-            format=rl.rollout_format,
-        )
+    return [_step(step, recipe.architecture_of(step)) for step in recipe.step]
+
+
+def _step(step: Step, model: ModelSection) -> StepWork:
+    if isinstance(step, PretrainSection):
+        return StepWork(step.name, "pretrain", model, step.steps, step.rows_per_step, float(step.row_length))
+    if isinstance(step, SftSection):
+        example = min(EXAMPLE_TOKENS, float(model.max_position_embeddings))
+        return StepWork(step.name, "sft", model, step.steps, step.batch_size, example)
+    prompt, mean = min(PROMPT_TOKENS, model.max_position_embeddings / 4.0), MEAN_SHARE * step.max_new_tokens
+    learns = isinstance(step, RlSection)
+    return StepWork(
+        name=step.name,
+        kind=step.kind,
+        model=model,
+        updates=step.steps if isinstance(step, RlSection) else 1,
+        rows=float((step.prompts_per_step if isinstance(step, RlSection) else step.prompts) * step.samples_per_prompt),
+        row_length=prompt + mean,
+        prompt=prompt,
+        mean=mean,
+        longest=float(step.max_new_tokens),
+        overlapped=learns and bool(step.staleness),
+        format=step.rollout_format,
     )
-    return found
