@@ -510,6 +510,21 @@ def rules(chip: str | None, as_of: datetime, **options: Any) -> None:
         raise click.exceptions.Exit(1)
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--lang", type=click.Choice(["en", "zh"]), help="One language alone; both if absent.")
+@click.option("--authority", metavar="CC", help="Country whose chips are domestic; that of [rules] if absent.")
+def justify(folder: Path, lang: str | None, authority: str | None) -> None:
+    """Write the paper that says why steps of RUN need foreign chips, for an authority or a board.
+
+    One or two printed pages, in English and in Chinese, from one record, RUN/justify.json.
+    """
+    opened = RunFolder.open(meant_run(folder))
+    tool = importlib.import_module("isthmus.tools.justify")
+    with _writing(opened):
+        tool.execute(opened, _watch(), **({"languages": [lang]} if lang else {}), authority=authority)
+
+
 def main() -> None:
     """Entry point: turns errors into a message and an exit code (0 done, 1 a gate refused, 2 wrong usage)."""
     signal.signal(signal.SIGTERM, _interrupt)

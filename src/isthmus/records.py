@@ -148,7 +148,8 @@ class RuleStep(Part):
 class RuleFinding(Part):
     """One record that applies, or may apply where `certain` is false, with what it asks for after others relaxed it.
 
-    `stale`: on the day that was asked about nobody had looked at it again since it expired.
+    `stale`: on the day that was asked about nobody had looked at it again since it expired. `cap`: one that the number
+    of chips exceeds.
     """
 
     record: str
@@ -161,6 +162,7 @@ class RuleFinding(Part):
     expires: date
     stale: bool
     certain: bool
+    cap: int | None = None
     what: str
     what_zh: str
     why: str

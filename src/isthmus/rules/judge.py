@@ -109,7 +109,8 @@ class _Case:
         if not record.holds_on(as_of) or (applies := self._applies(record)) is False:
             return None
         effect, why = record.effect, self._why(record)
-        if record.cap is not None and self.buyer.count is not None and self.buyer.count > record.cap:
+        exceeded = record.cap is not None and self.buyer.count is not None and self.buyer.count > record.cap
+        if exceeded:
             effect, why = "caution", f"{why}; {self.buyer.count:,} is above the cap of {record.cap:,}"
         return RuleFinding(
             record=record.id,
@@ -122,6 +123,7 @@ class _Case:
             expires=record.expires,
             stale=as_of > record.expires,
             certain=applies is True,
+            cap=record.cap if exceeded else None,
             what=record.what,
             what_zh=record.what_zh,
             why=why,
