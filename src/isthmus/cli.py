@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -610,6 +611,44 @@ def chips(name: str | None) -> None:
     _watch().console.print(facts.describe(name) if name else facts.describe_all())
 
 
+_DAY = click.DateTime(["%Y-%m-%d"])
+
+
+@cli.command()
+@click.argument("chip", required=False)
+@click.option("--as-of", type=_DAY, required=True, metavar="YYYY-MM-DD", help="Day of the records that count.")
+@click.option("--buyer-parent", metavar="CC", help="Country of the buyer's ultimate parent, such as CN.")
+@click.option("--site", metavar="CC", help="Country in which the chips stand.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Chips that are bought; held against caps.")
+@click.option("--state-funded/--not-state-funded", default=None, help="Whether the data centre has state money.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def rules(chip: str | None, as_of: datetime, **options: Any) -> None:
+    """Tell what dated export rules of both sides say of a chip, a buyer and a place.
+
+    Without CHIP the class of every known chip. It is as of a day, never current, and no legal advice. Exit code 1 if a
+    rule forbids it.
+    """
+    tool = importlib.import_module("isthmus.tools.rules")
+    found = tool.execute(chip, as_of.date(), _watch(), **options)
+    if found is not None and found.answer == "refused":
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--lang", type=click.Choice(["en", "zh"]), help="One language alone; both if absent.")
+@click.option("--authority", metavar="CC", help="Country whose chips are domestic; that of [rules] if absent.")
+def justify(folder: Path, lang: str | None, authority: str | None) -> None:
+    """Write the paper that says why steps of RUN need foreign chips, for an authority or a board.
+
+    One or two printed pages, in English and in Chinese, from one record, RUN/justify.json.
+    """
+    opened = RunFolder.open(meant_run(folder))
+    tool = importlib.import_module("isthmus.tools.justify")
+    with _writing(opened):
+        tool.execute(opened, _watch(), **({"languages": [lang]} if lang else {}), authority=authority)
+
+
 def main() -> None:
     """Entry point: turns errors into a message and an exit code (0 done, 1 a gate refused, 2 wrong usage)."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -686,6 +725,7 @@ def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
     formats = importlib.import_module("isthmus.formats")
     for name in (*rollout_formats(recipe), recipe.handoff.format):
         formats.check_format_name(name)
+    importlib.import_module("isthmus.rules").rule_pools(recipe)
     chips = importlib.import_module("isthmus.chips")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         chips.check_names(recipe)

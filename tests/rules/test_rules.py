@@ -29,8 +29,21 @@ TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".j
 
 VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
 VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
-DESK = ("cli", "recipe.read", "run", "records", "progress", "pools", "forecast", "chips", "algos", "tasks", "rewards")
-DESK_STAGES = ("stages.plan", "stages.report", "tools.recipe")
+DESK = (
+    "cli",
+    "recipe.read",
+    "run",
+    "records",
+    "progress",
+    "pools",
+    "forecast",
+    "rules",
+    "chips",
+    "algos",
+    "tasks",
+    "rewards",
+)
+DESK_STAGES = ("stages.plan", "stages.report", "tools.recipe", "tools.rules", "tools.justify")
 LONGEST_FUNCTION = 80
 TESTING_FILES = sorted(file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
 PRIVATE = re.compile(r"(isthmus\..*\.)?_(?!_)\w+")
