@@ -38,8 +38,7 @@ class Options(Section):
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of the step's `loss` that the algorithm cannot honour, and why. Other than at their default they are refused.
-    """
+    """Keys of the step's `loss` that the algorithm cannot honour, and why. Other values than their defaults are refused."""
 
     def aggregated(self) -> Aggregation:
         """How the losses of tokens become one, those of the shared terms too."""
