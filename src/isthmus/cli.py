@@ -401,7 +401,7 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 @click.option("--exchange", type=click.Path(path_type=Path), help="A folder that it reads, if it is not Isthmus'.")
 @click.option("--once", is_flag=True, help="End when the engine has what is there now.")
 def follow(folder: Path, **options: Any) -> None:
-    """Bring the weights that `[rl] publish = FOLDER` writes to an engine, version by version."""
+    """Bring the weights that `publish = FOLDER` of a step writes to an engine, version by version."""
     importlib.import_module("isthmus.tools.follow").execute(folder, _watch(), **options)
 
 

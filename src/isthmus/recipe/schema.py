@@ -63,7 +63,7 @@ class PlaceSection(Section):
 
 
 class TrainSection(Section):
-    """How the stage `train` computes, whatever it trains on.
+    """How training computes, whatever it trains on.
 
     The pool's chips divide into `replicate` groups that hold the whole model each; within a group the parameters are
     sharded, and the routed experts are spread over `expert` chips that exchange tokens.

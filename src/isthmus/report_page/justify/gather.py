@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from typing import get_args
 
 from isthmus import __version__
 from isthmus.chips import get_chip
 from isthmus.chips.trade import trade_facts
 from isthmus.errors import DamagedFile
 from isthmus.pools import get_pool, placed_pools
-from isthmus.records import Evidence, HandoffRecord, PlanRecord, QualifyRecord, Ruling
+from isthmus.records import CheckOutcome, Evidence, HandoffRecord, PlanRecord, QualifyRecord, Ruling
 from isthmus.report_page.justify.reading import TRAINING, Act, Alternative, acts_of, alternatives
 from isthmus.report_page.justify.record import (
     ActOf,
@@ -248,9 +249,8 @@ def _gate(run: RunFolder) -> Sealed | None:
     record = run.read_record("parity", HandoffRecord)
     if record is None:
         return None
-    outcomes = {
-        outcome: sum(c.outcome == outcome for c in record.checks) for outcome in ("pass", "fail", "unknown", "caution")
-    }
+    every: tuple[CheckOutcome, ...] = get_args(CheckOutcome)
+    outcomes = {outcome: sum(check.outcome == outcome for check in record.checks) for outcome in every}
     accuracy = [check.figure for check in record.checks if check.name.endswith(ACCURACY)]
     return Sealed(
         verdict=record.verdict,
