@@ -2,8 +2,8 @@
 
     python benchmarks/rivals/trl_losses.py > tests/unit/trl_losses.json     # in an environment that has TRL 1.16
 
-The trainers' own `_compute_loss` runs on log-probabilities that stand for a model's, in float64. Three samples with 2, 1
-and 2 tokens; what each number is stands in `WRITTEN`.
+The trainers' own `_compute_loss` runs on log-probabilities that stand for a model's, in float64: three samples with
+2, 1 and 2 tokens, and what else it takes, in `WRITTEN`.
 """
 
 from __future__ import annotations

@@ -631,7 +631,7 @@ def _dry_run(
 
 def _run_step(name: str, opened: RunFolder, heading: str, profile: bool) -> None:
     watch = _watch()
-    if importlib.import_module("isthmus.records").step_record(opened, name) is not None:
+    if importlib.import_module("isthmus.records").step_is_done(opened, name):
         watch.say(f"[dim]{heading}: done before, skipped[/]")
         return
     watch.say(f"[bold]{heading}[/]")

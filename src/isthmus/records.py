@@ -222,6 +222,26 @@ class SampleRecord(Record):
     figures: dict[str, Figure]
 
 
+class EvaluationRecord(Record):
+    """`steps/NAME/evaluation.json`: how the weights of a step answer held-out problems.
+
+    `correct` has a row for each problem and in it each answer, in the order of `problems`, which are ids.
+    """
+
+    step: str
+    pool: str
+    rehearsed: bool
+    format: str
+    problems: list[str]
+    correct: list[list[bool]]
+    accuracy: Figure
+    greedy_accuracy: Figure
+    pass_at: dict[int, Figure]
+    by_task: dict[str, Figure]
+    language: Figure
+    tokens: Figure
+
+
 AnyStepRecord = TextRecord | RlRecord | SampleRecord
 STEP_RECORDS: dict[str, type[AnyStepRecord]] = {
     "pretrain": TextRecord,
@@ -234,6 +254,17 @@ STEP_RECORDS: dict[str, type[AnyStepRecord]] = {
 def step_record(run: RunFolder, name: str) -> AnyStepRecord | None:
     """The record of a step, or None if it is not done. Raises KeyError for a name that no step has."""
     return run.read_record(f"steps/{name}/record", STEP_RECORDS[run.recipe.named(name).kind])
+
+
+def evaluation_of(run: RunFolder, name: str) -> EvaluationRecord | None:
+    """What the weights of a step answered to held-out problems; None if they were not asked yet."""
+    return run.read_record(f"steps/{name}/evaluation", EvaluationRecord)
+
+
+def step_is_done(run: RunFolder, name: str) -> bool:
+    """Whether a step has its record, and its evaluation if the recipe asks for one."""
+    asked = name in run.recipe.evaluation.after
+    return step_record(run, name) is not None and not (asked and evaluation_of(run, name) is None)
 
 
 def read_weights(run: RunFolder, name: str) -> WeightsRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import jsonschema
 import openai
@@ -11,9 +12,13 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
+from isthmus.engines import Sampling
 from isthmus.engines.local.api.server import Server
 from isthmus.engines.local.api.service import Identity, Service
 from isthmus.engines.local.core.core import Core
+from isthmus.engines.remote import HttpEngine
+from isthmus.model.moe import Trace
+from isthmus.recipe.schema import EngineOptions
 from tests.support.engine_bundle import small_model, small_tokenizer
 from tests.support.live_server import call, live
 
@@ -128,6 +133,23 @@ def test_prompt_logprobs_and_echo_agree_with_the_model(client, service):
         best = row.topk(3)
         for rank, (value, other) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1):
             assert shown[str(other)]["rank"] == rank and shown[str(other)]["logprob"] == pytest.approx(value, abs=1e-3)
+
+
+def test_the_experts_of_tokens_come_with_a_completion(port, client, service):
+    body = {"return_routed_experts": True}
+    status, refused = call(port, "POST", "/v1/completions", {"model": "small", "prompt": [5, 6], **body})
+    assert status == 400 and "--record-routes" in refused["error"]["message"]
+    core = Core(service.core.runner.model, eos_id=-1, slots=2, options=EngineOptions(record_routes=True))
+    core.start()
+    with live(Server(replace(service, core=core))) as other:
+        engine = HttpEngine(f"http://127.0.0.1:{other}")
+        first, second = engine.generate([[5, 6, 7], [9]], Sampling(4, seed=2, routes=True))
+    for prompt, (one,) in (([5, 6, 7], first), ([9], second)):
+        trace = Trace()
+        service.core.runner.model.hidden(torch.tensor([prompt + one.tokens]), trace=trace)
+        expected = torch.cat([routing.experts for routing in trace.routings], dim=1)[:-1]
+        assert torch.equal(torch.from_numpy(one.routes.array()).long(), expected)
+        assert one.versions == [(0, 4)]
 
 
 def test_a_prompt_that_was_seen_comes_from_the_prefix_cache(client):

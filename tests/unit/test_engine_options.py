@@ -35,13 +35,20 @@ def test_flags_say_what_the_options_are(options: EngineOptions):
 def test_without_flags_the_engine_has_the_recipe_s_defaults():
     assert flags(DEFAULT_OPTIONS) == [] and parsed() == DEFAULT_OPTIONS
     served = ServeSection().model_dump(include=set(EngineOptions.model_fields))
-    assert served == DEFAULT_OPTIONS.model_dump() and len(served) == 6
+    assert served == DEFAULT_OPTIONS.model_dump() and len(served) == 7
 
 
 def test_the_flags_are_those_that_were_documented():
     arguments = "--block-size 8 --cache-tokens 64 --chunk-tokens 32 --no-prefix-cache --speculate --batch-invariant"
+    arguments += " --record-routes"
     assert parsed(*arguments.split()) == EngineOptions(
-        block_size=8, cache_tokens=64, chunk_tokens=32, prefix_cache=False, speculate=True, batch_invariant=True
+        block_size=8,
+        cache_tokens=64,
+        chunk_tokens=32,
+        prefix_cache=False,
+        speculate=True,
+        batch_invariant=True,
+        record_routes=True,
     )
 
 

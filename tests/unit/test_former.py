@@ -107,8 +107,8 @@ def test_the_recipe_that_is_told_is_the_one_that_ships_now(tmp_path: Path):
 
 
 def test_all_that_was_said_is_said_again_in_its_step(tmp_path: Path):
-    old = tomllib.loads(TINY.replace('staleness = 1', 'format_reward = 0.3\nimportance_cap = 3.5') + MORE)
-    new = told(tmp_path, TINY.replace('staleness = 1', 'format_reward = 0.3\nimportance_cap = 3.5') + MORE)
+    old = tomllib.loads(TINY.replace("staleness = 1", "format_reward = 0.3\nimportance_cap = 3.5") + MORE)
+    new = told(tmp_path, TINY.replace("staleness = 1", "format_reward = 0.3\nimportance_cap = 3.5") + MORE)
     base, taught, reinforced = new["step"]
     assert [(one["kind"], one.get("from")) for one in new["step"]] == [
         ("pretrain", "model"),
@@ -161,10 +161,15 @@ def test_what_is_written_reads_as_what_it_was_written_from(file: Path):
 @pytest.mark.parametrize(
     "tree",
     [
-        {"text": "line\nof \"words\", tab\t, control \x01\x7f, µ, \U0001f600"},
+        {"text": 'line\nof "words", tab\t, control \x01\x7f, µ, \U0001f600'},
         {"numbers": [1, -2.5, 1e-30, 10**12], "yes": True, "none": [], "empty": {}},
         {"a key": {"with.dots": 1, "µ": {"deep": [[1], [2, 3]]}}},
-        {"step": [{"name": "x", "rewards": {"a-b": 1, "c d": 0.5}, "options": {}, "loss": {"kind": "x", "n": 1}}, {"name": "y"}]},
+        {
+            "step": [
+                {"name": "x", "rewards": {"a-b": 1, "c d": 0.5}, "options": {}, "loss": {"kind": "x", "n": 1}},
+                {"name": "y"},
+            ]
+        },
         {"pools": {"home": {"chip": "cpu"}}, "tables": [{"in": {"a": {"b": "c"}}}, {}]},
     ],
 )

@@ -94,7 +94,7 @@ UNSOUND = {
     ),
     "no start": (
         changed("reinforced", **{"from": None}),
-        "step 'reinforced': it has to say whose weights it starts from: from = \"taught\", or from = \"model\"",
+        'step \'reinforced\': it has to say whose weights it starts from: from = "taught", or from = "model"',
     ),
     "data as a start": (
         changed("again", **{"from": "sampled"}),

@@ -139,7 +139,14 @@ def test_a_missing_section_and_a_missing_key_are_named():
 
 def test_overrides_take_numbers_text_lists_and_new_sections(path: Path):
     recipe = load_recipe(
-        path, ("step.taught.steps=7", "name=other", 'place.train=["away", "home"]', "pools.third.chip=cpu", "step.reinforced.options.x=true")
+        path,
+        (
+            "step.taught.steps=7",
+            "name=other",
+            'place.train=["away", "home"]',
+            "pools.third.chip=cpu",
+            "step.reinforced.options.x=true",
+        ),
     )
     assert (recipe.named("taught").steps, recipe.name, recipe.place.train) == (7, "other", ["away", "home"])
     assert recipe.pools["third"].chip == "cpu"

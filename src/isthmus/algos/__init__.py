@@ -1,7 +1,7 @@
 """RL algorithms. One file each, with its own `Config`, `advantages` and `loss`; the file name is the registration.
 
-What a loss may have beside an algorithm's own formula stands in `[rl.loss]`, is checked here, and is computed once for
-all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
+What a loss may have beside an algorithm's own formula stands in `loss` of the step, is checked here, and is computed
+once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
 check an algorithm's options.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 from pydantic import ValidationError
 
 from isthmus.errors import IsthmusError, suggestion
+from isthmus.recipe.architecture import MixtureSection, ModelSection
 from isthmus.recipe.section import Section
 from isthmus.recipe.steps import RlSection
 
@@ -37,7 +38,7 @@ class Options(Section):
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of `[rl.loss]` that the algorithm cannot honour, and why: set to other than their default they are refused.
+    """Keys of the step's `loss` that the algorithm cannot honour, and why. Other than at their default they are refused.
     """
 
     def aggregated(self) -> Aggregation:
@@ -139,8 +140,8 @@ def get_algorithm(name: str) -> Algorithm:
     return cast(Algorithm, importlib.import_module(f"{__name__}.{name}"))
 
 
-def algorithm_config(section: RlSection) -> Any:
-    """The algorithm's own options, checked, and `[rl.loss]` with them.
+def algorithm_config(section: RlSection, model: ModelSection | None = None) -> Any:
+    """The algorithm's own options, checked, and `loss` of the step with them, against the model too if it is given.
 
     Raises IsthmusError that names the option and its neighbours, or the key that the algorithm cannot honour.
     """
@@ -157,4 +158,7 @@ def algorithm_config(section: RlSection) -> Any:
     for name, why in options.refuses.items():
         if getattr(section.loss, name) != type(section.loss).model_fields[name].default:
             raise IsthmusError(f"step.{section.name}.loss.{name}: {section.algorithm} cannot honour it, for {why}")
+    if section.loss.router_replay and model is not None and not isinstance(model, MixtureSection):
+        where = f"step.{section.name}.loss.router_replay"
+        raise IsthmusError(f"{where}: a dense model has no experts, and so no routes to take over")
     return options

@@ -3,7 +3,7 @@
 The advantage of a token is its sample's reward less the mean over all tokens of the batch, over their deviation; with
 `baseline = "group"` the mean of the group is taken off first (REINFORCE++-baseline). Mean and deviation weigh samples
 by their length, as OpenRLHF has it. The loss is PPO's, averaged over all tokens. The paper takes the KL to a reference
-off the reward; here it is a term of the loss, `[rl.loss] kl_weight`, as in REINFORCE++-baseline.
+off the reward; here it is a term of the loss, `loss.kl_weight`, as in REINFORCE++-baseline.
 """
 
 from __future__ import annotations

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.errors import IsthmusError
 
@@ -20,12 +24,31 @@ class OtherBase(EngineError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 takes the likeliest token. `n` samples are drawn per prompt."""
+    """How tokens are drawn. Temperature 0 takes the likeliest token. `n` samples are drawn per prompt.
+
+    With `routes` each comes with the experts that its tokens were sent to.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
     n: int = 1
+    routes: bool = False
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The experts [T - 1, R] of the T tokens of a prompt and its completion but the last, with R = layers * experts per
+    token: base64 of `dtype`, uint8 or int16, little-endian."""
+
+    shape: tuple[int, int]
+    dtype: Literal["uint8", "int16"]
+    data: str
+
+    def array(self) -> NDArray[np.int16]:
+        """[T - 1, R]."""
+        numbers = np.frombuffer(base64.b64decode(self.data), dtype=np.dtype(self.dtype).newbyteorder("<"))
+        return numbers.reshape(self.shape).astype(np.int16)
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,8 @@ class Completion:
 
     `logprobs` are those of the distribution that was sampled (at temperature 0: of the model's own distribution).
     `version` names the weights that wrote the first token; `last_version` those that wrote the last one, and differs
-    if an update arrived in between.
+    if an update arrived in between. `versions` has runs (version, tokens) of it, where the engine tells them, and
+    `routes` the experts of each token, where they were asked for.
     """
 
     tokens: list[int]
@@ -42,6 +66,8 @@ class Completion:
     finish_reason: str
     version: int
     last_version: int
+    versions: list[tuple[int, int]] | None = None
+    routes: Routes | None = None
 
 
 class Engine(Protocol):

@@ -34,24 +34,26 @@ class ResidualLayer(nn.Module):
         cache: LayerCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """x [B, T, D]; mask as in the attention. Returns [B, T, D]. The routing, if any, is appended to `trace`."""
+        """x [B, T, D]; mask as in the attention. Returns [B, T, D]. The routing, if any, is appended to `trace`, which
+        may have one to take over."""
+        chosen = trace.chosen() if trace is not None and isinstance(self.mlp, MixtureOfExperts) else None
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(
-                self._block, x, rotation, mask, cache, use_reentrant=False, preserve_rng_state=False
+                self._block, x, rotation, mask, cache, chosen, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            x, routing = self._block(x, rotation, mask, cache)
+            x, routing = self._block(x, rotation, mask, cache, chosen)
         if trace is not None and routing is not None:
             trace.routings.append(routing)
         return x
 
     def _block(
-        self, x: Tensor, rotation: Rotation, mask: Mask | None, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation, mask: Mask | None, cache: LayerCache | None, chosen: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            y, routing = self.mlp(normed)
+            y, routing = self.mlp(normed) if chosen is None else self.mlp(normed, chosen)
             return x + y, routing
         return x + self.mlp(normed), None
 

@@ -54,10 +54,18 @@ class Routing:
 
 
 class Trace:
-    """Decisions of the routers of one forward pass, layer by layer. Opaque to whatever copies lists of tensors."""
+    """Decisions of the routers of one forward pass, layer by layer. Opaque to whatever copies lists of tensors.
 
-    def __init__(self) -> None:
+    `replayed` [B, T, layers, K] has decisions of another pass that this one takes over, -1 where it decides by itself.
+    """
+
+    def __init__(self, replayed: Tensor | None = None) -> None:
         self.routings: list[Routing] = []
+        self._replayed = replayed
+
+    def chosen(self) -> Tensor | None:
+        """[B, T, K] that the router which comes next takes over."""
+        return None if self._replayed is None else self._replayed[:, :, len(self.routings)]
 
 
 def evenly(total: int, parts: int) -> list[int]:
@@ -84,11 +92,14 @@ class Router(nn.Module):
         self.normalise, self.scaling = a.norm_topk_prob, a.routed_scaling_factor
         self.softmax = a.scoring_func == "softmax"
 
-    def forward(self, x: Tensor) -> Routing:
-        """x [T, D]."""
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Routing:
+        """x [T, D]. Experts [T, K] that another pass has chosen take the place of its own, where they are not -1; their
+        weights are made of the scores that these inputs give them."""
         logits = self.logits(x)
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
         experts = self.choose(self.biased(scores.detach()))
+        if chosen is not None:
+            experts = torch.where(chosen >= 0, chosen, experts)
         weights = scores.gather(-1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -263,10 +274,10 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = a.n_routed_experts
         self.exchange: Exchange | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x [B, T, D] or [T, D]. Returns the same shape, and what the router decided."""
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x [B, T, D] or [T, D]. Returns the same shape, and what the router decided; `chosen` [..., K] as there."""
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate(tokens)
+        routing = self.gate(tokens) if chosen is None else self.gate(tokens, chosen.reshape(-1, chosen.shape[-1]))
         dispatch = Dispatch.by_expert(routing.experts, self.num_experts)
         rows = dispatch.scatter(tokens)
         outputs = (

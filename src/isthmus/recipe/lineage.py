@@ -35,6 +35,27 @@ def problem(
     return None
 
 
+def asked_problem(
+    steps: Sequence[StepSection],
+    tasks: Mapping[str, Any],
+    after: Sequence[str],
+    asked: Mapping[str, float],
+    compared: Sequence[tuple[str, str]],
+) -> str | None:
+    """What keeps [evaluation] from being done, or None."""
+    trained = [step.name for step in steps if not isinstance(step, SampleSection)]
+    for name in after:
+        if name not in trained:
+            return f"evaluation.after names {name!r}{suggestion(name, trained)}; steps with weights: {_list(trained)}"
+    for name in asked:
+        if name not in tasks:
+            return f"evaluation.tasks names {name!r}{suggestion(name, tasks)}"
+    for name in (name for pair in compared for name in pair):
+        if name not in after:
+            return f"evaluation.compare names {name!r}, which is not in evaluation.after"
+    return None
+
+
 def line(steps: Sequence[StepSection], name: str) -> list[StepSection]:
     """A step and those whose weights it goes on with, the first one first."""
     by_name = {step.name: step for step in steps}
@@ -59,17 +80,18 @@ def last_of_model(steps: Sequence[StepSection]) -> str | None:
     return own[-1] if own else None
 
 
-def unused(steps: Sequence[StepSection], handed_off: str) -> list[str]:
-    """Steps whose weights or data nothing takes."""
-    taken = {handed_off}
+def unused(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
+    """Steps whose weights or data nothing takes, and that are not `compared`."""
+    taken = {handed_off, *compared}
     for step in reversed(steps):
-        taken |= set(needs(step, steps))
+        if step.name in taken:
+            taken |= set(needs(step, steps))
     return [step.name for step in steps if step.name not in taken]
 
 
-def unused_steps(steps: Sequence[StepSection], handed_off: str) -> list[str]:
+def unused_steps(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
     """In words, each step of which nothing comes, and what to do about it."""
-    names = unused(steps, handed_off)
+    names = unused(steps, handed_off, compared)
     return [_nothing_comes_of(step) for step in steps if step.name in names]
 
 
@@ -77,8 +99,8 @@ def _nothing_comes_of(step: StepSection) -> str:
     if isinstance(step, SampleSection):
         return f"nothing takes the data of {step.name!r}: name it in `data` of an `sft` step, or leave it out"
     return (
-        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, or leave it out; "
-        f"its weights stay in steps/{step.name}"
+        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, compare it in "
+        f"[evaluation], or leave it out; its weights stay in steps/{step.name}"
     )
 
 

@@ -68,7 +68,9 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(explain(error, f"{origin or 'the recipe'} is not a valid recipe:", Recipe)) from None
+        raise RecipeError(
+            explain(error, f"{origin or 'the recipe'} is not a valid recipe:", Recipe, given=tree)
+        ) from None
 
 
 def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:

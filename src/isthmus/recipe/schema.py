@@ -29,7 +29,7 @@ from isthmus.recipe.section import (
     Whole,
     key,
 )
-from isthmus.recipe.steps import MODEL, Problems, Prompts, Rows, Step, StepSection
+from isthmus.recipe.steps import MODEL, Mix, Problems, Prompts, Rows, Step, StepSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
 Thinking = Literal["auto", "always", "never"]
@@ -129,6 +129,7 @@ class EngineOptions(Section):
     )
     speculate: bool = key(False, "draft tokens by multi-token prediction; the answers stay the same")
     batch_invariant: bool = key(False, "the same bits in any company, and slower")
+    record_routes: bool = key(False, "note the experts of every token, for requests that ask for them")
 
 
 class ServeSection(EngineOptions):
@@ -177,6 +178,19 @@ class ServeSection(EngineOptions):
     )
 
 
+class EvaluationSection(Section):
+    """Held-out problems that are answered at the end of steps, the same for all of them, so that steps compare."""
+
+    after: list[str] = key([], "steps after which they are answered; RL also answers its own before and after itself")
+    tasks: Mix = key({}, "tasks whose held-out problems are asked; all tasks if absent")
+    problems: Problems = key(500, "held-out problems, of all tasks together")
+    samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
+    temperature: Number = key(1.0, "temperature of the answers", gt=0)
+    max_new_tokens: Tokens = key(256, "longest answer")
+    format: str = key("w8a8", "format of the weights that answer, a file in isthmus/formats")
+    compare: list[tuple[str, str]] = key([], "pairs of these steps; the dossier says whether the second is better")
+
+
 class QualifySection(Section):
     """How much a qualification measures."""
 
@@ -210,6 +224,7 @@ class Recipe(Section):
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
     train: TrainSection = key(TrainSection(), "how training computes")
     step: list[Step] = Field(min_length=1, description="what is trained, in this order")
+    evaluation: EvaluationSection = key(EvaluationSection(), "what steps are compared by")
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")
 
@@ -231,7 +246,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _steps_hang_together(self) -> Self:
-        if problem := lineage.problem(self.step, self.tasks, self.models, self.handoff.step):
+        asked = self.evaluation
+        if problem := lineage.problem(self.step, self.tasks, self.models, self.handoff.step) or lineage.asked_problem(
+            self.step, self.tasks, asked.after, asked.tasks, asked.compare
+        ):
             raise ValueError(problem)
         return self
 
@@ -254,6 +272,12 @@ class Recipe(Section):
         last = self.handoff.step or lineage.last_of_model(self.step)
         assert last is not None
         return self.named(last)
+
+    @property
+    def unused_steps(self) -> list[str]:
+        """In words, each step of which nothing comes."""
+        compared = [name for pair in self.evaluation.compare for name in pair]
+        return lineage.unused_steps(self.step, self.handed_off.name, compared)
 
     def canonical(self) -> str:
         """The resolved recipe as JSON with sorted keys: the text that is hashed and stored."""

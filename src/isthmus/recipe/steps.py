@@ -112,6 +112,9 @@ class LossSection(Section):
     off_policy_mask: Nats | None = key(
         None, "samples of negative advantage are left out whose mean log(engine / trainer) is above this (V3.2)"
     )
+    router_replay: bool = key(
+        False, "the learner sends each token to the experts that the engine sent it to (arXiv 2510.11370)"
+    )
     kl_weight: Number = key(0.0, "weight of the k3 estimate of the KL to the weights that the step began with", ge=0)
     kl_times_ratio: bool = key(False, "k3 times trainer now / trainer before, which has no bias (V3.2)")
 
@@ -162,6 +165,8 @@ class RlSection(StepSection):
     checkpoint_every: Steps = key(10, "steps between two checkpoints")
     keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
     heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
+    heldout_samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
+    evaluate_every: Steps | None = key(None, "steps between two such measures; before and after alone if absent")
 
 
 class SampleSection(StepSection):

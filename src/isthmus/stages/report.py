@@ -19,18 +19,21 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
+from isthmus.parity.paired import compare_answers
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.recipe.lineage import line, unused_steps
+from isthmus.recipe.lineage import line
 from isthmus.recipe.steps import RlSection, SampleSection
 from isthmus.records import (
     AnyStepRecord,
+    EvaluationRecord,
     HandoffRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
+    evaluation_of,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
@@ -51,6 +54,14 @@ class NamedFigure(NamedTuple):
     figure: Figure
 
 
+class Compared(NamedTuple):
+    """Two steps, and by how much the second answers better."""
+
+    first: str
+    second: str
+    gain: Figure
+
+
 class EstimateRow(NamedTuple):
     """What the plan expected of a stage, what came, and truth divided by estimate."""
 
@@ -68,6 +79,7 @@ class Dossier:
     qualify: dict[str, QualifyRecord | None]
     plan: PlanRecord | None
     steps: dict[str, AnyStepRecord | None]
+    evaluations: dict[str, EvaluationRecord]
     handoff: HandoffRecord | None
     events: list[dict[str, Any]]
 
@@ -179,6 +191,7 @@ def read_dossier(run: RunFolder) -> Dossier:
         qualify={pool: run.read_record(f"qualify/{pool}", QualifyRecord) for pool in names},
         plan=run.read_record("plan", PlanRecord),
         steps={step.name: step_record(run, step.name) for step in run.recipe.step},
+        evaluations={name: found for name in run.recipe.evaluation.after if (found := evaluation_of(run, name))},
         handoff=run.read_record("parity", HandoffRecord),
         events=run.events(),
     )
@@ -206,7 +219,8 @@ def compose(dossier: Dossier) -> str:
         figure_groups={place: list(group) for place, group in groupby(figures, key=lambda item: item.place)},
         state_of=state_of(dossier),
         lineage=lineage.picture(dossier.chapters, dossier.run.recipe.handed_off.name),
-        warnings=unused_steps(dossier.run.recipe.step, dossier.run.recipe.handed_off.name),
+        comparisons=comparisons(dossier),
+        warnings=dossier.run.recipe.unused_steps,
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
         estimates=estimate_rows(dossier),
@@ -227,6 +241,24 @@ def computed_figures(dossier: Dossier) -> dict[str, Figure]:
     """What the report itself computes from the events."""
     found = {f"{one.name}_{name}": figure for one in dossier.chapters for name, figure in one.figures.items()}
     return found | wall_clock(dossier)
+
+
+def comparisons(dossier: Dossier) -> list[Compared]:
+    """Each pair of steps that the recipe compares, where both were evaluated."""
+    found = []
+    for first, second in dossier.run.recipe.evaluation.compare:
+        one, other = (dossier.evaluations.get(name) for name in (first, second))
+        if one is not None and other is not None:
+            found.append(Compared(first, second, better_by(one, other)))
+    return found
+
+
+def better_by(one: EvaluationRecord, other: EvaluationRecord) -> Figure:
+    """Points of accuracy by which the second is better, paired by problem."""
+    pairs = compare_answers(one.correct, other.correct, 0.95)
+    source = f"{pairs.problems} held-out problems, paired, 95% interval (Newcombe)"
+    difference, low, high = (100 * value for value in (pairs.difference, pairs.low, pairs.high))
+    return Figure.derived(difference, "points", source, one.accuracy, other.accuracy, low=low, high=high)
 
 
 def wall_clock(dossier: Dossier) -> dict[str, Figure]:
@@ -313,6 +345,7 @@ def _records(dossier: Dossier) -> dict[str, Record]:
     named: dict[str, Record | None] = {f"qualify/{pool}": record for pool, record in dossier.qualify.items()}
     named |= {"plan": dossier.plan}
     named |= {f"steps/{name}/record": record for name, record in dossier.steps.items()}
+    named |= {f"steps/{name}/evaluation": record for name, record in dossier.evaluations.items()}
     named |= {"parity": dossier.handoff}
     return {name: record for name, record in named.items() if record is not None}
 

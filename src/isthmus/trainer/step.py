@@ -164,13 +164,17 @@ def update_router_bias(routers: list[Router], loads: list[Tensor], speed: float)
             router.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=speed)
 
 
-def target_logprobs(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def target_logprobs(
+    model: Model, batch: Batch, temperature: float, routes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(log-probability, entropy) of each target, both [number of targets], row by row in the order of `target_mask`.
 
-    They are of the distribution softmax(logits / temperature), the one that was sampled.
+    They are of the distribution softmax(logits / temperature), the one that was sampled. `routes` [B, T, layers, K] are
+    experts that another pass has chosen, which take the place of the routers' own where they are not -1.
     """
     spans = Documents.of(batch.document.cpu(), model.architecture.num_attention_heads).to(batch.document.device)
-    hidden = model.hidden(batch.tokens, batch.positions, spans)
+    trace = None if routes is None else Trace(routes)
+    hidden = model.hidden(batch.tokens, batch.positions, spans, trace=trace)
     chosen = batch.target_mask[:, 1:]
     log_probabilities = F.log_softmax(model.logits(hidden[:, :-1][chosen]) / temperature, dim=-1)
     taken = log_probabilities.gather(-1, batch.tokens[:, 1:][chosen].unsqueeze(-1)).squeeze(-1)

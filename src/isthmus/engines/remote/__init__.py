@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus.engines import Completion, Sampling
+from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.engines.remote.dialect import Dialect
+from isthmus.engines.remote.isthmus import Isthmus
 from isthmus.engines.remote.recognise import recognise
 from isthmus.engines.remote.transport import Transport
 from isthmus.formats.files.golden import TokenScore
@@ -57,6 +58,11 @@ class HttpEngine:
         """One list of `sampling.n` completions per prompt, in order. `seeds` gives each prompt its own seed."""
         if not prompts:
             return []
+        if sampling.routes and not isinstance(self._server, Isthmus):
+            raise EngineError(
+                f"{self.server} at {self.url} is not asked for the experts of its tokens, which router replay needs: "
+                "set loss.router_replay = false in the step, or generate with an engine of isthmus"
+            )
         return self._server.generate(prompts, sampling, seeds)
 
     def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:

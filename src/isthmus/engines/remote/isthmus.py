@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
 
-from isthmus.engines import Completion, OtherBase, Sampling
+from isthmus.engines import Completion, OtherBase, Routes, Sampling
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Refused, Transport
@@ -43,11 +44,14 @@ class Isthmus:
             "n": sampling.n,
             "logprobs": 0,
             "return_token_ids": True,
+            **({"return_routed_experts": True} if sampling.routes else {}),
             **({"seed": sampling.seed} if seeds is None else {"seeds": seeds}),
         }
         answer = self._transport.post("/v1/completions", asked)
         count = len(prompts) * sampling.n
         found = completions_of(self._transport, answer, count, sampling.max_new_tokens, _versions)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        found = [_with_origins(one, choice) for one, choice in zip(found, choices, strict=True)]
         return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
 
     def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
@@ -77,6 +81,16 @@ class Isthmus:
             raise
         self.weights.version = int(answer["version"])
         return time.perf_counter() - began
+
+
+def _with_origins(completion: Completion, choice: dict[str, Any]) -> Completion:
+    """With the version and the experts of each token, where the server told them."""
+    runs, routes = choice.get("token_versions"), choice.get("routed_experts")
+    return replace(
+        completion,
+        versions=None if runs is None else [(version, tokens) for version, tokens in runs],
+        routes=None if routes is None else Routes(tuple(routes["shape"]), routes["dtype"], routes["data"]),
+    )
 
 
 def _versions(choice: dict[str, Any]) -> tuple[int, int]:

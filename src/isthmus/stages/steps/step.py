@@ -74,10 +74,7 @@ class StepRun(Generic[S]):
     def start(self) -> Start:
         """The weights that it starts from. Raises IsthmusError if the step that makes them is not done."""
         name = self.recipe.start_of(self.section)
-        if name == MODEL:
-            return Start(MODEL)
-        record = read_weights(self.run, name)
-        return Start(name, self.run.path / record.checkpoint, record.checkpoint_sha256)
+        return Start(MODEL) if name == MODEL else Start.left_by(self.run, name)
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,12 @@ class Start:
     name: str
     checkpoint: Path | None = None
     sha256: str | None = None
+
+    @classmethod
+    def left_by(cls, run: RunFolder, name: str) -> Start:
+        """The weights that a step left. Raises IsthmusError if it is not done."""
+        record = read_weights(run, name)
+        return cls(name, run.path / record.checkpoint, record.checkpoint_sha256)
 
     def fill(self, model: Model, seed: int, group: ProcessGroup | None, tell: Callable[..., None]) -> None:
         """Put the weights into a model, or into what this rank holds of it. `tell` gets what is left out as events.

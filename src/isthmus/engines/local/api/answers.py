@@ -8,6 +8,9 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from isthmus.engines import EngineError
 from isthmus.engines.local.api.prepare import Prepared
 from isthmus.engines.local.api.protocol import (
@@ -55,6 +58,8 @@ class Choice:
     stop_reason: str | int | None
     version: int
     last_version: int
+    versions: list[int] | None = None
+    routes: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,13 @@ class Exchange:
     def _make_request(self) -> Request:
         ask, service = self.ask, self.service
         echoed = ask.logprobs if isinstance(ask, CompletionAsk) and ask.echo else None
+        routes = isinstance(ask, CompletionAsk) and ask.return_routed_experts
+        if routes and not service.core.records_routes:
+            raise ApiError(
+                "the experts of tokens are not noted here: start the server with --record-routes, and with a model "
+                "that has experts",
+                param="return_routed_experts",
+            )
         prompt_logprobs = max((count for count in (ask.prompt_logprobs, echoed) if count is not None), default=None)
         return Request(
             self.prompts,
@@ -159,6 +171,7 @@ class Exchange:
             prompt_logprobs=prompt_logprobs,
             constraint=self._constraint,
             stream=ask.stream or bool(ask.stop) or (self._calls is not None and not self._calls.parallel),
+            routes=routes,
         )
 
     def _submit(self) -> None:
@@ -233,6 +246,8 @@ class Exchange:
             writer.stop or end.stop_token,
             end.version,
             end.last_version,
+            end.versions,
+            end.routes,
         )
 
     @property

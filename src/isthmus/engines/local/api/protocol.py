@@ -199,13 +199,17 @@ class Ask(Part):
 
 
 class CompletionAsk(Ask):
-    """POST /v1/completions. `seeds`, one per prompt, is an extension; `logprobs` counts the alternatives shown."""
+    """POST /v1/completions. `seeds`, one per prompt, is an extension; `logprobs` counts the alternatives shown.
+
+    `return_routed_experts`, as SGLang names it, asks for the experts of every token.
+    """
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Alternatives | None = None
     echo: Flag = False
     add_special_tokens: Flag = True
     seeds: list[Seed] | None = None
+    return_routed_experts: Flag = False
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -525,6 +529,8 @@ def _check_chat(ask: ChatAsk) -> None:
 def _check_completion(ask: CompletionAsk) -> None:
     if ask.echo and ask.stream and ask.logprobs is not None:
         raise ApiError("echo with logprobs cannot be streamed; send stream = false", param="echo")
+    if ask.return_routed_experts and ask.stream:
+        raise ApiError("routed experts cannot be streamed; send stream = false", param="return_routed_experts")
     if ask.seeds is None:
         return
     if ask.seed is not None:

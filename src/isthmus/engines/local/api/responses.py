@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+from itertools import groupby
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.engines.local.api.answers import Choice, Drawn, Piece
 from isthmus.engines.local.api.protocol import ChatAsk, CompletionAsk
@@ -44,7 +49,19 @@ def completion_choice(
         shown["prompt_logprobs"] = prompt_logprobs(vocabulary, prompt_tokens, ask.prompt_logprobs)
     if ask.return_token_ids:
         shown |= {"token_ids": choice.drawn.tokens, "prompt_token_ids": prompt}
+    if ask.return_token_ids and choice.versions is not None:
+        runs = [[version, len(list(tokens))] for version, tokens in groupby(choice.versions)]
+        shown["token_versions"] = runs
+    if choice.routes is not None:
+        shown["routed_experts"] = packed_routes(choice.routes)
     return shown
+
+
+def packed_routes(routes: NDArray[np.int16]) -> dict[str, Any]:
+    """Experts [T, layers * K] as base64 of one byte each, or of two, little-endian, where their numbers want it."""
+    dtype = "uint8" if routes.max(initial=0) < 256 else "int16"
+    data = routes.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    return {"shape": list(routes.shape), "dtype": dtype, "data": base64.b64encode(data).decode()}
 
 
 def completion_piece(ask: CompletionAsk, vocabulary: Vocabulary, piece: Piece, places: TextPlaces) -> dict[str, Any]:

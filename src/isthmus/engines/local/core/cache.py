@@ -20,10 +20,24 @@ NULL_BLOCK = 0
 
 
 class PagedStore:
-    """Per layer one tensor [blocks * block_size, W]; unwritten places are zero, so that masked places are finite."""
+    """Per layer one tensor [blocks * block_size, W]; unwritten places are zero, so that masked places are finite.
 
-    def __init__(self, layers: int, blocks: int, block_size: int, width: int, dtype: torch.dtype, device: torch.device):
+    `routes` [blocks * block_size, R] has the experts of all layers for the token at each place, if R, `route_width`, is
+    not 0.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        route_width: int = 0,
+    ):
         self.block_size, self.blocks = block_size, blocks
+        self.routes = np.zeros((blocks * block_size, route_width), dtype=np.int16) if route_width else None
         self.layers = [torch.zeros(blocks * block_size, width, dtype=dtype, device=device) for _ in range(layers)]
 
     def copy_block(self, source: int, target: int, length: int) -> None:
@@ -31,6 +45,8 @@ class PagedStore:
         a, b = source * self.block_size, target * self.block_size
         for store in self.layers:
             store[b : b + length] = store[a : a + length]
+        if self.routes is not None:
+            self.routes[b : b + length] = self.routes[a : a + length]
 
     def holds_numbers(self, blocks: list[int]) -> bool:
         """Whether all entries of these blocks are finite."""

@@ -59,6 +59,7 @@ class Core:
             drafts=options.speculate,
             row_by_row=options.batch_invariant,
             threads=threads,
+            record_routes=options.record_routes,
         )
         self.scheduler = Scheduler(self.runner.store, options, slots=slots, length=self.length, eos_id=eos_id)
         self.steps = Steps(self.runner, self.scheduler, eos_id=eos_id, version=version, speculate=options.speculate)
@@ -86,6 +87,11 @@ class Core:
     def version(self) -> int:
         """Names the weights in use."""
         return self.steps.version
+
+    @property
+    def records_routes(self) -> bool:
+        """Whether a request can ask for the experts of its tokens."""
+        return self.runner.store.routes is not None
 
     @property
     def kernels(self) -> str:
@@ -198,6 +204,8 @@ class Core:
             sample.prompt_tokens,
             stop_token,
             elapsed if sample.queued_s is None else sample.queued_s,
+            sample.versions,
+            sample.routes,
         )
         for observe in self.observers:
             observe(finished)

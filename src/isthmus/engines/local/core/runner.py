@@ -10,6 +10,7 @@ from isthmus.engines.local.core.batch import Chunk, LayerView, Singles, StepBatc
 from isthmus.engines.local.core.cache import PagedStore, blocks_for
 from isthmus.engines.local.core.native import NativeModel, NativeUnavailable
 from isthmus.model.model import Model
+from isthmus.model.moe import MixtureOfExperts, Router, Trace
 
 NATIVE_WORK = 32768
 """Up to so many tokens times hidden size the compiled layers are faster than torch's operators."""
@@ -19,7 +20,8 @@ class Runner:
     """A model and its cache. Block 0 is left to fill up tables.
 
     With `drafts` the cache has a layer for multi-token prediction. With `row_by_row` each token gets the same bits
-    whatever else is in the pass. `native` False keeps to torch's operators, which a rehearsal can see.
+    whatever else is in the pass. `native` False keeps to torch's operators, which a rehearsal can see. `record_routes`
+    notes the experts of every token in the store.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class Runner:
         row_by_row: bool = False,
         threads: int = 1,
         native: bool = True,
+        record_routes: bool = False,
     ):
         a, weight = model.architecture, model.lm_head.weight
         layers = a.num_hidden_layers + (1 if drafts else 0)
         self.row_by_row, self._threads, self._wants_native = row_by_row, threads, native
-        self.store = PagedStore(layers, blocks, block_size, a.cache_width, weight.dtype, weight.device)
+        width = sum(router.top_k for router in self._routers(model)) if record_routes else 0
+        self.store = PagedStore(layers, blocks, block_size, a.cache_width, weight.dtype, weight.device, width)
         self.use(model)
 
     def use(self, model: Model) -> None:
@@ -56,11 +60,22 @@ class Runner:
     def hidden(self, batch: StepBatch) -> Tensor:
         """States [N, D] before the final norm."""
         if self.native is not None and self._suits(len(batch)):
-            return self.native.hidden(batch, self.store.layers)
+            return self.native.hidden(batch, self.store.layers, self.store.routes)
         if self.row_by_row and len(batch) > 1:
             return torch.cat([self.hidden(one) for one in batch.one_by_one()])
         caches = [LayerView(store, batch) for store in self.store.layers]
-        return self.model.hidden(batch.tokens[None], batch.positions[None], caches=caches)[0]
+        trace = None if self.store.routes is None else Trace()
+        hidden = self.model.hidden(batch.tokens[None], batch.positions[None], caches=caches, trace=trace)[0]
+        if trace is not None and self.store.routes is not None:
+            experts = torch.cat([routing.experts for routing in trace.routings], dim=1)
+            self.store.routes[batch.place_ids] = experts.cpu().numpy()
+        return hidden
+
+    @staticmethod
+    def _routers(model: Model) -> list[Router]:
+        """Those of the layers that `hidden` passes."""
+        last = None if model.mtp_layer is None or not isinstance(model.mtp_layer.mlp, MixtureOfExperts) else -1
+        return model.routers()[:last]
 
     def draft_states(self, hidden: Tensor, batch: StepBatch) -> Tensor:
         """States [N, D] for the output head, of the token after `batch.tokens`, which follow those of `hidden`."""

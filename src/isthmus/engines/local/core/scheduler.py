@@ -52,7 +52,8 @@ class Finished(NamedTuple):
     `first_token_s`, `elapsed_s` and `queued_s`, the time in the line, count seconds from the submission.
     `cached_tokens` of the prompt were taken from the prefix cache. `prompt_tokens` is filled where the request asked
     for `prompt_logprobs`, in the first sample of each prompt. `stop_token` is the token of `Request.stop_tokens` that
-    ended the sample, if one did.
+    ended the sample, if one did. `versions` has that of the weights which wrote each token. `routes` [T - 1, R], where
+    the request asked for them, has the experts of all layers for each of its T tokens, prompt and drawn, but the last.
     """
 
     choice: int
@@ -68,6 +69,8 @@ class Finished(NamedTuple):
     prompt_tokens: list[PromptToken] | None = None
     stop_token: int | None = None
     queued_s: float = 0.0
+    versions: list[int] | None = None
+    routes: NDArray[np.int16] | None = None
 
 
 class ConstraintState(Protocol):
@@ -133,6 +136,7 @@ class Request:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     stream: bool = False
+    routes: bool = False
 
     @property
     def special(self) -> bool:
@@ -170,6 +174,8 @@ class Sample:
     digests: list[bytes] = field(default_factory=list)
     prompt_tokens: list[PromptToken] | None = None
     constraint: ConstraintState | None = None
+    versions: list[int] = field(default_factory=list)
+    routes: NDArray[np.int16] | None = None
 
     @property
     def choice(self) -> int:
@@ -238,6 +244,7 @@ class Rows:
         self.samples: list[Sample] = []
         self.tokens = np.zeros((slots, length), dtype=np.int32)
         self.logprobs = np.zeros((slots, length), dtype=np.float32)
+        self.versions = np.zeros((slots, length), dtype=np.int64)
         self.tables = np.zeros((slots, blocks), dtype=np.int32)
         self.block_count = np.zeros(slots, dtype=np.int64)
         self.registered = np.zeros(slots, dtype=np.int64)
@@ -265,6 +272,7 @@ class Rows:
         self.samples.append(sample)
         self.tokens[row, : len(sequence)] = sequence
         self.logprobs[row, : len(sample.logprobs)] = sample.logprobs
+        self.versions[row, : len(sample.versions)] = sample.versions
         self.prompt_length[row] = prompt_length
         self.drawn[row] = len(sequence) - prompt_length
         self.limit[row] = request.max_new_tokens
@@ -287,11 +295,14 @@ class Rows:
         self.tables[row, count : count + len(blocks)] = blocks
         self.block_count[row] = count + len(blocks)
 
-    def record(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> None:
-        """Append one drawn token to each of these rows."""
+    def record(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float32], version: int
+    ) -> None:
+        """Append one token to each of these rows, drawn with the weights of that version."""
         drawn = self.drawn[rows]
         self.tokens[rows, self.prompt_length[rows] + drawn] = tokens
         self.logprobs[rows, drawn] = logprobs
+        self.versions[rows, drawn] = version
         self.drawn[rows] = drawn + 1
 
     def totals(self) -> NDArray[np.int64]:
@@ -318,6 +329,7 @@ class Rows:
         total, drawn = self.prompt_length[last] + self.drawn[last], self.drawn[last]
         self.tokens[row, :total] = self.tokens[last, :total]
         self.logprobs[row, :drawn] = self.logprobs[last, :drawn]
+        self.versions[row, :drawn] = self.versions[last, :drawn]
         self.tables[row] = self.tables[last]
         for column in self._columns:
             column[row] = column[last]
@@ -541,6 +553,7 @@ class Scheduler:
         sample = self.rows.samples[last_row]
         sample.tokens = self.rows.generated(last_row).tolist()
         sample.logprobs = self.rows.logprobs[last_row, : len(sample.tokens)].tolist()
+        sample.versions = self.rows.versions[last_row, : len(sample.tokens)].tolist()
         self.remove_row(last_row)
         self._to_line([sample])
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.engines.local.core.batch import Chunk, Singles, StepBatch
+from isthmus.engines.local.core.cache import places_of
 from isthmus.engines.local.core.runner import Runner
 from isthmus.engines.local.core.sampler import Adjustment, Draw, adjust, draw, uniforms
 from isthmus.engines.local.core.scheduler import (
@@ -185,7 +186,7 @@ class Steps:
             adjust(logits[index], change, self._prompt_of(row), table.generated(row))
         drawn = self._drawn(rows, logits)
         tokens, logprobs = drawn.tokens.numpy(), drawn.logprobs.numpy()
-        table.record(rows, tokens, logprobs)
+        table.record(rows, tokens, logprobs, self.version)
         if table.top_logprobs[rows].any():
             tops = _likeliest(drawn.distribution, table.top_logprobs[rows])
             for index in np.flatnonzero(table.top_logprobs[rows]):
@@ -331,8 +332,18 @@ class Steps:
         table = self.scheduler.rows
         sample = table.samples[row]
         tokens, logprobs = table.generated(row).tolist(), table.logprobs[row, : table.drawn[row]].tolist()
+        sample.versions = table.versions[row, : table.drawn[row]].tolist()
+        if sample.request.routes:
+            sample.routes = self._routes(row)
         self.scheduler.remove_row(row, damaged=reason == "error")
         return Ending(sample, tokens, logprobs, reason, stop_token)
+
+    def _routes(self, row: int) -> NDArray[np.int16]:
+        """The experts of a row's tokens but the last, which is in no cache."""
+        table, store = self.scheduler.rows, self.runner.store
+        assert store.routes is not None
+        positions = np.arange(table.prompt_length[row] + table.drawn[row] - 1)
+        return store.routes[places_of(table.tables[row], positions, store.block_size)]
 
 
 def _are_numbers(tokens: list[PromptToken]) -> bool:

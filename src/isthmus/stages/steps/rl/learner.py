@@ -8,6 +8,7 @@ from torch import Tensor
 from isthmus.algos import Scores, Totals, algorithm_config, get_algorithm
 from isthmus.algos.parts.policy import aggregate, reference_kl
 from isthmus.model.model import Model
+from isthmus.recipe.architecture import MixtureSection
 from isthmus.slopes import least_squares_slope
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.samples import Samples
@@ -73,11 +74,20 @@ class Learner:
         """With what the trainer thinks before the update, where there are several, and what other models think."""
         for name, model in (("old", self.state.model if needs_old else None), ("reference", self.reference)):
             if model is not None:
-                logprobs, _ = target_logprobs(model, part.batch, self.section.temperature)
+                logprobs, _ = self._logprobs(model, part)
                 grid = torch.zeros_like(part.engine)
                 grid[part.batch.target_mask] = logprobs
                 part = part.with_known(name, grid)
         return part
+
+    def _logprobs(self, model: Model, part: Samples) -> tuple[Tensor, Tensor]:
+        """(log-probability, entropy) of each target. The model that learns routes as the engine did, where the recipe
+        wants it; a reference routes by itself."""
+        routes = part.routes if model is self.state.model else None
+        if routes is not None:
+            assert isinstance(model.architecture, MixtureSection)
+            routes = routes.long().unflatten(-1, (-1, model.architecture.num_experts_per_tok))
+        return target_logprobs(model, part.batch, self.section.temperature, routes)
 
     def _one_update(self, part: Samples, totals: Totals, progress: float) -> dict[str, float]:
         optimizer = self.state.optimizer
@@ -91,7 +101,7 @@ class Learner:
     def _loss(self, part: Samples, totals: Totals) -> tuple[Tensor, dict[str, float], float]:
         """(what is differentiated, its measures summed over the tokens of the part, the largest mismatch)."""
         section = self.section.loss
-        logprobs, entropy = target_logprobs(self.state.model, part.batch, self.section.temperature)
+        logprobs, entropy = self._logprobs(self.state.model, part)
         engine = part.at_targets(part.engine)
         before = part.at_targets(part.known["old"]) if "old" in part.known else logprobs.detach()
         correction = importance_weights(before, engine, section)

@@ -101,7 +101,8 @@ class Rollouts:
         problems = self.tasks.draw(chance, section.prompts_per_step)
         seeds = [chance.getrandbits(48) for _ in problems]
         prompts = self.prompts(problems)
-        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt)
+        replay = section.loss.router_replay
+        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt, routes=replay)
         completions = self.engine.generate(prompts, sampling, seeds)
         pairs = [(problem, one) for problem, group in zip(problems, completions, strict=True) for one in group]
         scores = self.rewards.score([self.sample(problem, one) for problem, one in pairs])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from isthmus.algos import Tokens, Totals
 from isthmus.data.corpus import Document
+from isthmus.engines import Routes
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.trainer.batch import Batch, pack
 
@@ -20,6 +21,7 @@ from isthmus.trainer.batch import Batch, pack
 class Samples:
     """Packed samples, or some rows of them; `count` in all. Values of a token stand where the token stands, [B, T]:
     log-probabilities of the engine, advantages, and under `known` log-probabilities of `old`, `reference`, `teacher`.
+    `routes` [B, T, R], where the engine told them, are the experts of all layers for each token, -1 where unknown.
     """
 
     batch: Batch
@@ -27,6 +29,7 @@ class Samples:
     engine: Tensor
     advantages: Tensor
     known: dict[str, Tensor] = field(default_factory=dict)
+    routes: Tensor | None = None
 
     @classmethod
     def of(
@@ -44,6 +47,7 @@ class Samples:
             len(kept),
             places.spread(torch.tensor([value for _, one in flat for value in one.logprobs])),
             places.spread(per_sample.repeat_interleave(places.lengths)),
+            routes=_routes(batch, [one.routes for _, one in flat]),
         )
 
     def with_known(self, name: str, values: Tensor) -> Samples:
@@ -53,7 +57,9 @@ class Samples:
     def with_rows(self, rows: int) -> Samples:
         """Filled up to `rows` rows with rows of padding."""
         missing = rows - len(self.engine)
-        return self._each(self.batch.with_rows(rows), lambda grid: F.pad(grid, (0, 0, 0, missing)))
+        return self._each(
+            self.batch.with_rows(rows), lambda grid: F.pad(grid, (0, 0) * (grid.dim() - 1) + (0, missing))
+        )
 
     def select(self, rows: Sequence[int]) -> Samples:
         """Some of the rows."""
@@ -89,7 +95,21 @@ class Samples:
 
     def _each(self, batch: Batch, change: Callable[[Tensor], Tensor]) -> Samples:
         known = {name: change(grid) for name, grid in self.known.items()}
-        return Samples(batch, self.count, change(self.engine), change(self.advantages), known)
+        routes = None if self.routes is None else change(self.routes)
+        return Samples(batch, self.count, change(self.engine), change(self.advantages), known, routes)
+
+
+def _routes(batch: Batch, routes: list[Routes | None]) -> Tensor | None:
+    """[B, T, R] of the experts of each sample's tokens; None if the engine told none."""
+    told = [one for one in routes if one is not None]
+    if not told:
+        return None
+    grid = torch.full((*batch.tokens.shape, told[0].shape[1]), -1, dtype=torch.int16)
+    for number, one in enumerate(routes):
+        if one is not None:
+            own = (batch.document == number) & (batch.positions < one.shape[0])
+            grid[own] = torch.from_numpy(one.array())
+    return grid
 
 
 @dataclass(frozen=True)

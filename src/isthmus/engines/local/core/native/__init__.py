@@ -17,7 +17,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isthmus.engines.local.core.batch import StepBatch
@@ -85,6 +87,8 @@ class _Pass(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("tokens", "hidden", "block_size", "table_width")],
         *[(name, ctypes.c_void_p) for name in ("places", "lengths", "tables", "cos", "sin")],
         ("threads", ctypes.c_int32),
+        ("route_width", ctypes.c_int32),
+        ("routes", ctypes.c_void_p),
     ]
 
 
@@ -103,10 +107,10 @@ class NativeModel:
         self._norm, self._no_norm = self._norm_of(model.model.norm), _Norm()
         self._head, self._vocab = self._address(model.lm_head.weight), model.architecture.vocab_size
 
-    def hidden(self, batch: StepBatch, stores: list[Tensor]) -> Tensor:
-        """States [N, D] before the final norm."""
+    def hidden(self, batch: StepBatch, stores: list[Tensor], routes: NDArray[np.int16] | None = None) -> Tensor:
+        """States [N, D] before the final norm. The experts of each token are noted in `routes` [places, L * K]."""
         x = self._embedding(batch.tokens)
-        return self._run(x, batch, 0, stores[: self._depth])
+        return self._run(x, batch, 0, stores[: self._depth], routes)
 
     def last_layer(self, x: Tensor, batch: StepBatch, store: Tensor) -> Tensor:
         """x [N, D] through the layer of multi-token prediction."""
@@ -124,13 +128,21 @@ class NativeModel:
         _check(failed)
         return out
 
-    def _run(self, x: Tensor, batch: StepBatch, first: int, stores: list[Tensor]) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        batch: StepBatch,
+        first: int,
+        stores: list[Tensor],
+        routes: NDArray[np.int16] | None = None,
+    ) -> Tensor:
         rotation = self._rotary(batch.positions)
         lengths, tables = batch.position_ids + 1, batch.tables
         addresses = (ctypes.c_void_p * len(stores))(*(store.data_ptr() for store in stores))
         sizes = len(batch), self._hidden, self.block_size, tables.shape[1]
         arrays = (array.ctypes.data for array in (batch.place_ids, lengths, tables))
-        one_pass = _Pass(*sizes, *arrays, rotation.cos.data_ptr(), rotation.sin.data_ptr(), self.threads)
+        noted = (0, None) if routes is None else (routes.shape[1], routes.ctypes.data)
+        one_pass = _Pass(*sizes, *arrays, rotation.cos.data_ptr(), rotation.sin.data_ptr(), self.threads, *noted)
         layer = ctypes.byref(self._layers, first * ctypes.sizeof(_Layer))
         failed = self._library.isthmus_layers(layer, len(stores), ctypes.byref(one_pass), addresses, x.data_ptr())
         _check(failed)

@@ -57,7 +57,8 @@ typedef struct {
     const int64_t *places, *lengths; /* [N] */
     const int32_t *tables;           /* [N, table_width] */
     const float *cos, *sin;          /* [N, rope / 2] */
-    int32_t threads;
+    int32_t threads, route_width;
+    int16_t *routes; /* [places, route_width]: the experts of all layers of the token at each place; or null */
 } Pass;
 
 /* --- memory that lasts for one layer */
@@ -552,8 +553,9 @@ static void choose(const Layer *layer, float *scores, float *biased, int32_t *ch
         weights[k] = (layer->normalise ? weights[k] / (chosen_sum + 1e-20f) : weights[k]) * layer->routed_scale;
 }
 
-/* y[t] = shared expert + weighted routed experts of x[t], experts in ascending order. */
-static void mixture(const Layer *layer, const Pass *pass, float *const *x, float *const *y) {
+/* y[t] = shared expert + weighted routed experts of x[t], experts in ascending order. Their numbers are noted from
+   column `route` of the pass's routes on. */
+static void mixture(const Layer *layer, const Pass *pass, int route, float *const *x, float *const *y) {
     int64_t n = pass->tokens, size = pass->hidden, width = layer->expert_width;
     int experts = layer->experts, top_k = layer->top_k;
     if (layer->mlp.gate.weight) gated(&layer->mlp, x, n, y, pass->threads);
@@ -564,6 +566,10 @@ static void mixture(const Layer *layer, const Pass *pass, float *const *x, float
     float **score_rows = rows_of(scores, n, experts);
     product((const float *const *)x, (int)n, layer->router, size, experts, score_rows, pass->threads);
     for (int64_t t = 0; t < n; t++) choose(layer, score_rows[t], biased, chosen + t * top_k, weights + t * top_k);
+    if (pass->routes)
+        for (int64_t t = 0; t < n; t++)
+            for (int k = 0; k < top_k; k++)
+                pass->routes[pass->places[t] * pass->route_width + route + k] = (int16_t)chosen[t * top_k + k];
     float *inner = floats(n * 2 * width), *outer = floats(n * size), *share = floats(n);
     float **inner_rows = rows_of(inner, n, 2 * width), **outer_rows = rows_of(outer, n, size);
     float **mine = take(n * sizeof(float *)), **target = take(n * sizeof(float *));
@@ -604,6 +610,7 @@ static size_t scratch(const Layer *layer, const Pass *pass) {
 /* x [N, D] through `count` layers, in place; `stores` has the cache of each. -1 if memory is short. */
 int isthmus_layers(const Layer *layers, int64_t count, const Pass *pass, float *const *stores, float *x) {
     int64_t n = pass->tokens, size = pass->hidden;
+    int route = 0;
     for (int64_t index = 0; index < count; index++) {
         const Layer *layer = layers + index;
         if (reserve(scratch(layer, pass))) return -1;
@@ -617,7 +624,7 @@ int isthmus_layers(const Layer *layers, int64_t count, const Pass *pass, float *
         linear(&layer->output, attended_rows, n, added_rows, pass->threads);
         for (int64_t i = 0; i < n * size; i++) x[i] += added[i];
         for (int64_t t = 0; t < n; t++) norm(&layer->post_norm, x + t * size, normed_rows[t], size);
-        if (layer->experts) mixture(layer, pass, normed_rows, added_rows);
+        if (layer->experts) mixture(layer, pass, route, normed_rows, added_rows), route += layer->top_k;
         else gated(&layer->mlp, normed_rows, n, added_rows, pass->threads);
         for (int64_t i = 0; i < n * size; i++) x[i] += added[i];
     }
