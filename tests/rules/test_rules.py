@@ -146,7 +146,7 @@ def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "rl", "handoff", "qualify", "serve"])
+@pytest.mark.parametrize("verb", ["steps", "handoff", "qualify", "serve"])
 def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
     assert importlib.util.find_spec(f"isthmus.stages.{verb}")
     result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.stages.{verb}' in sys.modules else 0)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from isthmus.stages.rl.crossing import DriftAlarm
+from isthmus.stages.steps.rl.crossing import DriftAlarm
 from rich.console import Console
 
 from isthmus.progress import Watch

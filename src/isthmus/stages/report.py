@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -207,6 +207,7 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
     environment.filters |= {"rules_notice": notice}
     environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
+    environment.filters |= {"act": partial(_act, dossier)}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
     environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}
     template = environment.get_template("page.html.jinja")
@@ -281,12 +282,11 @@ def estimate_rows(dossier: Dossier) -> list[EstimateRow]:
         return []
     estimate = dossier.plan.estimate
     ended, spent = timing.finished_stages(dossier.events), timing.spent(dossier.events)
-    stages = {key: key for key in estimate}
-    listed = [stage for stage in dict.fromkeys(stages.values()) if stage != TOTAL]
-    truth = {stage: spent[stage] for stage in listed if stage in ended}
+    listed = [act for act in estimate if act != TOTAL]
+    truth = {act: spent[act] for act in listed if act in ended}
     if listed and len(truth) == len(listed):
         truth[TOTAL] = sum(truth.values())
-    return [_estimate_row(key, figure, truth.get(stages[key])) for key, figure in estimate.items()]
+    return [_estimate_row(_act(dossier, act), figure, truth.get(act)) for act, figure in estimate.items()]
 
 
 def time_parts(dossier: Dossier) -> dict[str, Any]:
@@ -368,8 +368,12 @@ def _ledger_lines(dossier: Dossier) -> list[Series]:
     ]
 
 
-def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> EstimateRow:
-    name = numbers.label(key)
+def _act(dossier: Dossier, name: str) -> str:
+    """A step by its name as the recipe has it, a stage in words."""
+    return name if name in dossier.steps else numbers.label(name)
+
+
+def _estimate_row(name: str, estimate: Figure, seconds: float | None) -> EstimateRow:
     if seconds is None or estimate.unit not in numbers.SECOND_UNITS:
         return EstimateRow(name, estimate, None, None)
     truth = Figure.measured(seconds, "s", "events.jsonl", rehearsed=False)

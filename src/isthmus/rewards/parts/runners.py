@@ -114,8 +114,6 @@ class Here:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """The program, and what it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
