@@ -1,4 +1,4 @@
-"""Steps that take each other's weights and data: sampling, a second fine-tuning from the base, a student, evaluation."""
+"""Steps that take each other's weights and data: sampling, a second fine-tuning of the base, a student, evaluation."""
 
 from __future__ import annotations
 
@@ -191,5 +191,5 @@ def test_data_that_was_touched_is_not_learnt(sampled, tmp_path):
 
 def test_a_step_whose_start_is_not_done_says_what_to_run(tmp_path):
     run = RunFolder.open(planned(tmp_path / "run", RECIPE))
-    with pytest.raises(IsthmusError, match="isthmus run .* --until base"):
+    with pytest.raises(IsthmusError, match=r"isthmus run .* --until base"):
         steps.execute(run, Watch(quiet=True), name="second-sft")

@@ -182,5 +182,5 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         pass_at={k: percent(found.pass_at(k)) for k in range(2, asking.samples + 1)},
         by_task=by_task,
         language=percent(share_with_interval(spoken)),
-        tokens=Figure.measured(found.mean_tokens, "tokens/completion", source, rehearsed=pool.rehearsed),
+        tokens=Figure.measured(found.mean_tokens, "tokens", source, rehearsed=pool.rehearsed),
     )
