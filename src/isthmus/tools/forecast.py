@@ -251,7 +251,9 @@ def _option_table(options: Sequence[Option]) -> Table:
 
 
 def _calendar_table(outlook: Outlook, start: datetime) -> RenderableType:
-    table = _table("calendar, from the first that can run each step", ("step", "P50", "P10", "P90", "cost", "kWh"))
+    table = _table(
+        "calendar (UTC), from the first that can run each step", ("step", "P50", "P10", "P90", "cost", "kWh")
+    )
     for one in outlook.chosen():
         span = outlook.ends[one.step]
         cost = "-" if one.cost is None else f"{one.cost.middle:,.0f}"
