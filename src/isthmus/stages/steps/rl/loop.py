@@ -1,8 +1,10 @@
 """Reinforcement learning with verifiable rewards across two pools: one generates, the other learns.
 
 At every step the trainer's weights cross to the rollout engine in its format, with a version and a hash. With
-`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's: both pools work
-at once, and samples are one version old. Truncated importance sampling corrects for that and for the engine's numerics.
+`staleness = k` the engine generates the samples of the next k steps while the trainer learns from this one's: both
+pools work at once, and samples are up to k versions old. With `update_while_writing` new weights reach samples that are
+being written, and each token has a version of its own. Importance weights correct for all of that, and for the engine's
+numerics, because the engine tells the probability with which it drew each token.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import tasks_of
@@ -132,7 +134,10 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": _mean(rewards), "staleness": state.step - 1 - rollout.version}
+            seen |= {
+                "reward": _mean(rewards),
+            }
+            seen |= rollout.lags(state.step - 1)
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
