@@ -43,6 +43,7 @@ rules: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the documents
 	$(BIN)/python -m benchmarks.tiny_seeds
+	$(BIN)/python -m benchmarks.r1_tiny
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.train
