@@ -3,9 +3,9 @@
     python -m benchmarks.r1_tiny --seeds 0 1 2
     python -m benchmarks.r1_tiny --join RUN [RUN ...]        # run nothing; tell of finished run folders
 
-All steps answer the same held-out problems. The rival of distilling is the same student by reinforcement alone; R1 found
-that distilling wins for small models (arXiv 2501.12948, section 4.1). Differences are paired by problem, with 95 %
-intervals.
+All steps answer the same held-out problems. The rival of distilling is the same student by reinforcement alone;
+R1 found that distilling wins for small models (arXiv 2501.12948, section 4.1). Differences are paired by problem, with
+95 % intervals.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def show(row: dict[str, Any]) -> None:
         )
     for name, one in row["rl"].items():
         value, low, high = one["gain"]
-        print(f"  RL {name:<11} {one['before']:.1f} -> {one['after']:.1f}: {value:+.1f} [{low:+.1f}, {high:+.1f}] points")
+        ends = f"{one['before']:.1f} -> {one['after']:.1f}"
+        print(f"  RL {name:<11} {ends}: {value:+.1f} [{low:+.1f}, {high:+.1f}] points")
     for name, (value, low, high) in row["compared"].items():
         print(f"  {name}: {value:+.1f} [{low:+.1f}, {high:+.1f}] points")
 
