@@ -5,4 +5,4 @@
 #   rl_elsewhere_train.sh RECIPE FOLDER [further options of `isthmus run`]
 set -euo pipefail
 recipe=$1 folder=$2
-isthmus run "$recipe" --set "rl.publish=$(realpath -m "$folder")" "${@:3}"
+isthmus run "$recipe" --set "step.reasoning.publish=$(realpath -m "$folder")" "${@:3}"

@@ -6,6 +6,7 @@ They load without torch, so that the plan and the report stay on the desk.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -129,6 +130,69 @@ class QualifyRecord(Record):
     skipped: list[Skipped] = []
 
 
+RuleAnswer = Literal["nothing found", "caution", "unknown", "licence", "refused"]
+"""What the records of a day say of a chip, a buyer and a place, mildest first. `refused`: a licence is needed and the
+stated policy is to refuse it."""
+
+
+class RuleStep(Part):
+    """One step of the arithmetic of export classes, written out. None: unknown; `low` is a floor of what is unknown."""
+
+    name: str
+    formula: str
+    value: float | None
+    low: float | None = None
+    unit: str
+    source: str
+
+
+class RuleFinding(Part):
+    """One record that applies, or may apply where `certain` is false, with what it asks for after others relaxed it.
+
+    `stale`: on the day that was asked about nobody had looked at it again since it expired. `cap`: one that the number
+    of chips exceeds.
+    """
+
+    record: str
+    side: Literal["US", "CN"]
+    kind: Literal["rule", "letter", "guidance", "press", "reported"]
+    effect: Literal["note", "caution", "licence", "denial"]
+    since: date
+    day_known: bool
+    as_of: date
+    expires: date
+    stale: bool
+    certain: bool
+    cap: int | None = None
+    what: str
+    what_zh: str
+    why: str
+    source: str
+
+
+class Ruling(Part):
+    """What the dated records say of one chip, for one buyer and one place. It is as of a day, and no legal advice.
+
+    `export_class` is by arithmetic alone; "unknown" where die area or peak is. `licence`: a licence that the buyer says
+    to hold, by its number or name; it is not checked.
+    """
+
+    chip: str
+    maker: str | None
+    as_of: date
+    records_end: date
+    buyer_parent: str
+    site: str
+    count: int | None = None
+    state_funded: bool | None = None
+    export_class: str
+    window: Literal["inside", "outside", "unknown", "none"]
+    steps: list[RuleStep]
+    findings: list[RuleFinding]
+    answer: RuleAnswer
+    licence: str | None = None
+
+
 class Placement(Part):
     stage: str
     pool: str
@@ -142,11 +206,12 @@ class Rejection(Part):
 
 
 class PlanRecord(Record):
-    """`plan.json`"""
+    """`plan.json`. `rulings` are by pool; None if the recipe does not say who buys and where."""
 
     placements: list[Placement]
     rejected: list[Rejection]
     estimate: dict[str, Figure]
+    rulings: dict[str, Ruling] | None = None
 
     def pool_of(self, stage: str) -> str:
         """The pool on which a stage runs; raises KeyError for an unknown stage."""
@@ -222,6 +287,26 @@ class SampleRecord(Record):
     figures: dict[str, Figure]
 
 
+class EvaluationRecord(Record):
+    """`steps/NAME/evaluation.json`: how the weights of a step answer held-out problems.
+
+    `correct` has a row for each problem and in it each answer, in the order of `problems`, which are ids.
+    """
+
+    step: str
+    pool: str
+    rehearsed: bool
+    format: str
+    problems: list[str]
+    correct: list[list[bool]]
+    accuracy: Figure
+    greedy_accuracy: Figure
+    pass_at: dict[int, Figure]
+    by_task: dict[str, Figure]
+    language: Figure
+    tokens: Figure
+
+
 AnyStepRecord = TextRecord | RlRecord | SampleRecord
 STEP_RECORDS: dict[str, type[AnyStepRecord]] = {
     "pretrain": TextRecord,
@@ -234,6 +319,17 @@ STEP_RECORDS: dict[str, type[AnyStepRecord]] = {
 def step_record(run: RunFolder, name: str) -> AnyStepRecord | None:
     """The record of a step, or None if it is not done. Raises KeyError for a name that no step has."""
     return run.read_record(f"steps/{name}/record", STEP_RECORDS[run.recipe.named(name).kind])
+
+
+def evaluation_of(run: RunFolder, name: str) -> EvaluationRecord | None:
+    """What the weights of a step answered to held-out problems; None if they were not asked yet."""
+    return run.read_record(f"steps/{name}/evaluation", EvaluationRecord)
+
+
+def step_is_done(run: RunFolder, name: str) -> bool:
+    """Whether a step has its record, and its evaluation if the recipe asks for one."""
+    asked = name in run.recipe.evaluation.after
+    return step_record(run, name) is not None and not (asked and evaluation_of(run, name) is None)
 
 
 def read_weights(run: RunFolder, name: str) -> WeightsRecord:

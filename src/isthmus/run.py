@@ -322,12 +322,15 @@ def _read_json(path: Path) -> Any:
 
 def _difference(old: Recipe, new: Recipe) -> str:
     """The first keys in which two resolved recipes differ."""
-    changed = sorted(_leaves(old.model_dump(mode="json")) ^ _leaves(new.model_dump(mode="json")))
-    names = sorted({name for name, _ in changed})
+    before, after = (_leaves(recipe.model_dump(mode="json", by_alias=True)) for recipe in (old, new))
+    names = sorted({name for name, _ in before ^ after})
     return "different " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _leaves(tree: Any, prefix: str = "") -> set[tuple[str, str]]:
+    """Every value by its place; a table in a list stands under its name."""
+    if isinstance(tree, list) and tree and all(isinstance(one, dict) and "name" in one for one in tree):
+        tree = {one["name"]: one for one in tree}
     if isinstance(tree, dict):
         return {leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)}
     return {(prefix, json.dumps(tree))}

@@ -40,21 +40,26 @@ train = ["home"]
 rollout = ["away", "home"]
 serve = ["away"]
 
-[sft]
+[[step]]
+name = "taught"
+kind = "sft"
 steps = 10
 
-[sft.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = 1e-3
 
-[rl]
+[[step]]
+name = "reinforced"
+kind = "rl"
+from = "taught"
 steps = 5
 
-[rl.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = 1e-4
 
-[rl.options]
+[step.options]
 clip_low = 0.2
 """
 
@@ -70,13 +75,17 @@ def tree() -> dict[str, Any]:
     return tomllib.loads(TEXT)
 
 
-def leaves(node: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def leaves(node: Any, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     if isinstance(node, dict):
         return [leaf for key, value in node.items() for leaf in leaves(value, (*at, key))]
+    if isinstance(node, list) and node and isinstance(node[0], dict):
+        return [leaf for number, one in enumerate(node) for leaf in leaves(one, (*at, number))]
     return [at]
 
 
 def shuffled(node: Any, order: Any) -> Any:
+    if isinstance(node, list):
+        return [shuffled(one, order) for one in node]
     if not isinstance(node, dict):
         return node
     keys = order.draw(st.permutations(list(node)))
@@ -87,9 +96,9 @@ def shuffled(node: Any, order: Any) -> Any:
     ("misspelt", "meant"),
     [
         ("sed=3", "seed"),
-        ("sft.batchsize=8", "batch_size"),
-        ("sft.optimizer.lerning_rate=1", "learning_rate"),
-        ("rl.optimizer.warmup_step=1", "warmup_steps"),
+        ("step.taught.batchsize=8", "batch_size"),
+        ("step.taught.optimizer.lerning_rate=1", "learning_rate"),
+        ("step.reinforced.optimizer.warmup_step=1", "warmup_steps"),
         ("model.num_hiden_layers=2", "num_hidden_layers"),
         ("model.rope_scaling.facter=2", "factor"),
         ("pools.away.rehearsd=true", "rehearsed"),
@@ -115,34 +124,41 @@ def test_a_key_like_no_other_gets_the_list_of_known_keys(path: Path):
 
 def test_every_problem_is_named_at_once(path: Path):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, ("sft.steps=0", "rl.stepz=5", "pools.away.count=none"))
-    for place in ("sft.steps", "rl.stepz", "pools.away.count"):
+        load_recipe(path, ("step.taught.steps=0", "step.reinforced.stepz=5", "pools.away.count=none"))
+    for place in ("step.taught.steps", "step.reinforced.stepz", "pools.away.count"):
         assert place in str(caught.value)
 
 
 def test_a_missing_section_and_a_missing_key_are_named():
     without = tree()
-    del without["rl"]
+    del without["step"]
     del without["pools"]["home"]["chip"]
-    with pytest.raises(RecipeError, match=r"pools\.home\.chip is missing(.|\n)*rl is missing"):
+    with pytest.raises(RecipeError, match=r"pools\.home\.chip is missing(.|\n)*step is missing"):
         parse_recipe(without)
 
 
 def test_overrides_take_numbers_text_lists_and_new_sections(path: Path):
     recipe = load_recipe(
-        path, ("sft.steps=7", "name=other", 'place.train=["away", "home"]', "pools.third.chip=cpu", "rl.options.x=true")
+        path,
+        (
+            "step.taught.steps=7",
+            "name=other",
+            'place.train=["away", "home"]',
+            "pools.third.chip=cpu",
+            "step.reinforced.options.x=true",
+        ),
     )
-    assert (recipe.sft.steps, recipe.name, recipe.place.train) == (7, "other", ["away", "home"])
+    assert (recipe.named("taught").steps, recipe.name, recipe.place.train) == (7, "other", ["away", "home"])
     assert recipe.pools["third"].chip == "cpu"
-    assert recipe.rl.options == {"clip_low": 0.2, "x": True}
-    assert load_recipe(path).sft.steps == 10, "the file itself is unchanged"
+    assert recipe.named("reinforced").options == {"clip_low": 0.2, "x": True}
+    assert load_recipe(path).named("taught").steps == 10, "the file itself is unchanged"
 
 
 def test_of_two_overrides_of_one_key_the_last_counts(path: Path):
-    assert load_recipe(path, ("sft.steps=7", "sft.steps=8")).sft.steps == 8
+    assert load_recipe(path, ("step.taught.steps=7", "step.taught.steps=8")).named("taught").steps == 8
 
 
-@pytest.mark.parametrize("override", ["sft.steps", "=3", " =3"])
+@pytest.mark.parametrize("override", ["step.taught.steps", "=3", " =3"])
 def test_an_override_without_key_or_value_says_how_to_write_it(path: Path, override: str):
     with pytest.raises(RecipeError, match=r"write --set section\.key=value"):
         load_recipe(path, (override,))
@@ -154,7 +170,7 @@ def test_a_server_can_be_given_other_keys_of_its_section():
     assert (changed.max_batch, changed.on_drift, changed.host) == (4, "rollback", "::1")
     assert (changed.port, changed.temperature) == (9000, 1.0), "what is not given stays"
     for override, words in (
-        ("rl.steps=4", r"only be given other keys of \[serve\]"),
+        ("step.reinforced.steps=4", r"only be given other keys of \[serve\]"),
         ("serve.max_bach=4", "max_batch"),
         ("serve.max_batch=0", r"serve\.max_batch"),
         ("serve.on_drift=panic", "rollback"),
@@ -176,7 +192,7 @@ def test_the_hash_does_not_depend_on_the_order_of_keys(order: st.DataObject):
 
 @settings(max_examples=60, deadline=None)
 @given(leaf=st.sampled_from(leaves(json.loads(parse_recipe(tree()).canonical()))), amount=st.integers(1, 3))
-def test_the_hash_changes_with_every_value(leaf: tuple[str, ...], amount: int):
+def test_the_hash_changes_with_every_value(leaf: tuple[str | int, ...], amount: int):
     original = parse_recipe(tree())
     changed = json.loads(original.canonical())
     section = changed
@@ -187,7 +203,7 @@ def test_the_hash_changes_with_every_value(leaf: tuple[str, ...], amount: int):
         digest = Recipe.model_validate(changed).digest()
     except ValueError:
         reject()  # this value is not allowed there
-    assert digest != original.digest(), f"{'.'.join(leaf)} is not part of the hash"
+    assert digest != original.digest(), f"{leaf} is not part of the hash"
 
 
 def different(value: Any, amount: int) -> Any:
@@ -209,9 +225,9 @@ def different(value: Any, amount: int) -> Any:
 
 def test_defaults_are_part_of_the_hash():
     spelled = tree()
-    spelled["sft"]["batch_size"] = parse_recipe(tree()).sft.batch_size
+    spelled["step"][0]["batch_size"] = parse_recipe(tree()).named("taught").batch_size
     assert parse_recipe(spelled).digest() == parse_recipe(tree()).digest()
-    spelled["sft"]["batch_size"] += 1
+    spelled["step"][0]["batch_size"] += 1
     assert parse_recipe(spelled).digest() != parse_recipe(tree()).digest()
 
 
@@ -220,13 +236,13 @@ def test_the_text_that_is_hashed_spells_every_key_out():
     assert set(spelled) == {field.alias or name for name, field in Recipe.model_fields.items()}
     assert spelled["serve"]["port"] == parse_recipe(tree()).serve.port
     assert spelled["pools"]["home"]["rehearsed"] is False
-    assert spelled["sft"]["optimizer"]["gradient_clip"] == 1.0
+    assert spelled["step"][0]["optimizer"]["gradient_clip"] == 1.0
 
 
 def test_a_recipe_cannot_change_after_reading():
     recipe = parse_recipe(tree())
     with pytest.raises(ValueError, match="frozen"):
-        recipe.sft.steps = 3  # type: ignore[misc]
+        recipe.named("taught").steps = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -393,9 +409,8 @@ def test_a_place_that_names_an_unknown_pool_is_refused(path: Path, stage: str):
         ("model.n_group=3", "must be a multiple of n_group"),
         ("model.num_experts_per_tok=7", "exceeds the 4 reachable experts"),
         ("model.qk_rope_head_dim=7", "must be even"),
-        ("sft.optimizer.name=muon", "needs matrix_learning_rate"),
-        ("data.task=jsonl", "needs train_file and heldout_file"),
-        ("rl.samples_per_prompt=1", "rl.samples_per_prompt"),
+        ("step.taught.optimizer.name=muon", "needs matrix_learning_rate"),
+        ("step.reinforced.samples_per_prompt=1", "step.reinforced.samples_per_prompt"),
         ("name=Two Words", "name"),
     ],
 )

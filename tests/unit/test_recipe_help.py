@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,15 @@ from isthmus.cli import cli
 from isthmus.recipe.describe import Key
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.section import RecipeError
+from isthmus.recipe.steps import STEP_KINDS
+from isthmus.rewards import reward_kinds, reward_options_class
+from isthmus.tasks import task_kinds, task_options_class
 from isthmus.tools.recipe import REFRESH, every_table
 
 ROOT = Path(__file__).parents[2]
 KEYS = [(f"{table.path}.{key.name}".lstrip("."), key) for table in every_table() for key in table.keys]
 SCHEMA = Recipe.model_json_schema()
+WORDS = ("required", "absent")
 UNITS = {
     "_tokens": "tokens",
     "_s": "s",
@@ -71,7 +74,7 @@ def below(value: Any, path: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if "$ref" in value:
         found |= defined(SCHEMA["$defs"][value["$ref"].rsplit("/", 1)[1]], path)
-    for one in (*value.get("anyOf", ()), *value.get("oneOf", ())):
+    for one in (*value.get("anyOf", ()), *value.get("oneOf", ()), *filter(None, [value.get("items")])):
         found |= below(one, path)
     if isinstance(value.get("additionalProperties"), dict):
         found |= below(value["additionalProperties"], f"{path}NAME.")
@@ -79,8 +82,20 @@ def below(value: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def test_no_key_of_the_schema_is_left_out():
-    shown = {path for path, _ in KEYS if not path.startswith("rl.options.")}
+    shown = {path for path, _ in KEYS if not path.startswith(("step.options.", "tasks.NAME.", "rewards.NAME."))}
     assert shown == defined(SCHEMA).keys()
+
+
+def test_the_options_of_every_plug_are_shown_under_what_chooses_it():
+    for place, kinds, of in (
+        ("tasks", task_kinds(), task_options_class),
+        ("rewards", reward_kinds(), reward_options_class),
+    ):
+        shown = recipe_help(f"{place}.mine")
+        for kind in kinds:
+            (title,) = [line for line in shown.splitlines() if line == f'[{place}.NAME] with kind = "{kind}"']
+            keys = shown.partition(title)[2].partition("\n\n[")[0]
+            assert all(f"\n  {name}" in keys for name in of(kind).model_fields), kind
 
 
 def test_units_and_defaults_are_those_of_the_json_schema():
@@ -90,7 +105,8 @@ def test_units_and_defaults_are_those_of_the_json_schema():
         if units:
             assert units <= {key.unit for key in keys}, path
         if value.get("default") is not None and "$ref" not in value and "$ref" not in str(value.get("anyOf")):
-            assert json.dumps(value["default"]) in {key.default for key in keys}, path
+            told = [tomllib.loads(f"x = {key.default}")["x"] for key in keys if key.default not in WORDS]
+            assert value["default"] in told, path
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -109,11 +125,11 @@ def test_without_a_section_all_of_them_are_listed_and_how_to_go_on():
 
 
 def test_a_key_is_shown_with_type_unit_default_and_meaning():
-    shown = " ".join(recipe_help("rl.drift_budget").split())
+    shown = " ".join(recipe_help("step.drift_budget").split())
     about = "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
-    assert shown == f"[rl] drift_budget = 0.05 number > 0, nats/token {about}"
+    assert shown == f'[[step]] with kind = "rl" drift_budget = 0.05 number > 0, nats/token {about}'
     assert "integer > 0, tokens, absent" in recipe_help("serve.max_waiting_tokens")
-    assert "path, required" in recipe_help("pretrain.folder")
+    assert "path, required" in recipe_help("step.folder")
 
 
 def test_what_depends_on_a_setting_says_so():
@@ -123,15 +139,23 @@ def test_what_depends_on_a_setting_says_so():
     assert model.count('[model.rope_scaling] with type = "yarn"') == 1
     assert model.count("vocab_size") == 1 and "kv_lora_rank" in model.partition("deepseek_v3")[2]
     for name in algorithm_names():
-        assert f'[rl.options] with algorithm = "{name}"' in recipe_help("rl")
-    assert "clip_low = 0.2" in recipe_help("rl.options")
+        assert f'[step.options] with algorithm = "{name}"' in recipe_help("step")
+    assert "clip_low = 0.2" in recipe_help("step.options")
+    step = recipe_help("step")
+    assert all(f'[[step]] with kind = "{kind}"' in step for kind in STEP_KINDS)
+    assert step.count("[step.optimizer]") == 1, "it is the same for all kinds"
+
+
+MIXES = ("step.data", "step.tasks", "step.rewards")
+"""Tables of weights: what stands in them is a name."""
 
 
 def written_keys(tree: dict[str, Any], path: str = "") -> list[str]:
     found = []
     for key, value in tree.items():
         found.append(f"{path}{key}")
-        found += written_keys(value, f"{path}{key}.") if isinstance(value, dict) else []
+        tables = [] if f"{path}{key}" in MIXES else value if isinstance(value, list) else [value]
+        found += [one for table in tables if isinstance(table, dict) for one in written_keys(table, f"{path}{key}.")]
     return found
 
 
@@ -145,13 +169,13 @@ def test_every_key_that_a_recipe_of_ours_writes_can_be_looked_up(file: Path):
     ("place", "meant"),
     [
         ("hand", "'handoff'"),
-        ("rl.stepz", "'steps'"),
+        ("step.stepz", "'steps'"),
         ("handof.format", "'handoff.format'"),
         ("max_mean_kl", "'handoff.max_mean_kl'"),
-        ("rl.optimiser", "'optimizer'"),
+        ("step.optimiser", "'optimizer'"),
         ("pools.home.chips", "'chip'"),
         ("qualfy.nothing", "'qualify'"),
-        ("rl.steps.more", "'rl.steps'"),
+        ("step.steps.more", "'step.steps'"),
     ],
 )
 def test_an_unknown_place_gets_a_suggestion(place: str, meant: str):

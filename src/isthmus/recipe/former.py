@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from isthmus.recipe.steps import MODEL
+
 FORMER = ("data", "pretrain", "sft", "rl")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -23,9 +25,7 @@ def modernised(tree: dict[str, Any]) -> dict[str, Any]:
     for name, section in (("pretrain", "pretrain"), ("cold-start", "sft"), ("reasoning", "rl")):
         if not isinstance(tree.get(section), dict):
             continue
-        step: dict[str, Any] = {"name": name, "kind": section}
-        if steps:
-            step["from"] = steps[-1]["name"]
+        step: dict[str, Any] = {"name": name, "kind": section, "from": steps[-1]["name"] if steps else MODEL}
         said = {key: value for key, value in tree[section].items() if value is not None}
         if section == "rl":
             if (cap := said.pop("importance_cap", None)) is not None:
@@ -44,7 +44,7 @@ def toml_of(tree: dict[str, Any]) -> str:
 def _table(tree: dict[str, Any], path: tuple[str, ...]) -> list[str]:
     tables = {name: value for name, value in tree.items() if isinstance(value, dict) and not _is_inline(value, path)}
     lists = {name: value for name, value in tree.items() if _is_table_list(value)}
-    lines = [f"{_key(name)} = {_value(value)}" for name, value in tree.items() if name not in tables | lists]
+    lines = [f"{_key(name)} = {toml_value(value)}" for name, value in tree.items() if name not in tables | lists]
     for name, value in tables.items():
         below = (*path, name)
         holds_values = not value or any(not isinstance(one, dict) for one in value.values())
@@ -69,11 +69,13 @@ def _key(name: str) -> str:
     return name if _BARE.fullmatch(name) else json.dumps(name)
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as it stands behind a key of a TOML file, on one line."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(name)} = {_value(one)}" for name, one in value.items()) + " }"
+        said = ", ".join(f"{_key(name)} = {toml_value(one)}" for name, one in value.items())
+        return f"{{ {said} }}" if said else "{}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

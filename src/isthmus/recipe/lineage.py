@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from isthmus.errors import suggestion
-from isthmus.recipe.steps import MODEL, RESERVED, PretrainSection, SampleSection, SftSection, StepSection
+from isthmus.recipe.steps import MODEL, RESERVED, PretrainSection, RlSection, SampleSection, SftSection, StepSection
 
 
 def problem(
@@ -24,15 +24,39 @@ def problem(
     if cycle := _cycle(steps):
         return f"the steps start from each other in a circle: {' -> '.join(cycle)}; one of them starts from {MODEL!r}"
     for place, step in enumerate(steps):
-        if found := _start_problem(step, steps, place, models) or _data_problem(step, steps, place, tasks):
+        if (
+            found := _start_problem(step, steps, place, models)
+            or _data_problem(step, steps, place, tasks)
+            or _teacher_problem(step, steps, place)
+        ):
             return f"step {step.name!r}: {found}"
     trained = [step.name for step in steps if not isinstance(step, SampleSection)]
     if handed_off is not None and handed_off not in trained:
-        return (
-            f"handoff.step names {handed_off!r}{suggestion(handed_off, trained)}; steps with weights: {_list(trained)}"
-        )
+        known = f"steps with weights: {_list(trained)}"
+        return f"handoff.step names {handed_off!r}{suggestion(handed_off, trained, known)}"
     if handed_off is None and last_of_model(steps) is None:
         return "no step trains [model], so nothing can be handed off; name a step with handoff.step"
+    return None
+
+
+def asked_problem(
+    steps: Sequence[StepSection],
+    tasks: Mapping[str, Any],
+    after: Sequence[str],
+    asked: Mapping[str, float],
+    compared: Sequence[tuple[str, str]],
+) -> str | None:
+    """What keeps [evaluation] from being done, or None."""
+    trained = [step.name for step in steps if not isinstance(step, SampleSection)]
+    for name in after:
+        if name not in trained:
+            return f"evaluation.after names {name!r}{suggestion(name, trained)}; steps with weights: {_list(trained)}"
+    for name in asked:
+        if name not in tasks:
+            return f"evaluation.tasks names {name!r}{suggestion(name, tasks)}"
+    for name in (name for pair in compared for name in pair):
+        if name not in after:
+            return f"evaluation.compare names {name!r}, which is not in evaluation.after"
     return None
 
 
@@ -50,7 +74,22 @@ def needs(step: StepSection, steps: Sequence[StepSection]) -> list[str]:
     start = [] if step.from_ in (None, MODEL) else [str(step.from_)]
     made = {other.name for other in steps if isinstance(other, SampleSection)}
     data = step.data if isinstance(step, SftSection) else {}
-    return [*start, *(name for name in data if name in made and name not in start)]
+    taught = [teacher for teacher in (teacher_of(step),) if teacher is not None]
+    return [*start, *(name for name in [*data, *taught] if (name in made or name in taught) and name not in start)]
+
+
+def teacher_of(step: StepSection) -> str | None:
+    """The step whose weights a step learns from, if there is one."""
+    return step.teacher.step if isinstance(step, RlSection) and step.teacher is not None else None
+
+
+def _teacher_problem(step: StepSection, steps: Sequence[StepSection], place: int) -> str | None:
+    """A teacher's weights must be there when the step begins."""
+    before, teacher = [one.name for one in steps[:place] if not isinstance(one, SampleSection)], teacher_of(step)
+    if teacher is None or teacher in before:
+        return None
+    known = f"steps with weights before it: {_list(before)}" if before else "no step with weights comes before it"
+    return f"teacher.step names {teacher!r}{suggestion(teacher, before, known)}"
 
 
 def last_of_model(steps: Sequence[StepSection]) -> str | None:
@@ -60,17 +99,18 @@ def last_of_model(steps: Sequence[StepSection]) -> str | None:
     return own[-1] if own else None
 
 
-def unused(steps: Sequence[StepSection], handed_off: str) -> list[str]:
-    """Steps whose weights or data nothing takes."""
-    taken = {handed_off}
+def unused(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
+    """Steps whose weights or data nothing takes, and that are not `compared`."""
+    taken = {handed_off, *compared}
     for step in reversed(steps):
-        taken |= set(needs(step, steps))
+        if step.name in taken:
+            taken |= set(needs(step, steps))
     return [step.name for step in steps if step.name not in taken]
 
 
-def unused_steps(steps: Sequence[StepSection], handed_off: str) -> list[str]:
+def unused_steps(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
     """In words, each step of which nothing comes, and what to do about it."""
-    names = unused(steps, handed_off)
+    names = unused(steps, handed_off, compared)
     return [_nothing_comes_of(step) for step in steps if step.name in names]
 
 
@@ -78,8 +118,8 @@ def _nothing_comes_of(step: StepSection) -> str:
     if isinstance(step, SampleSection):
         return f"nothing takes the data of {step.name!r}: name it in `data` of an `sft` step, or leave it out"
     return (
-        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, or leave it out; "
-        f"its weights stay in steps/{step.name}"
+        f"nothing goes on from {step.name!r}: start a step from it, hand it off with handoff.step, compare it in "
+        f"[evaluation], or leave it out; its weights stay in steps/{step.name}"
     )
 
 
@@ -107,7 +147,7 @@ def _start_problem(
         if any(one.name == start for one in steps) and start not in names:
             return f"it starts from {start!r}, which makes data, not weights; an `sft` step can name it in `data`"
         if start not in names:
-            return f"from = {start!r} is no step{suggestion(str(start), known)}; there are {_list(known)}"
+            return f"from = {start!r} is no step{suggestion(str(start), known, f'there are {_list(known)}')}"
         if start not in before:
             return f"it starts from {start!r}, which comes after it; steps are trained in the order of the recipe"
         if step.model is not None:
@@ -129,7 +169,7 @@ def _data_problem(step: StepSection, steps: Sequence[StepSection], place: int, t
             continue
         other = next((one for one in steps if one.name == name), None)
         if other is None:
-            return f"{where} names {name!r}{suggestion(name, known)}; there are {_list(known)}"
+            return f"{where} names {name!r}{suggestion(name, known, f'there are {_list(known)}')}"
         if not isinstance(other, SampleSection):
             return f"{where} names the step {name!r}, which makes weights, not data; start from it with `from`"
         if is_sft:

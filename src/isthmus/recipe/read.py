@@ -38,7 +38,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def _in_the_present_form(what: str, tree: dict[str, Any]) -> str:
     sections = ", ".join(f"[{name}]" for name in FORMER if name in tree)
     return (
-        f"{what}: {sections} are written as [tasks.NAME] and [[step]]. This recipe in that form:\n\n"
+        f"{what}: instead of {sections} there are [tasks.NAME] and [[step]]. This recipe in that form:\n\n"
         f"{toml_of(modernised(tree))}"
     )
 
@@ -68,7 +68,9 @@ def resolved_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(explain(error, f"{origin or 'the recipe'} is not a valid recipe:", Recipe)) from None
+        raise RecipeError(
+            explain(error, f"{origin or 'the recipe'} is not a valid recipe:", Recipe, given=tree)
+        ) from None
 
 
 def override_serve(section: ServeSection, overrides: tuple[str, ...] = (), **changes: Any) -> ServeSection:
@@ -133,7 +135,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     *parents, last = key.strip().split(".")
     if parents and parents[0] in FORMER and "step" in tree:
-        raise RecipeError(f"--set {override!r}: what is trained is in [[step]]; write --set step.NAME.{last}={text}")
+        raise RecipeError(f"--set {override!r}: {_moved(parents[0])}{'.'.join([*parents[1:], last])}={text}")
     for parent in parents:
         node = _named(node, parent, override) if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, dict | list):
@@ -142,6 +144,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         _named(node, last, override)
         raise RecipeError(f"--set {override!r}: {last!r} is a step; write --set step.{last}.KEY=VALUE")
     node[last] = _override_value(text.strip())
+
+
+def _moved(section: str) -> str:
+    if section == "data":
+        return "what is learnt is in [tasks.NAME]; write --set tasks.NAME."
+    return "what is trained is in [[step]]; write --set step.NAME."
 
 
 def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:

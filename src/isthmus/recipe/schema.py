@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +30,7 @@ from isthmus.recipe.section import (
     Whole,
     key,
 )
-from isthmus.recipe.steps import MODEL, Problems, Prompts, Rows, Step, StepSection
+from isthmus.recipe.steps import MODEL, Mix, Problems, Prompts, Rows, Step, StepSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
 Thinking = Literal["auto", "always", "never"]
@@ -62,7 +63,7 @@ class PlaceSection(Section):
 
 
 class TrainSection(Section):
-    """How the stage `train` computes, whatever it trains on.
+    """How training computes, whatever it trains on.
 
     The pool's chips divide into `replicate` groups that hold the whole model each; within a group the parameters are
     sharded, and the routed experts are spread over `expert` chips that exchange tokens.
@@ -178,6 +179,19 @@ class ServeSection(EngineOptions):
     )
 
 
+class EvaluationSection(Section):
+    """Held-out problems that are answered at the end of steps, the same for all of them, so that steps compare."""
+
+    after: list[str] = key([], "steps after which they are answered; RL also answers its own before and after itself")
+    tasks: Mix = key({}, "tasks whose held-out problems are asked; all tasks if absent")
+    problems: Problems = key(500, "held-out problems, of all tasks together")
+    samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
+    temperature: Number = key(1.0, "temperature of the answers", gt=0)
+    max_new_tokens: Tokens = key(256, "longest answer")
+    format: str = key("w8a8", "format of the weights that answer, a file in isthmus/formats")
+    compare: list[tuple[str, str]] = key([], "pairs of these steps; the dossier says whether the second is better")
+
+
 class QualifySection(Section):
     """How much a qualification measures."""
 
@@ -190,6 +204,20 @@ class QualifySection(Section):
     soak_s: Seconds = key(12.0, "time of real training steps in the soak", gt=0)
     thresholds: Path | None = key(None, "a CSV of floors and ceilings beside the package's")
     stall_s: Seconds = key(20.0, "time without a sign of life after which a rank hangs", gt=0)
+
+
+class RulesSection(Section):
+    """Who buys the chips and where they stand: `plan` then asks the dated records of `isthmus rules`, as of that day.
+
+    Without this section no rule is looked at, and the plan says so.
+    """
+
+    as_of: date = Field(description="day of the records that count")
+    buyer_parent: str = Field(description="country of the buyer's ultimate parent, two letters such as CN")
+    site: str = Field(description="country in which the pools stand, two letters")
+    sites: dict[str, str] = key({}, "countries of pools that stand elsewhere, by the pool's name")
+    state_funded: bool | None = key(None, "whether the data centre has state money; not known if absent")
+    licences: dict[str, str] = key({}, "licences that the buyer holds, by the pool's name; they are not checked")
 
 
 class Recipe(Section):
@@ -211,8 +239,18 @@ class Recipe(Section):
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
     train: TrainSection = key(TrainSection(), "how training computes")
     step: list[Step] = Field(min_length=1, description="what is trained, in this order")
+    evaluation: EvaluationSection = key(EvaluationSection(), "what steps are compared by")
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")
+    rules: RulesSection | None = key(None, "who buys and where; no rule is looked at if absent")
+
+    @model_validator(mode="after")
+    def _rules_name_pools(self) -> Self:
+        for where in ("sites", "licences"):
+            for pool in getattr(self.rules, where, {}):
+                if pool not in self.pools:
+                    raise ValueError(f"rules.{where} names the pool {pool!r}; the recipe has {', '.join(self.pools)}")
+        return self
 
     @model_validator(mode="after")
     def _places_name_pools(self) -> Self:
@@ -232,7 +270,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _steps_hang_together(self) -> Self:
-        if problem := lineage.problem(self.step, self.tasks, self.models, self.handoff.step):
+        asked = self.evaluation
+        if problem := lineage.problem(self.step, self.tasks, self.models, self.handoff.step) or lineage.asked_problem(
+            self.step, self.tasks, asked.after, asked.tasks, asked.compare
+        ):
             raise ValueError(problem)
         return self
 
@@ -255,6 +296,12 @@ class Recipe(Section):
         last = self.handoff.step or lineage.last_of_model(self.step)
         assert last is not None
         return self.named(last)
+
+    @property
+    def unused_steps(self) -> list[str]:
+        """In words, each step of which nothing comes."""
+        compared = [name for pair in self.evaluation.compare for name in pair]
+        return lineage.unused_steps(self.step, self.handed_off.name, compared)
 
     def canonical(self) -> str:
         """The resolved recipe as JSON with sorted keys: the text that is hashed and stored."""

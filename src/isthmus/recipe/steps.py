@@ -78,7 +78,7 @@ def _weights(value: Any) -> Any:
     )
 
 
-Mix = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
+Mix = Annotated[dict[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_weights)]
 """What a step draws from, by name, with the weight of each."""
 
 
@@ -152,7 +152,7 @@ class RlSection(StepSection):
 
     kind: Literal["rl"] = Field(description="what the step does")
     tasks: Mix = key({}, "tasks whose prompts it samples, by weight; all tasks if absent")
-    rewards: dict[str, Annotated[float, Field(ge=0)]] = key(
+    rewards: dict[str, Annotated[Number, Field(ge=0)]] = key(
         {"accuracy": 1.0, "format": 0.1}, "what a sample earns, by weight: files in isthmus/rewards", min_length=1
     )
     algorithm: str = key("grpo", "what makes a loss of rewards: a file in isthmus/algos")
@@ -187,6 +187,8 @@ class RlSection(StepSection):
     checkpoint_every: Steps = key(10, "steps between two checkpoints")
     keep_checkpoints: Count = key(2, "newest checkpoints that are kept")
     heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
+    heldout_samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
+    evaluate_every: Steps | None = key(None, "steps between two such measures; before and after alone if absent")
 
     @model_validator(mode="after")
     def _ahead_or_not(self) -> Self:

@@ -145,11 +145,16 @@ def heldout(chapter: Chapter) -> list[Mark]:
     record = chapter.record
     last_step = max((int(step["step"]) for step in chapter.steps), default=0)
     ends = {"before": 0, "after": record.steps if isinstance(record, RlRecord) else last_step}
+    between = {f"step-{step}": step for step in range(last_step + 1)}
     if isinstance(record, RlRecord):
         known = {"before": record.accuracy_before, "after": record.accuracy_after}
-        return [_mark(ends[which], figure) for which, figure in known.items() if figure.value is not None]
-    evaluations = [entry for entry in chapter.of("evaluate") if entry["which"] in ends]
-    return [Mark("held-out problems", ends[entry["which"]], 100 * entry["accuracy"]) for entry in evaluations]
+        marks = [_mark(ends[which], figure) for which, figure in known.items() if figure.value is not None]
+    else:
+        between |= ends
+        marks = []
+    evaluations = [entry for entry in chapter.of("evaluate") if entry["which"] in between]
+    told = [Mark("held-out problems", between[entry["which"]], 100 * entry["accuracy"]) for entry in evaluations]
+    return sorted([*marks, *told], key=lambda mark: mark.x)
 
 
 def rl_figures(chapter: Chapter) -> dict[str, Figure]:

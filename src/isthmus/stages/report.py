@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -19,23 +19,27 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
+from isthmus.parity.paired import compare_answers
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.recipe.lineage import line, unused_steps
+from isthmus.recipe.lineage import line
 from isthmus.recipe.steps import RlSection, SampleSection
 from isthmus.records import (
     AnyStepRecord,
+    EvaluationRecord,
     HandoffRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
+    evaluation_of,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
+from isthmus.rules import NOT_LOOKED_AT, notice
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
 from isthmus.verdict import describe_limit, without_pairs
 
@@ -49,6 +53,14 @@ class NamedFigure(NamedTuple):
     place: str
     name: str
     figure: Figure
+
+
+class Compared(NamedTuple):
+    """Two steps, and by how much the second answers better."""
+
+    first: str
+    second: str
+    gain: Figure
 
 
 class EstimateRow(NamedTuple):
@@ -68,6 +80,7 @@ class Dossier:
     qualify: dict[str, QualifyRecord | None]
     plan: PlanRecord | None
     steps: dict[str, AnyStepRecord | None]
+    evaluations: dict[str, EvaluationRecord]
     handoff: HandoffRecord | None
     events: list[dict[str, Any]]
 
@@ -179,6 +192,7 @@ def read_dossier(run: RunFolder) -> Dossier:
         qualify={pool: run.read_record(f"qualify/{pool}", QualifyRecord) for pool in names},
         plan=run.read_record("plan", PlanRecord),
         steps={step.name: step_record(run, step.name) for step in run.recipe.step},
+        evaluations={name: found for name in run.recipe.evaluation.after if (found := evaluation_of(run, name))},
         handoff=run.read_record("parity", HandoffRecord),
         events=run.events(),
     )
@@ -191,6 +205,9 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"label": numbers.label, "phrase": numbers.phrase}
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
+    environment.filters |= {"rules_notice": notice}
+    environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
+    environment.filters |= {"act": partial(_act, dossier)}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
     environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}
     template = environment.get_template("page.html.jinja")
@@ -205,7 +222,8 @@ def compose(dossier: Dossier) -> str:
         figure_groups={place: list(group) for place, group in groupby(figures, key=lambda item: item.place)},
         state_of=state_of(dossier),
         lineage=lineage.picture(dossier.chapters, dossier.run.recipe.handed_off.name),
-        warnings=unused_steps(dossier.run.recipe.step, dossier.run.recipe.handed_off.name),
+        comparisons=comparisons(dossier),
+        warnings=dossier.run.recipe.unused_steps,
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
         estimates=estimate_rows(dossier),
@@ -228,6 +246,24 @@ def computed_figures(dossier: Dossier) -> dict[str, Figure]:
     return found | wall_clock(dossier)
 
 
+def comparisons(dossier: Dossier) -> list[Compared]:
+    """Each pair of steps that the recipe compares, where both were evaluated."""
+    found = []
+    for first, second in dossier.run.recipe.evaluation.compare:
+        one, other = (dossier.evaluations.get(name) for name in (first, second))
+        if one is not None and other is not None:
+            found.append(Compared(first, second, better_by(one, other)))
+    return found
+
+
+def better_by(one: EvaluationRecord, other: EvaluationRecord) -> Figure:
+    """Points of accuracy by which the second is better, paired by problem."""
+    pairs = compare_answers(one.correct, other.correct, 0.95)
+    source = f"{pairs.problems} held-out problems, paired, 95% interval (Newcombe)"
+    difference, low, high = (100 * value for value in (pairs.difference, pairs.low, pairs.high))
+    return Figure.derived(difference, "points", source, one.accuracy, other.accuracy, low=low, high=high)
+
+
 def wall_clock(dossier: Dossier) -> dict[str, Figure]:
     """Seconds of each stage and of all of them, by this machine's clock."""
     stages = timing.spent(dossier.events)
@@ -246,12 +282,11 @@ def estimate_rows(dossier: Dossier) -> list[EstimateRow]:
         return []
     estimate = dossier.plan.estimate
     ended, spent = timing.finished_stages(dossier.events), timing.spent(dossier.events)
-    stages = {key: key for key in estimate}
-    listed = [stage for stage in dict.fromkeys(stages.values()) if stage != TOTAL]
-    truth = {stage: spent[stage] for stage in listed if stage in ended}
+    listed = [act for act in estimate if act != TOTAL]
+    truth = {act: spent[act] for act in listed if act in ended}
     if listed and len(truth) == len(listed):
         truth[TOTAL] = sum(truth.values())
-    return [_estimate_row(key, figure, truth.get(stages[key])) for key, figure in estimate.items()]
+    return [_estimate_row(_act(dossier, act), figure, truth.get(act)) for act, figure in estimate.items()]
 
 
 def time_parts(dossier: Dossier) -> dict[str, Any]:
@@ -313,6 +348,7 @@ def _records(dossier: Dossier) -> dict[str, Record]:
     named: dict[str, Record | None] = {f"qualify/{pool}": record for pool, record in dossier.qualify.items()}
     named |= {"plan": dossier.plan}
     named |= {f"steps/{name}/record": record for name, record in dossier.steps.items()}
+    named |= {f"steps/{name}/evaluation": record for name, record in dossier.evaluations.items()}
     named |= {"parity": dossier.handoff}
     return {name: record for name, record in named.items() if record is not None}
 
@@ -332,8 +368,12 @@ def _ledger_lines(dossier: Dossier) -> list[Series]:
     ]
 
 
-def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> EstimateRow:
-    name = numbers.label(key)
+def _act(dossier: Dossier, name: str) -> str:
+    """A step by its name as the recipe has it, a stage in words."""
+    return name if name in dossier.steps else numbers.label(name)
+
+
+def _estimate_row(name: str, estimate: Figure, seconds: float | None) -> EstimateRow:
     if seconds is None or estimate.unit not in numbers.SECOND_UNITS:
         return EstimateRow(name, estimate, None, None)
     truth = Figure.measured(seconds, "s", "events.jsonl", rehearsed=False)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 
 from isthmus.algos import algorithm_names, get_algorithm
 from isthmus.errors import suggestion
 from isthmus.recipe.describe import NAME, Key, Table, tables
 from isthmus.recipe.section import RecipeError
+from isthmus.rewards import reward_kinds, reward_options_class
+from isthmus.tasks import task_kinds, task_options_class
 
 WIDEST = 100
 COLUMN = 32
@@ -18,9 +21,14 @@ REFRESH = "isthmus recipe --markdown > docs/recipe.md"
 
 
 def every_table() -> list[Table]:
-    """The tables of a recipe, with the options of each algorithm."""
-    options = {f'algorithm = "{name}"': get_algorithm(name).Config for name in algorithm_names()}
-    return tables({"step.options": options})
+    """The tables of a recipe, with the options of each algorithm, kind of task and kind of reward."""
+    return tables(
+        {
+            "step.options": {f'algorithm = "{name}"': get_algorithm(name).Config for name in algorithm_names()},
+            f"tasks.{NAME}": {f'kind = "{kind}"': task_options_class(kind) for kind in task_kinds()},
+            f"rewards.{NAME}": {f'kind = "{kind}"': reward_options_class(kind) for kind in reward_kinds()},
+        }
+    )
 
 
 def execute(place: str | None, markdown: bool = False) -> str:
@@ -39,7 +47,7 @@ def execute(place: str | None, markdown: bool = False) -> str:
         *parents, name = asked
         holders = [one for one in every if _is_at(one.path, parents)]
         chosen = [
-            Table(one.path, one.when, "", [key for key in one.keys if key.name == name])
+            replace(one, about="", keys=[key for key in one.keys if key.name == name])
             for one in holders
             if any(key.name == name for key in one.keys)
         ]

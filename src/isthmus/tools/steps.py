@@ -7,12 +7,12 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from isthmus.algos import algorithm_config
-from isthmus.errors import IsthmusError
-from isthmus.recipe.lineage import unused_steps
+from isthmus.errors import IsthmusError, suggestion
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
 from isthmus.records import SampleRecord, WeightsRecord, step_record
 from isthmus.rewards import checked_reward
+from isthmus.rewards.parts.filters import FILTERS
 from isthmus.run import RunFolder
 from isthmus.tasks import checked_task
 
@@ -24,21 +24,14 @@ def check(recipe: Recipe) -> None:
     for step in recipe.step:
         if isinstance(step, RlSection):
             algorithm_config(step, recipe.architecture_of(step))
-            if step.teacher is not None and step.teacher.step is not None:
-                _check_teacher(recipe, step.name, step.teacher.step)
             for name in step.rewards:
                 checked_reward(name, recipe.rewards.get(name, {}))
+        if isinstance(step, SampleSection):
+            for name in step.keep:
+                if name not in FILTERS:
+                    raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
         checked_task(name, given)
-
-
-def _check_teacher(recipe: Recipe, name: str, teacher: str) -> None:
-    """A teacher's weights must be there when the step begins."""
-    before = [one.name for one in recipe.step if not isinstance(one, SampleSection)]
-    before = before[: before.index(name)]
-    if teacher not in before:
-        known = f"; before it are {', '.join(before)}" if before else "; it is the first step with weights"
-        raise IsthmusError(f"step.{name}.teacher.step = {teacher!r} is no step with weights before it{known}")
 
 
 def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
@@ -53,9 +46,7 @@ def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
         else:
             above = nodes[start]
         nodes[step.name] = above.add(_told(step, recipe, run))
-    return Group(
-        *roots.values(), *(f"[yellow]{escape(one)}[/]" for one in unused_steps(recipe.step, recipe.handed_off.name))
-    )
+    return Group(*roots.values(), *(f"[yellow]{escape(one)}[/]" for one in recipe.unused_steps))
 
 
 def _told(step: StepSection, recipe: Recipe, run: RunFolder | None) -> str:

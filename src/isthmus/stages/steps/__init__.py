@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 
 from isthmus.progress import Watch
-from isthmus.records import AnyStepRecord
+from isthmus.records import AnyStepRecord, evaluation_of, step_record
 from isthmus.run import RunFolder
+from isthmus.stages.steps.heldout import evaluate
 from isthmus.stages.steps.step import StepRun
+from isthmus.trainer.mesh import launched_world
 
 
 def execute(run: RunFolder, watch: Watch, *, name: str, profile: bool = False) -> AnyStepRecord:
@@ -15,5 +17,7 @@ def execute(run: RunFolder, watch: Watch, *, name: str, profile: bool = False) -
     step = StepRun.of(run, name)
     module = importlib.import_module(f"{__name__}.{step.section.kind}")
     options = {"profile": True} if profile else {}
-    record: AnyStepRecord = module.execute(step, watch, **options)
+    record: AnyStepRecord = step_record(run, name) or module.execute(step, watch, **options)
+    if name in run.recipe.evaluation.after and launched_world() is None and evaluation_of(run, name) is None:
+        evaluate(step, watch)
     return record

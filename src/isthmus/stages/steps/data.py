@@ -25,6 +25,7 @@ class Kept:
 
     train: Sequence[Problem]
     heldout: Sequence[Problem] = ()
+    about: str = "answers that a step of this run kept"
 
     def worked_example(self, problem: Problem, chance: random.Random) -> tuple[str, str]:
         return problem.thought, problem.answer

@@ -8,8 +8,7 @@ from typing import Literal
 from isthmus.tasks.parts.numbers import Number, read_number
 
 Place = Literal["whole", "boxed", "tag", "hashes"]
-"""All that follows the thinking; the last \\boxed{...}; the last <answer>...</answer>; what follows the last ####, as in
-GSM8K."""
+"""All after the thinking; the last \\boxed{...}; the last <answer>...</answer>; after the last ####, as in GSM8K."""
 
 BOXED = "\\boxed{"
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

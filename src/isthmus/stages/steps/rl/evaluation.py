@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from isthmus.data.corpus import completion_of
-from isthmus.engines import Completion, Sampling
-from isthmus.parity.paired import paired_difference, wilson_interval
+from isthmus.parity.paired import compare_answers
 from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
-from isthmus.run import Figure, write_atomic
+from isthmus.run import Figure
+from isthmus.stages.steps import heldout
+from isthmus.stages.steps.heldout import Evaluation
 from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.step import StepRun
-from isthmus.tasks import interleaved, seeded
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
 PER_STEP = {
@@ -30,56 +27,27 @@ PER_STEP = {
 """Figures of the record that are means over steps: the key in their events, the scale, and the unit."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out results, problem by problem in the order of the task."""
-
-    correct: list[bool]
-    tokens: list[int]
-    texts: list[str]
-    greedy_correct: list[bool]
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.correct) / len(self.correct)
-
-    @property
-    def greedy_accuracy(self) -> float:
-        return sum(self.greedy_correct) / len(self.greedy_correct)
-
-    @property
-    def mean_tokens(self) -> float:
-        return sum(self.tokens) / len(self.tokens)
-
-
 def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Callable[[str], None]) -> Evaluation:
-    """Held-out problems through the engine, sampled and greedy; stored, so that a continued run does not repeat it."""
+    """Held-out problems through the engine; stored, so that a continued run does not repeat it."""
     path = work.folder / f"heldout-{which}.json"
-    if path.exists():
-        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
-    say(f"  held-out problems {which} RL")
-    section = work.section
-    problems = interleaved(rollouts.tasks.heldout, section.heldout_problems)
-    prompts = rollouts.prompts(problems)
-    seeds = [seeded("heldout", work.recipe.seed, problem.id).getrandbits(48) for problem in problems]
-
-    def answers(temperature: float) -> list[Completion]:
-        groups = rollouts.engine.generate(prompts, Sampling(section.max_new_tokens, temperature), seeds)
-        return [group[0] for group in groups]
-
-    def right(answers: list[Completion]) -> list[bool]:
-        pairs = zip(problems, answers, strict=True)
-        return [rollouts.is_correct(problem, answer) for problem, answer in pairs]
-
-    began = time.perf_counter()
-    sampled, greedy = answers(section.temperature), answers(0.0)
-    texts = [completion_of(rollouts.tokenizer, answer.tokens) for answer in sampled]
-    result = Evaluation(right(sampled), [len(answer.tokens) for answer in sampled], texts, right(greedy))
-    write_atomic(path, json.dumps(result.__dict__).encode())
+    if (before := heldout.stored(path)) is not None:
+        return before
+    section, began = work.section, time.perf_counter()
+    say(f"  held-out problems {which.replace('-', ' ')}{'' if '-' in which else ' RL'}")
+    asking = heldout.Asking.of(
+        rollouts.tasks,
+        section.heldout_problems,
+        section.heldout_samples,
+        section.max_new_tokens,
+        section.temperature,
+        work.recipe.seed,
+    )
+    result = heldout.answer(rollouts.engine, rollouts.tokenizer, asking)
+    heldout.store(path, result)
     work.event(
         "evaluate",
         which=which,
-        problems=len(problems),
+        problems=len(asking.problems),
         accuracy=round(result.accuracy, 5),
         greedy_accuracy=round(result.greedy_accuracy, 5),
         completion_tokens=round(result.mean_tokens, 3),
@@ -97,8 +65,8 @@ class Comparison:
         self.rehearsed = work.recipe.pools[self.away].rehearsed
         self.count = len(before.correct)
         self.source = (
-            f"{self.count} held-out problems, one sample each at temperature {work.section.temperature}, "
-            f"generated on pool {self.away}"
+            f"{self.count} held-out problems, {_each(work.section.heldout_samples)} each at temperature "
+            f"{work.section.temperature}, generated on pool {self.away}"
         )
 
     def record(self, started: float, saved: SavedCheckpoint) -> RlRecord:
@@ -127,7 +95,7 @@ class Comparison:
             accuracy_gain=self._gain(),
             thought_tokens_before=self._figure(before.mean_tokens, "tokens/completion", self.source),
             thought_tokens_after=self._figure(after.mean_tokens, "tokens/completion", self.source),
-            figures=self._greedy() | self._per_step(),
+            figures=self._greedy() | self._pass_at_more() | self._per_step(),
             sample_before=sample_before,
             sample_after=sample_after,
         )
@@ -137,12 +105,23 @@ class Comparison:
         return Figure.measured(value, unit, source, rehearsed=self.rehearsed, low=low, high=high)
 
     def _accuracy(self, evaluation: Evaluation) -> Figure:
-        low, high = wilson_interval(evaluation.accuracy, self.count, 0.95)
-        source = f"{self.source}, 95% Wilson interval"
-        return self._figure(100 * evaluation.accuracy, "%", source, 100 * low, 100 * high)
+        return self._pass_at(evaluation, 1)
+
+    def _pass_at(self, evaluation: Evaluation, k: int) -> Figure:
+        value, low, high = (100 * one for one in evaluation.pass_at(k))
+        return self._figure(value, "%", f"{self.source}, 95% Wilson interval", low, high)
+
+    def _pass_at_more(self) -> dict[str, Figure]:
+        """pass@k for each k above 1 that the answers can tell."""
+        return {
+            f"pass_at_{k}_{which}": self._pass_at(one, k)
+            for which, one in (("before", self.before), ("after", self.after))
+            for k in range(2, self.work.section.heldout_samples + 1)
+        }
 
     def _gain(self) -> Figure:
-        gain, low, high = paired_difference(self.before.correct, self.after.correct, 0.95)
+        compared = compare_answers(self.before.correct, self.after.correct, 0.95)
+        gain, low, high = compared.difference, compared.low, compared.high
         source = f"{self.source}, paired by problem, 95% interval"
         return self._figure(100 * gain, "points", source, 100 * low, 100 * high)
 
@@ -168,5 +147,9 @@ class Comparison:
     def _telling_example(self) -> tuple[str, str]:
         """One held-out problem as it was answered before and after: the first that RL turned from wrong to right."""
         pairs = zip(self.before.correct, self.after.correct, strict=True)
-        index = next((i for i, (old, new) in enumerate(pairs) if new and not old), 0)
+        index = next((i for i, (old, new) in enumerate(pairs) if new[0] and not old[0]), 0)
         return self.before.texts[index], self.after.texts[index]
+
+
+def _each(samples: int) -> str:
+    return "one sample" if samples == 1 else f"{samples} samples"

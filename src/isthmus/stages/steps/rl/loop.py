@@ -21,9 +21,6 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import device_of
-from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines.local import LocalEngine, report_kernels
-from isthmus.formats.files.bundle import write_bundle
 from isthmus.launch.local import run_ranks
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
@@ -32,6 +29,7 @@ from isthmus.recipe.steps import RlSection
 from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
+from isthmus.stages.steps.generate import open_engine
 from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
@@ -143,6 +141,8 @@ def learn(shores: Shores, watch: Watch) -> None:
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
+            if section.evaluate_every and state.step % section.evaluate_every == 0 and state.step < section.steps:
+                evaluate(state.work, rollouts, f"step-{state.step}", counter.say)
             if state.step % section.checkpoint_every == 0 and state.step < section.steps:
                 rollouts.store(state.step)
                 state.save()
@@ -166,27 +166,16 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: W
     recipe, section = work.recipe, work.section
     away = get_pool(recipe, plan.pool_of("rollout"))
     tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
+    threads = away.shared_threads if section.staleness else away.threads
+    options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, crew, watch.say)
     learner = Learner(state, Beside.of(state))
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
-        _open_engine(state, away, tokenizer) as engine,
+        open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,
         ThreadPoolExecutor(max_workers=1) as background,
     ):
         rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
         crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())
         yield Shores(state, rollouts, learner, crossing)
-
-
-@contextmanager
-def _open_engine(state: State, pool: Pool, tokenizer: Tokenizer) -> Iterator[LocalEngine]:
-    work, section = state.work, state.work.section
-    folder, bundle = work.folder, work.folder / "rollout-bundle"
-    write_bundle(bundle, section.rollout_format, state.weights(), work.architecture, tokenizer)
-    threads = pool.shared_threads if section.staleness else pool.threads
-    rehearse = pool.chip if pool.rehearsed else None
-    options, log = EngineOptions(record_routes=section.loss.router_replay), folder / "engine.log"
-    with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log, options=options) as engine:
-        report_kernels(work.event, engine.kernels)
-        yield engine
