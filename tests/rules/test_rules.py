@@ -123,7 +123,9 @@ def test_the_desk_never_loads_torch(module: str):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["chips", "recipe rl", "recipe --markdown", "run --dry-run RECIPE", "report RUN"])
+@pytest.mark.parametrize(
+    "verb", ["chips", "recipe step", "steps RECIPE", "recipe --markdown", "run --dry-run RECIPE", "report RUN"]
+)
 def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
     call = "import sys; from isthmus.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
@@ -133,7 +135,7 @@ def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "rl", "handoff", "qualify", "serve"])
+@pytest.mark.parametrize("verb", ["steps", "steps.rl", "handoff", "qualify", "serve"])
 def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
     assert importlib.util.find_spec(f"isthmus.stages.{verb}")
     result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.stages.{verb}' in sys.modules else 0)")
