@@ -93,7 +93,7 @@ def draw(number: int, folder: Path) -> tuple[Recipe, Trial]:
         "model": _model(family, chance),
         "pools": {"home": {"chip": "cpu", "count": ranks, "ranks": ranks}},
         "place": {stage: ["home"] for stage in ("train", "rollout", "serve")},
-        "tasks": {kind: data},
+        "tasks": {kind.replace(" ", "-"): data},
         "train": {"precision": precision, "activation_checkpointing": chance.random() < 0.2},
         "qualify": {"soak_s": SOAK_S, "matmul_size": 128, "memory_mib": 4, "repeats": 3, "pilot_steps": 2},
         "step": [
@@ -172,7 +172,7 @@ def _data(chance: random.Random, folder: Path) -> tuple[str, dict[str, Any]]:
     for number, path in enumerate(files.values()):
         lines = [line(1000 * number + place) for place in range(200)]
         path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    return kind, {"task": "jsonl", **{name: str(path) for name, path in files.items()}}
+    return kind, {"kind": "jsonl", **{name: str(path) for name, path in files.items()}}
 
 
 def qualify(number: int) -> Trial:

@@ -174,7 +174,7 @@ def test_only_a_step_with_weights_is_handed_off(named: str, words: str):
 
 
 def test_a_kind_that_is_none_is_told_the_kinds():
-    with pytest.raises(RecipeError, match="pretrain(.*)sft(.*)rl(.*)sample"):
+    with pytest.raises(RecipeError, match=r"pretrain(.*)sft(.*)rl(.*)sample"):
         recipe({**BASE, "kind": "pretraining"})
 
 
@@ -182,8 +182,8 @@ def test_what_nothing_comes_of_is_told_with_what_to_do():
     found = recipe(*R1, handoff={"step": "taught"})
     assert unused(found.step, "taught") == ["again"], "what it takes is used by it"
     assert unused_steps(found.step, "taught") == [
-        "nothing goes on from 'again': start a step from it, hand it off with handoff.step, or leave it out; its weights "
-        "stay in steps/again"
+        "nothing goes on from 'again': start a step from it, hand it off with handoff.step, or leave it out; its "
+        "weights stay in steps/again"
     ]
     alone = recipe(*changed("again", data=["countdown"]))
     assert unused_steps(alone.step, "again")[-1].startswith(
