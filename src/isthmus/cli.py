@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -400,7 +401,7 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 @click.option("--exchange", type=click.Path(path_type=Path), help="A folder that it reads, if it is not Isthmus'.")
 @click.option("--once", is_flag=True, help="End when the engine has what is there now.")
 def follow(folder: Path, **options: Any) -> None:
-    """Bring the weights that `[rl] publish = FOLDER` writes to an engine, version by version."""
+    """Bring the weights that `publish = FOLDER` of a step writes to an engine, version by version."""
     importlib.import_module("isthmus.tools.follow").execute(folder, _watch(), **options)
 
 
@@ -520,6 +521,80 @@ def coverage(target: str, **options: Any) -> None:
         raise click.exceptions.Exit(1)
 
 
+class ForecastGroup(click.Group):
+    """Takes a recipe where a command of its own is not named: `isthmus forecast RECIPE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else "--help"
+        return super().parse_args(ctx, args if first in (*self.commands, "-h", "--help") else ["recipe", *args])
+
+
+@cli.group(cls=ForecastGroup)
+def forecast() -> None:
+    """Tell which step runs where, when it ends, what it costs, and what would change that.
+
+    `isthmus forecast RECIPE` forecasts a recipe, or a run folder with what its qualification measured; its options are
+    those of `isthmus forecast recipe --help`. The other commands make it better, or tell how good it is.
+    """
+
+
+@forecast.command("recipe")
+@_TARGET
+@_SET
+@click.option(
+    "--what-if", multiple=True, metavar="A.B=C", help="The same with a key of the recipe changed; repeatable."
+)
+@click.option("--price", "prices", multiple=True, metavar="POOL=N", help="Price of a chip-hour; repeatable.")
+@click.option("--spares", multiple=True, metavar="POOL=N", help="Chips that stand by for failed ones; repeatable.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="What `calibrate` wrote.")
+@click.option("--start", type=click.DateTime(), help="When it begins; now if absent.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write each option as a line.")
+def forecast_recipe(target: Path, **options: Any) -> None:
+    """Forecast a recipe, or a run folder with what its pools were found to do.
+
+    TARGET is a recipe or a run folder. Everything in the answer is a forecast: P10, P50 and P90, never a measurement.
+    """
+    importlib.import_module("isthmus.tools.forecast").execute(target, _watch(), **options)
+
+
+@forecast.command("calibrate")
+@_TARGET
+@click.option("--pool", required=True, metavar="NAME", help="The pool on which the points were measured.")
+@click.option(
+    "--point", "points", required=True, multiple=True, metavar="ROWSxLENGTH=S", help="One update took S seconds; twice."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("calibration.json"),
+    show_default=True,
+    help="File to add to.",
+)
+def forecast_calibrate(target: Path, **options: Any) -> None:
+    """Sharpen forecasts of a pool with measured updates, two of different sizes at best.
+
+    TARGET is the recipe whose model was trained.
+    """
+    importlib.import_module("isthmus.tools.forecast").run_calibrate(target, _watch(), **options)
+
+
+@forecast.command("validate")
+@click.option("--rows", type=click.Path(path_type=Path), metavar="FILE", help="Published results to predict, as CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def forecast_validate(**options: Any) -> None:
+    """Predict published results with whole groups left out, and print how wrong that is beside naive medians."""
+    importlib.import_module("isthmus.tools.validate_forecast").execute(_watch(), **options)
+
+
+@forecast.command("check")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def forecast_check(folder: Path, **options: Any) -> None:
+    """Score a finished run's own forecast, part by part."""
+    importlib.import_module("isthmus.tools.forecast").run_check(folder, _watch(), **options)
+
+
 @cli.command("recipe")
 @click.argument("place", required=False, metavar="[SECTION[.KEY]]")
 @click.option("--markdown", is_flag=True, help="Print all of it as docs/recipe.md has it.")
@@ -534,6 +609,44 @@ def chips(name: str | None) -> None:
     """List the known chips, or show one with the source of each fact."""
     facts = importlib.import_module("isthmus.chips")
     _watch().console.print(facts.describe(name) if name else facts.describe_all())
+
+
+_DAY = click.DateTime(["%Y-%m-%d"])
+
+
+@cli.command()
+@click.argument("chip", required=False)
+@click.option("--as-of", type=_DAY, required=True, metavar="YYYY-MM-DD", help="Day of the records that count.")
+@click.option("--buyer-parent", metavar="CC", help="Country of the buyer's ultimate parent, such as CN.")
+@click.option("--site", metavar="CC", help="Country in which the chips stand.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Chips that are bought; held against caps.")
+@click.option("--state-funded/--not-state-funded", default=None, help="Whether the data centre has state money.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def rules(chip: str | None, as_of: datetime, **options: Any) -> None:
+    """Tell what dated export rules of both sides say of a chip, a buyer and a place.
+
+    Without CHIP the class of every known chip. It is as of a day, never current, and no legal advice. Exit code 1 if a
+    rule forbids it.
+    """
+    tool = importlib.import_module("isthmus.tools.rules")
+    found = tool.execute(chip, as_of.date(), _watch(), **options)
+    if found is not None and found.answer == "refused":
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--lang", type=click.Choice(["en", "zh"]), help="One language alone; both if absent.")
+@click.option("--authority", metavar="CC", help="Country whose chips are domestic; that of [rules] if absent.")
+def justify(folder: Path, lang: str | None, authority: str | None) -> None:
+    """Write the paper that says why steps of RUN need foreign chips, for an authority or a board.
+
+    One or two printed pages, in English and in Chinese, from one record, RUN/justify.json.
+    """
+    opened = RunFolder.open(meant_run(folder))
+    tool = importlib.import_module("isthmus.tools.justify")
+    with _writing(opened):
+        tool.execute(opened, _watch(), **({"languages": [lang]} if lang else {}), authority=authority)
 
 
 def main() -> None:
@@ -612,6 +725,7 @@ def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
     formats = importlib.import_module("isthmus.formats")
     for name in (*rollout_formats(recipe), recipe.handoff.format):
         formats.check_format_name(name)
+    importlib.import_module("isthmus.rules").rule_pools(recipe)
     chips = importlib.import_module("isthmus.chips")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         chips.check_names(recipe)

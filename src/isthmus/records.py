@@ -6,6 +6,7 @@ They load without torch, so that the plan and the report stay on the desk.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -129,6 +130,69 @@ class QualifyRecord(Record):
     skipped: list[Skipped] = []
 
 
+RuleAnswer = Literal["nothing found", "caution", "unknown", "licence", "refused"]
+"""What the records of a day say of a chip, a buyer and a place, mildest first. `refused`: a licence is needed and the
+stated policy is to refuse it."""
+
+
+class RuleStep(Part):
+    """One step of the arithmetic of export classes, written out. None: unknown; `low` is a floor of what is unknown."""
+
+    name: str
+    formula: str
+    value: float | None
+    low: float | None = None
+    unit: str
+    source: str
+
+
+class RuleFinding(Part):
+    """One record that applies, or may apply where `certain` is false, with what it asks for after others relaxed it.
+
+    `stale`: on the day that was asked about nobody had looked at it again since it expired. `cap`: one that the number
+    of chips exceeds.
+    """
+
+    record: str
+    side: Literal["US", "CN"]
+    kind: Literal["rule", "letter", "guidance", "press", "reported"]
+    effect: Literal["note", "caution", "licence", "denial"]
+    since: date
+    day_known: bool
+    as_of: date
+    expires: date
+    stale: bool
+    certain: bool
+    cap: int | None = None
+    what: str
+    what_zh: str
+    why: str
+    source: str
+
+
+class Ruling(Part):
+    """What the dated records say of one chip, for one buyer and one place. It is as of a day, and no legal advice.
+
+    `export_class` is by arithmetic alone; "unknown" where die area or peak is. `licence`: a licence that the buyer says
+    to hold, by its number or name; it is not checked.
+    """
+
+    chip: str
+    maker: str | None
+    as_of: date
+    records_end: date
+    buyer_parent: str
+    site: str
+    count: int | None = None
+    state_funded: bool | None = None
+    export_class: str
+    window: Literal["inside", "outside", "unknown", "none"]
+    steps: list[RuleStep]
+    findings: list[RuleFinding]
+    answer: RuleAnswer
+    licence: str | None = None
+
+
 class Placement(Part):
     stage: str
     pool: str
@@ -142,11 +206,12 @@ class Rejection(Part):
 
 
 class PlanRecord(Record):
-    """`plan.json`"""
+    """`plan.json`. `rulings` are by pool; None if the recipe does not say who buys and where."""
 
     placements: list[Placement]
     rejected: list[Rejection]
     estimate: dict[str, Figure]
+    rulings: dict[str, Ruling] | None = None
 
     def pool_of(self, stage: str) -> str:
         """The pool on which a stage runs; raises KeyError for an unknown stage."""

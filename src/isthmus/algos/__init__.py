@@ -1,8 +1,8 @@
 """RL algorithms. One file each, with its own `Config`, `advantages` and `loss`; the file name is the registration.
 
 What a loss may have beside an algorithm's own formula stands in `loss` of the step, is checked here, and is computed
-once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
-check an algorithm's options.
+once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the
+desk can check an algorithm's options.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Options(Section):
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of the step's `loss` that the algorithm cannot honour, and why. Other than at their default they are refused.
-    """
+    """Keys of the step's `loss` that it cannot honour, and why: other values than their defaults are refused."""
 
     def aggregated(self) -> Aggregation:
         """How the losses of tokens become one, those of the shared terms too."""

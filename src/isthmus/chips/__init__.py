@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from isthmus.chips._facts import FIGURES, TEXTS, Capabilities, Chip, Found, Presence, Vendor
 from isthmus.chips._failures import FailureRate, failure_rates
+from isthmus.chips._published import published_rows
 from isthmus.chips._registry import get_chip, load_chips, vendor_of, vendors
 from isthmus.chips._rules import Rule, rules_for
 from isthmus.chips._servers import Reading, read_by, servers
@@ -52,6 +53,7 @@ __all__ = [
     "load_chips",
     "looked_for",
     "present",
+    "published_rows",
     "read_by",
     "rules_for",
     "servers",

@@ -117,6 +117,33 @@ def attention_matrices(architecture: ModelSection) -> int:
     return queries + latents + keys_and_values + heads * a.v_head_dim * a.hidden_size
 
 
+def layer_parameters(architecture: ModelSection, index: int) -> tuple[int, int]:
+    """Parameters of layer `index` outside its routed experts, and of those; the sums over the layers, with embedding,
+    head and last norm, are those of `count_parameters` without multi-token prediction."""
+    a = architecture
+    if isinstance(a, GroupedSection):
+        inputs = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_size
+        biases = inputs * a.input_bias + a.hidden_size * a.output_bias
+        norms = 2 * a.hidden_size + 2 * a.head_size * a.head_norms
+        outside = attention_matrices(a) + biases + norms
+    else:
+        outside = attention_matrices(a) + _layer_norms(_deepseek(a))
+    if not isinstance(a, MixtureSection) or not a.is_sparse(index):
+        return outside + _gated_mlp(a, a.intermediate_size), 0
+    shared = _gated_mlp(a, a.moe_intermediate_size * a.n_shared_experts)
+    return outside + a.n_routed_experts * a.hidden_size + shared, a.n_routed_experts * _gated_mlp(
+        a, a.moe_intermediate_size
+    )
+
+
+def attention_width(architecture: ModelSection) -> int:
+    """Width over which one layer's attention multiplies per token that it sees: heads times query and value."""
+    if isinstance(architecture, GroupedSection):
+        return 2 * architecture.num_attention_heads * architecture.head_size
+    a = _deepseek(architecture)
+    return a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+
+
 def forward_flops(architecture: ModelSection, context: float, *, mtp: bool = False) -> float:
     """Operations of a forward pass per token that attends to `context` tokens, itself included, or to its window.
 
@@ -182,10 +209,7 @@ def _seen(a: ModelSection, index: int, context: float) -> float:
 
 
 def _scores_and_values(architecture: ModelSection, context: float) -> float:
-    if isinstance(architecture, GroupedSection):
-        return 4.0 * context * architecture.num_attention_heads * architecture.head_size
-    a = _deepseek(architecture)
-    return 2.0 * context * a.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    return 2.0 * context * attention_width(architecture)
 
 
 def _combine(a: MixtureSection) -> float:

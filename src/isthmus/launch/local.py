@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 """The signals that the agent takes to itself, and passes on to the ranks."""
 
 
-def run_ranks(stage: str, run: Path, options: dict[str, bool], ranks: int, logs: Path) -> None:
+def run_ranks(stage: str, run: Path, options: Mapping[str, str | bool], ranks: int, logs: Path) -> None:
     """Execute a stage of a run folder in `ranks` processes; the first one speaks on this console.
 
     What else they write is under `logs` while they run, and stays there if one fails. They end when this process ends,

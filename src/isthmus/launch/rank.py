@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def main() -> None:
         raise
 
 
-def _execute(stage: str, run: Path, options: dict[str, bool], rank: int) -> None:
+def _execute(stage: str, run: Path, options: Mapping[str, str | bool], rank: int) -> None:
     module = importlib.import_module(f"isthmus.stages.{stage}")
     module.execute(RunFolder.open(run), Watch(quiet=rank != 0), **options)
 

@@ -1,6 +1,6 @@
 """A rank's part of the soak: real training steps of this run's own model, saves and known answers among them.
 
-What a rank sees is returned to its supervisor, which judges it. Ranks train as in the stage `train`: sharded by FSDP2.
+What a rank sees is returned to its supervisor, which judges it. Ranks train as a step does: sharded by FSDP2.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import json
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from isthmus.recipe.section import Section, Unit
 
 NAME = "NAME"
 """Stands in a path for a name that the user chooses."""
-_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", date: "date"}
 _BOUNDS = {Gt: "> {.gt:g}", Ge: ">= {.ge:g}", Lt: "< {.lt:g}", Le: "<= {.le:g}"}
 
 

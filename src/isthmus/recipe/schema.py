@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -62,7 +63,7 @@ class PlaceSection(Section):
 
 
 class TrainSection(Section):
-    """How the stage `train` computes, whatever it trains on.
+    """How training computes, whatever it trains on.
 
     The pool's chips divide into `replicate` groups that hold the whole model each; within a group the parameters are
     sharded, and the routed experts are spread over `expert` chips that exchange tokens.
@@ -205,6 +206,20 @@ class QualifySection(Section):
     stall_s: Seconds = key(20.0, "time without a sign of life after which a rank hangs", gt=0)
 
 
+class RulesSection(Section):
+    """Who buys the chips and where they stand: `plan` then asks the dated records of `isthmus rules`, as of that day.
+
+    Without this section no rule is looked at, and the plan says so.
+    """
+
+    as_of: date = Field(description="day of the records that count")
+    buyer_parent: str = Field(description="country of the buyer's ultimate parent, two letters such as CN")
+    site: str = Field(description="country in which the pools stand, two letters")
+    sites: dict[str, str] = key({}, "countries of pools that stand elsewhere, by the pool's name")
+    state_funded: bool | None = key(None, "whether the data centre has state money; not known if absent")
+    licences: dict[str, str] = key({}, "licences that the buyer holds, by the pool's name; they are not checked")
+
+
 class Recipe(Section):
     """A whole recipe, resolved: presets merged and defaults filled in."""
 
@@ -227,6 +242,15 @@ class Recipe(Section):
     evaluation: EvaluationSection = key(EvaluationSection(), "what steps are compared by")
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")
+    rules: RulesSection | None = key(None, "who buys and where; no rule is looked at if absent")
+
+    @model_validator(mode="after")
+    def _rules_name_pools(self) -> Self:
+        for where in ("sites", "licences"):
+            for pool in getattr(self.rules, where, {}):
+                if pool not in self.pools:
+                    raise ValueError(f"rules.{where} names the pool {pool!r}; the recipe has {', '.join(self.pools)}")
+        return self
 
     @model_validator(mode="after")
     def _places_name_pools(self) -> Self:

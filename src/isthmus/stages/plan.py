@@ -2,7 +2,8 @@
 
 Training needs a `fit` from a pool that is present: a rehearsal can refuse a pool, never vouch for it. Rollouts and
 serving need `serve-only` or better, because the parity gate stands behind them. A pool that is fit with limits is good
-for a recipe that keeps to them.
+for a recipe that keeps to them. Where the recipe says who buys and where, a pool that a rule forbids is refused, and
+what needs a licence is said.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ from __future__ import annotations
 import time
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.errors import GateRefused
 from isthmus.forecast.duration import estimate, total
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.recipe.schema import PlacedStage, Recipe
-from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection
+from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection, Ruling
+from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
 from isthmus.run import Figure, RunFolder
 from isthmus.verdict import broken_limits, describe_limit
 
 NAME = "plan"
+NO_RULINGS: Mapping[str, Ruling] = MappingProxyType({})
 _NEEDS = {
     "train": "training needs a `fit` from a pool that is present, or a `fit with limits` and a recipe within them",
     "rollout": "rollouts need `serve-only` or better",
@@ -41,7 +46,8 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         pool.name: run.require_record(f"qualify/{pool.name}", QualifyRecord, "qualify")
         for pool in placed_pools(run.recipe)
     }
-    placements, rejected = place(run.recipe, qualified)
+    rulings = rule_pools(run.recipe)
+    placements, rejected = place(run.recipe, qualified, rulings or {})
     pool_of = {placement.stage: placement.pool for placement in placements}
     parts = {
         "qualify": _spent(qualified),
@@ -54,6 +60,7 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         placements=placements,
         rejected=rejected,
         estimate={**parts, "total": total(parts)},
+        rulings=rulings,
     )
     run.write_record(NAME, record)
     run.event(NAME, "end", seconds=round(record.seconds, 3))
@@ -61,17 +68,21 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
     return record
 
 
-def place(recipe: Recipe, qualified: Mapping[str, QualifyRecord]) -> tuple[list[Placement], list[Rejection]]:
+def place(
+    recipe: Recipe, qualified: Mapping[str, QualifyRecord], rulings: Mapping[str, Ruling] = NO_RULINGS
+) -> tuple[list[Placement], list[Rejection]]:
     """The first acceptable pool of each stage's order. Raises GateRefused, with every reason, if a stage has none."""
     placements: list[Placement] = []
     rejected: list[Rejection] = []
     for stage in typing.get_args(PlacedStage):
         order: list[str] = getattr(recipe.place, stage)
-        objections = {name: objection(stage, qualified[name], recipe) for name in order}
+        objections = {name: refusal(rulings.get(name)) or objection(stage, qualified[name], recipe) for name in order}
         chosen = next((name for name in order if objections[name] is None), None)
         if chosen is None:
             raise GateRefused(_nowhere(stage, order, objections, qualified))
-        placements.append(Placement(stage=stage, pool=chosen, reason=_reason(order, chosen, qualified[chosen])))
+        asked = warning(rulings.get(chosen))
+        reason = _reason(order, chosen, qualified[chosen]) + (f"; {asked}" if asked else "")
+        placements.append(Placement(stage=stage, pool=chosen, reason=reason))
         rejected += [_rejection(stage, name, chosen, objections[name]) for name in order if name != chosen]
     return placements, rejected
 
@@ -142,7 +153,19 @@ def render(record: PlanRecord) -> RenderableType:
         placed.add_row(f"[bold]{placement.stage}[/]", f"[green]{escape(placement.pool)}[/]", escape(placement.reason))
     for rejection in record.rejected:
         placed.add_row(rejection.stage, f"[red]not {escape(rejection.pool)}[/]", escape(rejection.reason), style="dim")
-    return Group(placed, _render_estimate(record.estimate))
+    return Group(placed, _render_rulings(record), _render_estimate(record.estimate))
+
+
+def _render_rulings(record: PlanRecord) -> RenderableType:
+    if record.rulings is None:
+        return Text(NOT_LOOKED_AT, style="dim")
+    table = Table(box=box.SIMPLE_HEAD, title="rules", title_justify="left", title_style="bold")
+    for title in ("pool", "chip", "class", "answer"):
+        table.add_column(title, overflow="fold")
+    for pool, ruling in record.rulings.items():
+        held = f" (the buyer names {ruling.licence})" if ruling.licence else ""
+        table.add_row(escape(pool), ruling.chip, ruling.export_class, escape(f"{ruling.answer}{held}"))
+    return Group(table, *(Text(line, style="dim") for line in dict.fromkeys(map(notice, record.rulings.values()))))
 
 
 def _render_estimate(parts: Mapping[str, Figure]) -> Table:

@@ -39,6 +39,7 @@ from isthmus.records import (
 from isthmus.report_page import charts, lineage, numbers, pools, timing
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
+from isthmus.rules import NOT_LOOKED_AT, notice
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
 from isthmus.verdict import describe_limit, without_pairs
 
@@ -204,6 +205,8 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"label": numbers.label, "phrase": numbers.phrase}
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
+    environment.filters |= {"rules_notice": notice}
+    environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
     environment.filters |= {"act": partial(_act, dossier)}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
     environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}

@@ -118,12 +118,11 @@ def open(options: Options) -> ReasoningGym:
         raise IsthmusError(
             f"the task kind reasoning-gym needs {error.name}: pip install 'isthmus[reasoning-gym]'"
         ) from None
-    if options.dataset not in gym.names():
-        raise IsthmusError(
-            f"reasoning-gym has no data set {options.dataset!r}{suggestion(options.dataset, gym.names())}"
-        )
+    name = options.dataset
+    if name not in gym.names():
+        raise IsthmusError(f"reasoning-gym has no data set {name!r}{suggestion(name, gym.names())}")
     try:
-        gym.data_set(options.dataset, options.seed, 1, options.options)
+        gym.data_set(name, options.seed, 1, options.options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise IsthmusError(f"reasoning-gym's {options.dataset} refuses its options: {error}") from None
+        raise IsthmusError(f"reasoning-gym's {name} refuses its options: {error}") from None
     return ReasoningGym(options, gym)

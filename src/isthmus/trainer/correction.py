@@ -18,11 +18,20 @@ from isthmus.recipe.steps import LossSection
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far the trainer is from the engine on the same tokens, in nats per token."""
+    """How far the trainer is from the engine on the same tokens, in nats: summed over `tokens`, and the largest."""
 
-    mean_abs: float
+    tokens: int
+    total_abs: float
     max_abs: float
-    k3: float
+    total_k3: float
+
+    @property
+    def mean_abs(self) -> float:
+        return self.total_abs / self.tokens
+
+    @property
+    def k3(self) -> float:
+        return self.total_k3 / self.tokens
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ def mismatch(trainer: Tensor, engine: Tensor) -> Mismatch:
     """Of log-probabilities [N] of the same tokens."""
     difference = (trainer - engine).double()
     k3 = torch.expm1(difference) - difference
-    return Mismatch(difference.abs().mean().item(), difference.abs().max().item(), k3.mean().item())
+    largest = difference.abs().max().item() if len(difference) else 0.0
+    return Mismatch(len(difference), difference.abs().sum().item(), largest, k3.sum().item())
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def open_ranks(device_type: str, *, grouped: bool) -> Iterator[Ranks]:
         dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(_backend(device), device_id=device if device.type != "cpu" else None)
-    storage = _own_group() if world > 1 else None
+    storage = own_group() if world > 1 else None
     try:
         yield Ranks(dist.get_rank(), world, device, grouped=True, storage=storage)
     except BaseException:
@@ -92,7 +92,8 @@ def open_ranks(device_type: str, *, grouped: bool) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _own_group() -> dist.ProcessGroup:
+def own_group() -> dist.ProcessGroup:
+    """A group of all ranks on the CPU, for what takes as long as PATIENCE. All ranks must call it."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -90,14 +90,19 @@ def accumulate_gradients(
 
 def _microbatches(batch: Batch, rows_at_once: int | None, ranks: Ranks) -> Iterator[Batch]:
     """The rows in parts of one size, as many on each rank; rows without a document fill up."""
-    most = torch.tensor([len(batch.tokens)], device=ranks.device)
+    parts = row_parts(len(batch.tokens), rows_at_once, ranks)
+    filled = batch.with_rows(parts[-1].stop)
+    for part in parts:
+        yield filled.select(part)
+
+
+def row_parts(rows: int, rows_at_once: int | None, ranks: Ranks) -> list[range]:
+    """Ranges of one size that cover this rank's rows, or more than it has: as many as the rank with the most needs."""
+    most = torch.tensor([rows], device=ranks.device)
     if ranks.world > 1:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    rows = int(most)
-    size = min(rows_at_once or rows, rows)
-    filled = batch.with_rows(-(-rows // size) * size)
-    for start in range(0, len(filled.tokens), size):
-        yield filled.select(range(start, start + size))
+    size = min(rows_at_once or int(most), int(most))
+    return [range(start, start + size) for start in range(0, int(most), size)]
 
 
 def microbatch_losses(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines.local import LocalEngine, report_kernels
+from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.pools import Pool
 from isthmus.recipe.schema import EngineOptions
@@ -24,7 +25,7 @@ def open_engine(
     tokenizer: Tokenizer,
     pool: Pool,
     threads: int,
-    options: EngineOptions | None = None,
+    options: EngineOptions = DEFAULT_OPTIONS,
 ) -> Iterator[LocalEngine]:
     """An engine that has these weights in a format, under the rules of the pool's chip if that is rehearsed."""
     bundle = work.folder / "rollout-bundle"

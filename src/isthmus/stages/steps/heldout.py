@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,6 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.model.model import Model
 from isthmus.parity.paired import wilson_interval
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
@@ -130,7 +129,8 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
         recipe.seed,
     )
     watch.say(f"  {len(asking.problems)} held-out problems after {step.name}")
-    tokenizer, weights = tokenizer_of(step), _weights(step)
+    tokenizer, left = tokenizer_of(step), Start.left_by(step.run, step.name)
+    weights = left.weights(step.architecture, recipe.seed, step.event)
     with open_engine(step, weights, section.format, tokenizer, pool, pool.threads) as engine:
         found = answer(engine, tokenizer, asking)
     record = _record(step, pool, asking, found, started)
@@ -139,12 +139,6 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
     step.event("evaluate", which="end", accuracy=round(found.accuracy, 5), problems=len(found.correct), seconds=seconds)
     watch.say(f"  held-out accuracy {record.accuracy}, greedy {record.greedy_accuracy}")
     return record
-
-
-def _weights(step: StepRun[Any]) -> Mapping[str, Any]:
-    model = Model(step.architecture)
-    Start.left_by(step.run, step.name).fill(model, step.recipe.seed, None, step.event)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, started: float) -> EvaluationRecord:
@@ -182,5 +176,5 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         pass_at={k: percent(found.pass_at(k)) for k in range(2, asking.samples + 1)},
         by_task=by_task,
         language=percent(share_with_interval(spoken)),
-        tokens=Figure.measured(found.mean_tokens, "tokens/completion", source, rehearsed=pool.rehearsed),
+        tokens=Figure.measured(found.mean_tokens, "tokens", source, rehearsed=pool.rehearsed),
     )

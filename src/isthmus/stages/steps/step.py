@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from isthmus.model.model import Model
@@ -103,3 +104,9 @@ class Start:
         else:
             for left_out in load_published(model, model.architecture.from_):
                 tell("fallback", what=left_out, why="the recipe's model does without it")
+
+    def weights(self, architecture: ModelSection, seed: int, tell: Callable[..., None]) -> dict[str, Tensor]:
+        """All of them on the host, under published names; arguments and errors are those of `fill`."""
+        model = Model(architecture)
+        self.fill(model, seed, None, tell)
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}

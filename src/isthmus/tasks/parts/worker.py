@@ -22,10 +22,16 @@ from typing import Any
 START_S = 120.0
 """For a process that starts, and imports what the function needs, on a busy machine."""
 MEMORY_MIB = 4096
+SAID = 1000
+"""Characters of an exception that are passed on."""
 
 
 class WorkerFailed(Exception):
-    """A call that came to nothing; the reason is a few words."""
+    """A call that came to nothing: why in a few words, and what the function said, if it said something."""
+
+    def __init__(self, reason: str, said: str = ""):
+        super().__init__(reason)
+        self.said = said or reason
 
 
 class Worker:
@@ -50,7 +56,7 @@ class Worker:
                 raise WorkerFailed("its process ended") from None
             said = self._read(self.deadline_s)
         if "error" in said:
-            raise WorkerFailed(said["error"])
+            raise WorkerFailed(said["error"], said["said"])
         return said["value"]
 
     def close(self) -> None:
@@ -68,7 +74,7 @@ class Worker:
         said = self._read(START_S)
         if "error" in said:
             self._stop()
-            raise WorkerFailed(said["error"])
+            raise WorkerFailed(said["error"], said["said"])
         return process
 
     def _read(self, seconds: float) -> dict[str, Any]:
@@ -124,13 +130,14 @@ def serve(function: str, memory_mib: int) -> None:
     with ThreadPoolExecutor(max_workers=1) as pool:
         loaded = pool.submit(importlib.import_module, module)
         if error := loaded.exception():
-            say(error=f"{type(error).__name__}: {error}")
+            say(error=type(error).__name__, said=str(error)[:SAID])
             return
         say(value=None)
         for line in sys.stdin:
             called = pool.submit(getattr(loaded.result(), name), *json.loads(line))
             error = called.exception()
-            say(error=type(error).__name__) if error else say(value=called.result())
+            said = {"error": type(error).__name__, "said": str(error)[:SAID]} if error else {"value": called.result()}
+            say(**said)
 
 
 if __name__ == "__main__":

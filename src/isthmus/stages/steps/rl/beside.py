@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from isthmus.model.model import Model
-from isthmus.stages.steps.rl.state import State
+from isthmus.stages.steps.rl.state import State, empty_model
 
 
 def reference_model(state: State) -> Model | None:
@@ -11,6 +11,7 @@ def reference_model(state: State) -> Model | None:
     work = state.work
     if not work.section.loss.kl_weight:
         return None
-    model = Model(work.architecture).to(state.device)
-    work.start.fill(model, work.recipe.seed, None, work.event)
+    ranks = state.crew.ranks
+    model = empty_model(work, ranks)
+    work.start.fill(model, work.recipe.seed, ranks.storage, state.tell)
     return model.requires_grad_(False)

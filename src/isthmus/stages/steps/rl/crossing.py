@@ -94,7 +94,7 @@ class Crossing:
         return spot_check(
             build,
             self.arithmetic,
-            self.state.model,
+            self.state.whole_model(),
             said,
             work.recipe.handoff.max_chip_kl,
             seed=self.state.step,

@@ -11,7 +11,7 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure
 from isthmus.stages.steps import heldout
 from isthmus.stages.steps.heldout import Evaluation
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.checkpoint import SavedCheckpoint
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,15 +13,29 @@ from isthmus.algos import Scores, Totals, algorithm_config, get_algorithm
 from isthmus.algos.parts.policy import aggregate, reference_kl
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
+from isthmus.rewards import Scores as Earned
 from isthmus.slopes import least_squares_slope
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.samples import Samples
 from isthmus.stages.steps.rl.state import State
+from isthmus.trainer.batch import ROW_LENGTH
 from isthmus.trainer.correction import importance_weights, mismatch, off_policy_samples
-from isthmus.trainer.step import target_logprobs
+from isthmus.trainer.parallel import reduce_gradients
+from isthmus.trainer.step import row_parts, target_logprobs
 
 SUMMED = ("loss", "clipped", "entropy", "mismatch_abs", "mismatch_k3", "importance_mean", "importance_clipped")
 """Measures of an update that are sums over its tokens; all but the loss are shown per token."""
+
+
+NO_SCORES = Earned({}, [])
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of a part of an update: `sums` over its tokens, and the `largest` mismatch."""
+
+    sums: Tensor
+    largest: Tensor
 
 
 class Learner:
@@ -48,17 +66,47 @@ class Learner:
             why = "every group has equal rewards" if rolled else "no sample has a reward"
             self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
             return {}
-        updates = self.section.updates_per_rollout
-        chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
-        totals = [self._totals(rollout, *numbers) for numbers in chosen]
-        parts = [Samples.of(rollout, numbers, advantages).to(self.state.device) for numbers, _ in chosen]
-        parts = [self._with_known(part, needs_old=updates > 1) for part in parts]
-        pairs = enumerate(zip(parts, totals, strict=True))
-        measures = [self._one_update(part, total, index / updates) for index, (part, total) in pairs]
+        step, bare = self.state.step, replace(rollout, problems=[], scores=NO_SCORES)
+        self.state.crew.order("update", step, bare, advantages, kept, rolled)
+        measures = self._updates(step, rollout, advantages, kept, rolled)
         self.state.mismatches.append(measures[0]["mismatch_abs"])
         averaged = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
         slope = least_squares_slope(self.state.mismatches)
         return averaged | {"mismatch_slope": None if slope is None else round(slope, 7)}
+
+    def orders(self) -> dict[str, Callable[..., Any]]:
+        """What other ranks than the first are told to do."""
+        return {"update": self._updates}
+
+    def _updates(
+        self, step: int, rollout: Rollout, advantages: Tensor, kept: list[int], rolled: list[int]
+    ) -> list[dict[str, float]]:
+        """The optimiser steps of a rollout, which all ranks make together; the measures of each.
+
+        `kept` are the numbers of the samples that are learnt from, `rolled` of all that were not left out.
+        """
+        updates = self.section.updates_per_rollout
+        chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
+        totals = [self._totals(rollout, *numbers) for numbers in chosen]
+        parts = [self._own(rollout, numbers, advantages) for numbers, _ in chosen]
+        parts = [self._with_known(part, needs_old=updates > 1) for part in parts]
+        pairs = enumerate(zip(parts, totals, strict=True))
+        return [self._one_update(part, total, step + index / updates) for index, (part, total) in pairs]
+
+    def _own(self, rollout: Rollout, numbers: list[int], advantages: Tensor) -> Samples:
+        """This rank's rows of some samples, and as many empty ones as make whole microbatches."""
+        ranks = self.state.crew.ranks
+        row_length = ROW_LENGTH if self._rows_at_once else None
+        whole = Samples.of(rollout, numbers, advantages, row_length, ranks.world)
+        own = whole.select(range(ranks.rank, len(whole.engine), ranks.world))
+        return own.with_rows(self._parts(own)[-1].stop).to(ranks.device)
+
+    def _parts(self, samples: Samples) -> list[range]:
+        return row_parts(len(samples.engine), self._rows_at_once, self.state.crew.ranks)
+
+    @property
+    def _rows_at_once(self) -> int | None:
+        return self.state.work.recipe.train.rows_per_microbatch
 
     @property
     def _teaches_all(self) -> bool:
@@ -74,11 +122,15 @@ class Learner:
         """With what the trainer thinks before the update, where there are several, and what other models think."""
         for name, model in (("old", self.state.model if needs_old else None), ("reference", self.reference)):
             if model is not None:
-                logprobs, _ = self._logprobs(model, part)
-                grid = torch.zeros_like(part.engine)
-                grid[part.batch.target_mask] = logprobs
-                part = part.with_known(name, grid)
+                rows = [model.compute(self._grid, part.select(rows)) for rows in self._parts(part)]
+                part = part.with_known(name, torch.cat(rows))
         return part
+
+    def _grid(self, model: Model, part: Samples) -> Tensor:
+        """[B, T] of log-probabilities, 0 where no target is."""
+        grid = torch.zeros_like(part.engine)
+        grid[part.batch.target_mask] = self._logprobs(model, part)[0]
+        return grid
 
     def _logprobs(self, model: Model, part: Samples) -> tuple[Tensor, Tensor]:
         """(log-probability, entropy) of each target. The model that learns routes as the engine did, where the recipe
@@ -89,38 +141,58 @@ class Learner:
             routes = routes.long().unflatten(-1, (-1, model.architecture.num_experts_per_tok))
         return target_logprobs(model, part.batch, self.section.temperature, routes)
 
-    def _one_update(self, part: Samples, totals: Totals, progress: float) -> dict[str, float]:
-        optimizer = self.state.optimizer
+    def _one_update(self, samples: Samples, totals: Totals, progress: float) -> dict[str, float]:
+        """`progress` counts finished steps, with a fraction for an update within one."""
+        model, optimizer, ranks = self.state.model, self.state.optimizer, self.state.crew.ranks
         optimizer.zero_grad()
-        value, found, largest = self._loss(part, totals)
-        value.backward()
-        norm = optimizer.step(self.state.step + progress)
-        shown = {key: found[key] / (1 if key == "loss" else totals.tokens) for key in found}
-        return shown | {"grad_norm": norm, "mismatch_max": largest, "trained_tokens": float(totals.tokens)}
+        parts, found = self._parts(samples), list[Measures]()
+        for index, rows in enumerate(parts):
+            reduce_gradients(model, now=index == len(parts) - 1)
+            value, measures = model.compute(self._loss, samples.select(rows) if len(parts) > 1 else samples, totals)
+            value.backward()
+            found.append(measures)
+        sums = ranks.total(torch.stack([one.sums for one in found]).sum(0).to(ranks.device)).tolist()
+        largest = torch.stack([one.largest for one in found]).max().to(ranks.device)
+        if ranks.world > 1:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        norm = optimizer.step(progress)
+        names = [*SUMMED, *(name for name, is_there in self._optional.items() if is_there)]
+        shown = {
+            name: value / (1 if name == "loss" else totals.tokens) for name, value in zip(names, sums, strict=True)
+        }
+        return shown | {
+            "grad_norm": norm,
+            "mismatch_max": largest.item(),
+            "trained_tokens": float(totals.tokens),
+        }
 
-    def _loss(self, part: Samples, totals: Totals) -> tuple[Tensor, dict[str, float], float]:
-        """(what is differentiated, its measures summed over the tokens of the part, the largest mismatch)."""
+    @property
+    def _optional(self) -> dict[str, bool]:
         section = self.section.loss
-        logprobs, entropy = self._logprobs(self.state.model, part)
+        return {"off_policy_masked": section.off_policy_mask is not None, "reference_kl": bool(section.kl_weight)}
+
+    def _loss(self, model: Model, part: Samples, totals: Totals) -> tuple[Tensor, Measures]:
+        """(what is differentiated of a part, its measures)."""
+        section = self.section.loss
+        logprobs, entropy = self._logprobs(model, part)
         engine = part.at_targets(part.engine)
         before = part.at_targets(part.known["old"]) if "old" in part.known else logprobs.detach()
         correction = importance_weights(before, engine, section)
         tokens = part.tokens(logprobs, correction.weights, totals)
-        extra = dict[str, float]()
+        extra = list[float]()
         if section.off_policy_mask is not None:
             masked = off_policy_samples(
                 logprobs.detach(), engine, tokens.advantages, tokens.sample, section.off_policy_mask
             )
             tokens.weights.masked_fill_(masked, 0.0)
-            extra["off_policy_masked"] = masked.sum().item()
+            extra.append(masked.sum().item())
         loss = self.algorithm.loss(tokens, self.options)
         value = loss.value
         if section.kl_weight:
             kl = reference_kl(tokens, section.kl_times_ratio)
             value = value + section.kl_weight * aggregate(kl, tokens, self.options.aggregated())
-            extra["reference_kl"] = kl.detach().sum().item()
+            extra.append(kl.detach().sum().item())
         gap = mismatch(before, engine)
-        count = len(logprobs)
-        sums = (value.item(), loss.clipped, entropy.sum().item(), gap.mean_abs * count, gap.k3 * count)
-        sums += (correction.total, correction.clipped)
-        return value, dict(zip(SUMMED, sums, strict=True)) | extra, gap.max_abs
+        sums = [value.item(), loss.clipped, entropy.sum().item(), gap.total_abs, gap.total_k3]
+        sums += [correction.total, correction.clipped, *extra]
+        return value, Measures(torch.tensor(sums, dtype=torch.float64), torch.tensor(gap.max_abs, dtype=torch.float64))

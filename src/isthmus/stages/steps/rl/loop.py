@@ -1,8 +1,10 @@
 """Reinforcement learning with verifiable rewards across two pools: one generates, the other learns.
 
 At every step the trainer's weights cross to the rollout engine in its format, with a version and a hash. With
-`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's: both pools work
-at once, and samples are one version old. Truncated importance sampling corrects for that and for the engine's numerics.
+`staleness = k` the engine generates the samples of the next k steps while the trainer learns from this one's: both
+pools work at once, and samples are up to k versions old. With `update_while_writing` new weights reach samples that are
+being written, and each token has a version of its own. Importance weights correct for all of that, and for the engine's
+numerics, because the engine tells the probability with which it drew each token.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import device_of
-from isthmus.pools import get_pool
+from isthmus.launch.local import run_ranks
+from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.schema import EngineOptions
 from isthmus.recipe.steps import RlSection
@@ -28,23 +31,64 @@ from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
 from isthmus.stages.steps.generate import open_engine
 from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import tasks_of
+from isthmus.trainer.mesh import check_layout, launched_world, open_ranks
 
 PARTS = ("train_s", "wait_s", "sync_s")
 """Seconds of a step, in the order in which it spends them, after those of its rollout."""
 
 
 def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
-    """Train from the last checkpoint of the step, or from the weights that it starts from, to its number of updates."""
+    """Train from the last checkpoint of the step, or from the weights that it starts from, to its number of updates.
+
+    A pool with several ranks learns on all of them, started here or by torchrun; the first one has the engine.
+    """
+    home = get_pool(work.recipe, work.plan.pool_of("train"))
+    check_layout(work.architecture, work.recipe.train, launched_world() or home.ranks)
+    if home.ranks > 1 and launched_world() is None:
+        run_ranks("steps", work.run.path, {"name": work.name}, home.ranks, work.folder / "ranks")
+    else:
+        torch.set_num_threads(threads_of(work, home))
+        with open_ranks(device_of(home), grouped=False) as ranks:
+            crew = Crew(ranks)
+            if ranks.is_first:
+                _lead(work, crew, watch)
+            else:
+                follow(work, crew)
+            ranks.wait()
+    return work.run.require_record(f"steps/{work.name}/record", RlRecord, "run")
+
+
+def threads_of(work: StepRun[RlSection], home: Pool) -> int:
+    """Of one rank, on the host."""
+    threads = home.shared_threads if work.section.staleness else home.threads
+    return max(1, threads // (launched_world() or 1))
+
+
+def follow(work: StepRun[RlSection], crew: Crew) -> None:
+    """What other ranks than the first do: their part of each update, and of what is written."""
+    state = State.open(work, crew, lambda _: None)
+    learner = Learner(state, reference_model(state))
+    crew.follow(state.orders() | learner.orders())
+
+
+def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
     started, plan, start = time.time(), work.plan, work.start
-    work.event("start", pool=plan.pool_of("train"), rollout_pool=plan.pool_of("rollout"), start=start.name)
-    with open_shores(work, plan, watch) as shores:
+    work.event(
+        "start",
+        pool=plan.pool_of("train"),
+        rollout_pool=plan.pool_of("rollout"),
+        start=start.name,
+        ranks=crew.ranks.world,
+    )
+    with crew.leading(), open_shores(work, plan, crew, watch) as shores:
         before = evaluate(work, shores.rollouts, "before", watch.say)
         learn(shores, watch)
         saved = shores.state.save_last()
@@ -53,7 +97,6 @@ def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
     work.run.write_record(f"steps/{work.name}/record", record)
     work.event("end", seconds=round(record.seconds, 3))
     watch.say(f"  held-out accuracy {record.accuracy_before} -> {record.accuracy_after}, gain {record.accuracy_gain}")
-    return record
 
 
 @dataclass(frozen=True)
@@ -91,7 +134,10 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": _mean(rewards), "staleness": state.step - 1 - rollout.version}
+            seen |= {
+                "reward": _mean(rewards),
+            }
+            seen |= rollout.lags(state.step - 1)
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
@@ -115,17 +161,15 @@ def _status(seen: dict[str, Any]) -> str:
 
 
 @contextmanager
-def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Iterator[Shores]:
+def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: Watch) -> Iterator[Shores]:
     """Both pools at work: the learner where it stopped, and an engine that has its weights."""
     recipe, section = work.recipe, work.section
-    home, away = (get_pool(recipe, plan.pool_of(stage)) for stage in ("train", "rollout"))
-    if home.ranks > 1:
-        work.event("fallback", what=f"one of {home.ranks} ranks learns", why="RL does not spread over ranks")
-    torch.set_num_threads(home.shared_threads if section.staleness else home.threads)
+    away = get_pool(recipe, plan.pool_of("rollout"))
     tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
     threads = away.shared_threads if section.staleness else away.threads
     options = EngineOptions(record_routes=section.loss.router_replay)
-    state = State.open(work, torch.device(device_of(home)), watch.say)
+    state = State.open(work, crew, watch.say)
+    learner = Learner(state, reference_model(state))
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
         open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,
@@ -134,4 +178,4 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, watch: Watch) -> Ite
         rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
         crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())
-        yield Shores(state, rollouts, Learner(state, reference_model(state)), crossing)
+        yield Shores(state, rollouts, learner, crossing)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
 from isthmus.recipe.steps import RlSection
+from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
@@ -18,7 +23,10 @@ from isthmus.trainer.checkpoint import (
     resume,
     rng_state,
 )
+from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.optimizer import Optimizer
+from isthmus.trainer.parallel import distribute, materialise
+from isthmus.trainer.parts import model_state
 
 
 @dataclass
@@ -29,43 +37,69 @@ class State:
     model: Model
     optimizer: Optimizer
     checkpoints: CheckpointWriter
+    crew: Crew
     step: int = 0
     mismatches: list[float] = field(default_factory=list)
 
     @classmethod
-    def open(cls, work: StepRun[RlSection], device: torch.device, say: Callable[[str], None]) -> State:
+    def open(cls, work: StepRun[RlSection], crew: Crew, say: Callable[[str], None]) -> State:
         """From the last whole checkpoint of the step, or from the weights that it starts from if there is none."""
-        section = work.section
-        model = Model(work.architecture).to(device)
-        optimizer = Optimizer(model, section.optimizer, section.steps)
-        checkpoints = CheckpointWriter(work.folder / "checkpoints", section.keep_checkpoints, None)
-        state = cls(work, model, optimizer, checkpoints)
+        section, ranks = work.section, crew.ranks
+        model = empty_model(work, ranks)
+        optimizer = Optimizer(model, section.optimizer, section.steps, ranks, work.recipe.train.replicate)
+        checkpoints = CheckpointWriter(work.folder / "checkpoints", section.keep_checkpoints, ranks.storage)
+        state = cls(work, model, optimizer, checkpoints, crew)
         if not state._resume(say):
-            work.start.fill(model, work.recipe.seed, None, work.event)
+            work.start.fill(model, work.recipe.seed, ranks.storage, state.tell)
         return state
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """An event of the step, which the first rank writes."""
+        if self.crew.ranks.is_first:
+            self.work.event(event, **fields)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors on the host, under published names."""
-        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        """The whole model's tensors on the host, under published names; of several ranks the first one has them all."""
+        self.crew.order("weights")
+        if self.crew.ranks.world == 1:
+            return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        return gathered_weights(self.model, self.crew.ranks)
+
+    def whole_model(self) -> Model:
+        """The model that learns, or a copy on the host of one that is spread over ranks."""
+        if self.crew.ranks.world == 1:
+            return self.model
+        model = Model(self.work.architecture)
+        model.load_state_dict(self.weights())
+        return model.requires_grad_(False)
+
+    def orders(self) -> dict[str, Callable[..., Any]]:
+        """What other ranks than the first are told to do."""
+        return {"weights": self.weights, "save": self._save, "finish": self.checkpoints.finish}
 
     def save(self) -> None:
         """Start to write a checkpoint; the state is copied before this returns."""
-        self.checkpoints.save(self.step, self._stored({"rng": rng_state(self.device)}))
+        self.crew.order("save", self.step)
+        self._save(self.step)
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(step, self._stored({"rng": rng_state(self.device)}))
 
     def save_last(self) -> SavedCheckpoint:
         """Write a checkpoint and wait until it is on the disk."""
         self.save()
+        self.crew.order("finish")
         saved = self.checkpoints.finish()
         assert saved is not None
         return saved
 
     def _resume(self, say: Callable[[str], None]) -> bool:
-        tell = self.work.event
-        loaded = resume(self.checkpoints.root, self._stored({}), None, self.device, tell, say)
+        tell, group = self.tell, self.crew.ranks.storage
+        loaded = resume(self.checkpoints.root, self._stored({}), group, self.device, tell, say)
         if loaded is None:
             return False
         self.step = loaded.step
@@ -76,4 +110,34 @@ class State:
         return True
 
     def _stored(self, extra: dict[str, dict[str, str]]) -> TrainingState:
-        return TrainingState(self.model.state_dict(), self.optimizer.state(), extra)
+        return TrainingState(model_state(self.model), self.optimizer.state(), extra)
+
+
+def empty_model(work: StepRun[RlSection], ranks: Ranks) -> Model:
+    """A model of the step with room for its weights; spread over ranks as [train] says, if there are several."""
+    if not ranks.grouped:
+        return Model(work.architecture).to(ranks.device)
+    model = unfilled(work.architecture)
+    if work.recipe.train.activation_checkpointing:
+        model.recompute_activations()
+    distribute(model, ranks, work.recipe.train, torch.float32)
+    materialise(model, ranks.device)
+    return model
+
+
+def gathered_weights(model: Model, ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors of a model that is spread over ranks, on the host of the first; what others return is not all."""
+    stored = model_state(model)
+    experts = {name: tensor.cpu() for name, tensor in stored.items() if not isinstance(tensor, DTensor)}
+    shared = {name: tensor for name, tensor in stored.items() if isinstance(tensor, DTensor)}
+    whole = {name: tensor.full_tensor().cpu() for name, tensor in shared.items()}
+    parts: list[Any] | None = [None] * ranks.world if ranks.is_first else None
+    dist.gather_object(experts, parts, dst=0, group=ranks.storage)
+    found = whole | {name: tensor for part in parts or [] for name, tensor in part.items()}
+    return {name: found[name] for name in _published_order(model, found)}
+
+
+def _published_order(model: Model, found: dict[str, Tensor]) -> list[str]:
+    """Names as the state dict of a whole model has them."""
+    names = unfilled(model.architecture).state_dict()
+    return [name for name in names if name in found]

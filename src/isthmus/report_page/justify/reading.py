@@ -1,0 +1,137 @@
+"""What a run did or will do, act by act: the one place that knows how a recipe's steps and their records look.
+
+An act holds a pool for as long as it runs; reinforcement learning holds two. What is done has the seconds that it took,
+what is not has the plan's estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from isthmus.errors import DamagedFile
+from isthmus.recipe.schema import PlacedStage
+from isthmus.recipe.steps import RlSection, SampleSection
+from isthmus.records import Part, PlanRecord
+from isthmus.report_page import timing
+from isthmus.run import Figure, RunFolder
+
+FORECAST = "forecast.json"
+ActKind = Literal["pretrain", "sft", "learn", "rollout", "sample", "handoff", "serve"]
+TRAINING: tuple[ActKind, ...] = ("pretrain", "sft", "learn")
+
+
+class Act(Part):
+    """One thing that a pool is wanted for. `placed` is the place of the recipe that decides where.
+
+    `seconds` are those that it held its pool for, or the plan's estimate; None where neither is known. `tokens` are
+    learnt by training and sampled by rollouts; None where nothing was counted.
+    """
+
+    name: str
+    kind: ActKind
+    placed: PlacedStage
+    pool: str
+    seconds: Figure | None
+    tokens: Figure | None
+
+
+class Flip(Part):
+    """A value at which another pool would be chosen, such as a price or a failure rate."""
+
+    what: str
+    at: Figure
+
+
+class Alternative(Part):
+    """What an act would take on a pool, by a forecast."""
+
+    seconds: Figure | None = None
+    money: Figure | None = None
+    flips: list[Flip] = []
+
+
+def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
+    """The acts of a run in its order, on the pools that the plan chose."""
+    events, recipe = run.events(), run.recipe
+    done, spent = timing.finished_stages(events), timing.spent(events)
+
+    def act(name: str, kind: ActKind, placed: PlacedStage, stage: str, tokens: Figure | None) -> Act:
+        pool = plan.pool_of(placed)
+        rehearsed = recipe.pools[pool].rehearsed
+        seconds = (
+            Figure.measured(spent[stage], "s", f"events.jsonl: {stage}", rehearsed=rehearsed)
+            if stage in done
+            else plan.estimate.get(stage)
+        )
+        return Act(name=name, kind=kind, placed=placed, pool=pool, seconds=seconds, tokens=tokens)
+
+    def counted(stage: str, event: str, key: str, placed: PlacedStage) -> Figure | None:
+        rehearsed = recipe.pools[plan.pool_of(placed)].rehearsed
+        return _sum_of([e for e in events if e["stage"] == stage and e["event"] == event], key, rehearsed)
+
+    found = []
+    for step in recipe.step:
+        if isinstance(step, RlSection):
+            learnt = counted(step.name, "step", "trained_tokens", "train")
+            found.append(act(step.name, "learn", "train", step.name, learnt))
+            sampled = counted(step.name, "step", "tokens", "rollout")
+            found.append(act(f"{step.name}-rollouts", "rollout", "rollout", step.name, sampled))
+        elif isinstance(step, SampleSection):
+            sampled = counted(step.name, "step", "tokens", "rollout")
+            found.append(act(step.name, "sample", "rollout", step.name, sampled))
+        else:
+            found.append(act(step.name, step.kind, "train", step.name, counted(step.name, "step", "tokens", "train")))
+    found.append(act("handoff", "handoff", "serve", "handoff", None))
+    pool = plan.pool_of("serve")
+    return [*found, Act(name="serve", kind="serve", placed="serve", pool=pool, seconds=None, tokens=None)]
+
+
+def _sum_of(events: Sequence[dict[str, Any]], key: str, rehearsed: bool) -> Figure | None:
+    values = [event[key] for event in events if isinstance(event.get(key), int | float)]
+    if not values:
+        return None
+    source = f"events.jsonl: sum of {key} over {len(values)} steps"
+    return Figure.measured(math.fsum(values), "tokens", source, rehearsed=rehearsed)
+
+
+class _Pool(Alternative):
+    pool: str
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    pools: list[_Pool] = []
+
+
+class _Forecast(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    steps: list[_Step]
+
+
+def alternatives(run: RunFolder) -> dict[tuple[str, str], Alternative]:
+    """What each act would take on each pool by `forecast.json`, by the names of both; nothing if there is none.
+
+    The file has `steps`, each with its `name` and `pools`; each of those has `pool`, and `seconds`, `money` (figures)
+    and `flips` where they are known. Raises DamagedFile for a file of another form.
+    """
+    path = run.path / FORECAST
+    if not path.exists():
+        return {}
+    try:
+        content = _Forecast.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DamagedFile(
+            f"{path} is no forecast that can be read: {error}. It needs `steps`, each with `name` and `pools`."
+        ) from None
+    return {
+        (step.name, one.pool): Alternative(seconds=one.seconds, money=one.money, flips=one.flips)
+        for step in content.steps
+        for one in step.pools
+    }
