@@ -99,7 +99,7 @@ def test_a_killed_pretraining_ends_in_the_same_bytes(uninterrupted, killed, tmp_
     shutil.copytree(killed, folder)
     result = isthmus("run", folder, "--until", TAUGHT)
     assert result.returncode == 0, result.stderr
-    assert "continuing pretraining from the checkpoint at step 12" in result.stdout
+    assert "continuing base from the checkpoint at step 12" in result.stdout
     assert record_of(folder, "base").resumed_from == [12] and record_of(folder).resumed_from == []
     for name in ("base", TAUGHT):
         assert record_of(folder, name).checkpoint_sha256 == record_of(uninterrupted, name).checkpoint_sha256
@@ -146,7 +146,7 @@ def test_one_rank_runs_all_stages_and_shows_its_curves(base, uninterrupted, tmp_
     assert result.returncode == 0, result.stderr
     assert_close(steps_of(folder), steps_of(uninterrupted), range(1, 11), 1e-5)
 
-    trace = folder / "steps" / "base" / "profile.json"
+    trace = folder / "profile" / "base.json"
     assert f"trace: {trace}" in result.stdout
     names = {event.get("name") for event in json.loads(trace.read_bytes())["traceEvents"]}
     assert {"aten::mm", "ProfilerStep#3"} <= names
