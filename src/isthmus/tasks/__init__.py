@@ -52,8 +52,9 @@ def load_task(recipe: Recipe) -> Task:
 
 def load_section(section: DataSection) -> Task:
     """The task that [data] describes; keys of other kinds are left alone."""
-    known = task_options_class(section.task).model_fields
-    given = {name: value for name, value in section.model_dump().items() if name in known}
+    files = {"train_file", "heldout_file"}
+    own = files if section.task == "jsonl" else set(DataSection.model_fields) - files - {"task"}
+    given = section.model_dump(include=own)
     return open_task(section.task, task_options(section.task, given), section.task)
 
 
