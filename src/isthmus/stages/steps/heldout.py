@@ -21,7 +21,7 @@ from isthmus.records import EvaluationRecord
 from isthmus.run import Figure, write_atomic
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
-from isthmus.stages.steps.step import Start, StepRun
+from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import Mixture, Problem, interleaved, load_tasks, seeded, split_completion
 from isthmus.tasks.parts.languages import language_of, share_in
 
@@ -129,7 +129,7 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
         recipe.seed,
     )
     watch.say(f"  {len(asking.problems)} held-out problems after {step.name}")
-    tokenizer, left = tokenizer_of(step), Start.left_by(step.run, step.name)
+    tokenizer, left = tokenizer_of(step), step.left
     weights = left.weights(step.architecture, recipe.seed, step.event)
     with open_engine(step, weights, section.format, tokenizer, pool, pool.threads) as engine:
         found = answer(engine, tokenizer, asking)
