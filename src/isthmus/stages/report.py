@@ -23,6 +23,7 @@ from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord, costliest
 from isthmus.report_page import charts, numbers, pools, timing
+from isthmus.report_page import summary as first_screen
 from isthmus.report_page.charts import Mark, Series
 from isthmus.rules import NOT_LOOKED_AT, notice
 from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
@@ -182,6 +183,7 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
     environment.filters |= {"rules_notice": notice}
+    environment.globals |= {"gate_in_words": first_screen.gate_in_words, "lost": first_screen.lost}
     environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
     environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}
@@ -198,6 +200,9 @@ def compose(dossier: Dossier) -> str:
         state_of=state_of(dossier),
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
+        told=first_screen.summary(
+            dossier.run, dossier.qualify, dossier.plan, dossier.handoff, timing.attempts(dossier.events)
+        ),
         estimates=estimate_rows(dossier),
         training={phase: training_figures(dossier, phase) for phase in TRAINING_PHASES},
         parts=time_parts(dossier),
