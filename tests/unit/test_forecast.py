@@ -42,7 +42,9 @@ from isthmus.forecast.validate import TESTS, predictions, rl_predictions, summar
 from isthmus.forecast.work import PoolWork, StepWork, Work
 from isthmus.probes.judge import failure_rate
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection, Qwen3MoeSection
-from isthmus.run import Figure
+from isthmus.recipe.read import load_recipe
+from isthmus.records import PlanRecord, QualifyRecord
+from isthmus.run import Figure, RunFolder
 from tests.support.flow_recipe import RECIPE
 
 V3 = DeepseekSection(
@@ -485,3 +487,34 @@ def test_a_choice_by_time_or_cost_names_what_lost_with_its_numbers():
     assert vetoed.option is not None and vetoed.option.pool == "home" and "away: vetoed" in vetoed.lost
     with pytest.raises(IsthmusError, match="price"):
         choose(Outlooks(work(), {}).outlook(), "cost")
+
+
+def test_a_run_folder_is_forecast_by_its_pilots_and_then_checked(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE))
+    pilots = {
+        "sft_step_s": 0.1, "learn_token_s": 1e-5, "prompt_tokens": 30.0, "completion_tokens": 60.0,
+        "longest_completion_tokens": 100.0, "engine_start_s": 3.0, "crossing_s": 0.1, "decode_step_s": 2e-3,
+        "decode_token_s": 1e-5, "soaked_chip_hours": 50.0, "failure_rate_per_chip_hour": 1e-5,
+    }  # fmt: skip
+    figures = {name: Figure(value=value, unit="s", kind="measured", source="pilot") for name, value in pilots.items()}
+    common = {"recipe_sha256": folder.recipe.digest(), "started": 0.0, "ended": 1.0}
+    for name, chip, rehearsed in (("home", "cpu", False), ("away", "ascend-910b-313t", True)):
+        verdict = "fit" if not rehearsed else "serve-only"
+        record = QualifyRecord(
+            **common, pool=name, chip=chip, present=not rehearsed, rehearsed=rehearsed, verdict=verdict, title="",
+            reasons=[], evidence=[], figures=figures,
+        )  # fmt: skip
+        folder.write_record(f"qualify/{name}", record)
+    found = json.loads(run(folder.path, "--json").stdout)
+    chosen = [option for option in found["options"] if option["chosen"]]
+    assert {option["pool"] for option in chosen} == {"home"}, "a rehearsed pool never trains"
+    assert chosen[0]["update_s"] == pytest.approx(0.1)
+    assert found["total_h"]["low"] < found["total_h"]["middle"] < found["total_h"]["high"]
+    assert "run folder keeps" in str(run(folder.path, "--set", "seed=1").exception)
+
+    estimate = {"train": Figure(value=60.0, unit="s", kind="forecast", source="x", low=50.0, high=70.0)}
+    folder.write_record("plan", PlanRecord(**common, placements=[], rejected=[], estimate=estimate))
+    (folder.path / "train.json").write_text(json.dumps({"started": 0.0, "ended": 65.0}), encoding="utf-8")
+    (scored,) = json.loads(run("check", folder.path, "--json").stdout)
+    assert (scored["part"], scored["truth"], scored["inside"]) == ("train", 65.0, True)
+    assert "yes" in run("check", folder.path).output
