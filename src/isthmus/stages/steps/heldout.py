@@ -81,7 +81,8 @@ def share_with_interval(shares: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one share for each problem: Wilson's interval, as if each problem had been answered once.
     That is wide enough, for the answers to one problem vary less than those to several."""
     mean = fmean(shares)
-    return mean, *wilson_interval(mean, len(shares), CONFIDENCE)
+    low, high = wilson_interval(mean, len(shares), CONFIDENCE)
+    return mean, 0.0 if mean == 0.0 else low, 1.0 if mean == 1.0 else high
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, asking: Asking) -> Evaluation:
