@@ -126,7 +126,16 @@ def test_the_desk_never_loads_torch(module: str):
 
 
 @pytest.mark.parametrize(
-    "verb", ["chips", "recipe rl", "recipe --markdown", "run --dry-run RECIPE", "report RUN", "forecast RECIPE"]
+    "verb",
+    [
+        "chips",
+        "recipe step",
+        "steps RECIPE",
+        "recipe --markdown",
+        "run --dry-run RECIPE",
+        "report RUN",
+        "forecast RECIPE",
+    ],
 )
 def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
@@ -137,7 +146,7 @@ def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["steps", "handoff", "qualify", "serve"])
+@pytest.mark.parametrize("verb", ["steps", "steps.rl", "handoff", "qualify", "serve"])
 def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
     assert importlib.util.find_spec(f"isthmus.stages.{verb}")
     result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.stages.{verb}' in sys.modules else 0)")

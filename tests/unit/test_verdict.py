@@ -109,7 +109,7 @@ def test_a_score_says_what_share_of_the_faults_was_looked_for():
         (NO_BF16, ('train.precision="bf16"',), "train.precision is bf16, which is excluded"),
         (Limit(setting="train.precision", excluded=["fp32"], reason="x"), (), "train.precision is fp32"),
         (RANK_3, ("pools.home.count=4",), "rank 3 is not to be used"),
-        (Limit(setting="sft.batch_size", least=100, reason="x"), (), "sft.batch_size is 64, and 100 is the least"),
+        (Limit(setting="qualify.repeats", least=100, reason="x"), (), "qualify.repeats is 10, and 100 is the least"),
     ],
 )
 def test_the_plan_reads_limits(limit: Limit, overrides: tuple[str, ...], says: str | None):

@@ -38,7 +38,7 @@ class Options(Section):
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of the step's `loss` that it cannot honour, and why: other values than their defaults are refused."""
+    """Keys of the step's `loss` that the algorithm cannot honour, and why. All but their defaults are refused."""
 
     def aggregated(self) -> Aggregation:
         """How the losses of tokens become one, those of the shared terms too."""

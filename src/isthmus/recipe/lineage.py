@@ -109,9 +109,10 @@ def unused(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str
 
 
 def unused_steps(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
-    """In words, each step of which nothing comes, and what to do about it."""
-    names = unused(steps, handed_off, compared)
-    return [_nothing_comes_of(step) for step in steps if step.name in names]
+    """In words, each step at which a line ends for nothing, and what to do about it."""
+    needed = {name for step in steps for name in needs(step, steps)}
+    ends = set(unused(steps, handed_off, compared)) - needed
+    return [_nothing_comes_of(step) for step in steps if step.name in ends]
 
 
 def _nothing_comes_of(step: StepSection) -> str:
