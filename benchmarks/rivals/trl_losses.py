@@ -2,7 +2,7 @@
 
     python benchmarks/rivals/trl_losses.py > tests/unit/trl_losses.json     # in an environment that has TRL 1.16
 
-The trainers' own `_compute_loss` runs on log-probabilities that stand for a model's, in float64: three samples with
+The trainers' own `compute_loss` runs on log-probabilities that stand for a model's, in float64: three samples with
 2, 1 and 2 tokens, and what else it takes, in `WRITTEN`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
-from trl.trainer.distillation_trainer import _chunked_divergence_loss  # pyright: ignore
+from trl.trainer.distillation_trainer import ChunkedDivergenceFunction  # pyright: ignore
 
 WRITTEN = {
     "lengths": [2, 1, 2],
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class OneProcess:
-    num_processes, sync_gradients = 1, True
+    num_processes, sync_gradients, is_main_process = 1, True, True
 
     def gather(self, values: Tensor) -> Tensor:
         return values
@@ -69,7 +69,8 @@ NOW = OLD + padded(WRITTEN["ratios"], 1.0).log()
 
 def trainer(kind: type, weighted: bool = False, use_bias_correction_kl: bool = False, **changes: Any) -> Any:
     """A trainer that holds what its loss reads, and nothing else."""
-    made = kind.__new__(kind)
+    given = type("Given", (kind,), {"_get_per_token_logps_and_entropies": lambda self, *_, **__: self.given})
+    made = given.__new__(given)
     made.args = SimpleNamespace(delta=None, use_bias_correction_kl=use_bias_correction_kl, steps_per_generation=1)
     fields = {
         "model": SimpleNamespace(training=True),
@@ -95,12 +96,12 @@ def trainer(kind: type, weighted: bool = False, use_bias_correction_kl: bool = F
 
 def loss_of(made: Any, **inputs: Tensor) -> dict[str, Any]:
     now = NOW.clone().requires_grad_()
-    made._get_per_token_logps_and_entropies = lambda *_, **__: (now, torch.zeros_like(now), None)
+    made.given = now, torch.zeros_like(now), None
     ids = torch.zeros(MASK.shape, dtype=torch.long)
     prompt = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1}
     completion = {"completion_ids": ids, "completion_mask": MASK.long()}
     advantages = torch.tensor(WRITTEN["advantages"], dtype=torch.float64)
-    loss = made._compute_loss(None, {**prompt, **completion, "advantages": advantages, **inputs})
+    loss = made.compute_loss(None, {**prompt, **completion, "advantages": advantages, **inputs})
     loss.backward()
     assert now.grad is not None
     return {"loss": loss.item(), "gradient": now.grad[MASK.bool()].tolist()}
@@ -129,7 +130,11 @@ def reverse_kl() -> dict[str, Any]:
     )
     student.requires_grad_()
     head = torch.eye(student.shape[-1], dtype=torch.float64)
-    loss, _, _ = _chunked_divergence_loss(student, teacher, head, head, torch.ones(1, 1), beta=1.0)
+    rows = [values[0] for values in (student, teacher)]
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        rows[0], head, None, rows[1], head, None, 1.0, 1.0, 1.0, None, 1.0, None
+    )
+    loss = divergence.sum()
     loss.backward()
     assert student.grad is not None
     return {"loss": loss.item(), "gradient": student.grad.flatten().tolist()}
