@@ -13,6 +13,7 @@ from pydantic import Field
 
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.recipe.section import Count, Seconds, Whole, key
+from isthmus.recipe.steps import Problems
 from isthmus.tasks.parts.answers import Place, answer_in
 from isthmus.tasks.parts.completions import split_completion
 from isthmus.tasks.parts.contract import TaskOptions
@@ -28,7 +29,7 @@ class Options(TaskOptions):
 
     dataset: str = Field(description="name of the data set, such as basic_arithmetic")
     problems: Count = key(2000, "problems to train on", lt=HELDOUT_SEEDS)
-    heldout_problems: Count = key(500, "problems that are never trained on", lt=HELDOUT_SEEDS)
+    heldout_problems: Problems = key(500, "problems that are never trained on", lt=HELDOUT_SEEDS)
     seed: Whole = key(0, "what the problems depend on", ge=0)
     options: dict[str, Any] = key({}, "options of the data set")
     answer_place: Place = key("whole", "where an answer stands: all after the thinking, \\boxed{}, <answer> or ####")
