@@ -4,10 +4,5 @@
 #
 #   rl_elsewhere_train.sh RECIPE STEP FOLDER [further options of `isthmus run`]
 set -euo pipefail
-<<<<<<< HEAD
 recipe=$1 step=$2 folder=$3
 isthmus run "$recipe" --set "step.$step.publish=$(realpath -m "$folder")" "${@:4}"
-=======
-recipe=$1 folder=$2
-isthmus run "$recipe" --set "step.reasoning.publish=$(realpath -m "$folder")" "${@:3}"
->>>>>>> steps

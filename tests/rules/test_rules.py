@@ -128,8 +128,13 @@ def test_the_desk_never_loads_torch(module: str):
 @pytest.mark.parametrize(
     "verb",
     [
-        *("chips", "recipe step", "recipe --markdown", "steps RECIPE", "run --dry-run RECIPE"),
-        *("report RUN", "forecast RECIPE"),
+        "chips",
+        "recipe step",
+        "steps RECIPE",
+        "recipe --markdown",
+        "run --dry-run RECIPE",
+        "report RUN",
+        "forecast RECIPE",
     ],
 )
 def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):

@@ -17,8 +17,8 @@ from isthmus.cli import cli
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.recipe.read import load_recipe
 from isthmus.records import Limit, QualifyRecord
+from isthmus.report_page.acts import ActKind
 from isthmus.report_page.justify.gather import gather
-from isthmus.report_page.justify.reading import ActKind
 from isthmus.report_page.justify.record import Gap, JustifyRecord, Objection, Side
 from isthmus.report_page.justify.words import LANGUAGES, Words, glossary
 from isthmus.report_page.justify.write import write

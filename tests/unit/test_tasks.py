@@ -16,6 +16,7 @@ from pyarrow import Table, parquet
 from pydantic import TypeAdapter
 
 from isthmus.errors import IsthmusError
+from isthmus.recipe.schema import DataSection
 from isthmus.rewards import reward_kinds
 from isthmus.tasks import (
     Mixture,
@@ -23,6 +24,7 @@ from isthmus.tasks import (
     completion_text,
     countdown,
     jsonl,
+    load_section,
     open_task,
     seeded,
     task_kinds,
@@ -35,6 +37,7 @@ from tests.support import slow_work
 
 VERIFIERS_LIKE = Path(__file__).parents[1] / "support" / "verifiers_like"
 USER = {"role": "user", "content": "What is 2 + 3?"}
+PARTS = ("train", "heldout")
 SYSTEM = {"role": "system", "content": "Be short."}
 VERL = {
     "data_source": "openai/gsm8k",
@@ -159,6 +162,12 @@ def test_a_share_of_one_file_is_held_out_and_the_system_message_is_the_recipes(t
         task_options("jsonl", {**given, "sytem": ""}, ("tasks", "even"))
     with pytest.raises(IsthmusError, match=r"unknown kind of task 'contdown'; did you mean 'countdown'"):
         task_options("contdown", {})
+
+
+def test_the_files_of_data_are_the_task_of_a_run(tmp_path):
+    files = {f"{part}_file": written(tmp_path / f"{part}.jsonl", {"prompt": part, "answer": "b"}) for part in PARTS}
+    task = load_section(DataSection(task="jsonl", **files))
+    assert [task.train[0].prompt, task.heldout[0].prompt] == list(PARTS)
 
 
 class Numbered:

@@ -129,6 +129,24 @@ class LossSection(Section):
         return self
 
 
+class TeacherSection(Section):
+    """Whose log-probabilities on-policy distillation learns: those of another step's weights, or of a server.
+
+    The server scores prompts at temperature 1, as ours, vLLM, or what has vLLM's `prompt_logprobs` does. Either needs
+    the student's tokenizer.
+    """
+
+    step: str | None = key(None, "a step whose weights teach")
+    url: str | None = key(None, "an OpenAI-compatible server")
+    key_variable: str | None = key(None, "environment variable with the server's API key")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.step is None) == (self.url is None):
+            raise ValueError("a teacher is a step or a url: give one of them")
+        return self
+
+
 class RlSection(StepSection):
     """Reinforcement learning with verifiable rewards. `options` are the algorithm's own, checked in its file."""
 
@@ -147,6 +165,7 @@ class RlSection(StepSection):
     max_new_tokens: Tokens = key(128, "longest completion of a sample")
     optimizer: OptimizerSection = Field(description="what turns gradients into updates")
     loss: LossSection = key(LossSection(), "beside the algorithm's own formula")
+    teacher: TeacherSection | None = key(None, "what `opd` learns from")
     drift_budget: Nats = key(
         0.05, "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
     )

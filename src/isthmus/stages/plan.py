@@ -116,7 +116,7 @@ def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
     if order[0] == chosen:
         return f"the recipe's first choice, {found}{kept}{gate}"
     earlier = ", ".join(order[: order.index(chosen)])
-    return f"{found}{kept}{gate}; the recipe would rather have had {earlier}"
+    return f"{found}{kept}{gate}; {earlier} stands before it in the recipe, and was refused"
 
 
 def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:

@@ -21,7 +21,7 @@ from isthmus.records import EvaluationRecord
 from isthmus.run import Figure, write_atomic
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
-from isthmus.stages.steps.step import Start, StepRun
+from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import Mixture, Problem, interleaved, load_tasks, seeded, split_completion
 from isthmus.tasks.parts.languages import language_of, share_in
 
@@ -81,7 +81,8 @@ def share_with_interval(shares: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one share for each problem: Wilson's interval, as if each problem had been answered once.
     That is wide enough, for the answers to one problem vary less than those to several."""
     mean = fmean(shares)
-    return mean, *wilson_interval(mean, len(shares), CONFIDENCE)
+    low, high = wilson_interval(mean, len(shares), CONFIDENCE)
+    return mean, 0.0 if mean == 0.0 else low, 1.0 if mean == 1.0 else high
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, asking: Asking) -> Evaluation:
@@ -129,7 +130,7 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
         recipe.seed,
     )
     watch.say(f"  {len(asking.problems)} held-out problems after {step.name}")
-    tokenizer, left = tokenizer_of(step), Start.left_by(step.run, step.name)
+    tokenizer, left = tokenizer_of(step), step.left
     weights = left.weights(step.architecture, recipe.seed, step.event)
     with open_engine(step, weights, section.format, tokenizer, pool, pool.threads) as engine:
         found = answer(engine, tokenizer, asking)

@@ -30,7 +30,7 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
 from isthmus.stages.steps.generate import open_engine
-from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
@@ -75,7 +75,7 @@ def threads_of(work: StepRun[RlSection], home: Pool) -> int:
 def follow(work: StepRun[RlSection], crew: Crew) -> None:
     """What other ranks than the first do: their part of each update, and of what is written."""
     state = State.open(work, crew, lambda _: None)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     crew.follow(state.orders() | learner.orders())
 
 
@@ -169,7 +169,7 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: W
     threads = away.shared_threads if section.staleness else away.threads
     options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, crew, watch.say)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
         open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,

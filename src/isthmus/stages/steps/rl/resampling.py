@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose samples all earn the same are replaced by others.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose samples all earn the same are replaced.
 
 The paper draws until the step has as many prompts as it wants; here rollouts are bounded, and the last ones may stay
 short of it.
