@@ -14,8 +14,9 @@ from isthmus.engines import Completion
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.golden import TokenScore
 from isthmus.model.model import Model
+from isthmus.recipe import lineage
 from isthmus.recipe.schema import TrainSection
-from isthmus.recipe.steps import RlSection, TeacherSection
+from isthmus.recipe.steps import RlSection, SftSection, TeacherSection
 from isthmus.rewards import Scores
 from isthmus.stages.steps.rl.beside import Beside, RemoteTeacher
 from isthmus.stages.steps.rl.crew import Crew
@@ -32,7 +33,9 @@ PROMPTS, GROUP, LENGTH = [[3], [5]], 12, 5
 
 def section(**changes: Any) -> RlSection:
     options = {"algorithm": "opd", "teacher": TeacherSection(url="http://teacher"), "max_new_tokens": LENGTH, **changes}
-    return RlSection(name="all", kind="rl", steps=20, optimizer={"name": "adamw", "learning_rate": 3e-3}, **options)
+    return RlSection(
+        **{"name": "all", "kind": "rl", "steps": 20, "optimizer": {"name": "adamw", "learning_rate": 3e-3}, **options}
+    )
 
 
 def learner_of(folder, beside) -> Learner:
@@ -131,3 +134,13 @@ def test_what_does_not_go_together_is_refused(changes, words):
 def test_a_teacher_is_one_thing():
     with pytest.raises(ValueError, match="give one of them"):
         TeacherSection(step="a", url="http://b")
+
+
+def test_a_teaching_step_comes_before_and_is_used_by_its_student():
+    optimizer = {"name": "adamw", "learning_rate": 1e-3}
+    taught = {"name": "taught", "kind": "sft", "from": "model", "steps": 1, "optimizer": optimizer}
+    steps = [SftSection(**taught), section(name="student", **{"from": "model"}, teacher=TeacherSection(step="taught"))]
+    assert lineage.problem(steps, {}, {}, "student") is None
+    assert lineage.needs(steps[1], steps) == ["taught"] and lineage.unused(steps, "student") == []
+    wrong = [*steps[:1], section(name="student", **{"from": "model"}, teacher=TeacherSection(step="tought"))]
+    assert "did you mean 'taught'" in str(lineage.problem(wrong, {}, {}, "student"))

@@ -23,7 +23,7 @@ STEPS, PROMPTS = 7, 3
 
 
 class Writer:
-    """An engine that says which version it has when it begins and when it ends; it waits at the gate between the two."""
+    """An engine that says which version it has when it begins and when it ends; it waits at the gate between."""
 
     def __init__(self):
         self.version, self.asked, self.gate, self.entered = 0, [], threading.Event(), threading.Event()
@@ -130,7 +130,7 @@ def test_a_continued_run_learns_from_the_samples_that_were_ahead(opened, tmp_pat
     assert [again.take(3), again.take(4)] == expected
     again = opened(staleness=2)
     (tmp_path / "rollout-000004.json").write_text("{")
-    with pytest.raises(DamagedFile, match="rollout-000004.json cannot be read"):
+    with pytest.raises(DamagedFile, match=r"rollout-000004\.json cannot be read"):
         again.restore(3)
 
 

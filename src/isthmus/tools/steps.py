@@ -24,8 +24,6 @@ def check(recipe: Recipe) -> None:
     for step in recipe.step:
         if isinstance(step, RlSection):
             algorithm_config(step, recipe.architecture_of(step))
-            if step.teacher is not None and step.teacher.step is not None:
-                _check_teacher(recipe, step.name, step.teacher.step)
             for name in step.rewards:
                 checked_reward(name, recipe.rewards.get(name, {}))
         if isinstance(step, SampleSection):
@@ -34,15 +32,6 @@ def check(recipe: Recipe) -> None:
                     raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
         checked_task(name, given)
-
-
-def _check_teacher(recipe: Recipe, name: str, teacher: str) -> None:
-    """A teacher's weights must be there when the step begins."""
-    before = [one.name for one in recipe.step if not isinstance(one, SampleSection)]
-    before = before[: before.index(name)]
-    if teacher not in before:
-        known = f"; before it are {', '.join(before)}" if before else "; it is the first step with weights"
-        raise IsthmusError(f"step.{name}.teacher.step = {teacher!r} is no step with weights before it{known}")
 
 
 def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:

@@ -54,7 +54,7 @@ class Rollouts:
         return rollout
 
     def wait(self) -> None:
-        """Until new weights may cross: when the engine is idle, unless they may reach samples that are being written."""
+        """Until new weights may cross: when the engine is idle, or at once if they may reach what is being written."""
         if not self.work.section.update_while_writing:
             for begun in self._begun:
                 begun.result()
