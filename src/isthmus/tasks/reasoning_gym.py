@@ -50,11 +50,12 @@ class ReasoningGym:
 
     def __init__(self, options: Options, gym: ModuleType):
         self.options, self.gym = options, gym
-        self.worker = Worker("isthmus.tasks.parts.gym:score", options.deadline)
         self.parts = {
             "train": Part("train", options.seed, options.problems),
             "heldout": Part("heldout", options.seed + HELDOUT_SEEDS, options.heldout_problems),
         }
+        first = self._question("train", 0, "")
+        self.worker = Worker("isthmus.tasks.parts.gym:score", options.deadline, first)
 
     @property
     def about(self) -> str:
@@ -81,12 +82,8 @@ class ReasoningGym:
         answer = self._answer(completion)
         if answer is None:
             return 0.0
-        part = self.parts[problem.metadata["part"]]
-        given = sorted(self.options.options.items())
         try:
-            return self.worker.call(
-                self.options.dataset, part.seed, part.size, given, problem.metadata["index"], answer
-            )
+            return self.worker.call(*self._question(problem.metadata["part"], problem.metadata["index"], answer))
         except WorkerFailed:
             return None
 
@@ -96,6 +93,11 @@ class ReasoningGym:
     def _answer(self, completion: str) -> str | None:
         _, text = split_completion(completion)
         return answer_in(text, self.options.answer_place) if text else None
+
+    def _question(self, name: str, index: int, answer: str) -> tuple[Any, ...]:
+        """For the checker, on the answer to a problem of a part."""
+        part, given = self.parts[name], sorted(self.options.options.items())
+        return self.options.dataset, part.seed, part.size, given, index, answer
 
     def _problems(self, name: str) -> list[Problem]:
         part = self.parts[name]
