@@ -71,5 +71,5 @@ def teacher_model(state: State, step: str) -> Model:
             f"{work.architecture.vocab_size}: a teacher scores its student's tokens, so they need one tokenizer"
         )
     model = empty_model(theirs.architecture, work.recipe.train, ranks)
-    Start.left_by(work.run, step).fill(model, work.recipe.seed, ranks.storage, state.tell)
+    Start.after(work.run, step).fill(model, work.recipe.seed, ranks.storage, state.tell)
     return model.requires_grad_(False)
