@@ -11,7 +11,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.state import State, empty_model
-from isthmus.stages.steps.step import Start, StepRun
+from isthmus.stages.steps.step import StepRun
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,5 @@ def teacher_model(state: State, step: str) -> Model:
             f"{work.architecture.vocab_size}: a teacher scores its student's tokens, so they need one tokenizer"
         )
     model = empty_model(theirs.architecture, work.recipe.train, ranks)
-    Start.after(work.run, step).fill(model, work.recipe.seed, ranks.storage, state.tell)
+    theirs.left.fill(model, work.recipe.seed, ranks.storage, state.tell)
     return model.requires_grad_(False)
