@@ -41,7 +41,7 @@ from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
 from isthmus.rules import NOT_LOOKED_AT, notice
-from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
+from isthmus.run import Figure, Kind, Record, RunFolder
 from isthmus.verdict import describe_limit, without_pairs
 
 PAGE = "isthmus.report_page"
@@ -167,7 +167,7 @@ class Dossier:
 def execute(run: RunFolder, watch: Watch) -> Path:
     """Write `report.html` into the run folder and return its path. Raises DamagedFile for an unreadable record."""
     path = run.path / "report.html"
-    write_atomic(path, compose(read_dossier(run)).encode())
+    run.keep(path, compose(read_dossier(run)).encode(), {"recipe": run.recipe.digest()})
     watch.say(f"The dossier of this run: {path}")
     return path
 

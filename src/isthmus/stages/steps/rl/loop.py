@@ -89,10 +89,10 @@ def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
         ranks=crew.ranks.world,
     )
     with crew.leading(), open_shores(work, plan, crew, watch) as shores:
-        before = evaluate(work, shores.rollouts, "before", watch.say)
+        before = evaluate(work, shores.rollouts, "before", shores.crossing.weights_sha256, watch.say)
         learn(shores, watch)
         saved = shores.state.save_last()
-        after = evaluate(work, shores.rollouts, "after", watch.say)
+        after = evaluate(work, shores.rollouts, "after", shores.crossing.weights_sha256, watch.say)
     record = Comparison(work, plan, before, after).record(started, saved)
     work.run.write_record(f"steps/{work.name}/record", record)
     work.event("end", seconds=round(record.seconds, 3))
@@ -119,6 +119,7 @@ def learn(shores: Shores, watch: Watch) -> None:
         counter.advance_to(state.step)
         rollouts.restore(state.step)
         while state.step < section.steps:
+            state.seed()
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
             rewards = rollout.totals
@@ -127,6 +128,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             state.step += 1
             clock.append(time.perf_counter())
             rollouts.wait()
+            begun_with = crossing.weights_sha256
             clock.append(time.perf_counter())
             crossed = crossing.send()
             clock.append(time.perf_counter())
@@ -142,9 +144,9 @@ def learn(shores: Shores, watch: Watch) -> None:
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
             if section.evaluate_every and state.step % section.evaluate_every == 0 and state.step < section.steps:
-                evaluate(state.work, rollouts, f"step-{state.step}", counter.say)
+                evaluate(state.work, rollouts, f"step-{state.step}", crossing.weights_sha256, counter.say)
             if state.step % section.checkpoint_every == 0 and state.step < section.steps:
-                rollouts.store(state.step)
+                rollouts.store(state.step, begun_with)
                 state.save()
 
 
