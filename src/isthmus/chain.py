@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,10 +81,8 @@ class Ledger(BaseModel):
     def from_bytes(cls, content: bytes, origin: object) -> Ledger:
         """Raises DamagedFile unless the bytes are those that `to_bytes` gave."""
         ledger = None
-        try:
+        with suppress(ValueError, KeyError, TypeError, RecursionError, ValidationError):  # it is damaged, as below
             ledger = cls.model_validate(json.loads(content)["list"])
-        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
-            pass  # it is damaged, as below
         if ledger is None or ledger.to_bytes() != content:
             raise DamagedFile(
                 f"{origin} does not match its hash. Restore it; or delete it, and the files of the run are from "
