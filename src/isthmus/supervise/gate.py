@@ -17,6 +17,7 @@ from typing import Any, Literal
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.alone import run_alone
 from isthmus.pools import get_pool
+from isthmus.recipe.steps import RlSection
 from isthmus.records import GateCheck, RevertVerdict, TrainPlace
 from isthmus.run import RunFolder, fsync_folder
 from isthmus.supervise.situation import checkpoints
@@ -252,7 +253,9 @@ def bands_between(run: RunFolder, old: TrainPlace, new: TrainPlace) -> Bands:
 
 
 def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> RevertVerdict:
-    """Restore and repeat on the new pool, in a process for each try, and judge."""
+    """Restore and repeat on the new pool, in a process for each try, and judge. A step of RL is refused."""
+    if isinstance(run.recipe.named(step), RlSection):
+        return _refuse("the gate can repeat updates on text alone, and this step is of reinforcement learning", [], {})
     folder = run.step_folder(step)
     logs, out = folder / "gate", folder / "gate.json"
 
