@@ -9,8 +9,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -710,9 +710,15 @@ def _open(
     return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
 
 
-def _writing(opened: RunFolder) -> AbstractContextManager[None]:
-    """The lock of a run folder; of several ranks the first one holds it."""
-    return writing_run(opened.path) if os.environ.get("RANK", "0") == "0" else nullcontext()
+@contextmanager
+def _writing(opened: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run folder whose files are as they were left; of several ranks the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with writing_run(opened.path):
+        opened.go_on()
+        yield
 
 
 def _no_check(_recipe: Recipe) -> None:

@@ -246,6 +246,11 @@ class WeightsRecord(Record):
     checkpoint_sha256: str
     figures: dict[str, Figure]
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        start = {"start": self.started_from_sha256} if self.started_from_sha256 else {}
+        return {**super().made_from, **start, "checkpoint": self.checkpoint_sha256}
+
 
 class TextRecord(WeightsRecord):
     """Of a step that trains on text."""
@@ -293,6 +298,11 @@ class SampleRecord(Record):
     samples: str
     samples_sha256: str
     figures: dict[str, Figure]
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        weights = {"weights": self.weights_sha256} if self.weights_sha256 else {}
+        return {**super().made_from, **weights, "samples": self.samples_sha256}
 
 
 class EvaluationRecord(Record):

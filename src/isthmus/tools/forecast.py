@@ -24,6 +24,7 @@ from isthmus.forecast.outlook import Option, Outlook, Outlooks, Span
 from isthmus.forecast.pace import PoolFacts
 from isthmus.forecast.points import Calibration
 from isthmus.forecast.sensitivity import Bar, BreakEven, break_evens, tornado
+from isthmus.forecast.serving import Serving, serving_of
 from isthmus.forecast.work import Work, work_of
 from isthmus.progress import Watch
 from isthmus.recipe.read import apply_override, load_recipe, resolved_recipe
@@ -41,6 +42,7 @@ class Question:
     facts: dict[str, PoolFacts]
     outlooks: Outlooks
     outlook: Outlook
+    serving: list[Serving]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ForecastReport:
             "kind": "forecast",
             "start": self.start.isoformat(),
             **_outlook_json(self.question.outlook, self.start),
+            "serving": [asdict(one) for one in self.question.serving],
             "tornado": [asdict(bar) for bar in self.bars],
             "break_even": [asdict(even) for even in self.evens],
         }
@@ -126,7 +129,8 @@ def _ask(
             calibration=found,
         )
     outlooks = Outlooks(work, facts)
-    return Question(work, facts, outlooks, outlooks.outlook())
+    serving = [serving_of(work, outlooks.pools[name]) for name in work.serve]
+    return Question(work, facts, outlooks, outlooks.outlook(), serving)
 
 
 def _read(target: Path, overrides: Sequence[str]) -> tuple[Recipe, Path | None]:
@@ -218,6 +222,8 @@ def render(report: ForecastReport) -> RenderableType:
     """Options, calendar, what matters and where decisions flip."""
     outlook = report.question.outlook
     parts: list[RenderableType] = [_option_table(outlook.options), _calendar_table(outlook, report.start)]
+    if report.question.serving:
+        parts.append(_serving_table(report.question.serving))
     if report.changed is not None:
         parts.append(_what_if_table(outlook, report.changed.outlook))
     if report.bars:
@@ -251,7 +257,9 @@ def _option_table(options: Sequence[Option]) -> Table:
 
 
 def _calendar_table(outlook: Outlook, start: datetime) -> RenderableType:
-    table = _table("calendar, from the first that can run each step", ("step", "P50", "P10", "P90", "cost", "kWh"))
+    table = _table(
+        "calendar (UTC), from the first that can run each step", ("step", "P50", "P10", "P90", "cost", "kWh")
+    )
     for one in outlook.chosen():
         span = outlook.ends[one.step]
         cost = "-" if one.cost is None else f"{one.cost.middle:,.0f}"
@@ -265,6 +273,28 @@ def _calendar_table(outlook: Outlook, start: datetime) -> RenderableType:
     table.add_row("all", *(_time(hours) for hours in (total.middle, total.low, total.high)), cost, kwh, style="bold")
     missing = [] if outlook.cost is not None else ["No price is assumed: give --price POOL=NUMBER per chip-hour."]
     return Group(table, *missing)
+
+
+def _serving_table(found: Sequence[Serving]) -> Table:
+    columns = ("pool", "chips", "engine", "sequences", "bound by", "ms a token", "answers", "prompts", "per million")
+    table = _table("serving, requests of 2,048 tokens and 1,024 back, tokens/s", columns)
+    for one in found:
+        if one.sequences is None:
+            table.add_row(escape(one.pool), f"{one.chips:,}", escape(one.why), *["-"] * 6, style="dim")
+            continue
+        assert one.token_ms is not None and one.answer_tokens_per_s is not None and one.prompt_tokens_per_s is not None
+        table.add_row(
+            escape(one.pool),
+            f"{one.chips:,}",
+            f"{one.engine_chips} chips",
+            f"{one.sequences:,}",
+            one.bound,
+            f"{one.token_ms:.3g}",
+            f"{one.answer_tokens_per_s:,.4g}",
+            f"{one.prompt_tokens_per_s:,.4g}",
+            "-" if one.cost_per_million is None else f"{one.cost_per_million:,.3g}",
+        )
+    return table
 
 
 def _what_if_table(now: Outlook, then: Outlook) -> Table:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from isthmus.model.model import Model
@@ -89,7 +90,12 @@ class StepRun(Generic[S]):
     def start(self) -> Start:
         """The weights that it starts from. Raises IsthmusError if the step that makes them is not done."""
         name = self.recipe.start_of(self.section)
-        return Start(MODEL) if name == MODEL else Start.left_by(self.run, name)
+        return Start(MODEL) if name == MODEL else Start.after(self.run, name)
+
+    @property
+    def left(self) -> Start:
+        """The weights that it left. Raises IsthmusError if it is not done."""
+        return Start.after(self.run, self.name)
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,10 @@ class Start:
     sha256: str | None = None
 
     @classmethod
-    def left_by(cls, run: RunFolder, name: str) -> Start:
+    def after(cls, run: RunFolder, step: str) -> Start:
         """The weights that a step left. Raises IsthmusError if it is not done."""
-        record = read_weights(run, name)
-        return cls(name, run.path / record.checkpoint, record.checkpoint_sha256)
+        record = read_weights(run, step)
+        return cls(step, run.path / record.checkpoint, record.checkpoint_sha256)
 
     def fill(self, model: Model, seed: int, group: ProcessGroup | None, tell: Callable[..., None]) -> None:
         """Put the weights into a model, or into what this rank holds of it. `tell` gets what is left out as events.
@@ -118,3 +124,9 @@ class Start:
         else:
             for left_out in load_published(model, model.architecture.from_):
                 tell("fallback", what=left_out, why="the recipe's model does without it")
+
+    def weights(self, architecture: ModelSection, seed: int, tell: Callable[..., None]) -> dict[str, Tensor]:
+        """All of them on the host, under published names; arguments and errors are those of `fill`."""
+        model = Model(architecture)
+        self.fill(model, seed, None, tell)
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
