@@ -121,7 +121,10 @@ def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
 
 def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:
     return Rejection(
-        stage=stage, pool=name, reason=why or f"acceptable, but {chosen} comes first in the recipe's order"
+        stage=stage,
+        pool=name,
+        reason=why or f"acceptable, but {chosen} comes first in the recipe's order",
+        acceptable=why is None,
     )
 
 

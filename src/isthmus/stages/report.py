@@ -28,12 +28,14 @@ from isthmus.records import (
     AnyStepRecord,
     EvaluationRecord,
     HandoffRecord,
+    IncidentRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
     evaluation_of,
+    incidents,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
@@ -147,6 +149,11 @@ class Dossier:
     @property
     def serve_pool(self) -> str | None:
         return self.handoff.target_pool if self.handoff else self.pool_of("serve")
+
+    @property
+    def incidents(self) -> list[IncidentRecord]:
+        """What watched steps met, and what was done."""
+        return [one for name in self.steps for one in incidents(self.run, name)]
 
     @property
     def crossings(self) -> int:

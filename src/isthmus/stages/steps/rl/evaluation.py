@@ -80,7 +80,7 @@ class Comparison:
             started=started,
             ended=time.time(),
             step=self.work.name,
-            pool=self.plan.pool_of("train"),
+            pool=self.work.place.pool,
             started_from=start.name,
             started_from_sha256=start.sha256,
             rollout_pool=self.away,
