@@ -36,7 +36,8 @@ def record_of(folder: Path) -> WeightsRecord:
 def test_two_ranks_start_by_themselves_and_one_speaks(uninterrupted):
     folder, output, errors = uninterrupted
     assert errors == ""
-    heading, progress = output.splitlines()
+    heading, progress, done = filter(None, output.splitlines())
+    assert done == f"cold-start is done. See it:  isthmus steps {folder}"
     assert heading == "3/6 cold-start (sft)" and progress.startswith("  cold-start 24/24  loss ")
     run = RunFolder.open(folder)
     lines = [event for event in run.events(TAUGHT) if event["event"] in ("start", "end")]

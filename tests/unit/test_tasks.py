@@ -16,7 +16,6 @@ from pyarrow import Table, parquet
 from pydantic import TypeAdapter
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe.schema import DataSection
 from isthmus.rewards import reward_kinds
 from isthmus.tasks import (
     Mixture,
@@ -24,7 +23,6 @@ from isthmus.tasks import (
     completion_text,
     countdown,
     jsonl,
-    load_section,
     open_task,
     seeded,
     task_kinds,
@@ -166,7 +164,7 @@ def test_a_share_of_one_file_is_held_out_and_the_system_message_is_the_recipes(t
 
 def test_the_files_of_data_are_the_task_of_a_run(tmp_path):
     files = {f"{part}_file": written(tmp_path / f"{part}.jsonl", {"prompt": part, "answer": "b"}) for part in PARTS}
-    task = load_section(DataSection(task="jsonl", **files))
+    task = open_task("jsonl", task_options("jsonl", files), "mine")
     assert [task.train[0].prompt, task.heldout[0].prompt] == list(PARTS)
 
 

@@ -9,12 +9,12 @@ import pytest
 from isthmus.chips import fault_weights, looked_for
 from isthmus.chips.rehearse.faults import FAULT_KINDS
 from isthmus.errors import GateRefused
-from isthmus.recipe.read import load_recipe
+from isthmus.recipe.read import load_recipe, parse_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Outcome, QualifyRecord, Skipped, Verdict
 from isthmus.run import Figure
 from isthmus.stages import plan
-from isthmus.verdict import broken_limits, compare, describe_limit, judge, limits_of, outcome_of, scores
+from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, compare, describe_limit, judge, limits_of, outcome_of, scores
 from tests.support.flow_recipe import RECIPE
 
 EP_8 = Limit(setting="train.expert", most=8, reason="all-to-all falls to a third beyond 8 ranks")
@@ -147,3 +147,23 @@ def test_two_pools_side_by_side():
 
 def test_nothing_known_is_unknown():
     assert outcome_of([]) == "unknown"
+
+
+def test_a_limit_on_the_format_of_samples_is_held_against_every_step_that_samples():
+    steps = [step("taught", "sft"), step("one", "rl", "taught", rollout_format="bf16")]
+    limit = Limit(setting=ROLLOUT_FORMAT, excluded=["w8a8"], reason="int8 is wrong there", needed_for="serving")
+    assert broken_limits([limit], recipe_of(steps), "home", "serving") == []
+    steps.append(step("two", "rl", "one", rollout_format="w8a8"))
+    (broken,) = broken_limits([limit], recipe_of(steps), "home", "serving")
+    assert "rollout_format is w8a8" in broken and "int8 is wrong there" in broken
+
+
+def step(name: str, kind: str, start: str = "model", **keys: str) -> dict[str, object]:
+    optimizer = {"name": "adamw", "learning_rate": 1e-3}
+    return {"name": name, "kind": kind, "from": start, "steps": 1, "optimizer": optimizer, **keys}
+
+
+def recipe_of(steps: list[dict[str, object]]) -> Recipe:
+    place = {stage: ["home"] for stage in ("train", "rollout", "serve")}
+    tree = {"name": "x", "model": {"preset": "r-nano"}, "pools": {"home": {"chip": "cpu"}}, "place": place}
+    return parse_recipe({**tree, "step": steps})

@@ -28,12 +28,14 @@ from isthmus.records import (
     AnyStepRecord,
     EvaluationRecord,
     HandoffRecord,
+    IncidentRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
     evaluation_of,
+    incidents,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
@@ -41,7 +43,7 @@ from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
 from isthmus.rules import NOT_LOOKED_AT, notice
-from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
+from isthmus.run import Figure, Kind, Record, RunFolder
 from isthmus.verdict import describe_limit, without_pairs
 
 PAGE = "isthmus.report_page"
@@ -149,6 +151,11 @@ class Dossier:
         return self.handoff.target_pool if self.handoff else self.pool_of("serve")
 
     @property
+    def incidents(self) -> list[IncidentRecord]:
+        """What watched steps met, and what was done."""
+        return [one for name in self.steps for one in incidents(self.run, name)]
+
+    @property
     def crossings(self) -> int:
         """RL updates at which weights crossed to the rollout pool so far."""
         return sum(chapter.crossings for chapter in self.chapters)
@@ -167,7 +174,7 @@ class Dossier:
 def execute(run: RunFolder, watch: Watch) -> Path:
     """Write `report.html` into the run folder and return its path. Raises DamagedFile for an unreadable record."""
     path = run.path / "report.html"
-    write_atomic(path, compose(read_dossier(run)).encode())
+    run.keep(path, compose(read_dossier(run)).encode(), {"recipe": run.recipe.digest()})
     watch.say(f"The dossier of this run: {path}")
     return path
 

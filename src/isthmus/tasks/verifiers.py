@@ -39,7 +39,7 @@ class Taskset:
     def __init__(self, options: Options):
         self.options = options
         self.given = (options.taskset, json.dumps({"id": options.taskset, **options.options}), options.problems)
-        self.worker = Worker(f"{FUNCTIONS}:score", options.deadline)
+        self.worker = Worker(f"{FUNCTIONS}:score", options.deadline, first=(*self.given, 0, ""))
 
     @property
     def about(self) -> str:

@@ -247,7 +247,9 @@ def _gate(run: RunFolder) -> Sealed | None:
     if record is None:
         return None
     every: tuple[CheckOutcome, ...] = get_args(CheckOutcome)
-    outcomes = {outcome: sum(check.outcome == outcome for check in record.checks) for outcome in every}
+    outcomes: dict[CheckOutcome, int] = {
+        outcome: sum(check.outcome == outcome for check in record.checks) for outcome in every
+    }
     accuracy = [check.figure for check in record.checks if check.name.endswith(TASK)]
     return Sealed(
         verdict=record.verdict,

@@ -17,8 +17,8 @@ from isthmus.engines import Completion, Engine, Sampling
 from isthmus.parity.paired import wilson_interval
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
-from isthmus.records import EvaluationRecord
-from isthmus.run import Figure, write_atomic
+from isthmus.records import EvaluationRecord, read_weights
+from isthmus.run import Figure, RunFolder
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
 from isthmus.stages.steps.step import StepRun
@@ -107,13 +107,16 @@ def _is_right(tasks: Mixture, tokenizer: Tokenizer, problem: Problem, completion
     return tasks.of(problem).accuracy(problem, completion_of(tokenizer, completion.tokens)) == 1.0
 
 
-def stored(path: Path) -> Evaluation | None:
-    """An evaluation that was stored, so that a continued run does not repeat it."""
-    return Evaluation(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+def stored(run: RunFolder, path: Path) -> Evaluation | None:
+    """An evaluation that was stored, so that a continued run need not repeat it. Raises DamagedFile if touched."""
+    if not path.exists():
+        return None
+    return Evaluation(**json.loads(run.read_kept(path, "Or delete it: its problems are then asked again")))
 
 
-def store(path: Path, evaluation: Evaluation) -> None:
-    write_atomic(path, json.dumps(evaluation.__dict__).encode())
+def store(run: RunFolder, path: Path, evaluation: Evaluation, weights_sha256: str) -> None:
+    """Keep what weights with this hash answered."""
+    run.keep(path, json.dumps(evaluation.__dict__).encode(), {"recipe": run.recipe.digest(), "weights": weights_sha256})
 
 
 def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
@@ -135,7 +138,8 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
     with open_engine(step, weights, section.format, tokenizer, pool, pool.threads) as engine:
         found = answer(engine, tokenizer, asking)
     record = _record(step, pool, asking, found, started)
-    step.run.write_record(f"steps/{step.name}/evaluation", record)
+    weights_sha256 = read_weights(step.run, step.name).checkpoint_sha256
+    step.run.write_record(f"steps/{step.name}/evaluation", record, {"weights": weights_sha256})
     seconds = round(record.seconds, 3)
     step.event("evaluate", which="end", accuracy=round(found.accuracy, 5), problems=len(found.correct), seconds=seconds)
     watch.say(f"  held-out accuracy {record.accuracy}, greedy {record.greedy_accuracy}")

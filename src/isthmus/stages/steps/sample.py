@@ -25,7 +25,7 @@ from isthmus.records import SampleRecord
 from isthmus.rewards import Sample
 from isthmus.rewards.parts import filters
 from isthmus.rewards.parts.filters import Filter
-from isthmus.run import Figure, sha256_file, write_atomic
+from isthmus.run import Figure, sha256_file
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
 from isthmus.stages.steps.step import StepRun
@@ -148,7 +148,8 @@ def _answer(
             for number in waiting:
                 began = time.perf_counter()
                 found = asking.batch(engine, number, batches[number])
-                write_atomic(_batch_file(work, number), json.dumps(found, ensure_ascii=False).encode())
+                content = json.dumps(found, ensure_ascii=False).encode()
+                work.run.keep(_batch_file(work, number), content, _made_from(work))
                 seconds = time.perf_counter() - began
                 told = {"kept": len(found["rows"]), "generated": found["generated"], "tokens": found["tokens"]}
                 work.event("step", step=number + 1, seconds=round(seconds, 4), **told)
@@ -160,8 +161,14 @@ def _batch_file(work: StepRun[SampleSection], number: int) -> Path:
 
 
 def _read(work: StepRun[SampleSection], number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_batch_file(work, number).read_bytes())
+    path = _batch_file(work, number)
+    found: dict[str, Any] = json.loads(work.run.read_kept(path, "Or delete it: its problems are then answered again"))
     return found
+
+
+def _made_from(work: StepRun[SampleSection]) -> dict[str, str]:
+    weights = work.start.sha256
+    return {"recipe": work.recipe.digest(), **({"weights": weights} if weights else {})}
 
 
 def _record(
@@ -172,7 +179,7 @@ def _record(
         dropped.update(batch["dropped"])
     rows = [row for batch in batches for row in batch["rows"]]
     path = work.folder / SAMPLES
-    write_atomic(path, b"".join(_lines(rows)))
+    work.run.keep(path, b"".join(_lines(rows)), _made_from(work))
     generated, start = sum(batch["generated"] for batch in batches), work.start
     source = f"{generated} answers to {prompts} problems, generated on pool {pool.name}"
     shares = {

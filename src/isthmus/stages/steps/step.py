@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from isthmus.model.model import Model
+from isthmus.pools import Pool, get_pool
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.lineage import line
 from isthmus.recipe.practice import stream
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, StepSection
-from isthmus.records import PlanRecord, read_weights
+from isthmus.records import PlanRecord, TrainPlace, read_weights
 from isthmus.run import RunFolder
+from isthmus.supervise.situation import place_of
 from isthmus.trainer.checkpoint import load_weights
 from isthmus.trainer.parts import initialise, load_published, model_state
 
@@ -30,6 +32,8 @@ class StepRun(Generic[S]):
 
     run: RunFolder
     section: S
+    moved: TrainPlace | None = None
+    """Where to train in place of what plan and incidents say."""
 
     @classmethod
     def of(cls, run: RunFolder, name: str) -> StepRun[Any]:
@@ -64,6 +68,17 @@ class StepRun(Generic[S]):
     @property
     def plan(self) -> PlanRecord:
         return self.run.require_record("plan", PlanRecord, "plan")
+
+    @property
+    def place(self) -> TrainPlace:
+        """Where it trains: where the plan put it, or an incident moved it since."""
+        return self.moved or place_of(self.run, self.name)
+
+    @property
+    def home(self) -> Pool:
+        """The pool that trains it, with the ranks that are left."""
+        place = self.place
+        return replace(get_pool(self.recipe, place.pool), ranks=place.ranks)
 
     def event(self, event: str, **fields: Any) -> None:
         self.run.event(self.name, event, **fields)

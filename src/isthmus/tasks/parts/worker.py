@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,10 +36,13 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """Calls `module:function`, one call at a time, with what JSON can hold."""
+    """Calls `module:function`, one call at a time, with what JSON can hold.
 
-    def __init__(self, function: str, deadline_s: float, memory_mib: int = MEMORY_MIB):
-        self.function, self.deadline_s, self.memory_mib = function, deadline_s, memory_mib
+    A process that starts calls it with `first`, if that is given: what it loads is not held against the deadline.
+    """
+
+    def __init__(self, function: str, deadline_s: float, first: Sequence[Any] | None = None):
+        self.function, self.deadline_s, self.first = function, deadline_s, first
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._held = b""
@@ -46,15 +50,11 @@ class Worker:
     def call(self, *arguments: Any) -> Any:
         """What the function returns. Raises WorkerFailed if it raises, ends its process, or takes too long."""
         with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(arguments).encode() + b"\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                self._stop()
-                raise WorkerFailed("its process ended") from None
-            said = self._read(self.deadline_s)
+            if self._process is None:
+                self._start()
+                if self.first is not None:
+                    self._ask(self.first, START_S)
+            said = self._ask(arguments, self.deadline_s)
         if "error" in said:
             raise WorkerFailed(said["error"], said["said"])
         return said["value"]
@@ -63,8 +63,18 @@ class Worker:
         with self._lock:
             self._stop()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", __name__, self.function, str(self.memory_mib)]
+    def _ask(self, arguments: Sequence[Any], seconds: float) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._stop()
+            raise WorkerFailed("its process ended") from None
+        return self._read(seconds)
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", __name__, self.function, str(MEMORY_MIB)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._held = b""
         self._process = process = subprocess.Popen(
@@ -75,7 +85,6 @@ class Worker:
         if "error" in said:
             self._stop()
             raise WorkerFailed(said["error"], said["said"])
-        return process
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line of the process, which is killed if there is none in time."""

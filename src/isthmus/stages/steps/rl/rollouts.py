@@ -19,7 +19,6 @@ from isthmus.engines import Completion, Engine, Sampling
 from isthmus.errors import DamagedFile
 from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Rewards, Sample
-from isthmus.run import write_atomic
 from isthmus.stages.steps.rl.resampling import telling, telling_groups
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.step import StepRun
@@ -98,16 +97,18 @@ class Rollouts:
     def is_correct(self, problem: Problem, completion: Completion) -> bool:
         return self.tasks.of(problem).accuracy(problem, completion_of(self.tokenizer, completion.tokens)) == 1.0
 
-    def store(self, step: int) -> None:
-        """Keep the samples that older weights generated for the steps from this one on: a continued run learns from the
-        same ones."""
-        path, section = self._path(step), self.work.section
+    def store(self, step: int, weights_sha256: str) -> None:
+        """Keep the samples that older weights, with this hash, generated for the steps from this one on: a continued
+        run learns from the same ones."""
+        path, section, run = self._path(step), self.work.section, self.work.run
+        made_from = {"recipe": run.recipe.digest(), "weights": weights_sha256}
         for number, begun in enumerate(self._begun, step):
-            write_atomic(self._path(number), _ROLLOUT.dump_json(begun.result()))
+            run.keep(self._path(number), _ROLLOUT.dump_json(begun.result()), made_from)
         oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
-        for stored in path.parent.glob("rollout-*.json"):
-            if stored.name < oldest.name:
-                stored.unlink()
+        old = [stored for stored in path.parent.glob("rollout-*.json") if stored.name < oldest.name]
+        run.forget(*old)
+        for stored in old:
+            stored.unlink()
 
     def restore(self, step: int) -> None:
         """Take up the samples that were stored for the steps from this one on, if there are any. Raises DamagedFile."""
@@ -115,11 +116,11 @@ class Rollouts:
             path = self._path(number)
             if not path.exists():
                 return
+            advice = "Or delete it: its samples are then generated anew"
             try:
-                stored = _ROLLOUT.validate_json(path.read_bytes())
+                stored = _ROLLOUT.validate_json(self.work.run.read_kept(path, advice))
             except ValidationError as error:
-                advice = "Delete it: its samples are then generated anew."
-                raise DamagedFile(f"{path} cannot be read ({error}). {advice}") from None
+                raise DamagedFile(f"{path} cannot be read ({error}). {advice}.") from None
             done: Future[Rollout] = Future()
             done.set_result(stored)
             self._begun.append(done)

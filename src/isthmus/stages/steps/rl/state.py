@@ -18,6 +18,7 @@ from isthmus.recipe.schema import TrainSection
 from isthmus.recipe.steps import RlSection
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import seeded
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
     SavedCheckpoint,
@@ -88,7 +89,13 @@ class State:
         self.crew.order("save", self.step)
         self._save(self.step)
 
+    def seed(self) -> None:
+        """Begin the random stream of the next update, which depends on the recipe and the number of the update alone:
+        what was drawn before, by checks of an engine or in making a model, leaves no trace in it."""
+        torch.manual_seed(seeded(self.work.stream, self.work.recipe.seed, "update", self.step).getrandbits(63))
+
     def _save(self, step: int) -> None:
+        self.seed()
         self.checkpoints.save(step, self._stored({"rng": rng_state(self.device)}))
 
     def save_last(self) -> SavedCheckpoint:
