@@ -67,8 +67,19 @@ def opened(tmp_path, monkeypatch):
             optimizer={"name": "adamw", "learning_rate": 1e-3},
             **changes,
         )
+        run = SimpleNamespace(
+            recipe=SimpleNamespace(digest=lambda: "recipe"),
+            keep=lambda path, content, _: path.write_bytes(content),
+            read_kept=lambda path, _: path.read_bytes(),
+            forget=lambda *_: None,
+        )
         work: Any = SimpleNamespace(
-            section=section, recipe=SimpleNamespace(seed=1), stream="all", folder=tmp_path, event=lambda *_, **__: None
+            run=run,
+            section=section,
+            recipe=SimpleNamespace(seed=1),
+            stream="all",
+            folder=tmp_path,
+            event=lambda *_, **__: None,
         )
         draw = lambda chance, count: [Problem(str(chance.randrange(10)), "q", "a") for _ in range(count)]  # noqa: E731
         tasks: Any = SimpleNamespace(draw=draw)
@@ -121,7 +132,7 @@ def test_new_weights_reach_samples_that_are_being_written(opened):
 def test_a_continued_run_learns_from_the_samples_that_were_ahead(opened, tmp_path):
     whole = opened(staleness=2)
     learn(whole, 0, 3)
-    whole.store(3)
+    whole.store(3, "weights")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rollout-000003.json", "rollout-000004.json"]
     again = opened(staleness=2)
     again.engine.version = 3
