@@ -44,6 +44,8 @@ OTHERS_PRIVATE = {
     "_get_default_store": "torch: the store that the ranks met at",
     "_all_gather_base": "torch: the collective under its old name",
     "_reduce_scatter_base": "torch: the collective under its old name",
+    "_exit": "the standard library: the process ends at once",
+    "_vf_weight": "verifiers: how a function says its weight as a reward",
     "_schema": "torch: the schema of an operator",
     "_replace": "the standard library: public, with the underscore of named tuples",
 }

@@ -132,7 +132,11 @@ RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
         (Signal("save failed", ""), situation(next_pools=["away"]), "stop"),
         (Signal("slow", ""), situation(), "go on"),
         (Signal("not finite", "", 5), situation(in_update=True), "retry"),
-        (Signal("not finite", "", 5), situation(in_update=True, past=[incident(1, "not finite", "retry")]), "skip batch"),
+        (
+            Signal("not finite", "", 5),
+            situation(in_update=True, past=[incident(1, "not finite", "retry")]),
+            "skip batch",
+        ),
         (Signal("not finite", "", 6), situation(in_update=True, past=[incident(1, "not finite", "retry")]), "retry"),
         (
             Signal("not finite", "", 5),

@@ -20,12 +20,13 @@ from rich.text import Text
 from scipy.special import ndtri, stdtrit
 
 from isthmus import __version__
+from isthmus.parity.limits import FEWEST_SAMPLES as FEWEST_SAMPLES
+from isthmus.parity.limits import at_least as at_least
+from isthmus.parity.limits import at_most as at_most
 from isthmus.parity.tokens import TokenParity
-from isthmus.records import Check, CheckOutcome, LedgerRow, Outcome, ParityVerdict
+from isthmus.records import Check, CheckOutcome, LedgerRow, ParityVerdict
 from isthmus.run import Figure
 
-FEWEST_SAMPLES = 2
-"""Of fewer independent samples, a mean has no interval."""
 STYLES: dict[str, str] = {
     "pass": "green",
     "caution": "yellow",
@@ -39,29 +40,6 @@ _MEANS: dict[CheckOutcome, str] = {
 }
 COST = "what the format costs, KL to the trained model"
 _AGAINST_LIMIT: dict[CheckOutcome, str] = {"fail": "outside", "unknown": "not shown to be within"}
-
-
-def at_most(
-    limit: float, value: float, interval: tuple[float, float] | None = None, *, samples: int | None = None
-) -> Outcome:
-    """`pass` only if the value and its whole interval are at or below the limit, `fail` if the value is above it.
-
-    What is between is `unknown`, and so are a value or an interval that is no number, and a mean over fewer than
-    FEWEST_SAMPLES. `samples` is None for what is no mean: a maximum, or a difference that leaves nothing to chance.
-    """
-    if value > limit:
-        return "fail"
-    enough = samples is None or samples >= FEWEST_SAMPLES
-    known = all(map(math.isfinite, (value, *(interval or ()))))
-    return "pass" if enough and known and max(value, *(interval or (value,))) <= limit else "unknown"
-
-
-def at_least(
-    limit: float, value: float, interval: tuple[float, float] | None = None, *, samples: int | None = None
-) -> Outcome:
-    """The same for a lower limit: `pass` only if the whole interval is at or above it, `fail` if the value is below."""
-    mirrored = (-interval[1], -interval[0]) if interval else None
-    return at_most(-limit, -value, mirrored, samples=samples)
 
 
 def reach(

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from isthmus.parity.gate import at_least
+from isthmus.parity.limits import at_least
 from isthmus.records import Outcome
 
 
