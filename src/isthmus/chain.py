@@ -7,6 +7,7 @@ of its own content.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -80,10 +81,8 @@ class Ledger(BaseModel):
     def from_bytes(cls, content: bytes, origin: object) -> Ledger:
         """Raises DamagedFile unless the bytes are those that `to_bytes` gave."""
         ledger = None
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, ValidationError):
             ledger = cls.model_validate(json.loads(content)["list"])
-        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
-            pass  # it is damaged, as below
         if ledger is None or ledger.to_bytes() != content:
             raise DamagedFile(
                 f"{origin} does not match its hash. Restore it; or delete it, and the files of the run are from "

@@ -108,7 +108,7 @@ def _is_right(tasks: Mixture, tokenizer: Tokenizer, problem: Problem, completion
 
 
 def stored(run: RunFolder, path: Path) -> Evaluation | None:
-    """An evaluation that was stored, so that a continued run does not repeat it. Raises DamagedFile if it was touched."""
+    """An evaluation that was stored, so that a continued run does not repeat it."""
     if not path.exists():
         return None
     return Evaluation(**json.loads(run.read_kept(path, "Or delete it: its problems are then asked again")))

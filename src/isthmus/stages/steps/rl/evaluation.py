@@ -30,7 +30,7 @@ PER_STEP = {
 def evaluate(
     work: StepRun[RlSection], rollouts: Rollouts, which: str, weights_sha256: str, say: Callable[[str], None]
 ) -> Evaluation:
-    """Held-out problems through an engine that has these weights; stored, so that a continued run does not repeat it."""
+    """Held-out problems through an engine with these weights; stored, so that a continued run does not repeat it."""
     path = work.folder / f"heldout-{which}.json"
     if (before := heldout.stored(work.run, path)) is not None:
         return before
