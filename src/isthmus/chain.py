@@ -7,9 +7,9 @@ of its own content.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -81,7 +81,7 @@ class Ledger(BaseModel):
     def from_bytes(cls, content: bytes, origin: object) -> Ledger:
         """Raises DamagedFile unless the bytes are those that `to_bytes` gave."""
         ledger = None
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError, ValidationError):  # it is damaged, as below
             ledger = cls.model_validate(json.loads(content)["list"])
         if ledger is None or ledger.to_bytes() != content:
             raise DamagedFile(

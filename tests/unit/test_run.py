@@ -286,7 +286,7 @@ def test_create_refuses_another_recipe_and_names_the_difference(run: RunFolder):
 
 
 def test_the_difference_of_a_step_is_named_by_the_step(run: RunFolder):
-    tree = recipe().model_dump(by_alias=True, exclude={"model"})
+    tree = recipe().model_dump(by_alias=True, exclude={"model"}, exclude_none=True)
     tree["step"][0]["steps"], tree["step"][1]["from"] = 5, "model"
     with pytest.raises(IsthmusError, match=r"different step\.reinforced\.from, step\.taught\.steps\)"):
         RunFolder.create(run.path, recipe(step=tree["step"]))

@@ -28,15 +28,18 @@ from isthmus.records import (
     AnyStepRecord,
     EvaluationRecord,
     HandoffRecord,
+    IncidentRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
     evaluation_of,
+    incidents,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
+from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
 from isthmus.rules import NOT_LOOKED_AT, notice
@@ -148,6 +151,11 @@ class Dossier:
         return self.handoff.target_pool if self.handoff else self.pool_of("serve")
 
     @property
+    def incidents(self) -> list[IncidentRecord]:
+        """What watched steps met, and what was done."""
+        return [one for name in self.steps for one in incidents(self.run, name)]
+
+    @property
     def crossings(self) -> int:
         """RL updates at which weights crossed to the rollout pool so far."""
         return sum(chapter.crossings for chapter in self.chapters)
@@ -206,6 +214,7 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
     environment.filters |= {"rules_notice": notice}
+    environment.globals |= {"gate_in_words": first_screen.gate_in_words, "lost": first_screen.lost}
     environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
     environment.filters |= {"act": partial(_act, dossier)}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
@@ -226,6 +235,9 @@ def compose(dossier: Dossier) -> str:
         warnings=dossier.run.recipe.unused_steps,
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
+        told=first_screen.summary(
+            dossier.run, dossier.qualify, dossier.plan, dossier.handoff, timing.attempts(dossier.events)
+        ),
         estimates=estimate_rows(dossier),
         parts=time_parts(dossier),
         attempts=timing.attempts(dossier.events),

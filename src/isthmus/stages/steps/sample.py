@@ -18,7 +18,6 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.model.model import Model
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.steps import SampleSection
@@ -144,7 +143,7 @@ def _answer(
             return
         if len(waiting) < len(batches):
             work.event("resume", from_step=len(batches) - len(waiting))
-        weights = _weights(work)
+        weights = work.start.weights(work.architecture, work.recipe.seed, work.event)
         with open_engine(work, weights, work.section.rollout_format, asking.tokenizer, pool, pool.threads) as engine:
             for number in waiting:
                 began = time.perf_counter()
@@ -155,13 +154,6 @@ def _answer(
                 told = {"kept": len(found["rows"]), "generated": found["generated"], "tokens": found["tokens"]}
                 work.event("step", step=number + 1, seconds=round(seconds, 4), **told)
                 counter.advance_to(number + 1, f"kept {told['kept']} of {told['generated']}")
-
-
-def _weights(work: StepRun[SampleSection]) -> dict[str, Any]:
-    """The weights that the step starts from, whole, on the host."""
-    model = Model(work.architecture)
-    work.start.fill(model, work.recipe.seed, None, work.event)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _batch_file(work: StepRun[SampleSection], number: int) -> Path:

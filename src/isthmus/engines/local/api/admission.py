@@ -83,18 +83,21 @@ class Gate:
         """Samples that were taken on and have not ended."""
         return sum(visit.unfinished for visit in self.visits)
 
-    def check_line(self) -> None:
-        """Raise Refused (503) if as many samples wait as may."""
+    def check_line(self, samples: int = 1) -> None:
+        """Raise Refused (503) if so many more samples would be too many in the line.
+
+        A request with more samples than the line holds is taken if nothing waits.
+        """
         limit, waiting = self.service.max_waiting, self._waiting_samples()
-        if waiting >= limit:
+        if waiting + min(samples, limit) > limit or not limit:
             reason = f"{waiting} samples wait already"
-            self._reject_line(TOO_MANY_REQUESTS, reason, self.sample_rate, waiting + 1 - limit)
+            self._reject_line(TOO_MANY_REQUESTS, reason, self.sample_rate, waiting + min(samples, limit or 1) - limit)
 
     def admit(self, prompts: list[list[int]], n: int) -> None:
         """Take prompts on for the current visit. Raises Refused: 503 if the line is full, 429 if the budget is used."""
         visit = CURRENT.get()
         tokens, limit = sum(map(len, prompts)), self.service.max_waiting_tokens
-        self.check_line()
+        self.check_line(len(prompts) * n)
         waiting = self._waiting_tokens()
         if limit is not None and waiting and waiting + tokens > limit:
             reason = f"{waiting} prompt tokens wait already"

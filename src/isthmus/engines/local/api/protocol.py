@@ -22,6 +22,9 @@ MAX_STOP_CHARACTERS = 1024
 MAX_BIASES = 1024
 MAX_TOOLS = 128
 MAX_DEPTH = 100
+MAX_SAMPLES = 16_384
+MANY_FIELDS = 200
+"""More than any kind of request has: among so many, one is unknown."""
 LONGEST_PAUSE_S = 86_400
 
 # Values of fields that this server does not have, and with which they ask for nothing.
@@ -442,6 +445,8 @@ def load(body: bytes) -> dict[str, Any]:
 
 def read(kind: type[AskType], content: dict[str, Any]) -> AskType:
     """A request of its fields. Raises ApiError (400) that names the first field at fault."""
+    if len(content) > MANY_FIELDS:
+        raise _unknown(kind, next(name for name in content if name not in kind.model_fields))
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -489,12 +494,17 @@ def _explain(kind: type[Part], error: ValidationError) -> ApiError:
     field = str(problem["loc"][0]) if problem["loc"] else None
     where = ".".join(str(part) for part in problem["loc"])[:200]
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(sorted(kind.model_fields))
-        message = f"{where} is not supported by this server, so it is refused rather than ignored. Supported: {known}"
-        return ApiError(message, param=field, code="unknown_parameter")
+        return _unknown(kind, field or where, where)
     if problem["type"] == "missing":
         return ApiError(f"{where} is missing", param=field, code="missing_required_parameter")
     return ApiError(f"{where}: {problem['msg']}", param=field, code="invalid_value")
+
+
+def _unknown(kind: type[Part], field: str, where: str | None = None) -> ApiError:
+    known = ", ".join(sorted(kind.model_fields))
+    shown = where or field[:200]
+    message = f"{shown} is not supported by this server, so it is refused rather than ignored. Supported: {known}"
+    return ApiError(message, param=field, code="unknown_parameter")
 
 
 def check_options(ask: Ask) -> None:
@@ -509,6 +519,9 @@ def check_options(ask: Ask) -> None:
         _check_chat(ask)
     if isinstance(ask, CompletionAsk):
         _check_completion(ask)
+        if (samples := len(ask.prompts) * ask.n) > MAX_SAMPLES:
+            message = f"{samples:,} samples are too many for one request; {MAX_SAMPLES:,} are allowed"
+            raise ApiError(message, param="prompt", code="too_large")
     if ask.limit == 0 and ask.prompt_logprobs is None and not (isinstance(ask, CompletionAsk) and ask.echo):
         name = "max_tokens" if ask.max_tokens is not None else "max_completion_tokens"
         raise ApiError(f"{name} is 0: nothing is left to answer without echo or prompt_logprobs", param=name)

@@ -22,9 +22,10 @@ from starlette.routing import Route
 from isthmus import __version__
 from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.admission import Gate, note_error, refuse
-from isthmus.engines.local.api.answers import Exchange
+from isthmus.engines.local.api.answers import Choice, Exchange
 from isthmus.engines.local.api.browsers import cross_origin
 from isthmus.engines.local.api.canary import Canary, CanaryReport
+from isthmus.engines.local.api.intake import Intake, check_measure, weights_body
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.metrics import Metrics
@@ -75,11 +76,10 @@ from isthmus.engines.local.api.weights import WeightUpdates
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import Bundle
 
-MAX_BODY_BYTES = 64 << 20
-BODY_S = 120.0
 NO_LIMITS = KeyLimits()
 POLL_S = 0.02
 EXPIRE_EVERY_S = 5.0
+LONG_ANSWER_TOKENS, SHORT_BODY_BYTES = 2000, 2048
 STATIC = Path(__file__).parents[1] / "page"
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -132,7 +132,7 @@ class Server:
         report: Path | None = None,
     ):
         self.service = service
-        self.metrics = Metrics(service)
+        self.metrics, self.intake = Metrics(service), Intake()
         keys = keys or Keyring([])
         self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
         self.log = log or AccessLog(None)
@@ -174,8 +174,8 @@ class Server:
             Operation(user, "POST", "/v1/responses", self.respond, (ResponseAsk,), gives=streams, also=busy),
             Operation(user, "GET", "/v1/models", self.models),
             Operation(user, "GET", "/v1/models/{model:path}", self.model, also=(404,)),
-            Operation(user, "POST", "/tokenize", self.tokenize, tokenizes),
-            Operation(user, "POST", "/detokenize", self.detokenize, (DetokenizeAsk,)),
+            Operation(user, "POST", "/tokenize", self.tokenize, tokenizes, also=(503,)),
+            Operation(user, "POST", "/detokenize", self.detokenize, (DetokenizeAsk,), also=(503,)),
             Operation(user, "GET", "/metrics", self.prometheus, gives=(TEXT,)),
             Operation(public, "GET", "/health", self.health, also=(503,)),
             Operation(public, "GET", "/ready", self.ready, also=(503,)),
@@ -217,46 +217,50 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         """Texts or token ids go on."""
-        ask = parse(CompletionAsk, await _json_body(request))
-        self._check(ask)
-        exchange = await self._exchange(ask, prepare_completion(self.service, ask))
+
+        def understand(body: bytes) -> tuple[CompletionAsk, Prepared]:
+            ask = parse(CompletionAsk, body)
+            self._check(ask)
+            return ask, prepare_completion(self.service, ask)
+
+        ask, prepared = await self._understood(request, understand)
+        exchange = await self._exchange(ask, prepared)
         if ask.stream:
             return _event_stream(self._completion_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
-        vocabulary, prompts = self.service.vocabulary, exchange.prompts
-        shown = [
-            completion_choice(ask, vocabulary, prompts[p], c, exchange.rules, exchange.prompt_tokens[p])
-            for c, p in ((choice, choice.index // ask.n) for choice in choices)
-        ]
-        return JSONResponse(self._envelope("text_completion", ask) | {"choices": shown, "usage": self._count(exchange)})
+        return await self._written(exchange, lambda: self._whole_completion(ask, exchange, choices))
 
     async def chat(self, request: Request) -> Response:
         """A turn of a conversation."""
-        ask = parse(ChatAsk, await _json_body(request))
-        self._check(ask)
-        exchange = await self._exchange(ask, prepare_chat(self.service, ask))
+
+        def understand(body: bytes) -> tuple[ChatAsk, Prepared]:
+            ask = parse(ChatAsk, body)
+            self._check(ask)
+            return ask, prepare_chat(self.service, ask)
+
+        ask, prepared = await self._understood(request, understand, renders=True)
+        exchange = await self._exchange(ask, prepared)
         if ask.stream:
             return _event_stream(self._chat_chunks(ask, exchange))
         choices = await _unless_disconnected(request, exchange.choices())
-        body = self._envelope("chat.completion", ask) | {
-            "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
-            "usage": self._count(exchange),
-        }
-        if ask.prompt_logprobs is not None:
-            tokens = exchange.prompt_tokens[0] or []
-            body["prompt_logprobs"] = prompt_logprobs(self.service.vocabulary, tokens, ask.prompt_logprobs)
-        if ask.return_token_ids:
-            body["prompt_token_ids"] = exchange.prompts[0]
-        return JSONResponse(body)
+        return await self._written(exchange, lambda: self._whole_chat(ask, exchange, choices))
 
     async def respond(self, request: Request) -> Response:
         """A turn of a conversation, in the shape of OpenAI's Responses API. Nothing of it is kept."""
-        asked = parse(ResponseAsk, await _json_body(request))
-        try:
+
+        def understand(body: bytes) -> tuple[ResponseAsk, ChatAsk, Prepared]:
+            asked = parse(ResponseAsk, body)
             template = self.service.tokenizer.tool_template if asked.tools else self.service.tokenizer.template
-            ask = read(ChatAsk, asked.chat(with_thinking=template.reads_reasoning or template.cuts_thinking))
-            self._check(ask)
-            exchange = await self._exchange(ask, prepare_chat(self.service, ask))
+            try:
+                ask = read(ChatAsk, asked.chat(with_thinking=template.reads_reasoning or template.cuts_thinking))
+                self._check(ask)
+                return asked, ask, prepare_chat(self.service, ask)
+            except ApiError as error:
+                raise in_its_own_words(error) from None
+
+        asked, ask, prepared = await self._understood(request, understand, renders=True)
+        try:
+            exchange = await self._exchange(ask, prepared)
             writer = ResponseWriter(asked, exchange, ask.model or self.service.identity.model)
             if ask.stream:
                 return _event_stream(writer.events(), named=True)
@@ -266,25 +270,32 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation, in vLLM's shape."""
-        content = load(await _json_body(request))
-        if "messages" in content:
-            ask = read(TokenizeChatAsk, content)
-            self._check_model(ask.model)
-            tokens = chat_prompt(self.service, ask, with_tools=bool(ask.tools))
-        else:
+
+        def understand(body: bytes) -> tuple[TokenizeAsk | TokenizeChatAsk, list[int]]:
+            content = load(body)
+            if "messages" in content:
+                ask = read(TokenizeChatAsk, content)
+                self._check_model(ask.model)
+                return ask, chat_prompt(self.service, ask, with_tools=bool(ask.tools))
             ask = read(TokenizeAsk, content)
             self._check_model(ask.model)
-            tokens = encode_text(self.service, ask.prompt, "prompt", raw=ask.add_special_tokens)
+            return ask, encode_text(self.service, ask.prompt, "prompt", raw=ask.add_special_tokens)
+
+        ask, tokens = await self._understood(request, understand, renders=True)
         texts = [self.service.vocabulary.text_of(token) for token in tokens] if ask.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": self.service.core.length, "tokens": tokens, "token_strs": texts}
         return JSONResponse(body)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special ones included, in vLLM's shape."""
-        ask = parse(DetokenizeAsk, await _json_body(request))
-        self._check_model(ask.model)
-        check_prompt_tokens(self.service, [ask.tokens], "tokens")
-        return JSONResponse({"prompt": self.service.tokenizer.decode(ask.tokens, skip_special=False)})
+
+        def understand(body: bytes) -> str:
+            ask = parse(DetokenizeAsk, body)
+            self._check_model(ask.model)
+            check_prompt_tokens(self.service, [ask.tokens], "tokens")
+            return self.service.tokenizer.decode(ask.tokens, skip_special=False)
+
+        return JSONResponse({"prompt": await self._understood(request, understand)})
 
     async def models(self, _request: Request) -> Response:
         """The one model that is served, under each of its names."""
@@ -407,7 +418,8 @@ class Server:
         """
         query = _query(UpdateWeightsQuery, request)
         _check_encoding(request)
-        payload, version, sha256 = await request.body(), query.version, query.sha256
+        version, sha256 = query.version, query.sha256
+        payload = await weights_body(request, self.updates.largest_message)
         if version is None or self.updates.knows(version):
             return JSONResponse({"update": await self._change_weights(self.updates.add, payload, sha256, version)})
         return JSONResponse(await self._take_weights(self.updates.at_once, payload, version, sha256))
@@ -520,6 +532,32 @@ class Server:
             raise ApiError("no canaries here: this bundle has no golden answers, or they are switched off", status=404)
         return self.canary
 
+    async def _written(self, exchange: Exchange, content: Callable[[], dict[str, Any]]) -> Response:
+        """An answer in one piece; a long one is written off the event loop."""
+        if exchange.generated < LONG_ANSWER_TOKENS:
+            return JSONResponse(content())
+        return await self.intake.one_at_a_time(lambda: JSONResponse(content()))
+
+    def _whole_completion(self, ask: CompletionAsk, exchange: Exchange, choices: list[Choice]) -> dict[str, Any]:
+        vocabulary, prompts = self.service.vocabulary, exchange.prompts
+        shown = [
+            completion_choice(ask, vocabulary, prompts[p], c, exchange.rules, exchange.prompt_tokens[p])
+            for c, p in ((choice, choice.index // ask.n) for choice in choices)
+        ]
+        return self._envelope("text_completion", ask) | {"choices": shown, "usage": self._count(exchange)}
+
+    def _whole_chat(self, ask: ChatAsk, exchange: Exchange, choices: list[Choice]) -> dict[str, Any]:
+        body = self._envelope("chat.completion", ask) | {
+            "choices": [chat_choice(ask, self.service.vocabulary, choice) for choice in choices],
+            "usage": self._count(exchange),
+        }
+        if ask.prompt_logprobs is not None:
+            tokens = exchange.prompt_tokens[0] or []
+            body["prompt_logprobs"] = prompt_logprobs(self.service.vocabulary, tokens, ask.prompt_logprobs)
+        if ask.return_token_ids:
+            body["prompt_token_ids"] = exchange.prompts[0]
+        return body
+
     async def _completion_chunks(self, ask: CompletionAsk, exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
         head, vocabulary = self._envelope("text_completion", ask), self.service.vocabulary
         starts = [0] * exchange.size
@@ -550,10 +588,29 @@ class Server:
     async def _exchange(self, ask: Ask, prepared: Prepared) -> Exchange:
         constraint = None
         if prepared.grammar is not None:
-            constraint = await run_in_threadpool(prepared.constraint, self.service)
+            constraint = await self.intake.one_at_a_time(lambda: prepared.constraint(self.service))
         exchange = Exchange(self.service, ask, prepared, CURRENT.get(), constraint)
         self.gate.admit(prepared.prompts, ask.n)
         return exchange
+
+    async def _understood(
+        self, request: Request, understand: Callable[[bytes], ResultType], *, renders: bool = False
+    ) -> ResultType:
+        """What `understand` makes of the body of a request. Raises ApiError.
+
+        It is done off the event loop where it takes longer than going there: for long bodies, and where it `renders` a
+        conversation.
+        """
+        _check_json(request)
+
+        def work() -> ResultType:
+            check_measure(body)
+            return understand(body)
+
+        async with self.intake.body(request) as body:
+            if renders or len(body) > SHORT_BODY_BYTES:
+                return await self.intake.off_the_loop(len(body), work)
+            return work()
 
     def _check(self, ask: Ask) -> None:
         check_options(ask)
@@ -617,26 +674,11 @@ def _check_encoding(request: Request) -> None:
         raise ApiError(message, status=415, code="unsupported_content_encoding")
 
 
-async def _json_body(request: Request) -> bytes:
+def _check_json(request: Request) -> None:
     _check_encoding(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":
         raise ApiError(f"send Content-Type: application/json (this request has {kind or 'none'!r})", status=415)
-    body = bytearray()
-    _check_size(int(request.headers.get("content-length", 0)))
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                body += part
-                _check_size(len(body))
-    except TimeoutError:
-        raise ApiError(f"the body was not here after {BODY_S:g} s", status=408) from None
-    return bytes(body)
-
-
-def _check_size(length: int) -> None:
-    if length > MAX_BODY_BYTES:
-        raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[ResultType]) -> ResultType:

@@ -24,6 +24,7 @@ from isthmus.model.digest import tensor_sha256
 
 Mode = Literal["full", "delta"]
 IDLE_S = 600.0
+LARGEST_HEADER = 128 << 20
 
 
 @dataclass
@@ -54,6 +55,11 @@ class WeightUpdates:
         self._clock, self._lock = clock, threading.Lock()
         self._staging: Staging | None = None
         self._hashes: tuple[int, dict[str, str]] | None = None
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes beyond which no message of an update is: all weights in use, and room for a header."""
+        return sum(one.numel() * one.element_size() for one in self.service.tensors.values()) + LARGEST_HEADER
 
     def start(
         self,

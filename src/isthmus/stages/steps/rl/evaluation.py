@@ -11,7 +11,7 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure
 from isthmus.stages.steps import heldout
 from isthmus.stages.steps.heldout import Evaluation
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
@@ -30,7 +30,7 @@ PER_STEP = {
 def evaluate(
     work: StepRun[RlSection], rollouts: Rollouts, which: str, weights_sha256: str, say: Callable[[str], None]
 ) -> Evaluation:
-    """Held-out problems through an engine with these weights; stored, so that a continued run does not repeat it."""
+    """Held-out problems through an engine with these weights; stored, so that a continued run need not repeat it."""
     path = work.folder / f"heldout-{which}.json"
     if (before := heldout.stored(work.run, path)) is not None:
         return before
@@ -80,7 +80,7 @@ class Comparison:
             started=started,
             ended=time.time(),
             step=self.work.name,
-            pool=self.plan.pool_of("train"),
+            pool=self.work.place.pool,
             started_from=start.name,
             started_from_sha256=start.sha256,
             rollout_pool=self.away,
