@@ -796,7 +796,8 @@ def _is_done(stage: str, opened: RunFolder) -> bool:
         return False
     if stage == "qualify":
         pools = placed_pools(opened.recipe)
-        return all(opened.read_record(f"qualify/{pool.name}", records.QualifyRecord) for pool in pools)
+        found = [opened.read_record(f"qualify/{pool.name}", records.QualifyRecord) for pool in pools]
+        return all(record is not None and not record.disturbed for record in found)
     if stage == "handoff":
         record = opened.read_record("parity", records.HandoffRecord)
         return record is not None and record.verdict == "pass"

@@ -115,7 +115,8 @@ class FailureCase(Part):
 
 
 class QualifyRecord(Record):
-    """`qualify/<pool>.json`"""
+    """`qualify/<pool>.json`. `disturbed` is what kept probes from finding anything out and says nothing about the pool:
+    such a pool is not done, and is examined again by the next command."""
 
     pool: str
     chip: str
@@ -129,6 +130,7 @@ class QualifyRecord(Record):
     scores: list[Score] = []
     limits: list[Limit] = []
     skipped: list[Skipped] = []
+    disturbed: list[str] = []
 
 
 RuleAnswer = Literal["nothing found", "caution", "unknown", "licence", "refused"]

@@ -38,6 +38,20 @@ def judge(evidence: Sequence[Evidence]) -> Verdict:
     return "fit" if training == "pass" else "fit with limits"
 
 
+def deciding(evidence: Sequence[Evidence], use: str = "training") -> Evidence | None:
+    """The finding to which a verdict is due, in a use, "training" or "serving"; None if all of them pass.
+
+    What stands in the way of serving comes before what stands in the way of training alone.
+    """
+    serving = [item for item in evidence if item.needed_for in ("serving", "both")]
+    for findings in [serving] if use == "serving" else [serving, evidence]:
+        for outcome in ("fail", "unknown"):
+            for item in findings:
+                if _outcome(item) == outcome:
+                    return item
+    return next((item for item in evidence if item.outcome != "pass"), None)
+
+
 def outcome_of(evidence: Iterable[Evidence]) -> AspectOutcome:
     """The worst of the findings; `unknown` if there is none. A failure with limits counts as `limited`."""
     found = [_outcome(item) for item in evidence]

@@ -20,6 +20,7 @@ from isthmus.chips.rehearse.faults import Fault, check_fault, of_collectives
 from isthmus.errors import IsthmusError
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew_rank import RankSetup
+from isthmus.launch.outside import from_outside
 from isthmus.launch.places import Answer, LocalPlace, Place
 
 State = Literal["done", "raised", "crashed", "hung", "stopped"]
@@ -63,6 +64,12 @@ class Called:
         return [reply.value for reply in self.replies]
 
     @property
+    def disturbance(self) -> str | None:
+        """What ended a rank that says nothing about its chip; None if nothing did."""
+        bad = [one for one in self.replies if one.state in ("crashed", "raised")]
+        return next((f"rank {one.rank}: {what}" for one in bad if (what := from_outside(one.error))), None)
+
+    @property
     def raised_alike(self) -> bool:
         """Whether every rank raised, and with the same words."""
         return all(reply.state == "raised" for reply in self.replies) and len({one.error for one in self.replies}) == 1
@@ -100,6 +107,8 @@ class Called:
 class Crew:
     """A number of rank processes. Use it as a context; it starts the ranks at the first call, again after a failure.
 
+    `disturbances` collects what ended ranks and says nothing about the chip.
+
     `device` is a torch device type. `chip` names a rehearsed chip whose rules are in force in every call, and `faults`
     what goes wrong: those of ranks that it does not have stay away. `starts` collects, for each start, the seconds
     until each rank had its communicator; `failed_calls` counts calls in which a rank crashed or hung. `places` are
@@ -118,6 +127,7 @@ class Crew:
     preload: Sequence[str] = ()
     starts: list[list[float]] = field(default_factory=list)
     failed_calls: int = 0
+    disturbances: list[str] = field(default_factory=list)
     places: Sequence[Place] = ()
     host: str = "127.0.0.1"
     _store: Any = None
@@ -218,7 +228,9 @@ class Crew:
             ordered = [dataclasses.replace(reply, log=self.places[reply.rank].log()) for reply in ordered]
             self.failed_calls += any(reply.state in ("crashed", "hung") for reply in ordered)
             self._end(politely=False)
-        return Called(ordered, time.monotonic() - began)
+        called = Called(ordered, time.monotonic() - began)
+        self.disturbances += [called.disturbance] if called.disturbance else []
+        return called
 
     def _sleep_until_one_answers(self, ranks: Sequence[int]) -> None:
         connections = [self.places[rank].connection for rank in ranks]

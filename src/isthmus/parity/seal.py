@@ -39,13 +39,15 @@ sealed; or refused by a gate."""
 
 
 class Lineage(BaseModel):
-    """Where the weights come from, as far as it is known. `source_sha256` is the identity in the manifest."""
+    """Where the weights come from, as far as it is known. `source_sha256` is the identity in the manifest, `run_sha256`
+    the hash of the run's list of hashes when it sealed: it covers records, events and what the run learnt from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source_sha256: str | None = None
     checkpoint_sha256: str | None = None
     recipe_sha256: str | None = None
+    run_sha256: str | None = None
     source_pool: str | None = None
     target_pool: str | None = None
 
@@ -84,7 +86,10 @@ class Seal(BaseModel):
 
     def canonical_sha256(self) -> str:
         """The hash of JSON with sorted keys and no spaces, without `sha256` itself and without the signature."""
-        return canonical_sha256(self.model_dump(mode="json", exclude={"sha256", "signature"}))
+        content = self.model_dump(mode="json", exclude={"sha256", "signature"})
+        if self.lineage.run_sha256 is None:
+            del content["lineage"]["run_sha256"]  # as in seals from before runs had hashes
+        return canonical_sha256(content)
 
     @property
     def message(self) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,12 @@ class Setting:
         write_atomic(folder / "failure.json", content.encode())
         self.failures.append(folder)
         return str(folder.relative_to(self.root))
+
+    def drop_failures(self, kept: int) -> None:
+        """Delete all failures but the first `kept`: they say nothing about the pool."""
+        for folder in self.failures[kept:]:
+            shutil.rmtree(folder)
+        del self.failures[kept:]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class Findings:
     setting: Setting
     evidence: list[Evidence] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
+    disturbances: list[str] = field(default_factory=list)
+    """What kept probes from finding anything out, and says nothing about the pool."""
 
     @property
     def recipe(self) -> Recipe:

@@ -6,8 +6,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.formats.updates.wire import digest
 from isthmus.formats.updates.wire import pack as pack_wire
+from isthmus.launch.outside import from_outside, may_be_its_own
 from isthmus.probes.compute import compute_threads, host_device_gbs, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.findings import Findings
 from isthmus.probes.judge.thresholds import METRICS, apply_thresholds, load_thresholds
@@ -31,6 +34,7 @@ from isthmus.recipe.schema import Recipe
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
 
+T = TypeVar("T")
 FLOOR_ROWS, FLOOR_MIB = 8192, 1024
 """Matrices and copies from which the published floors of `chips/thresholds.csv` hold."""
 STATE_BYTES = 16
@@ -213,15 +217,30 @@ def engine(found: Findings, work: Workload, run: RunFolder, folder: Path) -> Non
         return
     pilot = folder.with_name(f"{folder.name}-pilot")
     try:
-        paces = _engine_paces(found, work, pilot, formats[0])
+        paces = _undisturbed(lambda: _engine_paces(found, work, pilot, formats[0]), run)
     except EngineError as error:
-        found.add("pilot of the engine", "software", "serving", "fail", str(error))
+        what = from_outside(str(error))
+        outcome = "fail" if what is None or may_be_its_own(what) else "unknown"
+        found.add("pilot of the engine", "software", "serving", outcome, str(error))
+        found.disturbances += [f"the engine: {what}"] if what and outcome == "unknown" else []
         return
     finally:
         shutil.rmtree(pilot, ignore_errors=True)
     found.figures |= paces
     detail = f"started with weights in {formats[0]}, took new ones, and answered"
     found.add("pilot of the engine", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)
+
+
+def _undisturbed(pilot: Callable[[], T], run: RunFolder) -> T:
+    """What a pilot finds, which is run a second time if something from outside ends its engine."""
+    try:
+        return pilot()
+    except EngineError as error:
+        what = from_outside(str(error))
+        if what is None:
+            raise
+        run.event("qualify", "repeated", what="pilot of the engine", why=what)
+        return pilot()
 
 
 def _engine_paces(found: Findings, work: Workload, folder: Path, form: str) -> dict[str, Figure]:

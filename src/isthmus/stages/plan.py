@@ -27,7 +27,7 @@ from isthmus.recipe.schema import PlacedStage, Recipe
 from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection, Ruling
 from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
 from isthmus.run import Figure, RunFolder
-from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, describe_limit
+from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, deciding, describe_limit
 
 NAME = "plan"
 NO_RULINGS: Mapping[str, Ruling] = MappingProxyType({})
@@ -96,7 +96,7 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
             f"it is rehearsed, and a rehearsal can refuse a pool, never vouch for it; its verdict is `{pool.verdict}`"
         )
     if pool.verdict not in accepted:
-        return f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
+        return f"its verdict is `{pool.verdict}`: {_reason_of(pool, use)}"
     elsewhere = {"rollout": "handoff.", "serve": ROLLOUT_FORMAT}.get(stage)
     limits = [limit for limit in pool.limits if elsewhere is None or not limit.setting.startswith(elsewhere)]
     broken = broken_limits(limits, recipe, pool.pool, use)
@@ -105,7 +105,11 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
     )
 
 
-def _first_reason(pool: QualifyRecord) -> str:
+def _reason_of(pool: QualifyRecord, use: str) -> str:
+    """The finding that decided."""
+    decided = deciding(pool.evidence, use)
+    if decided is not None:
+        return f"{decided.name}: {decided.detail}"
     return pool.reasons[0] if pool.reasons else "no reason was recorded"
 
 
@@ -135,7 +139,8 @@ def _nowhere(
     lines += [f"  {name} ({qualified[name].chip}): {objections[name]}" for name in order]
     untried = f'add a pool that is present to place.{stage}, for example one with chip = "cpu"'
     lines.append(
-        f"Either {untried}, or mend what the verdict names and qualify again; `isthmus chips` lists the known chips."
+        f"Either {untried}, or mend what the verdict names and qualify again (`isthmus qualify RUN --again`); "
+        "`isthmus chips` lists the known chips."
     )
     return "\n".join(lines)
 

@@ -42,7 +42,7 @@ from isthmus.progress import Watch
 from isthmus.records import Aspect, Evidence, QualifyRecord, Score, Skipped
 from isthmus.run import RunFolder
 from isthmus.trainer.mesh import launched_world
-from isthmus.verdict import QUESTIONS, compare, describe_limit, judge, limits_of, scores, without_pairs
+from isthmus.verdict import QUESTIONS, compare, deciding, describe_limit, judge, limits_of, scores, without_pairs
 
 NAME = "qualify"
 LOOPBACK = "127.0.0.1"
@@ -90,7 +90,8 @@ def execute(
 
 
 def _stored(run: RunFolder, pool_name: str, again: bool) -> QualifyRecord | None:
-    return None if again else run.read_record(f"{NAME}/{pool_name}", QualifyRecord)
+    record = None if again else run.read_record(f"{NAME}/{pool_name}", QualifyRecord)
+    return None if record is not None and record.disturbed else record
 
 
 def _execute_among_others(
@@ -229,7 +230,9 @@ class Examination:
                 self.found.add(aspect, aspect, "training", "unknown", f"no probe of {aspect} was run")
         pool, evidence = self.setting.pool, self.found.evidence
         verdict = judge(evidence)
-        doubts = [f"{item.name}: {item.detail}" for item in evidence if item.outcome != "pass"]
+        decided = [item for item in (deciding(evidence),) if item is not None]
+        others = [item for item in evidence if item.outcome != "pass" and item not in decided]
+        doubts = [f"{item.name}: {item.detail}" for item in [*decided, *others]]
         return QualifyRecord(
             recipe_sha256=self.run.recipe.digest(),
             started=started,
@@ -246,6 +249,7 @@ class Examination:
             scores=scores(evidence, self.looked, self.skipped),
             limits=limits_of(evidence),
             skipped=self.skipped,
+            disturbed=self.found.disturbances,
         )
 
     def _workload(self) -> Workload:
@@ -278,6 +282,7 @@ class Examination:
                 self._leave_out(answer.probe.name, answer.probe.aspect, why, answer.probe, prices[answer.probe.name])
             else:
                 self._take(answer.probe, answer.evidence)
+            self.found.disturbances += [answer.disturbed] if answer.disturbed else []
         return not any(answer.broken for answer in answers)
 
     def _crew(self) -> Crew:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import recognise_format
-from isthmus.formats.files.bundle import CONFIG, architecture_of, read_config
+from isthmus.formats.files.bundle import CHECKSUMS, CONFIG, SEAL, architecture_of, file_hashes, read_config
 from isthmus.formats.files.published import StoredTensors, weight_files
 from isthmus.parity.gate import STYLES as OUTCOMES
 from isthmus.parity.gate import check_list, ledger_table, shown
-from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
-from isthmus.parity.seal import Lineage, State, read_verdict, standing
+from isthmus.parity.manifest import MANIFEST, Manifest, read_checksums, read_manifest, tensor_hashes
+from isthmus.parity.seal import Lineage, State, read_verdict, standing, verify_seal
 from isthmus.parity.signing import read_trusted
 from isthmus.progress import Watch
-from isthmus.records import HandoffRecord, LedgerRow, ParityVerdict, costliest
+from isthmus.records import HandoffRecord, LedgerRow, ParityVerdict, WeightsRecord, costliest, step_record
 from isthmus.run import RunFolder, meant_run
+from isthmus.trainer.checkpoint_files import read_manifest as read_checkpoint
+from isthmus.trainer.checkpoint_files import verify_file
 
 SHOWN_TENSORS = 40
 STYLES: dict[str, str] = {
@@ -72,6 +76,17 @@ class Inspection(BaseModel):
     parent: str | None
 
 
+class RunFiles(BaseModel):
+    """What was found in a run folder: files that are not what the run left, by name, and what cannot be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    files: int
+    breaks: list[str]
+    notes: list[str]
+
+
 class Difference(BaseModel):
     """How two bundles differ, by the hashes of their tensors."""
 
@@ -89,8 +104,18 @@ def execute(
 ) -> Inspection:
     """Show a bundle, and how it differs from `diff`. `trust`: a file of public keys, one of which must have signed.
 
-    Of a run folder it is the bundle that its hand-off was about. Raises IsthmusError if there is no bundle.
+    Of a run folder all files are checked, and the bundle that its hand-off was about is shown. Raises GateRefused that
+    names the files that were touched, and IsthmusError if there is no bundle.
     """
+    if (meant_run(folder) / "recipe.json").is_file() and not (folder / CONFIG).is_file():
+        checked = check_run(meant_run(folder))
+        if not as_json:
+            watch.console.print(render_run(checked))
+        if checked.breaks:
+            raise GateRefused(
+                f"{checked.folder} is not as its run left it: {'; '.join(checked.breaks)}. Restore what was touched; "
+                "or delete it, and the run makes it again as far as it can, and its dossier says so."
+            )
     folder = find_bundle(folder)
     found = inspect(folder, read_trusted(trust) if trust else None)
     difference = compare(folder, diff) if diff is not None else None
@@ -103,6 +128,68 @@ def execute(
         if difference is not None:
             watch.console.print(render_difference(difference))
     return found
+
+
+def check_run(folder: Path) -> RunFiles:
+    """Every file of a run folder against its hash: events, records and what stages left, checkpoints and bundles."""
+    try:
+        run = RunFolder.open(folder)
+    except IsthmusError as error:
+        return RunFiles(folder=str(folder), files=1, breaks=[f"recipe.json: {error}"], notes=[])
+    found = [str(broken) for broken in run.breaks()]
+    checkpoints = sorted(folder.glob("steps/*/checkpoints/step-*"))
+    bundles = sorted({path.parent for path in folder.glob(f"**/{CHECKSUMS}")})
+    last = {} if found else _last_checkpoints(run)
+    for checkpoint in checkpoints:
+        found += _touched(folder, checkpoint, partial(_check_checkpoint, checkpoint, last.get(checkpoint)))
+    for missing in sorted(last.keys() - set(checkpoints)):
+        found.append(f"{missing.relative_to(folder)} is missing")
+    for bundle in bundles:
+        found += _touched(folder, bundle, partial(_check_bundle, bundle))
+    if not found and (record := run.read_record("parity", HandoffRecord)) is not None and record.seal_id is not None:
+        sealed = folder / record.bundles[record.format]
+        found += _touched(folder, sealed / SEAL, partial(verify_seal, sealed, record.seal_id))
+    known = 0 if found else len(run.kept)
+    notes = [] if run.digest or found else [f"{folder} is from before runs had hashes: its records cannot be checked"]
+    return RunFiles(folder=str(folder), files=known + len(checkpoints) + len(bundles), breaks=found, notes=notes)
+
+
+def _last_checkpoints(run: RunFolder) -> dict[Path, str]:
+    """By folder the hash of the checkpoint that each step left."""
+    records = (step_record(run, step.name) for step in run.recipe.step)
+    return {run.path / one.checkpoint: one.checkpoint_sha256 for one in records if isinstance(one, WeightsRecord)}
+
+
+def _touched(run: Path, folder: Path, check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except IsthmusError as error:
+        return [f"{folder.relative_to(run)}: {error}"]
+    return []
+
+
+def _check_checkpoint(folder: Path, sha256: str | None) -> None:
+    manifest, _ = read_checkpoint(folder, sha256)
+    for file in manifest.files:
+        verify_file(folder, manifest, file)
+
+
+def _check_bundle(folder: Path) -> None:
+    """A sealed one by its seal, any other by its checksums."""
+    if (folder / SEAL).is_file():
+        verify_seal(folder)
+        return
+    recorded, found = read_checksums(folder), file_hashes(folder)
+    for name in sorted(recorded.keys() | found.keys()):
+        if name != CHECKSUMS and recorded.get(name) != found.get(name):
+            raise DamagedFile(f"{folder / name} does not match its hash")
+
+
+def render_run(found: RunFiles) -> RenderableType:
+    """The check of a run folder for a person."""
+    state = f"{len(found.breaks)} touched" if found.breaks else "all as the run left them"
+    lines = [f"{found.folder}: {found.files} files, checkpoints and bundles, {state}", *found.breaks, *found.notes]
+    return Text("\n".join(lines), style="bold red" if found.breaks else "")
 
 
 def find_bundle(folder: Path) -> Path:

@@ -120,8 +120,7 @@ def folder_step(folder: Path) -> int:
 def write_manifest(folder: Path, manifest: Manifest) -> str:
     """Write the manifest with a hash of its own content. Returns the SHA-256 of the file."""
     content = manifest.model_dump(mode="json")
-    text = json.dumps({"sha256": _content_sha256(content), "manifest": content}, sort_keys=True, indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(_text(content), encoding="utf-8")
     return sha256_file(folder / MANIFEST)
 
 
@@ -142,11 +141,15 @@ def read_manifest(folder: Path, sha256: str | None = None) -> tuple[Manifest, st
         raise DamagedFile(f"{path} is not the one that was recorded: it has another SHA-256")
     try:
         stored = json.loads(content)
-        if _content_sha256(stored["manifest"]) != stored["sha256"]:
+        if _text(stored["manifest"]).encode() != content:
             raise DamagedFile(f"{path} does not match its hash")
         return Manifest.model_validate(stored["manifest"]), found
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DamagedFile(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _text(content: Any) -> str:
+    return json.dumps({"sha256": _content_sha256(content), "manifest": content}, sort_keys=True, indent=1)
 
 
 def _content_sha256(content: Any) -> str:

@@ -108,6 +108,7 @@ def conclude(
         lineage = Lineage(
             checkpoint_sha256=read_weights(run, run.recipe.handed_off.name).checkpoint_sha256,
             recipe_sha256=record.recipe_sha256,
+            run_sha256=run.digest,
             source_pool=record.source_pool,
             target_pool=record.target_pool,
         )
