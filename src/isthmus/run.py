@@ -21,6 +21,7 @@ from typing import IO, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.lines import read_json
 from isthmus.recipe.read import resolved_recipe
 from isthmus.recipe.schema import Recipe, content_digest
 
@@ -201,8 +202,10 @@ class RunFolder:
         for number, line in enumerate(path.read_bytes().splitlines()):
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
+            if not isinstance(entry, dict) or not {"stage", "event"} <= entry.keys():
+                raise DamagedFile(f"{path}:{number + 1} is not an event of a run; remove the line")
             if (stage and entry["stage"] != stage) or (event and entry["event"] != event):
                 continue
             key = (entry["stage"], entry["event"], entry["step"]) if "step" in entry else number
@@ -314,10 +317,7 @@ def _json(content: Any) -> bytes:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    return read_json(path, DamagedFile)
 
 
 def _difference(old: Recipe, new: Recipe) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
+from isthmus.errors import DamagedFile
+from isthmus.lines import read_json_object
 from isthmus.model.model import Model
 from isthmus.parity.paired import wilson_interval
 from isthmus.pools import Pool, get_pool
@@ -109,7 +111,12 @@ def _is_right(tasks: Mixture, tokenizer: Tokenizer, problem: Problem, completion
 
 def stored(path: Path) -> Evaluation | None:
     """An evaluation that was stored, so that a continued run does not repeat it."""
-    return Evaluation(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Evaluation(**read_json_object(path, DamagedFile))
+    except TypeError:
+        raise DamagedFile(f"{path} is not a stored evaluation; remove it, and it is made again") from None
 
 
 def store(path: Path, evaluation: Evaluation) -> None:
