@@ -43,6 +43,7 @@ rules: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the documents
 	$(BIN)/python -m benchmarks.tiny_seeds
+	$(BIN)/python -m benchmarks.r1_tiny
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.train
@@ -58,6 +59,7 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.black_box
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_updates
 	$(BIN)/python -m benchmarks.static_tier
+	$(BIN)/python -m benchmarks.forecast
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.live_tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier

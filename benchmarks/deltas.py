@@ -30,19 +30,19 @@ from isthmus.formats.updates.wire import digest, pack, unpack
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
-from isthmus.stages import plan, qualify, rl, train
+from isthmus.stages import plan, qualify, steps
 
 ROOT = Path(__file__).parents[1]
 STEPS, FORM_ELEMENTS = 12, 8_000_000
 FORMATS = ("w8a8", "bf16", "fp32")
 SETTINGS = {
-    "sft.steps": 120,
-    "rl.steps": STEPS,
-    "rl.prompts_per_step": 16,
-    "rl.samples_per_prompt": 8,
-    "rl.max_new_tokens": 96,
-    "rl.heldout_problems": 8,
-    "rl.snapshot_every": 1000,
+    "step.cold-start.steps": 120,
+    "step.reasoning.steps": STEPS,
+    "step.reasoning.prompts_per_step": 16,
+    "step.reasoning.samples_per_prompt": 8,
+    "step.reasoning.max_new_tokens": 96,
+    "step.reasoning.heldout_problems": 8,
+    "step.reasoning.snapshot_every": 1000,
     "data.teacher_give_up": 0.9,
     "qualify.matmul_size": 128,
     "qualify.memory_mib": 4,
@@ -57,10 +57,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         prepare(root / "base")
-        full = rl_run(root, "full", {"rl.update": "full"})
-        changes = rl_run(root, "delta", {"rl.update": "delta"})
+        full = rl_run(root, "full", {"step.reasoning.update": "full"})
+        changes = rl_run(root, "delta", {"step.reasoning.update": "delta"})
         published = root / "published"
-        rl_run(root, "fp32", {"rl.rollout_format": "fp32", "rl.publish": published})
+        rl_run(root, "fp32", {"step.reasoning.rollout_format": "fp32", "step.reasoning.publish": published})
         check_same_learning(full, changes)
         in_run = {"full": means(full), "delta": means(changes)}
         rows = [row(name, published) for name in FORMATS]
@@ -73,8 +73,9 @@ def main() -> None:
 def prepare(folder: Path) -> None:
     """Everything before RL, once."""
     run = RunFolder.create(folder, recipe({}))
-    for stage in (qualify, plan, train):
+    for stage in (qualify, plan):
         stage.execute(run, Watch())
+    steps.execute(run, Watch(), name="cold-start")
 
 
 def recipe(changes: dict[str, Any]) -> Any:
@@ -88,8 +89,8 @@ def rl_run(root: Path, name: str, changes: dict[str, Any]) -> list[dict[str, Any
     shutil.copytree(root / "base", folder)
     (folder / "recipe.json").unlink()
     run = RunFolder.create(folder, recipe(changes))
-    rl.execute(run, Watch())
-    return run.events("rl", "step")
+    steps.execute(run, Watch(), name="reasoning")
+    return run.events("reasoning", "step")
 
 
 def check_same_learning(full: list[dict[str, Any]], changes: list[dict[str, Any]]) -> None:

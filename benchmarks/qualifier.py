@@ -77,7 +77,7 @@ class Trial:
 
 
 def small_recipe() -> Recipe:
-    settings = {**SMALL, "pools.home.count": RANKS, "sft.batch_size": 8}
+    settings = {**SMALL, "pools.home.count": RANKS, "step.cold-start.batch_size": 8}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     return load_recipe(RECIPE, (*overrides, 'place.rollout=["home"]', 'place.serve=["home"]'))
 

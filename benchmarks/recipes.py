@@ -93,15 +93,26 @@ def draw(number: int, folder: Path) -> tuple[Recipe, Trial]:
         "model": _model(family, chance),
         "pools": {"home": {"chip": "cpu", "count": ranks, "ranks": ranks}},
         "place": {stage: ["home"] for stage in ("train", "rollout", "serve")},
-        "data": data,
+        "tasks": {kind.replace(" ", "-"): data},
         "train": {"precision": precision, "activation_checkpointing": chance.random() < 0.2},
         "qualify": {"soak_s": SOAK_S, "matmul_size": 128, "memory_mib": 4, "repeats": 3, "pilot_steps": 2},
-        "sft": {
-            "steps": chance.choice([40, 400, 4000]),
-            "batch_size": chance.choice([2, 4, 8]),
-            "optimizer": optimizer,
-        },
-        "rl": {"steps": 4, "max_new_tokens": 32, "optimizer": {"name": "adamw", "learning_rate": 1e-4}},
+        "step": [
+            {
+                "name": "taught",
+                "kind": "sft",
+                "steps": chance.choice([40, 400, 4000]),
+                "batch_size": chance.choice([2, 4, 8]),
+                "optimizer": optimizer,
+            },
+            {
+                "name": "reinforced",
+                "kind": "rl",
+                "from": "taught",
+                "steps": 4,
+                "max_new_tokens": 32,
+                "optimizer": {"name": "adamw", "learning_rate": 1e-4},
+            },
+        ],
     }
     return parse_recipe(tree), Trial(number, family, name, rate, kind, precision, ranks)
 
@@ -161,7 +172,7 @@ def _data(chance: random.Random, folder: Path) -> tuple[str, dict[str, Any]]:
     for number, path in enumerate(files.values()):
         lines = [line(1000 * number + place) for place in range(200)]
         path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    return kind, {"task": "jsonl", **{name: str(path) for name, path in files.items()}}
+    return kind, {"kind": "jsonl", **{name: str(path) for name, path in files.items()}}
 
 
 def qualify(number: int) -> Trial:

@@ -23,7 +23,7 @@ from isthmus.formats.files.bundle import write_bundle
 from isthmus.model.model import Model
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
-from isthmus.tasks import load_task
+from isthmus.tasks import load_tasks
 
 ROOT = Path(__file__).parents[1]
 NEW_TOKENS, REPEATS = 96, 3
@@ -34,8 +34,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         run = RunFolder.create(Path(scratch) / "run", load_recipe(ROOT / "recipes" / "tiny.toml"))
-        task = load_task(run.recipe)
-        tokenizer = run_tokenizer(run, task)
+        task = load_tasks(run.recipe)["countdown"]
+        tokenizer = run_tokenizer(run, [task])
         model = Model(run.recipe.model).initialise(0)
         with torch.no_grad():
             # The end token must not be drawn: every sequence then has the same length in every engine.

@@ -56,7 +56,7 @@ def one_seed(recipe: Path, seed: int, root: Path) -> dict[str, float | str | Non
         raise SystemExit(f"seed {seed} ended with code {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = RunFolder.open(folder)
-    rl, parity = run.read_record("rl", RlRecord), run.read_record("parity", HandoffRecord)
+    rl, parity = run.read_record("steps/reasoning/record", RlRecord), run.read_record("parity", HandoffRecord)
     plan = run.read_record("plan", PlanRecord)
     assert rl is not None and parity is not None and plan is not None
     return {

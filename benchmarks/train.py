@@ -29,11 +29,12 @@ from isthmus.forecast.count import training_flops
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.probes.compute import matmul_tflops
+from isthmus.recipe.practice import stream, taught
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import TrainSection
 from isthmus.recipe.steps import OptimizerSection, SftSection
 from isthmus.run import RunFolder
-from isthmus.tasks import load_task
+from isthmus.tasks import load_tasks, seeded, tasks_of
 from isthmus.trainer.batch import pack
 from isthmus.trainer.mesh import Ranks, open_ranks
 from isthmus.trainer.observe import peak_memory
@@ -62,8 +63,10 @@ def documents(preset: str) -> list[Document]:
     if TOKENS[preset] == 0:
         with tempfile.TemporaryDirectory() as scratch:
             run = RunFolder.create(Path(scratch) / "run", load_recipe(ROOT / "recipes" / "tiny.toml"))
-            task = load_task(run.recipe)
-            return sft_documents(run, task, run_tokenizer(run, task), 0)
+            recipe, step = run.recipe, taught(run.recipe)
+            tokenizer = run_tokenizer(run, list(load_tasks(recipe).values()))
+            chance = seeded(stream(recipe, step.name), recipe.seed, 0)
+            return sft_documents(tasks_of(recipe, step), tokenizer, recipe.model, step.batch_size, chance)
     generator = torch.Generator().manual_seed(0)
     vocabulary, made, total = architecture(preset).vocab_size, [], 0
     while total < TOKENS[preset]:

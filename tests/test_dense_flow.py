@@ -20,10 +20,10 @@ from transformers import (
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.formats.files.bundle import read_bundle
 from isthmus.recipe.read import load_recipe
-from isthmus.records import HandoffRecord, TrainRecord
+from isthmus.records import HandoffRecord, read_weights
 from isthmus.run import RunFolder
 from isthmus.stages.serve import Serving, open_service
-from isthmus.tasks import completion_text, load_task, seeded
+from isthmus.tasks import completion_text, load_tasks, seeded
 from tests.support.flow_recipe import isthmus
 
 RECIPE = """
@@ -41,7 +41,7 @@ train = ["home"]
 rollout = ["{serving}"]
 serve = ["{serving}"]
 
-[data]
+[tasks.countdown]
 teacher_give_up = 0.9
 
 [qualify]
@@ -50,22 +50,27 @@ memory_mib = 1
 repeats = 3
 pilot_steps = 2
 
-[sft]
+[[step]]
+name = "taught"
+kind = "sft"
 steps = {sft_steps}
 batch_size = 16
 
-[sft.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = {rate}
 
-[rl]
+[[step]]
+name = "reinforced"
+kind = "rl"
+from = "taught"
 steps = 2
 prompts_per_step = 4
 samples_per_prompt = 4
 max_new_tokens = 24
 heldout_problems = 12
 
-[rl.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = {rate}
 
@@ -76,6 +81,7 @@ max_mean_kl = 0.1
 min_top1_agreement = 0.8
 max_accuracy_drop = 0.6
 """
+RECIPES = Path(__file__).parents[1] / "recipes"
 AWAY = """
 [pools.away]
 chip = "ascend-910b-313t"
@@ -101,7 +107,7 @@ def write_recipe(folder: Path, **values: object) -> Path:
 
 def write_checkpoint(folder: Path, kind: type, config: type, **changes: object) -> torch.nn.Module:
     """As transformers writes it: config, sharded weights, tokenizer and template."""
-    task = load_task(load_recipe(Path(__file__).parents[1] / "recipes" / "tiny.toml"))
+    task = load_tasks(load_recipe(RECIPES / "tiny.toml"))["countdown"]
     chance = seeded("published")
     problems = chance.sample(task.train, 200)
     texts = [problem.prompt + completion_text(*task.worked_example(problem, chance)) for problem in problems]
@@ -136,9 +142,9 @@ def test_a_qwen2_checkpoint_is_trained_handed_off_and_served(tmp_path: Path):
     result = isthmus("run", recipe, "--run", tmp_path / "run")
     assert result.returncode == 0, result.stdout + result.stderr
     run = RunFolder.open(tmp_path / "run")
-    losses = [event["loss"] for event in run.events("train", "step")]
-    assert losses[-1] < 0.6 * losses[0] and run.read_record("train", TrainRecord).steps == 30
-    gaps = [event["mismatch_abs"] for event in run.events("rl", "step") if "mismatch_abs" in event]
+    losses = [event["loss"] for event in run.events("taught", "step")]
+    assert losses[-1] < 0.6 * losses[0] and read_weights(run, "taught").steps == 30
+    gaps = [event["mismatch_abs"] for event in run.events("reinforced", "step") if "mismatch_abs" in event]
     assert all(0 < gap < 0.05 for gap in gaps)
     assert (tmp_path / "run" / "report.html").is_file()
     agrees_with_transformers(sealed_bundle(tmp_path / "run", "bf16"))

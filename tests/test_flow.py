@@ -16,16 +16,18 @@ import pytest
 
 from isthmus.engines import Sampling
 from isthmus.engines.local import LocalEngine
-from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, TrainRecord
+from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, RlRecord, read_weights
 from isthmus.run import RunFolder
 from tests.support.examples import example
-from tests.support.flow_recipe import RECIPE, ROOT, command, isthmus, settings
+from tests.support.flow_recipe import RECIPE, REINFORCED, ROOT, TAUGHT, command, isthmus, settings
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("flow") / "run"
-    result = example("rl_elsewhere_train.sh", RECIPE, folder.parent / "published", "--run", folder, *settings())
+    result = example(
+        "rl_elsewhere_train.sh", RECIPE, REINFORCED, folder.parent / "published", "--run", folder, *settings()
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
@@ -38,8 +40,8 @@ def test_every_stage_leaves_its_record(finished):
     plan = run.read_record("plan", PlanRecord)
     assert [plan.pool_of(stage) for stage in ("train", "rollout", "serve")] == ["home", "away", "away"]
     assert any(r.stage == "train" and r.pool == "away" and "rehears" in r.reason for r in plan.rejected)
-    assert run.read_record("train", TrainRecord).steps == 80
-    rl = run.read_record("rl", RlRecord)
+    assert read_weights(run, TAUGHT).steps == 80
+    rl = run.require_record(f"steps/{REINFORCED}/record", RlRecord, "run")
     assert rl.steps == rl.weight_version == 12 and rl.rollout_rehearsed
     parity = run.read_record("parity", HandoffRecord)
     assert parity.verdict == "pass" and parity.seal_id
@@ -52,12 +54,12 @@ def test_no_figure_of_the_rehearsed_pool_is_called_measured(finished):
         away.figures.values()
     )
     assert figures and all(figure.kind != "measured" for figure in figures)
-    rl = run.read_record("rl", RlRecord)
+    rl = run.require_record(f"steps/{REINFORCED}/record", RlRecord, "run")
     assert {rl.accuracy_before.kind, rl.accuracy_after.kind, rl.accuracy_gain.kind} == {"rehearsed"}
 
 
 def test_the_weights_cross_at_every_step_with_a_version_and_a_hash(finished):
-    events = RunFolder.open(finished[0]).events("rl", "step")
+    events = RunFolder.open(finished[0]).events(REINFORCED, "step")
     assert [event["weight_version"] for event in events] == list(range(1, 13))
     assert len({event["weight_sha256"] for event in events}) >= 6
     assert all(0 < event["update_bytes"] < event["update_full_bytes"] for event in events), (
@@ -94,7 +96,7 @@ def test_a_second_run_skips_everything_and_is_quick(finished):
 
 def test_another_recipe_does_not_touch_the_run(finished):
     result = isthmus("run", RECIPE, "--run", finished[0], *settings(sft__steps=81))
-    assert result.returncode == 2 and "sft.steps" in result.stderr
+    assert result.returncode == 2 and "step.cold-start.steps" in result.stderr
 
 
 def test_serve_answers_and_stops(finished, tmp_path):

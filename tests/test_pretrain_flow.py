@@ -11,23 +11,28 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from isthmus.records import HandoffRecord, RlRecord, TrainRecord
+from isthmus.records import HandoffRecord, WeightsRecord, read_weights
 from isthmus.run import RunFolder
-from tests.support.flow_recipe import isthmus
+from tests.support.flow_recipe import REINFORCED, TAUGHT, isthmus
 from tests.support.ranks_recipe import RECIPE, kill_group, planned, start, stop_at, wait_until_nobody_works_on
 
-PRETRAIN = """
-[pretrain]
+BASE = """
+[[step]]
+name = "base"
+kind = "pretrain"
 folder = "corpus"
 steps = 24
 rows_per_step = 7
 row_length = 48
 checkpoint_every = 6
 
-[pretrain.optimizer]
+[step.optimizer]
 name = "adamw"
 learning_rate = 3e-3
+
 """
+_FIRST = RECIPE.index("[[step]]")
+PRETRAINED = RECIPE[:_FIRST] + BASE.lstrip() + RECIPE[_FIRST:].replace('from = "model"', 'from = "base"', 1)
 WORDS = ("the", "a", "small", "red", "blue", "cat", "dog", "sees", "takes", "near", "under", "house", "and", "then")
 LOSSES = ("loss", "mtp_loss", "balance_loss")
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -42,12 +47,12 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
 
 
-def steps_of(folder: Path, event: str = "pretrain-step") -> dict[int, dict]:
-    return {seen["step"]: seen for seen in RunFolder.open(folder).events("train", event)}
+def steps_of(folder: Path, name: str = "base") -> dict[int, dict]:
+    return {seen["step"]: seen for seen in RunFolder.open(folder).events(name, "step")}
 
 
-def record_of(folder: Path) -> TrainRecord:
-    return RunFolder.open(folder).require_record("train", TrainRecord, "train")
+def record_of(folder: Path, name: str = TAUGHT) -> WeightsRecord:
+    return read_weights(RunFolder.open(folder), name)
 
 
 def assert_close(ours: dict[int, dict], theirs: dict[int, dict], steps: range, tolerance: float) -> None:
@@ -65,8 +70,8 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(base) -> Path:
-    folder = planned(base / "uninterrupted", RECIPE + PRETRAIN, pools__home__ranks=2, sft__steps=4)
-    result = isthmus("train", folder)
+    folder = planned(base / "uninterrupted", PRETRAINED, pools__home__ranks=2, sft__steps=4)
+    result = isthmus("run", folder, "--until", TAUGHT)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -74,14 +79,14 @@ def uninterrupted(base) -> Path:
 @pytest.fixture(scope="module")
 def killed(base) -> Path:
     """Two ranks that were killed in the middle of pretraining, after the checkpoint at step 12."""
-    folder = planned(base / "killed", RECIPE + PRETRAIN, pools__home__ranks=2, sft__steps=4)
-    assert stop_at(folder, 14, kill_group, "pretrain-step")[0] == -signal.SIGKILL
+    folder = planned(base / "killed", PRETRAINED, pools__home__ranks=2, sft__steps=4)
+    assert stop_at(folder, 14, kill_group, "base")[0] == -signal.SIGKILL
     wait_until_nobody_works_on(folder)
     return folder
 
 
 def test_pretraining_comes_first_and_learns(uninterrupted):
-    seen, sft = steps_of(uninterrupted), steps_of(uninterrupted, "step")
+    seen, sft = steps_of(uninterrupted), steps_of(uninterrupted, TAUGHT)
     assert list(seen) == list(range(1, 25)) and list(sft) == [1, 2, 3, 4]
     assert seen[24]["loss"] < 0.75 * seen[1]["loss"]
     assert max(event["time"] for event in seen.values()) <= min(event["time"] for event in sft.values())
@@ -92,12 +97,15 @@ def test_pretraining_comes_first_and_learns(uninterrupted):
 def test_a_killed_pretraining_ends_in_the_same_bytes(uninterrupted, killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    result = isthmus("train", folder)
+    result = isthmus("run", folder, "--until", TAUGHT)
     assert result.returncode == 0, result.stderr
-    assert "continuing pretraining from the checkpoint at step 12" in result.stdout
-    assert record_of(folder).resumed_from == [12]
-    assert record_of(folder).checkpoint_sha256 == record_of(uninterrupted).checkpoint_sha256
-    last = "checkpoints/pretrain/step-000024/manifest.json"
+    assert "continuing base from the checkpoint at step 12" in result.stdout
+    assert record_of(folder, "base").resumed_from == [12] and record_of(folder).resumed_from == []
+    for name in ("base", TAUGHT):
+        assert record_of(folder, name).checkpoint_sha256 == record_of(uninterrupted, name).checkpoint_sha256
+    assert record_of(folder).started_from == "base"
+    assert record_of(folder).started_from_sha256 == record_of(uninterrupted, "base").checkpoint_sha256
+    last = "steps/base/checkpoints/step-000024/manifest.json"
     assert (folder / last).read_bytes() == (uninterrupted / last).read_bytes()
 
 
@@ -119,32 +127,33 @@ def test_a_corpus_that_changed_is_refused_in_words(base, killed, tmp_path):
     before = file.read_bytes()
     file.write_bytes(before + b"one more sentence")
     try:
-        result = isthmus("train", folder)
+        result = isthmus("run", folder, "--until", TAUGHT)
     finally:
         file.write_bytes(before)
-    assert result.returncode == 2 and not (folder / "train.json").exists()
+    assert result.returncode == 2 and not list(folder.rglob("record.json"))
     assert result.stderr.count("trained on other data") == 1 and "Traceback" not in result.stderr
 
 
 def test_one_rank_runs_all_stages_and_shows_its_curves(base, uninterrupted, tmp_path):
     """Its pretraining is that of two ranks. Microbatches and recomputed activations do not change it."""
     recipe, folder = base / "one.toml", tmp_path / "run"
-    recipe.write_text(RECIPE + PRETRAIN, encoding="utf-8")
-    changed = ("sft.steps=4", "train.tensorboard=true", "train.rows_per_microbatch=3")
+    recipe.write_text(PRETRAINED, encoding="utf-8")
+    changed = (f"step.{TAUGHT}.steps=4", "train.tensorboard=true", "train.rows_per_microbatch=3")
     options = [word for change in (*changed, "train.activation_checkpointing=true") for word in ("--set", change)]
     for verb, *words in (("qualify", recipe, "--run", folder, *options), ("plan", folder)):
         assert isthmus(verb, *words).returncode == 0
-    result = isthmus("train", folder, "--profile")
+    result = isthmus("run", folder, "--only", "base", "--profile")
     assert result.returncode == 0, result.stderr
     assert_close(steps_of(folder), steps_of(uninterrupted), range(1, 11), 1e-5)
 
-    trace = folder / "profile" / "train.json"
+    trace = folder / "profile" / "base.json"
     assert f"trace: {trace}" in result.stdout
     names = {event.get("name") for event in json.loads(trace.read_bytes())["traceEvents"]}
     assert {"aten::mm", "ProfilerStep#3"} <= names
-    for phase, event in (("pretrain", "pretrain-step"), ("train", "step")):
-        curve = EventAccumulator(str(folder / "train" / "tensorboard" / phase)).Reload().Scalars(f"{phase}/loss")
-        expected = steps_of(folder, event)
+    assert isthmus("run", folder, "--only", TAUGHT).returncode == 0
+    for name, kind in (("base", "pretrain"), (TAUGHT, "sft")):
+        curve = EventAccumulator(str(folder / "steps" / name / "tensorboard")).Reload().Scalars(f"{kind}/loss")
+        expected = steps_of(folder, name)
         assert {point.step: pytest.approx(point.value) for point in curve} == {
             step: seen["loss"] for step, seen in expected.items()
         }
@@ -152,6 +161,6 @@ def test_one_rank_runs_all_stages_and_shows_its_curves(base, uninterrupted, tmp_
     result = isthmus("run", folder)
     assert result.returncode == 0, result.stderr
     run = RunFolder.open(folder)
-    assert run.require_record("rl", RlRecord, "rl").steps == 2
+    assert read_weights(run, REINFORCED).steps == 2
     assert run.require_record("parity", HandoffRecord, "handoff").verdict == "pass"
     assert (folder / "report.html").is_file()

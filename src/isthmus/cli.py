@@ -9,8 +9,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from isthmus.recipe.schema import Recipe
 from isthmus.run import RunFolder, meant_run
 
 STAGES = ("qualify", "plan", "handoff", "report")
+SUPERVISED = ("pretrain", "sft", "rl")
 INTERRUPTED = 130
 
 _TARGET = click.argument("target", type=click.Path(path_type=Path))
@@ -71,6 +72,7 @@ def cli() -> None:
 @click.option("--only", metavar="NAME", help="This step or stage alone; what it needs has to be done.")
 @click.option("--until", metavar="NAME", help="All up to this step or stage.")
 @click.option("--profile", is_flag=True, help="With --only STEP: write a Chrome trace of a few updates.")
+@click.option("--revert", is_flag=True, help="Let a step that asked move to the next pool of place.train.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run; write nothing.")
 def run(
     target: Path,
@@ -79,6 +81,7 @@ def run(
     only: str | None,
     until: str | None,
     profile: bool,
+    revert: bool,
     dry_run: bool,
 ) -> None:
     """Run every stage of a recipe in order: qualify, plan, each step of training, hand-off, report.
@@ -94,7 +97,7 @@ def run(
         raise IsthmusError("--profile traces one step; name it with --only")
     began = time.monotonic()
     with _writing(opened):
-        _run_all(opened, acts, profile)
+        _run_all(opened, acts, profile, revert)
     watch = _watch()
     if acts[-1] != "report":
         watch.say(f"\n[bold]{acts[-1]}[/] is done. See it:  isthmus steps {opened.path}")
@@ -122,14 +125,14 @@ def _chosen(recipe: Recipe, only: str | None, until: str | None) -> list[str]:
     return [only] if only is not None else acts[: acts.index(until) + 1] if until is not None else acts
 
 
-def _run_all(opened: RunFolder, acts: list[str], profile: bool) -> None:
+def _run_all(opened: RunFolder, acts: list[str], profile: bool, agreed: bool) -> None:
     kinds = {step.name: f" ({step.kind})" for step in opened.recipe.step}
     every = _acts(opened.recipe)
     try:
         for act in acts:
             heading = f"{every.index(act) + 1}/{len(every)} {act}{kinds.get(act, '')}"
             if act in kinds:
-                _run_step(act, opened, heading, profile)
+                _run_step(act, opened, heading, profile, agreed)
             else:
                 _run_stage(act, opened, heading)
     except DamagedFile:
@@ -707,9 +710,15 @@ def _open(
     return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
 
 
-def _writing(opened: RunFolder) -> AbstractContextManager[None]:
-    """The lock of a run folder; of several ranks the first one holds it."""
-    return writing_run(opened.path) if os.environ.get("RANK", "0") == "0" else nullcontext()
+@contextmanager
+def _writing(opened: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run folder whose files are as they were left; of several ranks the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with writing_run(opened.path):
+        opened.go_on()
+        yield
 
 
 def _no_check(_recipe: Recipe) -> None:
@@ -743,13 +752,17 @@ def _dry_run(
     click.echo(f"would run {', '.join(_chosen(recipe, only, until))} in {folder or Path('runs') / recipe.name}")
 
 
-def _run_step(name: str, opened: RunFolder, heading: str, profile: bool) -> None:
+def _run_step(name: str, opened: RunFolder, heading: str, profile: bool, agreed: bool) -> None:
     watch = _watch()
     if importlib.import_module("isthmus.records").step_is_done(opened, name):
         watch.say(f"[dim]{heading}: done before, skipped[/]")
         return
     watch.say(f"[bold]{heading}[/]")
-    importlib.import_module("isthmus.stages.steps").execute(opened, watch, name=name, profile=profile)
+    if opened.recipe.named(name).kind in SUPERVISED and "LOCAL_RANK" not in os.environ:
+        supervisor = importlib.import_module("isthmus.supervise.supervisor")
+        supervisor.supervise(opened, name, watch, profile=profile, agreed=agreed)
+    else:
+        importlib.import_module("isthmus.stages.steps").execute(opened, watch, name=name, profile=profile)
 
 
 def _run_stage(stage: str, opened: RunFolder, heading: str, again: bool = False) -> None:

@@ -20,10 +20,27 @@ class DamagedFile(GateRefused):
     """Stored bytes do not match their recorded hash."""
 
 
-class RanksFailed(IsthmusError):
-    """A rank of a stage stopped, and not because of an error that the user can meet."""
+class Diverged(IsthmusError):
+    """An update computed what is no number, and neither computing it again nor leaving its batch out helped."""
 
-    def __init__(self, message: str):
+
+class Unrepeatable(IsthmusError):
+    """The same update computed twice came out differently, and computing it again did not tell which is right."""
+
+
+class TooSlow(IsthmusError):
+    """Updates are so slow that a step had better go on elsewhere; what is done is saved."""
+
+
+class SaveFailed(IsthmusError):
+    """A checkpoint could not be written; older ones stay as they were."""
+
+
+class RanksFailed(IsthmusError):
+    """A rank of a stage stopped, and not because of an error that the user can meet. `rank` is it, where known."""
+
+    def __init__(self, message: str, rank: int | None = None):
+        self.rank = rank
         super().__init__(f"{message}\nRun the same command again to go on from the last checkpoint.")
 
 

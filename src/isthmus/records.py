@@ -5,7 +5,8 @@ They load without torch, so that the plan and the report stay on the desk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
 
@@ -200,9 +201,12 @@ class Placement(Part):
 
 
 class Rejection(Part):
+    """A pool that a stage is not on. `acceptable`: it could be, and another one comes first."""
+
     stage: str
     pool: str
     reason: str
+    acceptable: bool = False
 
 
 class PlanRecord(Record):
@@ -219,6 +223,10 @@ class PlanRecord(Record):
             if placement.stage == stage:
                 return placement.pool
         raise KeyError(stage)
+
+    def next_pools(self, stage: str) -> list[str]:
+        """Other pools that a stage may move to, in the recipe's order."""
+        return [one.pool for one in self.rejected if one.stage == stage and one.acceptable]
 
 
 class WeightsRecord(Record):
@@ -237,6 +245,11 @@ class WeightsRecord(Record):
     checkpoint: str
     checkpoint_sha256: str
     figures: dict[str, Figure]
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        start = {"start": self.started_from_sha256} if self.started_from_sha256 else {}
+        return {**super().made_from, **start, "checkpoint": self.checkpoint_sha256}
 
 
 class TextRecord(WeightsRecord):
@@ -286,6 +299,11 @@ class SampleRecord(Record):
     samples_sha256: str
     figures: dict[str, Figure]
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        weights = {"weights": self.weights_sha256} if self.weights_sha256 else {}
+        return {**super().made_from, **weights, "samples": self.samples_sha256}
+
 
 class EvaluationRecord(Record):
     """`steps/NAME/evaluation.json`: how the weights of a step answer held-out problems.
@@ -305,6 +323,63 @@ class EvaluationRecord(Record):
     by_task: dict[str, Figure]
     language: Figure
     tokens: Figure
+
+
+Rung = Literal["go on", "retry", "skip batch", "leave", "restart", "leave out a rank", "shrink", "revert", "stop"]
+"""What is done about an incident, mildest first. `leave`: save, end, and go on when the command is run again."""
+
+
+class GateCheck(Part):
+    """One thing that the gate of a revert compared. `exact` ones have to be the same, others within `band`."""
+
+    name: str
+    step: int
+    exact: bool
+    ok: bool
+    old: str | float | None
+    new: str | float | None
+    band: float | None = None
+
+
+class RevertVerdict(Part):
+    """What the gate found of one move. `checkpoint_step` is the last checkpoint that can be trusted, None if none.
+
+    `passed_over` says of each newer checkpoint why it is not trusted.
+    """
+
+    verdict: Literal["go", "refuse"]
+    reason: str
+    checkpoint_step: int | None
+    repeated_steps: list[int]
+    checks: list[GateCheck]
+    passed_over: dict[int, str] = {}
+
+
+class IncidentRecord(Record):
+    """`steps/NAME/incidents/NNN.json`: what a watched step met, what was decided, and what came of it.
+
+    It is on the disk as `decided` before anything is done about it. `update` counts from 1, the update that was under
+    way. `figures` are those that the decision rests on. A revert or a shrink says in `to_pool` and `to_ranks` where the
+    step goes on, `without_ranks` are the devices that are left out there.
+    """
+
+    step: str
+    number: int
+    signal: str
+    detail: str
+    pool: str
+    ranks: int
+    culprits: list[int] = []
+    update: int
+    checkpoint: int
+    rung: Rung
+    why: str
+    outcome: Literal["decided", "done", "asked", "failed"]
+    to_pool: str | None = None
+    to_ranks: int | None = None
+    without_ranks: list[int] = []
+    figures: dict[str, Figure] = {}
+    gate: RevertVerdict | None = None
 
 
 AnyStepRecord = TextRecord | RlRecord | SampleRecord
@@ -338,6 +413,35 @@ def read_weights(run: RunFolder, name: str) -> WeightsRecord:
     if not isinstance(record, WeightsRecord):
         raise IsthmusError(f"step {name!r} is not done yet; first run: isthmus run {run.path} --until {name}")
     return record
+
+
+def incidents(run: RunFolder, step: str) -> list[IncidentRecord]:
+    """What a step met so far, in order. Raises DamagedFile for a record that cannot be read."""
+    folder = run.step_folder(step) / "incidents"
+    names = sorted(path.stem for path in folder.glob("[0-9]*.json"))
+    found = (run.read_record(f"steps/{step}/incidents/{name}", IncidentRecord) for name in names)
+    return [one for one in found if one is not None]
+
+
+@dataclass(frozen=True)
+class TrainPlace:
+    """Where a step trains: a pool, the number of its ranks, and devices that are left out."""
+
+    pool: str
+    ranks: int
+    without: tuple[int, ...] = ()
+
+
+def train_place(run: RunFolder, step: str, ranks_of: Callable[[str], int]) -> TrainPlace:
+    """Where the plan put training, or where an incident of this step or of one before it moved it since."""
+    pool = run.require_record("plan", PlanRecord, "plan").pool_of("train")
+    place = TrainPlace(pool, ranks_of(pool))
+    names = [one.name for one in run.recipe.step]
+    for name in names[: names.index(step) + 1]:
+        for one in incidents(run, name):
+            if one.outcome == "done" and one.to_pool is not None:
+                place = TrainPlace(one.to_pool, one.to_ranks or ranks_of(one.to_pool), tuple(one.without_ranks))
+    return place
 
 
 Layer = Literal["source", "files", "coverage", "config", "modules", "tokens", "engine", "task"]

@@ -1,25 +1,42 @@
 """The run folder: typed records, append-only events, atomic writes, and figures that carry their kind.
 
 Stages meet only here. A reader never sees half a record: a write goes to a temporary file, is flushed to disk and
-renamed, and the folder is flushed after it.
+renamed, and the folder is flushed after it. What is touched afterwards is found by its hash: events are a chain, and
+files.json has the hashes of all files that stages left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from isthmus.chain import (
+    EVENTS,
+    FILES,
+    Break,
+    Chain,
+    Entry,
+    Head,
+    Ledger,
+    begin,
+    is_event,
+    linked,
+    read_chain,
+    unlinked,
+)
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.lines import read_json
 from isthmus.recipe.read import resolved_recipe
@@ -28,6 +45,7 @@ from isthmus.recipe.schema import Recipe, content_digest
 Kind = Literal["measured", "declared", "forecast", "rehearsed"]
 _WEAKEST_LAST: tuple[Kind, ...] = ("measured", "declared", "forecast", "rehearsed")
 RecordType = TypeVar("RecordType", bound="Record")
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Figure(BaseModel):
@@ -111,6 +129,11 @@ class Record(BaseModel):
     def seconds(self) -> float:
         return self.ended - self.started
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        """Hashes of what it was made from, by name."""
+        return {"recipe": self.recipe_sha256}
+
 
 class RunFolder:
     """One run on disk. Open it with `create` (a recipe in hand) or `open` (an existing folder)."""
@@ -133,8 +156,9 @@ class RunFolder:
             return existing
         with explain_io_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        write_atomic(stored, _json({"sha256": recipe.digest(), "recipe": json.loads(recipe.canonical())}))
-        return cls(path, recipe)
+        run = cls(path, recipe)
+        run.keep(stored, _json({"sha256": recipe.digest(), "recipe": json.loads(recipe.canonical())}))
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -159,17 +183,18 @@ class RunFolder:
         """Where a step of the recipe leaves its record, its checkpoints and what else it makes."""
         return self.path / "steps" / name
 
-    def write_record(self, name: str, record: Record) -> None:
-        """Store a record as `name`.json, atomically."""
-        write_atomic(self.path / f"{name}.json", record.model_dump_json(indent=2).encode() + b"\n")
+    def write_record(self, name: str, record: Record, made_from: Mapping[str, str] = NOTHING) -> None:
+        """Store a record as `name`.json, atomically, with the hashes of what it was made from."""
+        content = record.model_dump_json(indent=2).encode() + b"\n"
+        self.keep(self.path / f"{name}.json", content, {**record.made_from, **made_from})
 
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
-        """The record `name`, or None if its stage is not done. Raises DamagedFile if it cannot be read."""
+        """The record `name`, or None if its stage is not done. Raises DamagedFile if it was touched."""
         path = self.path / f"{name}.json"
         if not path.exists():
             return None
         try:
-            return kind.model_validate_json(path.read_bytes())
+            return kind.model_validate_json(self.read_kept(path, "Delete it to run its stage again"))
         except ValidationError as error:
             raise DamagedFile(
                 f"{path} is not a valid {kind.__name__}: {error}. Delete it to run its stage again."
@@ -182,24 +207,140 @@ class RunFolder:
             raise IsthmusError(f"{self.path / name}.json is missing; first run: isthmus {verb} {self.path}")
         return record
 
+    def keep(self, path: Path, content: bytes, made_from: Mapping[str, str] = NOTHING) -> None:
+        """Write a file of this run, atomically, and enter its hash, and those of what it was made from, by name."""
+        name, entry = self._name(path), Entry(sha256=hashlib.sha256(content).hexdigest(), made_from=dict(made_from))
+        with self._alone():
+            self._store(self._ledger().about_to_write(name, entry))
+            write_atomic(path, content)
+            self._store(self._ledger().entered(name, entry))
+
+    def enter(self, *paths: Path, made_from: Mapping[str, str] = NOTHING) -> None:
+        """Enter files that are there, and all files in folders, unless they were entered before."""
+        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        known = self._ledger().files
+        new = [file for file in files if file.is_file() and self._name(file) not in known]
+        entries = {self._name(file): Entry(sha256=sha256_file(file), made_from=dict(made_from)) for file in new}
+        if entries:
+            with self._alone():
+                ledger = self._ledger()
+                self._store(ledger.model_copy(update={"files": {**ledger.files, **entries}}))
+
+    def forget(self, *paths: Path) -> None:
+        """Take files, or all in folders, off the list: they are about to be deleted."""
+        gone = {self._name(path) for path in paths}
+        with self._alone():
+            ledger = self._ledger()
+            names = ledger.files.keys() | ledger.writing.keys()
+            off = [name for name in names if name in gone or any(name.startswith(f"{one}/") for one in gone)]
+            if off:
+                self._store(ledger.without(*off))
+
+    def read_kept(self, path: Path, advice: str) -> bytes:
+        """The content of a file of this run. Raises DamagedFile, with what else to do than to restore it, if it is not
+        what was written."""
+
+        def read() -> tuple[bytes, bool]:
+            ledger, content = self._ledger(), path.read_bytes()
+            return content, ledger.accepts(self._name(path), hashlib.sha256(content).hexdigest())
+
+        content, accepted = read()
+        if not accepted and (self.path / EVENTS).exists():
+            with self._alone(fcntl.LOCK_SH):  # it may have been written between the two reads
+                content, accepted = read()
+        if not accepted:
+            raise DamagedFile(f"{path} is not what was written: it was changed. Restore it. {advice}.")
+        return content
+
+    def made_from(self, path: Path) -> Mapping[str, str]:
+        """The hashes of what a file was made from, by name; none of a file that was never entered."""
+        entry = self._ledger().files.get(self._name(path))
+        return entry.made_from if entry else NOTHING
+
+    @property
+    def digest(self) -> str | None:
+        """A hash over the events and all files of this run so far; None of a run without a list of its files."""
+        path = self.path / FILES
+        return sha256_file(path) if path.exists() else None
+
+    @property
+    def kept(self) -> set[str]:
+        """The names, relative to the folder, of the files whose hashes are known."""
+        return set(self._ledger().files)
+
+    def breaks(self) -> list[Break]:
+        """Every file, by name, that is not what the run left, and what is the matter with it."""
+        try:
+            ledger = self._ledger()
+        except DamagedFile:
+            return [Break(FILES, "does not match its hash")]
+        content = _bytes_of(self.path / EVENTS)
+        chain, found = read_chain(content), list[Break]()
+        if not (self.path / FILES).exists():
+            return [Break(FILES, "is missing", missing=True)] if chain.ends or chain.problem else []
+        if ledger.events is not None and not content:
+            found.append(Break(EVENTS, "is missing", missing=not (self.path / EVENTS).exists()))
+        elif (problem := _events_problem(chain, ledger)) is not None:
+            found.append(Break(EVENTS, problem))
+        for name in sorted(ledger.files | ledger.writing):
+            path = self.path / name
+            if not path.is_file():
+                found += [Break(name, "is missing", missing=True)] if name in ledger.files else []
+            elif not ledger.accepts(name, sha256_file(path)):
+                found.append(Break(name, "does not match its hash"))
+        return found
+
+    def go_on(self) -> None:
+        """Look at every file before a run continues.
+
+        Raises DamagedFile that names what was touched. What is missing is made again, which an event says.
+        """
+        found = self.breaks()
+        if touched := [broken for broken in found if not broken.missing]:
+            others = f" (and {len(touched) - 1} more, which `isthmus inspect {self.path}` names)" if touched[1:] else ""
+            raise DamagedFile(
+                f"{self.path / touched[0].file} {touched[0].what}{others}: it was touched after it was written, and "
+                "the run does not go on from it. Restore it; or delete it, and the run makes it again as far as it "
+                "can, and its dossier says so."
+            )
+        with self._alone():
+            ledger, missing = self._ledger(), [broken.file for broken in found]
+            ledger = _settled(self.path, ledger).without(*missing)
+            self._store(ledger.model_copy(update={"events": None}) if EVENTS in missing else ledger)
+        for name in missing:
+            self.event("run", "fallback", what=f"{name} is made again", why="it is missing, and had been written")
+
     def event(self, stage: str, event: str, **fields: Any) -> None:
-        """Append one line to events.jsonl. `fields` must be JSON; `step` orders repeated events of one kind."""
-        line = json.dumps({"time": round(time.time(), 3), "stage": stage, "event": event, **fields}, allow_nan=False)
-        path = self.path / "events.jsonl"
-        with explain_io_errors(path), path.open("ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(line.encode() + b"\n")
+        """Append one line to events.jsonl. `fields` must be JSON; `step` orders repeated events of one kind.
+
+        Raises DamagedFile if lines are missing that were there.
+        """
+        told = {"time": round(time.time(), 3), "stage": stage, "event": event, **fields}
+        body = json.dumps(told, allow_nan=False).encode()
+        path = self.path / EVENTS
+        with self._alone(), path.open("rb+") as file, explain_io_errors(path):
+            ledger = self._ledger()
+            if not (self.path / FILES).exists():
+                self._store(ledger)
+            before = _ready(file, path, ledger)
+            line, sha256 = linked(before, body)
+            file.write(line + b"\n")
+            file.flush()
+            if event != "step":
+                os.fdatasync(file.fileno())
+                self._store(ledger.model_copy(update={"events": Head(bytes=file.tell(), sha256=sha256)}))
 
     def events(self, stage: str | None = None, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order. Lines torn by a killed writer are left out; of events that repeat a step the last counts."""
-        path = self.path / "events.jsonl"
-        if not path.exists():
-            return []
+        """Events in order; of those that repeat a step the last counts. What a killed writer tore is left out.
+
+        Raises DamagedFile if a line was changed, or lines are missing.
+        """
+        ledger, content = self._ledger(), _bytes_of(self.path / EVENTS)
+        chain = read_chain(content)
+        if content and (problem := _events_problem(chain, ledger)) is not None:
+            raise DamagedFile(f"{self.path / EVENTS} {problem}. {_RESTORE_EVENTS}")
         kept: dict[Any, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_bytes().splitlines()):
+        for number, line in enumerate(chain.bodies):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
@@ -212,6 +353,87 @@ class RunFolder:
             kept.pop(key, None)
             kept[key] = entry
         return list(kept.values())
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+    @contextlib.contextmanager
+    def _alone(self, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+        """While no other process or thread writes events or the list of files."""
+        path = self.path / EVENTS
+        with explain_io_errors(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("ab" if how == fcntl.LOCK_EX else "rb") as file:
+                fcntl.flock(file, how)
+                yield
+
+    def _ledger(self) -> Ledger:
+        path = self.path / FILES
+        return Ledger.from_bytes(path.read_bytes(), path) if path.exists() else Ledger()
+
+    def _store(self, ledger: Ledger) -> None:
+        write_atomic(self.path / FILES, ledger.to_bytes())
+
+
+_RESTORE_EVENTS = "Restore it; or delete it, and the run goes on without what it told, and its dossier says so."
+
+
+def _bytes_of(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _events_problem(chain: Chain, ledger: Ledger) -> str | None:
+    if chain.problem is not None:
+        return f"{chain.problem}: it was changed, or lines are missing"
+    if ledger.events is not None and not chain.reaches(ledger.events):
+        return "ends before the last line that is known to have been written"
+    return None
+
+
+def _settled(folder: Path, ledger: Ledger) -> Ledger:
+    """Without files that were being written when the writer was killed: they were, or they were not."""
+    for name, entry in ledger.writing.items():
+        path = folder / name
+        if path.is_file() and sha256_file(path) == entry.sha256:
+            ledger = ledger.entered(name, entry)
+    return ledger.model_copy(update={"writing": {}})
+
+
+def _ready(file: IO[bytes], path: Path, ledger: Ledger) -> str:
+    """Stand at the end of the last whole line of a file of events; what a killed writer tore is taken away.
+
+    Returns the hash to which the next line is linked.
+    """
+    lines, start = _last_lines(file)
+    if lines[-1] and is_event(lines[-1]):
+        file.write(b"\n")
+        lines.append(b"")
+    end = start + sum(len(line) + 1 for line in lines[:-1])
+    if lines[-1]:
+        file.truncate(end)
+    file.seek(end)
+    sha256 = unlinked(lines[-2])[1] if len(lines) > 1 else None
+    head = ledger.events
+    if head is not None and (head.bytes > end or (head.bytes == end and head.sha256 != sha256)):
+        raise DamagedFile(f"{path} ends before the last line that is known to have been written. {_RESTORE_EVENTS}")
+    if sha256 is None:
+        file.seek(0)
+        sha256 = begin(file.read(end))
+    return sha256
+
+
+def _last_lines(file: IO[bytes]) -> tuple[list[bytes], int]:
+    """The end of a file, split at its line ends, with at least one whole line if there is one; and where it starts."""
+    size, block = file.seek(0, os.SEEK_END), 1 << 14
+    while True:
+        start = max(0, size - block)
+        file.seek(start)
+        lines = file.read(size - start).split(b"\n")
+        if start == 0:
+            return lines, 0
+        if len(lines) > 2:
+            return lines[1:], start + len(lines[0]) + 1
+        block *= 4
 
 
 def meant_run(path: Path) -> Path:
@@ -322,12 +544,15 @@ def _read_json(path: Path) -> Any:
 
 def _difference(old: Recipe, new: Recipe) -> str:
     """The first keys in which two resolved recipes differ."""
-    changed = sorted(_leaves(old.model_dump(mode="json")) ^ _leaves(new.model_dump(mode="json")))
-    names = sorted({name for name, _ in changed})
+    before, after = (_leaves(recipe.model_dump(mode="json", by_alias=True)) for recipe in (old, new))
+    names = sorted({name for name, _ in before ^ after})
     return "different " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _leaves(tree: Any, prefix: str = "") -> set[tuple[str, str]]:
+    """Every value by its place; a table in a list stands under its name."""
+    if isinstance(tree, list) and tree and all(isinstance(one, dict) and "name" in one for one in tree):
+        tree = {one["name"]: one for one in tree}
     if isinstance(tree, dict):
         return {leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)}
     return {(prefix, json.dumps(tree))}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.chips import device_of, looked_for
 from isthmus.pools import Pool, get_pool
+from isthmus.recipe.practice import rollout_formats
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Aspect, AspectOutcome, Evidence, Limit, QualifyRecord, Score, Skipped, Verdict
 from isthmus.run import Figure
@@ -19,6 +20,8 @@ QUESTIONS: tuple[Aspect, ...] = ("stability", "links", "software")
 """What a pool can fail by: the three things that nobody measured in time when training runs were lost."""
 PAIR_OF_RANKS = re.compile(r"p2p_(\d+)_(\d+)_gbs")
 RANKS = "pool.ranks"
+ROLLOUT_FORMAT = "rollout_format"
+"""The setting of a limit on the format of samples, in whichever step they are made."""
 _WORST_FIRST: tuple[AspectOutcome, ...] = ("fail", "unknown", "limited", "pass")
 
 
@@ -102,9 +105,10 @@ def _problem(limit: Limit, recipe: Recipe, pool: Pool) -> str | None:
             return f"{limit.setting} is {value:g}, and {limit.most:g} is the most ({limit.reason})"
         if limit.least is not None and value < limit.least:
             return f"{limit.setting} is {value:g}, and {limit.least:g} is the least ({limit.reason})"
-    written = str(value).lower() if isinstance(value, bool) else str(value)
-    if written in limit.excluded:
-        return f"{limit.setting} is {written}, which is excluded ({limit.reason})"
+    for one in value if isinstance(value, list) else [value]:
+        written = str(one).lower() if isinstance(one, bool) else str(one)
+        if written in limit.excluded:
+            return f"{limit.setting} is {written}, which is excluded ({limit.reason})"
     return None
 
 
@@ -115,6 +119,8 @@ def setting_value(recipe: Recipe, pool: Pool, setting: str) -> object:
     """
     if setting == "train.precision":
         return recipe.train.precision_on(device_of(pool))
+    if setting == ROLLOUT_FORMAT:
+        return rollout_formats(recipe)
     section, _, key = setting.partition(".")
     holder = pool if section == "pool" else getattr(recipe, section, None)
     for name in key.split("."):

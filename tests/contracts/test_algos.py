@@ -180,5 +180,5 @@ def test_what_an_algorithm_cannot_honour_is_refused_by_name():
     with pytest.raises(
         IsthmusError, match=r"step.reinforced.loss.off_policy_mask: opd cannot honour it, for .*advantage"
     ):
-        algorithm_config(section(algorithm="opd", loss={"off_policy_mask": 0.1}))
-    algorithm_config(section(algorithm="opd", loss={"kl_weight": 0.1}))
+        algorithm_config(section(algorithm="opd", teacher={"step": "x"}, loss={"off_policy_mask": 0.1}))
+    algorithm_config(section(algorithm="opd", teacher={"step": "x"}, loss={"kl_weight": 0.1}))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.records import RlRecord, TrainRecord
+from isthmus.records import read_weights
 from isthmus.run import RunFolder
 from isthmus.trainer.checkpoint import load_model_state
-from tests.support.flow_recipe import RECIPE, ROOT, command, isthmus, settings
+from tests.support.flow_recipe import RECIPE, REINFORCED, ROOT, TAUGHT, command, isthmus, settings
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,15 @@ def planned(tmp_path_factory) -> Path:
 def uninterrupted(planned) -> Path:
     folder = planned.parent / "uninterrupted"
     shutil.copytree(planned, folder)
-    for verb in ("train", "rl"):
-        result = isthmus(verb, folder)
-        assert result.returncode == 0, result.stdout + result.stderr
+    result = isthmus("run", folder, "--until", REINFORCED)
+    assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
-def kill_at_step(folder: Path, verb: str, step: int, sent: signal.Signals) -> subprocess.Popen:
-    """Start a stage and signal it as soon as its events show `step`."""
+def kill_at_step(folder: Path, name: str, step: int, sent: signal.Signals) -> subprocess.Popen:
+    """Start a step and signal it as soon as its events show `step`."""
     process = subprocess.Popen(
-        command(verb, folder),
+        command("run", folder, "--only", name),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,7 +49,7 @@ def kill_at_step(folder: Path, verb: str, step: int, sent: signal.Signals) -> su
     run = RunFolder.open(folder)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        steps = run.events(verb, "step")
+        steps = run.events(name, "step")
         if steps and steps[-1]["step"] >= step:
             break
         assert process.poll() is None, process.communicate()
@@ -66,52 +65,53 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def final_weights(folder: Path, stage: str, record_type) -> dict:
-    record = RunFolder.open(folder).read_record(stage, record_type)
+def undo(folder: Path, *names: str) -> None:
+    """Take out of a run folder what steps left."""
+    for name in names:
+        shutil.rmtree(folder / "steps" / name)
+    events = (folder / "events.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in events if not any(f'"stage": "{name}"' in line for name in names)]
+    (folder / "events.jsonl").write_text("".join(kept))
+
+
+def final_weights(folder: Path, name: str) -> dict:
+    record = read_weights(RunFolder.open(folder), name)
     return load_model_state(folder / record.checkpoint, record.checkpoint_sha256)
 
 
 @pytest.mark.parametrize(
-    ("verb", "step", "damaged", "record_type"), [("train", 40, False, TrainRecord), ("rl", 7, True, RlRecord)]
+    ("name", "after", "step", "damaged"), [(TAUGHT, (REINFORCED,), 40, False), (REINFORCED, (), 7, True)]
 )
-def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, verb, step, damaged, record_type):
+def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, name, after, step, damaged):
     """From the newest checkpoint, or, if that is damaged, from the one before."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    for name in ["rl.json", "rl", "checkpoints/rl"] + (["train.json", "checkpoints/train"] if verb == "train" else []):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    events = (folder / "events.jsonl").read_text().splitlines(keepends=True)
-    dropped = ('"stage": "rl"',) if verb == "rl" else ('"stage": "rl"', '"stage": "train"')
-    (folder / "events.jsonl").write_text("".join(line for line in events if not any(word in line for word in dropped)))
-
-    kill_at_step(folder, verb, step, signal.SIGKILL)
-    assert not (folder / f"{verb}.json").exists()
-    newest, before = sorted((folder / "checkpoints" / verb).glob("step-*"))[:-3:-1]
+    undo(folder, name, *after)
+    kill_at_step(folder, name, step, signal.SIGKILL)
+    assert not (folder / "steps" / name / "record.json").exists()
+    newest, before = sorted((folder / "steps" / name / "checkpoints").glob("step-*"))[:-3:-1]
     if damaged:
         flip_bit(newest / "optimizer-00000.safetensors")
-    result = isthmus(verb, folder)
+    result = isthmus("run", folder, "--only", name)
     assert result.returncode == 0, result.stdout + result.stderr
 
     run = RunFolder.open(folder)
-    resumed = run.read_record(verb, record_type).resumed_from
+    resumed = read_weights(run, name).resumed_from
     assert resumed == [int((before if damaged else newest).name.removeprefix("step-"))]
-    named = [event["what"] for event in run.events(verb, "fallback") if newest.name in event["what"]]
+    named = [event["what"] for event in run.events(name, "fallback") if newest.name in event["what"]]
     assert len(named) == damaged and all("does not match its hash" in what for what in named)
-    steps = [event["step"] for event in run.events(verb, "step")]
+    steps = [event["step"] for event in run.events(name, "step")]
     assert steps == list(range(1, steps[-1] + 1))
-    ours, straight = (final_weights(place, verb, record_type) for place in (folder, uninterrupted))
-    for name, tensor in straight.items():
-        assert tensor.equal(ours[name]), name
+    ours, straight = (final_weights(place, name) for place in (folder, uninterrupted))
+    for key, tensor in straight.items():
+        assert tensor.equal(ours[key]), key
 
 
 def test_a_killed_trainer_leaves_no_engine_behind(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    (folder / "rl.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "rl")
-    (folder / "events.jsonl").unlink()
-    process = kill_at_step(folder, "rl", 1, signal.SIGKILL)
+    undo(folder, REINFORCED)
+    process = kill_at_step(folder, REINFORCED, 1, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and session_members(process.pid):
         time.sleep(0.1)
@@ -135,20 +135,19 @@ def session_members(session: int) -> list[int]:
 def test_ctrl_c_says_how_to_go_on(planned, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(planned, folder)
-    process = kill_at_step(folder, "train", 3, signal.SIGINT)
+    process = kill_at_step(folder, TAUGHT, 3, signal.SIGINT)
     message = process.stderr.read()
     assert process.returncode == 130
-    assert f"isthmus train {folder}" in message and "Traceback" not in message
+    assert f"isthmus run {folder} --only {TAUGHT}" in message and "Traceback" not in message
 
 
 def test_a_flipped_bit_in_a_checkpoint_stops_the_next_stage(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    shutil.rmtree(folder / "checkpoints" / "rl")
-    (folder / "rl.json").unlink()
-    record = RunFolder.open(folder).read_record("train", TrainRecord)
+    undo(folder, REINFORCED)
+    record = read_weights(RunFolder.open(folder), TAUGHT)
     flip_bit(folder / record.checkpoint / "model-00000.safetensors")
-    result = isthmus("rl", folder)
+    result = isthmus("run", folder, "--only", REINFORCED)
     assert result.returncode == 1
     assert "does not match its hash" in result.stderr and "Traceback" not in result.stderr
 
@@ -164,11 +163,11 @@ def test_a_full_disk_is_a_message_and_no_half_written_file(planned, tmp_path):
         pytest.skip(f"this machine mounts no tmpfs: {mounted.stderr.strip()}")
     try:
         shutil.copytree(planned, small / "run")
-        result = isthmus("train", small / "run")
+        result = isthmus("run", small / "run", "--only", TAUGHT)
         assert result.returncode == 2
         assert "no space left" in result.stderr and "Traceback" not in result.stderr
         assert not list((small / "run").rglob("*.tmp"))
-        assert not (small / "run" / "train.json").exists()
+        assert not list((small / "run").rglob("record.json"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -177,11 +176,14 @@ def test_a_full_disk_is_a_message_and_no_half_written_file(planned, tmp_path):
     ("words", "message"),
     [
         (("run", "recipes/tny.toml"), "no recipe at"),
-        (("run", RECIPE, "--set", "sft.step=3"), "did you mean 'steps'"),
+        (("run", RECIPE, "--set", "step.cold-start.step=3"), "did you mean 'steps'"),
         (("run", RECIPE, "--set", "pools.away.chip=ascend-910b-313"), "did you mean"),
         (("run", RECIPE, "--set", "pools.away.rehearsed=false"), "rehearsed = true"),
         (("chips", "h8000"), "did you mean"),
-        (("train", "nowhere"), "no recipe at"),
+        (("qualify", "nowhere"), "no recipe at"),
+        (("train", "nowhere"), "isthmus run RUN --only NAME"),
+        (("run", RECIPE, "--set", "sft.steps=3"), "step.NAME.steps=3"),
+        (("run", RECIPE, "--only", "resoning"), "did you mean 'reasoning'"),
         (("frobnicate",), "No such command"),
     ],
 )

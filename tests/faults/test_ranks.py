@@ -13,7 +13,8 @@ from isthmus.progress import Watch
 from isthmus.recipe.section import RecipeError
 from isthmus.records import WeightsRecord, read_weights
 from isthmus.run import RunFolder
-from tests.support.flow_recipe import isthmus
+from isthmus.stages import steps
+from tests.support.flow_recipe import TAUGHT, isthmus
 from tests.support.ranks_recipe import interrupt_group, kill_second_rank, planned, stop_at, working_on
 
 LOSSES = ("loss", "mtp_loss", "balance_loss")
@@ -23,7 +24,7 @@ LOSSES = ("loss", "mtp_loss", "balance_loss")
 def uninterrupted(tmp_path_factory) -> tuple[Path, str, str]:
     """(folder, standard output, standard error) of two ranks."""
     folder = planned(tmp_path_factory.mktemp("ranks") / "run", pools__home__ranks=2, train__expert=2)
-    result = isthmus("train", folder)
+    result = isthmus("run", folder, "--only", TAUGHT)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout, result.stderr
 
@@ -35,21 +36,22 @@ def record_of(folder: Path) -> WeightsRecord:
 def test_two_ranks_start_by_themselves_and_one_speaks(uninterrupted):
     folder, output, errors = uninterrupted
     assert errors == ""
-    heading, progress = output.splitlines()
-    assert heading == "train" and progress.startswith("  SFT 24/24  loss ")
+    heading, progress, done = filter(None, output.splitlines())
+    assert done == f"cold-start is done. See it:  isthmus steps {folder}"
+    assert heading == "3/6 cold-start (sft)" and progress.startswith("  cold-start 24/24  loss ")
     run = RunFolder.open(folder)
     lines = [event for event in run.events(TAUGHT) if event["event"] in ("start", "end")]
     assert [event["event"] for event in lines] == ["start", "end"]
-    steps = run.events(TAUGHT, "step")
-    assert [event["step"] for event in steps] == list(range(1, 25)) and {event["ranks"] for event in steps} == {2}
-    assert len((folder / "events.jsonl").read_text().splitlines()) == len(steps) + len(lines)
-    assert not (folder / "train" / "ranks").exists()
+    updates = run.events(TAUGHT, "step")
+    assert [event["step"] for event in updates] == list(range(1, 25)) and {event["ranks"] for event in updates} == {2}
+    assert len((folder / "events.jsonl").read_text().splitlines()) == len(updates) + len(lines)
+    assert not (folder / "steps" / TAUGHT / "ranks").exists()
 
 
 def test_two_ranks_begin_as_one(uninterrupted, tmp_path):
     one = planned(tmp_path / "one", sft__steps=24)
-    train.execute(RunFolder.open(one), Watch(quiet=True))
-    ours, theirs = (RunFolder.open(folder).events("train", "step")[:10] for folder in (uninterrupted[0], one))
+    steps.execute(RunFolder.open(one), Watch(quiet=True), name=TAUGHT)
+    ours, theirs = (RunFolder.open(folder).events(TAUGHT, "step")[:10] for folder in (uninterrupted[0], one))
     for ours_of_step, theirs_of_step in zip(ours, theirs, strict=True):
         for name in LOSSES:
             assert ours_of_step[name] == pytest.approx(theirs_of_step[name], abs=1e-5)
@@ -60,17 +62,17 @@ def test_whatever_ends_it_the_same_command_goes_on_to_the_same_bytes(uninterrupt
     """A rank that is killed, and Ctrl-C. The manifest holds the hashes of all tensors and the random state."""
     folder = planned(tmp_path / "run", pools__home__ranks=2, train__expert=2)
 
-    code, errors = stop_at(folder, 7, kill_second_rank, "step")
+    code, errors = stop_at(folder, 7, kill_second_rank, TAUGHT)
     assert code == 2 and "Traceback" not in errors
     assert errors.startswith("isthmus: rank 1 stopped: killed by signal 9 (SIGKILL).\n")
     assert "same command" in errors and not working_on(folder)
 
-    code, errors = stop_at(folder, 19, interrupt_group, "step")
+    code, errors = stop_at(folder, 19, interrupt_group, TAUGHT)
     assert code == 130 and "Traceback" not in errors
-    assert errors.count("Nothing is lost") == 1 and f"isthmus train {folder}" in errors
-    assert not working_on(folder) and not (folder / "train" / "ranks").exists()
+    assert errors.count("Nothing is lost") == 1 and f"isthmus run {folder} --until {TAUGHT}" in errors
+    assert not working_on(folder) and not (folder / "steps" / TAUGHT / "ranks").exists()
 
-    result = isthmus("train", folder)
+    result = isthmus("run", folder, "--only", TAUGHT)
     assert result.returncode == 0, result.stderr
     assert record_of(folder).resumed_from == [6, 18]
     assert record_of(folder).checkpoint_sha256 == record_of(uninterrupted[0]).checkpoint_sha256
@@ -87,14 +89,15 @@ def test_another_world_than_the_recipes_must_divide_too(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(IsthmusError, match="training on 3 ranks with"):
-        train.execute(RunFolder.open(folder), Watch(quiet=True))
+        steps.execute(RunFolder.open(folder), Watch(quiet=True), name=TAUGHT)
     assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "recipe.json"]
 
 
 def test_an_error_of_the_ranks_is_told_once_and_in_words(tmp_path):
     folder = planned(tmp_path / "run", pools__home__ranks=2, sft__steps=1)
-    (folder / "checkpoints").touch()
-    result = isthmus("train", folder)
+    (folder / "steps" / TAUGHT).mkdir(parents=True)
+    (folder / "steps" / TAUGHT / "checkpoints").touch()
+    result = isthmus("run", folder, "--only", TAUGHT)
     assert result.returncode == 2
     assert result.stderr.strip().count("\n") == 0 and "a file is in the way" in result.stderr
 

@@ -29,21 +29,10 @@ TEXT_SUFFIXES = {".py", ".toml", ".csv", ".json", ".jinja", ".html", ".css", ".j
 
 VENDOR_WORDS = ("cuda", "nvidia", "npu", "ascend", "huawei", "hccl", "nccl", "rocm", "amd", "hip")
 VENDOR = re.compile(rf"(?<![A-Za-z])({'|'.join(VENDOR_WORDS)})(?![a-z])", re.IGNORECASE)
-DESK = (
-    "cli",
-    "recipe.read",
-    "run",
-    "records",
-    "progress",
-    "pools",
-    "forecast",
-    "rules",
-    "chips",
-    "algos",
-    "tasks",
-    "rewards",
-)
-DESK_STAGES = ("stages.plan", "stages.report", "tools.recipe", "tools.rules", "tools.justify")
+DESK_PARTS = "recipe.read run records progress pools forecast rules chips algos tasks rewards"
+DESK = ("cli", *DESK_PARTS.split())
+DESK_TOOLS = "recipe rules justify forecast validate_forecast steps"
+DESK_STAGES = ("stages.plan", "stages.report", *(f"tools.{name}" for name in DESK_TOOLS.split()))
 LONGEST_FUNCTION = 80
 TESTING_FILES = sorted(file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
 PRIVATE = re.compile(r"(isthmus\..*\.)?_(?!_)\w+")
@@ -136,7 +125,18 @@ def test_the_desk_never_loads_torch(module: str):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["chips", "recipe rl", "recipe --markdown", "run --dry-run RECIPE", "report RUN"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "chips",
+        "recipe step",
+        "steps RECIPE",
+        "recipe --markdown",
+        "run --dry-run RECIPE",
+        "report RUN",
+        "forecast RECIPE",
+    ],
+)
 def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()
     call = "import sys; from isthmus.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
@@ -146,7 +146,7 @@ def test_a_desk_verb_never_loads_what_is_slow(verb: str, run_folder: Path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "rl", "handoff", "qualify", "serve"])
+@pytest.mark.parametrize("verb", ["steps", "steps.rl", "handoff", "qualify", "serve"])
 def test_a_stage_that_computes_is_not_loaded_with_the_command(verb: str):
     assert importlib.util.find_spec(f"isthmus.stages.{verb}")
     result = run_python(f"import sys, isthmus.cli; sys.exit(3 if 'isthmus.stages.{verb}' in sys.modules else 0)")
@@ -163,7 +163,7 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 @pytest.mark.parametrize(
-    "verb", ["--help", "chips", "recipe", "recipe --markdown", "run --dry-run RECIPE", "report RUN"]
+    "verb", ["--help", "chips", "recipe", "recipe --markdown", "run --dry-run RECIPE", "report RUN", "forecast RECIPE"]
 )
 def test_the_desk_answers_at_once(verb: str, run_folder: Path):
     arguments = verb.replace("RECIPE", str(RECIPE)).replace("RUN", str(run_folder)).split()

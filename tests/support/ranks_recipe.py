@@ -105,11 +105,11 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def stop_at(folder: Path, step: int, stop: Callable[[subprocess.Popen[str]], None], event: str) -> tuple[int, str]:
-    """Train until the events show `step`, then stop it in some way: (exit code, standard error)."""
+def stop_at(folder: Path, step: int, stop: Callable[[subprocess.Popen[str]], None], name: str) -> tuple[int, str]:
+    """Train until the events of the step `name` show update `step`, then stop it in some way: (exit code, errors)."""
     process, run = start(folder), RunFolder.open(folder)
     deadline = time.monotonic() + 120
-    while max((seen["step"] for seen in run.events("train", event)), default=0) < step:
+    while max((seen["step"] for seen in run.events(name, "step")), default=0) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 
+import pytest
 from click.testing import CliRunner
 
 from isthmus.cli import cli
@@ -21,8 +22,14 @@ def test_the_help_tells_the_stages_in_their_order_from_the_tools():
     stages, tools = (
         re.findall(r"^  (\w+) +\S", part, re.MULTILINE) for part in shown.partition("Stages:")[2].split("Tools:")
     )
-    assert stages == ["run", "qualify", "plan", "train", "rl", "handoff", "report", "serve"]
+    assert stages == ["run", "qualify", "plan", "steps", "handoff", "report", "serve"]
     assert sorted([*stages, *tools]) == sorted(cli.commands)
+
+
+@pytest.mark.parametrize("verb", ["train", "rl"])
+def test_a_kind_of_step_is_told_how_steps_are_run(verb: str):
+    answer = CliRunner().invoke(cli, [verb, "runs/tiny"])
+    assert answer.exit_code == 2 and "isthmus run RUN --only NAME" in answer.output
 
 
 def test_a_mistyped_verb_is_answered_with_the_nearest():

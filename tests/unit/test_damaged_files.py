@@ -22,10 +22,9 @@ from isthmus.lines import read_json_object, read_objects
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
-from isthmus.stages.steps.heldout import stored
 from tests.support.engine_bundle import write_small_bundle
 
-CASES = 20
+CASES = 22
 WHOLE = {
     "latest.json": {
         "format": "fp32",
@@ -36,7 +35,6 @@ WHOLE = {
         "format": "fp32",
         "answers": [{"prompt": [1], "tokens": [2], "logprobs": [-1.0], "margins": [1.0]}],
     },
-    "heldout-before.json": {"groups": [], "tokens": [], "texts": [], "greedy": []},
     "calibration.json": {"home": {}},
     "events.jsonl": {"stage": "rl", "event": "step", "step": 1, "time": 0.0},
     "rows.jsonl": {"question": "a", "answer": "b"},
@@ -53,7 +51,6 @@ READERS = {
     "examples.json": read_examples,
     "golden.json": read_golden,
     "latest.json": read_versions,
-    "heldout-before.json": lambda folder: stored(folder / "heldout-before.json"),
     "calibration.json": lambda folder: read_file(folder / "calibration.json"),
     "rows.jsonl": lambda folder: list(read_objects(folder / "rows.jsonl", "data")),
     "recipe.toml": lambda folder: load_recipe(folder / "recipe.toml"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
-from isthmus.stages.rl.crossing import DriftAlarm
 from rich.console import Console
 
 from isthmus.progress import Watch
+from isthmus.stages.steps.rl.crossing import DriftAlarm
 
 
 @pytest.fixture

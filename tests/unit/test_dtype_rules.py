@@ -24,7 +24,7 @@ from isthmus.probes.static.operators import support_of
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.read import load_recipe
 from isthmus.tools.coverage import as_dictionary, examine, recipe_of, render, software_of
-from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.flow_recipe import RECIPE, SMALL, written
 from tests.support.small_dense import FAMILIES, dense_architecture
 
 ASCEND = "ascend-910b-313t"
@@ -73,7 +73,7 @@ def test_fp8_that_the_matrix_units_do_not_have_is_refused_where_they_compute():
 def test_a_qualification_does_not_pass_weights_in_a_dtype_that_the_chip_does_not_compute_in(
     tmp_path: Path, chip: str, outcome: str
 ):
-    pool = {"pools.away.chip": f'"{chip}"', "handoff.format": '"fp8"', "rl.rollout_format": '"fp8"'}
+    pool = {"pools.away.chip": f'"{chip}"', "handoff.format": '"fp8"', written("rl.rollout_format"): '"fp8"'}
     recipe = load_recipe(RECIPE, tuple(f"{key}={value}" for key, value in {**SMALL, **pool}.items()))
     away = get_pool(recipe, "away")
     found = Findings(Setting(recipe, away, get_chip(chip), profile_of(chip), "cpu", tmp_path, tmp_path))

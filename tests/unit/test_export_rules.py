@@ -345,6 +345,17 @@ def test_the_strictest_certain_record_is_the_answer(case: Case, answer: str):
     assert case.ruling().answer == answer
 
 
+def test_before_the_first_rule_there_is_no_class():
+    found = judge("a100-80gb-sxm", Buyer("CN", "CN"), date(2022, 10, 6))
+    assert (found.export_class, found.answer, found.findings) == ("no class yet", "nothing found", [])
+
+
+def test_the_country_of_every_maker_is_known():
+    """A machine's own processor has no maker that a record is about."""
+    makers = {chip.vendor for slug, chip in load_chips().items() if slug != "cpu"}
+    assert makers == set(trade_facts().makers)
+
+
 def test_a_chip_without_die_area_may_be_what_its_floor_allows():
     found = {one.record: one.certain for one in judge("mi308x", Buyer("CN", "CN"), TODAY).findings}
     assert found["us-2025-04-mi308"] and not found["us-2023-parent"] and not found["us-2023-parent-b"]

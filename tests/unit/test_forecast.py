@@ -22,6 +22,7 @@ from isthmus.cli import cli
 from isthmus.errors import IsthmusError
 from isthmus.forecast.calibrate import parse_point
 from isthmus.forecast.check import scores
+from isthmus.forecast.choose import choose
 from isthmus.forecast.count import count_parameters, layer_parameters
 from isthmus.forecast.decode import Engine, rollout_s
 from isthmus.forecast.device import pool_device, published_device
@@ -29,18 +30,21 @@ from isthmus.forecast.efficiency import shipped
 from isthmus.forecast.goodput import FailureRate, digamma, goodput, prior, trigamma
 from isthmus.forecast.memory import DISTRIBUTED_OPTIMIZER, Layout, cache_bytes, training_memory
 from isthmus.forecast.outlook import Outlooks
-from isthmus.forecast.pace import Knobs, PoolFacts
+from isthmus.forecast.pace import Knobs, PoolFacts, make_pool
 from isthmus.forecast.points import Calibration, fit_points
 from isthmus.forecast.published import read_training, shape_named, shipped_training
 from isthmus.forecast.regression import fit, solve
 from isthmus.forecast.rl import read_steps
 from isthmus.forecast.sensitivity import break_evens, tornado
+from isthmus.forecast.serving import Serving, serving_of
 from isthmus.forecast.setting import shape_of
 from isthmus.forecast.validate import TESTS, predictions, rl_predictions, summary
 from isthmus.forecast.work import PoolWork, StepWork, Work
 from isthmus.probes.judge import failure_rate
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection, Qwen3MoeSection
-from isthmus.run import Figure
+from isthmus.recipe.read import load_recipe
+from isthmus.records import PlanRecord, QualifyRecord
+from isthmus.run import Figure, RunFolder
 from tests.support.flow_recipe import RECIPE
 
 V3 = DeepseekSection(
@@ -268,7 +272,7 @@ def work(**changes: object) -> Work:
         StepWork("rl", "rl", LLAMA_8B, 100, 4096.0, 1256.0, prompt=256.0, mean=1000.0, longest=8192.0, overlapped=True),
     ]
     pools = {"home": PoolWork("home", "h100-sxm", 64, False), "away": PoolWork("away", "ascend-910b-313t", 128, False)}
-    base = Work("two", steps, pools, ["home", "away"], ["away", "home"], 1, 1, True, 1)
+    base = Work("two", steps, pools, ["home", "away"], ["away", "home"], ["away"], "w8a8", 1, 1, True, 1)
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -452,3 +456,65 @@ def test_a_run_is_scored_against_its_own_forecast(tmp_path: Path):
         ("all of these", None, None),
     ]
     assert found[0].error == pytest.approx(0.2)
+
+
+def test_serving_admits_what_fits_and_stays_fast():
+    def of(chip: str, count: int, price: float | None = None) -> Serving:
+        pool = make_pool(PoolWork("away", chip, count, False), PoolFacts(price=price))
+        return serving_of(work(), pool)
+
+    small, large = of("h100-sxm", 1, 2.0), of("h100-sxm", 8, 2.0)
+    assert small.sequences is not None and large.sequences == 8 * small.sequences
+    assert small.token_ms is not None and small.answer_tokens_per_s is not None
+    assert small.cost_per_million == pytest.approx(2.0 / 3600.0 / small.answer_tokens_per_s * 1e6)
+    assert large.cost_per_million == pytest.approx(small.cost_per_million)
+    more_memory = of("h200-sxm", 1)
+    assert more_memory.sequences is not None and more_memory.sequences >= small.sequences
+    too_large = replace(work(), steps=[replace(work().steps[0], model=V3)])
+    one_chip = make_pool(PoolWork("away", "h20", 1, False), PoolFacts())
+    assert "do not hold" in serving_of(too_large, one_chip).why
+    assert "no sourced rates" in of("mi308x", 8).why
+
+
+def test_a_choice_by_time_or_cost_names_what_lost_with_its_numbers():
+    outlook = Outlooks(work(), {"home": PoolFacts(price=9.0), "away": PoolFacts(price=0.1)}).outlook()
+    options = [option for option in outlook.options if option.step == "pretrain"]
+    quick, cheap = (choose(outlook, aim)["pretrain"] for aim in ("time", "cost"))
+    assert quick.option is not None and cheap.option is not None
+    assert quick.option.hours == min((one.hours for one in options if one.hours), key=lambda hours: hours.middle)
+    assert cheap.option.pool == "away" and "home" in cheap.lost[0] and "cost" in cheap.lost[0]
+    vetoed = choose(outlook, "cost", lambda option: "vetoed" if option.pool == "away" else None)["pretrain"]
+    assert vetoed.option is not None and vetoed.option.pool == "home" and "away: vetoed" in vetoed.lost
+    with pytest.raises(IsthmusError, match="price"):
+        choose(Outlooks(work(), {}).outlook(), "cost")
+
+
+def test_a_run_folder_is_forecast_by_its_pilots_and_then_checked(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE))
+    pilots = {
+        "sft_step_s": 0.1, "learn_token_s": 1e-5, "prompt_tokens": 30.0, "completion_tokens": 60.0,
+        "longest_completion_tokens": 100.0, "engine_start_s": 3.0, "crossing_s": 0.1, "decode_step_s": 2e-3,
+        "decode_token_s": 1e-5, "soaked_chip_hours": 50.0, "failure_rate_per_chip_hour": 1e-5,
+    }  # fmt: skip
+    figures = {name: Figure(value=value, unit="s", kind="measured", source="pilot") for name, value in pilots.items()}
+    common = {"recipe_sha256": folder.recipe.digest(), "started": 0.0, "ended": 1.0}
+    for name, chip, rehearsed in (("home", "cpu", False), ("away", "ascend-910b-313t", True)):
+        verdict = "fit" if not rehearsed else "serve-only"
+        record = QualifyRecord(
+            **common, pool=name, chip=chip, present=not rehearsed, rehearsed=rehearsed, verdict=verdict, title="",
+            reasons=[], evidence=[], figures=figures,
+        )  # fmt: skip
+        folder.write_record(f"qualify/{name}", record)
+    found = json.loads(run(folder.path, "--json").stdout)
+    chosen = [option for option in found["options"] if option["chosen"]]
+    assert {option["pool"] for option in chosen} == {"home"}, "a rehearsed pool never trains"
+    assert chosen[0]["update_s"] == pytest.approx(0.1)
+    assert found["total_h"]["low"] < found["total_h"]["middle"] < found["total_h"]["high"]
+    assert "run folder keeps" in str(run(folder.path, "--set", "seed=1").exception)
+
+    estimate = {"train": Figure(value=60.0, unit="s", kind="forecast", source="x", low=50.0, high=70.0)}
+    folder.write_record("plan", PlanRecord(**common, placements=[], rejected=[], estimate=estimate))
+    (folder.path / "train.json").write_text(json.dumps({"started": 0.0, "ended": 65.0}), encoding="utf-8")
+    (scored,) = json.loads(run("check", folder.path, "--json").stdout)
+    assert (scored["part"], scored["truth"], scored["inside"]) == ("train", 65.0, True)
+    assert "yes" in run("check", folder.path).output

@@ -102,7 +102,7 @@ def told(folder: Path, text: str) -> dict[str, Any]:
 
 
 def test_the_recipe_that_is_told_is_the_one_that_ships_now(tmp_path: Path):
-    assert "[data], [sft], [rl] are written as [tasks.NAME] and [[step]]" in refusal(tmp_path, TINY)
+    assert "instead of [data], [sft], [rl] there are [tasks.NAME] and [[step]]" in refusal(tmp_path, TINY)
     assert parse_recipe(told(tmp_path, TINY)).digest() == load_recipe(RECIPE).digest()
 
 

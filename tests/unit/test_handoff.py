@@ -28,17 +28,18 @@ from isthmus.parity.signing import new_key
 from isthmus.parity.verify import Target, verify_bundle
 from isthmus.progress import Watch
 from isthmus.recipe.read import parse_recipe
-from isthmus.records import Check, HandoffRecord, Placement, PlanRecord, RlRecord
+from isthmus.records import Check, HandoffRecord, Placement, PlanRecord, RlRecord, read_weights
 from isthmus.run import Figure, RunFolder, write_atomic
 from isthmus.stages import handoff
 from isthmus.stages.handoff import crossing
-from isthmus.tasks import load_task
+from isthmus.tasks import load_tasks
 from isthmus.tasks.countdown import Countdown
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
 from tests.support.bundles import published
 from tests.support.sampled import SampledHere, odd_is_right
 from tests.support.small import TINY
 
+ADAMW = {"name": "adamw", "learning_rate": 1e-3}
 RECIPE = {
     "name": "small",
     "model": {**TINY, "vocab_size": 512, "max_position_embeddings": 96, "initializer_range": 0.1},
@@ -47,8 +48,10 @@ RECIPE = {
         "away": {"chip": "ascend-910b-313t", "rehearsed": True, "threads": 1},
     },
     "place": {"train": ["home"], "rollout": ["away"], "serve": ["away"]},
-    "sft": {"steps": 1, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
-    "rl": {"steps": 1, "max_new_tokens": 12, "optimizer": {"name": "adamw", "learning_rate": 1e-3}},
+    "step": [
+        {"name": "taught", "kind": "sft", "steps": 1, "optimizer": ADAMW},
+        {"name": "reinforced", "kind": "rl", "from": "taught", "steps": 1, "max_new_tokens": 12, "optimizer": ADAMW},
+    ],
     "handoff": {
         "golden_prompts": 12,
         "heldout_problems": 30,
@@ -66,12 +69,16 @@ class Broken(SampledHere):
             self.model.model.layers[1].self_attn.o_proj.scale.mul_(2)
 
 
+def tokenizer_of(run: RunFolder) -> Tokenizer:
+    return run_tokenizer(run, list(load_tasks(run.recipe).values()))
+
+
 def write_records(run: RunFolder, trained: dict[str, torch.Tensor] | None = None) -> None:
     state = Model(run.recipe.model).initialise(0).state_dict() if trained is None else trained
-    checkpoints = CheckpointWriter(run.path / "checkpoints" / "rl", keep=1, group=None)
+    checkpoints = CheckpointWriter(run.step_folder("reinforced") / "checkpoints", keep=1, group=None)
     checkpoints.save(1, TrainingState(state, {}, {}))
     saved = checkpoints.finish()
-    run_tokenizer(run, load_task(run.recipe))
+    tokenizer_of(run)
     base = {"recipe_sha256": run.recipe.digest(), "started": 0.0, "ended": 1.0}
     stages = {"train": "home", "rollout": "away", "serve": "away"}
     placements = [Placement(stage=stage, pool=pool, reason="") for stage, pool in stages.items()]
@@ -80,7 +87,9 @@ def write_records(run: RunFolder, trained: dict[str, torch.Tensor] | None = None
     figures = ("accuracy_before", "accuracy_after", "accuracy_gain", "thought_tokens_before", "thought_tokens_after")
     record = RlRecord(
         **base,
-        train_pool="home",
+        step="reinforced",
+        pool="home",
+        started_from="taught",
         rollout_pool="away",
         rollout_rehearsed=True,
         algorithm="grpo",
@@ -95,7 +104,7 @@ def write_records(run: RunFolder, trained: dict[str, torch.Tensor] | None = None
         sample_before="",
         sample_after="",
     )
-    run.write_record("rl", record)
+    run.write_record("steps/reinforced/record", record)
 
 
 @functools.cache
@@ -151,7 +160,7 @@ def test_a_healthy_model_is_sealed_in_both_formats(start):
     )
     assert record == run.read_record("parity", HandoffRecord)
     seal = verify_seal(run.path / "bundle" / "w8a8", record.seal_id)
-    assert seal.lineage.checkpoint_sha256 == run.require_record("rl", RlRecord, "rl").checkpoint_sha256
+    assert seal.lineage.checkpoint_sha256 == read_weights(run, "reinforced").checkpoint_sha256
     assert seal.lineage.recipe_sha256 == run.recipe.digest()
     assert verify_seal(run.path / "bundle" / "bf16").format == "bf16"
     assert not (run.path / "handoff" / "fp32").exists()
@@ -204,9 +213,8 @@ def test_every_check_has_an_event_and_a_row(start):
 def test_sealed_bundles_have_golden_answers_of_their_own_model(start):
     run = start()
     execute(run)
-    prompts = [
-        prompt_ids(run_tokenizer(run, load_task(run.recipe)), p) for p in load_task(run.recipe).heldout[:PROMPTS]
-    ]
+    heldout = load_tasks(run.recipe)["countdown"].heldout
+    prompts = [prompt_ids(tokenizer_of(run), problem) for problem in heldout[:PROMPTS]]
     for name in ("bf16", "w8a8"):
         folder = run.path / "bundle" / name
         golden, model = read_golden(folder), read_bundle(folder).build()
@@ -322,7 +330,7 @@ def test_a_model_that_answers_worse_is_refused(start, monkeypatch):
             return [[Completion([self.token] * 2, one.logprobs[:2], "length", 0, 0) for one in row] for row in answers]
 
     run = start()
-    SameAnswer.token = run_tokenizer(run, load_task(run.recipe)).encode("7")[0]
+    SameAnswer.token = tokenizer_of(run).encode("7")[0]
     monkeypatch.setattr(crossing, "LocalEngine", SameAnswer)
     with pytest.raises(GateRefused, match="accuracy, target minus reference"):
         execute(run)
@@ -424,8 +432,8 @@ def test_a_stage_that_breaks_off_leaves_no_verdict(start, monkeypatch):
 
 def test_without_a_trained_model_it_says_what_to_run(start):
     run = start()
-    (run.path / "rl.json").unlink()
-    with pytest.raises(IsthmusError, match="isthmus rl"):
+    (run.step_folder("reinforced") / "record.json").unlink()
+    with pytest.raises(IsthmusError, match=f"isthmus run {run.path} --until reinforced"):
         execute(run)
 
 

@@ -29,7 +29,7 @@ from isthmus.recipe.read import parse_recipe
 from isthmus.run import RunFolder
 from isthmus.stages import serve
 from isthmus.stages.handoff import crossing
-from isthmus.tasks import load_task, split_completion
+from isthmus.tasks import load_tasks, seeded, split_completion, tasks_of
 from isthmus.tasks.jsonl import JsonlTask
 from tests.support.bundles import published, taught
 from tests.support.live_server import call, live
@@ -223,20 +223,20 @@ def test_a_run_keeps_the_template_and_the_ends_of_its_checkpoint(source: Path, t
             "model": {"from": str(source)},
             "pools": {"home": {"chip": "cpu", "threads": 1}},
             "place": {"train": ["home"], "rollout": ["home"], "serve": ["home"]},
-            "data": {"teacher_give_up": 0.9},
-            "sft": {"steps": 1, "batch_size": 4, "optimizer": rate},
-            "rl": {"steps": 1, "optimizer": rate},
+            "tasks": {"countdown": {"teacher_give_up": 0.9}},
+            "step": [{"name": "taught", "kind": "sft", "steps": 1, "batch_size": 4, "optimizer": rate}],
         },
         tmp_path,
     )
-    run, task = RunFolder.create(tmp_path / "run", recipe), load_task(recipe)
-    run_tokenizer(run, task)
-    kept, theirs = run_tokenizer(run, task), AutoTokenizer.from_pretrained(source)
+    run, tasks = RunFolder.create(tmp_path / "run", recipe), load_tasks(recipe)
+    task = tasks["countdown"]
+    run_tokenizer(run, [task])
+    kept, theirs = run_tokenizer(run, [task]), AutoTokenizer.from_pretrained(source)
     assert kept.ends == Tokenizer.load(source).ends == (1, 2, 5)
     asked = [{"role": "user", "content": task.train[0].prompt}]
     expected = theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert prompt_ids(kept, task.train[0]) == expected
-    document = sft_documents(run, task, kept, 0)[0]
+    (document,) = sft_documents(tasks_of(recipe, recipe.named("taught")), kept, recipe.model, 1, seeded("taught", 0))
     assert document.tokens[-1] == kept.eos_id and kept.decode(document.tokens[: document.prompt_length])
     learnt = kept.decode(document.tokens[document.prompt_length : -1])
     assert learnt.startswith("<think>\n") and split_completion(learnt)[1]

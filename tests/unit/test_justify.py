@@ -17,12 +17,12 @@ from isthmus.cli import cli
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.recipe.read import load_recipe
 from isthmus.records import Limit, QualifyRecord
+from isthmus.report_page.acts import ActKind
 from isthmus.report_page.justify.gather import gather
-from isthmus.report_page.justify.reading import ActKind
 from isthmus.report_page.justify.record import Gap, JustifyRecord, Objection, Side
 from isthmus.report_page.justify.words import LANGUAGES, Words, glossary
 from isthmus.report_page.justify.write import write
-from isthmus.rules import BELOW, UNKNOWN
+from isthmus.rules import BELOW, UNDEFINED, UNKNOWN
 from isthmus.run import Figure, Kind, RunFolder
 from tests.support.flow_recipe import RECIPE
 from tests.support.flow_recipe import TAUGHT
@@ -230,7 +230,7 @@ def test_every_word_is_there_in_both_languages_with_the_same_slots():
         ("effect", get_args(Effect)),
         ("record_kind", get_args(RecordKind)),
         ("window", get_args(records.Ruling.model_fields["window"].annotation)),
-        ("class", (BELOW, UNKNOWN, *(one.name for one in trade_facts().classes))),
+        ("class", (BELOW, UNDEFINED, UNKNOWN, *(one.name for one in trade_facts().classes))),
     ],
 )
 def test_every_value_of_the_record_has_a_word(table: str, values: tuple[Any, ...]):

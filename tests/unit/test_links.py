@@ -27,7 +27,7 @@ from isthmus.probes.shapes import shapes_of
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, FailureCase
-from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.flow_recipe import RECIPE, REINFORCED, SMALL, TAUGHT
 
 WORK = "isthmus.probes.portable.collectives"
 
@@ -225,7 +225,7 @@ def test_replicas_sum_their_shards_and_experts_exchange_tokens():
     assert {shape.ranks for shape in sums} == {2} and all(shape.groups(4) == [[0, 2], [1, 3]] for shape in sums)
     exchange = next(shape for shape in shapes if shape.collective == "all_to_all")
     assert exchange.groups(4) == [[0, 1], [2, 3]] and exchange.dtype == "bfloat16"
-    tokens = chosen.sft.batch_size * chosen.rl.max_new_tokens // 4
+    tokens = chosen.named(TAUGHT).batch_size * chosen.named(REINFORCED).max_new_tokens // 4
     assert exchange.numel == tokens * chosen.model.num_experts_per_tok * chosen.model.hidden_size
     assert {shape.dtype for shape in shapes if shape.collective == "reduce_scatter"} == {"float32"}
 

@@ -126,13 +126,13 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_the_curves(tmp_path: Path):
     board = TensorBoard(tmp_path / "board")
-    board.step("train", 1, {"loss": 2.5, "mfu": None})
-    board.step("train", 2, {"loss": 1.25, "mfu": 0.5})
+    board.step("sft", 1, {"loss": 2.5, "mfu": None})
+    board.step("sft", 2, {"loss": 1.25, "mfu": 0.5})
     board.step("rl", 1, {"reward": 0.25})
     board.close()
     assert curves(tmp_path / "board") == {
-        "train/loss": [(1, 2.5), (2, 1.25)],
-        "train/mfu": [(2, 0.5)],
+        "sft/loss": [(1, 2.5), (2, 1.25)],
+        "sft/mfu": [(2, 0.5)],
         "rl/reward": [(1, 0.25)],
     }
 

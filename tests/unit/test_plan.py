@@ -24,7 +24,7 @@ from isthmus.recipe.schema import Recipe
 from isthmus.records import PlanRecord, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import plan
-from tests.support.flow_recipe import RECIPE
+from tests.support.flow_recipe import RECIPE, REINFORCED, TAUGHT, written
 
 PACE = {
     "sft_step_s": 0.5,
@@ -66,7 +66,8 @@ SHAPES = {
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe(RECIPE, overrides)
+    """The tiny one; `sft` and `rl` in overrides stand for its steps."""
+    return load_recipe(RECIPE, [f"{written(key)}={value}" for key, value in (one.split("=", 1) for one in overrides)])
 
 
 def verdict(
@@ -179,11 +180,11 @@ def test_the_estimate_is_the_arithmetic_of_the_pilots():
         *("rl.staleness=0", "rl.heldout_problems=300", "handoff.heldout_problems=100", "handoff.golden_prompts=5"),
     )
     found = duration.estimate(chosen, verdict("home", "fit"), verdict("away", "serve-only"))
-    assert found["train"].value == pytest.approx(100 * 0.5)
+    assert found[TAUGHT].value == pytest.approx(100 * 0.5)
     generate = 80 * 1e-3 + 32 * 30 * 1e-5  # longest 2 x 50 is cut to 80; the mean grows from 20 to 30
     learn = 32 * (10 + 30) * 1e-4
     answers = 2 * 80 * 1e-3 + 300 * 30 * 1e-5  # 300 problems need two rounds of 256 slots
-    assert found["rl"].value == pytest.approx(10 * (generate + learn + 0.1) + 4 * answers + 3.0)
+    assert found[REINFORCED].value == pytest.approx(10 * (generate + learn + 0.1) + 4 * answers + 3.0)
     handoff = 80 * 1e-3 + 200 * 30 * 1e-5 + 3.0 + 5 * (10 + 40) * 1e-4
     assert found["handoff"].value == pytest.approx(handoff)
     for figure in found.values():
@@ -192,11 +193,11 @@ def test_the_estimate_is_the_arithmetic_of_the_pilots():
 
 def test_overlapping_pools_wait_for_the_slower_one():
     pools = verdict("home", "fit"), verdict("away", "serve-only")
-    alone, together = (duration.estimate(recipe(f"rl.staleness={n}"), *pools)["rl"].value for n in (0, 1))
+    alone, together = (duration.estimate(recipe(f"rl.staleness={n}"), *pools)[REINFORCED].value for n in (0, 1))
     slow = verdict("home", "fit", pace={**PACE, "learn_token_s": 0.0}), verdict("away", "serve-only")
     assert together < alone
-    assert duration.estimate(recipe("rl.staleness=1"), *slow)["rl"].value == pytest.approx(
-        duration.estimate(recipe("rl.staleness=0"), *slow)["rl"].value
+    assert duration.estimate(recipe("rl.staleness=1"), *slow)[REINFORCED].value == pytest.approx(
+        duration.estimate(recipe("rl.staleness=0"), *slow)[REINFORCED].value
     )
 
 
@@ -204,15 +205,15 @@ def test_without_a_pilot_the_estimate_is_unknown(tmp_path: Path):
     home = verdict("home", "fit", pace={"matmul_tflops": 1.0})
     run = run_with(tmp_path, recipe(), home, verdict("away", "serve-only", rehearsed=True))
     estimate = plan.execute(run, quiet()).estimate
-    assert list(estimate) == ["qualify", "train", "rl", "handoff", "total"]
-    assert estimate["train"].value is None and estimate["total"].value is None
+    assert list(estimate) == ["qualify", TAUGHT, REINFORCED, "handoff", "total"]
+    assert estimate[TAUGHT].value is None and estimate["total"].value is None
     assert estimate["qualify"].value == pytest.approx(4.0, abs=0.1) and estimate["qualify"].kind == "measured"
 
 
 def test_the_total_is_a_forecast_and_adds_up(tmp_path: Path):
     run = run_with(tmp_path, recipe(), verdict("home", "fit"), verdict("away", "serve-only", rehearsed=True))
     estimate = plan.execute(run, quiet()).estimate
-    parts = [estimate[stage].value for stage in ("qualify", "train", "rl", "handoff")]
+    parts = [estimate[stage].value for stage in ("qualify", TAUGHT, REINFORCED, "handoff")]
     assert estimate["total"].value == pytest.approx(sum(parts)) and estimate["total"].kind == "forecast"
 
 

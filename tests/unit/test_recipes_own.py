@@ -19,7 +19,7 @@ from isthmus.probes.judge.soak_judgement import problems_of
 from isthmus.probes.recipes_own import STEPS_AGAIN, owners_of, raised_by_recipe, stopped_by_recipe
 from isthmus.recipe.read import load_recipe
 from isthmus.run import RunFolder
-from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.flow_recipe import RECIPE, SMALL, written
 
 ADAMW = {"sft.optimizer.name": "adamw", "sft.batch_size": 4, "qualify.soak_s": 0.1}
 JUMPS = {"sft.optimizer.learning_rate": 0.01, "sft.optimizer.warmup_steps": 6, "model.initializer_range": 0.002}
@@ -28,7 +28,8 @@ JUMP, END = 15, 1
 
 
 def setting_of(path: Path, **more: Any) -> Setting:
-    overrides = {**SMALL, **ADAMW, **more, "place.train": '["home"]'}
+    changes = {written(name): value for name, value in {**ADAMW, **more}.items()}
+    overrides = {**SMALL, **changes, "place.train": '["home"]'}
     run = RunFolder.create(path, load_recipe(RECIPE, tuple(f"{key}={value}" for key, value in overrides.items())))
     pool = get_pool(run.recipe, "home")
     return Setting(run.recipe, pool, get_chip("cpu"), None, "cpu", path, path / "qualify" / "home")

@@ -18,10 +18,16 @@ from isthmus import records
 from isthmus.errors import DamagedFile
 from isthmus.progress import Watch
 from isthmus.recipe.read import parse_recipe
-from isthmus.report_page import charts, numbers, timing
+from isthmus.report_page import chapters, charts, numbers, timing
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import report
 
+TAUGHT, REINFORCED = "cold-start", "reasoning"
+OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3}
+STEPS = [
+    {"name": TAUGHT, "kind": "sft", "steps": 6, "from": "model", "optimizer": OPTIMIZER},
+    {"name": REINFORCED, "kind": "rl", "from": TAUGHT, "steps": 4, "optimizer": OPTIMIZER},
+]
 START = 1_700_000_000.0
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
@@ -31,14 +37,13 @@ class Story:
     """Writes a small run, stage by stage, with a clock of its own."""
 
     def __init__(self, folder: Path, **changes: Any):
-        optimizer = {"name": "adamw", "learning_rate": 1e-3}
         tree = {
             "name": "small",
             "model": {"preset": "r-nano"},
             "pools": {"home": {"chip": "cpu"}, "away": {"chip": "far-chip", "rehearsed": True}},
             "place": {"train": ["away", "home"], "rollout": ["away"], "serve": ["away"]},
-            "sft": {"steps": 6, "optimizer": optimizer},
-            "rl": {"steps": 4, "optimizer": optimizer},
+            "tasks": {"countdown": {"largest_target": 39}},
+            "step": STEPS,
         }
         self.run = RunFolder.create(folder, parse_recipe({**tree, **changes}))
         self.now = START
@@ -91,29 +96,32 @@ class Story:
                 records.Placement(stage="serve", pool="away", reason="first choice"),
             ],
             rejected=[records.Rejection(stage="train", pool="away", reason="a rehearsal never vouches")],
-            estimate={"train": seconds(10.0), "rl": seconds(20.0), "total": seconds(30.0)},
+            estimate={TAUGHT: seconds(10.0), REINFORCED: seconds(20.0), "total": seconds(30.0)},
         )
         self.run.write_record("plan", record)
 
     def sft_steps(self, first: int, last: int) -> None:
         for step in range(first, last + 1):
             loads = [[0.125] * 8, [0.5, 0.5] + [0.0] * 6]
-            self.event("train", "step", after=1.0, step=step, loss=3.0 / step, mtp_loss=4.0 / step, expert_load=loads)
+            self.event(TAUGHT, "step", after=1.0, step=step, loss=3.0 / step, mtp_loss=4.0 / step, expert_load=loads)
 
     def train(self, resumed_from: tuple[int, ...] = ()) -> None:
-        self.event("train", "start", pool="home")
+        self.event(TAUGHT, "start", pool="home")
         self.sft_steps(1, 6)
-        self.event("train", "end", seconds=8.0)
-        record = records.TrainRecord(
+        self.event(TAUGHT, "end", seconds=8.0)
+        record = records.TextRecord(
             **self.header(),
+            kind="sft",
+            step=TAUGHT,
+            started_from="model",
             pool="home",
             steps=6,
             resumed_from=list(resumed_from),
-            checkpoint="checkpoints/train/6",
+            checkpoint="steps/cold-start/checkpoints/6",
             checkpoint_sha256="ab" * 32,
             figures={"loss": Figure.measured(0.5, "nats/token", "events.jsonl", rehearsed=False)},
         )
-        self.run.write_record("train", record)
+        self.run.write_record(f"steps/{TAUGHT}/record", record)
 
     def rl_steps(self, last: int, **fields: Any) -> None:
         for step in range(1, last + 1):
@@ -126,7 +134,7 @@ class Story:
             }
             seconds = {"rollout_s": 2.0, "train_s": 1.0, "sync_s": 0.25, "wait_s": 0.5}
             self.event(
-                "rl",
+                REINFORCED,
                 "step",
                 after=3.25,
                 step=step,
@@ -143,21 +151,24 @@ class Story:
         def figure(value: float, unit: str, low: float | None = None, high: float | None = None) -> Figure:
             return Figure.measured(value, unit, "held-out problems", rehearsed=True, low=low, high=high)
 
-        self.event("rl", "start", pool="home")
-        self.event("rl", "evaluate", after=2.0, which="before", accuracy=0.2, seconds=2.0)
+        self.event(REINFORCED, "start", pool="home")
+        self.event(REINFORCED, "evaluate", after=2.0, which="before", accuracy=0.2, seconds=2.0)
         self.rl_steps(4)
-        self.event("rl", "evaluate", after=2.0, which="after", accuracy=0.5, seconds=2.0)
-        self.event("rl", "end", seconds=20.0)
+        self.event(REINFORCED, "evaluate", after=2.0, which="after", accuracy=0.5, seconds=2.0)
+        self.event(REINFORCED, "end", seconds=20.0)
         value, low, high = gain
         record = records.RlRecord(
             **self.header(),
-            train_pool="home",
+            step=REINFORCED,
+            pool="home",
+            started_from=TAUGHT,
+            started_from_sha256="ab" * 32,
             rollout_pool="away",
             rollout_rehearsed=True,
             algorithm="grpo",
             steps=4,
             resumed_from=[],
-            checkpoint="checkpoints/rl/4",
+            checkpoint="steps/reasoning/checkpoints/4",
             checkpoint_sha256="cd" * 32,
             weight_version=4,
             heldout_problems=500,
@@ -170,7 +181,7 @@ class Story:
             sample_before=before,
             sample_after=after,
         )
-        self.run.write_record("rl", record)
+        self.run.write_record(f"steps/{REINFORCED}/record", record)
 
     def handoff(self, verdict: str = "pass") -> None:
         kl = Figure.measured(0.001, "nats/token", "golden prompts", rehearsed=True)
@@ -286,17 +297,22 @@ def test_a_finished_run_tells_its_outcome_first(story: Story):
 def test_every_section_of_a_finished_run_has_its_facts(story: Story):
     page = page_of(story.whole())
     expected = {
-        "questions": ["Reason for home", "Train on home", "No finished stage was interrupted", "The gate says yes"],
+        "questions": ["Reason for home", "Train on home", "No finished step was interrupted", "The gate says yes"],
         "pools": ["title of home", "title of away", "serve-only", "7", "5 GFLOP/s"],
         "plan": ["A rehearsal never vouches.", "First choice.", "8.0 s measured", "0.80 ×"],
-        "sft": ["Layer 1", "Layer 2", "6 steps", "abababab"],
-        "rl": ["44 tokens", "weight version 4", "+30.0 points"],
-        "mismatch": ["0.025 nats/token rehearsed"],
-        "thinking": ["Before RL x", "Answer 1", "After RL y", "Answer 2"],
+        "lineage": ["cold-start sft, done", "reasoning rl, done, handed off"],
+        "step-cold-start": ["teach the weights of model", "Layer 1", "Layer 2", "6 updates", "abababab"],
+        "step-reasoning": [
+            *("From the weights of cold-start", "44 tokens", "weight version 4", "+30.0 points"),
+            *("0.025 nats/token rehearsed", "Before x", "Answer 1", "After y", "Answer 2"),
+        ],
         "parity": ["Mean KL", "0.001 nats/token", "0.02 nats/token declared", "5ea1ed00"],
-        "time": ["Qualify", "SFT", "RL rollouts", "RL training", "RL weight crossings", "RL evaluation"],
+        "time": [
+            *("Qualify", "cold-start", "reasoning: rollouts", "reasoning: training", "reasoning: weight crossings"),
+            "reasoning: evaluation",
+        ],
         "incidents": ["no stage took a slower path"],
-        "recipe": [story.run.recipe.digest(), f'"largest_target": {story.run.recipe.data.largest_target}'],
+        "recipe": [story.run.recipe.digest(), '"largest_target": 39'],
     }
     for section, facts in expected.items():
         for fact in facts:
@@ -331,9 +347,7 @@ def test_the_appendix_lists_every_figure_with_kind_and_source(story: Story):
 
 def test_a_rehearsed_figure_is_never_shown_as_measured(story: Story):
     page = page_of(story.whole())
-    for match in re.finditer(
-        r"([^ ]+) (nats/token|tokens) (\w+)", page.text("rl") + page.text("mismatch") + page.text("parity")
-    ):
+    for match in re.finditer(r"([^ ]+) (nats/token|tokens) (\w+)", page.text("step-reasoning") + page.text("parity")):
         assert match[3] != "measured", match[0]
     assert "title of away away · 1 × far-chip · not here rehearsed" in page.text("pools")
 
@@ -343,39 +357,46 @@ def test_charts_of_rollouts_carry_the_kind_of_the_rollout_pool(story: Story, kno
     if known != "nothing":
         story.plan()
     story.rl() if known == "record" else story.rl_steps(4)
-    assert "Mean |Δ log p| rehearsed" in page_of(story).text("mismatch")
+    assert "Mean |Δ log p| rehearsed" in page_of(story).text("step-reasoning")
 
 
 def test_charts_of_rollouts_on_a_pool_that_is_here_are_measured(tmp_path: Path):
     story = Story(tmp_path / "run", place={"train": ["home"], "rollout": ["home"], "serve": ["home"]})
     story.rl_steps(4)
-    assert "Mean |Δ log p| measured" in page_of(story).text("mismatch")
+    assert "Mean |Δ log p| measured" in page_of(story).text("step-reasoning")
 
 
-STAGES = ["qualify", "plan", "train", "rl", "handoff"]
+STAGES = {
+    "qualify": "pools",
+    "plan": "plan",
+    TAUGHT: "step-cold-start",
+    REINFORCED: "step-reasoning",
+    "handoff": "parity",
+}
+"""What a run does, in order, and the section of each."""
 
 
 @pytest.mark.parametrize("done", range(len(STAGES)))
 def test_a_partial_run_says_what_is_missing_and_how_to_go_on(story: Story, done: int):
-    for stage in STAGES[:done]:
-        getattr(story, stage)()
+    for write in (story.qualify, story.plan, story.train, story.rl, story.handoff)[:done]:
+        write()
     page = page_of(story)
     head = page.text("outcome")
-    assert f"missing: {', '.join(STAGES[done:])}. Go on with isthmus run {story.run.path}" in head
-    for stage, section in zip(STAGES, ("pools", "plan", "sft", "rl", "parity"), strict=True):
-        missing = f"isthmus {stage} {story.run.path}" in page.text(section)
-        assert missing == (stage in STAGES[done:]), section
+    assert f"missing: {', '.join(list(STAGES)[done:])}. Go on with isthmus run {story.run.path}" in head
+    for stage, section in STAGES.items():
+        missing = f"isthmus run {story.run.path} --until {stage}" in page.text(section)
+        assert missing == (stage in list(STAGES)[done:]), section
     assert ("20.0 %" in head) == (done >= 4)
 
 
 def test_an_interrupted_stage_shows_how_far_it_came(story: Story):
     story.qualify()
     story.plan()
-    story.event("train", "start", pool="home")
+    story.event(TAUGHT, "start", pool="home")
     story.sft_steps(1, 3)
     page = page_of(story)
-    assert "cold start has reached step 3 of 6" in page.text("outcome")
-    assert "It reached step 3 of 6." in page.text("sft")
+    assert "Step cold-start: It reached update 3 of 6; 2 of 2 steps are still to come" in page.text("outcome")
+    assert "It reached update 3 of 6." in page.text("step-cold-start")
     assert "no end event after 3.0 s" in page.text("incidents")
     assert any(
         attrs.get("aria-label", "") and "next token: from 3 to 1" in str(attrs["aria-label"]) for _, attrs in page.tags
@@ -389,8 +410,8 @@ def test_rl_without_a_single_event_still_renders(story: Story):
     story.rl()
     (story.run.path / "events.jsonl").unlink()
     page = page_of(story)
-    assert "No RL step has compared the two sides" in page.text("mismatch")
-    assert "+30.0 points" in page.text("rl")
+    assert "no update has compared the two sides" in page.text("step-reasoning")
+    assert "+30.0 points" in page.text("step-reasoning")
     assert "No stage has run" in page.text("time")
 
 
@@ -421,8 +442,8 @@ def test_a_gain_is_clear_only_if_its_whole_interval_is_above_zero(
 def test_text_from_a_run_is_escaped_wherever_it_can_come_in(story: Story):
     story.whole()
     story.rl(before=f"{HOSTILE}</think>{HOSTILE}", after=f"<think>{HOSTILE}")
-    story.event("train", "fallback", what=HOSTILE, why=HOSTILE)
-    story.event("train", "revert", to=HOSTILE)
+    story.event(TAUGHT, "fallback", what=HOSTILE, why=HOSTILE)
+    story.event(TAUGHT, "revert", to=HOSTILE)
     story.event(HOSTILE, "start", pool=HOSTILE)
     story.event(HOSTILE, "end", after=1.0, seconds=1.0)
     page = page_of(story)
@@ -430,81 +451,144 @@ def test_text_from_a_run_is_escaped_wherever_it_can_come_in(story: Story):
     assert "script" not in names
     assert "img" not in names
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
-    assert page.text("thinking").count(HOSTILE) == 3
+    assert page.text("step-reasoning").count(HOSTILE) == 3
     assert page.text("incidents").count(HOSTILE) >= 3
 
 
-def pretrain_steps(story: Story, first: int, last: int, **fields: Any) -> None:
+def base_steps(story: Story, first: int, last: int, **fields: Any) -> None:
     for step in range(first, last + 1):
         measures = {"loss": 9.0 / step, "mtp_loss": 10.0 / step, "tokens": 100 * step, "seconds": 0.5}
-        story.event("train", "pretrain-step", after=0.5, **{"step": step, **measures, "mfu": None, **fields})
+        story.event("base", "step", after=0.5, **{"step": step, **measures, "mfu": None, **fields})
 
 
-PRETRAIN = {"folder": "books", "steps": 4, "optimizer": {"name": "adamw", "learning_rate": 1e-3}}
+BASE = {"name": "base", "kind": "pretrain", "folder": "books", "steps": 4, "optimizer": OPTIMIZER}
 
 
-def test_pretraining_has_a_section_of_its_own(tmp_path: Path):
-    story = Story(tmp_path / "run", pretrain=PRETRAIN)
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Story:
+    return Story(tmp_path / "run", step=[BASE, {**STEPS[0], "from": "base"}, STEPS[1]])
+
+
+def test_pretraining_has_a_section_of_its_own(pretrained: Story):
+    story = pretrained
     story.plan()
-    story.event("train", "start", pool="home")
-    pretrain_steps(story, 1, 3, memory_gib=1.5)
+    story.event("base", "start", pool="home")
+    base_steps(story, 1, 3, memory_gib=1.5)
     page = page_of(story)
-    assert "Pretraining has reached step 3 of 4" in page.text("outcome")
-    assert "It reached step 3 of 4. Go on with isthmus train" in page.text("pretrain")
-    assert "No step is trained" in page.text("sft")
-    pretrain_steps(story, 4, 4, memory_gib=2.5)
+    assert "Step base: It reached update 3 of 4; 3 of 3 steps are still to come" in page.text("outcome")
+    assert f"It reached update 3 of 4. Go on with isthmus run {story.run.path} --until base" in page.text("step-base")
+    assert "No update is made" in page.text("step-cold-start")
+    base_steps(story, 4, 4, memory_gib=2.5)
+    story.event("base", "end", seconds=2.0)
+    story.event(TAUGHT, "start", pool="home")
     story.sft_steps(1, 6)
-    story.event("train", "end", seconds=9.0)
+    story.event(TAUGHT, "end", seconds=7.0)
     page = page_of(story)
-    text = page.text("pretrain")
-    assert "on books , 64 rows of 512 tokens a step" in text
-    assert "Not done yet" not in text
-    assert "Loss measured nats per token, over 4 steps" in text
+    text = page.text("step-base")
+    assert (
+        "base pretraining" in text and "on books , 64 rows of 512 tokens an update, from the weights of model" in text
+    )
+    assert "It reached update 4 of 4" in text, "no record says that it is done"
+    assert "Loss measured nats per token, over 4 updates" in text
     assert "Mean tokens per second 500 tokens/s measured" in text, "1000 tokens in 2 seconds"
     assert "Peak memory 2.5 GiB measured" in text
     assert "MFU" not in text, "no step knew it"
+    assert "teach the weights of base" in page.text("step-cold-start")
     labels = [str(attrs.get("aria-label")) for _, attrs in page.tags]
     assert any("next token: from 9 to 2.25" in label and "(MTP): from 10 to 2.5" in label for label in labels)
-    assert any("Pretraining 22 percent, SFT 78 percent" in label for label in labels), "2 of 9 seconds"
+    assert any("base 22 percent, cold-start 78 percent" in label for label in labels), "2 of 9 seconds"
 
 
-def test_a_run_that_is_only_tuned_has_no_such_section(story: Story):
+def test_a_run_has_the_sections_of_its_steps_and_no_others(story: Story):
     page = page_of(story.whole())
     assert "retraining" not in page.everything
-    assert "pretrain" not in page.texts
+    assert [name for name in page.texts if name.startswith("step-")] == ["step-cold-start", "step-reasoning"]
+    assert {"#step-cold-start", "#step-reasoning"} <= {attrs["href"] for tag, attrs in page.tags if tag == "a"}
 
 
-def test_mfu_is_shown_where_it_is_known_with_the_kind_of_its_peak(story: Story):
-    pretrain_steps(story, 1, 1, mfu=None)
-    pretrain_steps(story, 2, 2, mfu=0.5)
-    pretrain_steps(story, 3, 3, mfu=0.2, seconds=1.0)
-    assert "MFU 30.0 % rehearsed" in page_of(story).text("pretrain"), "no plan yet, and training may be rehearsed"
+def test_mfu_is_shown_where_it_is_known_with_the_kind_of_its_peak(pretrained: Story):
+    story = pretrained
+    base_steps(story, 1, 1, mfu=None)
+    base_steps(story, 2, 2, mfu=0.5)
+    base_steps(story, 3, 3, mfu=0.2, seconds=1.0)
+    assert "MFU 30.0 % rehearsed" in page_of(story).text("step-base"), "no plan yet, and training may be rehearsed"
     story.plan()
     page = page_of(story)
-    assert "MFU 30.0 % declared" in page.text("pretrain"), "(0.5 x 0.5 + 0.2 x 1.0) / 1.5 seconds"
+    assert "MFU 30.0 % declared" in page.text("step-base"), "(0.5 x 0.5 + 0.2 x 1.0) / 1.5 seconds"
     assert "mean of mfu over 2 steps" in page.text("figures")
+
+
+def test_a_sampling_step_tells_what_its_filters_took(tmp_path: Path):
+    sampled = {"name": "harvest", "kind": "sample", "from": REINFORCED}
+    again = {
+        "name": "again",
+        "kind": "sft",
+        "from": "model",
+        "data": {"harvest": 1.0},
+        "steps": 6,
+        "optimizer": OPTIMIZER,
+    }
+    story = Story(tmp_path / "run", step=[*STEPS, sampled, again])
+    story.plan()
+    story.event("harvest", "start", pool="away")
+    story.event("harvest", "step", after=2.0, step=3)
+    page = page_of(story)
+    assert "It has answered 3 batches of prompts." in page.text("step-harvest")
+    assert "harvest" in page.text("step-again") and "again sft, waiting, handed off" in page.text("lineage")
+    record = records.SampleRecord(
+        **story.header(),
+        step="harvest",
+        pool="away",
+        rehearsed=True,
+        weights_of=REINFORCED,
+        weights_sha256="cd" * 32,
+        format="w8a8",
+        seed=0,
+        prompts=100,
+        generated=400,
+        kept=123,
+        dropped={"correct": 270, "duplicates": 7},
+        samples="steps/harvest/samples.jsonl",
+        samples_sha256="ef" * 32,
+        figures={"kept_share": Figure.measured(0.3075, "share", "answers", rehearsed=True)},
+    )
+    story.run.write_record("steps/harvest/record", record)
+    text = page_of(story).text("step-harvest")
+    assert "123 of 400 answers to 100 problems were kept, generated in W8A8 on away , rehearsed." in text
+    assert "Correct 270" in text and "Duplicates 7" in text and "efefefefefefefef" in text
+    assert "30.8 % rehearsed" in text and "cdcdcdcdcdcdcdcd" in text
+
+
+def test_what_nothing_comes_of_is_told(tmp_path: Path):
+    told = page_of(Story(tmp_path / "run", step=STEPS, handoff={"step": TAUGHT})).text("lineage")
+    assert "Nothing goes on from 'reasoning': start a step from it" in told
+    assert "Nothing" not in page_of(Story(tmp_path / "other")).text("lineage")
 
 
 @pytest.mark.parametrize(("pool", "kind"), [("home", "measured"), ("away", "rehearsed")])
 def test_speed_and_memory_of_training_have_the_kind_of_its_pool(tmp_path: Path, pool: str, kind: str):
     story = Story(tmp_path / "run", place={"train": [pool], "rollout": ["away"], "serve": ["away"]})
-    story.event("train", "step", step=1, loss=1.0, tokens=60, seconds=0.5, memory_gib=0.25, mfu=0.125)
-    text = page_of(story).text("sft")
+    story.event(TAUGHT, "step", step=1, loss=1.0, tokens=60, seconds=0.5, memory_gib=0.25, mfu=0.125)
+    text = page_of(story).text("step-cold-start")
     assert f"Mean tokens per second 120 tokens/s {kind}" in text
     assert f"Peak memory 0.25 GiB {kind}" in text
     assert f"MFU 12.5 % {'declared' if kind == 'measured' else 'rehearsed'}" in text
 
 
-def test_an_interrupted_pretraining_counts_as_pretraining(story: Story):
+def test_an_interrupted_step_counts_with_what_it_took_before():
     events = [
-        event("train", "start", 10.0),
-        event("train", "pretrain-step", 14.0, step=1),
-        event("train", "start", 100.0),
-        event("train", "pretrain-step", 102.0, step=2),
-        event("train", "step", 109.0, step=1),
-        event("train", "end", 110.0, seconds=10.0),
+        event("base", "start", 10.0),
+        event("base", "step", 14.0, step=1),
+        event("base", "start", 100.0),
+        event("base", "step", 102.0, step=2),
+        event("base", "end", 102.0, seconds=2.0),
+        event("taught", "start", 102.0),
+        event("taught", "step", 109.0, step=1),
+        event("taught", "end", 110.0, seconds=8.0),
     ]
-    assert timing.breakdown(events) == [("Pretraining", 6.0), ("SFT", 8.0)]
+    parts = timing.breakdown(events, {"base": "pretrain", "taught": "sft"})
+    assert [(name, seconds) for name, seconds, _ in parts] == [("base", 6.0), ("taught", 8.0)]
+    assert len({colour for _, _, colour in parts}) == 2
 
 
 def test_the_page_fetches_nothing(story: Story):
@@ -544,8 +628,8 @@ def test_a_damaged_record_is_an_error_and_keeps_the_old_page(story: Story):
     story.whole()
     page_of(story)
     old = (story.run.path / "report.html").read_bytes()
-    (story.run.path / "rl.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DamagedFile, match=r"rl\.json"):
+    (story.run.path / "steps" / REINFORCED / "record.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DamagedFile, match=r"reasoning.record\.json"):
         report.execute(story.run, Watch(Console(quiet=True)))
     assert (story.run.path / "report.html").read_bytes() == old
 
@@ -561,15 +645,17 @@ def test_what_was_slower_or_left_out_is_told(story: Story, kind: str):
 
 def test_an_estimate_without_an_ended_stage_has_no_truth(story: Story):
     story.plan()
-    story.event("train", "start", pool="home")
+    story.event(TAUGHT, "start", pool="home")
     story.sft_steps(1, 3)
     rows = {row.name: row for row in report.estimate_rows(report.read_dossier(story.run))}
     assert [row.truth for row in rows.values()] == [None, None, None]
-    story.event("train", "end", seconds=9.0)
+    story.event(TAUGHT, "end", seconds=9.0)
     rows = {row.name: row for row in report.estimate_rows(report.read_dossier(story.run))}
-    assert (rows["Train"].truth and rows["Train"].truth.value) == 9.0
-    assert (rows["Train"].ratio and rows["Train"].ratio.value) == 0.9
-    assert (rows["Train"].ratio and rows["Train"].ratio.kind) == "forecast", "a ratio with a forecast is no measurement"
+    assert (rows["cold-start"].truth and rows["cold-start"].truth.value) == 9.0
+    assert (rows["cold-start"].ratio and rows["cold-start"].ratio.value) == 0.9
+    assert (rows["cold-start"].ratio and rows["cold-start"].ratio.kind) == "forecast", (
+        "a ratio with a forecast is no measurement"
+    )
     assert rows["Total"].truth is None, "RL has not ended"
 
 
@@ -577,20 +663,23 @@ def test_resumes_reverts_and_skipped_updates_are_told(story: Story):
     story.qualify()
     story.plan()
     story.train(resumed_from=(2, 4))
-    story.event("rl", "revert", source="away", target="home")
-    story.event("rl", "skipped-update", step=1, why="every group has equal rewards")
+    story.event(REINFORCED, "revert", source="away", target="home")
+    story.event(REINFORCED, "skipped-update", step=1, why="every group has equal rewards")
     incidents = page_of(story).text("incidents")
-    assert "checkpoint at step 2, then from step 4" in incidents
-    assert "RL moved to another pool: source away, target home" in incidents
+    assert "cold-start went on from its checkpoint at update 2, then from update 4" in incidents
+    assert "reasoning moved to another pool: source away, target home" in incidents
     assert "1 RL step without an update: every group has equal rewards" in incidents
 
 
 def test_alarms_are_told(story: Story):
     story.qualify()
     assert "no gap climbed" in page_of(story).text("incidents")
-    story.event("rl", "alarm", step=31, what="the mismatch climbs", why="it passes the budget in 9 steps")
+    story.event(REINFORCED, "alarm", step=31, what="the mismatch climbs", why="it passes the budget in 9 steps")
     told = page_of(story).text("incidents")
-    assert "RL, step 31: the mismatch climbs. It passes the budget in 9 steps" in told and "no gap climbed" not in told
+    assert (
+        "reasoning, step 31: the mismatch climbs. It passes the budget in 9 steps" in told
+        and "no gap climbed" not in told
+    )
 
 
 def event(stage: str, name: str, time: float, **fields: Any) -> dict[str, Any]:
@@ -617,13 +706,13 @@ def test_the_parts_of_the_time_add_up_to_the_clock(staleness: int):
     beside = {"rollout_s": 4.0, "train_s": 2.0, "wait_s": 2.0, "sync_s": 1.0}
     step = beside if staleness else turns
     seconds = sum(step.values()) - (step["rollout_s"] if staleness else 0.0)
-    events = [event("rl", "start", 0.0)]
-    events += [event("rl", "step", i * seconds, step=i, staleness=staleness, **step) for i in range(1, 11)]
-    events += [event("rl", "evaluate", 10 * seconds, seconds=3.0), event("rl", "end", 0.0, seconds=10 * seconds + 5.0)]
-    parts = dict(timing.breakdown(events))
+    events = [event("r", "start", 0.0)]
+    events += [event("r", "step", i * seconds, step=i, staleness=staleness, **step) for i in range(1, 11)]
+    events += [event("r", "evaluate", 10 * seconds, seconds=3.0), event("r", "end", 0.0, seconds=10 * seconds + 5.0)]
+    parts = {name: seconds for name, seconds, _ in timing.breakdown(events, {"r": "rl"})}
     assert sum(parts.values()) == pytest.approx(10 * seconds + 5.0)
-    assert parts["RL, the rest"] == pytest.approx(2.0)
-    assert ("RL rollouts" in parts) == (staleness == 0)
+    assert parts["r: the rest"] == pytest.approx(2.0)
+    assert ("r: rollouts" in parts) == (staleness == 0)
     assert timing.rollouts_beside_training(events) == (40.0 if staleness else 0.0)
 
 
@@ -755,9 +844,9 @@ def test_reasons_become_sentences_and_stay_escaped():
 
 
 def test_a_thought_is_taken_apart_at_its_tags():
-    assert report.split_thought("a b</think>\n\n c") == ("", "a b", "c", True)
-    assert report.split_thought("question<think>a</think>b") == ("question", "a", "b", True)
-    assert report.split_thought("on and on") == ("", "on and on", "", False)
+    assert chapters.split_thought("a b</think>\n\n c") == ("", "a b", "c", True)
+    assert chapters.split_thought("question<think>a</think>b") == ("question", "a", "b", True)
+    assert chapters.split_thought("on and on") == ("", "on and on", "", False)
 
 
 def test_a_pool_shows_its_scores_its_limits_and_what_was_left_out(story: Story):

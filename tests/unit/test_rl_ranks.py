@@ -18,7 +18,7 @@ from isthmus.model.model import Model
 from isthmus.recipe.schema import TrainSection
 from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Scores
-from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.learner import Learner
 from isthmus.stages.steps.rl.rollout import Rollout
@@ -74,7 +74,7 @@ def taught(rank: int, train: dict[str, Any], changes: dict[str, Any], folder: st
     storage = dist.new_group(backend="gloo") if world > 1 else None
     crew = Crew(Ranks(rank, world, torch.device("cpu"), grouped=world > 1, storage=storage))
     state = State.open(work, crew, lambda _: None)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     if rank:
         crew.follow(state.orders() | learner.orders())
         return None

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from isthmus.stages.rl import loop
 
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
@@ -16,11 +15,15 @@ from isthmus.formats.updates.version_folder import read_versions
 from isthmus.model.model import Model
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
+from isthmus.records import TextRecord
 from isthmus.rewards import EachAlone, Rewards
 from isthmus.run import RunFolder
-from isthmus.tasks import load_task
+from isthmus.stages.steps import data
+from isthmus.stages.steps.rl import loop
+from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import load_tasks, tasks_of
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
-from tests.support.flow_recipe import RECIPE, SMALL
+from tests.support.flow_recipe import RECIPE, REINFORCED, SMALL, TAUGHT, written
 
 STEPS = 4
 QUIET = Watch(quiet=True)
@@ -30,13 +33,17 @@ QUIET = Watch(quiet=True)
 def data_made_once():
     """All runs of this file have the same problems and the same tokenizer."""
     with pytest.MonkeyPatch.context() as patch:
-        task = load_task(recipe_of({}))
-        patch.setattr(loop, "load_task", lambda _recipe: task)
+        tasks = load_tasks(recipe_of({}))
+        patch.setattr(data, "load_tasks", lambda _recipe: tasks)
+        patch.setattr(loop, "tasks_of", lambda recipe, step: tasks_of(recipe, step, tasks))
         yield
 
 
 def recipe_of(changes):
-    small = {**SMALL, "rl.steps": STEPS, "rl.max_new_tokens": 12, "data.teacher_give_up": 0.9, **changes}
+    small = {
+        **SMALL,
+        **{written(name): value for name, value in {"rl.steps": STEPS, "rl.max_new_tokens": 12, **changes}.items()},
+    }
     return load_recipe(RECIPE, tuple(f"{name}={value}" for name, value in small.items()))
 
 
@@ -50,12 +57,26 @@ def shores_in(folder, **changes):
     """The stage as it stands before its loop, on a model that has learnt nothing; rewards are drawn from the texts."""
     run = RunFolder.create(folder, recipe_of(changes))
     model = Model(run.recipe.model).initialise(0)
-    writer = CheckpointWriter(folder / "start", 1, None)
+    writer = CheckpointWriter(run.step_folder(TAUGHT) / "checkpoints", 1, None)
     writer.save(0, TrainingState(model.state_dict(), {}, {}))
     saved = writer.finish()
     plan = SimpleNamespace(pool_of={"train": "home", "rollout": "away"}.__getitem__)
-    train = SimpleNamespace(checkpoint=str(saved.folder.relative_to(folder)), checkpoint_sha256=saved.sha256)
-    with loop.open_shores(run, plan, train, QUIET) as shores:
+    taught = TextRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=0.0,
+        ended=1.0,
+        step=TAUGHT,
+        kind="sft",
+        pool="home",
+        started_from="model",
+        steps=0,
+        resumed_from=[],
+        checkpoint=str(saved.folder.relative_to(folder)),
+        checkpoint_sha256=saved.sha256,
+        figures={},
+    )
+    run.write_record(f"steps/{TAUGHT}/record", taught)
+    with loop.open_shores(StepRun.of(run, REINFORCED), plan, QUIET) as shores:
         shores.rollouts.rewards = Rewards({"accuracy": OddIsRight()}, {"accuracy": 1.0})
         yield shores
 
@@ -64,7 +85,7 @@ def learn(folder, **changes):
     with shores_in(folder, **changes) as shores:
         loop.learn(shores, QUIET)
         weights = {name: tensor.clone() for name, tensor in shores.state.weights().items()}
-    return shores.state.run.events("rl", "step"), weights
+    return shores.state.work.events("step"), weights
 
 
 def test_deltas_teach_exactly_what_full_updates_teach(tmp_path):
@@ -90,7 +111,7 @@ def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypa
     monkeypatch.setattr(LocalEngine, "update_delta", lambda *_: 0.0)
     changes = {"rl.optimizer.learning_rate": 0.05, "rl.staleness": 0, "rl.steps": 1}
     steps, _ = learn(tmp_path / "run", **changes)
-    alarms = RunFolder.open(tmp_path / "run").events("rl", "alarm")
+    alarms = RunFolder.open(tmp_path / "run").events(REINFORCED, "alarm")
     assert len(alarms) == 1 and alarms[0]["gap"] > alarms[0]["limit"] > 0
     assert alarms[0]["gap_after_snapshot"] < 1e-3 and steps[0]["parity_gap"] < 1e-3
 
@@ -108,7 +129,7 @@ def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monk
         monkeypatch.setattr(shores.rollouts.engine, "generate", wrong)
         with pytest.raises(GateRefused, match=r"at version 2 .* in 2 checks in a row.*must not generate"):
             loop.learn(shores, QUIET)
-    alarms = shores.state.run.events("rl", "alarm")
+    alarms = shores.state.work.events("alarm")
     assert [alarm["weight_version"] for alarm in alarms] == [1, 2]
     assert all(alarm["gap_after_snapshot"] == pytest.approx(0.2, abs=1e-3) for alarm in alarms)
 

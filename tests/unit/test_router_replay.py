@@ -98,8 +98,8 @@ def test_a_router_takes_over_experts_and_weighs_them_by_its_own_scores():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_learner_computes_what_an_engine_of_other_routes_computed(recompute):
-    """Other routers choose; with their choices and its own scores the learner's log-probabilities and gradients are those
-    of a model that has no choice."""
+    """Other routers choose; with their choices and its own scores the learner's log-probabilities and gradients are
+    those of a model that has no choice."""
     model = Model(tiny_architecture(num_nextn_predict_layers=0)).initialise(3)
     if recompute:
         model.recompute_activations()

@@ -30,8 +30,10 @@ def recipe(**changes) -> Recipe:
         "model": {"preset": "r-nano"},
         "pools": {"home": {"chip": "cpu"}, "away": {"chip": "cpu", "rehearsed": True}},
         "place": {"train": ["home"], "rollout": ["away"], "serve": ["away"]},
-        "sft": {"steps": 4, "optimizer": optimizer},
-        "rl": {"steps": 2, "optimizer": optimizer},
+        "step": [
+            {"name": "taught", "kind": "sft", "steps": 4, "optimizer": optimizer},
+            {"name": "reinforced", "kind": "rl", "from": "taught", "steps": 2, "optimizer": optimizer},
+        ],
     }
     return parse_recipe({**tree, **changes})
 
@@ -44,7 +46,7 @@ def plan(run: RunFolder) -> PlanRecord:
         ended=2.5,
         placements=[],
         rejected=[],
-        estimate={"train": figure},
+        estimate={"taught": figure},
     )
 
 
@@ -117,7 +119,7 @@ def test_a_figure_keeps_its_kind_through_a_record_on_disk(run: RunFolder):
     assert read == plan(run)
     assert read is not None
     assert read.seconds == 1.5
-    assert read.estimate["train"].kind == "forecast"
+    assert read.estimate["taught"].kind == "forecast"
 
 
 def break_sync(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -158,9 +160,10 @@ def test_a_write_that_is_interrupted_before_the_rename_leaves_the_old_content(tm
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_an_event_on_a_full_disk_is_a_clear_error(run: RunFolder):
+    (run.path / "events.jsonl").unlink()
     (run.path / "events.jsonl").symlink_to("/dev/full")
     with pytest.raises(IsthmusError, match="no space left"):
-        run.event("train", "start")
+        run.event("taught", "start")
 
 
 def test_the_new_content_is_on_the_disk_before_its_name_and_the_name_after(tmp_path: Path, monkeypatch):
@@ -188,7 +191,7 @@ def test_a_record_that_is_missing_or_damaged_is_named(run: RunFolder):
         run.require_record("plan", PlanRecord, "plan")
     run.write_record("plan", plan(run))
     (run.path / "plan.json").write_text('{"placements": []}', encoding="utf-8")
-    with pytest.raises(DamagedFile, match="not a valid PlanRecord"):
+    with pytest.raises(DamagedFile, match=r"plan\.json is not what was written.*Delete it to run its stage again"):
         run.read_record("plan", PlanRecord)
 
 
@@ -206,67 +209,67 @@ def test_a_folder_of_an_older_version_opens_and_an_edited_one_does_not(run: RunF
 
 def test_events_come_back_in_order_and_by_stage(run: RunFolder):
     began = time.time()
-    run.event("train", "start", pool="home")
-    run.event("rl", "start", pool="away")
-    run.event("train", "fallback", what="x", why="y")
+    run.event("taught", "start", pool="home")
+    run.event("reinforced", "start", pool="away")
+    run.event("taught", "fallback", what="x", why="y")
     assert [(entry["stage"], entry["event"]) for entry in run.events()] == [
-        ("train", "start"),
-        ("rl", "start"),
-        ("train", "fallback"),
+        ("taught", "start"),
+        ("reinforced", "start"),
+        ("taught", "fallback"),
     ]
-    assert [entry["event"] for entry in run.events("train")] == ["start", "fallback"]
-    assert [entry["stage"] for entry in run.events(event="start")] == ["train", "rl"]
+    assert [entry["event"] for entry in run.events("taught")] == ["start", "fallback"]
+    assert [entry["stage"] for entry in run.events(event="start")] == ["taught", "reinforced"]
     assert all(began - 1 <= entry["time"] <= time.time() + 1 for entry in run.events())
 
 
 def test_of_events_that_repeat_a_step_the_last_counts(run: RunFolder):
     for attempt, steps in enumerate([(1, 2, 3), (2, 3, 4)]):
         for step in steps:
-            run.event("train", "step", step=step, loss=10 * attempt + step)
-    run.event("rl", "step", step=2, loss=99)
-    assert [(entry["step"], entry["loss"]) for entry in run.events("train", "step")] == [
+            run.event("taught", "step", step=step, loss=10 * attempt + step)
+    run.event("reinforced", "step", step=2, loss=99)
+    assert [(entry["step"], entry["loss"]) for entry in run.events("taught", "step")] == [
         (1, 1),
         (2, 12),
         (3, 13),
         (4, 14),
     ]
-    assert [entry["loss"] for entry in run.events("rl", "step")] == [99]
+    assert [entry["loss"] for entry in run.events("reinforced", "step")] == [99]
 
 
 def test_equal_events_without_a_step_are_all_kept(run: RunFolder):
-    run.event("train", "start")
-    run.event("train", "start")
-    assert len(run.events("train", "start")) == 2
+    run.event("taught", "start")
+    run.event("taught", "start")
+    assert len(run.events("taught", "start")) == 2
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(run: RunFolder, cut: int):
-    run.event("train", "step", step=1)
-    run.event("train", "step", step=2)
+    run.event("taught", "step", step=1)
+    run.event("taught", "step", step=2)
     log = run.path / "events.jsonl"
     log.write_bytes(log.read_bytes()[:-cut])
-    run.event("train", "step", step=3)
-    kept = [entry["step"] for entry in run.events("train", "step")]
+    run.event("taught", "step", step=3)
+    kept = [entry["step"] for entry in run.events("taught", "step")]
     assert kept == ([1, 2, 3] if cut == 1 else [1, 3])
 
 
 def test_events_survive_bytes_that_were_never_written(run: RunFolder):
     """After a power loss a file may end in zero bytes where its length was stored before its content."""
-    run.event("train", "step", step=1)
+    run.event("taught", "step", step=1)
     with (run.path / "events.jsonl").open("ab") as log:
         log.write(b"\0" * 64)
-    run.event("train", "step", step=2)
-    assert [entry["step"] for entry in run.events("train", "step")] == [1, 2]
+    run.event("taught", "step", step=2)
+    assert [entry["step"] for entry in run.events("taught", "step")] == [1, 2]
 
 
 def test_an_event_that_is_not_json_is_refused_before_it_is_written(run: RunFolder):
     with pytest.raises(ValueError, match="JSON"):
-        run.event("train", "step", step=1, loss=float("nan"))
+        run.event("taught", "step", step=1, loss=float("nan"))
     assert run.events() == []
 
 
 def test_create_continues_a_run_of_the_same_recipe(run: RunFolder):
-    run.event("train", "start")
+    run.event("taught", "start")
     again = RunFolder.create(run.path, recipe())
     assert again.recipe == run.recipe
     assert len(again.events()) == 1
@@ -282,6 +285,13 @@ def test_create_refuses_another_recipe_and_names_the_difference(run: RunFolder):
     assert RunFolder.open(run.path).recipe == run.recipe
 
 
+def test_the_difference_of_a_step_is_named_by_the_step(run: RunFolder):
+    tree = recipe().model_dump(by_alias=True, exclude={"model"}, exclude_none=True)
+    tree["step"][0]["steps"], tree["step"][1]["from"] = 5, "model"
+    with pytest.raises(IsthmusError, match=r"different step\.reinforced\.from, step\.taught\.steps\)"):
+        RunFolder.create(run.path, recipe(step=tree["step"]))
+
+
 def test_open_gives_back_the_recipe_without_the_files_it_came_from(tmp_path: Path):
     source = tmp_path / "checkpoint"
     source.mkdir()
@@ -295,7 +305,7 @@ def test_open_gives_back_the_recipe_without_the_files_it_came_from(tmp_path: Pat
 def test_an_edited_recipe_is_detected(run: RunFolder):
     stored = run.path / "recipe.json"
     content = json.loads(stored.read_text(encoding="utf-8"))
-    content["recipe"]["sft"]["steps"] += 1
+    content["recipe"]["step"][0]["steps"] += 1
     stored.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DamagedFile, match="does not match its hash: it was edited"):
         RunFolder.open(run.path)

@@ -154,7 +154,7 @@ def test_layers_that_are_multiplied_cost_what_all_of_them_cost(
 ):
     expert = 2 if hasattr(model, "n_routed_experts") else 1
     section = TrainSection(expert=expert, activation_checkpointing=recompute)
-    recipe = recipe_with(model, sft=sft(optimizer), train=section)
+    recipe = recipe_with(model, step=[sft(optimizer)], train=section)
     layout = Layout.of(model, section, 4)
     few, all_layers = (training_costs(recipe, layout, Options(every_layer=every)) for every in (False, True))
     for part in few:
@@ -198,7 +198,7 @@ def test_the_collectives_of_a_layout_are_those_that_fsdp2_issues():
     """What a rank of a real world sends, by kind and size of group; the real router decides what goes to whom."""
     for options, found in zip(LAYOUTS, in_world(WORLD, sharded_steps)[0], strict=True):
         section = TrainSection(**options)  # pyright: ignore[reportArgumentType]
-        recipe = recipe_with(tiny_architecture(), train=section, sft=sft())
+        recipe = recipe_with(tiny_architecture(), train=section, step=[sft()])
         costs = training_costs(recipe, Layout.of(recipe.model, section, WORLD), Options())
         expected: Counter[tuple[str, int, float]] = Counter()
         for one, count in (costs["model"] + costs["sharding"]).collectives.items():
@@ -606,7 +606,7 @@ def test_a_layout_that_does_not_divide_fails_training_and_is_refused_by_the_verb
 def test_a_grouped_product_counts_as_its_parts_do():
     """For chips that have one kernel for all experts: the same arithmetic in fewer calls."""
     a = architecture(hidden_size=64, moe_intermediate_size=32)
-    recipe, layout = recipe_with(a, sft=sft()), Layout()
+    recipe, layout = recipe_with(a, step=[sft()]), Layout()
     parts, grouped = (training_costs(recipe, layout, Options(grouped=one))["model"] for one in (False, True))
     assert grouped.operators()["aten::_grouped_mm"] == 6 * 3, (
         "two products, forward and twice backward, in two layers and in multi-token prediction"

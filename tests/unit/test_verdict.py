@@ -9,12 +9,12 @@ import pytest
 from isthmus.chips import fault_weights, looked_for
 from isthmus.chips.rehearse.faults import FAULT_KINDS
 from isthmus.errors import GateRefused
-from isthmus.recipe.read import load_recipe
+from isthmus.recipe.read import load_recipe, parse_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Outcome, QualifyRecord, Skipped, Verdict
 from isthmus.run import Figure
 from isthmus.stages import plan
-from isthmus.verdict import broken_limits, compare, describe_limit, judge, limits_of, outcome_of, scores
+from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, compare, describe_limit, judge, limits_of, outcome_of, scores
 from tests.support.flow_recipe import RECIPE
 
 EP_8 = Limit(setting="train.expert", most=8, reason="all-to-all falls to a third beyond 8 ranks")
@@ -109,7 +109,7 @@ def test_a_score_says_what_share_of_the_faults_was_looked_for():
         (NO_BF16, ('train.precision="bf16"',), "train.precision is bf16, which is excluded"),
         (Limit(setting="train.precision", excluded=["fp32"], reason="x"), (), "train.precision is fp32"),
         (RANK_3, ("pools.home.count=4",), "rank 3 is not to be used"),
-        (Limit(setting="sft.batch_size", least=100, reason="x"), (), "sft.batch_size is 64, and 100 is the least"),
+        (Limit(setting="qualify.repeats", least=100, reason="x"), (), "qualify.repeats is 10, and 100 is the least"),
     ],
 )
 def test_the_plan_reads_limits(limit: Limit, overrides: tuple[str, ...], says: str | None):
@@ -147,3 +147,23 @@ def test_two_pools_side_by_side():
 
 def test_nothing_known_is_unknown():
     assert outcome_of([]) == "unknown"
+
+
+def test_a_limit_on_the_format_of_samples_is_held_against_every_step_that_samples():
+    steps = [step("taught", "sft"), step("one", "rl", "taught", rollout_format="bf16")]
+    limit = Limit(setting=ROLLOUT_FORMAT, excluded=["w8a8"], reason="int8 is wrong there", needed_for="serving")
+    assert broken_limits([limit], recipe_of(steps), "home", "serving") == []
+    steps.append(step("two", "rl", "one", rollout_format="w8a8"))
+    (broken,) = broken_limits([limit], recipe_of(steps), "home", "serving")
+    assert "rollout_format is w8a8" in broken and "int8 is wrong there" in broken
+
+
+def step(name: str, kind: str, start: str = "model", **keys: str) -> dict[str, object]:
+    optimizer = {"name": "adamw", "learning_rate": 1e-3}
+    return {"name": name, "kind": kind, "from": start, "steps": 1, "optimizer": optimizer, **keys}
+
+
+def recipe_of(steps: list[dict[str, object]]) -> Recipe:
+    place = {stage: ["home"] for stage in ("train", "rollout", "serve")}
+    tree = {"name": "x", "model": {"preset": "r-nano"}, "pools": {"home": {"chip": "cpu"}}, "place": place}
+    return parse_recipe({**tree, "step": steps})

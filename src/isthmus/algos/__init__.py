@@ -1,8 +1,8 @@
 """RL algorithms. One file each, with its own `Config`, `advantages` and `loss`; the file name is the registration.
 
 What a loss may have beside an algorithm's own formula stands in `loss` of the step, is checked here, and is computed
-once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the desk can
-check an algorithm's options.
+once for all algorithms in `trainer/correction.py`. These files do not import torch when they are loaded, so that the
+desk can check an algorithm's options.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Options(Section):
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of the step's `loss` that the algorithm cannot honour, and why. Other values than their defaults are refused."""
+    """Keys of the step's `loss` that the algorithm cannot honour, and why. All but their defaults are refused."""
 
     def aggregated(self) -> Aggregation:
         """How the losses of tokens become one, those of the shared terms too."""
@@ -157,6 +157,14 @@ def algorithm_config(section: RlSection, model: ModelSection | None = None) -> A
     for name, why in options.refuses.items():
         if getattr(section.loss, name) != type(section.loss).model_fields[name].default:
             raise IsthmusError(f"step.{section.name}.loss.{name}: {section.algorithm} cannot honour it, for {why}")
+    if (section.teacher is not None) != (options.learns_from == "teacher"):
+        what = "needs a teacher: name a step or a url" if section.teacher is None else "learns from rewards alone"
+        raise IsthmusError(f"step.{section.name}.teacher: {section.algorithm} {what}")
+    if section.teacher is not None and section.teacher.url is not None and section.temperature != 1:
+        raise IsthmusError(
+            f"step.{section.name}.teacher: a server scores at temperature 1, and the step samples at "
+            f"{section.temperature:g}; sample at 1, or take a step as teacher"
+        )
     if section.loss.router_replay and model is not None and not isinstance(model, MixtureSection):
         where = f"step.{section.name}.loss.router_replay"
         raise IsthmusError(f"{where}: a dense model has no experts, and so no routes to take over")

@@ -36,6 +36,7 @@ def run_tokenizer(run: RunFolder, tasks: Sequence[Task], model: str | None = Non
     architecture = recipe.model if model is None else recipe.models[model]
     folder = run.path / ("tokenizer" if model is None or architecture.from_ is None else f"tokenizer-{model}")
     if folder.is_dir():
+        run.enter(folder)
         return _fitting(Tokenizer.load(folder), architecture, model)
     given = recipe.model if folder.name == "tokenizer" else architecture
     tokenizer = _fitting(_new_tokenizer(run, given, tasks), architecture, model)
@@ -43,6 +44,7 @@ def run_tokenizer(run: RunFolder, tasks: Sequence[Task], model: str | None = Non
         tokenizer.save(new)
         ends = json.dumps({"eos_token_id": list(tokenizer.ends)})
         (new / "generation_config.json").write_text(ends, encoding="utf-8")
+    run.enter(folder)
     return tokenizer
 
 

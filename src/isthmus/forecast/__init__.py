@@ -1,1 +1,1 @@
-"""Forecasts by pure arithmetic: exact counts of a model, and how long a run will take. Nothing here loads torch."""
+"""Forecasts by pure arithmetic, and by what published results teach. Nothing here loads torch or scipy."""

@@ -154,7 +154,7 @@ def _learning_pace(work: Work, step: StepWork, pool: Pool, knobs: Knobs) -> Pace
         return _tuned(Pace(figures["sft_step_s"], PILOT_SPREAD, "pilot on the pool"), pool, knobs)
     if per_token is not None:
         return _tuned(Pace(tokens * per_token, PILOT_SPREAD, "pilot on the pool"), pool, knobs)
-    if (unknown := _unknown(pool)) is not None:
+    if (unknown := unknown_rates(pool)) is not None:
         return Pace(None, 0.0, "nothing", unknown)
     memory = memory_of(work, step, pool)
     if (full := _too_full(pool, memory, work)) is not None:
@@ -203,7 +203,7 @@ def _sample_pace(step: StepWork, pool: Pool, knobs: Knobs) -> Pace:
         mean = min(step.longest, figures.get("completion_tokens", mean) * _growth(knobs))
         seconds = waves * longest * figures["decode_step_s"] + step.rows * mean * figures["decode_token_s"]
         return Pace(seconds * factor, PILOT_SPREAD, "pilot on the pool", fixed_s=figures.get("engine_start_s", 0.0))
-    if (unknown := _unknown(pool)) is not None:
+    if (unknown := unknown_rates(pool)) is not None:
         return Pace(None, 0.0, "nothing", unknown)
     engine = engine_of(step, pool.device, pool.work.count)
     if engine is None:
@@ -328,7 +328,8 @@ def _tuned(pace: Pace, pool: Pool, knobs: Knobs) -> Pace:
     return replace(pace, seconds=seconds, spread=calibration.spread or pace.spread, basis=basis, tokens_per_s=rate)
 
 
-def _unknown(pool: Pool) -> str | None:
+def unknown_rates(pool: Pool) -> str | None:
+    """Why arithmetic says nothing of a pool; None if it does."""
     if pool.work.rehearsed:
         return (
             "rehearsed on this machine's CPU, which says nothing of the chip's speed: forecast a run folder with its "

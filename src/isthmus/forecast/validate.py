@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from isthmus.forecast.decode import Engine
 from isthmus.forecast.device import published_device
-from isthmus.forecast.efficiency import PROGRAM_WIDTH, WIDTHS, Efficiency, shipped, without
+from isthmus.forecast.efficiency import FEW_WIDTH, MANY, WIDTHS, Efficiency, shipped, without
 from isthmus.forecast.points import fit_points
 from isthmus.forecast.published import Measured, Row, shape_named
 from isthmus.forecast.rl import UNKNOWN_LENGTHS_WIDTH, WIDTH, MeasuredStep, RlCorrection
@@ -118,14 +118,17 @@ def predictions(test: Test, targets: Sequence[Measured], results: Sequence[Measu
         ratio = math.exp(fitted[key].log_tokens_per_s(target.setting)) / target.tokens_per_s
         peers = [other.mfu for other in results if test.peers(target, other) and other.id != target.id]
         naive = statistics.median(peers) / target.mfu if peers else None
-        inside = abs(math.log(ratio)) <= width_of(test)
+        inside = abs(math.log(ratio)) <= _width(test, target, results)
         found.append(Prediction(target.id, test.name, ratio, naive, inside))
     return found
 
 
-def width_of(test: Test) -> float:
-    """Half width of the interval that a test holds against the truth, in the logarithm."""
-    return math.hypot(WIDTHS["nothing"], PROGRAM_WIDTH) if test.width == "program" else WIDTHS[test.width]
+def _width(test: Test, target: Measured, results: Sequence[Measured]) -> float:
+    """Half width of the interval that a test holds against a truth, in the logarithm."""
+    alike = sum(one.setting.source == target.setting.source for one in results)
+    if test.width == "program":
+        return math.hypot(WIDTHS["nothing"], FEW_WIDTH)
+    return WIDTHS[test.width] if alike >= MANY else math.hypot(WIDTHS[test.width], FEW_WIDTH)
 
 
 def _group_key(test: Test, target: Measured) -> tuple[str, ...]:

@@ -71,6 +71,8 @@ class Work:
     pools: dict[str, PoolWork]
     train: list[str]
     rollout: list[str]
+    serve: list[str]
+    serve_format: str
     expert: int
     replicate: int
     checkpointing: bool
@@ -89,6 +91,8 @@ def work_of(recipe: Recipe) -> Work:
         },
         train=list(recipe.place.train),
         rollout=list(recipe.place.rollout),
+        serve=list(recipe.place.serve),
+        serve_format=recipe.handoff.format,
         expert=recipe.train.expert,
         replicate=recipe.train.replicate,
         checkpointing=recipe.train.activation_checkpointing,

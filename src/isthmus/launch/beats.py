@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import time
 from dataclasses import dataclass
@@ -47,6 +48,32 @@ class Pulse:
     def _write(self) -> None:
         name = self.section.encode()[:96]
         _LAYOUT.pack_into(self._map, 0, time.monotonic(), self.step, self.beats, self.collectives, name)
+
+
+FOLDER = "ISTHMUS_BEATS"
+"""The variable that names the folder in which the ranks of a supervised step leave their beats."""
+
+
+def own_beat(rank: int) -> Path | None:
+    """Where this process leaves its beat; None if nobody looks."""
+    folder = os.environ.get(FOLDER)
+    return Path(folder) / f"{rank}-{os.getpid()}" if folder else None
+
+
+def beat(section: str, step: int) -> None:
+    """What this process does now, if anybody looks."""
+    path = own_beat(int(os.environ.get("RANK", "0")))
+    if path is not None and path.exists():
+        Pulse(path).beat(section, step)
+
+
+def left_beats(folder: Path) -> dict[int, tuple[int, Beat]]:
+    """(process, last beat) of each rank that has begun, by rank."""
+    found: dict[int, tuple[int, Beat]] = {}
+    for path in folder.glob("*-*"):
+        rank, _, process = path.name.partition("-")
+        found[int(rank)] = int(process), read_beat(path)
+    return found
 
 
 def create_beat(path: Path) -> None:

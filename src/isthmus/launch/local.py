@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from isthmus.errors import DamagedFile, GateRefused, IsthmusError, RanksFailed
-from isthmus.launch.rank import RankReport, read_report
+from isthmus.errors import IsthmusError, RanksFailed
+from isthmus.launch.rank import RankReport, error_of, read_report
 from isthmus.run import explain_io_errors
 
 LAST_LINES = 12
@@ -87,10 +87,11 @@ def _explained(failures: dict[int, ProcessFailure], logs: Path) -> IsthmusError:
     rank = min(failures, key=lambda rank: _order(failures[rank], reports[rank]))
     report = reports[rank]
     if report is not None and report.error:
-        return {"DamagedFile": DamagedFile, "GateRefused": GateRefused}.get(report.error, IsthmusError)(report.message)
+        return error_of(report)
     lines = [f"  {line}" for line in _stderr(logs, rank).strip().splitlines()[-LAST_LINES:]]
     advice = f"What the ranks wrote is in {logs}."
-    return RanksFailed("\n".join([f"rank {rank} stopped: {_manner(failures[rank], report)}.", *lines, advice]))
+    manner = _manner(failures[rank], report)
+    return RanksFailed("\n".join([f"rank {rank} stopped: {manner}.", *lines, advice]), rank)
 
 
 def _order(failure: ProcessFailure, report: RankReport | None) -> tuple[int, float]:

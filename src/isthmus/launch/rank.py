@@ -1,10 +1,12 @@
-"""One rank of a stage, started by `isthmus.launch.local`: python -m isthmus.launch.rank LAUNCHER LOGS STAGE RUN OPTIONS
+"""One rank of a stage: python -m isthmus.launch.rank LAUNCHER LOGS STAGE RUN OPTIONS
 
-It executes the stage, leaves a report in LOGS if that fails, and ends when its launcher is gone.
+`isthmus.launch.local` or `alone` starts it. It executes the stage, leaves a report in LOGS if that fails, and ends when
+its launcher is gone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -17,12 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import DamagedFile, Diverged, GateRefused, IsthmusError, SaveFailed, TooSlow, Unrepeatable
+from isthmus.launch.beats import create_beat, own_beat
 from isthmus.progress import Watch
 from isthmus.run import RunFolder, write_atomic
 
 LOOK_S = 0.2
 STOPPED = 130
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+PR_SET_PDEATHSIG = 1
+"""Linux, include/uapi/linux/prctl.h."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,21 @@ def read_report(logs: Path, rank: int) -> RankReport | None:
     return RankReport(**json.loads(path.read_bytes())) if path.exists() else None
 
 
+def error_of(report: RankReport) -> IsthmusError:
+    """The error that a rank met, with its class."""
+    known = {kind.__name__: kind for kind in (DamagedFile, Diverged, GateRefused, SaveFailed, TooSlow, Unrepeatable)}
+    return known.get(report.error, IsthmusError)(report.message)
+
+
 def main() -> None:
     launcher, logs, stage, run, options = sys.argv[1:]
+    _die_with_parent()
     threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for name in HANDLED:
         signal.signal(name, _stop)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
+    if (beat := own_beat(rank)) is not None:
+        create_beat(beat)
     try:
         _execute(stage, Path(run), json.loads(options), rank)
     except KeyboardInterrupt as request:
@@ -74,7 +89,15 @@ def _report_path(logs: Path, rank: int) -> Path:
 
 
 def _stop(number: int, _frame: Any) -> None:
+    for name in HANDLED:
+        signal.signal(name, signal.SIG_IGN)
     raise KeyboardInterrupt(f"asked to stop by {signal.Signals(number).name}")
+
+
+def _die_with_parent() -> None:
+    """At once where the kernel can do that; a rank that outlives its launcher for a moment may still write."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with(launcher: int) -> None:

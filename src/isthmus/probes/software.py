@@ -20,6 +20,7 @@ from isthmus.recipe.architecture import GroupedSection
 from isthmus.recipe.practice import rollout_formats
 from isthmus.recipe.schema import Recipe
 from isthmus.records import Evidence, Limit, Use
+from isthmus.verdict import ROLLOUT_FORMAT
 
 OPERATORS = "isthmus.probes.portable.operators:check_operators"
 TRAPS = "isthmus.probes.portable.traps:check_traps"
@@ -191,7 +192,7 @@ def _settings(dtype: str, use: Use) -> list[tuple[str, str]]:
     if use == "training":
         return [("train.precision", _PRECISIONS[dtype])] if dtype in _PRECISIONS else []
     formats = [name for name in format_names() if str(get_format(name).dtype).removeprefix("torch.") == dtype]
-    return [(key, name) for key in ("rl.rollout_format", "handoff.format") for name in formats]
+    return [(key, name) for key in (ROLLOUT_FORMAT, "handoff.format") for name in formats]
 
 
 def _limits(findings: list[_Failure], needed_for: Use, setting: Setting) -> list[Limit]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from isthmus.errors import suggestion
-from isthmus.recipe.steps import MODEL, RESERVED, PretrainSection, SampleSection, SftSection, StepSection
+from isthmus.recipe.steps import MODEL, RESERVED, PretrainSection, RlSection, SampleSection, SftSection, StepSection
 
 
 def problem(
@@ -24,7 +24,11 @@ def problem(
     if cycle := _cycle(steps):
         return f"the steps start from each other in a circle: {' -> '.join(cycle)}; one of them starts from {MODEL!r}"
     for place, step in enumerate(steps):
-        if found := _start_problem(step, steps, place, models) or _data_problem(step, steps, place, tasks):
+        if (
+            found := _start_problem(step, steps, place, models)
+            or _data_problem(step, steps, place, tasks)
+            or _teacher_problem(step, steps, place)
+        ):
             return f"step {step.name!r}: {found}"
     trained = [step.name for step in steps if not isinstance(step, SampleSection)]
     if handed_off is not None and handed_off not in trained:
@@ -70,7 +74,22 @@ def needs(step: StepSection, steps: Sequence[StepSection]) -> list[str]:
     start = [] if step.from_ in (None, MODEL) else [str(step.from_)]
     made = {other.name for other in steps if isinstance(other, SampleSection)}
     data = step.data if isinstance(step, SftSection) else {}
-    return [*start, *(name for name in data if name in made and name not in start)]
+    taught = [teacher for teacher in (teacher_of(step),) if teacher is not None]
+    return [*start, *(name for name in [*data, *taught] if (name in made or name in taught) and name not in start)]
+
+
+def teacher_of(step: StepSection) -> str | None:
+    """The step whose weights a step learns from, if there is one."""
+    return step.teacher.step if isinstance(step, RlSection) and step.teacher is not None else None
+
+
+def _teacher_problem(step: StepSection, steps: Sequence[StepSection], place: int) -> str | None:
+    """A teacher's weights must be there when the step begins."""
+    before, teacher = [one.name for one in steps[:place] if not isinstance(one, SampleSection)], teacher_of(step)
+    if teacher is None or teacher in before:
+        return None
+    known = f"steps with weights before it: {_list(before)}" if before else "no step with weights comes before it"
+    return f"teacher.step names {teacher!r}{suggestion(teacher, before, known)}"
 
 
 def last_of_model(steps: Sequence[StepSection]) -> str | None:
@@ -90,9 +109,10 @@ def unused(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str
 
 
 def unused_steps(steps: Sequence[StepSection], handed_off: str, compared: Iterable[str] = ()) -> list[str]:
-    """In words, each step of which nothing comes, and what to do about it."""
-    names = unused(steps, handed_off, compared)
-    return [_nothing_comes_of(step) for step in steps if step.name in names]
+    """In words, each step at which a line ends for nothing, and what to do about it."""
+    needed = {name for step in steps for name in needs(step, steps)}
+    ends = set(unused(steps, handed_off, compared)) - needed
+    return [_nothing_comes_of(step) for step in steps if step.name in ends]
 
 
 def _nothing_comes_of(step: StepSection) -> str:

@@ -38,7 +38,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def _in_the_present_form(what: str, tree: dict[str, Any]) -> str:
     sections = ", ".join(f"[{name}]" for name in FORMER if name in tree)
     return (
-        f"{what}: {sections} are written as [tasks.NAME] and [[step]]. This recipe in that form:\n\n"
+        f"{what}: instead of {sections} there are [tasks.NAME] and [[step]]. This recipe in that form:\n\n"
         f"{toml_of(modernised(tree))}"
     )
 

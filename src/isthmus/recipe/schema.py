@@ -31,6 +31,7 @@ from isthmus.recipe.section import (
     key,
 )
 from isthmus.recipe.steps import MODEL, Mix, Problems, Prompts, Rows, Step, StepSection
+from isthmus.recipe.supervise import SuperviseSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
 Thinking = Literal["auto", "always", "never"]
@@ -239,6 +240,7 @@ class Recipe(Section):
     qualify: QualifySection = key(QualifySection(), "how much a qualification measures")
     train: TrainSection = key(TrainSection(), "how training computes")
     step: list[Step] = Field(min_length=1, description="what is trained, in this order")
+    supervise: SuperviseSection = key(SuperviseSection(), "what is done when training goes wrong")
     evaluation: EvaluationSection = key(EvaluationSection(), "what steps are compared by")
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")

@@ -129,6 +129,24 @@ class LossSection(Section):
         return self
 
 
+class TeacherSection(Section):
+    """Whose log-probabilities on-policy distillation learns: those of another step's weights, or of a server.
+
+    The server scores prompts at temperature 1, as ours, vLLM, or what has vLLM's `prompt_logprobs` does. Either needs
+    the student's tokenizer.
+    """
+
+    step: str | None = key(None, "a step whose weights teach")
+    url: str | None = key(None, "an OpenAI-compatible server")
+    key_variable: str | None = key(None, "environment variable with the server's API key")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.step is None) == (self.url is None):
+            raise ValueError("a teacher is a step or a url: give one of them")
+        return self
+
+
 class RlSection(StepSection):
     """Reinforcement learning with verifiable rewards. `options` are the algorithm's own, checked in its file."""
 
@@ -147,12 +165,16 @@ class RlSection(StepSection):
     max_new_tokens: Tokens = key(128, "longest completion of a sample")
     optimizer: OptimizerSection = Field(description="what turns gradients into updates")
     loss: LossSection = key(LossSection(), "beside the algorithm's own formula")
+    teacher: TeacherSection | None = key(None, "what `opd` learns from")
     drift_budget: Nats = key(
         0.05, "mismatch that a run may drift to; an alarm tells when the trend passes it before the end"
     )
     rollout_format: str = key("w8a8", "format of the weights that generate, a file in isthmus/formats")
-    staleness: Annotated[Literal[0, 1], Unit("versions")] = key(
-        0, "versions by which samples may lag behind the trainer; 1: they are generated while it learns"
+    staleness: Annotated[int, Unit("versions")] = key(
+        0, "versions by which samples may lag behind the trainer; from 1 on they are generated while it learns", ge=0
+    )
+    update_while_writing: bool = key(
+        False, "new weights reach samples that are being written; else they wait until the engine is idle"
     )
     update: Literal["delta", "full"] = key("delta", "what crosses at a step: changes, or all weights")
     snapshot_every: Versions = key(32, "versions after which all weights are sent again")
@@ -167,6 +189,12 @@ class RlSection(StepSection):
     heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
     heldout_samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
     evaluate_every: Steps | None = key(None, "steps between two such measures; before and after alone if absent")
+
+    @model_validator(mode="after")
+    def _ahead_or_not(self) -> Self:
+        if self.update_while_writing and not self.staleness:
+            raise ValueError("update_while_writing is for samples that are written ahead: set staleness to 1 or more")
+        return self
 
 
 class SampleSection(StepSection):

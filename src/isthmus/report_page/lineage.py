@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from isthmus.report_page.chapters import Chapter
 
-COLUMN, ROW, BOX, HEIGHT, MARGIN = 210, 62, 168, 42, 8
+COLUMN, ROW, BOX, HEIGHT, MARGIN = 176, 56, 144, 42, 8
 MODEL = "model"
 STATES = {True: "done", False: "waiting"}
 
@@ -24,7 +24,7 @@ def picture(chapters: Sequence[Chapter], handed_off: str) -> Markup:
         parts.append(_edge(places[_root(one)], places[one.name], "weights"))
         parts += [_edge(places[name], places[one.name], "data") for name in one.data if name in places]
     for root in dict.fromkeys(_root(one) for one in chapters if _root(one) not in {c.name for c in chapters}):
-        parts.append(_box(places[root], root, "the weights it begins with", "root"))
+        parts.append(_box(places[root], root, "as it begins", "root"))
     for one in chapters:
         state = "done" if one.record is not None else "running" if one.events else "waiting"
         said = f"{one.what}, {state}" + (", handed off" if one.name == handed_off else "")
@@ -40,28 +40,32 @@ def _root(chapter: Chapter) -> str:
 
 
 def _places(chapters: Sequence[Chapter]) -> dict[str, tuple[int, int]]:
-    """(column, row) of each box. A step stands right of all that it takes, and in the row of its weights if that is
-    free there."""
+    """(column, row) of each box. A step stands right of all that it takes, in the row of its weights if that is free
+    all the way there, so that no line runs behind another box."""
     places: dict[str, tuple[int, int]] = {}
+    taken: set[tuple[int, int]] = set()
+
+    def put(name: str, start: int, column: int, wished: int) -> None:
+        rows = range(wished, wished + len(chapters) + 2)
+        row = next(row for row in rows if not taken & {(at, row) for at in range(start, column + 1)})
+        taken.update((at, row) for at in range(start, column + 1))
+        places[name] = (column, row)
+
     for one in chapters:
         root = _root(one)
         if root not in places:
-            places[root] = (0, _free_row(places, 0, 0))
+            put(root, 0, 0, 0)
         column = 1 + max(places[name][0] for name in (root, *one.data) if name in places)
-        places[one.name] = (column, _free_row(places, column, places[root][1]))
+        put(one.name, places[root][0] + 1, column, places[root][1])
     return places
-
-
-def _free_row(places: dict[str, tuple[int, int]], column: int, wished: int) -> int:
-    taken = {row for at, row in places.values() if at == column}
-    return next(row for row in range(wished, wished + len(places) + 1) if row not in taken)
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int], kind: str) -> str:
     x0, y0 = start[0] * COLUMN + MARGIN + BOX, start[1] * ROW + MARGIN + HEIGHT / 2
     x1, y1 = end[0] * COLUMN + MARGIN, end[1] * ROW + MARGIN + HEIGHT / 2
-    middle = (x0 + x1) / 2
-    return f'<path class="{kind}" d="M{x0:g} {y0:g}C{middle:g} {y0:g} {middle:g} {y1:g} {x1:g} {y1:g}"/>'
+    bend = x0 + COLUMN - BOX
+    middle = (x0 + bend) / 2
+    return f'<path class="{kind}" d="M{x0:g} {y0:g}C{middle:g} {y0:g} {middle:g} {y1:g} {bend:g} {y1:g}H{x1:g}"/>'
 
 
 def _box(place: tuple[int, int], name: str, said: str, css: str) -> str:

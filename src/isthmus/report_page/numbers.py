@@ -44,20 +44,26 @@ PHRASES = {
     "mismatch abs": "mismatch, |Δ log p|",
     "mismatch k3": "mismatch, KL (k3)",
     "per s": "per second",
+    "unseen rate per chip hour": "failures that could have stayed unseen",
 }
 UNIT_SUFFIXES = ("_s", "_ms", "_us", "_h", "_tflops", "_gbs", "_bytes")
 
 
 def quantity(figure: Figure) -> str:
-    """The value with its unit; "unknown" where there is no value."""
+    """The value with its unit; "unknown" where there is no value. A bound from above is said to be one."""
     if figure.value is None:
         return "unknown"
-    return with_unit(figure.value, figure.unit)
+    return ("at most " if is_bound(figure) else "") + with_unit(figure.value, figure.unit)
+
+
+def is_bound(figure: Figure) -> bool:
+    """Whether the value is the upper end of an interval that begins at 0: what could have stayed unseen."""
+    return figure.low == 0 and figure.value == figure.high and bool(figure.value)
 
 
 def interval(figure: Figure) -> str:
     """Low and high end in the unit of `quantity`, or an empty string where there is no interval."""
-    if figure.low is None or figure.high is None:
+    if figure.low is None or figure.high is None or is_bound(figure):
         return ""
     if figure.unit in SHARE_UNITS or figure.unit == "%":
         factor = 100 if figure.unit in SHARE_UNITS else 1
@@ -87,6 +93,11 @@ def points(figure: Figure, end: float | None) -> str:
         return "unknown"
     scaled = 100 * end if figure.unit in SHARE_UNITS else end
     return ("+" if scaled > 0 else "") + signed(scaled, 1)
+
+
+def fine_points(value: float) -> str:
+    """Percentage points with a sign; two decimals below one point, so that a small loss does not read as none."""
+    return ("+" if value > 0 else "") + signed(value, 2 if abs(value) < 1 else 1)
 
 
 def duration(seconds: float) -> str:
@@ -135,6 +146,10 @@ def signed(value: float, decimals: int) -> str:
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("-")
     return text.replace("-", MINUS)
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def label(name: str) -> str:

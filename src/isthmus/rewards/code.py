@@ -10,7 +10,7 @@ from pydantic import model_validator
 from isthmus.recipe.section import Count, Positive, Seconds, Section, Unit, Whole, key
 from isthmus.rewards import EachAlone, Judgement, LeftOut, Sample
 from isthmus.rewards.parts.http import Unanswered
-from isthmus.rewards.parts.programs import Test, prints_the_same, program_in, tests_of
+from isthmus.rewards.parts.programs import Case, prints_the_same, program_in, tests_of
 from isthmus.rewards.parts.runners import Here, Runner, Sandbox
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
@@ -62,7 +62,7 @@ class Code(EachAlone):
             passed += passes
         return passed / len(tests)
 
-    def _passes(self, program: str, test: Test) -> bool:
+    def _passes(self, program: str, test: Case) -> bool:
         outcome = self.runner.run(f"{program}\n{test.code}", test.stdin)
         return outcome.is_good and (test.stdout is None or prints_the_same(outcome.stdout, test.stdout))
 

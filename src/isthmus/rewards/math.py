@@ -38,4 +38,4 @@ class MathReward(EachAlone):
 
 
 def open(options: Options) -> MathReward:
-    return MathReward(Worker(FUNCTION, options.deadline))
+    return MathReward(Worker(FUNCTION, options.deadline, first=(r"\frac{1}{2}", "$0.5$")))

@@ -4,7 +4,7 @@ It is as of a day, it is never current, and it is no legal advice. The records s
 """
 
 from isthmus.rules.conditions import any_holds
-from isthmus.rules.judge import BELOW, SEVERITY, UNKNOWN, Buyer, export_class, judge, machine_class, window
+from isthmus.rules.judge import BELOW, SEVERITY, UNDEFINED, UNKNOWN, Buyer, export_class, judge, machine_class, window
 from isthmus.rules.numbers import Amount, memory_bandwidth_density, numbers_of
 from isthmus.rules.pools import NOT_LOOKED_AT, notice, refusal, rule_pools, strictest, warning
 
@@ -12,6 +12,7 @@ __all__ = [
     "BELOW",
     "NOT_LOOKED_AT",
     "SEVERITY",
+    "UNDEFINED",
     "UNKNOWN",
     "Amount",
     "Buyer",

@@ -16,7 +16,7 @@ from isthmus.rules.conditions import any_holds, every
 from isthmus.rules.countries import country
 from isthmus.rules.numbers import Numbers, numbers_of
 
-BELOW, UNKNOWN = "below 3A090", "unknown"
+BELOW, UNKNOWN, UNDEFINED = "below 3A090", "unknown", "no class yet"
 WINDOW = "us-2026-01-window"
 _ANSWERS: dict[Effect, RuleAnswer] = {
     "note": "nothing found",
@@ -68,8 +68,11 @@ def judge(slug: str, buyer: Buyer, as_of: date, licence: str | None = None) -> R
 
 
 def export_class(numbers: Numbers, as_of: date) -> str:
-    """The class of a chip by its numbers, in the words of the rules of a day; "unknown" where they do not tell."""
+    """The class of a chip by its numbers, in the words of the rules of a day; "unknown" where they do not tell,
+    "no class yet" before the first rule."""
     in_force = [one for one in trade_facts().classes if one.holds_on(as_of)]
+    if not in_force:
+        return UNDEFINED
     for one in in_force:
         holds = any_holds(one.any_of, numbers.amounts)
         if holds is None:

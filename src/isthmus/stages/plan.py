@@ -27,7 +27,7 @@ from isthmus.recipe.schema import PlacedStage, Recipe
 from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection, Ruling
 from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
 from isthmus.run import Figure, RunFolder
-from isthmus.verdict import broken_limits, describe_limit
+from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, describe_limit
 
 NAME = "plan"
 NO_RULINGS: Mapping[str, Ruling] = MappingProxyType({})
@@ -97,7 +97,7 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
         )
     if pool.verdict not in accepted:
         return f"its verdict is `{pool.verdict}`: {_first_reason(pool)}"
-    elsewhere = {"rollout": "handoff.", "serve": "rl."}.get(stage)
+    elsewhere = {"rollout": "handoff.", "serve": ROLLOUT_FORMAT}.get(stage)
     limits = [limit for limit in pool.limits if elsewhere is None or not limit.setting.startswith(elsewhere)]
     broken = broken_limits(limits, recipe, pool.pool, use)
     return (
@@ -116,12 +116,15 @@ def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
     if order[0] == chosen:
         return f"the recipe's first choice, {found}{kept}{gate}"
     earlier = ", ".join(order[: order.index(chosen)])
-    return f"{found}{kept}{gate}; the recipe would rather have had {earlier}"
+    return f"{found}{kept}{gate}; {earlier} stands before it in the recipe, and was refused"
 
 
 def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:
     return Rejection(
-        stage=stage, pool=name, reason=why or f"acceptable, but {chosen} comes first in the recipe's order"
+        stage=stage,
+        pool=name,
+        reason=why or f"acceptable, but {chosen} comes first in the recipe's order",
+        acceptable=why is None,
     )
 
 

@@ -139,6 +139,7 @@ def qualify_pool(
         else:
             examination.measure()
     record = examination.record(started)
+    run.enter(examination.setting.folder)
     run.write_record(f"{NAME}/{pool.name}", record)
     run.event(NAME, "end", pool=pool.name, seconds=round(record.seconds, 3), verdict=record.verdict)
     return record
@@ -256,6 +257,7 @@ class Examination:
         self.skipped += choice.skipped
         for one in choice.skipped:
             self.run.event(NAME, "skipped", what=f"{one.probe} on {self.setting.pool}", why=one.why)
+        self.run.forget(self.setting.folder)
         shutil.rmtree(self.setting.folder / "failures", ignore_errors=True)
         if not choice.chosen:
             return True

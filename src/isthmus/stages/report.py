@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -28,19 +28,22 @@ from isthmus.records import (
     AnyStepRecord,
     EvaluationRecord,
     HandoffRecord,
+    IncidentRecord,
     PlanRecord,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
     costliest,
     evaluation_of,
+    incidents,
     step_record,
 )
 from isthmus.report_page import charts, lineage, numbers, pools, timing
+from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
 from isthmus.rules import NOT_LOOKED_AT, notice
-from isthmus.run import Figure, Kind, Record, RunFolder, write_atomic
+from isthmus.run import Figure, Kind, Record, RunFolder
 from isthmus.verdict import describe_limit, without_pairs
 
 PAGE = "isthmus.report_page"
@@ -148,6 +151,11 @@ class Dossier:
         return self.handoff.target_pool if self.handoff else self.pool_of("serve")
 
     @property
+    def incidents(self) -> list[IncidentRecord]:
+        """What watched steps met, and what was done."""
+        return [one for name in self.steps for one in incidents(self.run, name)]
+
+    @property
     def crossings(self) -> int:
         """RL updates at which weights crossed to the rollout pool so far."""
         return sum(chapter.crossings for chapter in self.chapters)
@@ -166,7 +174,7 @@ class Dossier:
 def execute(run: RunFolder, watch: Watch) -> Path:
     """Write `report.html` into the run folder and return its path. Raises DamagedFile for an unreadable record."""
     path = run.path / "report.html"
-    write_atomic(path, compose(read_dossier(run)).encode())
+    run.keep(path, compose(read_dossier(run)).encode(), {"recipe": run.recipe.digest()})
     watch.say(f"The dossier of this run: {path}")
     return path
 
@@ -206,7 +214,9 @@ def compose(dossier: Dossier) -> str:
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration}
     environment.filters |= {"rules_notice": notice}
+    environment.globals |= {"gate_in_words": first_screen.gate_in_words, "lost": first_screen.lost}
     environment.globals |= {"not_looked_at": NOT_LOOKED_AT}
+    environment.filters |= {"act": partial(_act, dossier)}
     environment.globals |= {"points": numbers.points, "describe_limit": describe_limit}
     environment.globals |= {"pair_rates": pools.pair_rates, "without_pairs": without_pairs}
     template = environment.get_template("page.html.jinja")
@@ -225,6 +235,9 @@ def compose(dossier: Dossier) -> str:
         warnings=dossier.run.recipe.unused_steps,
         side_by_side=pools.side_by_side(list(dossier.qualify.values())),
         commands=commands(dossier),
+        told=first_screen.summary(
+            dossier.run, dossier.qualify, dossier.plan, dossier.handoff, timing.attempts(dossier.events)
+        ),
         estimates=estimate_rows(dossier),
         parts=time_parts(dossier),
         attempts=timing.attempts(dossier.events),
@@ -281,12 +294,11 @@ def estimate_rows(dossier: Dossier) -> list[EstimateRow]:
         return []
     estimate = dossier.plan.estimate
     ended, spent = timing.finished_stages(dossier.events), timing.spent(dossier.events)
-    stages = {key: key for key in estimate}
-    listed = [stage for stage in dict.fromkeys(stages.values()) if stage != TOTAL]
-    truth = {stage: spent[stage] for stage in listed if stage in ended}
+    listed = [act for act in estimate if act != TOTAL]
+    truth = {act: spent[act] for act in listed if act in ended}
     if listed and len(truth) == len(listed):
         truth[TOTAL] = sum(truth.values())
-    return [_estimate_row(key, figure, truth.get(stages[key])) for key, figure in estimate.items()]
+    return [_estimate_row(_act(dossier, act), figure, truth.get(act)) for act, figure in estimate.items()]
 
 
 def time_parts(dossier: Dossier) -> dict[str, Any]:
@@ -368,8 +380,12 @@ def _ledger_lines(dossier: Dossier) -> list[Series]:
     ]
 
 
-def _estimate_row(key: str, estimate: Figure, seconds: float | None) -> EstimateRow:
-    name = numbers.label(key)
+def _act(dossier: Dossier, name: str) -> str:
+    """A step by its name as the recipe has it, a stage in words."""
+    return name if name in dossier.steps else numbers.label(name)
+
+
+def _estimate_row(name: str, estimate: Figure, seconds: float | None) -> EstimateRow:
     if seconds is None or estimate.unit not in numbers.SECOND_UNITS:
         return EstimateRow(name, estimate, None, None)
     truth = Figure.measured(seconds, "s", "events.jsonl", rehearsed=False)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.recipe.section import Count, Seconds, Whole, key
+from isthmus.recipe.steps import Problems
 from isthmus.tasks.parts.answers import Place, answer_in
 from isthmus.tasks.parts.completions import split_completion
 from isthmus.tasks.parts.contract import TaskOptions
@@ -28,7 +29,7 @@ class Options(TaskOptions):
 
     dataset: str = Field(description="name of the data set, such as basic_arithmetic")
     problems: Count = key(2000, "problems to train on", lt=HELDOUT_SEEDS)
-    heldout_problems: Count = key(500, "problems that are never trained on", lt=HELDOUT_SEEDS)
+    heldout_problems: Problems = key(500, "problems that are never trained on", lt=HELDOUT_SEEDS)
     seed: Whole = key(0, "what the problems depend on", ge=0)
     options: dict[str, Any] = key({}, "options of the data set")
     answer_place: Place = key("whole", "where an answer stands: all after the thinking, \\boxed{}, <answer> or ####")
@@ -49,11 +50,12 @@ class ReasoningGym:
 
     def __init__(self, options: Options, gym: ModuleType):
         self.options, self.gym = options, gym
-        self.worker = Worker("isthmus.tasks.parts.gym:score", options.deadline)
         self.parts = {
             "train": Part("train", options.seed, options.problems),
             "heldout": Part("heldout", options.seed + HELDOUT_SEEDS, options.heldout_problems),
         }
+        first = self._question("train", 0, "")
+        self.worker = Worker("isthmus.tasks.parts.gym:score", options.deadline, first)
 
     @property
     def about(self) -> str:
@@ -80,12 +82,8 @@ class ReasoningGym:
         answer = self._answer(completion)
         if answer is None:
             return 0.0
-        part = self.parts[problem.metadata["part"]]
-        given = sorted(self.options.options.items())
         try:
-            return self.worker.call(
-                self.options.dataset, part.seed, part.size, given, problem.metadata["index"], answer
-            )
+            return self.worker.call(*self._question(problem.metadata["part"], problem.metadata["index"], answer))
         except WorkerFailed:
             return None
 
@@ -95,6 +93,11 @@ class ReasoningGym:
     def _answer(self, completion: str) -> str | None:
         _, text = split_completion(completion)
         return answer_in(text, self.options.answer_place) if text else None
+
+    def _question(self, name: str, index: int, answer: str) -> tuple[Any, ...]:
+        """For the checker, on the answer to a problem of a part."""
+        part, given = self.parts[name], sorted(self.options.options.items())
+        return self.options.dataset, part.seed, part.size, given, index, answer
 
     def _problems(self, name: str) -> list[Problem]:
         part = self.parts[name]
@@ -118,12 +121,11 @@ def open(options: Options) -> ReasoningGym:
         raise IsthmusError(
             f"the task kind reasoning-gym needs {error.name}: pip install 'isthmus[reasoning-gym]'"
         ) from None
-    if options.dataset not in gym.names():
-        raise IsthmusError(
-            f"reasoning-gym has no data set {options.dataset!r}{suggestion(options.dataset, gym.names())}"
-        )
+    name = options.dataset
+    if name not in gym.names():
+        raise IsthmusError(f"reasoning-gym has no data set {name!r}{suggestion(name, gym.names())}")
     try:
-        gym.data_set(options.dataset, options.seed, 1, options.options)
+        gym.data_set(name, options.seed, 1, options.options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise IsthmusError(f"reasoning-gym's {options.dataset} refuses its options: {error}") from None
+        raise IsthmusError(f"reasoning-gym's {name} refuses its options: {error}") from None
     return ReasoningGym(options, gym)

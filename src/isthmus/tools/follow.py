@@ -1,7 +1,8 @@
 """Follow: bring the versions that a trainer writes into a shared folder to an engine, in order and checked by hash.
 
-For pools that cannot reach each other: `publish = FOLDER` of an `rl` step writes the folder, this reads it beside the engine and
-keeps nothing on the disk. After a crash, or where a file was lost, it goes on from the newest snapshot that is whole.
+For pools that cannot reach each other: `publish = FOLDER` of an `rl` step writes the folder, this reads it beside the
+engine and keeps nothing on the disk. After a crash, or where a file was lost, it goes on from the newest snapshot that
+is whole.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from isthmus.report_page.justify.record import JustifyRecord
 from isthmus.report_page.justify.words import LANGUAGES, Language
 from isthmus.report_page.justify.write import write
 from isthmus.rules.countries import country
-from isthmus.run import RunFolder, write_atomic
+from isthmus.run import RunFolder
 
 NAME = "justify"
 
@@ -34,6 +34,6 @@ def execute(
     run.write_record(NAME, record)
     for language in languages:
         path = run.path / f"{NAME}-{language}.html"
-        write_atomic(path, write(record, language).encode())
+        run.keep(path, write(record, language).encode(), record.made_from)
         watch.say(f"The justification of this run: {path}")
     return record

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
-from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.errors import DamagedFile, IsthmusError, SaveFailed
 from isthmus.run import explain_io_errors, new_folder
 from isthmus.trainer.checkpoint_files import (
     CheckpointFilesReader,
@@ -113,12 +113,17 @@ class CheckpointWriter:
     def finish(self) -> SavedCheckpoint | None:
         """Wait until the last state is on the disk; None if there was none.
 
-        Raises on every rank what went wrong on any: IsthmusError if the disk is full or may not be written. Older
+        Raises on every rank what went wrong on any: SaveFailed if the disk is full or may not be written. Older
         checkpoints then stay as they were.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._last = pending.result()
+            try:
+                self._last = pending.result()
+            except DamagedFile:
+                raise
+            except IsthmusError as error:
+                raise SaveFailed(str(error)) from error
         return self._last
 
     def _write(self, step: int, extra: dict[str, Any], planner: _HostCopy) -> SavedCheckpoint:
@@ -206,7 +211,7 @@ def load_latest(
     messages = []
     for folder in reversed(_gather(folders(root), group)[0]):
         try:
-            return _load(folder, state, group)
+            return load_checkpoint(folder, state, group)
         except DamagedFile as error:
             messages.append(str(error))
             damaged(str(error))
@@ -218,7 +223,11 @@ def load_latest(
     return None
 
 
-def _load(folder: Path, state: TrainingState, group: ProcessGroup | None) -> LoadedCheckpoint:
+def load_checkpoint(folder: Path, state: TrainingState, group: ProcessGroup | None) -> LoadedCheckpoint:
+    """Verify one checkpoint and copy it into the tensors of `state`. Every rank of `group` makes the same call.
+
+    Raises DamagedFile that names what does not match, and IsthmusError if it is of another model or optimiser.
+    """
     rank, size = _rank_and_size(group)
     manifest, sha256 = _vote(lambda: read_manifest(folder), group)
     _vote(lambda: _verify(folder, manifest, manifest.files[rank::size]), group)

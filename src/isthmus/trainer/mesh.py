@@ -20,6 +20,9 @@ from isthmus.recipe.schema import TrainSection, layout_problem
 PATIENCE = timedelta(hours=2)
 """For what one rank does alone while others wait: training a tokenizer, writing a large checkpoint."""
 
+LEFT_OUT = "ISTHMUS_WITHOUT"
+"""The variable that names devices of this machine that no rank uses, by number."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -75,7 +78,7 @@ def open_ranks(device_type: str, *, grouped: bool) -> Iterator[Ranks]:
         return
     device = torch.device(device_type)
     if device.type != "cpu":
-        device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device(device_type, _device_index(int(os.environ.get("LOCAL_RANK", "0"))))
         torch.accelerator.set_device_index(device)
     if world == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -90,6 +93,13 @@ def open_ranks(device_type: str, *, grouped: bool) -> Iterator[Ranks]:
             dist.destroy_process_group()
         raise  # of several ranks, the others may be in a collective, for which a clean end would wait
     dist.destroy_process_group()
+
+
+def _device_index(local_rank: int) -> int:
+    """The device of a rank of this machine: the one of its number among those that are not left out."""
+    without = {int(one) for one in os.environ.get(LEFT_OUT, "").split(",") if one}
+    count = torch.accelerator.device_count()
+    return [index for index in range(max(count, local_rank + len(without) + 1)) if index not in without][local_rank]
 
 
 def own_group() -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import Diverged
 from isthmus.recipe.steps import OptimizerSection
 from isthmus.trainer.mesh import Ranks
 from isthmus.trainer.parts import Part, parts_of
@@ -61,14 +61,23 @@ class Optimizer:
     def step(self, step: float) -> float:
         """Clip, update, and return the norm of the gradient before clipping.
 
-        `step` counts from 0; a fraction is an update within a step. Raises IsthmusError if the norm is not finite,
+        `step` counts from 0; a fraction is an update within a step. Raises Diverged if the norm is not finite,
         and leaves the parameters as they were.
         """
+        norm = self.measure()
+        self.apply(step, norm)
+        return norm
+
+    def measure(self) -> float:
+        """The norm of the whole model's gradient. All ranks must call it."""
         for part, local in zip(self._parts, self._locals, strict=True):
             local.grad = part.gradient
-        norm = self._gradient_norm()
+        return self._gradient_norm()
+
+    def apply(self, step: float, norm: float) -> None:
+        """Update by the gradient that was measured. Raises Diverged as `step` does."""
         if not math.isfinite(norm):
-            raise IsthmusError(
+            raise Diverged(
                 f"the norm of the gradient is {norm} at step {step:g}: training has diverged, or a chip computes "
                 "wrongly. Lower the learning rate, or qualify the pool again; the checkpoints before it are whole."
             )
@@ -80,9 +89,33 @@ class Optimizer:
         if self.muon is not None:
             assert self.section.matrix_learning_rate is not None
             self.muon.step(self.section.matrix_learning_rate * factor, self.section.weight_decay)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the gradient that was measured."""
         for local in self._locals:
             local.grad = None
-        return norm
+
+    def module_norms(self, count: int) -> dict[str, float]:
+        """Norms of the measured gradient of `count` parameters, spread over the model. All ranks must call it."""
+        spread = sorted({round(index * (len(self._parts) - 1) / max(1, count - 1)) for index in range(count)})
+        grads = [self._locals[index].grad for index in spread]
+        squares = torch.stack(
+            [self._locals[0].new_zeros(()) if grad is None else grad.float().square().sum() for grad in grads]
+        )
+        if self._ranks is not None and self._ranks.world > 1:
+            squares = self._ranks.total(squares)
+        norms = squares.div(self._shared_by).sqrt().tolist()
+        return {self._parts[index].name: norm for index, norm in zip(spread, norms, strict=True)}
+
+    def groups(self) -> dict[str, str]:
+        """What the update is made with, beside its tensors: the options of its groups, learning rates left out."""
+        (group,) = self._adam.param_groups
+        options = {name: str(group[name]) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")}
+        return options | {
+            "parameters": str(len(group["params"])),
+            "muon": str(len(self.muon.momenta) if self.muon else 0),
+        }
 
     def schedule(self, step: float) -> float:
         """Factor on the learning rates: linear warm-up, constant, then the decay to the final rate."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +11,9 @@ from typing import get_args
 from isthmus import __version__
 from isthmus.chips import get_chip
 from isthmus.chips.trade import trade_facts
-from isthmus.errors import DamagedFile
 from isthmus.pools import get_pool, placed_pools
 from isthmus.records import CheckOutcome, Evidence, HandoffRecord, PlanRecord, QualifyRecord, Ruling
-from isthmus.report_page.justify.reading import TRAINING, Act, Alternative, acts_of, alternatives
+from isthmus.report_page.acts import TRAINING, Act, Alternative, acts_of, alternatives
 from isthmus.report_page.justify.record import (
     ActOf,
     AspectOf,
@@ -29,11 +27,10 @@ from isthmus.report_page.justify.record import (
     SideShare,
     Trial,
 )
+from isthmus.report_page.summary import TASK, signer_of
 from isthmus.rules import refusal
 from isthmus.run import Figure, RunFolder
 from isthmus.verdict import QUESTIONS, broken_limits
-
-ACCURACY = "accuracy, target minus reference"
 
 
 def gather(run: RunFolder, country: str) -> JustifyRecord:
@@ -250,8 +247,10 @@ def _gate(run: RunFolder) -> Sealed | None:
     if record is None:
         return None
     every: tuple[CheckOutcome, ...] = get_args(CheckOutcome)
-    outcomes = {outcome: sum(check.outcome == outcome for check in record.checks) for outcome in every}
-    accuracy = [check.figure for check in record.checks if check.name.endswith(ACCURACY)]
+    outcomes: dict[CheckOutcome, int] = {
+        outcome: sum(check.outcome == outcome for check in record.checks) for outcome in every
+    }
+    accuracy = [check.figure for check in record.checks if check.name.endswith(TASK)]
     return Sealed(
         verdict=record.verdict,
         rehearsed=run.recipe.pools[record.target_pool].rehearsed,
@@ -259,20 +258,9 @@ def _gate(run: RunFolder) -> Sealed | None:
         held=outcomes.get("pass", 0),
         outcomes=outcomes,
         seal_id=record.seal_id,
-        signer=_signer(run, record),
+        signer=signer_of(run, record),
         accuracy=accuracy[-1] if accuracy else None,
     )
-
-
-def _signer(run: RunFolder, record: HandoffRecord) -> str | None:
-    """The public key that the seal names; None if nobody signed it. `isthmus inspect --trust` checks the signature."""
-    path = run.path / record.bundles.get(record.format, "") / "seal.json"
-    if record.seal_id is None or not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_bytes()).get("signer")
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
 
 
 def _gaps(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from isthmus.recipe.schema import PlacedStage
 from isthmus.records import Aspect, AspectOutcome, CheckOutcome, Limit, Part, Ruling, Verdict
-from isthmus.report_page.justify.reading import ActKind, Flip
+from isthmus.report_page.acts import ActKind, Flip
 from isthmus.run import Figure, Kind, Record
 
 Side = Literal["domestic", "foreign", "unlisted"]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from isthmus.records import RuleFinding, Ruling
 from isthmus.report_page import numbers
-from isthmus.report_page.justify.reading import TRAINING
+from isthmus.report_page.acts import TRAINING
 from isthmus.report_page.justify.record import CaseOf, JustifyRecord, PoolOf, Trial
 from isthmus.report_page.justify.words import Language, Words
 from isthmus.run import Figure
@@ -50,7 +50,7 @@ def write(record: JustifyRecord, language: Language) -> str:
         pool_of=pools.__getitem__,
         acts_on=lambda pool: _listed(words, [act.kind for act in record.acts if act.pool == pool.pool]),
         chip=_chip_writer(words),
-        capital=_capital,
+        capital=numbers.capital,
         amount=_amount_writer(words),
         share=_share_writer(words),
         percent=numbers.percent,
@@ -64,10 +64,6 @@ def write(record: JustifyRecord, language: Language) -> str:
         accuracy=_accuracy(record, words),
         seal=_seal(record, words),
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _listed(words: Words, kinds: Sequence[str]) -> str:
@@ -134,7 +130,7 @@ def _cases(record: JustifyRecord, words: Words) -> list[CaseText]:
     groups = [list(group) for _, group in groupby(sorted(record.cases, key=use), key=use)]
     return [
         CaseText(
-            acts=_capital(_listed(words, [case.kind for case in group])),
+            acts=numbers.capital(_listed(words, [case.kind for case in group])),
             found=words.text("found_here", verdict=words.term("verdict", group[0].verdict)),
             pool=group[0].pool,
             trials=group[0].trials,
@@ -159,7 +155,7 @@ def _comparisons(cases: Sequence[CaseOf], words: Words) -> list[str]:
                 money_here=_money(case.money, words),
                 money_there=_money(trial.money, words),
             )
-            lines.append(words.text("compared", act=_capital(words.term("act", case.kind)), told=told))
+            lines.append(words.text("compared", act=numbers.capital(words.term("act", case.kind)), told=told))
         if case.flips:
             flips = [words.text("flip", what=one.what, value=_money(one.at, words)) for one in case.flips]
             lines.append(words.text("flips", flips=words.text("separator").join(flips)))
@@ -214,9 +210,7 @@ def _accuracy(record: JustifyRecord, words: Words) -> str:
 
 
 def _points(figure: Figure, end: float) -> str:
-    """Percentage points with a sign; two decimals below one point, so that a small loss does not read as none."""
-    scaled = 100 * end if figure.unit in numbers.SHARE_UNITS else end
-    return ("+" if scaled > 0 else "") + numbers.signed(scaled, 2 if abs(scaled) < 1 else 1)
+    return numbers.fine_points(100 * end if figure.unit in numbers.SHARE_UNITS else end)
 
 
 def _seal(record: JustifyRecord, words: Words) -> str:

@@ -13,8 +13,8 @@ _BLOCK = re.compile(r"```[ \t]*[\w+#-]*[ \t]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Test:
-    """A program reads `stdin` and has to print `stdout`; without one it only has to end well, after `code` was added."""
+class Case:
+    """A program reads `stdin` and has to print `stdout`; without one it only has to end well, with `code` after it."""
 
     stdin: str = ""
     stdout: str | None = None
@@ -27,7 +27,7 @@ def program_in(answer: str) -> str | None:
     return found[-1] if found else None
 
 
-def tests_of(problem: Problem) -> list[Test]:
+def tests_of(problem: Problem) -> list[Case]:
     """Tests from the data, in the forms that people have:
 
     `tests`: a list of objects with `input` and `output`; `test_code`, or `test`: statements that follow the program;
@@ -35,13 +35,13 @@ def tests_of(problem: Problem) -> list[Test]:
     """
     given = problem.metadata
     if isinstance(given.get("tests"), list):
-        return [Test(str(one.get("input", "")), str(one["output"])) for one in given["tests"]]
+        return [Case(str(one.get("input", "")), str(one["output"])) for one in given["tests"]]
     for name in ("test_code", "test"):
         if isinstance(given.get(name), str):
-            return [Test(code=given[name])]
+            return [Case(code=given[name])]
     pairs = _object(problem.answer)
     if isinstance(pairs.get("inputs"), list) and isinstance(pairs.get("outputs"), list):
-        return [Test(str(stdin), str(stdout)) for stdin, stdout in zip(pairs["inputs"], pairs["outputs"], strict=True)]
+        return [Case(str(stdin), str(stdout)) for stdin, stdout in zip(pairs["inputs"], pairs["outputs"], strict=True)]
     return []
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +15,14 @@ from typing import Protocol
 from isthmus.rewards.parts.http import Unanswered, post_json
 
 OUTPUT_BYTES = 1 << 20
+LIMITED = """
+import os, resource, sys
+for kind, most in zip((resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_FSIZE), map(int, sys.argv[1:])):
+    resource.setrlimit(kind, (most, most))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+os.execv(sys.executable, [sys.executable, "-I", "program.py"])
+"""
+"""Sets limits, then becomes the program."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,13 @@ class Here:
     def _code_of_its_end(self, folder: Path, stdin: int, stdout: int) -> int | None:
         """None if it took too long."""
         process = subprocess.Popen(
-            [sys.executable, "-I", "program.py"],
+            [sys.executable, "-I", "-c", LIMITED, *map(str, self._limits)],
             cwd=folder,
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
             env={"PATH": os.defpath, "HOME": str(folder)},
             start_new_session=True,
-            preexec_fn=self._limit,
         )
         try:
             return process.wait(self.timeout_s)
@@ -101,21 +108,14 @@ class Here:
         finally:
             _end_group(process)
 
-    def _limit(self) -> None:
-        seconds = int(self.timeout_s) + 1
-        for kind, most in (
-            (resource.RLIMIT_CPU, seconds),
-            (resource.RLIMIT_AS, self.memory_mib << 20),
-            (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            resource.setrlimit(kind, (most, most))
+    @property
+    def _limits(self) -> tuple[int, int, int]:
+        """Seconds of processor time, bytes of memory, bytes of a file."""
+        return int(self.timeout_s) + 1, self.memory_mib << 20, OUTPUT_BYTES
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """The program, and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

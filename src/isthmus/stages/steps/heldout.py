@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,17 +14,14 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.errors import DamagedFile
-from isthmus.lines import read_json_object
-from isthmus.model.model import Model
 from isthmus.parity.paired import wilson_interval
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
-from isthmus.records import EvaluationRecord
-from isthmus.run import Figure, write_atomic
+from isthmus.records import EvaluationRecord, read_weights
+from isthmus.run import Figure, RunFolder
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
-from isthmus.stages.steps.step import Start, StepRun
+from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import Mixture, Problem, interleaved, load_tasks, seeded, split_completion
 from isthmus.tasks.parts.languages import language_of, share_in
 
@@ -84,7 +81,8 @@ def share_with_interval(shares: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one share for each problem: Wilson's interval, as if each problem had been answered once.
     That is wide enough, for the answers to one problem vary less than those to several."""
     mean = fmean(shares)
-    return mean, *wilson_interval(mean, len(shares), CONFIDENCE)
+    low, high = wilson_interval(mean, len(shares), CONFIDENCE)
+    return mean, 0.0 if mean == 0.0 else low, 1.0 if mean == 1.0 else high
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, asking: Asking) -> Evaluation:
@@ -109,18 +107,16 @@ def _is_right(tasks: Mixture, tokenizer: Tokenizer, problem: Problem, completion
     return tasks.of(problem).accuracy(problem, completion_of(tokenizer, completion.tokens)) == 1.0
 
 
-def stored(path: Path) -> Evaluation | None:
-    """An evaluation that was stored, so that a continued run does not repeat it."""
+def stored(run: RunFolder, path: Path) -> Evaluation | None:
+    """An evaluation that was stored, so that a continued run need not repeat it. Raises DamagedFile if touched."""
     if not path.exists():
         return None
-    try:
-        return Evaluation(**read_json_object(path, DamagedFile))
-    except TypeError:
-        raise DamagedFile(f"{path} is not a stored evaluation; remove it, and it is made again") from None
+    return Evaluation(**json.loads(run.read_kept(path, "Or delete it: its problems are then asked again")))
 
 
-def store(path: Path, evaluation: Evaluation) -> None:
-    write_atomic(path, json.dumps(evaluation.__dict__).encode())
+def store(run: RunFolder, path: Path, evaluation: Evaluation, weights_sha256: str) -> None:
+    """Keep what weights with this hash answered."""
+    run.keep(path, json.dumps(evaluation.__dict__).encode(), {"recipe": run.recipe.digest(), "weights": weights_sha256})
 
 
 def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
@@ -137,21 +133,17 @@ def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
         recipe.seed,
     )
     watch.say(f"  {len(asking.problems)} held-out problems after {step.name}")
-    tokenizer, weights = tokenizer_of(step), _weights(step)
+    tokenizer, left = tokenizer_of(step), step.left
+    weights = left.weights(step.architecture, recipe.seed, step.event)
     with open_engine(step, weights, section.format, tokenizer, pool, pool.threads) as engine:
         found = answer(engine, tokenizer, asking)
     record = _record(step, pool, asking, found, started)
-    step.run.write_record(f"steps/{step.name}/evaluation", record)
+    weights_sha256 = read_weights(step.run, step.name).checkpoint_sha256
+    step.run.write_record(f"steps/{step.name}/evaluation", record, {"weights": weights_sha256})
     seconds = round(record.seconds, 3)
     step.event("evaluate", which="end", accuracy=round(found.accuracy, 5), problems=len(found.correct), seconds=seconds)
     watch.say(f"  held-out accuracy {record.accuracy}, greedy {record.greedy_accuracy}")
     return record
-
-
-def _weights(step: StepRun[Any]) -> Mapping[str, Any]:
-    model = Model(step.architecture)
-    Start.left_by(step.run, step.name).fill(model, step.recipe.seed, None, step.event)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, started: float) -> EvaluationRecord:
@@ -189,5 +181,5 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         pass_at={k: percent(found.pass_at(k)) for k in range(2, asking.samples + 1)},
         by_task=by_task,
         language=percent(share_with_interval(spoken)),
-        tokens=Figure.measured(found.mean_tokens, "tokens/completion", source, rehearsed=pool.rehearsed),
+        tokens=Figure.measured(found.mean_tokens, "tokens", source, rehearsed=pool.rehearsed),
     )

@@ -15,10 +15,11 @@ from isthmus.trainer.mesh import Ranks
 
 def execute(step: StepRun[PretrainSection], watch: Watch, *, profile: bool = False) -> TextRecord:
     """Learn the folder's text, row by row."""
-    return learn(step, watch, lambda ranks: _text(step, ranks), profile=profile)
+    return learn(step, watch, lambda ranks: text(step, ranks), profile=profile)
 
 
-def _text(step: StepRun[PretrainSection], ranks: Ranks) -> Text:
+def text(step: StepRun[PretrainSection], ranks: Ranks) -> Text:
+    """What the step learns, as a rank has it."""
     section, tokenizer, cache = step.section, tokenizer_of(step, ranks), step.folder / "tokens"
     stream = TokenStream(
         section.folder, tokenizer, section.row_length, step.recipe.seed, cache, first_of_node=ranks.first_of_node

@@ -18,7 +18,6 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.model.model import Model
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.steps import SampleSection
@@ -26,7 +25,7 @@ from isthmus.records import SampleRecord
 from isthmus.rewards import Sample
 from isthmus.rewards.parts import filters
 from isthmus.rewards.parts.filters import Filter
-from isthmus.run import Figure, sha256_file, write_atomic
+from isthmus.run import Figure, sha256_file
 from isthmus.stages.steps.data import tokenizer_of
 from isthmus.stages.steps.generate import open_engine
 from isthmus.stages.steps.step import StepRun
@@ -144,23 +143,17 @@ def _answer(
             return
         if len(waiting) < len(batches):
             work.event("resume", from_step=len(batches) - len(waiting))
-        weights = _weights(work)
+        weights = work.start.weights(work.architecture, work.recipe.seed, work.event)
         with open_engine(work, weights, work.section.rollout_format, asking.tokenizer, pool, pool.threads) as engine:
             for number in waiting:
                 began = time.perf_counter()
                 found = asking.batch(engine, number, batches[number])
-                write_atomic(_batch_file(work, number), json.dumps(found, ensure_ascii=False).encode())
+                content = json.dumps(found, ensure_ascii=False).encode()
+                work.run.keep(_batch_file(work, number), content, _made_from(work))
                 seconds = time.perf_counter() - began
                 told = {"kept": len(found["rows"]), "generated": found["generated"], "tokens": found["tokens"]}
                 work.event("step", step=number + 1, seconds=round(seconds, 4), **told)
                 counter.advance_to(number + 1, f"kept {told['kept']} of {told['generated']}")
-
-
-def _weights(work: StepRun[SampleSection]) -> dict[str, Any]:
-    """The weights that the step starts from, whole, on the host."""
-    model = Model(work.architecture)
-    work.start.fill(model, work.recipe.seed, None, work.event)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _batch_file(work: StepRun[SampleSection], number: int) -> Path:
@@ -168,8 +161,14 @@ def _batch_file(work: StepRun[SampleSection], number: int) -> Path:
 
 
 def _read(work: StepRun[SampleSection], number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_batch_file(work, number).read_bytes())
+    path = _batch_file(work, number)
+    found: dict[str, Any] = json.loads(work.run.read_kept(path, "Or delete it: its problems are then answered again"))
     return found
+
+
+def _made_from(work: StepRun[SampleSection]) -> dict[str, str]:
+    weights = work.start.sha256
+    return {"recipe": work.recipe.digest(), **({"weights": weights} if weights else {})}
 
 
 def _record(
@@ -180,7 +179,7 @@ def _record(
         dropped.update(batch["dropped"])
     rows = [row for batch in batches for row in batch["rows"]]
     path = work.folder / SAMPLES
-    write_atomic(path, b"".join(_lines(rows)))
+    work.run.keep(path, b"".join(_lines(rows)), _made_from(work))
     generated, start = sum(batch["generated"] for batch in batches), work.start
     source = f"{generated} answers to {prompts} problems, generated on pool {pool.name}"
     shares = {

@@ -16,10 +16,11 @@ from isthmus.trainer.mesh import Ranks
 
 def execute(step: StepRun[SftSection], watch: Watch, *, profile: bool = False) -> TextRecord:
     """Learn the worked examples that `data` names."""
-    return learn(step, watch, lambda ranks: _text(step, ranks), profile=profile)
+    return learn(step, watch, lambda ranks: text(step, ranks), profile=profile)
 
 
-def _text(step: StepRun[SftSection], ranks: Ranks) -> Text:
+def text(step: StepRun[SftSection], ranks: Ranks) -> Text:
+    """What the step learns, as a rank has it."""
     examples, tokenizer, seed = learnt(step), tokenizer_of(step, ranks), step.recipe.seed
     row_length = ROW_LENGTH if step.recipe.train.rows_per_microbatch else None
 

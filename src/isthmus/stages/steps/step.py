@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from isthmus.model.model import Model
+from isthmus.pools import Pool, get_pool
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.lineage import line
 from isthmus.recipe.practice import stream
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, StepSection
-from isthmus.records import PlanRecord, read_weights
+from isthmus.records import PlanRecord, TrainPlace, read_weights
 from isthmus.run import RunFolder
+from isthmus.supervise.situation import place_of
 from isthmus.trainer.checkpoint import load_weights
 from isthmus.trainer.parts import initialise, load_published, model_state
 
@@ -29,6 +32,8 @@ class StepRun(Generic[S]):
 
     run: RunFolder
     section: S
+    moved: TrainPlace | None = None
+    """Where to train in place of what plan and incidents say."""
 
     @classmethod
     def of(cls, run: RunFolder, name: str) -> StepRun[Any]:
@@ -64,6 +69,17 @@ class StepRun(Generic[S]):
     def plan(self) -> PlanRecord:
         return self.run.require_record("plan", PlanRecord, "plan")
 
+    @property
+    def place(self) -> TrainPlace:
+        """Where it trains: where the plan put it, or an incident moved it since."""
+        return self.moved or place_of(self.run, self.name)
+
+    @property
+    def home(self) -> Pool:
+        """The pool that trains it, with the ranks that are left."""
+        place = self.place
+        return replace(get_pool(self.recipe, place.pool), ranks=place.ranks)
+
     def event(self, event: str, **fields: Any) -> None:
         self.run.event(self.name, event, **fields)
 
@@ -74,7 +90,12 @@ class StepRun(Generic[S]):
     def start(self) -> Start:
         """The weights that it starts from. Raises IsthmusError if the step that makes them is not done."""
         name = self.recipe.start_of(self.section)
-        return Start(MODEL) if name == MODEL else Start.left_by(self.run, name)
+        return Start(MODEL) if name == MODEL else Start.after(self.run, name)
+
+    @property
+    def left(self) -> Start:
+        """The weights that it left. Raises IsthmusError if it is not done."""
+        return Start.after(self.run, self.name)
 
 
 @dataclass(frozen=True)
@@ -86,10 +107,10 @@ class Start:
     sha256: str | None = None
 
     @classmethod
-    def left_by(cls, run: RunFolder, name: str) -> Start:
+    def after(cls, run: RunFolder, step: str) -> Start:
         """The weights that a step left. Raises IsthmusError if it is not done."""
-        record = read_weights(run, name)
-        return cls(name, run.path / record.checkpoint, record.checkpoint_sha256)
+        record = read_weights(run, step)
+        return cls(step, run.path / record.checkpoint, record.checkpoint_sha256)
 
     def fill(self, model: Model, seed: int, group: ProcessGroup | None, tell: Callable[..., None]) -> None:
         """Put the weights into a model, or into what this rank holds of it. `tell` gets what is left out as events.
@@ -103,3 +124,9 @@ class Start:
         else:
             for left_out in load_published(model, model.architecture.from_):
                 tell("fallback", what=left_out, why="the recipe's model does without it")
+
+    def weights(self, architecture: ModelSection, seed: int, tell: Callable[..., None]) -> dict[str, Tensor]:
+        """All of them on the host, under published names; arguments and errors are those of `fill`."""
+        model = Model(architecture)
+        self.fill(model, seed, None, tell)
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}

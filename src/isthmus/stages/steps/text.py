@@ -7,6 +7,7 @@ checkpoint as if nothing had happened, also on another number of ranks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,12 +23,13 @@ from isthmus.formats.parts.assemble import unfilled
 from isthmus.launch.local import run_ranks
 from isthmus.model.model import Model
 from isthmus.model.moe import Experts
-from isthmus.pools import Pool, get_pool
+from isthmus.pools import Pool
 from isthmus.progress import Counter, Watch
 from isthmus.recipe.steps import PretrainSection, SftSection
 from isthmus.records import TextRecord
 from isthmus.run import Figure
 from isthmus.stages.steps.step import StepRun
+from isthmus.supervise.guard import Computed, Guard, watched_figures
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.checkpoint import CheckpointWriter, SavedCheckpoint, TrainingState, resume, rng_state
 from isthmus.trainer.compiled import compile_parts
@@ -36,10 +38,12 @@ from isthmus.trainer.observe import Profiler, TensorBoard, expert_imbalance, mfu
 from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.parallel import distribute, materialise
 from isthmus.trainer.parts import model_state
-from isthmus.trainer.step import StepLosses, train_step
+from isthmus.trainer.step import StepLosses, accumulate_gradients, update_router_bias
 
 TRACED_STEPS = (2, 1, 3)
 """Steps of a profile: before it, to warm up, and in the trace."""
+WATCHED_MODULES = 5
+"""Parameters whose part of the gradient an event tells."""
 TextStep = StepRun[PretrainSection | SftSection]
 
 
@@ -76,11 +80,11 @@ def learn(step: TextStep, watch: Watch, text: Callable[[Ranks], Text], *, profil
     `profile` writes a Chrome trace of a few updates of the first rank to `profile/`.
     """
     started, recipe = time.time(), step.recipe
-    pool = get_pool(recipe, step.plan.pool_of("train"))
+    pool = step.home
     check_layout(step.architecture, recipe.train, launched_world() or pool.ranks)
     start = step.start
     if pool.ranks > 1 and launched_world() is None:
-        options = {"name": step.name, "profile": profile}
+        options: dict[str, str | bool] = {"name": step.name, "profile": profile}
         run_ranks("steps", step.run.path, options, pool.ranks, step.folder / "ranks")
         return step.run.require_record(f"steps/{step.name}/record", TextRecord, "run")
     device, chip = device_of(pool), get_chip(pool.chip)
@@ -153,6 +157,12 @@ class Training:
         shared_by = self.recipe.train.replicate
         self.optimizer = Optimizer(model, self.section.optimizer, self.section.steps, ranks, shared_by)
         self.checkpoints = CheckpointWriter(step.folder / "checkpoints", self.section.keep_checkpoints, ranks.storage)
+        self.guard = Guard(step.run, step.name, step.place, ranks, voice.watch)
+
+    @property
+    def recorded(self) -> list[dict[str, Any]]:
+        """The events of the updates that were made or left out so far."""
+        return self.voice.step.events("step")
 
     def finish(self) -> SavedCheckpoint:
         """All updates that are not done yet. Returns the last checkpoint."""
@@ -165,13 +175,16 @@ class Training:
         with (
             self.gauges.curves(first_step=step + 1),
             self.voice.watch.count(self.text.title, self.section.steps) as counter,
+            self.guard.watching(),
         ):
             counter.advance_to(step)
             while step < self.section.steps:
                 self._step(step, counter)
                 step += 1
                 if step % self.section.checkpoint_every == 0 or step == self.section.steps:
-                    self.checkpoints.save(step, self._state())
+                    self.checkpoints.save(step, self.state())
+                else:
+                    self.guard.leave(step, lambda step=step: self._save_now(step))
         saved = self.checkpoints.finish()
         assert saved is not None
         return saved
@@ -179,30 +192,47 @@ class Training:
     def _step(self, step: int, counter: Counter) -> None:
         began = time.perf_counter()
         batch = self.text.batch(step)
-        rows_at_once = self.recipe.train.rows_per_microbatch
-        losses, gradient_norm = train_step(
-            self.model, self.optimizer, batch, self.section, step, self.ranks, rows_at_once
-        )
+        found, made, digest = self.guard.update(step + 1, batch, lambda: self.compute(batch))
+        losses: StepLosses = found.rest
+        modules = self.optimizer.module_norms(WATCHED_MODULES)
+        if made:
+            self.optimizer.apply(step, found.norm)
+            update_router_bias(self.model.routers(), losses.loads, self.section.bias_update_speed)
+        self.optimizer.forget()
         seconds = time.perf_counter() - began
         self.gauges.trace_step()
+        self.guard.after(step + 1, seconds)
         if not self.ranks.is_first:
             return
         losses = losses.on_host()
         rate = self.section.optimizer.learning_rate * self.optimizer.schedule(step)
         measures = self.gauges.measures(losses, batch.mean_context, seconds)
-        measures |= {"grad_norm": round(gradient_norm, 4), "learning_rate": rate}
-        self.gauges.tell(step + 1, losses, measures)
+        measures |= {"grad_norm": _finite(found.norm, 4), "learning_rate": rate}
+        watched = watched_figures(found, modules, digest)
+        self.gauges.tell(step + 1, losses, measures, {"watched": watched} | ({} if made else {"left_out": True}))
         counter.advance_to(step + 1, _status(losses, measures))
 
-    def _state(self) -> TrainingState:
-        extra = {"data": self.text.data, "rng": rng_state(self.ranks.device)}
+    def compute(self, batch: Batch) -> Computed[StepLosses]:
+        """The losses of an update, with its gradients measured and not applied."""
+        self.optimizer.forget()
+        rows_at_once = self.recipe.train.rows_per_microbatch
+        losses = accumulate_gradients(self.model, self.optimizer, batch, self.section, self.ranks, rows_at_once)
+        return Computed(losses.loss, self.optimizer.measure(), losses)
+
+    def _save_now(self, step: int) -> None:
+        self.checkpoints.save(step, self.state())
+        self.checkpoints.finish()
+
+    def state(self) -> TrainingState:
+        """What a checkpoint holds; the tensors are the training's own."""
+        extra = {"data": self.text.data, "rng": rng_state(self.ranks.device), "groups": self.optimizer.groups()}
         return TrainingState(model_state(self.model), self.optimizer.state(), extra)
 
     def _resume(self) -> SavedCheckpoint | None:
         """Load the newest whole checkpoint of the step into model and optimiser; None if there is none."""
         event = self.voice.event
         root, ranks = self.checkpoints.root, self.ranks
-        loaded = resume(root, self._state(), ranks.storage, ranks.device, event, self.voice.say)
+        loaded = resume(root, self.state(), ranks.storage, ranks.device, event, self.voice.say)
         if loaded is None:
             return None
         if loaded.extra["data"] != self.text.data:
@@ -257,14 +287,19 @@ class Gauges:
             "expert_imbalance": expert_imbalance(losses.loads),
         }
 
-    def tell(self, step: int, losses: StepLosses, measures: dict[str, float | None]) -> None:
+    def tell(self, step: int, losses: StepLosses, measures: dict[str, float | None], watched: dict[str, Any]) -> None:
         """The event of a step, and its points on the curves."""
         names = ("loss", "mtp_loss", "balance_loss")
-        values = {name: round(getattr(losses, name), 7) for name in names} | measures
+        values = {name: _finite(getattr(losses, name), 7) for name in names} | measures
         loads = [[round(share, 4) for share in (load / load.sum().clamp(min=1)).tolist()] for load in losses.loads]
-        self.step.event("step", step=step, expert_load=loads, ranks=self.ranks.world, **values)
+        self.step.event("step", step=step, expert_load=loads, ranks=self.ranks.world, **values, **watched)
         if self.board is not None:
             self.board.step(self.step.section.kind, step, values)
+
+
+def _finite(value: float, digits: int) -> float | None:
+    """As an event has it: None if it is no number."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _status(losses: StepLosses, measures: dict[str, float | None]) -> str:

@@ -114,6 +114,11 @@ def _trl(row: Row, answer_column: str | None) -> Problem:
     return _asked(messages, answer, thought, {key: value for key, value in row.items() if key not in used})
 
 
+def asked_problem(messages: list[Row], metadata: Row) -> Problem:
+    """The problem of a conversation. Raises ValueError for one that is no single question to a model without tools."""
+    return _asked(_conversation(messages, "the prompt"), "", metadata=metadata)
+
+
 def _asked(messages: Messages, answer: str, thought: str = "", metadata: Row | None = None) -> Problem:
     """The problem of a conversation, which is kept where it is more than one question."""
     if messages[-1]["role"] != "user":

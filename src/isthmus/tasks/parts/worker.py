@@ -16,23 +16,33 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 START_S = 120.0
 """For a process that starts, and imports what the function needs, on a busy machine."""
 MEMORY_MIB = 4096
+SAID = 1000
+"""Characters of an exception that are passed on."""
 
 
 class WorkerFailed(Exception):
-    """A call that came to nothing; the reason is a few words."""
+    """A call that came to nothing: why in a few words, and what the function said, if it said something."""
+
+    def __init__(self, reason: str, said: str = ""):
+        super().__init__(reason)
+        self.said = said or reason
 
 
 class Worker:
-    """Calls `module:function`, one call at a time, with what JSON can hold."""
+    """Calls `module:function`, one call at a time, with what JSON can hold.
 
-    def __init__(self, function: str, deadline_s: float, memory_mib: int = MEMORY_MIB):
-        self.function, self.deadline_s, self.memory_mib = function, deadline_s, memory_mib
+    A process that starts calls it with `first`, if that is given: what it loads is not held against the deadline.
+    """
+
+    def __init__(self, function: str, deadline_s: float, first: Sequence[Any] | None = None):
+        self.function, self.deadline_s, self.first = function, deadline_s, first
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._held = b""
@@ -40,25 +50,31 @@ class Worker:
     def call(self, *arguments: Any) -> Any:
         """What the function returns. Raises WorkerFailed if it raises, ends its process, or takes too long."""
         with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(arguments).encode() + b"\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                self._stop()
-                raise WorkerFailed("its process ended") from None
-            said = self._read(self.deadline_s)
+            if self._process is None:
+                self._start()
+                if self.first is not None:
+                    self._ask(self.first, START_S)
+            said = self._ask(arguments, self.deadline_s)
         if "error" in said:
-            raise WorkerFailed(said["error"])
+            raise WorkerFailed(said["error"], said["said"])
         return said["value"]
 
     def close(self) -> None:
         with self._lock:
             self._stop()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", __name__, self.function, str(self.memory_mib)]
+    def _ask(self, arguments: Sequence[Any], seconds: float) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._stop()
+            raise WorkerFailed("its process ended") from None
+        return self._read(seconds)
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", __name__, self.function, str(MEMORY_MIB)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._held = b""
         self._process = process = subprocess.Popen(
@@ -68,8 +84,7 @@ class Worker:
         said = self._read(START_S)
         if "error" in said:
             self._stop()
-            raise WorkerFailed(said["error"])
-        return process
+            raise WorkerFailed(said["error"], said["said"])
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line of the process, which is killed if there is none in time."""
@@ -124,13 +139,14 @@ def serve(function: str, memory_mib: int) -> None:
     with ThreadPoolExecutor(max_workers=1) as pool:
         loaded = pool.submit(importlib.import_module, module)
         if error := loaded.exception():
-            say(error=f"{type(error).__name__}: {error}")
+            say(error=type(error).__name__, said=str(error)[:SAID])
             return
         say(value=None)
         for line in sys.stdin:
             called = pool.submit(getattr(loaded.result(), name), *json.loads(line))
             error = called.exception()
-            say(error=type(error).__name__) if error else say(value=called.result())
+            said = {"error": type(error).__name__, "said": str(error)[:SAID]} if error else {"value": called.result()}
+            say(**said)
 
 
 if __name__ == "__main__":

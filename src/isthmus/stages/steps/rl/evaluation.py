@@ -11,7 +11,7 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.run import Figure
 from isthmus.stages.steps import heldout
 from isthmus.stages.steps.heldout import Evaluation
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.checkpoint import SavedCheckpoint
 
@@ -27,10 +27,12 @@ PER_STEP = {
 """Figures of the record that are means over steps: the key in their events, the scale, and the unit."""
 
 
-def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Callable[[str], None]) -> Evaluation:
-    """Held-out problems through the engine; stored, so that a continued run does not repeat it."""
+def evaluate(
+    work: StepRun[RlSection], rollouts: Rollouts, which: str, weights_sha256: str, say: Callable[[str], None]
+) -> Evaluation:
+    """Held-out problems through an engine with these weights; stored, so that a continued run need not repeat it."""
     path = work.folder / f"heldout-{which}.json"
-    if (before := heldout.stored(path)) is not None:
+    if (before := heldout.stored(work.run, path)) is not None:
         return before
     section, began = work.section, time.perf_counter()
     say(f"  held-out problems {which.replace('-', ' ')}{'' if '-' in which else ' RL'}")
@@ -43,7 +45,7 @@ def evaluate(work: StepRun[RlSection], rollouts: Rollouts, which: str, say: Call
         work.recipe.seed,
     )
     result = heldout.answer(rollouts.engine, rollouts.tokenizer, asking)
-    heldout.store(path, result)
+    heldout.store(work.run, path, result, weights_sha256)
     work.event(
         "evaluate",
         which=which,
@@ -78,7 +80,7 @@ class Comparison:
             started=started,
             ended=time.time(),
             step=self.work.name,
-            pool=self.plan.pool_of("train"),
+            pool=self.work.place.pool,
             started_from=start.name,
             started_from_sha256=start.sha256,
             rollout_pool=self.away,

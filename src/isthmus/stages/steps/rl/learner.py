@@ -15,6 +15,7 @@ from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
 from isthmus.rewards import Scores as Earned
 from isthmus.slopes import least_squares_slope
+from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.samples import Samples
 from isthmus.stages.steps.rl.state import State
@@ -39,13 +40,10 @@ class Measures:
 
 
 class Learner:
-    """Learns by the recipe's algorithm: advantages of a rollout's rewards, then updates of the state.
+    """Learns by the recipe's algorithm: advantages of a rollout's rewards, then updates of the state."""
 
-    `reference` has the weights that a KL is measured to, where the recipe asks for one.
-    """
-
-    def __init__(self, state: State, reference: Model | None = None):
-        self.state, self.section, self.reference = state, state.work.section, reference
+    def __init__(self, state: State, beside: Beside):
+        self.state, self.section, self.beside = state, state.work.section, beside
         self.algorithm, self.options = get_algorithm(self.section.algorithm), algorithm_config(self.section)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Tensor:
@@ -67,8 +65,9 @@ class Learner:
             self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
             return {}
         step, bare = self.state.step, replace(rollout, problems=[], scores=NO_SCORES)
-        self.state.crew.order("update", step, bare, advantages, kept, rolled)
-        measures = self._updates(step, rollout, advantages, kept, rolled)
+        scored = None if self.beside.remote is None else self.beside.remote.logprobs(rollout, kept)
+        self.state.crew.order("update", step, bare, advantages, kept, rolled, scored)
+        measures = self._updates(step, rollout, advantages, kept, rolled, scored)
         self.state.mismatches.append(measures[0]["mismatch_abs"])
         averaged = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
         slope = least_squares_slope(self.state.mismatches)
@@ -79,25 +78,36 @@ class Learner:
         return {"update": self._updates}
 
     def _updates(
-        self, step: int, rollout: Rollout, advantages: Tensor, kept: list[int], rolled: list[int]
+        self,
+        step: int,
+        rollout: Rollout,
+        advantages: Tensor,
+        kept: list[int],
+        rolled: list[int],
+        scored: list[list[float]] | None,
     ) -> list[dict[str, float]]:
         """The optimiser steps of a rollout, which all ranks make together; the measures of each.
 
-        `kept` are the numbers of the samples that are learnt from, `rolled` of all that were not left out.
+        `kept` are the numbers of the samples that are learnt from, `rolled` of all that were not left out; `scored` is
+        what a remote teacher gives the tokens of each that is kept.
         """
         updates = self.section.updates_per_rollout
         chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
         totals = [self._totals(rollout, *numbers) for numbers in chosen]
-        parts = [self._own(rollout, numbers, advantages) for numbers, _ in chosen]
+        taught = [None if scored is None else scored[start::updates] for start in range(len(chosen))]
+        pairs = zip(chosen, taught, strict=True)
+        parts = [self._own(rollout, numbers, advantages, teacher) for (numbers, _), teacher in pairs]
         parts = [self._with_known(part, needs_old=updates > 1) for part in parts]
         pairs = enumerate(zip(parts, totals, strict=True))
         return [self._one_update(part, total, step + index / updates) for index, (part, total) in pairs]
 
-    def _own(self, rollout: Rollout, numbers: list[int], advantages: Tensor) -> Samples:
+    def _own(
+        self, rollout: Rollout, numbers: list[int], advantages: Tensor, teacher: list[list[float]] | None
+    ) -> Samples:
         """This rank's rows of some samples, and as many empty ones as make whole microbatches."""
         ranks = self.state.crew.ranks
         row_length = ROW_LENGTH if self._rows_at_once else None
-        whole = Samples.of(rollout, numbers, advantages, row_length, ranks.world)
+        whole = Samples.of(rollout, numbers, advantages, row_length, ranks.world, teacher)
         own = whole.select(range(ranks.rank, len(whole.engine), ranks.world))
         return own.with_rows(self._parts(own)[-1].stop).to(ranks.device)
 
@@ -120,7 +130,9 @@ class Learner:
     @torch.no_grad()
     def _with_known(self, part: Samples, needs_old: bool) -> Samples:
         """With what the trainer thinks before the update, where there are several, and what other models think."""
-        for name, model in (("old", self.state.model if needs_old else None), ("reference", self.reference)):
+        old = self.state.model if needs_old else None
+        models = {"old": old, "reference": self.beside.reference, "teacher": self.beside.teacher}
+        for name, model in models.items():
             if model is not None:
                 rows = [model.compute(self._grid, part.select(rows)) for rows in self._parts(part)]
                 part = part.with_known(name, torch.cat(rows))

@@ -1,8 +1,10 @@
 """Reinforcement learning with verifiable rewards across two pools: one generates, the other learns.
 
 At every step the trainer's weights cross to the rollout engine in its format, with a version and a hash. With
-`staleness = 1` the engine generates the next step's samples while the trainer learns from this one's: both pools work
-at once, and samples are one version old. Truncated importance sampling corrects for that and for the engine's numerics.
+`staleness = k` the engine generates the samples of the next k steps while the trainer learns from this one's: both
+pools work at once, and samples are up to k versions old. With `update_while_writing` new weights reach samples that are
+being written, and each token has a version of its own. Importance weights correct for all of that, and for the engine's
+numerics, because the engine tells the probability with which it drew each token.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import device_of
+from isthmus.launch.beats import beat
 from isthmus.launch.local import run_ranks
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
@@ -28,14 +31,15 @@ from isthmus.records import PlanRecord, RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
 from isthmus.stages.steps.generate import open_engine
-from isthmus.stages.steps.rl.beside import reference_model
+from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
-from isthmus.stages.steps.rl.rollout import Rollouts
+from isthmus.stages.steps.rl.rollouts import Rollouts
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
+from isthmus.supervise.signals.no_beat import ROLLOUT, UNLIMITED
 from isthmus.tasks import tasks_of
 from isthmus.trainer.mesh import check_layout, launched_world, open_ranks
 
@@ -48,7 +52,7 @@ def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
 
     A pool with several ranks learns on all of them, started here or by torchrun; the first one has the engine.
     """
-    home = get_pool(work.recipe, work.plan.pool_of("train"))
+    home = work.home
     check_layout(work.architecture, work.recipe.train, launched_world() or home.ranks)
     if home.ranks > 1 and launched_world() is None:
         run_ranks("steps", work.run.path, {"name": work.name}, home.ranks, work.folder / "ranks")
@@ -73,7 +77,8 @@ def threads_of(work: StepRun[RlSection], home: Pool) -> int:
 def follow(work: StepRun[RlSection], crew: Crew) -> None:
     """What other ranks than the first do: their part of each update, and of what is written."""
     state = State.open(work, crew, lambda _: None)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
+    beat(UNLIMITED, 0)
     crew.follow(state.orders() | learner.orders())
 
 
@@ -81,16 +86,18 @@ def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
     started, plan, start = time.time(), work.plan, work.start
     work.event(
         "start",
-        pool=plan.pool_of("train"),
+        pool=work.place.pool,
         rollout_pool=plan.pool_of("rollout"),
         start=start.name,
         ranks=crew.ranks.world,
     )
+    beat(UNLIMITED, 0)
     with crew.leading(), open_shores(work, plan, crew, watch) as shores:
-        before = evaluate(work, shores.rollouts, "before", watch.say)
+        before = evaluate(work, shores.rollouts, "before", shores.crossing.weights_sha256, watch.say)
         learn(shores, watch)
+        beat(UNLIMITED, 0)
         saved = shores.state.save_last()
-        after = evaluate(work, shores.rollouts, "after", watch.say)
+        after = evaluate(work, shores.rollouts, "after", shores.crossing.weights_sha256, watch.say)
     record = Comparison(work, plan, before, after).record(started, saved)
     work.run.write_record(f"steps/{work.name}/record", record)
     work.event("end", seconds=round(record.seconds, 3))
@@ -113,18 +120,22 @@ def learn(shores: Shores, watch: Watch) -> None:
     state, rollouts, learner, crossing = shores.state, shores.rollouts, shores.learner, shores.crossing
     section, tell = state.work.section, state.work.event
     drift = DriftAlarm(section.drift_budget, section.steps, tell)
+    beat(ROLLOUT, state.step)
     with watch.count(state.work.name, section.steps) as counter:
         counter.advance_to(state.step)
         rollouts.restore(state.step)
         while state.step < section.steps:
+            state.seed()
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
             rewards = rollout.totals
             advantages = learner.advantages(rollout, rewards)
             measures = learner.update(rollout, rewards, advantages)
             state.step += 1
+            beat(ROLLOUT, state.step)
             clock.append(time.perf_counter())
             rollouts.wait()
+            begun_with = crossing.weights_sha256
             clock.append(time.perf_counter())
             crossed = crossing.send()
             clock.append(time.perf_counter())
@@ -132,14 +143,19 @@ def learn(shores: Shores, watch: Watch) -> None:
             drift.look(state.step, state.mismatches, counter.say)
             seconds = dict(zip(PARTS, (round(end - begin, 4) for begin, end in pairwise(clock)), strict=True))
             seen = {"weight_version": state.step, "weight_sha256": crossing.weights_sha256}
-            seen |= {"reward": _mean(rewards), "staleness": state.step - 1 - rollout.version}
+            seen |= {
+                "reward": _mean(rewards),
+            }
+            seen |= rollout.lags(state.step - 1)
             seen |= rollout.shown() | measures
             tell("step", step=state.step, **seen, **crossed, **seconds)
             counter.advance_to(state.step, _status(seen))
             if section.evaluate_every and state.step % section.evaluate_every == 0 and state.step < section.steps:
-                evaluate(state.work, rollouts, f"step-{state.step}", counter.say)
+                beat(UNLIMITED, state.step)
+                evaluate(state.work, rollouts, f"step-{state.step}", crossing.weights_sha256, counter.say)
+                beat(ROLLOUT, state.step)
             if state.step % section.checkpoint_every == 0 and state.step < section.steps:
-                rollouts.store(state.step)
+                rollouts.store(state.step, begun_with)
                 state.save()
 
 
@@ -164,7 +180,7 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: W
     threads = away.shared_threads if section.staleness else away.threads
     options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, crew, watch.say)
-    learner = Learner(state, reference_model(state))
+    learner = Learner(state, Beside.of(state))
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
         open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,

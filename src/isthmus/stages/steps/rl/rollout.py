@@ -1,38 +1,29 @@
-"""Rollouts: what the engine wrote for the prompts of a step, and what it earned."""
+"""A rollout: what the engine wrote for the prompts of a step, and what it earned."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from isthmus.data.corpus import completion_of, prompt_ids
-from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines import Completion, Engine, Sampling
-from isthmus.errors import DamagedFile
-from isthmus.recipe.steps import RlSection
-from isthmus.rewards import Rewards, Sample, Scores
-from isthmus.run import write_atomic
-from isthmus.stages.steps.step import StepRun
-from isthmus.tasks import Mixture, Problem, seeded
+from isthmus.engines import Completion
+from isthmus.rewards import Scores
+from isthmus.tasks import Problem
 
 
 @dataclass
 class Rollout:
-    """Samples of one step: G completions for each of P prompts, with the scores of all P * G."""
+    """Samples of one step: G completions for each of P prompts, with the scores of all P * G. `rolled_prompts` counts
+    those that were drawn for it, where some were replaced."""
 
     problems: list[Problem]
     prompts: list[list[int]]
     completions: list[list[Completion]]
     scores: Scores
     seconds: float
+    rolled_prompts: int | None = None
 
     @property
     def flat(self) -> list[tuple[int, Completion]]:
@@ -41,7 +32,17 @@ class Rollout:
 
     @property
     def version(self) -> int:
+        """The oldest of the weights that wrote it."""
         return min(completion.version for _, completion in self.flat)
+
+    def lags(self, version: int) -> dict[str, float]:
+        """How old it is for a trainer of that version, for an event: `staleness` of its oldest token, `staleness_mean`
+        over tokens, and the share of samples that new weights reached while they were written."""
+        runs = [run for _, one in self.flat for run in one.versions or [(one.version, len(one.tokens))]]
+        tokens = sum(count for _, count in runs)
+        crossed = sum(one.version != one.last_version for _, one in self.flat) / len(self.flat)
+        mean = sum((version - written) * count for written, count in runs) / max(tokens, 1)
+        return {"staleness": version - self.version, "staleness_mean": round(mean, 5), "written_across": crossed}
 
     @property
     def totals(self) -> Tensor:
@@ -51,97 +52,13 @@ class Rollout:
     def shown(self) -> dict[str, Any]:
         """For an event."""
         samples, tokens = len(self.flat), sum(len(one.tokens) for _, one in self.flat)
+        drawn = {} if self.rolled_prompts is None else {"rolled_prompts": self.rolled_prompts}
         return {
             **self.scores.shown(),
+            **drawn,
             "completion_tokens": round(tokens / samples, 3),
             "truncated": sum(one.finish_reason == "length" for _, one in self.flat) / samples,
             "tokens": tokens,
             "tokens_per_s": round(tokens / self.seconds, 1),
             "rollout_s": round(self.seconds, 4),
         }
-
-
-_ROLLOUT = TypeAdapter(Rollout)
-
-
-@dataclass
-class Rollouts:
-    """The engine at work on the task, step by step.
-
-    With `staleness` it generates the next step's samples in the background while this step's are learnt from: those
-    come from the weights of one step before, and a checkpoint keeps them, for a continued run has other weights.
-    """
-
-    work: StepRun[RlSection]
-    tasks: Mixture
-    tokenizer: Tokenizer
-    rewards: Rewards
-    engine: Engine
-    background: Executor
-    _next: Future[Rollout] | None = None
-
-    def take(self, step: int) -> Rollout:
-        """The samples of a step. The next ones are begun, if they may lag behind."""
-        rollout = self._next.result() if self._next else self.generate(step)
-        section = self.work.section
-        begun = section.staleness and step + 1 < section.steps
-        self._next = self.background.submit(self.generate, step + 1) if begun else None
-        return rollout
-
-    def wait(self) -> None:
-        """Until the engine is idle: weights cross between two rollouts, never within one."""
-        if self._next is not None:
-            self._next.result()
-
-    def generate(self, step: int) -> Rollout:
-        """Samples for the prompts of a step; prompts and sampling depend on the seed and the step alone."""
-        began = time.perf_counter()
-        section = self.work.section
-        chance = seeded(self.work.stream, self.work.recipe.seed, step)
-        problems = self.tasks.draw(chance, section.prompts_per_step)
-        seeds = [chance.getrandbits(48) for _ in problems]
-        prompts = self.prompts(problems)
-        replay = section.loss.router_replay
-        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt, routes=replay)
-        completions = self.engine.generate(prompts, sampling, seeds)
-        pairs = [(problem, one) for problem, group in zip(problems, completions, strict=True) for one in group]
-        scores = self.rewards.score([self.sample(problem, one) for problem, one in pairs])
-        return Rollout(problems, prompts, completions, scores, time.perf_counter() - began)
-
-    def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
-        return [prompt_ids(self.tokenizer, problem) for problem in problems]
-
-    def sample(self, problem: Problem, completion: Completion) -> Sample:
-        """A completion, for rewards."""
-        text, limit = completion_of(self.tokenizer, completion.tokens), self.work.section.max_new_tokens
-        finished = completion.finish_reason != "length"
-        return Sample(problem, self.tasks.of(problem), text, len(completion.tokens), limit, finished)
-
-    def is_correct(self, problem: Problem, completion: Completion) -> bool:
-        return self.tasks.of(problem).accuracy(problem, completion_of(self.tokenizer, completion.tokens)) == 1.0
-
-    def store(self, step: int) -> None:
-        """Keep the samples that older weights generated for this step: a continued run learns from the same ones."""
-        path, section = self._path(step), self.work.section
-        if self._next is not None:
-            write_atomic(path, _ROLLOUT.dump_json(self._next.result()))
-        oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
-        for stored in path.parent.glob("rollout-*.json"):
-            if stored.name < oldest.name:
-                stored.unlink()
-
-    def restore(self, step: int) -> None:
-        """Take up the samples that were stored for this step, if there are any. Raises DamagedFile."""
-        path = self._path(step)
-        if not path.exists():
-            return
-        try:
-            stored = _ROLLOUT.validate_json(path.read_bytes())
-        except ValidationError as error:
-            advice = "Delete it: its samples are then generated anew."
-            raise DamagedFile(f"{path} cannot be read ({error}). {advice}") from None
-        self._next = Future()
-        self._next.set_result(stored)
-
-    def _path(self, step: int) -> Path:
-        return self.work.folder / f"rollout-{step:06d}.json"

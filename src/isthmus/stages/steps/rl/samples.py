@@ -33,20 +33,31 @@ class Samples:
 
     @classmethod
     def of(
-        cls, rollout: Rollout, kept: Sequence[int], advantages: Tensor, row_length: int | None = None, world: int = 1
+        cls,
+        rollout: Rollout,
+        kept: Sequence[int],
+        advantages: Tensor,
+        row_length: int | None = None,
+        world: int = 1,
+        teacher: list[list[float]] | None = None,
     ) -> Samples:
-        """The samples whose numbers are `kept`, in rows that `world` ranks can share; advantages [P, G] of all."""
+        """The samples whose numbers are `kept`, in rows that `world` ranks can share; advantages [P, G] of all.
+
+        `teacher` has log-probabilities of the tokens of each of them.
+        """
         flat = [rollout.flat[index] for index in kept]
         batch = pack(
             [Document(rollout.prompts[p] + one.tokens, len(rollout.prompts[p])) for p, one in flat], row_length, world
         )
         places = TokenPlaces.of(batch, [len(rollout.prompts[p]) for p, _ in flat], [len(one.tokens) for _, one in flat])
         per_sample = advantages.reshape(-1)[torch.tensor(kept)]
+        known = {} if teacher is None else {"teacher": places.spread(torch.tensor([v for one in teacher for v in one]))}
         return cls(
             batch,
             len(kept),
             places.spread(torch.tensor([value for _, one in flat for value in one.logprobs])),
             places.spread(per_sample.repeat_interleave(places.lengths)),
+            known,
             routes=_routes(batch, [one.routes for _, one in flat]),
         )
 

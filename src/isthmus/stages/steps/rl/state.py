@@ -13,9 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from isthmus.formats.parts.assemble import unfilled
 from isthmus.model.model import Model
+from isthmus.recipe.architecture import ModelSection
+from isthmus.recipe.schema import TrainSection
 from isthmus.recipe.steps import RlSection
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.step import StepRun
+from isthmus.tasks import seeded
 from isthmus.trainer.checkpoint import (
     CheckpointWriter,
     SavedCheckpoint,
@@ -45,7 +48,7 @@ class State:
     def open(cls, work: StepRun[RlSection], crew: Crew, say: Callable[[str], None]) -> State:
         """From the last whole checkpoint of the step, or from the weights that it starts from if there is none."""
         section, ranks = work.section, crew.ranks
-        model = empty_model(work, ranks)
+        model = empty_model(work.architecture, work.recipe.train, ranks)
         optimizer = Optimizer(model, section.optimizer, section.steps, ranks, work.recipe.train.replicate)
         checkpoints = CheckpointWriter(work.folder / "checkpoints", section.keep_checkpoints, ranks.storage)
         state = cls(work, model, optimizer, checkpoints, crew)
@@ -86,7 +89,13 @@ class State:
         self.crew.order("save", self.step)
         self._save(self.step)
 
+    def seed(self) -> None:
+        """Begin the random stream of the next update, which depends on the recipe and the number of the update alone:
+        what was drawn before, by checks of an engine or in making a model, leaves no trace in it."""
+        torch.manual_seed(seeded(self.work.stream, self.work.recipe.seed, "update", self.step).getrandbits(63))
+
     def _save(self, step: int) -> None:
+        self.seed()
         self.checkpoints.save(step, self._stored({"rng": rng_state(self.device)}))
 
     def save_last(self) -> SavedCheckpoint:
@@ -113,14 +122,14 @@ class State:
         return TrainingState(model_state(self.model), self.optimizer.state(), extra)
 
 
-def empty_model(work: StepRun[RlSection], ranks: Ranks) -> Model:
-    """A model of the step with room for its weights; spread over ranks as [train] says, if there are several."""
+def empty_model(architecture: ModelSection, train: TrainSection, ranks: Ranks) -> Model:
+    """A model with room for its weights; spread over ranks as [train] says, if there are several."""
     if not ranks.grouped:
-        return Model(work.architecture).to(ranks.device)
-    model = unfilled(work.architecture)
-    if work.recipe.train.activation_checkpointing:
+        return Model(architecture).to(ranks.device)
+    model = unfilled(architecture)
+    if train.activation_checkpointing:
         model.recompute_activations()
-    distribute(model, ranks, work.recipe.train, torch.float32)
+    distribute(model, ranks, train, torch.float32)
     materialise(model, ranks.device)
     return model
 

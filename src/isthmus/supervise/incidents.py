@@ -1,0 +1,72 @@
+"""Incidents on the disk: each is there, as decided, before anything is done about it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from isthmus.records import IncidentRecord, RevertVerdict, TrainPlace
+from isthmus.run import RunFolder, explain_io_errors, write_atomic
+from isthmus.supervise.ladder import Decision
+from isthmus.supervise.signals import Signal
+
+
+def write(
+    run: RunFolder, step: str, signal: Signal, decision: Decision, place: TrainPlace, checkpoint: int
+) -> IncidentRecord:
+    """Store a decision under the next free number. Raises IsthmusError if the disk is full or may not be written."""
+    folder = run.step_folder(step) / "incidents"
+    number = 1 + max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
+    while True:
+        record = IncidentRecord(
+            recipe_sha256=run.recipe.digest(),
+            started=time.time(),
+            ended=time.time(),
+            step=step,
+            number=number,
+            signal=signal.kind,
+            detail=signal.detail,
+            pool=place.pool,
+            ranks=place.ranks,
+            culprits=list(signal.culprits),
+            update=signal.update,
+            checkpoint=checkpoint,
+            rung=decision.rung,
+            why=decision.why,
+            outcome="decided",
+            to_pool=decision.to_pool,
+            to_ranks=decision.to_ranks,
+            without_ranks=list(decision.without_ranks),
+            figures=decision.figures,
+        )
+        if _take(folder / f"{number:03d}.json", record):
+            return record
+        number += 1
+
+
+def _take(path: Path, record: IncidentRecord) -> bool:
+    """Store a record under a number that nobody has: a step and its supervisor may write at the same time."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    write_atomic(own, record.model_dump_json(indent=2).encode() + b"\n")
+    with explain_io_errors(path):
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            return False
+        finally:
+            own.unlink()
+    return True
+
+
+def conclude(
+    run: RunFolder,
+    record: IncidentRecord,
+    outcome: Literal["done", "asked", "failed"],
+    gate: RevertVerdict | None = None,
+) -> IncidentRecord:
+    """Say what came of a decision."""
+    ended = record.model_copy(update={"outcome": outcome, "ended": time.time(), "gate": gate})
+    run.write_record(f"steps/{record.step}/incidents/{record.number:03d}", ended)
+    return ended
