@@ -343,10 +343,8 @@ class RunFolder:
         for number, line in enumerate(chain.bodies):
             try:
                 entry = json.loads(line)
-            except (ValueError, RecursionError):
+            except ValueError:
                 continue
-            if not isinstance(entry, dict) or not {"stage", "event"} <= entry.keys():
-                raise DamagedFile(f"{path}:{number + 1} is not an event of a run; remove the line")
             if (stage and entry["stage"] != stage) or (event and entry["event"] != event):
                 continue
             key = (entry["stage"], entry["event"], entry["step"]) if "step" in entry else number

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines.local.api.access_log import AccessLog
 from isthmus.engines.local.api.service import read_examples
 from isthmus.errors import IsthmusError
 from isthmus.forecast.calibrate import read_file
@@ -21,7 +22,6 @@ from isthmus.formats.updates.version_folder import read_versions
 from isthmus.lines import read_json_object, read_objects
 from isthmus.recipe.architecture import read_architecture
 from isthmus.recipe.read import load_recipe
-from isthmus.run import RunFolder
 from tests.support.engine_bundle import write_small_bundle
 
 CASES = 22
@@ -36,7 +36,6 @@ WHOLE = {
         "answers": [{"prompt": [1], "tokens": [2], "logprobs": [-1.0], "margins": [1.0]}],
     },
     "calibration.json": {"home": {}},
-    "events.jsonl": {"stage": "rl", "event": "step", "step": 1, "time": 0.0},
     "rows.jsonl": {"question": "a", "answer": "b"},
     "model.safetensors.index.json": {"weight_map": {"lm_head.weight": "model.safetensors"}},
 }
@@ -115,10 +114,10 @@ def refusal_names(read, folder: Path, name: str) -> bool:
     return False
 
 
-def test_damaged_lines_of_events_are_left_out_or_named(bundle, tmp_path):
-    path = tmp_path / "events.jsonl"
-    run = RunFolder(tmp_path, None)
-    for content in damages((bundle / "events.jsonl").read_bytes(), 3):
-        path.write_bytes(content)
-        with contextlib.suppress(IsthmusError):
-            run.events("rl")
+def test_a_full_disk_ends_the_access_log_with_one_message(caplog):
+    log = AccessLog("/dev/full")
+    for _ in range(3):
+        log.event("resume")
+    assert log.failure is not None and "No space left" in log.failure
+    said = [record.message for record in caplog.records]
+    assert said == [f"{log.failure}; nothing more is logged until a restart"]
