@@ -15,6 +15,8 @@ from typing import Any
 
 from isthmus.errors import IsthmusError
 
+_AGAIN = "write it again, or copy it again from where it came"
+
 
 def read_text(path: Path) -> str:
     """The text of a file without its byte-order mark. Raises OSError, and IsthmusError for what is not UTF-8."""
@@ -22,6 +24,26 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise IsthmusError(f"{path} is not UTF-8 text: {error.reason}{encoding_hint(error.object)}") from None
+
+
+def read_json(path: Path, damaged: type[IsthmusError] = IsthmusError) -> Any:
+    """What a JSON file holds. Raises OSError, and `damaged` for what is no file, no JSON or too deeply nested."""
+    try:
+        return json.loads(read_text(path))
+    except IsADirectoryError:
+        raise damaged(f"{path} is a folder and should be a file; {_AGAIN}") from None
+    except RecursionError:
+        raise damaged(f"{path} is not valid JSON: nested too deeply; {_AGAIN}") from None
+    except ValueError as error:
+        raise damaged(f"{path} is not valid JSON: {error}; {_AGAIN}") from None
+
+
+def read_json_object(path: Path, damaged: type[IsthmusError] = IsthmusError) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises OSError, and `damaged` for anything else."""
+    content = read_json(path, damaged)
+    if not isinstance(content, dict):
+        raise damaged(f"{path} is not a JSON object but {type(content).__name__}; {_AGAIN}")
+    return content
 
 
 def lines_of(text: str) -> list[str]:

@@ -38,6 +38,7 @@ from isthmus.chain import (
     unlinked,
 )
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.lines import read_json
 from isthmus.recipe.read import resolved_recipe
 from isthmus.recipe.schema import Recipe, content_digest
 
@@ -536,10 +537,7 @@ def _json(content: Any) -> bytes:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    return read_json(path, DamagedFile)
 
 
 def _difference(old: Recipe, new: Recipe) -> str:

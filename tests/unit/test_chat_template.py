@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as BpeTokenizer
@@ -100,3 +102,31 @@ def test_earlier_thinking_has_the_name_that_the_template_reads_it_by(field: str)
     )
     for given in ("reasoning_content", "reasoning"):
         assert template.render([{"role": "assistant", "content": "a", given: "because"}]) == "(because)"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}text{% endfor %}{% endfor %}",
+        "{{ 10**10000000 }}",
+        "{{ 'x' * 100000000000 }}",
+        "{{ ([0] * 999999999)|length }}",
+        "{{ 'x'.center(10000000000) }}",
+        "{{ 'x'|center(10000000000) }}",
+        "{{ '%999999999999d' % 1 }}",
+        "{{ '%999999999999d'|format(1) }}",
+        "{{ ('x' * 9999)|replace('x', 'x' * 9999) }}",
+        "{{ ('x' * 9999).replace('x', 'x' * 9999) }}",
+        "{% set n = namespace(s='x' * 9999) %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% set n = namespace(s='x' * 9999) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s=3) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    ],
+)
+def test_a_template_that_costs_too_much_is_refused(source, monkeypatch):
+    monkeypatch.setattr("isthmus.data.template_limits.RENDER_S", 0.1)
+    monkeypatch.setattr("isthmus.data.template_limits.MOST_CHARACTERS", 1 << 20)
+    before = sys.gettrace()
+    with pytest.raises(IsthmusError, match="refuses this conversation"):
+        ChatTemplate(source).render([{"role": "user", "content": "a"}])
+    assert sys.gettrace() is before

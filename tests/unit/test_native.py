@@ -173,3 +173,30 @@ def test_a_compiler_that_fails_is_quoted(no_library, monkeypatch, tmp_path):
     with pytest.raises(NativeUnavailable, match=r"could not compile the kernels: .*no-such-flag"):
         load_library()
     assert list((tmp_path / "isthmus").iterdir()) == []
+
+
+def test_kernels_in_the_cache_that_are_damaged_or_open_to_others_are_built_again(no_library, monkeypatch, tmp_path):
+    compiler, calls = tmp_path / "cc", tmp_path / "calls"
+    calls.touch()
+    compiler.write_text(
+        f'#!/bin/sh\necho called >> {calls}\nwhile [ "$1" != -o ]; do shift; done\necho "no library" > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def times_compiled():
+        tried_library.cache_clear()
+        with pytest.raises(NativeUnavailable):
+            load_library()
+        return len(calls.read_text().splitlines())
+
+    assert times_compiled() == times_compiled() == 1
+    [stored] = (tmp_path / "isthmus").glob("*.so")
+    stored.write_bytes(b"")
+    assert times_compiled() == 2
+    stored.chmod(0o777)
+    assert times_compiled() == times_compiled() == 3
+    stored.unlink()
+    stored.symlink_to(compiler)
+    assert times_compiled() == 4

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import struct
 import threading
+import zlib
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from isthmus.engines.local.api.weights import WeightUpdates
 from isthmus.engines.local.core.scheduler import Finished, Request
 from isthmus.errors import DamagedFile
 from isthmus.formats import get_format
-from isthmus.formats.updates.delta import WeightSet, encode
+from isthmus.formats.updates.delta import WeightSet, apply, encode
 from isthmus.formats.updates.wire import digest, pack, unpack
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
 
@@ -38,6 +42,13 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def service(bundle):
+    found = load_service(bundle, slots=4)
+    yield found
+    found.core.stop()
+
+
+@pytest.fixture(scope="module")
+def service_of_module(bundle):
     found = load_service(bundle, slots=4)
     yield found
     found.core.stop()
@@ -325,3 +336,108 @@ def test_a_delta_of_elements_is_taken_only_where_it_fits(service, updates):
     with pytest.raises(DamagedFile, match="was announced"):
         updates.finish(2, "0" * 64)
     assert answer(service) == before and updates.info()["last_update"]["outcome"] == "abandoned"
+
+
+def in_parts(service, seed):
+    """A delta of elements to other weights in several parts, and the whole of these."""
+    base, new = WeightSet.of(0, dict(service.tensors)), WeightSet.of(1, tensors_of(seed))
+    parts = encode(base, new, part_bytes=2000)
+    assert len(parts) > 2
+    return parts, new
+
+
+def test_half_of_what_the_header_announces_is_not_taken_whoever_forgets_the_hash(service, updates):
+    parts, new = in_parts(service, 1)
+    before = answer(service)
+    updates.start(1, "delta", base_version=0)
+    for payload in parts[:-1]:
+        updates.add(payload, digest(payload))
+    with pytest.raises(ApiError, match=f"{len(parts) - 1} of {len(parts)} parts") as refusal:
+        updates.finish(1)
+    assert refusal.value.status == 409 and answer(service) == before
+    updates.add(parts[-1], digest(parts[-1]))
+    assert updates.finish(1)["sha256"] == new.sha256
+
+
+def test_what_the_header_announces_is_held_against_what_came(service, updates, monkeypatch):
+    _, new = in_parts(service, 1)
+    lying = WeightSet(1, new.tensors, new.hashes)
+    lying.__dict__["sha256"] = "0" * 64
+    [payload] = encode(WeightSet.of(0, dict(service.tensors)), lying)
+    updates.start(1, "delta", base_version=0)
+    updates.add(payload, digest(payload))
+    with pytest.raises(DamagedFile, match=r"0000000000000000\.\.\. was announced"):
+        updates.finish(1)
+    assert service.core.version == 0 and updates.info()["last_update"]["outcome"] == "abandoned"
+
+
+def test_parts_of_two_updates_are_not_mixed(service, updates):
+    (ours, _), (theirs, _) = in_parts(service, 1), in_parts(service, 2)
+    updates.start(1, "delta", base_version=0)
+    updates.add(ours[0], digest(ours[0]))
+    with pytest.raises(ApiError, match="another update") as refusal:
+        updates.add(theirs[1], digest(theirs[1]))
+    assert refusal.value.status == 409
+
+
+def test_finite_weights_whose_model_answers_no_number_are_refused_before_they_serve(service, updates):
+    before = answer(service)
+    tensors = tensors_of(1)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 3e38)
+    payload = pack(tensors)
+    with pytest.raises(DamagedFile, match="not a number"):
+        updates.at_once(payload, 1, digest(payload))
+    assert answer(service) == before and updates.info()["last_update"]["outcome"] == "refused"
+
+
+def described(**tensors):
+    """A safetensors message with this header."""
+    header = json.dumps(tensors).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(64)
+
+
+ODD_HEADERS = [
+    *({"w": {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}} for kind in ("F4", "F8_E8M0", "F6_E2M3", "X", "")),
+    {"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 64]}},
+    {"w": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 64]}},
+    {"w": {"dtype": "F32", "shape": [[4]], "data_offsets": [0, 16]}},
+    {"w": {"dtype": "F32", "shape": [16], "data_offsets": [64, 0]}},
+    {"w": []},
+    {"w": {"dtype": {"dtype": "F32"}}},
+    {"__metadata__": {"a": {"b": 1}}},
+]
+
+
+@pytest.mark.parametrize("header", ODD_HEADERS, ids=str)
+def test_odd_headers_are_damage_and_no_traceback(service_of_module, header):
+    payload = described(**header)
+    with pytest.raises(DamagedFile):
+        WeightUpdates(service_of_module).at_once(payload, 1, digest(payload))
+
+
+CHANGES = [
+    {"parts": "6"}, {"part": []}, {"parts": True}, {"sha256": 5}, {"base_version": {"a": 1}}, {"entries": 7},
+    {"entries": [[]]}, {"entries": [["w", "F4", [2], "full", 2, 0, [["raw", 8]], "a"]]}, {"entries": [[["w"]] * 8]},
+    {"entries": [["w", "float32", [-2], "full", 2, 0, [["raw", 8]], "a"]]}, {"more": 1},
+    {"entries": [["w", "float4_e2m1fn_x2", [2], "full", 2, 0, [["raw", 2]], "a"]]},
+    {"entries": [["w", "nn", [2], "full", 2, 0, [["raw", 2]], "a"]]},
+    {"entries": [["w", "float32", [1 << 70], "full", 2, 0, [["raw", 8]], "a"]]},
+    {"entries": [["w", "float32", [2], "full", 1e400, 0, [["raw", 8]], "a"]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_odd_headers_of_a_delta_are_damage_and_no_traceback(change):
+    content = {"base_version": None, "version": 1, "base_sha256": None, "sha256": "a", "part": 0, "parts": 1, **change}
+    packed = zlib.compress(json.dumps({"entries": [], **content}).encode())
+    head = struct.pack("<8sQI", b"ISTHMDL1", 20 + len(packed) + 8 + 32, len(packed))
+    body = head + packed + bytes(8)
+    with pytest.raises(DamagedFile):
+        apply(None, [body + hashlib.sha256(body).digest()])
+
+
+def test_a_deeply_nested_header_of_a_delta_is_damage():
+    packed = zlib.compress(b"[" * 100_000)
+    head = struct.pack("<8sQI", b"ISTHMDL1", 20 + len(packed) + 32, len(packed))
+    with pytest.raises(DamagedFile, match="header"):
+        apply(None, [head + packed + hashlib.sha256(head + packed).digest()])

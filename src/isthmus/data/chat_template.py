@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from isthmus.data.template_limits import LimitedEnvironment, within_limits
 from isthmus.errors import IsthmusError
 from isthmus.tasks.parts.completions import END_THINK as END_THINK
 from isthmus.tasks.parts.completions import THINK as THINK
@@ -31,6 +31,7 @@ _FAILURES = (
     ArithmeticError,
     LookupError,
     AttributeError,
+    MemoryError,
     RecursionError,
 )
 
@@ -107,8 +108,8 @@ class _Generation(Extension):
         return caller()
 
 
-def _environment(finalize: Callable[[Any], Any] | None = None) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(finalize: Callable[[Any], Any] | None = None) -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], finalize=finalize
     )
     environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _strftime_now}
@@ -120,10 +121,14 @@ def _first_that_renders(template: Template, variants: list[Callable[[], Messages
     """The rendering of the first variant that the template's arithmetic of texts takes; the last may fail."""
     for variant in variants[:-1]:
         try:
-            return template.render(messages=variant(), **given)
+            return _render(template, variant(), given)
         except TypeError:
             continue
-    return template.render(messages=variants[-1](), **given)
+    return _render(template, variants[-1](), given)
+
+
+def _render(template: Template, messages: Messages, given: dict[str, Any]) -> str:
+    return within_limits(lambda: template.generate(messages=messages, **given))
 
 
 def _fields(tree: nodes.Template) -> Iterator[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import socket
@@ -26,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from isthmus.data.text_files import TextPiece, cut_text, text_pieces, texts_of
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.lines import read_text
+from isthmus.lines import read_json
 from isthmus.run import replaced, sha256_file
 
 SHARD_BYTES = 16 * 2**20
@@ -359,7 +358,7 @@ def _layout_of(path: Path, root: Path) -> TokenLayout:
             f"document, such as {LAYOUT_EXAMPLE}."
         )
     try:
-        layout = TokenLayout.model_validate(json.loads(read_text(source)))
+        layout = TokenLayout.model_validate(read_json(source))
     except ValueError as error:
         raise IsthmusError(f"{source} does not describe token shards: {_first_fault(error)}") from None
     _check_layout(layout, source, path)

@@ -18,7 +18,7 @@ from isthmus.data.chat_template import END_THINK, THINK, ChatTemplate
 from isthmus.data.tiktoken import find_tiktoken, read_tiktoken
 from isthmus.data.token_bytes import bytes_reader
 from isthmus.errors import IsthmusError
-from isthmus.lines import read_text
+from isthmus.lines import read_json_object
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -283,8 +283,9 @@ def _read_vocabulary(folder: Path, config: dict[str, Any]) -> BpeTokenizer:
     try:
         bpe = BpeTokenizer.from_file(str(path))
     except BaseException as error:
-        if type(error) is Exception:  # the library raises nothing more specific
-            raise IsthmusError(f"{path} cannot be read by the tokenizers library: {error}") from None
+        # The library raises nothing more specific, and where it panics, what is no Exception.
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise IsthmusError(f"{path} cannot be read by the tokenizers library: {error}; copy it again") from None
         raise
     bpe.no_truncation()
     bpe.no_padding()
@@ -346,10 +347,8 @@ def _special_token(folder: Path, config: dict[str, Any], bpe: BpeTokenizer, key:
 def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     """The content of a file; of a file that need not be there, nothing."""
     try:
-        return json.loads(read_text(path))
+        return read_json_object(path)
     except FileNotFoundError:
         if needed:
             raise IsthmusError(f"{path.parent} has no tokenizer: {path.name} is missing") from None
         return {}
-    except json.JSONDecodeError as error:
-        raise IsthmusError(f"{path} is not valid JSON: {error}") from None

@@ -13,7 +13,7 @@ from isthmus.errors import IsthmusError
 from isthmus.forecast.outlook import Outlooks
 from isthmus.forecast.pace import Knobs, step_pace
 from isthmus.forecast.points import Calibration, fit_points
-from isthmus.lines import read_text
+from isthmus.lines import read_json
 from isthmus.run import write_atomic
 
 
@@ -85,11 +85,9 @@ def read_calibrations(path: Path) -> dict[str, tuple[str, Calibration]]:
 def read_file(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a calibration file."""
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path)
     except FileNotFoundError:
         raise IsthmusError(f"no calibration at {path}; make one with `isthmus forecast calibrate`") from None
-    except ValueError as error:
-        raise IsthmusError(f"{path} is not a calibration: {error}") from None
     if not isinstance(content, dict):
         raise IsthmusError(f"{path} is not a calibration: it holds no pools by name")
     return content

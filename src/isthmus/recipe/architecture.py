@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from abc import abstractmethod
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
-from isthmus.lines import read_text
+from isthmus.lines import read_json_object
 from isthmus.recipe.explain import explain
 from isthmus.recipe.section import Count, Number, RecipeError, Section, Tokens, Unit, Whole, key
 
@@ -397,13 +396,9 @@ _ARCHITECTURE: TypeAdapter[AnySection] = TypeAdapter(Architecture)
 
 def read_architecture(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(read_text(folder / "config.json"))
+        config = read_json_object(folder / "config.json", RecipeError)
     except FileNotFoundError:
         raise RecipeError(f"[model] from = {str(folder)!r}: there is no config.json in that folder") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{folder / 'config.json'} is not a JSON object")
     try:
         return architecture_from_config(config)
     except RecipeError as error:

@@ -39,6 +39,7 @@ from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
 from isthmus.formats.parts.pieces import streamed
 from isthmus.formats.parts.ranges import Calibration
+from isthmus.lines import read_json_object
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture, text_config
 from isthmus.recipe.section import RecipeError
@@ -179,7 +180,7 @@ def _format_name(options: Options, architecture: ModelSection, source: Path) -> 
 
 def _check_scale_rule(source: Path, chosen: Format) -> None:
     """fp8 that stays fp8 keeps its weights; a checkpoint may ask for another rule of the scales of activations."""
-    quantisation = json.loads((source / CONFIG).read_bytes()).get("quantization_config") or {}
+    quantisation = _read_json(source / CONFIG).get("quantization_config") or {}
     if chosen.name == "fp8" and quantisation.get("scale_fmt") is not None:
         raise IsthmusError(
             f"{source / CONFIG} has scale_fmt = {quantisation['scale_fmt']!r}: activations get scales by a rule that "
@@ -431,13 +432,8 @@ def _one_thread_each() -> Iterator[None]:
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        return read_json_object(path, DamagedFile)
     except FileNotFoundError:
         if optional:
             return {}
         raise IsthmusError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path} is not a JSON object")
-    return content

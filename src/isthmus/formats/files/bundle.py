@@ -35,6 +35,7 @@ from isthmus.formats.parts.names import mtp_copies
 from isthmus.formats.parts.pieces import Adapt, streamed
 from isthmus.formats.parts.ranges import Calibration
 from isthmus.formats.parts.values import value_problems
+from isthmus.lines import read_json_object
 from isthmus.model.config import hf_config
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection, architecture_from_config, parse_architecture
@@ -354,13 +355,7 @@ def verify_files(folder: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a bundle. Raises DamagedFile if it is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path} is not a JSON object")
-    return content
+    return read_json_object(path, DamagedFile)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -35,6 +35,7 @@ from isthmus.formats.parts.values import (
     scale_problem,
     weight_problem,
 )
+from isthmus.lines import read_json_object
 from isthmus.recipe.architecture import DeepseekSection, ModelSection, text_config
 
 CONFIG = "config.json"
@@ -148,6 +149,8 @@ class StoredTensors:
             raise DamagedFile(f"{self.folder / file} is not a whole safetensors file: {error}") from None
         except FileNotFoundError:
             raise DamagedFile(f"{self.folder / file} is missing") from None
+        except OSError as error:
+            raise DamagedFile(f"{self.folder / file} cannot be read: {error.strerror or error}") from None
         self._find_places(file)
         stored = {_alone(name): name for name in self._open[file].keys()}  # noqa: SIM118 - it is no dictionary
         self._stored_name |= stored
@@ -194,8 +197,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = read_json_object(path, DamagedFile)["weight_map"]
+    except KeyError as error:
         raise DamagedFile(f"{path} is no index of safetensors files: {error!r}") from None
     plain = isinstance(weight_map, dict) and all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
@@ -441,11 +444,9 @@ class _CheckpointState(Mapping[str, Tensor]):
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        return json.loads(path.read_bytes())
+        return read_json_object(path, DamagedFile)
     except FileNotFoundError:
         raise IsthmusError(f"{folder} is no checkpoint: it has no {CONFIG}") from None
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
 
 
 @dataclass(frozen=True)

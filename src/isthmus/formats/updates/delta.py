@@ -44,7 +44,7 @@ PART_BYTES = 64 << 20
 _PREFIX, _HASH_BYTES = struct.Struct("<8sQI"), 32
 _PLAIN, _ZSTD = "raw", "zstd"
 _ZSTD_LEVEL = 1
-_LARGEST_HEADER = 256 << 20
+_LARGEST_HEADER = 64 << 20
 NEVER_SPARSE, ONLY_SPARSE = 0.6, 0.25
 """Shares of changed elements: up to the second the sparse form is the smaller one (`forms` in benchmarks/deltas.py);
 above the first it is not tried. In between both are."""
@@ -201,7 +201,7 @@ def decode(message: Message, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise DamagedFile(f"the delta of {entry.name} is cut short")
         try:
             found[entry.name] = _decode_tensor(entry, streams, base.get(entry.name), message.header.base_version)
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise DamagedFile(f"the delta of {entry.name} cannot be read: {error}") from None
         place += length
         if tensor_sha256(found[entry.name]) != entry.sha256:
@@ -414,13 +414,29 @@ def _read_header(packed: bytes) -> Header:
     try:
         content = json.loads(zlib.decompressobj().decompress(packed, _LARGEST_HEADER))
         entries = [_read_entry(values) for values in content.pop("entries")]
-        return Header(**content, entries=entries)
-    except (ValueError, TypeError, KeyError, zlib.error) as error:
+        header = Header(**content, entries=entries)
+        _require_types(header)
+        return header
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, zlib.error) as error:
         raise DamagedFile(f"the header of a weight delta cannot be read: {error}") from None
+
+
+def _require_types(header: Header) -> None:
+    numbers = [
+        header.version,
+        header.part,
+        header.parts,
+        *([] if header.base_version is None else [header.base_version]),
+    ]
+    texts = [header.sha256, *([] if header.base_sha256 is None else [header.base_sha256])]
+    if any(type(one) is not int or one < 0 for one in numbers) or not all(isinstance(one, str) for one in texts):
+        raise ValueError("a version, a part or a hash is of another type")
 
 
 def _read_entry(values: list[Any]) -> Entry:
     entry = Entry(*values)
+    if not isinstance(entry.sha256, str) or entry.dtype.startswith("_"):
+        raise ValueError(f"{entry.name} has no hash or no dtype")
     streams = [(str(codec), int(length)) for codec, length in entry.streams]
     if entry.method not in ("sparse", "dense", "full") or any(length < 0 for _, length in streams):
         raise ValueError(f"{entry.name} is sent in an unknown way")

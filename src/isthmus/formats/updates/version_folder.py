@@ -18,6 +18,7 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats.updates.delta import WeightSet, apply, split_messages
 from isthmus.formats.updates.publisher import Published
 from isthmus.formats.updates.wire import digest, pack, unpack
+from isthmus.lines import read_json_object
 from isthmus.run import write_atomic
 
 LATEST = "latest.json"
@@ -94,10 +95,10 @@ def read_versions(folder: Path, format_name: str | None = None) -> list[StoredVe
     if not path.is_file():
         raise IsthmusError(f"{folder} has no {LATEST}: nothing has been published there yet")
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json_object(path, DamagedFile)
         found = content["format"]
         versions = [_stored_version(one) for one in content["versions"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{path} cannot be read: {error!r}") from None
     if not versions or (format_name is not None and found != format_name):
         raise IsthmusError(f"{folder} holds versions in format {found}, not {format_name}; publish to another folder")

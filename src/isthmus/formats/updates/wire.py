@@ -39,5 +39,7 @@ def unpack(payload: bytes, sha256: str) -> dict[str, Tensor]:
         )
     try:
         return safetensors.torch.load(payload)
-    except SafetensorError as error:
+    except KeyError as error:  # the table of dtypes that torch has
+        raise DamagedFile(f"the weights that arrived have a dtype that is not known here: {error}") from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise DamagedFile(f"the weights that arrived are not a safetensors message: {error}") from None

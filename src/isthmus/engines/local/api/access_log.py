@@ -28,9 +28,12 @@ class AccessLog:
 
     def __init__(self, target: str | Path | None, *, file_bytes: int = 64 << 20, log_prompts: bool = False):
         self.log_prompts = log_prompts
+        self.failure: str | None = None
+        """Why nothing is logged any more, if something went wrong."""
         self._logger = logging.Logger("isthmus.access", logging.INFO)
         if target is not None:
             handler = _handler(target, file_bytes)
+            handler.handleError = self._give_up
             handler.setFormatter(logging.Formatter("%(message)s"))
             self._logger.addHandler(handler)
 
@@ -66,6 +69,13 @@ class AccessLog:
     def close(self) -> None:
         for handler in self._logger.handlers:
             handler.close()
+
+    def _give_up(self, _record: logging.LogRecord) -> None:
+        """Stop after the first line that cannot be written, and say so once. Called where the exception is handled."""
+        self.failure = f"the access log cannot be written: {sys.exc_info()[1]}"
+        logging.getLogger(__name__).error("%s; nothing more is logged until a restart", self.failure)
+        for handler in list(self._logger.handlers):
+            self._logger.removeHandler(handler)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._logger.handlers:

@@ -27,6 +27,9 @@ from isthmus.engines.local.api.visit import Visit
 from isthmus.engines.local.core.grammar import GrammarConstraint
 from isthmus.engines.local.core.scheduler import Constraint, Finished, PromptToken, Request, Token, TopLogprobs
 
+MOST_UNREAD, MOST_UNREAD_OF_CHOICE = 1024, 64
+"""Events that may wait for their client, of a request, or of each of its choices if that is more."""
+
 
 @dataclass
 class Drawn:
@@ -96,6 +99,7 @@ class Exchange:
         self._cached = [0] * len(self.prompts)
         self.prompt_tokens: list[list[PromptToken] | None] = [None] * len(self.prompts)
         self._request = self._make_request()
+        self._delivered, self._taken, self._held = 0, 0, False
 
     @property
     def size(self) -> int:
@@ -128,7 +132,7 @@ class Exchange:
         self._submit()
         try:
             while open_choices:
-                event = await self._events.get()
+                event = await self._next_event()
                 if isinstance(event, Finished):
                     open_choices -= 1
                     yield self._finish(event)
@@ -172,6 +176,7 @@ class Exchange:
             constraint=self._constraint,
             stream=ask.stream or bool(ask.stop) or (self._calls is not None and not self._calls.parallel),
             routes=routes,
+            owner=self.visit.key_name,
         )
 
     def _submit(self) -> None:
@@ -183,9 +188,21 @@ class Exchange:
             raise ApiError(str(error), status=503) from None
 
     def _deliver(self, event: Token | Finished) -> None:
-        """Called from the engine's thread."""
+        """Called from the engine's thread. A request whose events nobody takes is held: its client does not read."""
         self.visit.tell(event)
+        self._delivered += 1
+        if not self._held and self._delivered - self._taken > max(MOST_UNREAD, MOST_UNREAD_OF_CHOICE * self.size):
+            self._held = True
+            self.service.core.hold(self._request)
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def _next_event(self) -> Token | Finished:
+        event = await self._events.get()
+        self._taken += 1
+        if self._held and self._events.empty():
+            self._held = False
+            self.service.core.release(self._request)
+        return event
 
     def _advance(self, step: Token) -> Piece:
         writer = self._writers[step.choice]

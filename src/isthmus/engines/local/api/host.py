@@ -19,16 +19,19 @@ from isthmus.errors import IsthmusError
 DRAIN_S = 30.0
 LAST_WORDS_S = 5
 REQUEST_S = 20.0
+UNREAD_S = 120.0
 STOPPED = "the server was stopped before this request was done"
 
 
 class _Connection(H11Protocol):
-    """A connection that ends if a request's line and headers, or a body that nobody reads, take over `REQUEST_S`.
+    """A connection that ends if a request's line and headers, or a body that nobody reads, take over `REQUEST_S`, or if
+    its client reads nothing of an answer for `UNREAD_S`.
 
     Bodies that are read are the handler's to wait for, and silence between two requests is uvicorn's.
     """
 
     _end_of_patience: asyncio.TimerHandle | None = None
+    _end_of_writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -41,14 +44,28 @@ class _Connection(H11Protocol):
         elif self._end_of_patience is None:
             self._end_of_patience = self.loop.call_later(REQUEST_S, self.transport.close)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._end_of_writing = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_watching_the_reader()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching_the_reader()
         super().connection_lost(exc)
 
     def _is_owed_more(self) -> bool:
         """Whether the client has begun a request that no handler works on."""
         is_idle = self.cycle is None or self.cycle.response_complete
         return is_idle and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def _stop_watching_the_reader(self) -> None:
+        if self._end_of_writing is not None:
+            self._end_of_writing.cancel()
+            self._end_of_writing = None
 
     def _stop_waiting(self) -> None:
         if self._end_of_patience is not None:

@@ -40,13 +40,14 @@ _ENGINE = "0"
 class Metrics:
     """The metrics of one server, in a registry of their own. Follows visits."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, log_failed: Callable[[], bool] = lambda: False):
         self.registry = CollectorRegistry()
         self._model_name = service.identity.model
         core = service.core
         self._gauge("vllm:num_requests_running", "Samples that run", lambda: core.running)
         self._gauge("vllm:num_requests_waiting", "Samples in the line", lambda: core.waiting)
         self._gauge("vllm:kv_cache_usage_perc", "Share of the cache in use; 1 is all", lambda: core.cache_usage)
+        self._gauge("isthmus:access_log_failed", "1: the access log cannot be written any more", log_failed)
         self.registry.register(_CoreCounters(core, self._model_name))
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of answered prompts")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Generated tokens")

@@ -132,10 +132,10 @@ class Server:
         report: Path | None = None,
     ):
         self.service = service
-        self.metrics, self.intake = Metrics(service), Intake()
+        self.log = log or AccessLog(None)
+        self.metrics, self.intake = Metrics(service, lambda: self.log.failure is not None), Intake()
         keys = keys or Keyring([])
         self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
-        self.log = log or AccessLog(None)
         self.gate = Gate(service, self.metrics, self.keys, limits, self.log, hosts)
         self._origins = origins
         self.updates = WeightUpdates(service)
@@ -366,7 +366,8 @@ class Server:
     async def ready(self, _request: Request) -> Response:
         """Whether requests should be sent here."""
         state = self.gate.state
-        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+        trouble = {} if self.log.failure is None else {"access_log": self.log.failure}
+        return JSONResponse({"status": state, **trouble}, status_code=200 if state == "ready" else 503)
 
     async def ping(self, _request: Request) -> Response:
         """Whether the engine works."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +21,13 @@ from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import Bundle, check_values, read_bundle, weights_sha256
 from isthmus.formats.files.golden import Golden, read_golden
-from isthmus.lines import read_text
+from isthmus.lines import read_json
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import ModelSection
 from isthmus.recipe.schema import EngineOptions, Thinking
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-LONGEST_SEQUENCE = 8192
+LONGEST_SEQUENCE, TRIED_TOKENS = 8192, 32
 STATES = ("sealed", "unsealed", "untrusted", "tampered", "refused")
 """What a bundle is, by its seal: see parity/seal.py."""
 
@@ -143,9 +141,29 @@ class Service:
 
     def _take(self, tensors: Mapping[str, Tensor], version: int, sha256: str, *, is_original: bool) -> None:
         model = get_format(self.identity.format).build(self.architecture, dict(tensors))
+        if not is_original:
+            self._try(model)
         self.core.swap(model, version)
         self.revision += 1
         self.tensors, self.weights_sha256, self.is_original = tensors, sha256, is_original
+
+    def _try(self, model: Model) -> None:
+        """Let a model that is not in use yet read golden prompts, or tokens from all over its vocabulary.
+
+        Raises DamagedFile if what it answers is not a number: finite weights may overflow.
+        """
+        known = [answer.prompt[:TRIED_TOKENS] for answer in self.golden.answers] if self.golden else []
+        step = max(1, self.architecture.vocab_size // TRIED_TOKENS)
+        prompts = [*known, list(range(0, self.architecture.vocab_size, step))[: min(TRIED_TOKENS, self.core.length)]]
+        trial = Trial(model, sequences=len(prompts), length=TRIED_TOKENS + 1)
+        with torch.inference_mode():
+            logits = trial.prefill(prompts)
+            answers = [logits, trial.decode(logits.argmax(-1))]
+        if not all(bool(torch.isfinite(one).all()) for one in answers):
+            raise DamagedFile(
+                "the model of these weights answers what is not a number, though each weight is one; the update is "
+                "refused and the old weights go on"
+            )
 
 
 def load_service(
@@ -235,7 +253,7 @@ def read_examples(folder: Path) -> list[str]:
     path = folder / "examples.json"
     if not path.is_file():
         return []
-    content: Any = json.loads(read_text(path))
+    content = read_json(path)
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise IsthmusError(f"{path} must be a JSON list of strings")
     return content

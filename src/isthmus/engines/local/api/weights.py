@@ -18,7 +18,7 @@ from torch import Tensor
 from isthmus.engines.local.api.protocol import ApiError
 from isthmus.engines.local.api.service import Service, check_finite, compare_layouts, layout_of
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.formats.updates.delta import WrongBase, check_base, decode, is_message, read_message
+from isthmus.formats.updates.delta import Header, WrongBase, check_base, decode, is_message, read_message
 from isthmus.formats.updates.wire import digest, set_sha256, unpack
 from isthmus.model.digest import tensor_sha256
 
@@ -39,8 +39,9 @@ class Staging:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     chunks: list[str] = field(default_factory=list)
-    is_seen: bool = False
-    """Whether a message of elements has arrived; one may say that no tensor changed."""
+    announced: Header | None = None
+    """What the messages of elements say of the update; one may say that no tensor changed."""
+    parts: set[int] = field(default_factory=set)
 
 
 class WeightUpdates:
@@ -105,10 +106,11 @@ class WeightUpdates:
             staging = self._open(version)
             if sha256 in staging.chunks and digest(payload) == sha256:
                 return self._status(staging)
+            header: Header | None = None
             if is_message(payload):
-                tensors, hashes = self._changed(staging, payload, sha256)
+                header, tensors = self._changed(staging, payload, sha256)
             else:
-                tensors, hashes = unpack(payload, sha256), {}
+                tensors = unpack(payload, sha256)
             layout = self.service.layout
             known = {name: layout[name] for name in tensors if name in layout}
             compare_layouts(known, layout_of(tensors))
@@ -119,7 +121,10 @@ class WeightUpdates:
                         f"{name} arrived before with other values; abort this update and start again", "tensor_conflict"
                     )
             staging.tensors |= tensors
-            staging.hashes |= hashes
+            if header is not None:
+                staging.hashes |= {entry.name: entry.sha256 for entry in header.entries}
+                staging.announced = staging.announced or header
+                staging.parts.add(header.part)
             staging.chunks.append(sha256)
             return self._status(staging)
 
@@ -143,12 +148,13 @@ class WeightUpdates:
             arrived = {name: staging.hashes.get(name) or tensor_sha256(one) for name, one in staging.tensors.items()}
             hashes = {**kept, **arrived}
             found = set_sha256(hashes)
-            if sha256 is not None and found != sha256:
-                self._give_up(f"its SHA-256 was {found[:16]}..., {sha256[:16]}... was announced")
-                raise DamagedFile(
-                    f"the weights have the SHA-256 {found[:16]}..., {sha256[:16]}... was announced; "
-                    "the update is given up and the old weights go on"
-                )
+            for wanted in (sha256, staging.announced and staging.announced.sha256):
+                if wanted is not None and found != wanted:
+                    self._give_up(f"its SHA-256 was {found[:16]}..., {wanted[:16]}... was announced")
+                    raise DamagedFile(
+                        f"the weights have the SHA-256 {found[:16]}..., {wanted[:16]}... was announced; "
+                        "the update is given up and the old weights go on"
+                    )
             self._take(tensors, version, found)
             self._hashes = (self.service.revision, hashes)
             return self._taken()
@@ -202,8 +208,8 @@ class WeightUpdates:
         with self._lock:
             self._expire()
 
-    def _changed(self, staging: Staging, payload: bytes, sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors of a message of elements, and their hashes. What it changes must be the weights in use."""
+    def _changed(self, staging: Staging, payload: bytes, sha256: str) -> tuple[Header, dict[str, Tensor]]:
+        """The header of a message of elements, and its tensors. What it changes must be the weights in use."""
         if digest(payload) != sha256:
             raise DamagedFile(f"the delta that arrived does not have the SHA-256 {sha256[:16]}...; send it again")
         message = read_message(payload)
@@ -220,9 +226,8 @@ class WeightUpdates:
             check_base(header, self.service.core.version, set_sha256(self._hashes_in_use()))
         except WrongBase as error:
             raise _conflict(str(error), "wrong_base") from None
-        tensors = decode(message, self.service.tensors)
-        staging.is_seen = True
-        return tensors, {entry.name: entry.sha256 for entry in header.entries}
+        _check_part(header, staging)
+        return header, decode(message, self.service.tensors)
 
     def _hashes_in_use(self) -> dict[str, str]:
         """The hash of every tensor in use, computed once for each exchange of weights."""
@@ -265,7 +270,11 @@ class WeightUpdates:
         if staging.mode == "full" and missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise _conflict(f"these tensors have not arrived: {', '.join(missing[:4])}{more}", "incomplete")
-        if not staging.tensors and not staging.is_seen:
+        if staging.announced is not None and len(staging.parts) < staging.announced.parts:
+            lacking = next(part for part in range(staging.announced.parts) if part not in staging.parts)
+            came = f"{len(staging.parts)} of {staging.announced.parts} parts have arrived"
+            raise _conflict(f"{came}; part {lacking} has not", "incomplete")
+        if not staging.tensors and staging.announced is None:
             raise _conflict("no tensor has arrived", "incomplete")
 
     def _was_finished(self, version: int, sha256: str | None) -> bool:
@@ -297,6 +306,15 @@ class WeightUpdates:
             "missing": len(self.service.layout) - len(staging.tensors) if staging.mode == "full" else 0,
             "chunks": list(staging.chunks),
         }
+
+
+def _check_part(header: Header, staging: Staging) -> None:
+    """Raise ApiError if a part is none, or one of another message than those before it."""
+    first = staging.announced or header
+    if not 0 <= header.part < header.parts:
+        raise ApiError(f"the delta says that it is part {header.part} of {header.parts}")
+    if (header.parts, header.sha256, header.base_sha256) != (first.parts, first.sha256, first.base_sha256):
+        raise _conflict("the delta is a part of another update than the parts before it", "wrong_part")
 
 
 def _conflict(message: str, code: str) -> ApiError:

@@ -147,6 +147,14 @@ class Core:
         """End a request, or one choice of it, and free what it holds. Finished samples stay finished."""
         self._post(lambda: self._end(request, choice, reason))
 
+    def hold(self, request: Request) -> None:
+        """Let nothing of a request run until `release`; it keeps what it has drawn, and gives its cache back."""
+        self._post(lambda: self.scheduler.hold(request))
+
+    def release(self, request: Request) -> None:
+        """Let a held request go on."""
+        self._post(lambda: self.scheduler.release(request))
+
     def swap(self, model: Model, version: int) -> None:
         """Exchange the weights between two steps; returns when it is done. Active samples go on with the new ones."""
 
@@ -271,7 +279,7 @@ class Core:
 
     def _loop(self) -> None:
         while not self._stopping:
-            if self._paused or not (self.running or self.waiting):
+            if self._paused or not (self.running or self.scheduler.waiting.is_moving):
                 self._mail.get()()
             self.step()
 

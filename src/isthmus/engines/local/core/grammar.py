@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from isthmus.errors import IsthmusError
 
-MAX_GRAMMAR_CHARACTERS = 100_000
+MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS = 100_000, 4000
 MAX_REASON_CHARACTERS = 1000
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(max_lexer_states=50_000, initial_lexer_fuel=250_000, verbose_errors=False)
 """A state of the lexer takes one to two kilobytes."""
 
 
@@ -47,7 +47,9 @@ def json_grammar(schema: dict[str, Any] | str, any_whitespace: bool = True) -> s
 
 
 def regex_grammar(pattern: str) -> str:
-    """Text that a regular expression (Rust's syntax, without look-around) matches as a whole."""
+    """Text that a regular expression (Rust's syntax, without look-around) matches as a whole. Raises GrammarRefused."""
+    if len(pattern) > MAX_REGEX_CHARACTERS:
+        raise GrammarRefused(f"the expression has {len(pattern)} characters; {MAX_REGEX_CHARACTERS} are allowed")
     return LLMatcher.grammar_from_regex(pattern)
 
 

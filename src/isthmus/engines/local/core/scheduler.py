@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -18,10 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engines.local.core.cache import NULL_BLOCK, BlockPool, PagedStore, blocks_for, chained_digest
+from isthmus.engines.local.core.line import Line, Shares
 from isthmus.engines.local.core.sampler import stream_key
 from isthmus.recipe.schema import EngineOptions
 
 TopLogprobs = list[tuple[int, float]]
+PATIENCE_S = 1.0
+"""Seconds for which a request of which nothing runs waits for a place before another has to give one up."""
 
 
 class Token(NamedTuple):
@@ -112,7 +114,8 @@ class Request:
     `repetition_penalty` is CTRL's (arXiv 1909.05858), over prompt and generated tokens. `logit_bias` is added to the
     logits of tokens. `stop_tokens` end a sample like the end token and stay in its tokens; with `ignore_eos` the end
     token does not end it. Before `min_tokens` tokens neither can be drawn. `prompt_logprobs` asks for the
-    log-probabilities of the prompts with that many alternatives. `max_new_tokens` 0 is allowed with it.
+    log-probabilities of the prompts with that many alternatives. `max_new_tokens` 0 is allowed with it. Requests of
+    one `owner` share what is an owner's share of the engine.
     """
 
     prompts: list[list[int]]
@@ -137,6 +140,7 @@ class Request:
     constraint: Constraint | None = None
     stream: bool = False
     routes: bool = False
+    owner: str = ""
 
     @property
     def special(self) -> bool:
@@ -344,7 +348,7 @@ class Scheduler:
         self.pool = BlockPool(store.blocks)
         self.rows = Rows(slots, length, blocks_for(length, store.block_size))
         self.jobs: list[Job] = []
-        self.waiting: deque[Sample] = deque()
+        self.waiting: Line[Sample] = Line()
         self.counters = Counters()
         self._orders = itertools.count()
 
@@ -361,17 +365,22 @@ class Scheduler:
                 self.waiting.append(Sample(request, prompt, number, next(self._orders), now))
 
     def schedule(self) -> list[tuple[Job, int]]:
-        """Make room for the next token of every row, and say how many tokens of which jobs run beside them."""
+        """Make room for the next token of every row, and say how many tokens of which jobs run beside them.
+
+        The oldest job has half of them; the rest goes to those that need the least, so that a short prompt does not
+        wait for long ones.
+        """
+        self._make_places()
         self._grow_rows()
         budget = max(self.options.chunk_tokens - len(self.rows), self.block_size)
-        work: list[tuple[Job, int]] = []
-        for job in self._jobs_in_turn():
-            count = min(budget, job.remaining)
-            work.append((job, count))
-            budget -= count
-            if budget == 0:
-                break
-        return work
+        self._admit_jobs(budget)
+        if not self.jobs:
+            return []
+        oldest = min(self.jobs, key=lambda job: job.order)
+        given = {oldest: min(oldest.remaining, budget // 2)}
+        for job in sorted(self.jobs, key=lambda job: (job.remaining, job.order)):
+            given[job] = given.get(job, 0) + min(job.remaining - given.get(job, 0), budget - sum(given.values()))
+        return [(job, count) for job in self.jobs if (count := given.get(job, 0))]
 
     def advance(self, job: Job, count: int) -> None:
         """Note that so many more tokens of a job are in the cache."""
@@ -419,9 +428,8 @@ class Scheduler:
         def meant(sample: Sample) -> bool:
             return sample.request is request and choice in (None, sample.choice)
 
-        gone = [sample for sample in self.waiting if meant(sample)]
-        if gone:
-            self.waiting = deque(sample for sample in self.waiting if not meant(sample))
+        self.waiting.release(request)
+        gone = self.waiting.withdraw(request, meant)
         for job in list(self.jobs):
             leaving = [sample for sample in job.samples if meant(sample)]
             job.samples = [sample for sample in job.samples if not meant(sample)]
@@ -445,14 +453,60 @@ class Scheduler:
             held[block] = held.get(block, 0) + 1
         assert held == self.pool.users(), f"blocks held {held}, counted {self.pool.users()}"
 
-    def _jobs_in_turn(self) -> Iterator[Job]:
-        yield from list(self.jobs)
-        while self.waiting and (job := self._admit()) is not None:
-            yield job
+    def hold(self, request: Request) -> None:
+        """Put all that runs of a request back in the line, where it stays until `release`."""
+        self.waiting.hold(request)
+        for job in [job for job in self.jobs if job.samples[0].request is request]:
+            self._drop(job)
+            self._to_line(job.samples)
+        for row in reversed(range(len(self.rows))):
+            if self.rows.samples[row].request is request:
+                self._suspend(row)
 
-    def _admit(self) -> Job | None:
-        """A job for the first in the line and the samples behind it that share its prompt, if there is room."""
-        first = self.waiting[0]
+    def release(self, request: Request) -> None:
+        """Let a held request go on."""
+        self.waiting.release(request)
+
+    def _shares(self) -> Shares:
+        return Shares(itertools.chain(self.rows.samples, *(job.samples for job in self.jobs)))
+
+    def _admit_jobs(self, budget: int) -> None:
+        """Begin jobs for those who wait, until `budget` tokens of a pass have work; a short prompt begins anyway."""
+        if not self.waiting.is_moving:
+            return
+        shares, remaining = self._shares(), sum(job.remaining for job in self.jobs)
+        while (first := self.waiting.first(shares)) is not None:
+            is_short = len(first.prompt_ids) + len(first.tokens) <= budget // 2
+            if (remaining >= budget and not is_short) or (job := self._admit(first, shares)) is None:
+                return
+            remaining += job.remaining
+
+    def _make_places(self) -> None:
+        """Let who runs most give a place to a request of which nothing runs, if that has waited for PATIENCE_S."""
+        if not self.waiting.is_moving or not len(self.rows):
+            return
+        shares = self._shares()
+        first = self.waiting.first(shares)
+        if first is None or shares.of_request(first.request) or time.perf_counter() - first.arrived < PATIENCE_S:
+            return
+        wanted = blocks_for(len(first.prompt_ids) + len(first.tokens), self.block_size) + self._spare_blocks()
+        row = self._heaviest_row(shares)
+        is_full = self.running >= self.slots or self.pool.available < wanted
+        if is_full and shares.is_short(first.request, self.rows.samples[row].request):
+            self.counters.preemptions += 1
+            self._suspend(row)
+
+    def _spare_blocks(self) -> int:
+        """Blocks that are left for the rows when a prompt is taken on."""
+        return min(len(self.rows), self.pool.total // 20)
+
+    def _heaviest_row(self, shares: Shares) -> int:
+        """The latest row of the request that runs most."""
+        samples = self.rows.samples
+        return max(range(len(samples)), key=lambda row: (*shares.weight(samples[row].request), samples[row].order))
+
+    def _admit(self, first: Sample, shares: Shares) -> Job | None:
+        """A job for the next in the line and the samples behind it that share its prompt, if there is room."""
         free = self.slots - self.running
         if free <= 0:
             return None
@@ -461,20 +515,21 @@ class Scheduler:
         for block in table:
             self.pool.share(block)
         wanted = blocks_for(len(sequence), self.block_size) - len(table)
-        spare = min(len(self.rows), self.pool.total // 20)
-        if self.pool.available < wanted + spare:
+        if self.pool.available < wanted + self._spare_blocks():
             self.pool.release(table)
             return None
         self._note_prefix(first, len(sequence), len(table))
         table += [self._new_block() for _ in range(wanted)]
-        job = Job(self._take_group(free), sequence, table, len(digests) * self.block_size, digests)
+        job = Job(self._take_group(first, free, shares), sequence, table, len(digests) * self.block_size, digests)
         self.jobs.append(job)
         return job
 
-    def _take_group(self, free: int) -> list[Sample]:
-        group = [self.waiting.popleft()]
-        while self.waiting and len(group) < free and _same_prompt(group[0], self.waiting[0]):
-            group.append(self.waiting.popleft())
+    def _take_group(self, first: Sample, free: int, shares: Shares) -> list[Sample]:
+        """Where others wait too, a request gets its part of the free places."""
+        most = -(-free // self.waiting.moving)
+        group = self.waiting.take(first, most, lambda sample: _same_prompt(first, sample))
+        for sample in group:
+            shares.add(sample.request)
         now = time.perf_counter()
         for sample in group:
             if sample.queued_s is None:
@@ -543,22 +598,27 @@ class Scheduler:
     def _preempt(self) -> None:
         """Send whoever came last back to the line."""
         self.counters.preemptions += 1
-        last_row = max(range(len(self.rows)), key=lambda row: self.rows.samples[row].order, default=None)
-        last_job = max(self.jobs, key=lambda job: job.order, default=None)
-        if last_job is not None and (last_row is None or last_job.order > self.rows.samples[last_row].order):
+        shares, samples = self._shares(), self.rows.samples
+        heaviest = self._heaviest_row(shares) if samples else None
+        last_job = max(self.jobs, key=lambda job: (*shares.weight(job.samples[0].request), job.order), default=None)
+        if last_job is not None and (heaviest is None or last_job.order > samples[heaviest].order):
             self._drop(last_job)
             self._to_line(last_job.samples)
             return
-        assert last_row is not None, "blocks are short and nobody holds one"
-        sample = self.rows.samples[last_row]
-        sample.tokens = self.rows.generated(last_row).tolist()
-        sample.logprobs = self.rows.logprobs[last_row, : len(sample.tokens)].tolist()
-        sample.versions = self.rows.versions[last_row, : len(sample.tokens)].tolist()
-        self.remove_row(last_row)
+        assert heaviest is not None, "blocks are short and nobody holds one"
+        self._suspend(heaviest)
+
+    def _suspend(self, row: int) -> None:
+        """Send a row back to the line with all it has drawn."""
+        sample = self.rows.samples[row]
+        sample.tokens = self.rows.generated(row).tolist()
+        sample.logprobs = self.rows.logprobs[row, : len(sample.tokens)].tolist()
+        sample.versions = self.rows.versions[row, : len(sample.tokens)].tolist()
+        self.remove_row(row)
         self._to_line([sample])
 
     def _to_line(self, samples: list[Sample]) -> None:
-        self.waiting.extendleft(reversed(samples))
+        self.waiting.return_(samples)
 
     def _drop(self, job: Job) -> None:
         self.jobs.remove(job)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -33,6 +34,7 @@ from isthmus.model.moe import Experts, GatedMlp, MixtureOfExperts
 SOURCE = Path(__file__).parent / "kernels.c"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 COMPILE_TIMEOUT_S = 120.0
+DIGEST = ".sha256"
 
 
 class NativeUnavailable(Exception):
@@ -290,9 +292,19 @@ def _compiled() -> Path:
         raise NativeUnavailable("there is no C compiler here; install one (gcc or clang) or name it in $CC")
     known = "\n".join((SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, processor()))
     target = _cache_folder() / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not target.is_file():
+    if not _is_ours(target):
         _compile(compiler, target)
     return target
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether compiled kernels are there that nobody else can have written, and whole."""
+    try:
+        facts = target.lstat()
+        is_own = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+        return is_own and target.with_suffix(DIGEST).read_text() == hashlib.sha256(target.read_bytes()).hexdigest()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
 
 
 def _cache_folder() -> Path:
@@ -311,6 +323,10 @@ def _compile(compiler: str, target: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
             if done.returncode:
                 raise NativeUnavailable(f"{compiler} could not compile the kernels: {done.stderr.strip()[:500]}")
+            made.chmod(0o755)
+            digest = Path(folder) / f"{target.name}{DIGEST}"
+            digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+            digest.replace(target.with_suffix(DIGEST))
             made.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailable(f"the kernels could not be compiled: {error}") from None
