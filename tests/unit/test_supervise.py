@@ -122,6 +122,7 @@ def situation(**fields) -> Situation:
     return replace(Situation(SECTION, pool="home", ranks=1, checkpoint=0), **fields)
 
 
+RETRIED = incident(1, "not finite", "retry")
 RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
 
 
@@ -132,7 +133,7 @@ RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
         (Signal("save failed", ""), situation(next_pools=["away"]), "stop"),
         (Signal("slow", ""), situation(), "go on"),
         (Signal("not finite", "", 5), situation(in_update=True), "retry"),
-        (Signal("not finite", "", 5), situation(in_update=True, past=[incident(1, "not finite", "retry")]), "skip batch"),
+        (Signal("not finite", "", 5), situation(in_update=True, past=[RETRIED]), "skip batch"),
         (Signal("not finite", "", 6), situation(in_update=True, past=[incident(1, "not finite", "retry")]), "retry"),
         (
             Signal("not finite", "", 5),

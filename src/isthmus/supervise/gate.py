@@ -217,7 +217,8 @@ def judge(
             repeated_steps=[],
             checks=[],
         )
-    return _refuse("no checkpoint can be trusted", last, passed_over)
+    why = "; ".join(f"update {step}: {reason}" for step, reason in passed_over.items())
+    return _refuse(f"no checkpoint can be trusted: {why}", last, passed_over)
 
 
 def _who_is_wrong(pairs: Sequence[tuple[Seen, Seen]], host: Repeated, bands: Bands) -> str:
