@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.forecast.calibrate import calibrate, parse_point, read_calibrations, write_calibration
@@ -221,7 +222,7 @@ def run_check(folder: Path, watch: Watch, *, as_json: bool) -> list[Score]:
 def render(report: ForecastReport) -> RenderableType:
     """Options, calendar, what matters and where decisions flip."""
     outlook = report.question.outlook
-    parts: list[RenderableType] = [_option_table(outlook.options), _calendar_table(outlook, report.start)]
+    parts: list[RenderableType] = [_options(outlook.options), _calendar_table(outlook, report.start)]
     if report.question.serving:
         parts.append(_serving_table(report.question.serving))
     if report.changed is not None:
@@ -233,25 +234,39 @@ def render(report: ForecastReport) -> RenderableType:
     return Group(*parts)
 
 
+def _options(options: Sequence[Option]) -> RenderableType:
+    """What each step would take where it can run; below, on what that rests, and why it cannot run elsewhere."""
+    possible = [one for one in options if one.hours is not None]
+    impossible = [one for one in options if one.hours is None]
+    rests: dict[str, list[str]] = {}
+    for one in possible:
+        rests.setdefault(one.basis, []).append(f"{one.step} on {_place(one)}")
+    parts: list[RenderableType] = [_option_table(possible)] if possible else []
+    parts += [Text(f"  {', '.join(which)}: {basis}", style="dim") for basis, which in rests.items()]
+    if impossible:
+        parts.append(Text("cannot run, or is not known", style="bold"))
+    parts += [Text(f"  {one.step} on {_place(one)}: {one.why}") for one in impossible]
+    return Group(*parts)
+
+
+def _place(option: Option) -> str:
+    alone = option.generator in (None, option.pool)
+    return option.pool if alone else f"{option.pool}, rollouts on {option.generator}"
+
+
 def _option_table(options: Sequence[Option]) -> Table:
-    table = _table(
-        "forecast", ("step", "pool", "chips", "P50", "P10", "P90", "chip-hours", "memory", "useful", "basis")
-    )
+    table = _table("forecast", ("step", "pool", "chips", "P50", "P10", "P90", "chip-h", "GB", "useful"))
     for one in options:
-        pool = one.pool if one.generator in (None, one.pool) else f"{one.pool}, rollouts on {one.generator}"
-        if one.hours is None:
-            table.add_row(one.step, escape(pool), f"{one.chips:,}", *["-"] * 5, "", escape(one.why), style="dim")
-            continue
-        assert one.chip_hours is not None and one.goodput is not None
+        assert one.hours is not None and one.chip_hours is not None and one.goodput is not None
+        pool = escape(_place(one))
         table.add_row(
             f"[bold]{one.step}[/]" if one.chosen else one.step,
-            f"[green]{escape(pool)}[/]" if one.chosen else escape(pool),
+            f"[green]{pool}[/]" if one.chosen else pool,
             f"{one.chips:,}",
             *(_time(value) for value in (one.hours.middle, one.hours.low, one.hours.high)),
-            f"{one.chip_hours.middle:,.3g}",
-            "-" if one.memory_gb is None else f"{one.memory_gb:,.3g} GB",
+            _short(one.chip_hours.middle),
+            "-" if one.memory_gb is None else _short(one.memory_gb),
             f"{one.goodput.share:.0%}",
-            escape(one.basis),
         )
     return table
 
@@ -290,8 +305,8 @@ def _serving_table(found: Sequence[Serving]) -> Table:
             f"{one.sequences:,}",
             one.bound,
             f"{one.token_ms:.3g}",
-            f"{one.answer_tokens_per_s:,.4g}",
-            f"{one.prompt_tokens_per_s:,.4g}",
+            _short(one.answer_tokens_per_s),
+            _short(one.prompt_tokens_per_s),
             "-" if one.cost_per_million is None else f"{one.cost_per_million:,.3g}",
         )
     return table
@@ -306,7 +321,7 @@ def _what_if_table(now: Outlook, then: Outlook) -> Table:
             table.add_row(name, "cannot run", f"{stuck.step} on {escape(stuck.pool)}: {escape(stuck.why)}", "", "")
             continue
         spans = (outlook.total.middle, outlook.total.low, outlook.total.high)
-        table.add_row(name, *(_time(hours) for hours in spans), f"{outlook.chip_hours.middle:,.3g}")
+        table.add_row(name, *(_time(hours) for hours in spans), _short(outlook.chip_hours.middle))
     return table
 
 
@@ -344,9 +359,14 @@ def _score_table(found: Sequence[Score]) -> Table:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
     return table
+
+
+def _short(value: float) -> str:
+    """Three digits, and whole numbers as they are."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _time(hours: float) -> str:
