@@ -21,7 +21,6 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,8 @@ INCIDENTS = {
     "never the same": ("repeat differs", None),
 }
 """The signal and the rung that are expected; None: it is handed to the supervisor."""
-Compute = Callable[[text.Training, Any], Computed[Any]]
+Compute = Any
+"""A method `compute` of a training."""
 SOUND: Compute = text.Training.compute
 
 
@@ -166,8 +166,8 @@ def _bf16_masters(training: text.Training, _loaded: LoadedCheckpoint) -> None:
 
 @torch.no_grad()
 def _transposed(training: text.Training, _loaded: LoadedCheckpoint) -> None:
-    square = next(p for p in training.model.parameters() if p.dim() == 2 and p.shape[0] == p.shape[1])
-    square.copy_(square.t().clone())
+    matrix = next(parameter for parameter in training.model.parameters() if parameter.dim() == 2)
+    matrix.copy_(matrix.t().reshape(matrix.shape))
 
 
 def _fresh_random_state(_training: text.Training, _loaded: LoadedCheckpoint) -> None:
@@ -175,7 +175,7 @@ def _fresh_random_state(_training: text.Training, _loaded: LoadedCheckpoint) -> 
 
 
 def _schedule_restarted(training: text.Training, _loaded: LoadedCheckpoint) -> None:
-    training.optimizer.schedule = lambda _step: 0.5
+    training.optimizer.schedule = lambda step: 0.5
 
 
 def _other_order(training: text.Training, _loaded: LoadedCheckpoint) -> None:
