@@ -60,7 +60,7 @@ def test_two_ranks_begin_as_one(uninterrupted, tmp_path):
 
 def test_whatever_ends_it_the_same_command_goes_on_to_the_same_bytes(uninterrupted, tmp_path):
     """A rank that is killed, and Ctrl-C. The manifest holds the hashes of all tensors and the random state."""
-    folder = planned(tmp_path / "run", pools__home__ranks=2, train__expert=2)
+    folder = planned(tmp_path / "run", pools__home__ranks=2, train__expert=2, supervise__restarts=0)
 
     code, errors = stop_at(folder, 7, kill_second_rank, TAUGHT)
     assert code == 2 and "Traceback" not in errors

@@ -122,6 +122,7 @@ def situation(**fields) -> Situation:
     return replace(Situation(SECTION, pool="home", ranks=1, checkpoint=0), **fields)
 
 
+RETRIED = incident(1, "not finite", "retry")
 RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
 
 
@@ -132,11 +133,7 @@ RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
         (Signal("save failed", ""), situation(next_pools=["away"]), "stop"),
         (Signal("slow", ""), situation(), "go on"),
         (Signal("not finite", "", 5), situation(in_update=True), "retry"),
-        (
-            Signal("not finite", "", 5),
-            situation(in_update=True, past=[incident(1, "not finite", "retry")]),
-            "skip batch",
-        ),
+        (Signal("not finite", "", 5), situation(in_update=True, past=[RETRIED]), "skip batch"),
         (Signal("not finite", "", 6), situation(in_update=True, past=[incident(1, "not finite", "retry")]), "retry"),
         (
             Signal("not finite", "", 5),
@@ -255,13 +252,20 @@ def test_what_the_process_cannot_mend_it_hands_on(run):
         guarded(run, [(1.0, 2.0), (1.1, 2.0), (1.2, 2.0)], update=10, repeat_every=10)
 
 
-def test_the_digest_of_a_batch_is_of_its_rows_wherever_they_are():
+def test_the_digest_of_a_batch_is_of_its_documents_wherever_they_are():
     whole = a_batch()
-    one = digest_of(whole, 0, 1)
-    halves = [digest_of(whole.select(range(rank, 2, 2)), rank, 2) for rank in range(2)]
-    assert sum(halves) % (1 << 62) == one
-    assert digest_of(whole.select([1, 0]), 0, 1) != one and digest_of(a_batch(1), 0, 1) != one
-    assert digest_of(whole.with_rows(4), 0, 1) == one
+    one = digest_of(whole)
+    halves = [digest_of(whole.select(range(rank, 2, 2))) for rank in range(2)]
+    assert sum(halves) % (1 << 62) == one == digest_of(whole.select([1, 0])) == digest_of(whole.with_rows(4))
+    in_one_row = Batch(*(tensor.reshape(1, 16) for tensor in (whole.tokens, whole.positions)), *marks(1, 16, 8))
+    assert digest_of(in_one_row) == one
+    assert digest_of(a_batch(1)) != one and digest_of(whole.select([0])) != one
+    assert digest_of(replace(whole, target_mask=~whole.target_mask)) != one
+
+
+def marks(rows: int, length: int, each: int):
+    document = (torch.arange(length) // each).expand(rows, length)
+    return document, torch.ones(rows, length, dtype=torch.bool)
 
 
 # The supervisor

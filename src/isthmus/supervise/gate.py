@@ -217,7 +217,8 @@ def judge(
             repeated_steps=[],
             checks=[],
         )
-    return _refuse("no checkpoint can be trusted", last, passed_over)
+    why = "; ".join(f"update {step}: {reason}" for step, reason in passed_over.items())
+    return _refuse(f"no checkpoint can be trusted: {why}", last, passed_over)
 
 
 def _who_is_wrong(pairs: Sequence[tuple[Seen, Seen]], host: Repeated, bands: Bands) -> str:
@@ -300,6 +301,7 @@ def set_aside(run: RunFolder, step: str, verdict: RevertVerdict) -> None:
     folder = run.step_folder(step) / "checkpoints"
     for newer in checkpoints(run, step):
         if verdict.checkpoint_step is not None and newer > verdict.checkpoint_step:
+            run.forget(folder / f"step-{newer:06d}")
             number = len(list(folder.glob("untrusted-*")))
             (folder / f"step-{newer:06d}").rename(folder / f"untrusted-{number}-step-{newer:06d}")
     if folder.is_dir():

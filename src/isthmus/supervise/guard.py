@@ -129,7 +129,7 @@ class Guard:
 
     def _agree(self, batch: Batch, signal: Signal | None) -> _Agreed:
         """One small sum over the ranks: whether any suspects anything or was asked to stop, and the batch's digest."""
-        own = digest_of(batch, self.ranks.rank, self.ranks.world)
+        own = digest_of(batch)
         leaving = self.stop.asked or self.too_slow is not None
         said = torch.tensor([leaving, signal is not None, own >> 31, own % HALF], device=self.ranks.device)
         asked, suspicious, high, low = self.ranks.total(said).tolist()
@@ -192,19 +192,20 @@ class _Agreed:
     text: str
 
 
-def digest_of(batch: Batch, rank: int, world: int) -> int:
-    """62 bits of a rank's rows and of their places in the whole batch. Summed over ranks it is the same in any world:
-    a row without a document counts nothing."""
+def digest_of(batch: Batch) -> int:
+    """62 bits of a rank's documents and of their targets. Summed over ranks it is the same in any world: how documents
+    are packed into rows depends on the world, which documents a batch has does not."""
     total = 0
-    lengths = (batch.document >= 0).sum(1).tolist()
     tokens, targets = batch.tokens.int().numpy(), batch.target_mask.numpy()
-    for row, length in enumerate(lengths):
-        if length:
-            place = rank + row * world
-            hashed = hashlib.sha256(place.to_bytes(8, "little"))
-            hashed.update(tokens[row, :length].tobytes())
-            hashed.update(targets[row, :length].tobytes())
-            total += int.from_bytes(hashed.digest()[:8], "little") >> 2
+    for row, numbers in enumerate(batch.document):
+        start = 0
+        numbers_here, lengths = (one.tolist() for one in numbers.unique_consecutive(return_counts=True))
+        for number, length in zip(numbers_here, lengths, strict=True):
+            if number >= 0:
+                hashed = hashlib.sha256(tokens[row, start : start + length].tobytes())
+                hashed.update(targets[row, start : start + length].tobytes())
+                total += int.from_bytes(hashed.digest()[:8], "little") >> 2
+            start += length
     return total % (1 << 62)
 
 

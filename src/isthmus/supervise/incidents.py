@@ -41,7 +41,9 @@ def write(
             without_ranks=list(decision.without_ranks),
             figures=decision.figures,
         )
-        if _take(folder / f"{number:03d}.json", record):
+        path = folder / f"{number:03d}.json"
+        if _take(path, record):
+            run.enter(path)
             return record
         number += 1
 

@@ -17,8 +17,8 @@ from isthmus.supervise.signals import Signal
 from isthmus.supervise.signals.no_progress import restarts_without_progress
 
 STRIKES = 3
-"""Repeats that differ on a pool before it is no longer believed; as many anomalies strike out a chip in one vendor's
-detection of odd values, which forgets them after 8 hours; this does not."""
+"""Repeats that differ on a pool before it is no longer believed; as many anomalies strike out a chip in a vendor's own
+feature-value detection, which forgets them after 8 hours; this does not."""
 WITHIN = ("not finite", "spike", "repeat differs")
 """Signals of one update, which the process that computes it can act on."""
 

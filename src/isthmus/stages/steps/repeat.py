@@ -35,6 +35,7 @@ from isthmus.trainer.step import update_router_bias
 
 BIAS = "e_score_correction_bias"
 HOST_CHIP = "cpu"
+STEP_COUNTS = "optimizer/adam.step."
 
 
 def execute(run: RunFolder, watch: Watch, *, name: str, pool: str, at: int, count: int, host: bool, out: str) -> None:
@@ -78,6 +79,8 @@ def examine(training: Training, folder: Path, same_kind: bool) -> Restored:
     state, optimizer = training.state(), training.optimizer
     wrong, missing = dict[str, str](), list[str]()
     for key, tensor in state.keyed.items():
+        if key.startswith(STEP_COUNTS):
+            continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if (how := _difference(whole.detach().cpu(), manifest.tensors.get(key))) is None:
             continue
@@ -85,7 +88,7 @@ def examine(training: Training, folder: Path, same_kind: bool) -> Restored:
             missing.append(key.removeprefix("optimizer/"))
         else:
             wrong[f"bias/{key}" if key.endswith(BIAS) else key] = how
-    counted = [float(tensor) for name, tensor in state.optimizer.items() if name.startswith("adam.step.")]
+    counted = [float(tensor) for name, tensor in state.optimizer.items() if f"optimizer/{name}".startswith(STEP_COUNTS)]
     states = rng_state(training.ranks.device)
     found = Restored(
         step=folder_step(folder),
@@ -129,7 +132,7 @@ def _again(training: Training, step: int, left_out: bool) -> Seen:
     """One update, made or left out as it was."""
     batch, ranks = training.text.batch(step), training.ranks
     found = training.compute(batch)
-    own = digest_of(batch, ranks.rank, ranks.world)
+    own = digest_of(batch)
     halves = ranks.total(torch.tensor([own >> 31, own % (1 << 31)], device=ranks.device)).tolist()
     digest = f"{((halves[0] << 31) + halves[1]) % (1 << 62):016x}"
     watched = watched_figures(found, training.optimizer.module_norms(WATCHED_MODULES), digest)
