@@ -24,8 +24,7 @@ from isthmus.report_page.justify.words import LANGUAGES, Words, glossary
 from isthmus.report_page.justify.write import write
 from isthmus.rules import BELOW, UNDEFINED, UNKNOWN
 from isthmus.run import Figure, Kind, RunFolder
-from tests.support.flow_recipe import RECIPE
-from tests.support.flow_recipe import TAUGHT
+from tests.support.flow_recipe import RECIPE, TAUGHT
 from tests.support.justified import FORECAST, justified_run
 
 CELL = re.compile(r'<td class="n"[^>]*>(.*?)</td>')
