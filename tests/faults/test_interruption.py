@@ -27,12 +27,22 @@ def planned(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(planned) -> Path:
-    folder = planned.parent / "uninterrupted"
-    shutil.copytree(planned, folder)
-    result = isthmus("run", folder, "--until", REINFORCED)
+def taught(planned) -> Path:
+    return done_after(planned, TAUGHT)
+
+
+@pytest.fixture(scope="module")
+def reinforced(taught) -> Path:
+    return done_after(taught, REINFORCED)
+
+
+def done_after(folder: Path, name: str) -> Path:
+    """A copy of a run folder in which one more step is done, undisturbed."""
+    copy = folder.parent / name
+    shutil.copytree(folder, copy)
+    result = isthmus("run", copy, "--only", name)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+    return copy
 
 
 def kill_at_step(folder: Path, name: str, step: int, sent: signal.Signals) -> subprocess.Popen:
@@ -65,28 +75,19 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def undo(folder: Path, *names: str) -> None:
-    """Take out of a run folder what steps left."""
-    for name in names:
-        shutil.rmtree(folder / "steps" / name)
-    events = (folder / "events.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in events if not any(f'"stage": "{name}"' in line for name in names)]
-    (folder / "events.jsonl").write_text("".join(kept))
-
-
 def final_weights(folder: Path, name: str) -> dict:
     record = read_weights(RunFolder.open(folder), name)
     return load_model_state(folder / record.checkpoint, record.checkpoint_sha256)
 
 
 @pytest.mark.parametrize(
-    ("name", "after", "step", "damaged"), [(TAUGHT, (REINFORCED,), 40, False), (REINFORCED, (), 7, True)]
+    ("before_it", "after_it", "name", "step", "damaged"),
+    [("planned", "taught", TAUGHT, 40, False), ("taught", "reinforced", REINFORCED, 7, True)],
 )
-def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, name, after, step, damaged):
+def test_kill_9_continues_to_the_same_weights(request, tmp_path, before_it, after_it, name, step, damaged):
     """From the newest checkpoint, or, if that is damaged, from the one before."""
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    undo(folder, name, *after)
+    folder, uninterrupted = tmp_path / "run", request.getfixturevalue(after_it)
+    shutil.copytree(request.getfixturevalue(before_it), folder)
     kill_at_step(folder, name, step, signal.SIGKILL)
     assert not (folder / "steps" / name / "record.json").exists()
     newest, before = sorted((folder / "steps" / name / "checkpoints").glob("step-*"))[:-3:-1]
@@ -107,10 +108,9 @@ def test_kill_9_continues_to_the_same_weights(uninterrupted, tmp_path, name, aft
         assert tensor.equal(ours[key]), key
 
 
-def test_a_killed_trainer_leaves_no_engine_behind(uninterrupted, tmp_path):
+def test_a_killed_trainer_leaves_no_engine_behind(taught, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    undo(folder, REINFORCED)
+    shutil.copytree(taught, folder)
     process = kill_at_step(folder, REINFORCED, 1, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and session_members(process.pid):
@@ -141,10 +141,9 @@ def test_ctrl_c_says_how_to_go_on(planned, tmp_path):
     assert f"isthmus run {folder} --only {TAUGHT}" in message and "Traceback" not in message
 
 
-def test_a_flipped_bit_in_a_checkpoint_stops_the_next_stage(uninterrupted, tmp_path):
+def test_a_flipped_bit_in_a_checkpoint_stops_the_next_stage(taught, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    undo(folder, REINFORCED)
+    shutil.copytree(taught, folder)
     record = read_weights(RunFolder.open(folder), TAUGHT)
     flip_bit(folder / record.checkpoint / "model-00000.safetensors")
     result = isthmus("run", folder, "--only", REINFORCED)

@@ -70,7 +70,7 @@ class AccessLog:
         for handler in self._logger.handlers:
             handler.close()
 
-    def _give_up(self, _record: logging.LogRecord) -> None:
+    def _give_up(self, record: logging.LogRecord) -> None:
         """Stop after the first line that cannot be written, and say so once. Called where the exception is handled."""
         self.failure = f"the access log cannot be written: {sys.exc_info()[1]}"
         logging.getLogger(__name__).error("%s; nothing more is logged until a restart", self.failure)
