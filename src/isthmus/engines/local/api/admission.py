@@ -226,8 +226,9 @@ class Gate:
                     for name, value in self._budget(visit).headers().items():
                         headers[name] = value
             await send(message)
-            # Others have their turn between two pieces, and a lost connection is noticed before the next is written.
-            await asyncio.sleep(0)
+            if message.get("more_body"):
+                # Others have their turn between two pieces, and a lost connection is noticed before the next is written.
+                await asyncio.sleep(0)
 
         return noted
 
