@@ -68,9 +68,7 @@ def qualified(run: RunFolder, pool: str, verdict: Verdict, evidence: list[Eviden
 
 
 def event(run: RunFolder, stage: str, name: str, time: float, **fields: Any) -> None:
-    line = json.dumps({"time": time, "stage": stage, "event": name, **fields})
-    with (run.path / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    run.event(stage, name, time=time, **fields)
 
 
 def trained(run: RunFolder) -> None:

@@ -471,13 +471,15 @@ class Scheduler:
         return Shares(itertools.chain(self.rows.samples, *(job.samples for job in self.jobs)))
 
     def _admit_jobs(self, budget: int) -> None:
-        """Begin jobs for those who wait, until `budget` tokens of a pass have work; a short prompt begins anyway."""
+        """Begin jobs for those who wait, until `budget` tokens of a pass have work; the first short prompt of a request
+        begins anyway. Its next ones wait, for they may share what is computed of it."""
         if not self.waiting.is_moving:
             return
         shares, remaining = self._shares(), sum(job.remaining for job in self.jobs)
         while (first := self.waiting.first(shares)) is not None:
             is_short = len(first.prompt_ids) + len(first.tokens) <= budget // 2
-            if (remaining >= budget and not is_short) or (job := self._admit(first, shares)) is None:
+            begins_anyway = is_short and not shares.of_request(first.request)
+            if (remaining >= budget and not begins_anyway) or (job := self._admit(first, shares)) is None:
                 return
             remaining += job.remaining
 
