@@ -227,7 +227,7 @@ class Gate:
                         headers[name] = value
             await send(message)
             if message.get("more_body"):
-                # Others have their turn between two pieces, and a lost connection is noticed before the next is written.
+                # Others have their turn between two pieces, and a lost connection is noticed before the next one.
                 await asyncio.sleep(0)
 
         return noted
