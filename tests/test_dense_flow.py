@@ -136,6 +136,7 @@ def agrees_with_transformers(bundle: Path) -> None:
         torch.testing.assert_close(read_bundle(bundle).build()(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_a_qwen2_checkpoint_is_trained_handed_off_and_served(tmp_path: Path):
     write_checkpoint(tmp_path / "published", Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True)
     recipe = write_recipe(tmp_path, away=AWAY, serving="away", sft_steps=30, rate=1e-2)

@@ -106,10 +106,20 @@ def on(world: int, train: dict[str, Any], **changes: Any) -> Seen:
 @pytest.mark.parametrize(
     ("world", "train", "changes"),
     [
-        (2, {}, {"algorithm": "gspo", "options": {"clip_low": 0.1, "clip_high": 0.1}, "updates_per_rollout": 2}),
-        (4, {"expert": 2, "rows_per_microbatch": 1}, {"algorithm": "dr_grpo"}),
+        pytest.param(
+            2,
+            {},
+            {"algorithm": "gspo", "options": {"clip_low": 0.1, "clip_high": 0.1}, "updates_per_rollout": 2},
+            id="two, several updates",
+        ),
+        pytest.param(
+            4,
+            {"expert": 2, "rows_per_microbatch": 1},
+            {"algorithm": "dr_grpo"},
+            id="four, experts spread, microbatches",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["two, several updates", "four, experts spread, microbatches"],
 )
 def test_several_ranks_learn_what_one_learns(world, train, changes):
     (ours, weights, told), (expected, whole, _) = on(world, train, **changes), on(1, {}, **changes)

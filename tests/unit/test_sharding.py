@@ -249,6 +249,7 @@ def test_tokens_travel_to_their_experts_and_back():
         assert len(sent) == 4
 
 
+@pytest.mark.long
 def test_compiled_parts_compute_the_same(single):
     found = in_world(1, compiled_losses)[0]
     assert found == pytest.approx([losses[0] for losses in single.losses[: len(found)]], abs=1e-5)
