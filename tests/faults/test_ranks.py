@@ -90,7 +90,7 @@ def test_another_world_than_the_recipes_must_divide_too(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(IsthmusError, match="training on 3 ranks with"):
         steps.execute(RunFolder.open(folder), Watch(quiet=True), name=TAUGHT)
-    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "recipe.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["events.jsonl", "files.json", "plan.json", "recipe.json"]
 
 
 def test_an_error_of_the_ranks_is_told_once_and_in_words(tmp_path):
