@@ -91,10 +91,15 @@ def run(
     if dry_run:
         _dry_run(target, folder, overrides, only, until)
         return
-    opened = _open(target, folder, overrides, before_start=_check_before_start)
-    acts = _chosen(opened.recipe, only, until)
     if profile and (only is None or only in STAGES):
         raise IsthmusError("--profile traces one step; name it with --only")
+
+    def check(recipe: Recipe) -> None:
+        _chosen(recipe, only, until)
+        _check_before_start(recipe)
+
+    opened = _open(target, folder, overrides, before_start=check)
+    acts = _chosen(opened.recipe, only, until)
     began = time.monotonic()
     with _writing(opened):
         _run_all(opened, acts, profile, revert)

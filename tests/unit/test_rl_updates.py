@@ -20,9 +20,11 @@ from isthmus.rewards import EachAlone, Rewards
 from isthmus.run import RunFolder
 from isthmus.stages.steps import data
 from isthmus.stages.steps.rl import loop
+from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import load_tasks, tasks_of
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
+from isthmus.trainer.mesh import alone
 from tests.support.flow_recipe import RECIPE, REINFORCED, SMALL, TAUGHT, written
 
 STEPS = 4
@@ -76,7 +78,7 @@ def shores_in(folder, **changes):
         figures={},
     )
     run.write_record(f"steps/{TAUGHT}/record", taught)
-    with loop.open_shores(StepRun.of(run, REINFORCED), plan, QUIET) as shores:
+    with loop.open_shores(StepRun.of(run, REINFORCED), plan, Crew(alone(torch.device("cpu"))), QUIET) as shores:
         shores.rollouts.rewards = Rewards({"accuracy": OddIsRight()}, {"accuracy": 1.0})
         yield shores
 
