@@ -84,7 +84,7 @@ def test_a_run_does_all_its_acts_in_order_or_those_that_are_asked_for():
 def test_what_cannot_be_asked_for_is_said_before_anything_is_done(tmp_path: Path, options: tuple[str, ...], words: str):
     with pytest.raises(IsthmusError, match=words):
         said("run", RECIPE, "--run", tmp_path / "run", *options)
-    assert RunFolder.open(tmp_path / "run").events() == [] and not list(tmp_path.rglob("qualify"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_that_is_done_is_skipped_and_one_without_its_weights_says_what_to_run(run: RunFolder):
