@@ -63,6 +63,7 @@ def taught(rank: int, train: dict[str, Any], changes: dict[str, Any], folder: st
     )
     told: list[str] = []
     work: Any = SimpleNamespace(
+        stream="rl",
         section=section,
         recipe=SimpleNamespace(train=TrainSection(**train), seed=3),
         architecture=tiny_architecture(vocab_size=96, num_nextn_predict_layers=0),
