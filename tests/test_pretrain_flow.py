@@ -71,9 +71,18 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(base) -> Path:
     folder = planned(base / "uninterrupted", PRETRAINED, pools__home__ranks=2, sft__steps=4)
-    result = isthmus("run", folder, "--until", TAUGHT)
-    assert result.returncode == 0, result.stderr
+    train(folder)
     return folder
+
+
+def train(folder: Path) -> str:
+    """Both steps, one after the other; what they say."""
+    said = ""
+    for name in ("base", TAUGHT):
+        result = isthmus("run", folder, "--only", name)
+        assert result.returncode == 0, result.stderr
+        said += result.stdout
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +106,7 @@ def test_pretraining_comes_first_and_learns(uninterrupted):
 def test_a_killed_pretraining_ends_in_the_same_bytes(uninterrupted, killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    result = isthmus("run", folder, "--until", TAUGHT)
-    assert result.returncode == 0, result.stderr
-    assert "continuing base from the checkpoint at step 12" in result.stdout
+    assert "continuing base from the checkpoint at step 12" in train(folder)
     assert record_of(folder, "base").resumed_from == [12] and record_of(folder).resumed_from == []
     for name in ("base", TAUGHT):
         assert record_of(folder, name).checkpoint_sha256 == record_of(uninterrupted, name).checkpoint_sha256
@@ -112,7 +119,7 @@ def test_a_killed_pretraining_ends_in_the_same_bytes(uninterrupted, killed, tmp_
 def test_another_world_goes_on_with_the_same_losses(uninterrupted, killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    process = start(folder, **ONE_RANK)
+    process = start(folder, "base", **ONE_RANK)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     ours = steps_of(folder)
@@ -127,13 +134,14 @@ def test_a_corpus_that_changed_is_refused_in_words(base, killed, tmp_path):
     before = file.read_bytes()
     file.write_bytes(before + b"one more sentence")
     try:
-        result = isthmus("run", folder, "--until", TAUGHT)
+        result = isthmus("run", folder, "--only", "base")
     finally:
         file.write_bytes(before)
     assert result.returncode == 2 and not list(folder.rglob("record.json"))
     assert result.stderr.count("trained on other data") == 1 and "Traceback" not in result.stderr
 
 
+@pytest.mark.long
 def test_one_rank_runs_all_stages_and_shows_its_curves(base, uninterrupted, tmp_path):
     """Its pretraining is that of two ranks. Microbatches and recomputed activations do not change it."""
     recipe, folder = base / "one.toml", tmp_path / "run"

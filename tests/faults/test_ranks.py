@@ -69,7 +69,7 @@ def test_whatever_ends_it_the_same_command_goes_on_to_the_same_bytes(uninterrupt
 
     code, errors = stop_at(folder, 19, interrupt_group, TAUGHT)
     assert code == 130 and "Traceback" not in errors
-    assert errors.count("Nothing is lost") == 1 and f"isthmus run {folder} --until {TAUGHT}" in errors
+    assert errors.count("Nothing is lost") == 1 and f"isthmus run {folder} --only {TAUGHT}" in errors
     assert not working_on(folder) and not (folder / "steps" / TAUGHT / "ranks").exists()
 
     result = isthmus("run", folder, "--only", TAUGHT)

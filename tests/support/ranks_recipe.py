@@ -91,10 +91,10 @@ def planned(folder: Path, text: str = RECIPE, **changes: object) -> Path:
     return folder
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """The supervised step of FOLDER in a session of its own, where Ctrl-C is not ignored."""
+def start(folder: Path, name: str = TAUGHT, **environment: str) -> subprocess.Popen[str]:
+    """A step of FOLDER in a session of its own, where Ctrl-C is not ignored."""
     return subprocess.Popen(
-        command("run", folder, "--until", TAUGHT),
+        command("run", folder, "--only", name),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -107,7 +107,7 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 def stop_at(folder: Path, step: int, stop: Callable[[subprocess.Popen[str]], None], name: str) -> tuple[int, str]:
     """Train until the events of the step `name` show update `step`, then stop it in some way: (exit code, errors)."""
-    process, run = start(folder), RunFolder.open(folder)
+    process, run = start(folder, name), RunFolder.open(folder)
     deadline = time.monotonic() + 120
     while max((seen["step"] for seen in run.events(name, "step")), default=0) < step:
         assert process.poll() is None, process.communicate()
