@@ -92,8 +92,3 @@ def test_a_second_run_of_the_same_folder_ends_with_exit_code_2_and_changes_nothi
     assert refused.returncode == 2 and f"process {process.pid}" in refused.stderr
     kept = [NAME, "events.jsonl", "files.json", "recipe.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == kept
-        NAME,
-        "events.jsonl",
-        "files.json",
-        "recipe.json",
-    ]
