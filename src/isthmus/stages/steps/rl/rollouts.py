@@ -94,9 +94,6 @@ class Rollouts:
         finished = completion.finish_reason != "length"
         return Sample(problem, self.tasks.of(problem), text, len(completion.tokens), limit, finished)
 
-    def is_correct(self, problem: Problem, completion: Completion) -> bool:
-        return self.tasks.of(problem).accuracy(problem, completion_of(self.tokenizer, completion.tokens)) == 1.0
-
     def store(self, step: int, weights_sha256: str) -> None:
         """Keep the samples that older weights, with this hash, generated for the steps from this one on: a continued
         run learns from the same ones."""
