@@ -264,6 +264,15 @@ def test_nothing_of_isthmus_is_imported_inside_a_function(file: Path):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("file", [file for file in PYTHON_FILES if file.name == "__init__.py"], ids=named)
+def test_no_module_of_a_package_takes_the_name_of_what_the_package_imports(file: Path):
+    """Importing `package.math` binds `math` in the package, over an `import math` of its own."""
+    imports = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
+    imported = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    modules = {path.stem for path in file.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert not imported & modules, f"a module of this package has the name of what {named(file)} imports"
+
+
 def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of what a file reaches that is private to another: an object says `self._x`, and nobody else."""
     for node in ast.walk(tree):

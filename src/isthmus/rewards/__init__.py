@@ -7,11 +7,11 @@ counted, and are never a zero that a model would learn from.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from typing import Any, Self
 
 from isthmus.errors import IsthmusError
@@ -84,7 +84,7 @@ class Scores:
     @property
     def numbers(self) -> list[float]:
         """The totals, with NaN for samples that are left out."""
-        return [math.nan if total is None else total for total in self.totals]
+        return [nan if total is None else total for total in self.totals]
 
     @property
     def means(self) -> dict[str, float | None]:
@@ -103,7 +103,7 @@ class Rewards:
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
         for name, weight in weights.items():
-            if not math.isfinite(weight):
+            if not isfinite(weight):
                 raise IsthmusError(f"the weight of the reward {name!r} must be a finite number, not {weight}")
         self.rewards = {name: rewards[name] for name in weights}
         self.weights = dict(weights)
@@ -156,7 +156,7 @@ def _checked(one: Judgement) -> float | LeftOut:
         return NO_ANSWER
     if not isinstance(one, int | float):
         return LeftOut(f"{type(one).__name__} is no number")
-    return float(one) if math.isfinite(one) else LeftOut("not a finite number")
+    return float(one) if isfinite(one) else LeftOut("not a finite number")
 
 
 def _value(one: float | LeftOut) -> float | None:
