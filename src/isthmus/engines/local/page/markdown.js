@@ -10,6 +10,7 @@ import { fenceNode, isMaths, maths, mathsNode } from "./maths.js";
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const DEEPEST = 16, // Blocks within blocks below this are text,
   DEEPEST_MARK = 40; // and marks within marks below this are not marked.
+const LONGEST_SEARCH = 4_000_000; // Characters of one text that are searched in vain for the end of a label.
 const NOTE = /\[\^([^\]\s]{1,80})\]/g;
 const BREAK = /<br ?\/?>/i;
 const CJK = /[\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]/;
@@ -45,6 +46,7 @@ markdown.linkify.pretest = (text) => /https?:|mailto:/i.test(text);
 markdown.validateLink = (text) => safeAddress(text) !== null;
 markdown.normalizeLink = (text) => safeAddress(text) ?? text;
 markdown.normalizeLinkText = (text) => text;
+markdown.helpers.parseLinkLabel = labelEnd(markdown.helpers.parseLinkLabel);
 markdown.block.ruler.before("table", "deepest", textBelowDeepest);
 markdown.block.ruler.before("list", "shallow", acceptShallowItems);
 markdown.inline.State = class extends markdown.inline.State {
@@ -219,6 +221,18 @@ function notesOf({ content, meta }) {
 }
 
 // Rules
+
+/** Where the label of a link ends, or -1: not searched for where no bracket closes, nor once too much was searched in vain. */
+function labelEnd(search) {
+  return (state, start, ...more) => {
+    state.lastClosing ??= state.src.lastIndexOf("]");
+    state.searched ??= 0;
+    if (start > state.lastClosing || state.searched > LONGEST_SEARCH) return -1;
+    const end = search(state, start, ...more);
+    if (end < 0) state.searched += state.posMax - start;
+    return end;
+  };
+}
 
 /** The plug-in for notes, which does not say on which lines a note stands. */
 function footnotes(markdown) {

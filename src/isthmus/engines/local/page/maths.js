@@ -15,6 +15,10 @@ const ENVIRONMENT = /^\\begin\{((?:equation|align|gather|alignat|multline|eqnarr
 const ENDS = /\\end\{([A-Za-z]+\*?)\}\s*[.,;:]?\s*$/;
 const BOXED = "\\boxed{";
 const FENCES = new Set(["math", "maths"]);
+const AMOUNT = /^\d[\d.,]*\s?(k|m|bn?|thousand|million|billion)?$/i;
+// What follows an amount of money: $10$-off, $5$ per seat, $9$/month. A number in a sum or $3$-dimensional is none.
+const OF_MONEY =
+  /^(-?\s?(off|bills?|notes?|coupons?|vouchers?|fees?|tickets?|tips?|discounts?|cash|deposits?|gift cards?|dollars?|usd|each|apiece)\b|(\s?\/\s?|\s(per|an?)\s|-(per|an?)-)(year|yr|month|mo|week|day|hour|hr|minute|seat|user|unit|person|head|kg|lb|night|gb|tb|kwh|token)s?\b)/i;
 const LONGEST = 4000, // Characters of a formula,
   MOST_LINES = 200, // its lines,
   DEEPEST = 60, // its elements within each other,
@@ -93,13 +97,14 @@ function find(state, sign, from) {
 
 /**
  * Where $...$ ends, or -1. As pandoc has it, so that a price stays one: no space inside, no digit after. What looks like a
- * variable of a shell after it, or has words and no sign of a formula, is none either; with a space at both ends it is
- * one only if it has a sign and no word.
+ * variable of a shell after it, or has words and no sign of a formula, is none either, nor is an amount before what is
+ * said of money; with a space at both ends it is one only if it has a sign and no word.
  */
 function dollarEnd(text, start) {
   let end = text.indexOf("$", start);
   while (end >= 0 && text[end - 1] === "\\") end = text.indexOf("$", end + 1);
   if (end < 0 || /[\dA-Z_{]/.test(text[end + 1] ?? "")) return -1;
+  if (end - start < 24 && AMOUNT.test(text.slice(start, end)) && OF_MONEY.test(text.slice(end + 1, end + 24))) return -1;
   const isSpaced = [text[start], text[end - 1]].map((sign) => /\s/.test(sign));
   if (isSpaced[0] !== isSpaced[1]) return -1;
   if (end - start > LONGEST) return isSpaced[0] ? -1 : end;
