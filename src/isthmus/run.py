@@ -179,6 +179,13 @@ class RunFolder:
             )
         return cls(path, recipe)
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may tell events here."""
+        return os.access(self.path, os.W_OK) and (
+            not (self.path / EVENTS).exists() or os.access(self.path / EVENTS, os.W_OK)
+        )
+
     def step_folder(self, name: str) -> Path:
         """Where a step of the recipe leaves its record, its checkpoints and what else it makes."""
         return self.path / "steps" / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
@@ -137,6 +138,39 @@ def test_a_bundle_is_served_without_its_run_and_with_keys(run, tmp_path):
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.count("request") == 3 and "canary" in events and events[-1] == "drain"
     assert not (run.path / "bundle" / "w8a8" / "serve").exists(), "a bundle keeps only what is sealed"
+
+
+def unprivileged():
+    """For a process that root starts: it may write no more than the owner of a file may (capability 1 of Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0)
+
+
+def test_a_run_folder_that_cannot_be_written_is_served_and_inspected(run, tmp_path):
+    before = run.events()
+    folders = [run.path, *(path for path in run.path.rglob("*"))]
+    for path in folders:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    options = {"env": {**os.environ, "COLUMNS": "150"}, "preexec_fn": unprivileged, "text": True}
+    inspected = subprocess.run(
+        [sys.executable, "-m", "isthmus", "inspect", str(run.path)], capture_output=True, check=False, **options
+    )
+    assert inspected.returncode == 0 and "sealed" in inspected.stdout, inspected.stderr
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "isthmus", "serve", str(run.path), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    try:
+        wait_for_health(port, process)
+        assert ask(port, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+        status, _, ready = ask(port, "GET", "/ready")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=20)[0]
+        for path in folders:
+            path.chmod(0o755)
+    assert process.returncode == 0, said
+    assert status == 200 and "cannot be written; --access-log" in ready["access_log"]
+    assert "not among the run's events" in said and run.events() == before
 
 
 def served(folder: Path, **changes) -> tuple[dict, str, str]:

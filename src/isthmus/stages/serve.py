@@ -47,11 +47,16 @@ WARNINGS: dict[str, str] = {
 }
 
 
+def _untold(_event: str, **_fields: Any) -> None:
+    """Where there is no run whose events could tell it."""
+
+
 @dataclass(frozen=True)
 class Serving:
     """How a bundle is served. `seal_id`, if given, is the only seal that is accepted. `refused`: its hand-off was.
 
-    `access_log` is where the log goes if the section does not say, `report` the dossier of the run.
+    `access_log` is where the log goes if the section does not say, None for nowhere; `unlogged` then says why, if it is
+    not meant so. `report` is the dossier of the run.
     `tell` records events, as RunFolder.event does.
     """
 
@@ -64,8 +69,9 @@ class Serving:
     threads: int = field(default_factory=default_threads)
     examples: list[str] = field(default_factory=list)
     access_log: Path | None = None
+    unlogged: str | None = None
     report: Path | None = None
-    tell: Callable[..., None] = lambda _event, **_fields: None
+    tell: Callable[..., None] = _untold
 
 
 def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **changes: Any) -> None:
@@ -80,6 +86,9 @@ def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **cha
     plan = run.require_record("plan", PlanRecord, "plan")
     pool = get_pool(run.recipe, plan.pool_of(NAME))
     require_cpu(pool)
+    unlogged = None if run.is_writable else f"{run.path} cannot be written; --access-log FILE writes one elsewhere"
+    if unlogged:
+        watch.say(f"  [yellow]{run.path} cannot be written: what happens here is not among the run's events[/]")
     serving = Serving(
         section=section,
         model_name=run.recipe.name,
@@ -89,9 +98,10 @@ def execute(run: RunFolder, watch: Watch, overrides: tuple[str, ...] = (), **cha
         rehearse=pool.chip if pool.rehearsed else None,
         threads=pool.threads,
         examples=example_prompts(run),
-        access_log=run.path / NAME / "access.jsonl",
+        access_log=None if unlogged else run.path / NAME / "access.jsonl",
+        unlogged=unlogged,
         report=run.path / "report.html",
-        tell=functools.partial(run.event, NAME),
+        tell=_untold if unlogged else functools.partial(run.event, NAME),
     )
     began = time.monotonic()
 
@@ -188,6 +198,9 @@ def open_server(folder: Path, service: Service, serving: Serving, keys: Keyring,
     log = AccessLog(
         None if target == "none" else target, file_bytes=section.access_log_mib << 20, log_prompts=section.log_prompts
     )
+    if target is None and serving.unlogged:
+        log.failure = f"nothing is logged: {serving.unlogged}"
+        watch.say(f"  [yellow]{log.failure}[/]")
     limits = KeyLimits(section.requests_per_minute, section.tokens_per_minute, section.concurrent_requests)
     canary = _canary(folder, service, serving, watch)
     if service.identity.seal is None:
