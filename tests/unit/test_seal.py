@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats.files.bundle import file_hashes, write_bundle
+from isthmus.errors import DamagedFile, GateRefused, IsthmusError
+from isthmus.formats.files.bundle import file_hashes, read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.manifest import add_file, canonical_sha256, write_manifest
 from isthmus.parity.seal import Seal, standing, verify_seal, write_seal
@@ -90,6 +91,65 @@ def test_no_seal_without_a_pass(bundle):
         verify_seal(bundle)
     with pytest.raises(GateRefused, match="no bundle"):
         verify_seal(bundle / "nowhere")
+
+
+def plant_empty_folder(bundle):
+    (bundle / "extra").mkdir()
+
+
+def plant_folder_of_files(bundle):
+    (bundle / "more" / "deep").mkdir(parents=True)
+    (bundle / "more" / "deep" / "a.py").write_text("1")
+
+
+def plant_pipe(bundle):
+    os.mkfifo(bundle / "pipe")
+
+
+def plant_link_to_a_folder(bundle):
+    (bundle / "all").symlink_to(bundle)
+
+
+def plant_link_that_leads_nowhere(bundle):
+    (bundle / "gone").symlink_to("nothing")
+
+
+def move_weights_out(bundle):
+    weights = bundle / "model.safetensors"
+    weights.rename(bundle.parent / "elsewhere.safetensors")
+    weights.symlink_to(bundle.parent / "elsewhere.safetensors")
+
+
+STRANGERS = {
+    plant_empty_folder: "extra is an empty folder",
+    plant_folder_of_files: "more/deep/a.py",
+    plant_pipe: "pipe is neither a file nor a folder",
+    plant_link_to_a_folder: "all is a link to what is no file",
+    plant_link_that_leads_nowhere: "gone is a link that leads nowhere",
+    move_weights_out: "model.safetensors is a link out of the bundle",
+}
+
+
+@pytest.mark.parametrize("plant", STRANGERS, ids=lambda plant: plant.__name__)
+def test_what_no_hash_covers_is_seen(bundle, plant):
+    """Before it is sealed, when it is read, by its seal, and by whoever inspects it."""
+    write_seal(bundle, **passed())
+    plant(bundle)
+    found = standing(bundle)
+    assert found.state == "tampered" and STRANGERS[plant] in found.reason
+    (bundle / "seal.json").unlink()
+    for read in (read_bundle, lambda folder: write_seal(folder, **passed())):
+        with pytest.raises(DamagedFile, match=STRANGERS[plant]):
+            read(bundle)
+
+
+def test_a_link_to_a_file_of_the_bundle_is_that_file(bundle):
+    weights = bundle / "model.safetensors"
+    weights.rename(bundle / "again.safetensors")
+    weights.symlink_to("again.safetensors")
+    (bundle / "checksums.json").write_text(json.dumps(file_hashes(bundle)))
+    write_seal(bundle, **passed())
+    assert standing(bundle).state == "sealed"
 
 
 def every_byte_matters(path: Path) -> list[int]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from isthmus import __version__
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import recognise_format
-from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, read_config
+from isthmus.formats.files.bundle import CHECKSUMS, SEAL, file_hashes, first_stranger, read_config
 from isthmus.parity.gate import refusal, refuses, shows_enough
 from isthmus.parity.manifest import (
     MANIFEST,
@@ -171,6 +171,8 @@ def verify_seal(bundle_folder: Path, expected_id: str | None = None, trusted: Co
     _check_signature(bundle_folder, seal)
     if trusted is not None and seal.signer not in trusted:
         raise _refusal(bundle_folder, _untrusted(seal))
+    if (stranger := first_stranger(bundle_folder)) is not None:
+        raise _refusal(bundle_folder, " ".join(stranger))
     found = file_hashes(bundle_folder, without=(SEAL,))
     for name, sha256 in seal.files.items():
         if name not in found:
@@ -237,6 +239,8 @@ def content_id(format_name: str, tensors: dict[str, str]) -> str:
 
 def _whole_files(bundle_folder: Path) -> dict[str, str]:
     """The hash of every file, checksums.json among them; all but it must be what it recorded."""
+    if (stranger := first_stranger(bundle_folder)) is not None:
+        raise DamagedFile(f"{bundle_folder / stranger[0]} {stranger[1]}; nothing is sealed")
     found, recorded = file_hashes(bundle_folder, without=(SEAL,)), read_checksums(bundle_folder)
     for name in sorted(found.keys() | recorded.keys()):
         if name != CHECKSUMS and found.get(name) != recorded.get(name):

@@ -17,11 +17,11 @@ from rich.text import Text
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import recognise_format
-from isthmus.formats.files.bundle import CHECKSUMS, CONFIG, SEAL, architecture_of, file_hashes, read_config
+from isthmus.formats.files.bundle import CHECKSUMS, CONFIG, SEAL, architecture_of, read_config, verify_files
 from isthmus.formats.files.published import StoredTensors, weight_files
 from isthmus.parity.gate import STYLES as OUTCOMES
 from isthmus.parity.gate import check_list, ledger_table, shown
-from isthmus.parity.manifest import MANIFEST, Manifest, read_checksums, read_manifest, tensor_hashes
+from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
 from isthmus.parity.seal import Lineage, State, read_verdict, standing, verify_seal
 from isthmus.parity.signing import read_trusted
 from isthmus.progress import Watch
@@ -179,10 +179,7 @@ def _check_bundle(folder: Path) -> None:
     if (folder / SEAL).is_file():
         verify_seal(folder)
         return
-    recorded, found = read_checksums(folder), file_hashes(folder)
-    for name in sorted(recorded.keys() | found.keys()):
-        if name != CHECKSUMS and recorded.get(name) != found.get(name):
-            raise DamagedFile(f"{folder / name} does not match its hash")
+    verify_files(folder)
 
 
 def render_run(found: RunFiles) -> RenderableType:

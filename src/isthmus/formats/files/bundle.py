@@ -238,6 +238,35 @@ def file_hashes(
     return {name: known.get(name) or sha256_file(folder / name) for name in names if name not in without}
 
 
+def first_stranger(folder: Path) -> tuple[str, str] | None:
+    """What lies in a bundle and no hash covers, and what it is: a link out of it, a pipe, an empty folder.
+
+    The first by its path; None if there are only files, folders of files, and links to files of the bundle.
+    """
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found = _problem_of_link(path, root)
+        elif path.is_dir():
+            found = None if any(path.iterdir()) else "is an empty folder, which belongs to no bundle; remove it"
+        else:
+            found = None if path.is_file() else "is neither a file nor a folder; remove it"
+        if found is not None:
+            return str(path.relative_to(folder)), found
+    return None
+
+
+def _problem_of_link(path: Path, root: Path) -> str | None:
+    """What is wrong with a link in a bundle: it may only lead to a file of the same bundle."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return "is a link that leads nowhere; copy the bundle again"
+    if not target.is_relative_to(root):
+        return "is a link out of the bundle, where it may change unseen; copy it with what it leads to (cp -rL)"
+    return None if target.is_file() else "is a link to what is no file; remove it"
+
+
 def weights_sha256(folder: Path) -> str:
     """SHA-256 of the weights as they lie on the disk: of their file, or of the hashes of their files in order."""
     hashes = [sha256_file(path) for path in weight_files(folder)]
@@ -342,6 +371,8 @@ def verify_files(folder: Path) -> None:
     """Raise DamagedFile if a file of a bundle is missing, added, or not what it was when the bundle was written."""
     if not (folder / CHECKSUMS).is_file():
         raise DamagedFile(f"{folder} has no {CHECKSUMS}: it was not written by isthmus, or not copied whole")
+    if (stranger := first_stranger(folder)) is not None:
+        raise DamagedFile(f"{folder / stranger[0]} {stranger[1]}")
     recorded, found = read_object(folder / CHECKSUMS), file_hashes(folder)
     for name, sha256 in recorded.items():
         if name not in found:
