@@ -14,6 +14,7 @@ from isthmus.engines.local.api.canary import Canary, drift_of
 from isthmus.engines.local.api.keys import Keyring
 from isthmus.engines.local.api.server import CanaryPlan, Server
 from isthmus.engines.local.api.service import load_service
+from isthmus.engines.local.core.sampler import Draw
 from isthmus.engines.local.core.scheduler import Finished
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.formats import get_format
@@ -233,6 +234,57 @@ def test_a_rollback_that_does_not_help_turns_requests_away(w8a8):
         assert ask(port, "POST", "/canary/run", key=ADMIN)[2]["last"]["outcome"] == "drift"
         status, _, state = ask(port, "GET", "/ready")
         assert (status, state["status"]) == (503, "damaged")
+
+
+def break_one_token(service, token):
+    """Of all texts only those with this token are answered by what is not a number."""
+    with torch.inference_mode():
+        service.core.runner.model.model.embed_tokens.weight[token] = float("nan")
+
+
+def test_ready_says_the_truth_when_the_weights_in_use_answer_no_number(w8a8):
+    """Also where no golden prompt would show it, and until other weights are in use."""
+    service = load_service(w8a8, slots=8)
+    with live(Server(service, admin_key=ADMIN, canary=CanaryPlan(None, BOUND))) as port:
+        token = next(one for one in range(20, 60) if all(one not in prompt for prompt in PROMPTS))
+        break_one_token(service, token)
+        assert ask(port, "GET", "/ready")[0] == 200
+        assert ask(port, "POST", "/v1/completions", {"prompt": [5, token], "max_tokens": 2})[0] == 500
+        wait_until(lambda: ask(port, "GET", "/ready")[0] == 503)
+        assert ask(port, "GET", "/ready")[2]["status"] == "damaged" and metric(port, "isthmus:canary_alarm") == 1
+        model = thinking_model(small_tokenizer(), 1)
+        payload = pack(get_format("w8a8").export(model.state_dict(), model.architecture))
+        assert ask(port, "POST", f"/update_weights?version=1&sha256={digest(payload)}", payload, ADMIN)[0] == 200
+        assert ask(port, "GET", "/ready")[0] == 200
+
+
+def test_weights_that_answer_no_number_are_rolled_back(w8a8):
+    service = load_service(w8a8, slots=8)
+    plan = CanaryPlan(None, BOUND, sealed_bundle=lambda: read_bundle(w8a8))
+    with live(Server(service, canary=plan)) as port:
+        break_one_token(service, 30)
+        assert ask(port, "POST", "/v1/completions", {"prompt": [5, 30], "max_tokens": 2})[0] == 500
+        wait_until(lambda: metric(port, "isthmus:rollbacks_total") == 1)
+        wait_until(lambda: ask(port, "GET", "/ready")[0] == 200)
+        assert ask(port, "POST", "/v1/completions", {"prompt": [5, 30], "max_tokens": 2})[0] == 200
+
+
+def test_a_sample_that_ends_by_its_own_fault_damages_nobody(w8a8, monkeypatch):
+    service = load_service(w8a8, slots=8)
+    with live(Server(service)) as port:
+        looked = []
+        whole = service.answers_numbers
+        monkeypatch.setattr(service, "answers_numbers", lambda text: looked.append(text) or whole(text))
+        monkeypatch.setattr("isthmus.engines.local.core.steps.draw", nothing_drawn)
+        assert ask(port, "POST", "/v1/completions", {"prompt": [5, 30], "max_tokens": 2})[0] == 500
+        wait_until(lambda: looked)
+        assert ask(port, "GET", "/ready")[0] == 200
+
+
+def nothing_drawn(logits, *_options):
+    """A draw whose log-probabilities are not numbers, of logits that are."""
+    count = len(logits)
+    return Draw(torch.zeros(count, dtype=torch.long), torch.full((count,), float("nan")), torch.zeros_like(logits))
 
 
 def test_the_schedule_runs_canaries_by_itself(w8a8):

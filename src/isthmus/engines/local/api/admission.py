@@ -19,6 +19,7 @@ from isthmus.engines.local.api.browsers import check_host
 from isthmus.engines.local.api.keys import ANYONE, Keyring, Level
 from isthmus.engines.local.api.limits import TOO_MANY_REQUESTS, TOO_MANY_TOKENS, KeyBudget, KeyLimits, Rate, Refused
 from isthmus.engines.local.api.metrics import Metrics
+from isthmus.engines.local.api.numbers import Numbers
 from isthmus.engines.local.api.protocol import ApiError
 from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.visit import CURRENT, Visit
@@ -32,7 +33,8 @@ class Gate:
     """What all requests of a server have in common. Follows visits, to know how fast the engine is.
 
     Without user keys only some names are answered to: see browsers.py. `sample_rate` and `prompt_rate` are the samples
-    and prompt tokens that ended lately; `held` counts the requests that stand before a closed gate.
+    and prompt tokens that ended lately; `held` counts the requests that stand before a closed gate. `numbers` knows
+    whether the weights in use are damaged, `damaged` is what a canary has found.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Gate:
         keys: Keyring,
         limits: KeyLimits,
         log: AccessLog,
+        numbers: Numbers,
         hosts: Collection[str] = (),
     ):
+        self.numbers = numbers
         self.hosts = hosts
         self.service, self.metrics, self.keys, self.limits, self.log = service, metrics, keys, limits, log
         self.draining, self.damaged = False, False
@@ -65,7 +69,7 @@ class Gate:
             return "draining"
         if self.service.core.paused or self.closed:
             return "paused"
-        return "damaged" if self.damaged else "ready"
+        return "damaged" if self.damaged or self.numbers.broken else "ready"
 
     def middleware(self, app: ASGIApp, levels: Mapping[str, Level]) -> ASGIApp:
         """The application behind the gate. Routes that `levels` does not name are for users."""
@@ -150,7 +154,7 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         visit = Visit(scope["method"], scope["path"], given if REQUEST_ID.fullmatch(given) else None, ANYONE)
-        visit.followers = [self.metrics, self]
+        visit.followers = [self.metrics, self, self.numbers]
         generates = scope["method"] == "POST" and scope["path"].startswith(GENERATING)
         send = self._noting(visit, generates, send)
         entered = False

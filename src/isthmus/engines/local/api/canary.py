@@ -90,6 +90,15 @@ class Canary:
                 return report
             return self._bring_back(self._roll_back, report.reason)
 
+    def alarm(self, reason: str) -> None:
+        """The weights in use are damaged, whatever the golden prompts would say of them."""
+        with self._running:
+            service = self.service
+            report = CanaryReport("drift", reason, service.core.version, time.time(), 0.0, drift=math.inf)
+            self._publish(report)
+            if self._roll_back is not None and service.is_original:
+                self._bring_back(self._roll_back, reason)
+
     def _bring_back(self, roll_back: Callable[[str], None], reason: str) -> CanaryReport:
         try:
             roll_back(reason)

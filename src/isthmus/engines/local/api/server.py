@@ -29,6 +29,7 @@ from isthmus.engines.local.api.intake import Intake, check_measure, weights_body
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.metrics import Metrics
+from isthmus.engines.local.api.numbers import Numbers
 from isthmus.engines.local.api.openapi import EVENTS, JSON, TEXT, Handler, Operation, document, file_operation
 from isthmus.engines.local.api.prepare import (
     Prepared,
@@ -136,7 +137,8 @@ class Server:
         self.metrics, self.intake = Metrics(service, lambda: self.log.failure is not None), Intake()
         keys = keys or Keyring([])
         self.keys = Keyring([*keys.keys, Key.of(ADMIN, admin_key)]) if admin_key else keys
-        self.gate = Gate(service, self.metrics, self.keys, limits, self.log, hosts)
+        numbers = Numbers(service, self._note_no_number)
+        self.gate = Gate(service, self.metrics, self.keys, limits, self.log, numbers, hosts)
         self._origins = origins
         self.updates = WeightUpdates(service)
         self.canary = self._canary(canary) if canary and service.golden and service.golden.answers else None
@@ -513,6 +515,12 @@ class Server:
         self.metrics.canary_alarm.set(report.outcome == "drift")
         self.gate.damaged = report.outcome == "drift" and report.rolled_back
         self.log.event("canary", **report.shown())
+
+    def _note_no_number(self, reason: str) -> None:
+        """Called from a thread of its own."""
+        self.log.event("not_a_number", reason=reason)
+        if self.canary is not None:
+            self.canary.alarm(reason)
 
     def roll_back(self, sealed_bundle: Callable[[], Bundle], reason: str) -> None:
         """Bring the sealed weights back. What runs or waits ends with an error; what comes later has these."""

@@ -125,6 +125,12 @@ class Service:
         """Whether the weights in use are those that the seal vouches for."""
         return self.is_original and self.identity.seal is not None
 
+    def answers_numbers(self, text: list[int]) -> bool:
+        """Whether the model in use, apart from all requests, gives a number for every token after this text."""
+        model = self.core.runner.model
+        with torch.inference_mode():
+            return bool(torch.isfinite(Trial(model, sequences=1, length=len(text)).prefill([text])).all())
+
     def exchange(self, tensors: Mapping[str, Tensor], version: int, sha256: str) -> None:
         """Take new weights into use between two steps. Raises IsthmusError if they do not fit; the old ones go on then.
 
