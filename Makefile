@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.live_tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier
+	$(BIN)/python -m benchmarks.twin
 
 soak: $(VENV)/.installed-dev     ## the tests that take minutes, then 10,000 random requests against a server
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long

@@ -502,6 +502,56 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
         raise click.exceptions.Exit(report.exit_code)
 
 
+@cli.group()
+def twin() -> None:
+    """Record any training script of torch, and hold two records of the same training against each other."""
+
+
+@twin.command("record", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="twin", show_default=True, metavar="FOLDER", help="The record."
+)
+@click.option(
+    "--state-every",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Record norms of parameters and optimiser state every K steps; 0: before the first one alone.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- python train.py ...")
+def twin_record(command: tuple[str, ...], **options: Any) -> None:
+    """Run a training script and write digests of each of its steps.
+
+    The script needs no change. Of every optimiser step: digest of the batch, loss, gradient norm by module, the
+    optimiser's options, random streams, precision. Each rank writes a file. The exit code is the script's own.
+    """
+    code = importlib.import_module("isthmus.tools.twin").record(list(command), _watch(), **options)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@twin.command("compare")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--band", default="standard", show_default=True, help="same, strict, standard or relaxed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def twin_compare(first: Path, second: Path, band: str, as_json: bool) -> None:
+    """Tell within which band two records agree, or the first step and module that part, and how.
+
+    Exit code 1 if they part. The kinds: weights, optimiser state, data, data order, position in the data, learning
+    rate, optimiser, precision, random state, one module, numerics.
+    """
+    tool = importlib.import_module("isthmus.tools.twin")
+    verdict = tool.judge(first, second, band)
+    if as_json:
+        click.echo(verdict.model_dump_json(indent=2))
+    else:
+        tool.show(verdict, _watch())
+    if not verdict.agree:
+        raise click.exceptions.Exit(1)
+
+
 @cli.command()
 @click.argument("target")
 @click.option(

@@ -1,6 +1,6 @@
 """Runs a training script of a user under the rules of a chip that is not here, and reports what would happen there.
 
-The script runs in processes of its own. Python's start-up hook in `chips/rehearse/hook` waits there for torch; each
+The script runs in processes of its own. Python's start-up hook in `launch/hook` waits there for torch; each
 process leaves a report in a folder, and they are put together here.
 """
 
@@ -10,27 +10,24 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-import isthmus
 from isthmus.chips import check_tables, device_for
 from isthmus.chips.rehearse import Profile, profile_of
 from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import SETTINGS, Settings
 from isthmus.chips.rehearse.tables import MEANING, STATUSES, Status
 from isthmus.errors import IsthmusError
+from isthmus.launch.with_torch import environment_with, program
 from isthmus.progress import Watch
 from isthmus.run import write_atomic
 
@@ -129,27 +126,13 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="isthmus-rehearsal-") as folder:
         settings = Settings(chip, folder, strict, noise, seed, faults)
         began = time.monotonic()
-        codes, interrupted = _run(_program(command), settings, ranks)
+        codes, interrupted = _run(program(command, "rehearse"), settings, ranks)
         found = [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("*.json"))]
     report = _merged(found, profile, settings, command, codes, interrupted, time.monotonic() - began)
     if json_file is not None:
         write_atomic(json_file, report.model_dump_json(indent=2).encode() + b"\n")
     _show(report, watch)
     return report
-
-
-def _program(command: list[str]) -> list[str]:
-    """The command, with this Python in place of a bare `python`: it is the one that has Isthmus."""
-    if not command:
-        raise IsthmusError("nothing to rehearse: write the command after --, as in `-- python train.py`")
-    name, *arguments = command
-    if name in ("python", "python3"):
-        return [sys.executable, *arguments]
-    if name.startswith("-"):
-        raise IsthmusError(f"{name} is no option of rehearse; `isthmus rehearse --help` lists them")
-    if shutil.which(name) is None:
-        raise IsthmusError(f"{name!r} is not a program that can be found; a script is run as `-- python {name}`")
-    return command
 
 
 def _run(command: list[str], settings: Settings, ranks: int | None) -> tuple[list[int], bool]:
@@ -214,12 +197,9 @@ def _free_port() -> int:
 
 def _environment(settings: Settings, rank: int, ranks: int | None, port: int) -> dict[str, str]:
     """What a rank finds: the hook on its path, the settings, and the variables that torchrun sets."""
-    hook = resources.files("isthmus.chips.rehearse") / "hook"
-    paths = [str(hook), *_source_folder(), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ,
+        **environment_with("isthmus.chips.rehearse.child"),
         SETTINGS: settings.environment(),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TORCHDYNAMO_DISABLE": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
@@ -233,12 +213,6 @@ def _environment(settings: Settings, rank: int, ranks: int | None, port: int) ->
             "MASTER_PORT": str(port),
         }
     return environment
-
-
-def _source_folder() -> list[str]:
-    """Where Isthmus lies, unless it is installed among other packages, where Python finds it."""
-    folder = Path(isthmus.__file__).parents[1]
-    return [] if folder.name in ("site-packages", "dist-packages") else [str(folder)]
 
 
 def _merged(

@@ -1,6 +1,6 @@
-"""Puts a rehearsal under a Python program that imports torch. Python imports this at its start, for its folder is on
-the path of the program; it imports nothing of torch or Isthmus before the program does, and then the sitecustomize that
-it hides."""
+"""Starts modules of Isthmus within a Python program once that has imported torch. Python imports this at its start, for
+its folder is on the path of the program; it imports nothing of torch or Isthmus before the program does, and then the
+sitecustomize that it hides."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib would slow down every start
+_MODULES = "ISTHMUS_WITH_TORCH"
+"""Of the environment: modules, with commas between them, each with a function `start()`."""
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torch as it would be found, and starts the rehearsal once it is loaded."""
+    """Finds torch as it would be found, and starts what the environment names once it is loaded."""
 
     def __init__(self) -> None:
         self._loader: Any = None
@@ -41,8 +43,9 @@ class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         sys.meta_path.remove(self)
         module.__spec__.loader = module.__loader__ = self._loader  # pyright: ignore[reportOptionalMemberAccess]
         self._loader.exec_module(module)
-        # Loaded only now: every Python that starts under a rehearsal runs this file, and few of them import torch.
-        importlib.import_module("isthmus.chips.rehearse.child").start()
+        # Loaded only now: every Python that the program starts runs this file, and few of them import torch.
+        for name in os.environ[_MODULES].split(","):
+            importlib.import_module(name).start()
 
 
 def _import_what_is_hidden() -> None:
@@ -53,6 +56,6 @@ def _import_what_is_hidden() -> None:
         spec.loader.exec_module(module)
 
 
-if "ISTHMUS_REHEARSAL" in os.environ:
+if os.environ.get(_MODULES):
     sys.meta_path.insert(0, _AfterTorch())
 _import_what_is_hidden()
