@@ -70,7 +70,7 @@ def main() -> None:
         )
     found = {"ratios": ratios, "median": statistics.median(ratios), "steps": options.steps}
     print(f"a recorded step takes {found['median']:.3f} times a plain one (median of {options.pairs} pairs)")
-    print(f"stored in {store('twin', found)}")
+    store("twin", found)
 
 
 if __name__ == "__main__":

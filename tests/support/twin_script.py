@@ -46,7 +46,7 @@ def wrapped(model: nn.Module, variant: str) -> nn.Module:
     if variant == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if variant == "fsdp":
-        return fully_shard(model)
+        fully_shard(model)
     return model
 
 

@@ -223,7 +223,7 @@ def _by_their_batches(first: Twin, second: Twin) -> tuple[Twin, list[str]]:
     it: what a run looks like that goes on from a checkpoint without the state of its optimiser."""
     mine = {step.batch: number for number, step in first.steps.items() if step.batch is not None}
     theirs = [second.steps[number] for number in sorted(second.steps)][:3]
-    places = [mine.get(step.batch) for step in theirs]
+    places = [mine.get(step.batch or "") for step in theirs]
     by = (places[0] or 0) - theirs[0].number if theirs else 0
     if len(mine) < len(first.steps) or by <= 0 or places != [step.number + by for step in theirs]:
         return second, []
