@@ -120,7 +120,7 @@ class Recorder:
             named = [(name, one) for name, one in module.named_parameters() if id(one) in own]
             if sum(one.numel() for _, one in named) >= max(needed, 1):
                 self._models.append(module)
-                self._names.update({id(one): _plain(name) for name, one in named if _better(name, one, self._names)})
+                self._names.update({id(one): _plain(name) for name, one in named if _fuller(name, one, self._names)})
                 module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                 module.register_forward_hook(self._after_forward, always_call=True)
 
@@ -310,10 +310,9 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _better(name: str, parameter: Tensor, names: Mapping[int, str]) -> bool:
-    """Whether a name is the first that is known, or lacks what an unknown wrapper puts before it."""
-    known = names.get(id(parameter))
-    return known is None or len(_plain(name)) < len(known)
+def _fuller(name: str, parameter: Tensor, names: Mapping[int, str]) -> bool:
+    """Whether a name says more of where a parameter is than the one that is known: that of an outer module."""
+    return len(_plain(name)) > len(names.get(id(parameter), ""))
 
 
 def _norms(tensors: list[Tensor]) -> list[tuple[Tensor, float]]:

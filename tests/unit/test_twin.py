@@ -75,6 +75,18 @@ def test_the_figures_are_those_of_the_loop_computed_by_hand(recorded: Path):
     assert step.squares["1"] == pytest.approx(squares, rel=1e-5)
 
 
+def test_modules_have_the_names_that_the_outermost_model_gives_them(tmp_path: Path):
+    """A part that holds nearly all parameters is watched too, and does not rename them."""
+    code = (
+        "import sys, torch; from torch import nn; from isthmus import twin; twin.start(sys.argv[1])\n"
+        "model = nn.Sequential(nn.LayerNorm(2), nn.ModuleDict({'body': nn.Sequential(nn.Linear(2, 99))})['body'])\n"
+        "optimizer = torch.optim.SGD(model.parameters(), 0.1)\n"
+        "model(torch.ones(1, 2)).sum().backward(); optimizer.step()"
+    )
+    python("-c", code, str(tmp_path))
+    assert set(read_twin(tmp_path).steps[1].squares) == {"0", "1.0"}
+
+
 def test_the_same_training_agrees_bit_for_bit(recorded: Path):
     verdict = held(recorded, "again", band="same")
     assert verdict.agree and verdict.narrowest == "same" and verdict.steps == twin_script.STEPS
