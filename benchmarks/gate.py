@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -157,10 +157,13 @@ def healthy_trials(case: Case, count: int) -> Iterator[Trial]:
         yield judged(case, new_trial(case, "healthy", dtype, twin), None, reference)
 
 
-def faulty_trials(case: Case) -> Iterator[Trial]:
+def faulty_trials(case: Case, done: Container[int] = ()) -> Iterator[Trial]:
+    """Every fault that the model can have, once; not those whose devices are `done`."""
     reference = propagate(case.subject.build(), case.subject.model.prompts())
     pairs = [(kind, fault) for kind, faults in KINDS.items() for fault in faults]
     for number, (kind, fault) in enumerate(pairs, 500):
+        if device_number(case, number) in done:
+            continue
         plant = draw_plant(case, kind, fault, case.subject.model.seed)
         if plant is not None:
             trial = new_trial(case, kind, "bf16", number)
@@ -169,10 +172,13 @@ def faulty_trials(case: Case) -> Iterator[Trial]:
 
 
 def new_trial(case: Case, kind: str, dtype: str, number: int) -> Trial:
-    model = case.subject.model
-    return Trial(
-        model.seed, model.architecture.model_type, case.subject.format, kind, None, dtype, 1000 * model.seed + number
-    )
+    model, device = case.subject.model, device_number(case, number)
+    return Trial(model.seed, model.architecture.model_type, case.subject.format, kind, None, dtype, device)
+
+
+def device_number(case: Case, number: int) -> int:
+    """What decides the noise of the device of a trial, and tells it from the others of its model and format."""
+    return 1000 * case.subject.model.seed + number
 
 
 def judged(case: Case, trial: Trial, plant: Plant | None, reference: Propagated) -> Trial:
