@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace, kept: list[Trial]) -> Iterator[Job]:
     rounds = range(options.first, options.first + options.rounds)
-    pairs = [*product(rounds, options.formats)]
+    pairs: list[tuple[int, str]] = [*product(rounds, options.formats)]
     seconds = None if options.minutes is None else 60.0 * options.minutes * options.workers / len(pairs)
     for round_, name in pairs:
         done = frozenset(trial.device for trial in kept if (trial.model, trial.format) == (round_, name))

@@ -11,7 +11,8 @@ Both become w8a8, are captured on 16 random sequences of 64 tokens, and are veri
 
 Each step is a process of its own with `--threads` threads. Beside its wall and processor time stands its largest memory
 (VmHWM of /proc/self/status, with the interpreter and mapped files). Rivals: a copy of the files with an fsync, and one
-forward pass of the golden sequences through the exact emulator, output head included. What a whole DeepSeek-V3 takes is
+forward pass of the golden sequences through the exact emulator, all of them side by side, with the output head where
+something follows that is compared: what verify asks of each model. What a whole DeepSeek-V3 takes is
 computed from the layer: 58 such layers, and three dense ones and the output head by their share of its multiplications.
 """
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ from isthmus.formats.files.stream import TensorWriter
 from isthmus.formats.parts.float8 import E4M3
 from isthmus.formats.parts.names import SCALE
 from isthmus.model.config import hf_config
+from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet
-from isthmus.parity.twins import score_tokens
+from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.verify import verify_bundle
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
@@ -148,12 +151,20 @@ def once(step: str, folder: Path, threads: int) -> dict[str, float]:
         capture.execute(bundle, source, None, True, 256, watch)
     elif step == "forward":
         with open_bundle(bundle, check_files=False) as opened:
-            score_tokens(opened.stream(), GoldenSet(bundle).listed.golden_sequences())
+            forward(opened.stream(), GoldenSet(bundle).listed.golden_sequences())
     else:
         verdict = verify_bundle(bundle)
         assert all(check.outcome == "pass" for check in verdict.checks if check.layer in ("files", "modules"))
     wall, cpu = time.perf_counter() - began, time.process_time() - busy
     return {"wall_s": wall, "cpu_s": cpu, "peak_mib": peak_bytes() / MIB, "before_mib": before / MIB}
+
+
+@torch.inference_mode()
+def forward(model: Model, sequences: Sequence[GoldenSequence]) -> None:
+    """The logits of the completions of sequences of one length."""
+    start = len(sequences[0].prompt) - 1
+    hidden = model.hidden(torch.tensor([[*one.prompt, *one.completion] for one in sequences]))
+    model.logits(hidden[:, start:-1].flatten(0, 1))
 
 
 def write_layer(folder: Path, architecture: DeepseekSection) -> None:

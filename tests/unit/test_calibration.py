@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +95,24 @@ def test_what_was_seen_of_the_balanced_model_follows_from_the_plain_one(arch: Mo
         assert mine.keys() == wanted.keys()
         assert all(torch.equal(mine[path], wanted[path]) for path in wanted if path not in plain.unseen)
     assert (known.tokens, known.unseen) == (again.tokens, again.unseen)
+
+
+def test_moments_of_the_balanced_model_are_read_one_at_a_time():
+    asked: list[str] = []
+
+    class Noted(dict[str, Tensor]):
+        def __getitem__(self, path: str) -> Tensor:
+            asked.append(path)
+            return super().__getitem__(path)
+
+    arch = dense_architecture("qwen2")
+    state = outlier_state(arch, 0)
+    plain = calibrate(build(state, arch), sequences(arch), gram=True)
+    known = find_balance(state, arch, plain).calibration(replace(plain, gram=Noted(plain.gram)))
+    assert not asked and len(known.gram) == len(plain.gram)
+    path = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(known.gram[path], plain.gram[path]), "its inputs are balanced"
+    assert asked == [path]
 
 
 @pytest.mark.parametrize("arch", [dense_architecture("qwen2"), tiny_architecture(vocab_size=61, q_lora_rank=14)])

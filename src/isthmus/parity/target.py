@@ -86,7 +86,8 @@ def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:
 def _add_noise(model: nn.Module, dtype: torch.dtype, generator: torch.Generator, granted: float) -> None:
     def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
         size = output.float().square().mean(-1, keepdim=True).sqrt() * granted
-        return output.float() + torch.randn(output.shape, generator=generator) * size * ACCUMULATION[dtype]
+        noise = torch.randn(output.shape, generator=generator)
+        return noise.mul_(size).mul_(ACCUMULATION[dtype]).add_(output)
 
     def add_noise(_module: nn.Module, _inputs: object, output: object) -> object:
         if not isinstance(output, Tensor) or not output.is_floating_point():

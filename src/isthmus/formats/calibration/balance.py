@@ -61,11 +61,27 @@ class Balance:
         one = torch.ones(1)
         low = {path: tensor / factors.get(path, one) for path, tensor in known.low.items()}
         high = {path: tensor / factors.get(path, one) for path, tensor in known.high.items()}
-        gram = {
-            path: tensor / factors[path] / factors[path][:, None] if path in factors else tensor
-            for path, tensor in known.gram.items()
-        }
-        return replace(known, low=low, high=high, gram=gram)
+        return replace(known, low=low, high=high, gram=_BalancedGram(known.gram, factors))
+
+
+class _BalancedGram(Mapping[str, Tensor]):
+    """Second moments of inputs divided by `factors`, each made when it is asked for."""
+
+    def __init__(self, known: Mapping[str, Tensor], factors: Mapping[str, Tensor]):
+        self._known, self._factors = known, factors
+
+    def __getitem__(self, path: str) -> Tensor:
+        gram, factors = self._known[path], self._factors.get(path)
+        return gram if factors is None else gram / factors / factors[:, None]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 class _Balanced(Mapping[str, Tensor]):
