@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import tempfile
 import time
 from collections import Counter
@@ -158,10 +159,12 @@ def healthy_trials(case: Case, count: int) -> Iterator[Trial]:
 
 
 def faulty_trials(case: Case, done: Container[int] = ()) -> Iterator[Trial]:
-    """Every fault that the model can have, once; not those whose devices are `done`."""
+    """Every fault that the model can have, once, the kinds mixed; not those whose devices are `done`."""
     reference = propagate(case.subject.build(), case.subject.model.prompts())
     pairs = [(kind, fault) for kind, faults in KINDS.items() for fault in faults]
-    for number, (kind, fault) in enumerate(pairs, 500):
+    numbered = [*enumerate(pairs, 500)]
+    random.Random(f"order {case.subject.model.seed} {case.subject.format}").shuffle(numbered)
+    for number, (kind, fault) in numbered:
         if device_number(case, number) in done:
             continue
         plant = draw_plant(case, kind, fault, case.subject.model.seed)

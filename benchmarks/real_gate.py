@@ -48,7 +48,9 @@ from tests.support.gate_rivals import propagate
 from tests.support.gate_run import Case, prepare
 from tests.support.real_model import real_checkpoint
 
-HEALTHY = [*product(("bf16", "fp16", "fp32"), (False, True), (1, 2))]
+HEALTHY = [
+    (dtype, alone, threads) for alone, threads, dtype in product((False, True), (1, 2), ("bf16", "fp16", "fp32"))
+]
 """What a healthy target sums in, whether it takes rows one by one, and its threads."""
 
 
