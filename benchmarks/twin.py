@@ -13,7 +13,6 @@ import multiprocessing.queues
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,6 +49,8 @@ def measured(steps: int, folder: str | None) -> float:
     process = context.Process(target=seconds_per_step, args=(steps, folder, answer))
     process.start()
     process.join()
+    if process.exitcode:
+        raise SystemExit(f"a measured process ended with exit code {process.exitcode}")
     return answer.get()
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     for pair in range(options.pairs):
         with tempfile.TemporaryDirectory() as folder:
             plain = measured(options.steps, None)
-            recorded = measured(options.steps, str(Path(folder)))
+            recorded = measured(options.steps, folder)
         ratios.append(recorded / plain)
         print(
             f"pair {pair + 1} of {options.pairs}: {plain:.3f} s plain, {recorded / plain:.3f} times that recorded",

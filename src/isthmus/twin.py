@@ -25,6 +25,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,6 +65,7 @@ class Recorder:
         self._pid = os.getpid()
         self._models: list[nn.Module] = []
         self._names: dict[int, str] = {}
+        self._searched: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._modules: list[str] = []
         self._depth = 0
         self._step = _Step()
@@ -112,8 +114,9 @@ class Recorder:
 
     def _find_models(self, optimizer: Optimizer) -> None:
         """Learn the names of an optimiser's parameters, and watch what goes into the modules that hold most of them."""
-        own = {id(parameter) for parameter in _parameters(optimizer)}
-        needed = _WHOLE * sum(parameter.numel() for parameter in _parameters(optimizer))
+        parameters = _parameters(optimizer)
+        own = {id(parameter) for parameter in parameters}
+        needed = _WHOLE * sum(parameter.numel() for parameter in parameters)
         for module in [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]:
             if any(module is known for known in self._models):
                 continue
@@ -128,7 +131,7 @@ class Recorder:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if self._depth == 0:
-            self._finish_stepped()
+            self._finish_step()
             self._step.begin()
             self._take_rows((args, kwargs))
         self._depth += 1
@@ -146,19 +149,21 @@ class Recorder:
         """Keep a loss: one number that `backward` is called on, and not within another `backward`."""
         loss = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else tensors
         if self._depth == 0 and isinstance(loss, Tensor) and loss.numel() == 1:
-            self._finish_stepped()
+            self._finish_step()
             self._step.begin()
             self._step.losses.append(loss.detach().clone())
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:
             self._finish_step()
-        if self._count == 0 or any(id(one) not in self._names for one in _parameters(optimizer)):
+        parameters = _parameters(optimizer)
+        if self._searched.get(optimizer) != len(parameters):
+            self._searched[optimizer] = len(parameters)
             self._find_models(optimizer)
         if self._count == 0 and not self._stepped:
             self._write_state(optimizer, "before")
         self._step.begin()
-        taught = [(self._module_of(one), one.grad) for one in _parameters(optimizer) if one.grad is not None]
+        taught = [(self._module_of(one), one.grad) for one in parameters if one.grad is not None]
         self._step.norms += _norms([gradient for _, gradient in taught])
         self._step.norms_of += [name for name, _ in taught]
         self._step.options.append(_options(optimizer))
@@ -166,12 +171,8 @@ class Recorder:
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepped.append(optimizer)
 
-    def _finish_stepped(self) -> None:
-        if self._stepped:
-            self._finish_step()
-
     def _finish_step(self) -> None:
-        """Write the step whose optimisers have all stepped."""
+        """Write the step whose optimisers have all stepped; nothing if none has."""
         if not self._stepped:
             return
         optimizers, self._stepped, step, self._step = self._stepped, [], self._step, _Step()
@@ -317,7 +318,8 @@ def _fuller(name: str, parameter: Tensor, names: Mapping[int, str]) -> bool:
 
 def _norms(tensors: list[Tensor]) -> list[tuple[Tensor, float]]:
     """(norm of what is here, the share of its square that this rank stands for) of each, on their devices."""
-    local = [_local(one) for one in tensors]
+    world = _rank_and_world()[1]
+    local = [_local(one, world) for one in tensors]
     plain = [(one.coalesce().values() if one.is_sparse else one).detach() for one, _ in local]
     if not plain:
         return []
@@ -326,12 +328,12 @@ def _norms(tensors: list[Tensor]) -> list[tuple[Tensor, float]]:
     return [(norm, share) for norm, (_, share) in zip(norms, local, strict=True)]
 
 
-def _local(tensor: Tensor) -> tuple[Tensor, float]:
+def _local(tensor: Tensor, world: int) -> tuple[Tensor, float]:
     mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
     if mesh is None or placements is None:
-        return tensor, 1.0 / _rank_and_world()[1]
+        return tensor, 1.0 / world
     copies = math.prod(mesh.size(axis) for axis, place in enumerate(placements) if place.is_replicate())
-    elsewhere = _rank_and_world()[1] / mesh.size()
+    elsewhere = world / mesh.size()
     return tensor.to_local(), 1.0 / (copies * elsewhere)  # pyright: ignore[reportAttributeAccessIssue]
 
 

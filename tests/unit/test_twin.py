@@ -188,6 +188,9 @@ def test_bad_records_are_explained(recorded: Path, tmp_path: Path):
         read_twin(tmp_path)
     damaged.write_text("\n".join([*lines, lines[-1][:40]]))
     assert len(read_twin(tmp_path).steps) == twin_script.STEPS
+    damaged.write_text("\n".join([*lines, lines[-1][:40], ""]))
+    with pytest.raises(IsthmusError, match=f"line {len(lines) + 1}, is damaged"):
+        read_twin(tmp_path)
     damaged.write_text("\n".join(lines[1:]))
     with pytest.raises(IsthmusError, match="no header"):
         read_twin(tmp_path)

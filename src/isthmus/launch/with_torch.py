@@ -12,6 +12,9 @@ import isthmus
 from isthmus.errors import IsthmusError
 
 MODULES = "ISTHMUS_WITH_TORCH"
+"""Of the environment: modules whose `start()` the hook calls, with commas between them."""
+INTERRUPTED = 130
+"""The exit code of a command that the user stopped."""
 
 
 def program(command: list[str], verb: str) -> list[str]:

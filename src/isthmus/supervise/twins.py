@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from isthmus.errors import IsthmusError
-from isthmus.lines import lines_of, read_text
+from isthmus.lines import lines_of, parse_object, read_text
 from isthmus.supervise.gate import RELAXED, SAME, STANDARD, Band, Bands
 
 STRICT = Bands(Band(1e-6, 0.0), Band(1e-6, 0.0))
@@ -46,9 +46,30 @@ class Step:
     random: Mapping[str, str]
     precision: str
 
+    @cached_property
+    def square(self) -> float:
+        """The squared norm of the whole gradient."""
+        return sum(self.squares.values())
+
     @property
     def norm(self) -> float:
-        return math.sqrt(sum(self.squares.values()))
+        return math.sqrt(self.square)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A step of both, and how far their gradients are apart."""
+
+    mine: Step
+    other: Step
+
+    @cached_property
+    def gaps(self) -> dict[str, float]:
+        return module_gaps(self.mine, self.other)
+
+    @cached_property
+    def total(self) -> float:
+        return _gap(self.mine.square, self.other.square)
 
 
 @dataclass
@@ -149,17 +170,17 @@ def _number_of(line: Mapping[str, Any], last: int) -> int:
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its place. A last line that was cut when its process was killed is left out."""
-    lines = [line for line in lines_of(read_text(file)) if line.strip()]
-    for number, text in enumerate(lines, 1):
+    text = read_text(file)
+    lines = lines_of(text)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and number > 1:
+            yield f"{file}, line {number},", parse_object(line.encode())
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
                 return
             raise IsthmusError(f"{file}, line {number}, is damaged ({error}); record the twin again") from error
-        if not isinstance(line, dict):
-            raise IsthmusError(f"{file}, line {number}, is no line of a twin's record; record the twin again")
-        yield f"{file}, line {number},", line
 
 
 def _together(number: int, ranks: Sequence[Mapping[str, Any]]) -> Step:
@@ -202,13 +223,17 @@ def compare(first: Twin, second: Twin, band: str = "standard") -> TwinVerdict:
     if not common:
         spans = [f"{min(one.steps)} to {max(one.steps)}" if one.steps else "none" for one in (first, second)]
         raise IsthmusError(f"the twins have no step in common: the first has steps {spans[0]}, the second {spans[1]}")
-    pairs = [(first.steps[number], second.steps[number]) for number in common]
-    parting = _weights_apart(first, second, common[0], band) or _first_parting(pairs, band)
-    holds = next((name for name in BANDS if _first_parting(pairs, name) is None), None)
+    pairs = [Pair(first.steps[number], second.steps[number]) for number in common]
+    exact = _exact_parting(pairs)
+
+    def parts(name: str) -> Parting | None:
+        return _weights_apart(first, second, common[0], name) or _first_parting(pairs, exact, name)
+
+    parting = parts(band)
     return TwinVerdict(
         agree=parting is None,
         band=band,
-        narrowest=holds if _weights_apart(first, second, common[0], holds or "relaxed") is None else None,
+        narrowest=next((name for name in BANDS if parts(name) is None), None),
         steps=len(common),
         only_first=len(first.steps) - len(common),
         only_second=len(second.steps) - len(common),
@@ -252,19 +277,26 @@ def _weights_apart(first: Twin, second: Twin, step: int, band: str) -> Parting |
     return None
 
 
-def _first_parting(pairs: Sequence[tuple[Step, Step]], band: str) -> Parting | None:
-    for index, (mine, other) in enumerate(pairs):
-        found = _batch_apart(pairs, index) or _options_apart(mine, other) or _figures_apart(mine, other, index, band)
+def _exact_parting(pairs: Sequence[Pair]) -> tuple[int, Parting] | None:
+    """The first step whose data or options differ, which no band allows."""
+    for index, pair in enumerate(pairs):
+        found = _batch_apart(pairs, index) or _options_apart(pair.mine, pair.other)
         if found is not None:
-            return found
+            return index, found
     return None
 
 
-def _batch_apart(pairs: Sequence[tuple[Step, Step]], index: int) -> Parting | None:
-    mine, other = pairs[index]
+def _first_parting(pairs: Sequence[Pair], exact: tuple[int, Parting] | None, band: str) -> Parting | None:
+    until, last = exact or (len(pairs), None)
+    apart = (_figures_apart(pair, index, band) for index, pair in enumerate(pairs[:until]))
+    return next((found for found in apart if found is not None), last)
+
+
+def _batch_apart(pairs: Sequence[Pair], index: int) -> Parting | None:
+    mine, other = pairs[index].mine, pairs[index].other
     if mine.batch is None or other.batch is None or mine.batch == other.batch:
         return None
-    seen, theirs = ([pair[side].batch for pair in pairs] for side in (0, 1))
+    seen, theirs = [pair.mine.batch for pair in pairs], [pair.other.batch for pair in pairs]
     kind, reason = "data", "the batch of this step is another one"
     if Counter(seen) == Counter(theirs):
         kind, reason = "data order", "both see the same batches, in another order"
@@ -279,8 +311,8 @@ def _batch_apart(pairs: Sequence[tuple[Step, Step]], index: int) -> Parting | No
 def _shift(seen: Sequence[str | None], theirs: Sequence[str | None], start: int) -> int | None:
     """By how many steps the second is ahead from `start` on, if it is by one number for three steps at least."""
     for shift in sorted(range(-len(seen), len(seen)), key=abs):
-        places = [place for place in range(start, len(seen)) if 0 <= place + shift < len(seen)]
-        if shift and len(places) >= 3 and all(theirs[place] == seen[place + shift] for place in places):
+        begin, end = max(start, -shift), min(len(seen), len(seen) - shift)
+        if shift and end - begin >= 3 and theirs[begin:end] == seen[begin + shift : end + shift]:
             return shift
     return None
 
@@ -318,17 +350,16 @@ def _alike(one: Any, two: Any) -> bool:
     return one == two
 
 
-def _figures_apart(mine: Step, other: Step, index: int, band: str) -> Parting | None:
+def _figures_apart(pair: Pair, index: int, band: str) -> Parting | None:
     """A loss, a gradient norm, or the gradient of a module beyond the band."""
+    mine, other, gaps = pair.mine, pair.other, pair.gaps
     limit = BANDS[band].at(index)
-    gaps = module_gaps(mine, other)
     typical = statistics.median(gaps.values()) if gaps else 0.0
     module = max(gaps, key=lambda name: gaps[name]) if gaps else None
     worst = gaps[module] if module is not None else 0.0
     stands_out = worst > max(NORM_RELATIVE[band], STANDS_OUT * typical)
     apart = _loss_apart(mine.loss, other.loss, limit)
-    total = _gap(mine.norm**2, other.norm**2)
-    if not apart and not stands_out and total <= NORM_RELATIVE[band]:
+    if not apart and not stands_out and pair.total <= NORM_RELATIVE[band]:
         return None
     said = f"loss {_number(mine.loss)} and {_number(other.loss)}, gradient norm {mine.norm:.6g} and {other.norm:.6g}"
     if stands_out:
@@ -358,7 +389,7 @@ def _loss_apart(mine: float | None, other: float | None, limit: Band) -> bool:
 def module_gaps(mine: Step, other: Step) -> dict[str, float]:
     """Relative differences of the gradient norms of modules; those that carry under a millionth of the whole are left
     out. A module that one of the two lacks differs by 1."""
-    floor = 1e-12 * max(mine.norm, other.norm) ** 2
+    floor = 1e-12 * max(mine.square, other.square)
     names = sorted({*mine.squares, *other.squares})
     loud = [name for name in names if max(mine.squares.get(name, 0.0), other.squares.get(name, 0.0)) > floor]
     return {name: _gap(mine.squares.get(name), other.squares.get(name)) for name in loud}
@@ -374,26 +405,28 @@ def _gap(one: float | None, two: float | None) -> float:
     return abs(math.sqrt(one) - math.sqrt(two)) / larger if larger else 0.0
 
 
-def _largest(pairs: Sequence[tuple[Step, Step]]) -> dict[str, float]:
+def _largest(pairs: Sequence[Pair]) -> dict[str, float]:
     losses = [
-        abs(mine.loss - other.loss) / max(abs(mine.loss), abs(other.loss), 1e-30)
-        for mine, other in pairs
-        if mine.loss is not None and other.loss is not None
+        abs(pair.mine.loss - pair.other.loss) / max(abs(pair.mine.loss), abs(pair.other.loss), 1e-30)
+        for pair in pairs
+        if pair.mine.loss is not None and pair.other.loss is not None
     ]
-    norms = [_gap(mine.norm**2, other.norm**2) for mine, other in pairs]
-    modules = [max(module_gaps(mine, other).values(), default=0.0) for mine, other in pairs]
-    return {"loss": max(losses, default=0.0), "gradient norm": max(norms), "gradient of a module": max(modules)}
+    return {
+        "loss": max(losses, default=0.0),
+        "gradient norm": max(pair.total for pair in pairs),
+        "gradient of a module": max(max(pair.gaps.values(), default=0.0) for pair in pairs),
+    }
 
 
-def _notes(pairs: Sequence[tuple[Step, Step]]) -> list[str]:
+def _notes(pairs: Sequence[Pair]) -> list[str]:
     """What the comparison could not see, and what differs without being a fault."""
     notes = []
-    unseen = sum(mine.batch is None or other.batch is None for mine, other in pairs)
+    unseen = sum(None in (pair.mine.batch, pair.other.batch) for pair in pairs)
     if unseen:
         notes.append(f"of {unseen} steps the batch is unknown; `Recorder.note_batch` tells it")
-    if any(mine.loss is None or other.loss is None for mine, other in pairs):
+    if any(None in (pair.mine.loss, pair.other.loss) for pair in pairs):
         notes.append("some steps have no loss: `backward` was called on something else than one number")
-    mine, other = pairs[0]
+    mine, other = pairs[0].mine, pairs[0].other
     if mine.precision != other.precision:
         notes.append(f"precision: {mine.precision} | {other.precision}")
     if any(mine.random[name] != other.random[name] for name in set(mine.random) & set(other.random)):

@@ -27,14 +27,13 @@ from isthmus.chips.rehearse.faults import parse_fault
 from isthmus.chips.rehearse.settings import SETTINGS, Settings
 from isthmus.chips.rehearse.tables import MEANING, STATUSES, Status
 from isthmus.errors import IsthmusError
-from isthmus.launch.with_torch import environment_with, program
+from isthmus.launch.with_torch import INTERRUPTED, environment_with, program
 from isthmus.progress import Watch
 from isthmus.run import write_atomic
 
 LOOK_S = 0.05
 GRACE_S = 10.0
 """What the other ranks get to end once one has failed, and all of them once the user has stopped the rehearsal."""
-INTERRUPTED = 130
 SHOWN = 12
 """Operators that are shown by name; the JSON has all."""
 

@@ -6,11 +6,9 @@ import subprocess
 from pathlib import Path
 
 from isthmus.errors import IsthmusError
-from isthmus.launch.with_torch import environment_with, program
+from isthmus.launch.with_torch import INTERRUPTED, environment_with, program
 from isthmus.progress import Watch
 from isthmus.supervise.twins import TwinVerdict, compare, read_twin
-
-INTERRUPTED = 130
 
 
 def record(command: list[str], watch: Watch, *, out: Path, state_every: int = 0) -> int:
