@@ -8,10 +8,13 @@ VENDORED := markdown-it@15.0.3:dist/browser/markdown-it.umd.min.js temml@0.13.5:
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test real docs check style types imports rules bench soak serve install install-dev vendor clean
+.PHONY: run drill test real docs check style types imports rules bench soak serve install install-dev vendor clean
 
 run: $(VENV)/.installed          ## install, then run the tiny recipe end to end on a plain CPU
 	$(BIN)/isthmus run $(RECIPE)
+
+drill: $(VENV)/.installed        ## install, then play a pool that fails: the run moves to the other one
+	$(BIN)/isthmus drill recipes/r2-drill.toml
 
 serve: $(VENV)/.installed        ## chat with the model that `make run` made
 	$(BIN)/isthmus serve runs/tiny

@@ -114,9 +114,31 @@ def run(
     watch.say(f"  chat   isthmus serve {opened.path}")
 
 
+@cli.command()
+@_TARGET
+@_RUN
+@_SET
+def drill(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> None:
+    """Rehearse a failing pool: it trains, planted faults strike, and the run moves on.
+
+    Rehearsed pools of place.train may train, the `faults` of a pool strike there, and [drill] of the recipe says how
+    often others are drawn. Nothing of a drill is handed off or sealed. TARGET is a recipe or the folder of a drill; the
+    same command goes on where it stopped.
+    """
+    if not target.is_dir() and load_recipe(target, overrides).drill is None:
+        overrides = (*overrides, "drill.seed=0")
+    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    if opened.recipe.drill is None:
+        raise IsthmusError(f"{opened.path} is a run, and no drill: give the recipe, with another folder in --run")
+    with _writing(opened):
+        _run_all(opened, _acts(opened.recipe), profile=False, agreed=False)
+    _watch().say(f"\n[bold]the drill is over[/]\n  read   {opened.path / 'report.html'}")
+
+
 def _acts(recipe: Recipe) -> list[str]:
-    """The stages and the steps of a run by name, in order."""
-    return [*STAGES[:2], *(step.name for step in recipe.step), *STAGES[2:]]
+    """The stages and the steps of a run by name, in order. A drill hands nothing off."""
+    last = [stage for stage in STAGES[2:] if recipe.drill is None or stage != "handoff"]
+    return [*STAGES[:2], *(step.name for step in recipe.step), *last]
 
 
 def _chosen(recipe: Recipe, only: str | None, until: str | None) -> list[str]:

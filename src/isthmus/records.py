@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from isthmus.errors import IsthmusError
 from isthmus.run import Figure, Record, RunFolder
@@ -235,7 +235,7 @@ class WeightsRecord(Record):
     """`steps/NAME/record.json` of a step that leaves weights. `pool` trained them; `steps` are its updates.
 
     It started from the checkpoint with the hash `started_from_sha256` of the step `started_from`; from a model if that
-    is `model`. `checkpoint` is relative to the run folder.
+    is `model`. `checkpoint` is relative to the run folder. The figures of a `drill` are rehearsed, whatever computed.
     """
 
     step: str
@@ -247,6 +247,13 @@ class WeightsRecord(Record):
     checkpoint: str
     checkpoint_sha256: str
     figures: dict[str, Figure]
+    drill: bool = False
+
+    @model_validator(mode="after")
+    def _a_drill_measures_nothing(self) -> Self:
+        if self.drill and (named := [name for name, one in self.figures.items() if one.kind != "rehearsed"]):
+            raise ValueError(f"figures of a drill are rehearsed; {', '.join(named)} are not")
+        return self
 
     @property
     def made_from(self) -> dict[str, str]:

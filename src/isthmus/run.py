@@ -337,8 +337,11 @@ class RunFolder:
                 os.fdatasync(file.fileno())
                 self._store(ledger.model_copy(update={"events": Head(bytes=file.tell(), sha256=sha256)}))
 
-    def events(self, stage: str | None = None, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order; of those that repeat a step the last counts. What a killed writer tore is left out.
+    def events(
+        self, stage: str | None = None, event: str | None = None, *, repeated: bool = False
+    ) -> list[dict[str, Any]]:
+        """Events in order; of those that repeat a step the last counts, or all if `repeated`. What a killed writer tore
+        is left out.
 
         Raises DamagedFile if a line was changed, or lines are missing.
         """
@@ -354,7 +357,7 @@ class RunFolder:
                 continue
             if (stage and entry["stage"] != stage) or (event and entry["event"] != event):
                 continue
-            key = (entry["stage"], entry["event"], entry["step"]) if "step" in entry else number
+            key = (entry["stage"], entry["event"], entry["step"]) if "step" in entry and not repeated else number
             kept.pop(key, None)
             kept[key] = entry
         return list(kept.values())

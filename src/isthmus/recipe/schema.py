@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe import lineage
 from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
+from isthmus.recipe.drill import DrillSection
 from isthmus.recipe.section import (
     Count,
     Nats,
@@ -30,7 +31,7 @@ from isthmus.recipe.section import (
     Whole,
     key,
 )
-from isthmus.recipe.steps import MODEL, Mix, Problems, Prompts, Rows, Step, StepSection
+from isthmus.recipe.steps import MODEL, Mix, PretrainSection, Problems, Prompts, Rows, SftSection, Step, StepSection
 from isthmus.recipe.supervise import SuperviseSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
@@ -245,6 +246,7 @@ class Recipe(Section):
     handoff: HandoffSection = key(HandoffSection(), "the gate")
     serve: ServeSection = key(ServeSection(), "the server")
     rules: RulesSection | None = key(None, "who buys and where; no rule is looked at if absent")
+    drill: DrillSection | None = key(None, "makes it a drill, for `isthmus drill`; it is none if absent")
 
     @model_validator(mode="after")
     def _rules_name_pools(self) -> Self:
@@ -268,6 +270,13 @@ class Recipe(Section):
             pool = self.pools[name]
             if not pool.rehearsed and (problem := layout_problem(self.model, self.train, pool.ranks or pool.count)):
                 raise ValueError(f"pool {name!r}: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_drill_is_of_text(self) -> Self:
+        others = [one.name for one in self.step if not isinstance(one, PretrainSection | SftSection)]
+        if self.drill is not None and others:
+            raise ValueError(f"a drill plays pretrain and sft steps alone; leave out {', '.join(others)}")
         return self
 
     @model_validator(mode="after")

@@ -201,7 +201,7 @@ def _legend(series: Sequence[Series], marks: Sequence[Mark]) -> str:
     entries = [
         (line.name, f"{line.tone}{' faint' if line.faint else ''}{' dashed' if line.dashed else ''}") for line in series
     ]
-    keys = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css in entries)
+    keys = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for name, css in dict.fromkeys(entries))
     for name, tone in dict.fromkeys((mark.name, mark.tone) for mark in marks):
         keys += f'<li><i class="key point {tone}"></i>{escape(name)}</li>'
     return f'<ul class="legend">{keys}</ul>' if len(entries) + len(marks) > 1 else ""

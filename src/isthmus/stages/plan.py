@@ -82,6 +82,8 @@ def place(
             raise GateRefused(_nowhere(stage, order, objections, qualified))
         asked = warning(rulings.get(chosen))
         reason = _reason(order, chosen, qualified[chosen]) + (f"; {asked}" if asked else "")
+        if recipe.drill is not None and stage == "train" and qualified[chosen].rehearsed:
+            reason += "; in a drill it may train all the same"
         placements.append(Placement(stage=stage, pool=chosen, reason=reason))
         rejected += [_rejection(stage, name, chosen, objections[name]) for name in order if name != chosen]
     return placements, rejected
@@ -91,6 +93,8 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
     """Why a stage may not run on a pool; None if it may."""
     use = "training" if stage == "train" else "serving"
     accepted = ("fit", "fit with limits") if use == "training" else ("fit", "fit with limits", "serve-only")
+    if recipe.drill is not None and use == "training" and pool.rehearsed:
+        return None
     if use == "training" and (pool.rehearsed or not pool.present):
         return (
             f"it is rehearsed, and a rehearsal can refuse a pool, never vouch for it; its verdict is `{pool.verdict}`"

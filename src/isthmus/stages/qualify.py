@@ -125,14 +125,15 @@ def qualify_pool(
 ) -> QualifyRecord:
     """Probe one pool, judge what was found, and write `qualify/<pool>.json`.
 
-    `faults` are planted in the ranks that probe it, beside those that the recipe plants in a rehearsed pool. `places`
-    are where its ranks live; children of this process if there are none.
+    `faults` are planted in the ranks that probe it, beside those that the recipe plants in a rehearsed pool; in a drill
+    these wait for training. `places` are where its ranks live; children of this process if there are none.
     """
     started = time.time()
     pool = get_pool(run.recipe, pool_name)
     run.event(NAME, "start", pool=pool.name)
     watch.say(f"  examining {escape(str(pool))}")
-    planted = [*map(parse_fault, run.recipe.pools[pool_name].faults), *faults]
+    own = run.recipe.pools[pool_name].faults if run.recipe.drill is None else []
+    planted = [*map(parse_fault, own), *faults]
     with compute_threads(pool.threads):
         examination = Examination(run, _setting(run, pool, watch), watch, planted, places, budget_s)
         if pool.rehearsed:
@@ -163,9 +164,11 @@ def _setting(run: RunFolder, pool: Pool, watch: Watch) -> Setting:
 
 
 def _choice(setting: Setting, budget_s: float | None) -> Choice:
-    """A rehearsal asks ranks only where there are rules between several of them, or faults, to rehearse."""
+    """A rehearsal asks ranks only where there are rules between several of them, or faults, to rehearse; in a drill its
+    faults wait for training."""
     pool = setting.pool
-    if pool.rehearsed and pool.ranks == 1 and not setting.recipe.pools[pool.name].faults:
+    waiting = setting.recipe.drill is not None
+    if pool.rehearsed and (waiting or (pool.ranks == 1 and not setting.recipe.pools[pool.name].faults)):
         return Choice([], [])
     return choose(live_probes(), setting, budget_s)
 

@@ -42,6 +42,7 @@ from isthmus.report_page import charts, lineage, numbers, pools, timing
 from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
+from isthmus.report_page.timeline import Timeline, timeline
 from isthmus.rules import NOT_LOOKED_AT, notice
 from isthmus.run import Figure, Kind, Record, RunFolder
 from isthmus.verdict import describe_limit, without_pairs
@@ -101,7 +102,9 @@ class Dossier:
     def kind_on(self, pool: str | None, preferred: list[str]) -> Kind:
         """The kind of a number read off a pool; of any of the `preferred` ones while it is not known which."""
         pools = self.run.recipe.pools
-        rehearsed = any(pools[name].rehearsed for name in ([pool] if pool in pools else preferred))
+        rehearsed = self.run.recipe.drill is not None or any(
+            pools[name].rehearsed for name in ([pool] if pool in pools else preferred)
+        )
         return "rehearsed" if rehearsed else "measured"
 
     @cached_property
@@ -154,6 +157,12 @@ class Dossier:
     def incidents(self) -> list[IncidentRecord]:
         """What watched steps met, and what was done."""
         return [one for name in self.steps for one in incidents(self.run, name)]
+
+    @property
+    def timelines(self) -> list[Timeline]:
+        """Of the steps that met something."""
+        drawn = [timeline(name, self.run.events(name, repeated=True), incidents(self.run, name)) for name in self.steps]
+        return [one for one in drawn if one is not None]
 
     @property
     def crossings(self) -> int:
@@ -320,7 +329,7 @@ def commands(dossier: Dossier) -> dict[str, str]:
         "qualify": all(dossier.qualify.values()),
         "plan": dossier.plan is not None,
         **{name: record is not None for name, record in dossier.steps.items()},
-        "handoff": dossier.handoff is not None,
+        "handoff": dossier.handoff is not None or dossier.run.recipe.drill is not None,
     }
     return {act: f"isthmus run {dossier.run.path} --until {act}" for act, is_done in done.items() if not is_done}
 

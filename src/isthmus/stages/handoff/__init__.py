@@ -34,9 +34,16 @@ from isthmus.stages.handoff.crossing import (
 )
 
 
+def refuse_drill(run: RunFolder) -> None:
+    """Raise GateRefused for a drill."""
+    if run.recipe.drill is not None:
+        raise GateRefused(f"{run.path} is a drill: its weights come from planted faults, and are not sealed for use.")
+
+
 def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
     """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if one refuses."""
     started = time.time()
+    refuse_drill(run)
     crossing = Crossing.of(run)
     run.event(NAME, "start", pool=crossing.target.name, source_pool=crossing.source.name)
     (run.path / "parity.json").unlink(missing_ok=True)

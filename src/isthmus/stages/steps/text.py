@@ -8,9 +8,10 @@ checkpoint as if nothing had happened, also on another number of ranks.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from isthmus.progress import Counter, Watch
 from isthmus.recipe.steps import PretrainSection, SftSection
 from isthmus.records import TextRecord
 from isthmus.run import Figure
+from isthmus.stages.steps.drilled import Drill
 from isthmus.stages.steps.step import StepRun
 from isthmus.supervise.guard import Computed, Guard, watched_figures
 from isthmus.trainer.batch import Batch
@@ -92,13 +94,16 @@ def learn(step: TextStep, watch: Watch, text: Callable[[Ranks], Text], *, profil
     if device == "cpu":
         torch.set_num_threads(max(1, pool.threads // (launched_world() or 1)))
     torch.manual_seed(recipe.seed)
+    drill = Drill.of(step.run, step.name, pool, int(os.environ.get("RANK", "0")))
     with open_ranks(device, grouped=precision != "fp32") as ranks:
         voice = Voice(step, watch, ranks.is_first)
         voice.event("start", pool=pool.name, ranks=ranks.world, precision=precision, start=start.name)
         model = empty_model(step, chip, ranks, precision, voice)
         with _traced(step, voice, profile) as tracing:
             gauges = Gauges(step, pool, chip, precision, ranks, tracing)
-            saved = Training(step, text(ranks), model, ranks, voice, gauges).finish()
+            training = Training(step, text(ranks), model, ranks, voice, gauges, drill)
+            with drill.under_way() if drill else nullcontext():
+                saved = training.finish()
             if ranks.is_first:
                 record = _record(step, pool, started, saved)
                 step.run.write_record(f"steps/{step.name}/record", record)
@@ -151,7 +156,17 @@ def _traced(step: TextStep, voice: Voice, asked: bool) -> Iterator[Profiler | No
 class Training:
     """A step under way: its optimiser and its checkpoints."""
 
-    def __init__(self, step: TextStep, text: Text, model: Model, ranks: Ranks, voice: Voice, gauges: Gauges):
+    def __init__(
+        self,
+        step: TextStep,
+        text: Text,
+        model: Model,
+        ranks: Ranks,
+        voice: Voice,
+        gauges: Gauges,
+        drill: Drill | None = None,
+    ):
+        self.drill = drill
         self.text, self.model, self.ranks, self.voice, self.gauges = text, model, ranks, voice, gauges
         self.section, self.recipe, self.start = step.section, step.recipe, step.start
         shared_by = self.recipe.train.replicate
@@ -191,6 +206,8 @@ class Training:
 
     def _step(self, step: int, counter: Counter) -> None:
         began = time.perf_counter()
+        if self.drill is not None:
+            self.drill.update(step + 1)
         batch = self.text.batch(step)
         found, made, digest = self.guard.update(step + 1, batch, lambda: self.compute(batch))
         losses: StepLosses = found.rest
@@ -313,7 +330,7 @@ def _status(losses: StepLosses, measures: dict[str, float | None]) -> str:
 
 
 def _record(step: TextStep, pool: Pool, started: float, saved: SavedCheckpoint) -> TextRecord:
-    last = step.events("step")[-1]
+    last, unreal = step.events("step")[-1], pool.rehearsed or step.recipe.drill is not None
     source = f"update {saved.step} of step {step.name} on pool {pool.name}, events.jsonl"
     parameters = sum(parameter.numel() for parameter in unfilled(step.architecture).parameters())
     found = {
@@ -329,11 +346,12 @@ def _record(step: TextStep, pool: Pool, started: float, saved: SavedCheckpoint) 
         step=step.name,
         kind=step.section.kind,
         pool=pool.name,
+        drill=step.recipe.drill is not None,
         started_from=start.name,
         started_from_sha256=start.sha256,
         steps=saved.step,
         resumed_from=[event["from_step"] for event in step.events("resume")],
         checkpoint=str(saved.folder.relative_to(step.run.path)),
         checkpoint_sha256=saved.sha256,
-        figures={name: Figure.measured(*one, rehearsed=pool.rehearsed) for name, one in found.items()},
+        figures={name: Figure.measured(*one, rehearsed=unreal) for name, one in found.items()},
     )

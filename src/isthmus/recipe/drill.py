@@ -1,0 +1,18 @@
+"""What a drill plants."""
+
+from __future__ import annotations
+
+from isthmus.recipe.section import Count, Section, Whole, key
+
+
+class DrillSection(Section):
+    """Rehearsed pools may train, and their faults strike.
+
+    Nothing of a drill is sealed for use. The kinds of drawn faults come from published counts in
+    chips/fault_weights.csv; how often they come is the recipe's.
+    """
+
+    seed: Whole = key(0, "seed of the faults that are drawn", ge=0)
+    updates_between_faults: Count | None = key(
+        None, "updates of a rehearsed pool between two drawn faults, on average; none is drawn if absent"
+    )

@@ -1,0 +1,99 @@
+"""A drill: rehearsed pools may train, faults are drawn as counted, and nothing of it can pass for real."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from isthmus.chips import fault_weights
+from isthmus.cli import cli
+from isthmus.errors import GateRefused, IsthmusError
+from isthmus.pools import get_pool
+from isthmus.progress import Watch
+from isthmus.recipe.drill import DrillSection
+from isthmus.recipe.read import parse_recipe
+from isthmus.records import QualifyRecord, TextRecord
+from isthmus.run import Figure, RunFolder
+from isthmus.stages import handoff
+from isthmus.stages.plan import objection
+from isthmus.stages.steps.drilled import drawn, faults_of
+from tests.support.flow_recipe import ROOT
+
+CONTENT = tomllib.loads((ROOT / "recipes" / "r2-drill.toml").read_text(encoding="utf-8"))
+DRILL = parse_recipe(CONTENT)
+RUN = parse_recipe({key: value for key, value in CONTENT.items() if key != "drill"})
+STEP = "cold-start"
+
+
+def test_faults_come_as_often_as_was_counted_and_on_average_as_late_as_asked():
+    section = DrillSection(updates_between_faults=20)
+    found = [drawn(section, STEP, attempt, 100, 2) for attempt in range(4000)]
+    kinds = Counter(one.kind for one in found if one is not None)
+    for kind, share in fault_weights()["stability"].items():
+        assert abs(kinds[kind] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-3
+    later = [one.step - 101 for one in found if one is not None and one.step is not None]
+    assert min(later) >= 0 and abs(sum(later) / len(later) - 19.5) < 1.5
+    assert {one.rank for one in found if one is not None} == {0, 1}
+
+
+def test_a_drill_goes_wrong_in_the_same_way_twice_and_otherwise_with_another_seed():
+    def ten(seed: int) -> list[str]:
+        return [str(drawn(DrillSection(seed=seed, updates_between_faults=9), STEP, one, 0, 1)) for one in range(10)]
+
+    assert ten(1) == ten(1) != ten(2)
+
+
+def test_a_fault_by_hand_strikes_once_and_a_standing_one_stays(tmp_path):
+    pools = {**CONTENT["pools"], "away": {**CONTENT["pools"]["away"], "faults": ["nan@rank=0,step=3", "hang@rank=1"]}}
+    run = RunFolder.create(tmp_path / "run", parse_recipe({**CONTENT, "pools": pools, "drill": {"seed": 0}}))
+
+    def left() -> list[str]:
+        return [str(one) for one in faults_of(run, STEP, get_pool(run.recipe, "away"), DrillSection())]
+
+    assert left() == ["nan@rank=0,step=3", "hang@rank=1"]
+    for fault in left():
+        run.event(STEP, "planted", fault=fault, update=3, pool="away")
+    assert left() == ["hang@rank=1"]
+
+
+def test_a_rehearsed_pool_may_train_in_a_drill_alone():
+    record = QualifyRecord(
+        recipe_sha256="0", started=0, ended=0, pool="away", chip="ascend-910b-313t", present=False, rehearsed=True,
+        verdict="serve-only", title="", reasons=[], evidence=[], figures={},
+    )  # fmt: skip
+    assert objection("train", record, DRILL) is None
+    assert "never vouch" in (objection("train", record, RUN) or "")
+
+
+def test_a_record_of_a_drill_holds_no_measured_figure():
+    fields = {
+        "recipe_sha256": "0", "started": 0, "ended": 0, "step": STEP, "kind": "sft", "pool": "home", "drill": True,
+        "started_from": "model", "steps": 1, "resumed_from": [], "checkpoint": "c", "checkpoint_sha256": "0",
+    }  # fmt: skip
+    figures = {real: {"loss": Figure.measured(1.0, "nats", "x", rehearsed=not real)} for real in (True, False)}
+    TextRecord(**fields, figures=figures[False])
+    with pytest.raises(ValidationError, match="figures of a drill are rehearsed; loss"):
+        TextRecord(**fields, figures=figures[True])
+
+
+def test_a_drill_is_not_handed_off(tmp_path):
+    run = RunFolder.create(tmp_path / "run", DRILL)
+    with pytest.raises(GateRefused, match="not sealed for use"):
+        handoff.execute(run, Watch(quiet=True))
+    assert not (run.path / "bundle").exists()
+
+
+def test_a_drill_and_a_run_are_not_taken_for_each_other(tmp_path):
+    run = RunFolder.create(tmp_path / "run", RUN)
+    found = CliRunner().invoke(cli, ["drill", str(run.path)])
+    assert isinstance(found.exception, IsthmusError) and "no drill" in str(found.exception)
+
+
+def test_steps_that_a_drill_cannot_play_are_refused():
+    tiny = tomllib.loads((ROOT / "recipes" / "tiny.toml").read_text(encoding="utf-8"))
+    with pytest.raises(IsthmusError, match="leave out reasoning"):
+        parse_recipe({**tiny, "drill": {}})
