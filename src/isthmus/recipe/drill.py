@@ -6,10 +6,10 @@ from isthmus.recipe.section import Count, Section, Whole, key
 
 
 class DrillSection(Section):
-    """Rehearsed pools may train, and their faults strike.
+    """A pool that fails, played.
 
-    Nothing of a drill is sealed for use. The kinds of drawn faults come from published counts in
-    chips/fault_weights.csv; how often they come is the recipe's.
+    Rehearsed pools may train, and nothing of a drill is sealed for use. The kinds of drawn faults come from published
+    counts in chips/fault_weights.csv; how often they come is the recipe's.
     """
 
     seed: Whole = key(0, "seed of the faults that are drawn", ge=0)
