@@ -18,6 +18,7 @@ class Pool:
     """A number of chips of one kind. `rehearsed`: the chip is not here, its rules are enforced on the CPU.
 
     `ranks` is the number of processes that train on it.
+    `engines` are URLs of engines that generate on it elsewhere, with the file of their key, and the `exchange` folder.
     Compute threads of a process on the CPU: `threads` if it works alone, `shared_threads` if the process of another
     pool works beside it. The recipe's number counts for both.
     """
@@ -29,10 +30,19 @@ class Pool:
     rehearsed: bool
     threads: int
     shared_threads: int
+    engines: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    exchange: Path | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is reached by URLs alone."""
+        return bool(self.engines)
 
     def __str__(self) -> str:
         chips = self.chip if self.count == 1 else f"{self.count} x {self.chip}"
-        return f"{self.name} ({chips}, rehearsed)" if self.rehearsed else f"{self.name} ({chips})"
+        how = ", rehearsed" if self.rehearsed else ", elsewhere" if self.elsewhere else ""
+        return f"{self.name} ({chips}{how})"
 
 
 def get_pool(recipe: Recipe, name: str) -> Pool:
@@ -41,7 +51,18 @@ def get_pool(recipe: Recipe, name: str) -> Pool:
     alone = section.threads or default_threads()
     shared = section.threads or max(1, alone // 2)
     ranks = section.ranks or section.count
-    return Pool(name, section.chip, section.count, ranks, section.rehearsed, alone, shared)
+    return Pool(
+        name,
+        section.chip,
+        section.count,
+        ranks,
+        section.rehearsed,
+        alone,
+        shared,
+        tuple(url.rstrip("/") for url in section.engines),
+        section.api_key_file,
+        section.exchange,
+    )
 
 
 def placed_pools(recipe: Recipe) -> list[Pool]:

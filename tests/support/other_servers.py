@@ -164,6 +164,8 @@ class FakeVllm(OtherServer):
     def control(self, path: str, query: dict[str, str], ask: dict[str, Any]) -> Any:
         if path == "/weight_info":
             return {"weight_version": self.version}
+        if path == "/is_paused":
+            return {"is_paused": self.paused}
         if path == "/pause":
             assert query == {"mode": "keep"}
             self.paused = True

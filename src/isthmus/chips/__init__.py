@@ -69,8 +69,8 @@ def device_for(slug: str) -> str:
 
 
 def device_of(pool: Pool) -> str:
-    """The torch device type on which a pool's work runs: that of its chip, or the CPU if it is rehearsed."""
-    return "cpu" if pool.rehearsed else device_for(pool.chip)
+    """The torch device type on which a pool's work runs here: that of its chip, or the CPU if it is not here."""
+    return "cpu" if pool.rehearsed or pool.elsewhere else device_for(pool.chip)
 
 
 def environment_of(device: str) -> dict[str, str]:
@@ -120,7 +120,8 @@ def check_tables(slug: str, why: str = "") -> None:
 
 
 def check_available(recipe: Recipe, pools: Collection[str] = ()) -> None:
-    """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here or rehearsed.
+    """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here, elsewhere or
+    rehearsed.
 
     Where `pools` are named, those alone.
     """
@@ -128,7 +129,7 @@ def check_available(recipe: Recipe, pools: Collection[str] = ()) -> None:
     for pool in placed_pools(recipe):
         if pools and pool.name not in pools:
             continue
-        if not pool.rehearsed and not is_here(pool):
+        if not pool.rehearsed and not pool.elsewhere and not is_here(pool):
             raise IsthmusError(_not_here(pool))
 
 

@@ -44,6 +44,11 @@ def detect() -> Presence:
 _ENVIRONMENT = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
 
 
+# It keeps weights in the published layout, so that others can take their place, and opens the routes for them
+# (vllm-ascend 0.23).
+_SERVING = {"vllm-ascend": """--additional-config '{"rl_config": {"enabled": true}}'"""}
+
+
 def versions() -> dict[str, str]:
     """Of torch_npu, and of the CANN that `set_env.sh` has put into the environment, from its installation record."""
     found = {}
@@ -76,4 +81,5 @@ VENDOR = Vendor(
         "CLOSE_MATMUL_",
     ),
     versions=versions,
+    serving=_SERVING,
 )

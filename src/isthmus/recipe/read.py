@@ -55,7 +55,7 @@ def parse_recipe(tree: dict[str, Any], origin: Path | None = None) -> Recipe:
             tree = {**tree, section: _resolve_files(tree[section], origin)}
     if isinstance(steps := tree.get("step"), list):
         tree = {**tree, "step": [_resolve_files(step, origin) if isinstance(step, dict) else step for step in steps]}
-    for section in ("tasks", "rewards", "models"):
+    for section in ("tasks", "rewards", "models", "pools"):
         if isinstance(named := tree.get(section), dict):
             resolve = _resolve_model if section == "models" else _resolve_files
             done = {name: resolve(one, origin) if isinstance(one, dict) else one for name, one in named.items()}
@@ -117,7 +117,7 @@ def _resolve_files(section: dict[str, Any], origin: Path | None) -> dict[str, An
 
 
 def _is_path(key: str) -> bool:
-    return key in ("folder", "publish", "thresholds") or key.endswith("_file")
+    return key in ("folder", "publish", "thresholds", "exchange") or key.endswith("_file")
 
 
 def _read_preset(name: Any) -> dict[str, Any]:

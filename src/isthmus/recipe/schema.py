@@ -12,6 +12,7 @@ import typing
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -40,7 +41,8 @@ PlacedStage = Literal["train", "rollout", "serve"]
 
 
 class PoolSection(Section):
-    """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU."""
+    """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU; `engines` are
+    elsewhere, and someone else started them."""
 
     chip: str = Field(description="the kind of chip; `isthmus chips` lists them")
     count: Count = key(1, "chips")
@@ -48,11 +50,36 @@ class PoolSection(Section):
     rehearsed: bool = key(False, "the chip is not here: its rules are enforced on the CPU")
     threads: Count | None = key(None, "compute threads of a process on a CPU; chosen if absent")
     faults: list[str] = key([], "faults that a rehearsal plants, such as `hang@rank=1,step=3`")
+    engines: list[str] = key([], "URLs of engines that run elsewhere, such as `http://10.0.0.7:8000`; they generate")
+    api_key_file: Path | None = key(None, "a file with the key that these engines want; one that may change weights")
+    exchange: Path | None = key(
+        None, "a folder that these engines and this machine see under the same path; engines of other makes need it"
+    )
 
     @model_validator(mode="after")
     def _faults_only_in_a_rehearsal(self) -> Self:
         if self.faults and not self.rehearsed:
             raise ValueError("faults are planted in a rehearsed pool alone; write rehearsed = true, or leave them out")
+        return self
+
+
+    @model_validator(mode="after")
+    def _engines_are_elsewhere(self) -> Self:
+        if not self.engines:
+            given = [name for name in ("api_key_file", "exchange") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{given[0]} is for engines that run elsewhere; write engines = [URL, ...], or leave it")
+            return self
+        if self.rehearsed:
+            raise ValueError("a rehearsal is here, and engines = [...] are elsewhere; keep one of the two")
+        if self.ranks is not None:
+            raise ValueError("ranks train, and a pool of engines = [...] generates; leave ranks out")
+        for url in self.engines:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"{url!r} is not the URL of an engine; write http://host:port")
+        if len({url.rstrip("/") for url in self.engines}) < len(self.engines):
+            raise ValueError("an engine stands twice in engines; each URL is one engine")
         return self
 
 
@@ -262,6 +289,17 @@ class Recipe(Section):
             for pool in getattr(self.place, stage):
                 if pool not in self.pools:
                     raise ValueError(f"place.{stage} names the pool {pool!r}; the recipe has {', '.join(self.pools)}")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_only_generate(self) -> Self:
+        for stage, what in (("train", "trains"), ("serve", "is handed the bundle")):
+            for pool in getattr(self.place, stage):
+                if self.pools[pool].engines:
+                    raise ValueError(
+                        f"place.{stage} names {pool!r}, which is reached by engines = [...]: such a pool generates, and "
+                        f"none of its chips {what}; name it in place.rollout alone"
+                    )
         return self
 
     @model_validator(mode="after")

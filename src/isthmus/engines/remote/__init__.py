@@ -86,6 +86,30 @@ class HttpEngine:
         """
         return self._server.update_delta(parts, base_version, version, sha256)
 
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        """Bring all weights of a version and check them; those in use go on until `switch`."""
+        self._server.stage(payload, version, sha256)
+
+    def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
+        """The same by what changes; raises OtherBase as `update_delta` does."""
+        self._server.stage_delta(parts, base_version, version)
+
+    def switch(self, version: int, sha256: str | None = None) -> None:
+        """Use what was staged. `sha256`, if given, is `set_sha256` of the result."""
+        self._server.switch(version, sha256)
+
+    def in_use(self) -> str | None:
+        """What tells the weights in use from others, in the server's words; None where it does not tell."""
+        return self._server.in_use()
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the server says within so many seconds that it is healthy."""
+        try:
+            Transport(self.url, self.api_key, seconds).get("/health")
+        except EngineError:
+            return False
+        return True
+
     def stop(self) -> None:
         """Nothing to free: a remote server goes on without us."""
 

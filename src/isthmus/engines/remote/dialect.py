@@ -56,6 +56,22 @@ class Dialect(Protocol):
 
     def update(self, payload: bytes, version: int, sha256: str) -> None: ...
 
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        """Bring all weights of a version and check them, without using them yet."""
+        ...
+
+    def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
+        """Bring what changes the weights in use, and check it, without using it yet."""
+        ...
+
+    def switch(self, version: int, sha256: str | None) -> None:
+        """Use what was staged. `sha256`, if given, is `set_sha256` of the result."""
+        ...
+
+    def in_use(self) -> str | None:
+        """What tells the weights in use from others, in the server's words; None where it does not tell."""
+        ...
+
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float: ...
 
 
@@ -66,6 +82,10 @@ class WholeWeights:
     arithmetic: str | None = None
     bits: str | None = None
     takes_deltas = False
+
+    def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
+        """Raises EngineError."""
+        self.update_delta(parts, base_version, version, "")
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
         """Raises EngineError."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
@@ -31,6 +32,7 @@ class Isthmus:
         self._model = model_id(health.get("model"), transport)
         self.bits: str | None = health.get("bits")
         self.weights = Weights(int(health.get("weight_version", 0)))
+        self._again: tuple[bytes, int, str] | None = None
 
     def check(self) -> None:
         """Nothing to find out."""
@@ -65,22 +67,56 @@ class Isthmus:
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
         """A staged update; what was sent of it is given up if a part is refused."""
-        start = urlencode({"version": version, "mode": "delta", "base_version": base_version, "abort": "true"})
+        self.stage_delta(parts, base_version, version)
+        began = time.perf_counter()
+        self.switch(version, sha256)
+        return time.perf_counter() - began
+
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        """A version that has the number of the one in use cannot be staged: it is brought at the switch."""
+        self._again = None
         try:
-            self._transport.post(f"/start_weight_update?{start}")
-            for part in parts:
-                query = urlencode({"sha256": digest(part), "version": version})
-                self._transport.call("POST", f"/update_weights?{query}", part, BYTES)
-            began = time.perf_counter()
-            query = urlencode({"version": version, "sha256": sha256})
+            self._send({"version": version, "abort": "true"}, [(payload, sha256)], version)
+        except Refused as error:
+            if error.code != "version_in_use":
+                raise
+            self._again = (payload, version, sha256)
+
+    def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
+        self._again = None
+        start = {"version": version, "mode": "delta", "base_version": base_version, "abort": "true"}
+        self._send(start, [(part, digest(part)) for part in parts], version)
+
+    def switch(self, version: int, sha256: str | None) -> None:
+        if self._again is not None:
+            again, self._again = self._again, None
+            self.update(*again)
+            return
+        query = urlencode({"version": version} | ({} if sha256 is None else {"sha256": sha256}))
+        with self._given_up_if_refused():
             answer = self._transport.post(f"/finish_weight_update?{query}")
+        self.weights.version = int(answer["version"])
+
+    def in_use(self) -> str | None:
+        facts = self._transport.get("/weight_info")
+        return f"version {facts['version']} with SHA-256 {facts['sha256']}"
+
+    def _send(self, start: dict[str, Any], messages: Sequence[tuple[bytes, str]], version: int) -> None:
+        with self._given_up_if_refused():
+            self._transport.post(f"/start_weight_update?{urlencode(start)}")
+            for content, sha256 in messages:
+                query = urlencode({"sha256": sha256, "version": version})
+                self._transport.call("POST", f"/update_weights?{query}", content, BYTES)
+
+    @contextmanager
+    def _given_up_if_refused(self) -> Iterator[None]:
+        try:
+            yield
         except Refused as error:
             self._transport.post("/abort_weight_update")
             if error.code == "wrong_base":
                 raise OtherBase(str(error)) from error
             raise
-        self.weights.version = int(answer["version"])
-        return time.perf_counter() - began
 
 
 def _with_origins(completion: Completion, choice: dict[str, Any]) -> Completion:

@@ -47,6 +47,15 @@ class OpenAi(WholeWeights):
             "isthmus for RL"
         )
 
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        self.update(payload, version, sha256)
+
+    def switch(self, version: int, sha256: str | None) -> None:
+        raise AssertionError("nothing was staged")
+
+    def in_use(self) -> str | None:
+        return None
+
     def _complete(self, sampling: Sampling, prompt: list[int], seed: int) -> list[Completion]:
         asked = self._request(
             [prompt], sampling.max_new_tokens, sampling.temperature, n=sampling.n, seed=seed, logprobs=0

@@ -13,6 +13,7 @@ weights, so the last good folder is asked for again from here.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from isthmus.engines import Completion, EngineError, Sampling
@@ -32,6 +33,7 @@ class SgLang(WholeWeights):
         self._transport, self._facts, self._exchange = transport, facts, exchange
         self.release: str | None = facts.get("version")
         self.weights = Weights()
+        self._staged: Path | None = None
         model = self._model_info()
         self._served = model.get("model_path")
         self.weights.told(model.get("weight_version"))
@@ -65,13 +67,24 @@ class SgLang(WholeWeights):
         return [self._scores(answer["meta_info"], tokens) for answer, tokens in zip(answers, sequences, strict=True)]
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
-        folder = self._exchange.write(payload, version, sha256)
+        self.stage(payload, version, sha256)
+        self.switch(version, None)
+
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        self._staged = self._exchange.write(payload, version, sha256)
+
+    def switch(self, version: int, sha256: str | None) -> None:
+        assert self._staged is not None, "stage a version first"
+        folder, self._staged = self._staged, None
         try:
             self._load(str(folder), str(version))
         except EngineError as error:
             raise self._go_back(error) from error
         self.weights.version, self._served = version, str(folder)
         self._exchange.keep_only(folder)
+
+    def in_use(self) -> str | None:
+        return self._model_info().get("weight_version")
 
     def _load(self, folder: str, version: str) -> None:
         ask = {"model_path": folder, "weight_version": version, "flush_cache": True}

@@ -20,6 +20,7 @@ the server must compute what it did before.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from isthmus.engines import EngineError
 from isthmus.engines.remote.dialect import Exchange
@@ -40,19 +41,39 @@ class Vllm(OpenAi):
 
     def __init__(self, transport: Transport, model: str, folder: str | None, release: str | None, exchange: Exchange):
         super().__init__(transport, model, release)
-        self._exchange, self._folder, self._reloads = exchange, folder, False
-        self._ask_version()
+        self._exchange, self._folder = exchange, folder
+        self._staged: Path | None = None
+        told = self.in_use()
+        self.weights.told(told)
+        self._reloads = told is not None and told.isdecimal()
+
+    def check(self) -> None:
+        """As of every server; and whoever paused it and died is not waited for."""
+        super().check()
+        if (self._ask("/is_paused") or {}).get("is_paused"):
+            self._control("/resume")
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
-        folder = self._exchange.write(payload, version, sha256)
+        self.stage(payload, version, sha256)
+        self.switch(version, None)
+
+    def stage(self, payload: bytes, version: int, sha256: str) -> None:
+        self._staged = self._exchange.write(payload, version, sha256)
+
+    def switch(self, version: int, sha256: str | None) -> None:
+        assert self._staged is not None, "stage a version first"
+        folder, self._staged = self._staged, None
         self._check_reload()
         self._take(str(folder), version)
         self._exchange.keep_only(folder)
 
+    def in_use(self) -> str | None:
+        return (self._ask("/weight_info") or {}).get("weight_version")
+
     def _check_reload(self) -> None:
         """Raise EngineError if a reload of the served weights changes what is computed; asked once, of a server whose
         weights nobody has exchanged yet."""
-        if self._reloads or self.weights.version or self._folder is None:
+        if self._reloads or self._folder is None:
             return
         before = self._top_logprobs(1.0)
         self._take(self._folder, None)
@@ -75,8 +96,8 @@ class Vllm(OpenAi):
         self._control("/pause?mode=keep")
         try:
             self._reload(folder, version)
-        except EngineError:
-            # The reason is the first error; a server that it ended cannot resume.
+        except BaseException:
+            # The reason is the first error, or that we are told to end; a server that it ended cannot resume.
             with contextlib.suppress(EngineError):
                 self._control("/resume")
             raise
@@ -106,9 +127,11 @@ class Vllm(OpenAi):
                 ) from error
             raise
 
-    def _ask_version(self) -> None:
+    def _ask(self, path: str) -> dict | None:
+        """What a route of the development mode says; None without that mode."""
         try:
-            self.weights.told(self._transport.get("/weight_info")["weight_version"])
+            return self._transport.get(path)
         except Refused as error:
             if error.status != 404:
                 raise
+        return None
