@@ -141,9 +141,9 @@ class Vendor:
     `chips` gives the facts without loading torch; `detect` looks at this machine and may load it. `environment` are
     variables that have to be set before a process that examines or trains loads the vendor's software. `package` is the
     extension of torch without which the device type does not exist. `variables` are beginnings of the names of
-    environment variables that the software reads, and `versions` reads the versions of that software, where it is. `serving`
-    has the words that an engine of `Capabilities.engines` is started with for reinforcement learning, beside those of its
-    make.
+    environment variables that the software reads, and `versions` reads the versions of that software, where it is.
+    `serving` has the words that an engine of `Capabilities.engines` is started with for reinforcement learning, beside
+    those of its make.
     """
 
     name: str

@@ -17,6 +17,7 @@ from torch import Tensor
 from isthmus.chips import Chip, get_chip
 from isthmus.chips.rehearse import Profile, can_rehearse, profile_of
 from isthmus.engines import Engine, EngineError, Sampling
+from isthmus.engines.elsewhere import open_fleet
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import get_format
@@ -243,6 +244,49 @@ def _undisturbed(pilot: Callable[[], T], run: RunFolder) -> T:
         return pilot()
 
 
+def elsewhere(found: Findings, work: Workload, run: RunFolder) -> None:
+    """The engines of a pool that is reached by URLs: what they are, crossings, and two batch sizes.
+
+    Raises EngineError, before anything is trained, if one of them cannot take part.
+    """
+    form, folder = generating(found.recipe).rollout_format, run.path / "qualify" / f"{found.pool.name}-bundle"
+    state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
+    write_bundle(folder, form, state, work.recipe.model, work.tokenizer)
+    began = time.perf_counter()
+    fleet = open_fleet(found.pool, folder, form, lambda name, **facts: run.event("qualify", name, **facts))
+    start = time.perf_counter() - began
+    source = f"{len(fleet.members)} engines of {found.pool.name}, in {form}"
+    paces = _paces_of(fleet, found, work, form, start, source)
+    found.figures |= paces
+    detail = f"{', '.join(member.engine.server for member in fleet.members)}: took weights in {form}, and answered"
+    found.add("pilot of the engines", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)
+    for aspect in ("stability", "links"):
+        found.add(
+            aspect,
+            aspect,
+            "training",
+            "unknown",
+            "engines behind URLs only generate, and the kind of their chip is the recipe's word",
+        )
+
+
+def _paces_of(
+    engine: Engine, found: Findings, work: Workload, form: str, start: float, source: str
+) -> dict[str, Figure]:
+    """Seconds of crossings, and of two batch sizes."""
+    state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
+    crossings = [_cross(engine, form, state, work, version) for version in range(1, 4)]
+    small, full = (_generate(engine, work, samples) for samples in PILOT_SAMPLES)
+    per_step, per_token = solve_pace(small, full)
+    fixed, growing = f"{source}: share of a step that does not grow with the batch", f"{source}: share that does"
+    return {
+        "engine_start_s": found.setting.measured(start, "s", source),
+        "crossing_s": found.setting.median(crossings, "s", f"{source}: export, pack, send, swap"),
+        "decode_step_s": found.setting.measured(per_step, "s/step", fixed),
+        "decode_token_s": found.setting.measured(per_token, "s/token", growing),
+    }
+
+
 def _engine_paces(found: Findings, work: Workload, folder: Path, form: str) -> dict[str, Figure]:
     threads, pool = _rl_threads(found), found.pool
     state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
@@ -253,17 +297,7 @@ def _engine_paces(found: Findings, work: Workload, folder: Path, form: str) -> d
     began = time.perf_counter()
     with engine:
         start = time.perf_counter() - began
-        crossings = [_cross(engine, form, state, work, version) for version in range(1, 4)]
-        small, full = (_generate(engine, work, samples) for samples in PILOT_SAMPLES)
-    source = f"engine pilot in {form}, {threads} threads"
-    per_step, per_token = solve_pace(small, full)
-    fixed, growing = f"{source}: share of a step that does not grow with the batch", f"{source}: share that does"
-    return {
-        "engine_start_s": found.setting.measured(start, "s", source),
-        "crossing_s": found.setting.median(crossings, "s", f"{source}: export, pack, send, swap"),
-        "decode_step_s": found.setting.measured(per_step, "s/step", fixed),
-        "decode_token_s": found.setting.measured(per_token, "s/token", growing),
-    }
+        return _paces_of(engine, found, work, form, start, f"engine pilot in {form}, {threads} threads")
 
 
 def _cross(engine: Engine, form: str, state: dict[str, Tensor], work: Workload, version: int) -> float:

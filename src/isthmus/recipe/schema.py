@@ -41,8 +41,10 @@ PlacedStage = Literal["train", "rollout", "serve"]
 
 
 class PoolSection(Section):
-    """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU; `engines` are
-    elsewhere, and someone else started them."""
+    """A number of chips of one kind. `rehearsed` enforces the rules of a chip that is not here on the CPU.
+
+    `engines` are elsewhere, and someone else started them.
+    """
 
     chip: str = Field(description="the kind of chip; `isthmus chips` lists them")
     count: Count = key(1, "chips")
@@ -62,13 +64,14 @@ class PoolSection(Section):
             raise ValueError("faults are planted in a rehearsed pool alone; write rehearsed = true, or leave them out")
         return self
 
-
     @model_validator(mode="after")
     def _engines_are_elsewhere(self) -> Self:
         if not self.engines:
             given = [name for name in ("api_key_file", "exchange") if getattr(self, name) is not None]
             if given:
-                raise ValueError(f"{given[0]} is for engines that run elsewhere; write engines = [URL, ...], or leave it")
+                raise ValueError(
+                    f"{given[0]} is for engines that run elsewhere; write engines = [URL, ...], or leave it"
+                )
             return self
         if self.rehearsed:
             raise ValueError("a rehearsal is here, and engines = [...] are elsewhere; keep one of the two")
@@ -297,8 +300,8 @@ class Recipe(Section):
             for pool in getattr(self.place, stage):
                 if self.pools[pool].engines:
                     raise ValueError(
-                        f"place.{stage} names {pool!r}, which is reached by engines = [...]: such a pool generates, and "
-                        f"none of its chips {what}; name it in place.rollout alone"
+                        f"place.{stage} names {pool!r}, which is reached by engines = [...]: such a pool generates, "
+                        f"and none of its chips {what}; name it in place.rollout alone"
                     )
         return self
 

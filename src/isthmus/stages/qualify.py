@@ -136,7 +136,9 @@ def qualify_pool(
     planted = [*map(parse_fault, own), *faults]
     with compute_threads(pool.threads):
         examination = Examination(run, _setting(run, pool, watch), watch, planted, places, budget_s)
-        if pool.rehearsed:
+        if pool.elsewhere:
+            examination.ask_elsewhere()
+        elif pool.rehearsed:
             examination.rehearse()
         else:
             examination.measure()
@@ -167,6 +169,8 @@ def _choice(setting: Setting, budget_s: float | None) -> Choice:
     """A rehearsal asks ranks only where there are rules between several of them, or faults, to rehearse; in a drill its
     faults wait for training."""
     pool = setting.pool
+    if pool.elsewhere:
+        return Choice([], [])
     waiting = setting.recipe.drill is not None
     if pool.rehearsed and (waiting or (pool.ranks == 1 and not setting.recipe.pools[pool.name].faults)):
         return Choice([], [])
@@ -205,6 +209,11 @@ class Examination:
             self.found.add("links", "links", "training", "pass", "one chip: there is no link to measure")
         pilots.training(self.found, work)
         pilots.engine(self.found, work, self.run, self.setting.folder)
+
+    def ask_elsewhere(self) -> None:
+        """All that can be found out about engines behind URLs. Raises EngineError if they cannot take part."""
+        pilots.weight_formats(self.found, None)
+        pilots.elsewhere(self.found, self._workload(), self.run)
 
     def rehearse(self) -> None:
         """All that can be found out about a pool that is not here."""

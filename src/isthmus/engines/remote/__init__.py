@@ -98,6 +98,10 @@ class HttpEngine:
         """Use what was staged. `sha256`, if given, is `set_sha256` of the result."""
         self._server.switch(version, sha256)
 
+    def check_exchange(self, form: str) -> None:
+        """Raise EngineError if the server cannot take the weights of the bundle's model in this format."""
+        self._server.check_exchange(form)
+
     def in_use(self) -> str | None:
         """What tells the weights in use from others, in the server's words; None where it does not tell."""
         return self._server.in_use()

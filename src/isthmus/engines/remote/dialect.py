@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.errors import IsthmusError
-from isthmus.formats.files.bundle import with_other_weights
+from isthmus.formats import recognise_format
+from isthmus.formats.files.bundle import CONFIG, architecture_of, read_config, with_other_weights
 from isthmus.formats.files.golden import TokenScore
 from isthmus.formats.updates.wire import unpack
 
@@ -68,6 +70,10 @@ class Dialect(Protocol):
         """Use what was staged. `sha256`, if given, is `set_sha256` of the result."""
         ...
 
+    def check_exchange(self, form: str) -> None:
+        """Raise EngineError if weights of this format cannot be brought to the server, as far as can be asked."""
+        ...
+
     def in_use(self) -> str | None:
         """What tells the weights in use from others, in the server's words; None where it does not tell."""
         ...
@@ -111,11 +117,38 @@ def prompt_seeds(prompts: list[list[int]], sampling: Sampling, seeds: list[int] 
     return [spread_seed(seed) for seed in seeds]
 
 
+def _kind(folder: Path) -> dict[str, Any]:
+    """What says whether weights of one bundle fit another."""
+    config = read_config(folder)
+    architecture = architecture_of(folder, config).model_dump(mode="json", exclude={"from_"})
+    return {"architecture": architecture, "format": recognise_format(config).name}
+
+
 class Exchange:
     """The folder through which weights reach a server that reads them from storage it shares with us."""
 
     def __init__(self, folder: Path | None, bundle: Path | None):
         self.folder, self.bundle = folder, bundle
+
+    def check(self, url: str, served: str | None) -> None:
+        """Raise EngineError without a folder; or if what the server reads lies here, and is of another model."""
+        if self.folder is None:
+            raise EngineError(
+                f"the server at {url} takes new weights only from storage that it shares with us: write exchange = "
+                "FOLDER under its pool, one that both see under the same path"
+            )
+        if served is None or self.bundle is None or not (Path(served) / CONFIG).is_file():
+            return
+        try:
+            theirs, ours = (json.dumps(_kind(Path(one)), sort_keys=True) for one in (served, self.bundle))
+        except IsthmusError as error:
+            raise EngineError(
+                f"the server at {url} serves {served}, which is no bundle of this model: {error}"
+            ) from None
+        if theirs != ours:
+            raise EngineError(
+                f"the server at {url} serves {served}, a model of another shape or format than the recipe's"
+            )
 
     def write(self, payload: bytes, version: int, sha256: str) -> Path:
         """The weights as a bundle. Raises EngineError if the message is damaged or does not fit the served bundle."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
 
-from isthmus.engines import Completion, OtherBase, Routes, Sampling
+from isthmus.engines import Completion, EngineError, OtherBase, Routes, Sampling
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Refused, Transport
@@ -96,6 +96,21 @@ class Isthmus:
         with self._given_up_if_refused():
             answer = self._transport.post(f"/finish_weight_update?{query}")
         self.weights.version = int(answer["version"])
+
+    def check_exchange(self, form: str) -> None:
+        """The routes for weights, the key for them, and the format."""
+        url = self._transport.url
+        try:
+            facts = self._transport.get("/weight_info")
+        except Refused as error:
+            if error.status not in (401, 403, 404):
+                raise
+            raise EngineError(
+                f"the engine at {url} does not let us change its weights ({error.status}): start it with --admin and a "
+                "key in ISTHMUS_ADMIN_KEY, and name a file with that key as api_key_file of its pool"
+            ) from error
+        if facts["format"] != form:
+            raise EngineError(f"the engine at {url} serves weights in {facts['format']}, and the step brings {form}")
 
     def in_use(self) -> str | None:
         facts = self._transport.get("/weight_info")

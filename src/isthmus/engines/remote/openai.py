@@ -53,6 +53,12 @@ class OpenAi(WholeWeights):
     def switch(self, version: int, sha256: str | None) -> None:
         raise AssertionError("nothing was staged")
 
+    def check_exchange(self, form: str) -> None:
+        raise EngineError(
+            f"the server at {self._transport.url} is none whose weights isthmus can exchange; use vLLM, SGLang "
+            "or isthmus"
+        )
+
     def in_use(self) -> str | None:
         return None
 

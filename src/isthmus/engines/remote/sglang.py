@@ -83,6 +83,9 @@ class SgLang(WholeWeights):
         self.weights.version, self._served = version, str(folder)
         self._exchange.keep_only(folder)
 
+    def check_exchange(self, form: str) -> None:
+        self._exchange.check(self._transport.url, self._served)
+
     def in_use(self) -> str | None:
         return self._model_info().get("weight_version")
 

@@ -67,6 +67,15 @@ class Vllm(OpenAi):
         self._take(str(folder), version)
         self._exchange.keep_only(folder)
 
+    def check_exchange(self, form: str) -> None:
+        """The routes for weights, the folder that both see, and a model of the right kind where its folder is here."""
+        if self.in_use() is None:
+            raise EngineError(
+                f"vLLM {self.release} at {self._transport.url} has no routes for weights: start it with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment, where only the trainer reaches it"
+            )
+        self._exchange.check(self._transport.url, self._folder)
+
     def in_use(self) -> str | None:
         return (self._ask("/weight_info") or {}).get("weight_version")
 

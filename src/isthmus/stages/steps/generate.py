@@ -9,9 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.engines import Engine
+from isthmus.engines.elsewhere import open_fleet
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS
+from isthmus.errors import IsthmusError
+from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
+from isthmus.formats.updates.wire import digest, pack
 from isthmus.pools import Pool
 from isthmus.recipe.schema import EngineOptions
 from isthmus.stages.steps.step import StepRun
@@ -26,10 +31,24 @@ def open_engine(
     pool: Pool,
     threads: int,
     options: EngineOptions = DEFAULT_OPTIONS,
-) -> Iterator[LocalEngine]:
-    """An engine that has these weights in a format, under the rules of the pool's chip if that is rehearsed."""
+) -> Iterator[Engine]:
+    """An engine that has these weights in a format, under the rules of the pool's chip if that is rehearsed.
+
+    On a pool elsewhere it is the engines there, taken together, with these weights as version 0.
+    """
     bundle = work.folder / "rollout-bundle"
     write_bundle(bundle, form, weights, work.architecture, tokenizer)
+    if pool.elsewhere:
+        fleet = open_fleet(pool, bundle, form, work.event)
+        if options.record_routes:
+            raise IsthmusError(
+                f"step.{work.name} replays the experts of its samples, which engines elsewhere ({pool.name}) are not "
+                "asked for; write loss.router_replay = false, or roll out on a pool that is here"
+            )
+        payload = pack(get_format(form).export(dict(weights), work.architecture))
+        fleet.update(payload, 0, digest(payload))
+        yield fleet
+        return
     rehearse = pool.chip if pool.rehearsed else None
     log = work.folder / "engine.log"
     with LocalEngine(bundle, threads=threads, rehearse=rehearse, log=log, options=options) as engine:
