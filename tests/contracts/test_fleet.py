@@ -114,7 +114,7 @@ def test_a_fleet_writes_what_one_engine_writes_and_all_take_part(shore, bundle):
     assert sum(asked) == len(PROMPTS) and min(asked) >= len(PROMPTS) // 4
 
 
-@pytest.mark.parametrize("fault", ["error", "truncated", "garbage", "old version", "cut"])
+@pytest.mark.parametrize("fault", ["error", "truncated", "garbage", "another shape", "old version", "cut"])
 def test_what_a_sick_engine_answers_is_written_by_another_once(shore, fault):
     bring(shore.fleet, 1, 1)
     model = bring(shore.fleet, 2, 2)
@@ -124,7 +124,12 @@ def test_what_a_sick_engine_answers_is_written_by_another_once(shore, fault):
     assert tokens(found) == tokens(healthy) and wrote(model, found)
     assert {one.version for group in found for one in group} == {2}
     assert len(shore.left_out) == 1
-    words = {"error": "out of memory", "garbage": "no JSON", "old version": "wrote with version 1"}
+    words = {
+        "error": "out of memory",
+        "garbage": "no JSON",
+        "another shape": "completions, ",
+        "old version": "wrote with version 1",
+    }
     assert words.get(fault, "does not answer") in shore.left_out[0]
 
 

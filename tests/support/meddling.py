@@ -26,6 +26,8 @@ class Meddler:
             return status, content[: len(content) // 2], len(content)
         if self.fault == "garbage":
             return status, b"<html>", 6
+        if self.fault == "another shape":
+            return status, b'{"choices": [{"index": 0}]}', 27
         if self.fault == "old version":
             answer = json.loads(content)
             for choice in answer["choices"]:

@@ -44,9 +44,14 @@ def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None]) -
         for engine in engines:
             engine.check_exchange(form)
     except EngineError as error:
-        raise EngineError(f"the pool {pool.name!r} cannot generate: {error}\n{how_to_start(pool, served)}") from None
+        raise unfit(pool, error, served) from None
     tell("engines", engines=[f"{engine.url}: {engine.server}" for engine in engines])
     return fleet
+
+
+def unfit(pool: Pool, error: EngineError, bundle: Path) -> EngineError:
+    """What an engine of the pool lacks, with how one is started that does not, on a bundle of the right kind."""
+    return EngineError(f"the pool {pool.name!r} cannot generate: {error}\n{how_to_start(pool, bundle)}")
 
 
 def how_to_start(pool: Pool, bundle: Path) -> str:

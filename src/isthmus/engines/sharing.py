@@ -89,19 +89,31 @@ class Sharing(Generic[M]):
             looked = time.monotonic()
 
     def _work(self, place: int) -> None:
-        while (piece := self._next(place)) is not None:
-            try:
-                found = self._ask(self.members[place], piece)
-            except EngineError as error:
-                if isinstance(error, Refused) and error.status in OWN_FAULT and error.status not in NOT_OWN_FAULT:
-                    self._fail(error)
-                else:
-                    self._drop(place, str(error))
-                return
-            except BaseException as error:  # noqa: BLE001 - raised again by run()
+        done = False
+        try:
+            while (piece := self._next(place)) is not None and self._take(place, piece):
+                pass
+            done = True
+        finally:
+            if not done:
+                self._fail(EngineError("a thread that asks an engine ended, for the reason that it wrote above"))
+
+    def _take(self, place: int, piece: Piece) -> bool:
+        """Whether the member answered. One that does not, or says what cannot be read, is lost."""
+        try:
+            self._keep(place, piece, self._ask(self.members[place], piece))
+        except Refused as error:
+            if error.status in OWN_FAULT and error.status not in NOT_OWN_FAULT:
                 self._fail(error)
-                return
-            self._keep(place, piece, found)
+            else:
+                self._drop(place, str(error))
+        except EngineError as error:
+            self._drop(place, str(error))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self._drop(place, f"its answer cannot be read: {error!r}")
+        else:
+            return True
+        return False
 
     def _next(self, place: int) -> Piece | None:
         with self._changed:

@@ -17,7 +17,7 @@ from torch import Tensor
 from isthmus.chips import Chip, get_chip
 from isthmus.chips.rehearse import Profile, can_rehearse, profile_of
 from isthmus.engines import Engine, EngineError, Sampling
-from isthmus.engines.elsewhere import open_fleet
+from isthmus.engines.elsewhere import open_fleet, unfit
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import get_format
@@ -256,7 +256,10 @@ def elsewhere(found: Findings, work: Workload, run: RunFolder) -> None:
     fleet = open_fleet(found.pool, folder, form, lambda name, **facts: run.event("qualify", name, **facts))
     start = time.perf_counter() - began
     source = f"{len(fleet.members)} engines of {found.pool.name}, in {form}"
-    paces = _paces_of(fleet, found, work, form, start, source)
+    try:
+        paces = _paces_of(fleet, found, work, form, start, source)
+    except EngineError as error:
+        raise unfit(found.pool, error, folder) from None
     found.figures |= paces
     detail = f"{', '.join(member.engine.server for member in fleet.members)}: took weights in {form}, and answered"
     found.add("pilot of the engines", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)

@@ -1,0 +1,158 @@
+"""Pools that are reached by URLs: whatever their engines' make, they take the weights of a step, or are refused before
+anything is trained, with the command that starts one that can take part."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from isthmus.engines import EngineError, Sampling
+from isthmus.engines.elsewhere import open_fleet
+from isthmus.engines.remote.transport import Transport
+from isthmus.errors import IsthmusError
+from isthmus.formats import get_format
+from isthmus.formats.updates.wire import digest, pack
+from isthmus.pools import get_pool
+from isthmus.recipe.read import load_recipe
+from isthmus.recipe.section import RecipeError
+from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
+from tests.support.flow_recipe import RECIPE
+from tests.support.other_servers import FakeSgLang, FakeVllm, serving
+
+PROMPTS = [[0, 2, 60 + number, 61, 4] for number in range(8)]
+
+
+def pool_of(urls, **more):
+    """The pool of a recipe with these engines, as `isthmus run` reads it."""
+    keys = {"pools.away.rehearsed": False, "pools.away.engines": urls, "place.train": ["home"], "place.serve": ["home"]}
+    keys |= {f"pools.away.{name}": value for name, value in more.items()}
+    return get_pool(load_recipe(RECIPE, tuple(f"{name}={_toml(value)}" for name, value in keys.items())), "away")
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, list) else f'"{value}"'
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere") / "bf16"
+    write_small_bundle(folder, "bf16")
+    return folder
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("makes", [(FakeVllm, FakeVllm), (FakeSgLang,), (FakeVllm, FakeSgLang)])
+def test_engines_of_any_make_take_the_weights_through_the_folder_and_serve_that_version(makes, bundle, stack, tmp_path):
+    servers = [stack.enter_context(serving(make(bundle))) for make in makes]
+    (tmp_path / "exchange").mkdir()
+    pool = pool_of([server.url for server in servers], exchange=tmp_path / "exchange")
+    told = []
+    fleet = open_fleet(pool, bundle, "bf16", lambda name, **facts: told.append((name, facts)))
+    assert len(told[0][1]["engines"]) == len(servers)
+    for version in (4, 5):
+        model = thinking_model(small_tokenizer(), version)
+        payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
+        fleet.update(payload, version, digest(payload))
+        found = fleet.generate(PROMPTS, Sampling(6))
+        assert {one.version for group in found for one in group} == {version}
+        assert {server.version for server in servers} == {str(version)}
+    assert [name for name, _ in told] == ["engines"]
+    assert not any(getattr(server, "paused", False) for server in servers)
+
+
+def test_a_vllm_that_a_dead_trainer_left_paused_runs_again(bundle, stack, tmp_path):
+    server = stack.enter_context(serving(FakeVllm(bundle)))
+    server.paused = True
+    (tmp_path / "exchange").mkdir()
+    open_fleet(pool_of([server.url], exchange=tmp_path / "exchange"), bundle, "bf16", lambda *_, **__: None)
+    assert not server.paused
+
+
+def test_a_vllm_that_is_interrupted_in_a_reload_is_not_left_paused(bundle, stack, tmp_path, monkeypatch):
+    server = stack.enter_context(serving(FakeVllm(bundle)))
+    (tmp_path / "exchange").mkdir()
+    pool = pool_of([server.url], exchange=tmp_path / "exchange")
+    fleet = open_fleet(pool, bundle, "bf16", lambda *_, **__: None)
+    model = thinking_model(small_tokenizer(), 1)
+    payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
+    post = Transport.post
+
+    def interrupted(transport, path, content=None):
+        if path == "/collective_rpc":
+            raise KeyboardInterrupt
+        return post(transport, path, content)
+
+    monkeypatch.setattr(Transport, "post", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fleet.members[0].engine.update(payload, 1, digest(payload))
+    assert "/pause" in server.calls and not server.paused
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "reason"),
+    [
+        ({"dev": False}, {}, "VLLM_SERVER_DEV_MODE=1 in its environment"),
+        ({"raw": True}, {}, "--logprobs-mode processed_logprobs"),
+        ({"owner": "someone"}, {}, "none whose weights isthmus can exchange"),
+        ({"key": "secret"}, {}, "401"),
+        ({}, {"exchange": None}, "exchange = FOLDER"),
+    ],
+)
+def test_what_lacks_something_is_refused_with_the_command_that_starts_it_well(
+    change, more, reason, bundle, stack, tmp_path
+):
+    server = stack.enter_context(serving(FakeVllm(bundle, **change)))
+    (tmp_path / "exchange").mkdir()
+    given = {"exchange": tmp_path / "exchange"} | more
+    pool = pool_of([server.url], **{name: value for name, value in given.items() if value is not None})
+    with pytest.raises(EngineError) as refused:
+        open_fleet(pool, bundle, "bf16", lambda *_, **__: None)
+    said = str(refused.value)
+    assert reason in said
+    assert """--additional-config '{"rl_config": {"enabled": true}}'""" in said and "vllm serve" in said
+    assert "isthmus.engines.local" in said
+
+
+def test_an_engine_of_another_model_is_refused(bundle, stack, tmp_path):
+    other = tmp_path / "other"
+    write_small_bundle(other, "fp32")
+    server = stack.enter_context(serving(FakeVllm(other)))
+    (tmp_path / "exchange").mkdir()
+    with pytest.raises(EngineError, match="another shape or format"):
+        open_fleet(pool_of([server.url], exchange=tmp_path / "exchange"), bundle, "bf16", lambda *_, **__: None)
+
+
+def test_a_key_and_a_folder_that_are_not_there_are_named(bundle, tmp_path):
+    url = ["http://127.0.0.1:9"]
+    for more, reason in (
+        ({"api_key_file": tmp_path / "none"}, "api_key_file cannot be read"),
+        ({"exchange": tmp_path / "none"}, "is no folder here"),
+    ):
+        with pytest.raises(IsthmusError, match=reason):
+            open_fleet(pool_of(url, **more), bundle, "bf16", lambda *_, **__: None)
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(IsthmusError, match="must hold the key"):
+        open_fleet(pool_of(url, api_key_file=tmp_path / "empty"), bundle, "bf16", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["pools.away.engines=['http://a:1']"], "keep one of the two"),
+        (["pools.away.rehearsed=false", "pools.away.engines=['a:1']"], "is not the URL of an engine"),
+        (["pools.away.rehearsed=false", "pools.away.engines=['http://a:1', 'http://a:1/']"], "stands twice"),
+        (["pools.away.rehearsed=false", "pools.away.engines=['http://a:1']"], "names 'away', which is reached by"),
+        (["pools.home.exchange=x"], "exchange is for engines that run elsewhere"),
+    ],
+)
+def test_a_recipe_in_which_engines_make_no_sense_is_refused(changes, reason):
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe(RECIPE, tuple(changes))
