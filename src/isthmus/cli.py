@@ -94,9 +94,8 @@ def run(
     if profile and (only is None or only in STAGES):
         raise IsthmusError("--profile traces one step; name it with --only")
 
-    def check(recipe: Recipe) -> None:
-        _chosen(recipe, only, until)
-        _check_before_start(recipe)
+    def check(recipe: Recipe, run: RunFolder | None) -> None:
+        _check_before_start(recipe, run, acts=_chosen(recipe, only, until))
 
     opened = _open(target, folder, overrides, before_start=check)
     acts = _chosen(opened.recipe, only, until)
@@ -157,6 +156,7 @@ def _run_all(opened: RunFolder, acts: list[str], profile: bool, agreed: bool) ->
     every = _acts(opened.recipe)
     try:
         for act in acts:
+            _check_chips(opened.recipe, importlib.import_module("isthmus.tools.steps").wanted(opened, [act]))
             heading = f"{every.index(act) + 1}/{len(every)} {act}{kinds.get(act, '')}"
             if act in kinds:
                 _run_step(act, opened, heading, profile, agreed)
@@ -171,7 +171,7 @@ def _run_all(opened: RunFolder, acts: list[str], profile: bool, agreed: bool) ->
 
 def _stage_command(stage: str, summary: str, repeatable: bool = False) -> None:
     def command(target: Path, folder: Path | None, overrides: tuple[str, ...], **options: bool) -> None:
-        check = _check_before_start if stage != "report" else _no_check
+        check = partial(_check_before_start, acts=[stage]) if stage != "report" else _no_check
         opened = _open(target, folder, overrides, before_start=check)
         with _writing(opened) if stage != "report" else nullcontext():
             _run_stage(stage, opened, heading=stage, **options)
@@ -197,7 +197,9 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
 
     TARGET is a run folder or a recipe.
     """
-    opened = _open(target, folder, overrides, before_start=partial(_check_before_start, pools=options["pools"]))
+    anew = again or options["budget"] or options["prices"]
+    check = partial(_check_before_start, acts=() if anew else ("qualify",), pools=options["pools"] or None)
+    opened = _open(target, folder, overrides, before_start=check)
     given = {name: value for name, value in options.items() if value}
     with _writing(opened):
         if given:
@@ -267,7 +269,7 @@ def handoff(target: Path, folder: Path | None, overrides: tuple[str, ...], again
         raise IsthmusError(
             f"{first.opts[0]} is for a checkpoint, and {target} is none: [handoff] of its recipe says it"
         )
-    opened = _open(target, folder, overrides, before_start=_check_before_start)
+    opened = _open(target, folder, overrides, before_start=partial(_check_before_start, acts=["handoff"]))
     with _writing(opened):
         _run_stage("handoff", opened, heading="handoff", again=again)
 
@@ -433,6 +435,21 @@ def serve(folder: Path, overrides: tuple[str, ...], **changes: Any) -> None:
 def follow(folder: Path, **options: Any) -> None:
     """Bring the weights that `publish = FOLDER` of a step writes to an engine, version by version."""
     importlib.import_module("isthmus.tools.follow").execute(folder, _watch(), **options)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@_RUN
+def collect(folders: tuple[Path, ...], folder: Path | None) -> None:
+    """Bring back what stages left in copies of a run folder, on other machines.
+
+    Records, cases, checkpoints and bundles come with their events. Every FOLDER is checked first: the same recipe, a
+    whole chain of events, every file by its hash. What the run has already is never replaced by something else.
+    """
+    tool = importlib.import_module("isthmus.tools.collect")
+    opened = RunFolder.open(folder or tool.meant_for(folders[0]))
+    with _writing(opened):
+        tool.execute(folders, opened, _watch())
 
 
 @cli.command("inspect")
@@ -773,18 +790,23 @@ def _watch() -> Any:
 
 
 def _open(
-    target: Path, folder: Path | None, overrides: tuple[str, ...], before_start: Callable[[Recipe], None]
+    target: Path,
+    folder: Path | None,
+    overrides: tuple[str, ...],
+    before_start: Callable[[Recipe, RunFolder | None], None],
 ) -> RunFolder:
-    """The run folder of TARGET, a run folder or a recipe. A recipe is checked before anything is made."""
+    """The run folder of TARGET, a run folder or a recipe. A recipe is checked before anything is made, with the run
+    folder if that is there already."""
     if target.is_dir():
         if overrides or folder:
             raise IsthmusError("--set and --run go with a recipe; a run folder keeps the recipe it was made from")
         opened = RunFolder.open(target)
-        before_start(opened.recipe)
+        before_start(opened.recipe, opened)
         return opened
     recipe = load_recipe(target, overrides)
-    before_start(recipe)
-    return RunFolder.create(folder or Path("runs") / recipe.name, recipe)
+    path = folder or Path("runs") / recipe.name
+    before_start(recipe, RunFolder.create(path, recipe) if (path / "recipe.json").exists() else None)
+    return RunFolder.create(path, recipe)
 
 
 @contextmanager
@@ -798,20 +820,33 @@ def _writing(opened: RunFolder) -> Iterator[None]:
         yield
 
 
-def _no_check(_recipe: Recipe) -> None:
+def _no_check(_recipe: Recipe, _run: RunFolder | None) -> None:
     """A dossier can be read where the chips are not."""
 
 
-def _check_before_start(recipe: Recipe, pools: Collection[str] = ()) -> None:
-    """What can be known to fail before the first second is spent; of the named `pools` alone, if any is named.
+def _check_before_start(
+    recipe: Recipe,
+    run: RunFolder | None = None,
+    *,
+    acts: Collection[str] = (),
+    pools: Collection[str] | None = None,
+) -> None:
+    """What can be known to fail before the first second is spent.
 
-    A process that torchrun started among others sees the chips of its own machine, and so asks for none.
+    The chips of the named `pools` have to be here; else those that `acts` of a run still need, or, where nothing tells
+    which these are, all that the recipe places.
     """
-    importlib.import_module("isthmus.tools.steps").check(recipe)
+    steps = importlib.import_module("isthmus.tools.steps")
+    steps.check(recipe)
     formats = importlib.import_module("isthmus.formats")
     for name in (*rollout_formats(recipe), recipe.handoff.format):
         formats.check_format_name(name)
     importlib.import_module("isthmus.rules").rule_pools(recipe)
+    _check_chips(recipe, steps.wanted(run, acts) if pools is None and run is not None and acts else pools)
+
+
+def _check_chips(recipe: Recipe, pools: Collection[str] | None) -> None:
+    """A process that torchrun started among others sees the chips of its own machine, and so asks for none."""
     chips = importlib.import_module("isthmus.chips")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         chips.check_names(recipe)

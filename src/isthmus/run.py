@@ -150,7 +150,7 @@ class RunFolder:
             existing = cls.open(path)
             if existing.recipe.digest() != recipe.digest():
                 raise IsthmusError(
-                    f"{path} belongs to another recipe ({_difference(existing.recipe, recipe)}). "
+                    f"{path} belongs to another recipe ({difference(existing.recipe, recipe)}). "
                     "Name another folder with --run, or delete this one."
                 )
             return existing
@@ -265,6 +265,31 @@ class RunFolder:
         return entry.made_from if entry else NOTHING
 
     @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The hash of every file that was entered, and those of what it was made from, by name."""
+        return self._ledger().files
+
+    @property
+    def chain(self) -> Chain:
+        """The events as they lie there, with the hash of every line."""
+        return read_chain(_bytes_of(self.path / EVENTS))
+
+    def receive(self, name: str, source: Path, entry: Entry) -> None:
+        """Copy a file that another folder of this run entered, and enter it here.
+
+        Raises DamagedFile, and keeps nothing, if its content is not what was entered there.
+        """
+        path = self.path / name
+        with self._alone():
+            self._store(self._ledger().about_to_write(name, entry))
+            with replaced(path, str(os.getpid())) as copy, source.open("rb") as file:
+                shutil.copyfileobj(file, copy, 1 << 20)
+                copy.flush()
+                if sha256_file(Path(copy.name)) != entry.sha256:
+                    raise DamagedFile(f"{source} does not match its hash: it was touched. Copy its folder again.")
+            self._store(self._ledger().entered(name, entry))
+
+    @property
     def digest(self) -> str | None:
         """A hash over the events and all files of this run so far; None of a run without a list of its files."""
         path = self.path / FILES
@@ -320,6 +345,7 @@ class RunFolder:
     def event(self, stage: str, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl. `fields` must be JSON; `step` orders repeated events of one kind.
 
+        A `time` among them, in Unix seconds, is that of an event which is told later than it happened.
         Raises DamagedFile if lines are missing that were there.
         """
         told = {"time": round(time.time(), 3), "stage": stage, "event": event, **fields}
@@ -550,7 +576,7 @@ def _read_json(path: Path) -> Any:
     return read_json(path, DamagedFile)
 
 
-def _difference(old: Recipe, new: Recipe) -> str:
+def difference(old: Recipe, new: Recipe) -> str:
     """The first keys in which two resolved recipes differ."""
     before, after = (_leaves(recipe.model_dump(mode="json", by_alias=True)) for recipe in (old, new))
     names = sorted({name for name, _ in before ^ after})

@@ -119,15 +119,15 @@ def check_tables(slug: str, why: str = "") -> None:
         )
 
 
-def check_available(recipe: Recipe, pools: Collection[str] = ()) -> None:
+def check_available(recipe: Recipe, pools: Collection[str] | None = None) -> None:
     """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here, elsewhere or
     rehearsed.
 
-    Where `pools` are named, those alone.
+    `pools` are the names of those that are wanted here; all of them if it is None.
     """
     check_names(recipe)
     for pool in placed_pools(recipe):
-        if pools and pool.name not in pools:
+        if pools is not None and pool.name not in pools:
             continue
         if not pool.rehearsed and not pool.elsewhere and not is_here(pool):
             raise IsthmusError(_not_here(pool))
@@ -143,7 +143,10 @@ def _not_here(pool: Pool) -> str:
     lines += [f"Note: {problem}." for problem in look.problems]
     if can_rehearse(pool.chip):
         lines.append(f"To rehearse it on the CPU, write `rehearsed = true` under [pools.{pool.name}].")
-    lines.append("Or run this stage on the machine that has the chip, with a copy of the run folder.")
+    lines.append(
+        "Or run this stage on the machine that has the chip, with a copy of the run folder, and bring back what"
+    )
+    lines.append("it left: isthmus collect FOLDER (docs/apart.md).")
     return "\n".join(lines)
 
 

@@ -77,16 +77,14 @@ def execute(
     budget_s = parse_seconds(text) if text else None
     if launched_world() not in (None, 1) and not prices:
         return _execute_among_others(run, watch, pools, budget_s, again or bool(budget))
-    check_available(run.recipe, pools)
-    records = []
-    for name, pool in placed.items():
-        if pools and name not in pools:
-            continue
-        if prices:
-            watch.console.print(_price_table(pool, _choice(_setting(run, pool, watch), budget_s)))
-            continue
-        records.append(_stored(run, name, again or bool(budget)) or qualify_pool(run, name, watch, budget_s=budget_s))
-    return records
+    asked = [name for name in placed if not pools or name in pools]
+    stored = {name: _stored(run, name, again or bool(budget)) for name in asked}
+    check_available(run.recipe, [name for name in asked if prices or stored[name] is None])
+    if prices:
+        for name in asked:
+            watch.console.print(_price_table(placed[name], _choice(_setting(run, placed[name], watch), budget_s)))
+        return []
+    return [stored[name] or qualify_pool(run, name, watch, budget_s=budget_s) for name in asked]
 
 
 def _stored(run: RunFolder, pool_name: str, again: bool) -> QualifyRecord | None:

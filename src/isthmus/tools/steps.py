@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.tree import Tree
 
 from isthmus.algos import algorithm_config
 from isthmus.errors import IsthmusError, suggestion
+from isthmus.pools import get_pool, placed_pools
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
-from isthmus.records import SampleRecord, WeightsRecord, step_record
+from isthmus.records import (
+    HandoffRecord,
+    PlanRecord,
+    QualifyRecord,
+    SampleRecord,
+    WeightsRecord,
+    step_is_done,
+    step_record,
+    train_place,
+)
 from isthmus.rewards import checked_reward
 from isthmus.rewards.parts.filters import FILTERS
 from isthmus.run import RunFolder
@@ -32,6 +44,31 @@ def check(recipe: Recipe) -> None:
                     raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
         checked_task(name, given)
+
+
+def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:
+    """The pools that `acts` of a run still need, as far as it is known: without a plan, those that lack their record."""
+    recipe = run.recipe
+    plan = run.read_record("plan", PlanRecord)
+    found = {pool.name for pool in placed_pools(recipe) if "qualify" in acts and not _is_qualified(run, pool.name)}
+    if plan is None:
+        return found
+    for step in recipe.step:
+        if step.name not in acts or step_is_done(run, step.name):
+            continue
+        if isinstance(step, RlSection | SampleSection) or step.name in recipe.evaluation.after:
+            found.add(plan.pool_of("rollout"))
+        if not isinstance(step, SampleSection):
+            found.add(train_place(run, step.name, lambda name: get_pool(recipe, name).ranks).pool)
+    if "handoff" in acts:
+        record = run.read_record("parity", HandoffRecord)
+        found |= set() if record is not None and record.verdict == "pass" else {plan.pool_of("serve")}
+    return found
+
+
+def _is_qualified(run: RunFolder, pool: str) -> bool:
+    record = run.read_record(f"qualify/{pool}", QualifyRecord)
+    return record is not None and not record.disturbed
 
 
 def execute(recipe: Recipe, run: RunFolder | None) -> RenderableType:
