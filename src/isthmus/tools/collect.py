@@ -23,10 +23,12 @@ from isthmus.chain import EVENTS, FILES, Entry
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.lines import parse_object
 from isthmus.lock import writing_run
+from isthmus.parity.seal import verify_seal
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.records import STEP_RECORDS, HandoffRecord, PlanRecord, QualifyRecord
-from isthmus.run import Record, RunFolder, difference
+from isthmus.records import STEP_RECORDS, HandoffRecord, PlanRecord, QualifyRecord, WeightsRecord
+from isthmus.run import Record, RunFolder, difference, new_folder
+from isthmus.trainer.checkpoint_files import read_manifest, verify_file
 
 NAME = "collect"
 EVIDENCE = "collected"
@@ -59,13 +61,43 @@ class Unit:
         return self.pool is None or about is None or self.pool in str(about).replace("(", " ").split()
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A folder with hashes of its own, which the record vouches for: a checkpoint, or a sealed bundle."""
+
+    name: str
+    sha256: str | None = None
+    seal_id: str | None = None
+
+    def check(self, folder: Path) -> None:
+        """Raise GateRefused that names what is not as the record says."""
+        if self.sha256 is None:
+            verify_seal(folder, self.seal_id)
+            return
+        manifest = read_manifest(folder, self.sha256)[0]
+        for file in manifest.files:
+            verify_file(folder, manifest, file)
+
+
+def weights_of(record: Record) -> list[Weights]:
+    """The folders whose hashes are not on the list of files, but in this record, or in seals."""
+    if isinstance(record, WeightsRecord):
+        return [Weights(record.checkpoint, sha256=record.checkpoint_sha256)]
+    if isinstance(record, HandoffRecord) and record.verdict == "pass":
+        ids = {record.format: record.seal_id}
+        return [Weights(folder, seal_id=ids.get(name)) for name, folder in record.bundles.items()]
+    return []
+
+
 @dataclass
 class Find:
-    """What a copy has of a unit: files that the run lacks, in `new`. `replaces`: the run's own is no result."""
+    """What a copy has of a unit: files that the run lacks, in `new`, and its `weights`, where the record is among them.
+    `replaces`: the run's own is no result."""
 
     copy: RunFolder
     unit: Unit
     new: dict[str, Entry] = field(default_factory=dict)
+    weights: list[Weights] = field(default_factory=list)
     replaces: bool = False
     what: str = ""
 
@@ -178,6 +210,10 @@ def _find(copy: RunFolder, unit: Unit, run: RunFolder) -> Find:
     gone = next((name for name in find.new if not (copy.path / name).is_file()), None)
     if gone is not None:
         raise DamagedFile(f"{copy.path / gone} is missing, and {unit.file} stands on it. Copy the whole folder again.")
+    if unit.file in find.new:
+        find.weights = weights_of(record)
+        for weights in find.weights:
+            weights.check(copy.path / weights.name)
     return find
 
 
@@ -207,7 +243,8 @@ def _conflict(ours: Path, theirs: Path, unit: Unit, name: str) -> str:
         )
     return (
         f"{unit.title} is done twice, with different content: {ours / name} and {theirs / name}. Which of them counts "
-        f"is yours to say: delete {ours / unit.file}{_and_folders(ours, unit)} to take that of {theirs}, or leave it out."
+        f"is yours to say: delete {ours / unit.file}{_and_folders(ours, unit)} to take that of {theirs}, or leave "
+        "that out."
     )
 
 
@@ -236,6 +273,9 @@ def _bring(copy: RunFolder, finds: Sequence[Find], run: RunFolder, watch: Watch)
         for number, (find, name) in enumerate(files):
             counter.advance_to(number, name)
             run.receive(name, copy.path / name, find.new[name])
+        for weights in (weights for find in finds for weights in find.weights):
+            counter.advance_to(len(files), weights.name)
+            _bring_weights(weights, copy, run)
         for name in (FILES, EVENTS):
             run.keep(run.path / evidence / name, (copy.path / name).read_bytes())
         _retell(copy, [find.unit for find in finds], run, evidence)
@@ -245,6 +285,14 @@ def _bring(copy: RunFolder, finds: Sequence[Find], run: RunFolder, watch: Watch)
             if find.unit.file in find.new:
                 run.receive(find.unit.file, copy.path / find.unit.file, find.new[find.unit.file])
         counter.advance_to(len(files) + len(finds))
+
+
+def _bring_weights(weights: Weights, copy: RunFolder, run: RunFolder) -> None:
+    """Copy them and look at every byte again; they appear whole, or not at all."""
+    (run.path / weights.name).parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(run.path / weights.name) as new:
+        shutil.copytree(copy.path / weights.name, new, dirs_exist_ok=True)
+        weights.check(new)
 
 
 def _clear(run: RunFolder, unit: Unit) -> None:

@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> None:
 
 
 def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:
-    """The pools that `acts` of a run still need, as far as it is known: without a plan, those that lack their record."""
+    """The pools that `acts` of a run still need, as far as is known: without a plan, those that lack their record."""
     recipe = run.recipe
     plan = run.read_record("plan", PlanRecord)
     found = {pool.name for pool in placed_pools(recipe) if "qualify" in acts and not _is_qualified(run, pool.name)}
