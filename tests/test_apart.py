@@ -250,8 +250,12 @@ def test_only_pools_that_a_command_still_needs_have_to_be_here(home: RunFolder, 
 
 
 def blocks() -> list[tuple[str, str]]:
-    """Machine and commands of each block of the guide."""
-    return re.findall(r"^```bash (\w+)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """Machine and commands of each numbered section of the guide."""
+    sections = re.findall(r"^## \d\. (At home|Away): .*?\n(.*?)(?=^## )", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    return [
+        (title.split()[-1].lower(), "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
+        for title, text in sections
+    ]
 
 
 @pytest.mark.long
