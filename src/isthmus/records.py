@@ -211,13 +211,73 @@ class Rejection(Part):
     acceptable: bool = False
 
 
+FlipOf = Literal["efficiency", "failures", "links", "price"]
+"""Of the chosen pool: factors on its forecast efficiency, failures and link speed; its price over the other's."""
+
+
+class Candidate(Part):
+    """A pair of pools that all steps could run on, and what they would take; unknown where the forecast is.
+
+    `why`: what stands against it, or by how much it lost; empty for the chosen one. `shares` of the chip-hours are by
+    the vendor of the chips.
+    """
+
+    train: str
+    rollout: str
+    hours: Figure
+    chip_hours: Figure
+    cost: Figure
+    shares: dict[str, float] = {}
+    chosen: bool
+    why: str
+
+
+class Flip(Part):
+    """A value at which another pool would be quicker or cheaper."""
+
+    what: FlipOf
+    at: Figure
+
+
+class ForecastOption(Part):
+    """What an act would take on a pool; unknown with `why`. `beside` is the other pool that the step holds.
+
+    `flips` are the values at which it would be even with the pool that the plan chose.
+    """
+
+    pool: str
+    beside: str | None = None
+    seconds: Figure | None = None
+    chip_hours: Figure | None = None
+    money: Figure | None = None
+    why: str = ""
+    flips: list[Flip] = []
+
+
+class ForecastAct(Part):
+    """An act, and every pool of its place. Reinforcement learning has two: `NAME` learns, `NAME-rollouts` generates."""
+
+    name: str
+    pools: list[ForecastOption]
+
+
+class ForecastRecord(Record):
+    """`forecast.json`: what `plan` knew of each act on each pool of its place."""
+
+    steps: list[ForecastAct]
+
+
 class PlanRecord(Record):
-    """`plan.json`. `rulings` are by pool; None if the recipe does not say who buys and where."""
+    """`plan.json`. `rulings` are by pool; None if the recipe does not say who buys and where.
+
+    `candidates` are the pairs of pools that its [aim] was held against; none without that section.
+    """
 
     placements: list[Placement]
     rejected: list[Rejection]
     estimate: dict[str, Figure]
     rulings: dict[str, Ruling] | None = None
+    candidates: list[Candidate] = []
 
     def pool_of(self, stage: str) -> str:
         """The pool on which a stage runs; raises KeyError for an unknown stage."""

@@ -50,6 +50,7 @@ class Option:
     kwh: float | None = None
     revert_h: float | None = None
     chosen: bool = False
+    kind: str = "sft"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Outlooks:
             options,
             ends,
             total if complete else None,
-            _sum([option.cost for option in chosen]) if complete else None,
-            _sum([option.chip_hours for option in chosen]) if complete else None,
+            added([option.cost for option in chosen]) if complete else None,
+            added([option.chip_hours for option in chosen]) if complete else None,
             _plain_sum([option.kwh for option in chosen]) if complete else None,
         )
 
@@ -146,7 +147,7 @@ class Outlooks:
         chips = sum(pool.work.count for pool in pools)
         common = (step.name, learner.name, generator.name if generator is not None else None, chips)
         if pace.seconds is None:
-            return Option(*common, None, pace.why, pace.basis, memory_gb=pace.memory_gb)
+            return Option(*common, None, pace.why, pace.basis, memory_gb=pace.memory_gb, kind=step.kind)
         hours = self._drawn([(step, learner, generator, pace)], knobs)[0]
         return Option(
             *common,
@@ -163,6 +164,7 @@ class Outlooks:
             kwh=_kwh(hours.middle, pools),
             revert_h=_revert(hours.middle, learner, others, step, self._goodput(learner, generator, knobs)),
             chosen=chosen,
+            kind=step.kind,
         )
 
     def _calendar(
@@ -246,8 +248,8 @@ def _quantiles(values: Sequence[float]) -> Span:
     return Span(*(ordered[round(share * last)] for share in (0.1, 0.5, 0.9)))
 
 
-def _sum(spans: Sequence[Span | None]) -> Span | None:
-    """Added as if all were slow together."""
+def added(spans: Sequence[Span | None]) -> Span | None:
+    """Spans added as if all were slow together; None if one is not known."""
     known = [span for span in spans if span is not None]
     if len(known) < len(spans) or not known:
         return None

@@ -36,6 +36,7 @@ from isthmus.recipe.steps import MODEL, Mix, PretrainSection, Problems, Prompts,
 from isthmus.recipe.supervise import SuperviseSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
+Price = Annotated[float, Field(ge=0.0), Unit("money/chip-h")]
 Thinking = Literal["auto", "always", "never"]
 PlacedStage = Literal["train", "rollout", "serve"]
 
@@ -252,6 +253,21 @@ class RulesSection(Section):
     licences: dict[str, str] = key({}, "licences that the buyer holds, by the pool's name; they are not checked")
 
 
+class AimSection(Section):
+    """By what `plan` chooses the pools of training and rollouts among those that may do it.
+
+    Without this section the order of [place] decides alone. Times and costs are those of the forecast; what it does not
+    know, and what was only rehearsed, is never chosen for its time or cost. Serving keeps to the order.
+    """
+
+    choose: Literal["order", "time", "cost"] = key("order", "first in the order, soonest done, or cheapest, at P50")
+    prices: dict[str, Price] = key({}, "of a chip-hour, by the pool's name; none is assumed")
+    currency: str = key("USD", "of the prices")
+    least: dict[str, Share] = key({}, "least share of the chip-hours of all steps, by the vendor of the chips, at P50")
+    max_hours: Annotated[float, Unit("h")] | None = key(None, "time that all steps may take, at P90", gt=0)
+    max_cost: Number | None = key(None, "money that all steps may cost, at P90", gt=0)
+
+
 class Recipe(Section):
     """A whole recipe, resolved: presets merged and defaults filled in."""
 
@@ -277,6 +293,14 @@ class Recipe(Section):
     serve: ServeSection = key(ServeSection(), "the server")
     rules: RulesSection | None = key(None, "who buys and where; no rule is looked at if absent")
     drill: DrillSection | None = key(None, "makes it a drill, for `isthmus drill`; it is none if absent")
+    aim: AimSection | None = key(None, "by what pools are chosen; by the order of [place] if absent")
+
+    @model_validator(mode="after")
+    def _prices_name_pools(self) -> Self:
+        for pool in self.aim.prices if self.aim else ():
+            if pool not in self.pools:
+                raise ValueError(f"aim.prices names the pool {pool!r}; the recipe has {', '.join(self.pools)}")
+        return self
 
     @model_validator(mode="after")
     def _rules_name_pools(self) -> Self:

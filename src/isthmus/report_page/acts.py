@@ -10,16 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from isthmus.errors import DamagedFile
 from isthmus.recipe.schema import PlacedStage
 from isthmus.recipe.steps import RlSection, SampleSection
-from isthmus.records import Part, PlanRecord
+from isthmus.records import ForecastOption, ForecastRecord, Part, PlanRecord
 from isthmus.report_page import timing
 from isthmus.run import Figure, RunFolder
 
-FORECAST = "forecast.json"
 ActKind = Literal["pretrain", "sft", "learn", "rollout", "sample", "handoff", "serve"]
 TRAINING: tuple[ActKind, ...] = ("pretrain", "sft", "learn")
 
@@ -37,21 +33,6 @@ class Act(Part):
     pool: str
     seconds: Figure | None
     tokens: Figure | None
-
-
-class Flip(Part):
-    """A value at which another pool would be chosen, such as a price or a failure rate."""
-
-    what: str
-    at: Figure
-
-
-class Alternative(Part):
-    """What an act would take on a pool, by a forecast."""
-
-    seconds: Figure | None = None
-    money: Figure | None = None
-    flips: list[Flip] = []
 
 
 def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
@@ -98,40 +79,10 @@ def _sum_of(events: Sequence[dict[str, Any]], key: str, rehearsed: bool) -> Figu
     return Figure.measured(math.fsum(values), "tokens", source, rehearsed=rehearsed)
 
 
-class _Pool(Alternative):
-    pool: str
-
-
-class _Step(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str
-    pools: list[_Pool] = []
-
-
-class _Forecast(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    steps: list[_Step]
-
-
-def alternatives(run: RunFolder) -> dict[tuple[str, str], Alternative]:
+def alternatives(run: RunFolder) -> dict[tuple[str, str], ForecastOption]:
     """What each act would take on each pool by `forecast.json`, by the names of both; nothing if there is none.
 
-    The file has `steps`, each with its `name` and `pools`; each of those has `pool`, and `seconds`, `money` (figures)
-    and `flips` where they are known. Raises DamagedFile for a file of another form.
+    Raises DamagedFile for a file of another form, or one that was touched.
     """
-    path = run.path / FORECAST
-    if not path.exists():
-        return {}
-    try:
-        content = _Forecast.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise DamagedFile(
-            f"{path} is no forecast that can be read: {error}. It needs `steps`, each with `name` and `pools`."
-        ) from None
-    return {
-        (step.name, one.pool): Alternative(seconds=one.seconds, money=one.money, flips=one.flips)
-        for step in content.steps
-        for one in step.pools
-    }
+    record = run.read_record("forecast", ForecastRecord)
+    return {(act.name, one.pool): one for act in record.steps for one in act.pools} if record else {}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from rich import box
@@ -19,12 +20,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.errors import GateRefused
+from isthmus.chips import get_chip, load_chips
+from isthmus.errors import GateRefused, IsthmusError
+from isthmus.forecast.choose import Pair, choose
 from isthmus.forecast.duration import estimate, total
+from isthmus.forecast.known import pool_facts
+from isthmus.forecast.outlook import Outlook, Outlooks
+from isthmus.forecast.pace import PoolFacts
+from isthmus.forecast.told import acts, figure_of
+from isthmus.forecast.work import work_of
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.recipe.schema import PlacedStage, Recipe
-from isthmus.records import Placement, PlanRecord, QualifyRecord, Rejection, Ruling
+from isthmus.records import Candidate, ForecastRecord, Placement, PlanRecord, QualifyRecord, Rejection, Ruling
 from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
 from isthmus.run import Figure, RunFolder
 from isthmus.verdict import ROLLOUT_FORMAT, broken_limits, deciding, describe_limit
@@ -47,7 +55,9 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         for pool in placed_pools(run.recipe)
     }
     rulings = rule_pools(run.recipe)
-    placements, rejected = place(run.recipe, qualified, rulings or {})
+    outlook = _outlook(run)
+    candidates = aimed(run.recipe, outlook, qualified, rulings or {})
+    placements, rejected = place(run.recipe, qualified, rulings or {}, candidates)
     pool_of = {placement.stage: placement.pool for placement in placements}
     parts = {
         "qualify": _spent(qualified),
@@ -61,31 +71,99 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         rejected=rejected,
         estimate={**parts, "total": total(parts)},
         rulings=rulings,
+        candidates=candidates,
     )
+    run.write_record("forecast", _forecast(run, outlook, record))
     run.write_record(NAME, record)
     run.event(NAME, "end", seconds=round(record.seconds, 3))
     watch.say("  " + ", ".join(f"{stage} on [bold]{pool}[/]" for stage, pool in pool_of.items()))
     return record
 
 
+def _outlook(run: RunFolder) -> Outlook:
+    known, prices = pool_facts(run), run.recipe.aim.prices if run.recipe.aim else {}
+    facts = {name: replace(known.get(name, PoolFacts()), price=prices.get(name)) for name in run.recipe.pools}
+    return Outlooks(work_of(run.recipe), facts).outlook()
+
+
+def aimed(
+    recipe: Recipe,
+    outlook: Outlook,
+    qualified: Mapping[str, QualifyRecord],
+    rulings: Mapping[str, Ruling] = NO_RULINGS,
+) -> list[Candidate]:
+    """Every pair of pools held against the recipe's aim, one of them chosen; none without an aim."""
+    if recipe.aim is None:
+        return []
+    vendors = {name: get_chip(section.chip).vendor for name, section in recipe.pools.items()}
+    makers = {get_chip(slug).vendor for slug in load_chips()}
+    if unknown := sorted(set(recipe.aim.least) - makers):
+        raise IsthmusError(
+            f"aim.least names {', '.join(unknown)}; the vendors of chips are {', '.join(sorted(makers))}"
+        )
+
+    def objects(stage: str, pool: str) -> str | None:
+        return refusal(rulings.get(pool)) or objection(stage, qualified[pool], recipe)
+
+    pairs = choose(work_of(recipe), outlook, recipe.aim, objects, vendors)
+    return [_candidate(pair, recipe.aim.currency) for pair in pairs]
+
+
+def _candidate(pair: Pair, currency: str) -> Candidate:
+    source = "forecast of all steps; P50, with P10 and P90" if pair.hours else pair.why or "no forecast"
+    return Candidate(
+        train=pair.train,
+        rollout=pair.rollout,
+        hours=figure_of(pair.hours, "h", source),
+        chip_hours=figure_of(pair.chip_hours, "chip-hours", source),
+        cost=figure_of(pair.cost, currency, source),
+        shares=pair.shares,
+        chosen=pair.chosen,
+        why=pair.why,
+    )
+
+
+def _forecast(run: RunFolder, outlook: Outlook, plan: PlanRecord) -> ForecastRecord:
+    aim = run.recipe.aim
+    found = acts(
+        work_of(run.recipe),
+        outlook,
+        plan.pool_of("train"),
+        plan.pool_of("rollout"),
+        aim.prices if aim else {},
+        aim.currency if aim else "",
+    )
+    return ForecastRecord(recipe_sha256=plan.recipe_sha256, started=plan.started, ended=plan.ended, steps=found)
+
+
 def place(
-    recipe: Recipe, qualified: Mapping[str, QualifyRecord], rulings: Mapping[str, Ruling] = NO_RULINGS
+    recipe: Recipe,
+    qualified: Mapping[str, QualifyRecord],
+    rulings: Mapping[str, Ruling] = NO_RULINGS,
+    candidates: Sequence[Candidate] = (),
 ) -> tuple[list[Placement], list[Rejection]]:
-    """The first acceptable pool of each stage's order. Raises GateRefused, with every reason, if a stage has none."""
+    """The pool of each stage: of the chosen candidate, else the first acceptable one in the stage's order.
+
+    Raises GateRefused, with every reason, if a stage has none.
+    """
+    by_aim = next((one for one in candidates if one.chosen), None)
     placements: list[Placement] = []
     rejected: list[Rejection] = []
     for stage in typing.get_args(PlacedStage):
         order: list[str] = getattr(recipe.place, stage)
         objections = {name: refusal(rulings.get(name)) or objection(stage, qualified[name], recipe) for name in order}
-        chosen = next((name for name in order if objections[name] is None), None)
+        first = next((name for name in order if objections[name] is None), None)
+        chosen = first if by_aim is None or stage == "serve" else getattr(by_aim, stage)
         if chosen is None:
             raise GateRefused(_nowhere(stage, order, objections, qualified))
         asked = warning(rulings.get(chosen))
-        reason = _reason(order, chosen, qualified[chosen]) + (f"; {asked}" if asked else "")
+        found = _reason(order, chosen, qualified[chosen]) if chosen == first else _by_aim(qualified[chosen])
+        reason = f"{found}; {asked}" if asked else found
         if recipe.drill is not None and stage == "train" and qualified[chosen].rehearsed:
             reason += "; in a drill it may train all the same"
         placements.append(Placement(stage=stage, pool=chosen, reason=reason))
-        rejected += [_rejection(stage, name, chosen, objections[name]) for name in order if name != chosen]
+        others = [name for name in order if name != chosen]
+        rejected += [_rejection(stage, name, chosen, objections[name], candidates) for name in others]
     return placements, rejected
 
 
@@ -127,11 +205,19 @@ def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
     return f"{found}{kept}{gate}; {earlier} stands before it in the recipe, and was refused"
 
 
-def _rejection(stage: str, name: str, chosen: str, why: str | None) -> Rejection:
+def _by_aim(pool: QualifyRecord) -> str:
+    return f"chosen by [aim] before those that stand first in the recipe; found `{pool.verdict}`"
+
+
+def _rejection(stage: str, name: str, chosen: str, why: str | None, candidates: Sequence[Candidate] = ()) -> Rejection:
+    """Why not; by the aim's numbers where it was held against them, those of the pair that lost by least."""
+    pairs = [one for one in candidates if stage != "serve" and getattr(one, stage) == name and one.why]
+    by_hours = sorted(pairs, key=lambda one: (one.hours.value is None, one.hours.value or 0.0))
+    lost = f"acceptable, and {by_hours[0].why}" if by_hours else None
     return Rejection(
         stage=stage,
         pool=name,
-        reason=why or f"acceptable, but {chosen} comes first in the recipe's order",
+        reason=why or lost or f"acceptable, but {chosen} comes first in the recipe's order",
         acceptable=why is None,
     )
 
@@ -165,7 +251,19 @@ def render(record: PlanRecord) -> RenderableType:
         placed.add_row(f"[bold]{placement.stage}[/]", f"[green]{escape(placement.pool)}[/]", escape(placement.reason))
     for rejection in record.rejected:
         placed.add_row(rejection.stage, f"[red]not {escape(rejection.pool)}[/]", escape(rejection.reason), style="dim")
-    return Group(placed, _render_rulings(record), _render_estimate(record.estimate))
+    held = [_render_candidates(record.candidates)] if record.candidates else []
+    return Group(placed, *held, _render_rulings(record), _render_estimate(record.estimate))
+
+
+def _render_candidates(candidates: Sequence[Candidate]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="pairs of pools and the aim", title_justify="left", title_style="bold")
+    for title in ("train, rollouts", "hours P50 [P10, P90]", "cost", "why not"):
+        table.add_column(title, overflow="fold")
+    for one in candidates:
+        pair = escape(f"{one.train}, {one.rollout}")
+        told = ("unknown" if figure.value is None else str(figure) for figure in (one.hours, one.cost))
+        table.add_row(f"[green]{pair}[/]" if one.chosen else pair, *map(escape, told), escape(one.why) or "chosen")
+    return table
 
 
 def _render_rulings(record: PlanRecord) -> RenderableType:

@@ -20,7 +20,7 @@ from rich.text import Text
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.forecast.calibrate import calibrate, parse_point, read_calibrations, write_calibration
 from isthmus.forecast.check import Score, scores
-from isthmus.forecast.goodput import FailureRate, prior
+from isthmus.forecast.known import pool_facts
 from isthmus.forecast.outlook import Option, Outlook, Outlooks, Span
 from isthmus.forecast.pace import PoolFacts
 from isthmus.forecast.points import Calibration
@@ -31,7 +31,7 @@ from isthmus.progress import Watch
 from isthmus.recipe.read import apply_override, load_recipe, resolved_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.section import RecipeError
-from isthmus.records import PlanRecord, QualifyRecord
+from isthmus.records import PlanRecord
 from isthmus.run import RunFolder, meant_run, write_atomic
 
 
@@ -87,7 +87,7 @@ def execute(
 ) -> ForecastReport:
     """Forecast a recipe, or a run folder with what its pools were found to do, and print or write it."""
     recipe, folder = _read(target, overrides)
-    known = _figures(folder, recipe) if folder is not None else {}
+    known = pool_facts(RunFolder.open(folder)) if folder is not None else {}
     given = (_amounts("--price", prices, recipe), _amounts("--spares", spares, recipe))
     measured = read_calibrations(calibration) if calibration is not None else {}
     question = _ask(recipe, known, *given, measured)
@@ -151,28 +151,6 @@ def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         return resolved_recipe(tree)
     except RecipeError as error:
         raise RecipeError(f"with --what-if {' '.join(changes)}, {error}") from None
-
-
-def _figures(folder: Path, recipe: Recipe) -> dict[str, PoolFacts]:
-    """What the qualification of each pool measured; what a soak found of a chip that is here updates the belief."""
-    run, found = RunFolder.open(folder), {}
-    for name, section in recipe.pools.items():
-        record = run.read_record(f"qualify/{name}", QualifyRecord)
-        if record is None:
-            continue
-        values = {key: float(one.value) for key, one in record.figures.items() if one.value is not None}
-        found[name] = PoolFacts(figures=values, failures=None if record.rehearsed else _belief(section.chip, values))
-    return found
-
-
-def _belief(chip: str, values: Mapping[str, float]) -> FailureRate | None:
-    """The prior with the soak that the posterior's mean and its hours tell of."""
-    mean, soaked = values.get("failure_rate_per_chip_hour"), values.get("soaked_chip_hours")
-    if mean is None or soaked is None:
-        return None
-    before = prior(chip)
-    failures = max(0.0, mean * (before.hours + soaked) - before.shape)
-    return before.after(failures, soaked, f"{failures:.0f} failures in {soaked:.3g} chip-hours of a soak")
 
 
 def _amounts(option: str, given: Sequence[str], recipe: Recipe) -> dict[str, float]:

@@ -12,8 +12,8 @@ from isthmus import __version__
 from isthmus.chips import get_chip
 from isthmus.chips.trade import trade_facts
 from isthmus.pools import get_pool, placed_pools
-from isthmus.records import CheckOutcome, Evidence, HandoffRecord, PlanRecord, QualifyRecord, Ruling
-from isthmus.report_page.acts import TRAINING, Act, Alternative, acts_of, alternatives
+from isthmus.records import CheckOutcome, Evidence, ForecastOption, HandoffRecord, PlanRecord, QualifyRecord, Ruling
+from isthmus.report_page.acts import TRAINING, Act, acts_of, alternatives
 from isthmus.report_page.justify.record import (
     ActOf,
     AspectOf,
@@ -31,6 +31,10 @@ from isthmus.report_page.summary import TASK, signer_of
 from isthmus.rules import refusal
 from isthmus.run import Figure, RunFolder
 from isthmus.verdict import QUESTIONS, broken_limits
+
+
+FORECAST = ("pretrain", "sft", "learn", "rollout", "sample")
+"""Acts that a forecast tells of; the hand-off and serving have none."""
 
 
 def gather(run: RunFolder, country: str) -> JustifyRecord:
@@ -58,7 +62,7 @@ def gather(run: RunFolder, country: str) -> JustifyRecord:
         cases=cases,
         rulings=plan.rulings,
         gate=gate,
-        gaps=_gaps(plan, pools, used, cases, gate, bool(forecast)),
+        gaps=_gaps(plan, pools, used, cases, gate),
         isthmus=__version__,
     )
 
@@ -79,8 +83,8 @@ def _pool(run: RunFolder, name: str, country: str) -> PoolOf:
     )
 
 
-def _act(act: Act, pool: PoolOf, forecast: Mapping[tuple[str, str], Alternative]) -> ActOf:
-    money = forecast.get((act.name, act.pool), Alternative()).money
+def _act(act: Act, pool: PoolOf, forecast: Mapping[tuple[str, str], ForecastOption]) -> ActOf:
+    money = forecast.get((act.name, act.pool), ForecastOption(pool=act.pool)).money
     return ActOf(
         name=act.name,
         kind=act.kind,
@@ -147,10 +151,10 @@ def _case(
     act: Act,
     pools: Mapping[str, PoolOf],
     qualified: Mapping[str, QualifyRecord],
-    forecast: Mapping[tuple[str, str], Alternative],
+    forecast: Mapping[tuple[str, str], ForecastOption],
 ) -> CaseOf:
     rulings = plan.rulings or {}
-    here = forecast.get((act.name, act.pool), Alternative())
+    here = forecast.get((act.name, act.pool), ForecastOption(pool=act.pool))
     domestic = [pool for pool in pools.values() if pool.side == "domestic"]
     there = [found for pool in domestic if (found := forecast.get((act.name, pool.pool))) is not None]
     trials = [
@@ -166,6 +170,7 @@ def _case(
         pool=pools[act.pool],
         verdict=qualified[act.pool].verdict,
         seconds=here.seconds or act.seconds,
+        chip_hours=here.chip_hours,
         money=here.money,
         trials=trials,
         flips=[*here.flips, *(flip for one in there for flip in one.flips)],
@@ -180,7 +185,7 @@ def _trial(
     pool: PoolOf,
     record: QualifyRecord,
     ruling: Ruling | None,
-    expected: Alternative | None,
+    expected: ForecastOption | None,
 ) -> Trial:
     use = "training" if act.kind in TRAINING else "serving"
     return Trial(
@@ -191,6 +196,7 @@ def _trial(
         limits=[limit for limit in record.limits if limit.needed_for in (use, "both")],
         rule=refusal(ruling),
         seconds=expected.seconds if expected else None,
+        chip_hours=expected.chip_hours if expected else None,
         money=expected.money if expected else None,
     )
 
@@ -269,13 +275,12 @@ def _gaps(
     acts: Sequence[ActOf],
     cases: Sequence[CaseOf],
     gate: Sealed | None,
-    forecast: bool,
 ) -> list[Gap]:
     timed = [act for act in acts if act.kind != "serve"]
     found: dict[Gap, bool] = {
         "no rules": plan.rulings is None,
         "no domestic pool": bool(cases) and not any(pool.side == "domestic" for pool in pools.values()),
-        "no forecast": bool(cases) and not forecast,
+        "no forecast": any(trial.seconds is None for case in cases if case.kind in FORECAST for trial in case.trials),
         "no money": any(act.money is None for act in timed),
         "rehearsed": any(pool.rehearsed for pool in pools.values()),
         "unfinished": gate is None or any(act.chip_hours is None or act.chip_hours.kind == "forecast" for act in timed),

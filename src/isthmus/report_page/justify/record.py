@@ -6,8 +6,8 @@ from datetime import date
 from typing import Literal
 
 from isthmus.recipe.schema import PlacedStage
-from isthmus.records import Aspect, AspectOutcome, CheckOutcome, Limit, Part, Ruling, Verdict
-from isthmus.report_page.acts import ActKind, Flip
+from isthmus.records import Aspect, AspectOutcome, CheckOutcome, Flip, Limit, Part, Ruling, Verdict
+from isthmus.report_page.acts import ActKind
 from isthmus.run import Figure, Kind, Record
 
 Side = Literal["domestic", "foreign", "unlisted"]
@@ -79,6 +79,7 @@ class Trial(Part):
     limits: list[Limit]
     rule: str | None
     seconds: Figure | None
+    chip_hours: Figure | None
     money: Figure | None
 
 
@@ -90,6 +91,7 @@ class CaseOf(Part):
     pool: PoolOf
     verdict: Verdict
     seconds: Figure | None
+    chip_hours: Figure | None
     money: Figure | None
     trials: list[Trial]
     flips: list[Flip]

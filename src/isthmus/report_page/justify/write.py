@@ -146,18 +146,20 @@ def _comparisons(cases: Sequence[CaseOf], words: Words) -> list[str]:
     lines = []
     for case in cases:
         for trial in case.trials:
-            if trial.seconds is None and trial.money is None:
+            if trial.seconds is None:
                 continue
             told = words.text(
                 "takes",
                 here=_duration(case.seconds, words),
                 there=_duration(trial.seconds, words),
+                chip_hours_here=_chip_hours(case.chip_hours, words),
+                chip_hours_there=_chip_hours(trial.chip_hours, words),
                 money_here=_money(case.money, words),
                 money_there=_money(trial.money, words),
             )
             lines.append(words.text("compared", act=numbers.capital(words.term("act", case.kind)), told=told))
         if case.flips:
-            flips = [words.text("flip", what=one.what, value=_money(one.at, words)) for one in case.flips]
+            flips = [words.text("flip", what=words.term("flip_of", one.what), value=_money(one.at, words)) for one in case.flips]
             lines.append(words.text("flips", flips=words.text("separator").join(flips)))
     return lines
 
@@ -235,6 +237,12 @@ def _duration(figure: Figure | None, words: Words) -> str:
         return words.text("not_known")
     interval = _interval(figure, words, lambda _, end: numbers.duration(end))
     return f"{numbers.duration(figure.value)}{interval} ({words.term('kind', figure.kind)})"
+
+
+def _chip_hours(figure: Figure | None, words: Words) -> str:
+    if figure is None or figure.value is None:
+        return words.text("not_known")
+    return f"{_written(figure.value)}{_interval(figure, words)} ({words.term('kind', figure.kind)})"
 
 
 def _money(figure: Figure | None, words: Words) -> str:
