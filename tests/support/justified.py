@@ -134,30 +134,3 @@ def justified_run(path: Path, *overrides: str, finished: bool = True, signer: st
         trained(run)
         handed_off(run, signer)
     return run
-
-
-def forecast(value: float, unit: str, **ends: float) -> dict[str, Any]:
-    return {"value": value, "unit": unit, "kind": "forecast", "source": "a forecast", **ends}
-
-
-FORECAST = {
-    "steps": [
-        {
-            "name": TAUGHT,
-            "pools": [
-                {
-                    "pool": "home",
-                    "seconds": forecast(170000, "s", low=150000, high=200000),
-                    "money": forecast(49152, "USD"),
-                },
-                {
-                    "pool": "away",
-                    "seconds": forecast(410000, "s", low=260000, high=900000),
-                    "money": forecast(61000, "USD", low=39000, high=134000),
-                    "flips": [{"what": "failures per chip-hour", "at": forecast(0.00004, "")}],
-                },
-            ],
-        }
-    ]
-}
-"""One step on both pools, as a forecast writes it."""

@@ -19,17 +19,17 @@ from scipy.special import polygamma
 
 from isthmus.chips import published_rows
 from isthmus.cli import cli
-from isthmus.errors import IsthmusError
+from isthmus.errors import GateRefused, IsthmusError
 from isthmus.forecast.calibrate import parse_point
 from isthmus.forecast.check import scores
-from isthmus.forecast.choose import choose
+from isthmus.forecast.choose import Pair, choose
 from isthmus.forecast.count import count_parameters, layer_parameters
 from isthmus.forecast.decode import Engine, rollout_s
 from isthmus.forecast.device import pool_device, published_device
 from isthmus.forecast.efficiency import shipped
 from isthmus.forecast.goodput import FailureRate, digamma, goodput, prior, trigamma
 from isthmus.forecast.memory import DISTRIBUTED_OPTIMIZER, Layout, cache_bytes, training_memory
-from isthmus.forecast.outlook import Outlooks
+from isthmus.forecast.outlook import Option, Outlook, Outlooks, Span
 from isthmus.forecast.pace import Knobs, PoolFacts, make_pool
 from isthmus.forecast.points import Calibration, fit_points
 from isthmus.forecast.published import read_training, shape_named, shipped_training
@@ -43,6 +43,7 @@ from isthmus.forecast.work import PoolWork, StepWork, Work
 from isthmus.probes.judge import failure_rate
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection, Qwen3MoeSection
 from isthmus.recipe.read import load_recipe
+from isthmus.recipe.schema import AimSection
 from isthmus.records import PlanRecord, QualifyRecord
 from isthmus.run import Figure, RunFolder
 from tests.support.flow_recipe import RECIPE
@@ -476,17 +477,97 @@ def test_serving_admits_what_fits_and_stays_fast():
     assert "no sourced rates" in of("mi308x", 8).why
 
 
-def test_a_choice_by_time_or_cost_names_what_lost_with_its_numbers():
-    outlook = Outlooks(work(), {"home": PoolFacts(price=9.0), "away": PoolFacts(price=0.1)}).outlook()
-    options = [option for option in outlook.options if option.step == "pretrain"]
-    quick, cheap = (choose(outlook, aim)["pretrain"] for aim in ("time", "cost"))
-    assert quick.option is not None and cheap.option is not None
-    assert quick.option.hours == min((one.hours for one in options if one.hours), key=lambda hours: hours.middle)
-    assert cheap.option.pool == "away" and "home" in cheap.lost[0] and "cost" in cheap.lost[0]
-    vetoed = choose(outlook, "cost", lambda option: "vetoed" if option.pool == "away" else None)["pretrain"]
-    assert vetoed.option is not None and vetoed.option.pool == "home" and "away: vetoed" in vetoed.lost
-    with pytest.raises(IsthmusError, match="price"):
-        choose(Outlooks(work(), {}).outlook(), "cost")
+def told(pool: str, generator: str | None, hours: float, chips: int, price: float | None, step: str = "sft") -> Option:
+    """Written out: P10 is half of P50, P90 twice."""
+    span, cost = Span(hours / 2, hours, 2 * hours), None if price is None else hours * price
+    held = Span(span.low * chips, span.middle * chips, span.high * chips)
+    money = None if cost is None else Span(cost / 2, cost, 2 * cost)
+    kind = "rl" if generator else "sft"
+    return Option(step, pool, generator, chips, span, "", "", chip_hours=held, cost=money, kind=kind)
+
+
+# Tuning 10 h on home's 64 chips or 30 h on away's 128; RL 20 h or more on both pools, or on one.
+WRITTEN = [
+    ("home", None, 10.0, 64, 640.0), ("away", None, 30.0, 128, 128.0),
+    ("home", "home", 40.0, 64, 640.0), ("home", "away", 20.0, 192, 768.0),
+    ("away", "home", 70.0, 192, 768.0), ("away", "away", 60.0, 128, 128.0),
+]  # fmt: skip
+VENDORS = {"home": "one", "away": "other"}
+
+
+def written_outlook(priced: bool = True) -> Outlook:
+    options = [
+        told(pool, other, hours, chips, price if priced else None, "rl" if other else "sft")
+        for pool, other, hours, chips, price in WRITTEN
+    ]
+    return Outlook(options, {}, None, None, None, None)
+
+
+def chosen_by(aim: AimSection, outlook: Outlook | None = None, **objections: str) -> list[Pair]:
+    def objection(stage: str, pool: str) -> str | None:
+        return objections.get(f"{stage}_{pool}")
+
+    of = work(steps=[replace(work().steps[0], name="sft", kind="sft"), work().steps[1]])
+    return choose(of, outlook or written_outlook(), aim, objection, VENDORS)
+
+
+@pytest.mark.parametrize(
+    ("aim", "pair"),
+    [
+        ({}, ("home", "away")),  # the order: train home, away; rollout away, home
+        ({"choose": "time"}, ("home", "away")),  # 10 + 20 against 50, 100 and 90 h
+        ({"choose": "cost"}, ("away", "away")),  # 90 h x 128 against 6,400 + 15,360 and more
+        ({"choose": "time", "least": {"other": 0.9}}, ("away", "away")),  # home, away: 2,560 of 4,480 are on the other
+        ({"choose": "time", "least": {"other": 0.5}}, ("home", "away")),
+        ({"choose": "cost", "max_hours": 100.0}, ("home", "away")),  # 180 h at P90 are too long
+        ({"choose": "time", "max_cost": 23_100.0}, ("away", "away")),  # 21,760 are 43,520 at P90, 11,520 are 23,040
+    ],
+)
+def test_the_choice_is_the_one_that_was_worked_out_by_hand(aim: dict[str, object], pair: tuple[str, str]):
+    pairs = chosen_by(AimSection.model_validate(aim))
+    assert [(one.train, one.rollout) for one in pairs if one.chosen] == [pair]
+    assert [bool(one.why) for one in pairs] == [not one.chosen for one in pairs], "what lost says by what"
+
+
+def test_what_is_chosen_has_its_numbers():
+    (pair,) = (one for one in chosen_by(AimSection(choose="time")) if one.chosen)
+    assert pair.hours == Span(15.0, 30.0, 60.0) and pair.cost is not None and pair.chip_hours is not None
+    assert (pair.cost.middle, pair.chip_hours.middle) == (6_400 + 15_360, 640 + 3_840)
+    assert pair.shares == {"one": pytest.approx(1_920 / 4_480), "other": pytest.approx(2_560 / 4_480)}
+
+
+def test_an_objection_outweighs_every_number():
+    pairs = chosen_by(AimSection(choose="time"), train_home="its verdict is `unfit`")
+    assert [(one.train, one.rollout) for one in pairs if one.chosen] == [("away", "away")]
+    assert "home: its verdict is `unfit`" in pairs[0].why
+
+
+@pytest.mark.parametrize(
+    ("aim", "message"),
+    [
+        (AimSection(max_hours=50.0), "above aim.max_hours = 50"),
+        (AimSection(choose="time", max_cost=5.0), "above aim.max_cost"),
+        (AimSection(least={"third": 0.1}), "0% of the chip-hours are on chips of third"),
+    ],
+)
+def test_an_aim_that_no_pair_reaches_is_refused_with_each_number(aim: AimSection, message: str):
+    with pytest.raises(GateRefused, match="Loosen") as caught:
+        chosen_by(aim)
+    assert str(caught.value).count(message.split(" of ")[-1] if "third" in message else message) == 4
+
+
+def test_a_choice_by_cost_needs_prices():
+    with pytest.raises(GateRefused, match=r"aim\.prices"):
+        chosen_by(AimSection(choose="cost"), written_outlook(priced=False))
+
+
+def test_a_rehearsed_pool_is_never_chosen_for_its_time():
+    of = work(pools={**work().pools, "away": PoolWork("away", "ascend-910b-313t", 128, True)})
+    pilots = {"learn_token_s": 1e-9, "decode_step_s": 1e-9, "decode_token_s": 1e-9}
+    facts = {"home": PoolFacts(figures={"learn_token_s": 1e-6}), "away": PoolFacts(figures=pilots)}
+    pairs = choose(of, Outlooks(of, facts).outlook(), AimSection(choose="time"), lambda stage, pool: None, VENDORS)
+    assert [(one.train, one.rollout) for one in pairs if one.chosen] == [("home", "home")]
+    assert all("rehearsed" in one.why for one in pairs if "away" in (one.train, one.rollout))
 
 
 def test_a_run_folder_is_forecast_by_its_pilots_and_then_checked(tmp_path: Path):

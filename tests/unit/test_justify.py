@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from pathlib import Path
@@ -25,7 +24,7 @@ from isthmus.report_page.justify.write import write
 from isthmus.rules import BELOW, UNDEFINED, UNKNOWN
 from isthmus.run import Figure, Kind, RunFolder
 from tests.support.flow_recipe import RECIPE, TAUGHT
-from tests.support.justified import FORECAST, justified_run
+from tests.support.justified import justified_run
 
 CELL = re.compile(r'<td class="n"[^>]*>(.*?)</td>')
 NUMBER = re.compile(r"\d[\d,.]*")
@@ -124,24 +123,52 @@ def test_evidence_carries_its_kinds_and_what_stands_against_it(tmp_path: Path):
     }
 
 
+PRICED = ("aim.prices={home=2.0, away=0.5}",)
+
+
 def test_nothing_is_said_of_time_and_money_that_no_record_has(tmp_path: Path):
     run = justified_run(tmp_path / "run")
+    (run.path / "forecast.json").unlink()
     record = gather(run, "CN")
     assert {"no forecast", "no money"} <= set(record.gaps)
     assert all(case.money is None and trial.seconds is None for case in record.cases for trial in case.trials)
-    (run.path / "forecast.json").write_text(json.dumps(FORECAST))
-    informed = gather(run, "CN")
-    text = plain(write(informed, "en"))
-    assert "no forecast" not in informed.gaps and "no money" in informed.gaps
-    assert "113 h 53 min [72 h 13 min, 250 h 00 min] (forecast)" in text.replace("\u00a0", " ")
-    assert "61,000 [39,000, 134,000] USD (forecast)" in text and "failures per chip-hour at 4·10⁻⁵" in text
 
 
-def test_a_forecast_of_another_form_is_an_error_that_says_which(tmp_path: Path):
+def test_the_plans_forecast_is_told_of_both_sides_with_intervals(tmp_path: Path):
+    """Hours x chips are chip-hours, and these x the price are money: by hand, of each end; and the page has them."""
+    record = gather(justified_run(tmp_path / "run", *PRICED), "CN")
+    assert "no forecast" not in record.gaps
+    (case,) = (one for one in record.cases if one.kind == "sft")
+    (trial,) = case.trials
+    for one, chips, price in ((case, 512, 2.0), (trial, 1024, 0.5)):
+        assert one.seconds is not None and one.chip_hours is not None and one.money is not None
+        for end in ("low", "value", "high"):
+            held = getattr(one.seconds, end) / 3600 * chips
+            assert getattr(one.chip_hours, end) == pytest.approx(held)
+            assert getattr(one.money, end) == pytest.approx(held * price)
+        assert one.seconds.low < one.seconds.value < one.seconds.high and one.money.unit == "USD"
+    price = next(flip.at for flip in case.flips if flip.what == "price")
+    assert price.value == pytest.approx(trial.chip_hours.value / case.chip_hours.value)
+    for language, word in (
+        ("en", "Chip-hours:"),
+        ("zh", "芯片小时："),
+        ("en", "over its forecast"),
+        ("zh", "与预测之比"),
+    ):
+        assert word in plain(write(record, language))
+
+
+def test_a_forecast_that_was_changed_is_an_error_that_says_so(tmp_path: Path):
     run = justified_run(tmp_path / "run")
     (run.path / "forecast.json").write_text('{"stages": []}')
-    with pytest.raises(DamagedFile, match="needs `steps`"):
+    with pytest.raises(DamagedFile, match="was changed"):
         gather(run, "CN")
+
+
+def test_what_it_would_take_on_a_rehearsed_pool_is_not_known(tmp_path: Path):
+    record = gather(justified_run(tmp_path / "run", "pools.away.rehearsed=true", *PRICED), "CN")
+    assert all(trial.seconds is None and trial.money is None for case in record.cases for trial in case.trials)
+    assert "no forecast" in record.gaps
 
 
 def test_what_was_rehearsed_is_never_shown_as_measured(tmp_path: Path):
@@ -192,8 +219,7 @@ def test_it_is_looked_at_again_when_the_first_binding_record_expires(tmp_path: P
 
 
 def test_both_languages_say_the_same_numbers_of_one_record(tmp_path: Path):
-    run = justified_run(tmp_path / "run")
-    (run.path / "forecast.json").write_text(json.dumps(FORECAST))
+    run = justified_run(tmp_path / "run", *PRICED)
     told = pages(gather(run, "CN"))
     numbers = {language: [NUMBER.findall(cell) for cell in CELL.findall(page)] for language, page in told.items()}
     assert numbers["en"] == numbers["zh"] and sum(map(len, numbers["en"])) > 8

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from isthmus.forecast.outlook import Option, Outlook, Outlooks
 from isthmus.forecast.pace import PLAIN, Knobs, Pool
+from isthmus.records import FlipOf
 
 # Low and high factor on each assumption: about P10 and P90 of what it may be.
 RANGES: dict[str, tuple[float, float]] = {
@@ -47,7 +48,7 @@ class BreakEven:
     step: str
     chosen: str
     other: str
-    of: str
+    of: FlipOf
     value: float | None
     meaning: str
 
@@ -85,7 +86,7 @@ def _between(outlooks: Outlooks, chosen: Option, other: Option) -> list[BreakEve
     assert aim is not None and chosen.chip_hours is not None and other.chip_hours is not None
     # Where only the pool that generates differs, it is the one to ask about.
     turned = chosen.pool if chosen.pool != other.pool else chosen.generator
-    names = (chosen.step, _named(chosen), _named(other))
+    names = (chosen.step, named(chosen), named(other))
 
     def hours(name: str, factor: float) -> float:
         found = outlooks.hours(step, *pair, replace(Knobs(of=turned), **{name: factor}))
@@ -111,11 +112,12 @@ def _between(outlooks: Outlooks, chosen: Option, other: Option) -> list[BreakEve
             _crossing(lambda f: hours("links", f), aim, 0.01, 100.0),
             f"times the link speed of {turned}",
         ),
-        BreakEven(*names, "price", price, f"price of a chip-hour of {_named(chosen)} over that of {_named(other)}"),
+        BreakEven(*names, "price", price, f"price of a chip-hour of {named(chosen)} over that of {named(other)}"),
     ]
 
 
-def _named(option: Option) -> str:
+def named(option: Option) -> str:
+    """The pools of an option."""
     return option.pool if option.generator in (None, option.pool) else f"{option.pool}+{option.generator}"
 
 

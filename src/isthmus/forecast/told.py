@@ -4,60 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
+from isthmus.forecast.choose import options_of
 from isthmus.forecast.goodput import HOUR
-from isthmus.forecast.outlook import Option, Outlook, Span
-from isthmus.forecast.work import Work
-from isthmus.records import ForecastAct, ForecastOption
+from isthmus.forecast.outlook import Option, Outlook, Outlooks, Span
+from isthmus.forecast.sensitivity import break_evens, named
+from isthmus.records import Flip, ForecastAct, ForecastOption
 from isthmus.run import Figure, Kind
 
 
-def acts(work: Work, outlook: Outlook, train: str, rollout: str, prices: dict[str, float], currency: str):
-    """What each act would take on each pool of its place, the other pool that it holds being the chosen one."""
-    found: list[ForecastAct] = []
-    for step in work.steps:
-        options = [option for option in outlook.options if option.step == step.name]
-        learners = [one for one in options if step.kind != "rl" or one.generator == rollout]
-        found.append(_act(step.name, learners, False, work, prices, currency))
-        if step.kind == "rl":
-            generators = [one for one in options if one.pool == train]
-            found.append(_act(f"{step.name}-rollouts", generators, True, work, prices, currency))
-    return found
+@dataclass(frozen=True)
+class Teller:
+    """What is asked of an outlook: the pools that the plan chose, prices per chip-hour by pool, and their currency."""
 
+    outlooks: Outlooks
+    outlook: Outlook
+    train: str
+    rollout: str
+    prices: Mapping[str, float]
+    currency: str
 
-def _act(
-    name: str, options: list[Option], generates: bool, work: Work, prices: dict[str, float], currency: str
-) -> ForecastAct:
-    pools = []
-    for option in options:
-        pool, beside = (option.generator, option.pool) if generates else (option.pool, option.generator)
-        assert pool is not None
-        pools.append(_told(option, pool, None if beside == pool else beside, work, prices.get(pool), currency))
-    return ForecastAct(name=name, pools=pools)
+    def acts(self) -> list[ForecastAct]:
+        """What each act would take on each pool of its place, the other pool that it holds being the chosen one."""
+        found: list[ForecastAct] = []
+        flips = self._flips()
+        for step in self.outlooks.work.steps:
+            options = [option for option in self.outlook.options if option.step == step.name]
+            learners = [one for one in options if step.kind != "rl" or one.generator == self.rollout]
+            found.append(self._act(step.name, learners, False, flips))
+            if step.kind == "rl":
+                generators = [one for one in options if one.pool == self.train]
+                found.append(self._act(f"{step.name}-rollouts", generators, True, flips))
+        return found
 
+    def _flips(self) -> dict[tuple[str, str], list[Flip]]:
+        """By step and the pair that was not chosen."""
+        chosen = {id(option) for option in options_of(self.outlook, self.train, self.rollout)}
+        options = [replace(one, chosen=id(one) in chosen and one.hours is not None) for one in self.outlook.options]
+        found: dict[tuple[str, str], list[Flip]] = {}
+        for even in break_evens(self.outlooks, replace(self.outlook, options=options)):
+            if even.value is not None:
+                at = Figure(value=even.value, unit="", kind="forecast", source=f"break-even: {even.meaning}")
+                found.setdefault((even.step, even.other), []).append(Flip(what=even.of, at=at))
+        return found
 
-def _told(
-    option: Option, pool: str, beside: str | None, work: Work, price: float | None, currency: str
-) -> ForecastOption:
-    """Chip-hours and money are of the act's own pool; the act beside it has those of the other."""
-    if option.hours is None:
-        return ForecastOption(pool=pool, beside=beside, why=option.why)
-    held = [work.pools[name] for name in (pool, beside) if name is not None]
-    kind: Kind = "rehearsed" if any(one.rehearsed for one in held) else "forecast"
-    chips, source = work.pools[pool].count, f"forecast: {option.basis}; P50, with P10 and P90"
+    def _act(
+        self, name: str, options: Sequence[Option], generates: bool, flips: Mapping[tuple[str, str], list[Flip]]
+    ) -> ForecastAct:
+        pools = []
+        for option in options:
+            pool, beside = (option.generator, option.pool) if generates else (option.pool, option.generator)
+            assert pool is not None
+            told = self._told(option, pool, None if beside == pool else beside)
+            pools.append(told.model_copy(update={"flips": flips.get((option.step, named(option)), [])}))
+        return ForecastAct(name=name, pools=pools)
 
-    def figure(factor: float, unit: str, more: str = "") -> Figure:
-        assert option.hours is not None
-        return figure_of(option.hours, unit, source + more, kind, factor)
-
-    return ForecastOption(
-        pool=pool,
-        beside=beside,
-        seconds=figure(HOUR, "s"),
-        chip_hours=figure(chips, "chip-hours"),
-        money=None if price is None else figure(chips * price, currency, f"; {price:g} {currency} per chip-hour"),
-    )
+    def _told(self, option: Option, pool: str, beside: str | None) -> ForecastOption:
+        """Chip-hours and money are of the act's own pool; the act beside it has those of the other."""
+        if option.hours is None:
+            return ForecastOption(pool=pool, beside=beside, why=option.why)
+        pools, price = self.outlooks.work.pools, self.prices.get(pool)
+        kind: Kind = "rehearsed" if any(pools[name].rehearsed for name in (pool, beside) if name) else "forecast"
+        source, chips = f"forecast: {option.basis}; P50, with P10 and P90", pools[pool].count
+        asked = f"{source}; {price} {self.currency} per chip-hour"
+        return ForecastOption(
+            pool=pool,
+            beside=beside,
+            seconds=figure_of(option.hours, "s", source, kind, HOUR),
+            chip_hours=figure_of(option.hours, "chip-hours", source, kind, chips),
+            money=None if price is None else figure_of(option.hours, self.currency, asked, kind, chips * price),
+        )
 
 
 def figure_of(span: Span | None, unit: str, source: str, kind: Kind = "forecast", factor: float = 1.0) -> Figure:

@@ -27,11 +27,11 @@ from isthmus.forecast.duration import estimate, total
 from isthmus.forecast.known import pool_facts
 from isthmus.forecast.outlook import Outlook, Outlooks
 from isthmus.forecast.pace import PoolFacts
-from isthmus.forecast.told import acts, figure_of
+from isthmus.forecast.told import Teller, figure_of
 from isthmus.forecast.work import work_of
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
-from isthmus.recipe.schema import PlacedStage, Recipe
+from isthmus.recipe.schema import AimSection, PlacedStage, Recipe
 from isthmus.records import Candidate, ForecastRecord, Placement, PlanRecord, QualifyRecord, Rejection, Ruling
 from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
 from isthmus.run import Figure, RunFolder
@@ -55,7 +55,8 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         for pool in placed_pools(run.recipe)
     }
     rulings = rule_pools(run.recipe)
-    outlook = _outlook(run)
+    outlooks = _outlooks(run)
+    outlook = outlooks.outlook()
     candidates = aimed(run.recipe, outlook, qualified, rulings or {})
     placements, rejected = place(run.recipe, qualified, rulings or {}, candidates)
     pool_of = {placement.stage: placement.pool for placement in placements}
@@ -73,17 +74,17 @@ def execute(run: RunFolder, watch: Watch) -> PlanRecord:
         rulings=rulings,
         candidates=candidates,
     )
-    run.write_record("forecast", _forecast(run, outlook, record))
+    run.write_record("forecast", _forecast(run, outlooks, outlook, record))
     run.write_record(NAME, record)
     run.event(NAME, "end", seconds=round(record.seconds, 3))
     watch.say("  " + ", ".join(f"{stage} on [bold]{pool}[/]" for stage, pool in pool_of.items()))
     return record
 
 
-def _outlook(run: RunFolder) -> Outlook:
+def _outlooks(run: RunFolder) -> Outlooks:
     known, prices = pool_facts(run), run.recipe.aim.prices if run.recipe.aim else {}
     facts = {name: replace(known.get(name, PoolFacts()), price=prices.get(name)) for name in run.recipe.pools}
-    return Outlooks(work_of(run.recipe), facts).outlook()
+    return Outlooks(work_of(run.recipe), facts)
 
 
 def aimed(
@@ -123,16 +124,10 @@ def _candidate(pair: Pair, currency: str) -> Candidate:
     )
 
 
-def _forecast(run: RunFolder, outlook: Outlook, plan: PlanRecord) -> ForecastRecord:
-    aim = run.recipe.aim
-    found = acts(
-        work_of(run.recipe),
-        outlook,
-        plan.pool_of("train"),
-        plan.pool_of("rollout"),
-        aim.prices if aim else {},
-        aim.currency if aim else "",
-    )
+def _forecast(run: RunFolder, outlooks: Outlooks, outlook: Outlook, plan: PlanRecord) -> ForecastRecord:
+    aim = run.recipe.aim or AimSection()
+    chosen = (plan.pool_of("train"), plan.pool_of("rollout"))
+    found = Teller(outlooks, outlook, *chosen, aim.prices, aim.currency).acts()
     return ForecastRecord(recipe_sha256=plan.recipe_sha256, started=plan.started, ended=plan.ended, steps=found)
 
 

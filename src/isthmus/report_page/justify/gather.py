@@ -32,7 +32,6 @@ from isthmus.rules import refusal
 from isthmus.run import Figure, RunFolder
 from isthmus.verdict import QUESTIONS, broken_limits
 
-
 FORECAST = ("pretrain", "sft", "learn", "rollout", "sample")
 """Acts that a forecast tells of; the hand-off and serving have none."""
 

@@ -159,9 +159,17 @@ def _comparisons(cases: Sequence[CaseOf], words: Words) -> list[str]:
             )
             lines.append(words.text("compared", act=numbers.capital(words.term("act", case.kind)), told=told))
         if case.flips:
-            flips = [words.text("flip", what=words.term("flip_of", one.what), value=_money(one.at, words)) for one in case.flips]
+            flips = [
+                words.text("flip", what=words.term("flip_of", one.what), value=_money(one.at, words))
+                for one in case.flips
+            ]
             lines.append(words.text("flips", flips=words.text("separator").join(flips)))
     return lines
+
+
+def _flips(case: CaseOf, words: Words) -> list[str]:
+    found = ((words.term("flip_of", one.what), _money(one.at, words)) for one in case.flips)
+    return [words.text("flip", what=what, value=value) for what, value in found]
 
 
 def _again(case: CaseOf, record: JustifyRecord, words: Words) -> str:
