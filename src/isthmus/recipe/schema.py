@@ -254,10 +254,11 @@ class RulesSection(Section):
 
 
 class AimSection(Section):
-    """By what `plan` chooses the pools of training and rollouts among those that may do it.
+    """What `plan` chooses pools by.
 
-    Without this section the order of [place] decides alone. Times and costs are those of the forecast; what it does not
-    know, and what was only rehearsed, is never chosen for its time or cost. Serving keeps to the order.
+    The pools of training and of rollouts are chosen as a pair, among those that may. Without this section the order of
+    [place] decides alone. Times and costs are those of the forecast; what it does not know, and what was only
+    rehearsed, is never chosen for its time or cost. Serving keeps to the order.
     """
 
     choose: Literal["order", "time", "cost"] = key("order", "first in the order, soonest done, or cheapest, at P50")
