@@ -28,6 +28,7 @@ from isthmus.forecast.decode import Engine, rollout_s
 from isthmus.forecast.device import pool_device, published_device
 from isthmus.forecast.efficiency import shipped
 from isthmus.forecast.goodput import FailureRate, digamma, goodput, prior, trigamma
+from isthmus.forecast.known import after_run
 from isthmus.forecast.memory import DISTRIBUTED_OPTIMIZER, Layout, cache_bytes, training_memory
 from isthmus.forecast.outlook import Option, Outlook, Outlooks, Span
 from isthmus.forecast.pace import Knobs, PoolFacts, make_pool
@@ -44,9 +45,9 @@ from isthmus.probes.judge import failure_rate
 from isthmus.recipe.architecture import DeepseekSection, DenseSection, ModelSection, Qwen3MoeSection
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import AimSection
-from isthmus.records import PlanRecord, QualifyRecord
+from isthmus.records import IncidentRecord, PlanRecord, QualifyRecord, Rung, TextRecord
 from isthmus.run import Figure, RunFolder
-from tests.support.flow_recipe import RECIPE
+from tests.support.flow_recipe import RECIPE, TAUGHT
 
 V3 = DeepseekSection(
     **tomllib.loads((resources.files("isthmus.presets") / "deepseek-v3.toml").read_text(encoding="utf-8"))
@@ -599,3 +600,32 @@ def test_a_run_folder_is_forecast_by_its_pilots_and_then_checked(tmp_path: Path)
     (scored,) = json.loads(run("check", folder.path, "--json").stdout)
     assert (scored["part"], scored["truth"], scored["inside"]) == ("train", 65.0, True)
     assert "yes" in run("check", folder.path).output
+
+
+def met(folder: RunFolder, number: int, rung: Rung, pool: str = "home") -> None:
+    common = {"recipe_sha256": folder.recipe.digest(), "started": 0.0, "ended": 1.0}
+    record = IncidentRecord(
+        **common, step=TAUGHT, number=number, signal="exit", detail="", pool=pool, ranks=1, update=1, checkpoint=0,
+        rung=rung, why="", outcome="done",
+    )  # fmt: skip
+    folder.write_record(f"steps/{TAUGHT}/incidents/{number:03d}", record)
+
+
+def test_interruptions_of_a_finished_step_are_in_the_belief(tmp_path: Path):
+    """Gamma and Poisson: two interruptions in 3 h x 4 chips add 2 to the shape and 12 to the hours; a retry is none."""
+    folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE, ["pools.home.count=4", "pools.home.ranks=1"]))
+    before = FailureRate(0.5, 1000.0, "a fleet")
+    for number, rung in enumerate(("retry", "restart", "shrink"), 1):
+        met(folder, number, rung)
+    assert after_run(folder, "home", before) == before, "a step that is not finished has no hours yet"
+    step = TextRecord(
+        recipe_sha256=folder.recipe.digest(), started=0.0, ended=3 * 3600.0, kind="sft", step=TAUGHT,
+        started_from="model", pool="home", steps=6, resumed_from=[], checkpoint="x", checkpoint_sha256="ab" * 32,
+        figures={},
+    )  # fmt: skip
+    folder.write_record(f"steps/{TAUGHT}/record", step)
+    after = after_run(folder, "home", before)
+    assert (after.shape, after.hours) == (2.5, 1012.0) and "2 interruptions in 12 chip-hours" in after.source
+    assert after_run(folder, "away", before) == before
+    met(folder, 4, "revert", pool="away")
+    assert after_run(folder, "home", before) == before, "on two pools, and how long on each is not known"
