@@ -613,7 +613,7 @@ def met(folder: RunFolder, number: int, rung: Rung, pool: str = "home") -> None:
 
 def test_interruptions_of_a_finished_step_are_in_the_belief(tmp_path: Path):
     """Gamma and Poisson: two interruptions in 3 h x 4 chips add 2 to the shape and 12 to the hours; a retry is none."""
-    folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE, ["pools.home.count=4", "pools.home.ranks=1"]))
+    folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE, ("pools.home.count=4", "pools.home.ranks=1")))
     before = FailureRate(0.5, 1000.0, "a fleet")
     for number, rung in enumerate(("retry", "restart", "shrink"), 1):
         met(folder, number, rung)
