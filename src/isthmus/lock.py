@@ -100,7 +100,7 @@ def _read(path: Path) -> Owner | None:
     """Who holds the lock; None if there is none, or one that cannot be read."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

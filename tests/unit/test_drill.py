@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tomllib
 from collections import Counter
 
@@ -16,12 +17,14 @@ from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.drill import DrillSection
 from isthmus.recipe.read import parse_recipe
-from isthmus.records import QualifyRecord, TextRecord
+from isthmus.records import Placement, PlanRecord, QualifyRecord, TextRecord
+from isthmus.report_page.acts import acts_of
 from isthmus.run import Figure, RunFolder
-from isthmus.stages import handoff
+from isthmus.stages import handoff, report
 from isthmus.stages.plan import objection
 from isthmus.stages.steps.drilled import drawn, faults_of
 from tests.support.flow_recipe import ROOT
+from tests.unit.test_timeline import GO, met
 
 CONTENT = tomllib.loads((ROOT / "recipes" / "r2-drill.toml").read_text(encoding="utf-8"))
 DRILL = parse_recipe(CONTENT)
@@ -97,3 +100,42 @@ def test_steps_that_a_drill_cannot_play_are_refused():
     tiny = tomllib.loads((ROOT / "recipes" / "tiny.toml").read_text(encoding="utf-8"))
     with pytest.raises(IsthmusError, match="leave out reasoning"):
         parse_recipe({**tiny, "drill": {}})
+
+
+def test_the_dossier_says_that_it_moved_what_was_lost_and_what_each_pool_took(tmp_path):
+    run = RunFolder.create(tmp_path / "run", DRILL)
+    places = [Placement(stage="train", pool="away", reason="first"), Placement(stage="serve", pool="home", reason="")]
+    run.write_record(
+        "plan", PlanRecord(recipe_sha256="0", started=0, ended=0, placements=places, rejected=[], estimate={})
+    )
+    run.event(STEP, "start", pool="away")
+    for update in (1, 2, 3):
+        run.event(STEP, "step", step=update, tokens=10)
+    now = time.time()
+    run.write_record(
+        f"steps/{STEP}/incidents/0001",
+        met(1, now, 4, "revert", to_pool="home", gate=GO).model_copy(update={"step": STEP}),
+    )
+    run.event(STEP, "incident", number=1)
+    run.event(STEP, "start", pool="home")
+    run.event(STEP, "resume", from_step=2)
+    run.event(STEP, "step", step=3, tokens=10)
+    run.event(STEP, "end", seconds=5.0)
+    figure = Figure.measured(1.0, "nats", "x", rehearsed=True)
+    run.write_record(
+        f"steps/{STEP}/record",
+        TextRecord(
+            recipe_sha256="0", started=now, ended=now, step=STEP, kind="sft", pool="home", drill=True, steps=3,
+            started_from="model", resumed_from=[2], checkpoint="c", checkpoint_sha256="0" * 64,
+            figures={"loss": figure},
+        ),
+    )  # fmt: skip
+    page = report.compose(report.read_dossier(run))
+    head = page[page.index("<h1>") : page.index("</h1>")]
+    assert "cold-start moved to home after update 2. 2 of 5 updates were made again" in head
+    assert 'trains on <em class="home">away</em>' in page and 'It moved to <em class="home">home</em>' in page
+    plan = run.read_record("plan", PlanRecord)
+    assert plan is not None
+    trained = [one for one in acts_of(run, plan) if one.name == STEP]
+    assert [(one.pool, one.whole) for one in trained] == [("away", False), ("home", False)]
+    assert trained[1].seconds is not None and trained[1].seconds.value == 5.0

@@ -68,8 +68,9 @@ def test_a_process_of_the_same_number_is_another_one(tmp_path: Path):
         pass
 
 
-def test_what_is_no_lock_of_ours_is_taken_away(tmp_path: Path):
-    (tmp_path / NAME).write_text("{")
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_what_is_no_lock_of_ours_is_taken_away(tmp_path: Path, content: str):
+    (tmp_path / NAME).write_text(content)
     with writing_run(tmp_path):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 

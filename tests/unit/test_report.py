@@ -704,6 +704,27 @@ def test_a_cut_off_attempt_counts_until_its_last_sign_of_life():
     assert timing.spent(events) == {"train": 10.5}
 
 
+def test_a_pool_is_held_while_the_supervisor_waits_and_each_pool_has_its_own_part():
+    """From update 2 at 14 s to the incident at 74 s it hung, and the next start took until 80 s."""
+    events = [
+        event("train", "start", 10.0, pool="away"),
+        event("train", "step", 14.0, step=1),
+        event("train", "incident", 74.0, number=1),
+        event("train", "start", 80.0, pool="home"),
+        event("train", "step", 85.0, step=1),
+        event("train", "step", 86.0, step=2),
+        event("train", "end", 87.0, seconds=7.0),
+    ]
+    assert [(one.pool, one.seconds, one.finished) for one in timing.attempts(events)] == [
+        ("away", 70.0, False),
+        ("home", 7.0, True),
+    ]
+    held = {
+        pool: (seconds, [one["time"] for one in made]) for pool, (seconds, made) in timing.held(events, "train").items()
+    }
+    assert held == {"away": (70.0, [14.0]), "home": (7.0, [85.0, 86.0])}
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_parts_of_the_time_add_up_to_the_clock(staleness: int):
     turns = {"rollout_s": 4.0, "train_s": 2.0, "wait_s": 0.0, "sync_s": 1.0}

@@ -227,6 +227,16 @@ def test_a_judge_that_does_not_judge_leaves_the_sample_out(answer, outcome, aske
         assert len(service.asked) == asked
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"score": "7"}', '{"score": NaN}', "{}"])
+def test_a_kept_judgement_that_is_damaged_is_named_and_not_believed(tmp_path, content: str):
+    with Service(lambda body, _: (200, judged('{"score": 5}'))) as service:
+        judge(service.url, folder=tmp_path).score([sample()])
+        (kept,) = tmp_path.rglob("*.json")
+        kept.write_text(content)
+        with pytest.raises(IsthmusError, match=kept.name):
+            judge(service.url, folder=tmp_path).score([sample()])
+
+
 def test_a_judge_that_refuses_to_be_asked_stops_the_run(monkeypatch):
     with Service(lambda *_: (401, {"error": "wrong key"})) as service:
         with pytest.raises(IsthmusError, match=r"HTTP 401: .*wrong key"):

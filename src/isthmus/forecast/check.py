@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from isthmus.errors import DamagedFile
+from isthmus.lines import read_json_object
 from isthmus.run import Figure
 
 RECORDS = {"handoff": "parity.json"}
@@ -53,8 +53,11 @@ def seconds_of(folder: Path, part: str) -> float | None:
     for name in (RECORDS.get(part, f"{part}.json"), f"steps/{part}/record.json"):
         path = folder / name
         if path.is_file():
-            record: dict[str, Any] = json.loads(path.read_bytes())
-            return float(record["ended"]) - float(record["started"])
+            record = read_json_object(path, DamagedFile)
+            try:
+                return float(record["ended"]) - float(record["started"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DamagedFile(f"{path} does not say when it started and ended ({error!r})") from None
     return None
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from isthmus.errors import DamagedFile, Diverged, GateRefused, IsthmusError, SaveFailed, TooSlow, Unrepeatable
 from isthmus.launch.beats import create_beat, own_beat
+from isthmus.lines import read_json_object
 from isthmus.progress import Watch
 from isthmus.run import RunFolder, write_atomic
 
@@ -43,7 +44,7 @@ class RankReport:
 def read_report(logs: Path, rank: int) -> RankReport | None:
     """What a rank reported; None if it ended without a word."""
     path = _report_path(logs, rank)
-    return RankReport(**json.loads(path.read_bytes())) if path.exists() else None
+    return RankReport(**read_json_object(path)) if path.exists() else None
 
 
 def error_of(report: RankReport) -> IsthmusError:

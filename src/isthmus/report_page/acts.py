@@ -24,7 +24,8 @@ class Act(Part):
     """One thing that a pool is wanted for. `placed` is the place of the recipe that decides where.
 
     `seconds` are those that it held its pool for, or the plan's estimate; None where neither is known. `tokens` are
-    learnt by training and sampled by rollouts; None where nothing was counted.
+    learnt by training and sampled by rollouts; None where nothing was counted. A step that moved is an act on each of
+    its pools, and each is not `whole`.
     """
 
     name: str
@@ -33,10 +34,11 @@ class Act(Part):
     pool: str
     seconds: Figure | None
     tokens: Figure | None
+    whole: bool = True
 
 
 def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
-    """The acts of a run in its order, on the pools that the plan chose."""
+    """The acts of a run in its order, on the pools that the plan chose or that they moved to."""
     events, recipe = run.events(), run.recipe
     done, spent = timing.finished_stages(events), timing.spent(events)
 
@@ -50,6 +52,12 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
         )
         return Act(name=name, kind=kind, placed=placed, pool=pool, seconds=seconds, tokens=tokens)
 
+    def trained(name: str, kind: ActKind, key: str) -> list[Act]:
+        held = timing.held(events, name) if name in done else {}
+        if len(held) < 2:
+            return [act(name, kind, "train", name, counted(name, "step", key, "train"))]
+        return [_share(run, name, kind, pool, seconds, steps, key) for pool, (seconds, steps) in held.items()]
+
     def counted(stage: str, event: str, key: str, placed: PlacedStage) -> Figure | None:
         rehearsed = recipe.pools[plan.pool_of(placed)].rehearsed
         return _sum_of([e for e in events if e["stage"] == stage and e["event"] == event], key, rehearsed)
@@ -57,18 +65,27 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
     found = []
     for step in recipe.step:
         if isinstance(step, RlSection):
-            learnt = counted(step.name, "step", "trained_tokens", "train")
-            found.append(act(step.name, "learn", "train", step.name, learnt))
+            found += trained(step.name, "learn", "trained_tokens")
             sampled = counted(step.name, "step", "tokens", "rollout")
             found.append(act(f"{step.name}-rollouts", "rollout", "rollout", step.name, sampled))
         elif isinstance(step, SampleSection):
             sampled = counted(step.name, "step", "tokens", "rollout")
             found.append(act(step.name, "sample", "rollout", step.name, sampled))
         else:
-            found.append(act(step.name, step.kind, "train", step.name, counted(step.name, "step", "tokens", "train")))
+            found += trained(step.name, step.kind, "tokens")
     found.append(act("handoff", "handoff", "serve", "handoff", None))
     pool = plan.pool_of("serve")
     return [*found, Act(name="serve", kind="serve", placed="serve", pool=pool, seconds=None, tokens=None)]
+
+
+def _share(
+    run: RunFolder, name: str, kind: ActKind, pool: str, seconds: float, steps: Sequence[dict[str, Any]], key: str
+) -> Act:
+    """What one pool had of a step that moved."""
+    rehearsed = run.recipe.pools[pool].rehearsed
+    held = Figure.measured(seconds, "s", f"events.jsonl: {name} on {pool}", rehearsed=rehearsed)
+    tokens = _sum_of(steps, key, rehearsed)
+    return Act(name=name, kind=kind, placed="train", pool=pool, seconds=held, tokens=tokens, whole=False)
 
 
 def _sum_of(events: Sequence[dict[str, Any]], key: str, rehearsed: bool) -> Figure | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from isthmus.errors import DamagedFile
+from isthmus.lines import read_json_object
 from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord
 from isthmus.report_page import numbers
 from isthmus.report_page.acts import acts_of
 from isthmus.report_page.timing import Attempt
 from isthmus.rules import warning
-from isthmus.run import Figure, RunFolder
+from isthmus.run import Figure, Kind, RunFolder
 
 TASK = "accuracy, target minus reference"
 UNSEEN, SOAKED = "unseen_rate_per_chip_hour", "soaked_chip_hours"
@@ -34,14 +34,17 @@ def summary(
     attempts: Sequence[Attempt],
 ) -> list[Told]:
     """What a board asks first. What no record knows is said to be unknown."""
+    drill = run.recipe.drill is not None
+    done = {attempt.stage for attempt in attempts if attempt.finished}
+    finished = handoff is not None or (drill and done.issuperset(step.name for step in run.recipe.step))
     told = [
         Told("Decision", _decision(plan)),
-        Told("Time", _time(plan, attempts, finished=handoff is not None)),
+        Told("Time", _time(plan, attempts, finished=finished, kind="rehearsed" if drill else "measured")),
         Told("Cost", _cost(run, plan)),
         Told("Risk", _risk(qualified, plan)),
-        Told("Lost in the crossing", lost(handoff)),
+        Told("Lost in the crossing", "" if drill else lost(handoff)),
         Told("Allowed", _allowed(plan)),
-        Told("Who says so", _signed(run, handoff)),
+        Told("Who says so", "Nobody: a drill is never sealed." if drill else _signed(run, handoff)),
     ]
     return [one for one in told if one.answer]
 
@@ -87,9 +90,9 @@ def _decision(plan: PlanRecord | None) -> str:
     return f"{numbers.capital(placed)}.{why}"
 
 
-def _time(plan: PlanRecord | None, attempts: Sequence[Attempt], finished: bool) -> str:
+def _time(plan: PlanRecord | None, attempts: Sequence[Attempt], finished: bool, kind: Kind) -> str:
     spent = math.fsum(attempt.seconds for attempt in attempts)
-    took = f"{'It took' if finished else 'So far'} {numbers.duration(spent)} (measured)"
+    took = f"{'It took' if finished else 'So far'} {numbers.duration(spent)} ({kind})"
     expected = plan.estimate.get("total") if plan else None
     if expected is None or expected.value is None:
         return f"{took}; the plan had no estimate of the whole."
@@ -105,7 +108,8 @@ def _cost(run: RunFolder, plan: PlanRecord | None) -> str:
             hours[act.pool] = hours.get(act.pool, 0.0) + held
     if not hours:
         return "No chip has been held yet."
-    kinds = {pool: "rehearsed" if section.rehearsed else "measured" for pool, section in run.recipe.pools.items()}
+    drill = run.recipe.drill is not None
+    kinds = {pool: "rehearsed" if one.rehearsed or drill else "measured" for pool, one in run.recipe.pools.items()}
     said = ", ".join(f"{numbers.plain(spent)} chip-hours on {pool} ({kinds[pool]})" for pool, spent in hours.items())
     return f"{said}, waiting included. No price was given, so money is not counted."
 
@@ -162,10 +166,7 @@ def signer_of(run: RunFolder, handoff: HandoffRecord) -> str | None:
     path = run.path / handoff.bundles.get(handoff.format, "") / "seal.json"
     if handoff.seal_id is None or not path.is_file():
         return None
-    try:
-        return json.loads(path.read_bytes()).get("signer")
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from None
+    return read_json_object(path, DamagedFile).get("signer")
 
 
 def _points(figure: Figure, end: float) -> str:

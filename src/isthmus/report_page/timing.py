@@ -10,13 +10,18 @@ from typing import Any
 UNTIMED_STAGES = frozenset({"serve", "report"})
 STAGES = {"qualify": ("Qualify", "p-desk"), "plan": ("Plan", "p-desk"), "handoff": ("Hand-off", "p-handoff")}
 KINDS = {"pretrain": "p-pretrain", "sft": "p-sft", "rl": "p-other", "sample": "p-rollout"}
+SUPERVISED = frozenset({"incident", "revert"})
+"""Events that the supervisor writes last before it starts a step again."""
 Part = tuple[str, float, str]
 """What took how many seconds, and the class of its colour."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of a stage or a step, from its start event to its end event, or to its last event if it was cut off."""
+    """One try of a stage or a step, from its start event to its end event, or to its last event if it was cut off.
+
+    A try that the supervisor ended holds its pool until the next one begins.
+    """
 
     stage: str
     pool: str | None
@@ -31,6 +36,8 @@ def attempts(events: Sequence[dict[str, Any]]) -> list[Attempt]:
     for event in events:
         stage = event["stage"]
         if event["event"] == "start":
+            if stage in running and running[stage][-1]["event"] in SUPERVISED:
+                running[stage].append({**event, "event": "next"})
             running[stage] = []
             tries.append(running[stage])
         if stage in running:
@@ -44,6 +51,22 @@ def spent(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     for attempt in attempts(events):
         totals[attempt.stage] = totals.get(attempt.stage, 0.0) + attempt.seconds
     return totals
+
+
+def held(events: Sequence[dict[str, Any]], step: str) -> dict[str, tuple[float, list[dict[str, Any]]]]:
+    """Seconds for which a step held each pool that it trained on, and the events of the updates it made there."""
+    own = [event for event in events if event["stage"] == step]
+    found: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    for attempt in attempts(own):
+        if attempt.pool is not None:
+            seconds, made = found.get(attempt.pool, (0.0, []))
+            found[attempt.pool] = (seconds + attempt.seconds, made)
+    pool = None
+    for event in own:
+        pool = event.get("pool") if event["event"] == "start" else pool
+        if event["event"] == "step" and pool is not None:
+            found[pool][1].append(event)
+    return found
 
 
 def finished_stages(events: Sequence[dict[str, Any]]) -> set[str]:

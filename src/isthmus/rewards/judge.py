@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from isthmus.errors import IsthmusError
-from isthmus.lines import read_text
+from isthmus.lines import read_json_object, read_text
 from isthmus.recipe.section import Count, Number, Seconds, Section, Tokens, Whole, key
 from isthmus.rewards import EachAlone, Judgement, LeftOut, Sample
 from isthmus.rewards.parts.http import Unanswered, post_json
@@ -143,7 +144,7 @@ class Judge(EachAlone):
             number = self._known.get(digest)
             if number is None and self.options.folder is not None:
                 path = _path(self.options.folder, digest)
-                number = json.loads(path.read_text(encoding="utf-8"))["score"] if path.exists() else None
+                number = _kept_score(path) if path.exists() else None
             if number is not None:
                 self._known[digest] = number
                 self._counts["cached"] += 1
@@ -165,6 +166,14 @@ def open(options: Options) -> Judge:
 
 def _path(folder: Path, digest: str) -> Path:
     return folder / digest[:2] / f"{digest}.json"
+
+
+def _kept_score(path: Path) -> float:
+    """Raises IsthmusError for a file that holds no score."""
+    score = read_json_object(path).get("score")
+    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+        raise IsthmusError(f"{path} holds no score of the judge but {score!r}; delete it, and the judge is asked again")
+    return float(score)
 
 
 def _read_rubric(path: Path) -> str:

@@ -165,6 +165,17 @@ class Dossier:
         return [one for one in drawn if one is not None]
 
     @property
+    def drilled(self) -> str | None:
+        """What came of a drill in a sentence; None while its steps are not done."""
+        if not self.steps or not all(self.steps.values()):
+            return None
+        lines = self.timelines
+        moved = [f"{one.step} moved to {pool} after update {update}" for one in lines for _, pool, update in one.moves]
+        begun, lost = sum(one.begun for one in lines), sum(one.lost for one in lines)
+        what = "; ".join(moved) if moved else "nothing moved" if lines else "nothing went wrong"
+        return f"A drill: {what}." + (f" {lost} of {begun} updates were made again." if lines else "")
+
+    @property
     def crossings(self) -> int:
         """RL updates at which weights crossed to the rollout pool so far."""
         return sum(chapter.crossings for chapter in self.chapters)

@@ -8,7 +8,6 @@ Where the pools disagree, fp32 on the host says which is wrong; if it was the ol
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
 from isthmus.launch.alone import run_alone
+from isthmus.lines import read_json_object
 from isthmus.pools import get_pool
 from isthmus.recipe.steps import RlSection
 from isthmus.records import GateCheck, RevertVerdict, TrainPlace
@@ -96,7 +96,7 @@ class Repeated:
 
     @classmethod
     def read(cls, path: Path) -> Repeated:
-        content = json.loads(path.read_bytes())
+        content = read_json_object(path)
         return cls(Restored(**content["restored"]), [Seen(**one) for one in content["seen"]])
 
 
@@ -279,7 +279,7 @@ def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> Reve
         return found
 
     def saved(at: int) -> Mapping[str, Any]:
-        manifest = json.loads((folder / "checkpoints" / f"step-{at:06d}" / "manifest.json").read_bytes())
+        manifest = read_json_object(folder / "checkpoints" / f"step-{at:06d}" / "manifest.json", DamagedFile)
         return manifest["manifest"]["extra"]
 
     events = run.events(step)

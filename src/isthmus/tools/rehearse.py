@@ -7,7 +7,6 @@ process leaves a report in a folder, and they are put together here.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -28,6 +27,7 @@ from isthmus.chips.rehearse.settings import SETTINGS, Settings
 from isthmus.chips.rehearse.tables import MEANING, STATUSES, Status
 from isthmus.errors import IsthmusError
 from isthmus.launch.with_torch import INTERRUPTED, environment_with, program
+from isthmus.lines import read_json_object
 from isthmus.progress import Watch
 from isthmus.run import write_atomic
 
@@ -126,7 +126,7 @@ def execute(
         settings = Settings(chip, folder, strict, noise, seed, faults)
         began = time.monotonic()
         codes, interrupted = _run(program(command, "rehearse"), settings, ranks)
-        found = [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("*.json"))]
+        found = [read_json_object(path) for path in sorted(Path(folder).glob("*.json"))]
     report = _merged(found, profile, settings, command, codes, interrupted, time.monotonic() - began)
     if json_file is not None:
         write_atomic(json_file, report.model_dump_json(indent=2).encode() + b"\n")

@@ -83,7 +83,7 @@ def _pool(run: RunFolder, name: str, country: str) -> PoolOf:
 
 
 def _act(act: Act, pool: PoolOf, forecast: Mapping[tuple[str, str], ForecastOption]) -> ActOf:
-    money = forecast.get((act.name, act.pool), ForecastOption(pool=act.pool)).money
+    money = forecast.get((act.name, act.pool), ForecastOption(pool=act.pool)).money if act.whole else None
     return ActOf(
         name=act.name,
         kind=act.kind,
