@@ -1,4 +1,5 @@
-"""A rank that is killed with -9 on a pool that is given up: the step ends on the next pool, and nothing is lost."""
+"""A rank that is killed with -9 on a pool that is given up: the step ends on the next pool, and nothing is lost. A step
+of reinforcement learning that is asked to stop saves first."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
-from isthmus.records import PlanRecord, Rejection, incidents, read_weights
+import pytest
+
+from isthmus.records import PlanRecord, Rejection, RlRecord, incidents, read_weights
 from isthmus.run import RunFolder
-from tests.support.flow_recipe import ROOT, TAUGHT, command
+from tests.support.flow_recipe import REINFORCED, ROOT, TAUGHT, command
 from tests.support.ranks_recipe import RECIPE, children, environment_of, planned, working_on
 
 TWO_POOLS = (
@@ -26,19 +29,27 @@ def with_spare(folder: Path, **changes: object) -> RunFolder:
     return run
 
 
-def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_path):
-    run = with_spare(tmp_path / "run", pools__home__ranks=2, supervise__restarts=0, supervise__shrinks=0)
-    process = subprocess.Popen(
-        command("run", run.path, "--only", TAUGHT),
+def started(run: RunFolder, step: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("run", run.path, "--only", step),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         start_new_session=True,
     )
-    while max((event["step"] for event in run.events(TAUGHT, "step")), default=0) < 5:
+
+
+def wait_for(run: RunFolder, step: str, update: int, process: subprocess.Popen[str]) -> None:
+    while max((event["step"] for event in run.events(step, "step")), default=0) < update:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_path):
+    run = with_spare(tmp_path / "run", pools__home__ranks=2, supervise__restarts=0, supervise__shrinks=0)
+    process = started(run, TAUGHT)
+    wait_for(run, TAUGHT, 5, process)
     (rank,) = [pid for pid in children(process.pid) if b"RANK=1" in environment_of(pid)]
     os.kill(rank, signal.SIGKILL)
     output, errors = process.communicate(timeout=300)
@@ -52,4 +63,43 @@ def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_pat
     steps = run.events(TAUGHT, "step")
     assert [event["step"] for event in steps] == list(range(1, 11))
     assert [event["ranks"] for event in steps][-1] == 1 and {event["ranks"] for event in steps} == {1, 2}
+    assert not working_on(run.path)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_reinforcement_learning_leaves_when_asked_and_moves_when_its_pool_is_given_up(tmp_path, ranks):
+    """SIGTERM after update 3 saves a checkpoint of update 3 or later; going on, its process is killed with -9.
+
+    A KL lets also updates learn in which no answer is right.
+    """
+    run = with_spare(
+        tmp_path / "run",
+        supervise__restarts=0,
+        rl__steps=14,
+        rl__checkpoint_every=5,
+        rl__staleness=1,
+        rl__loss__kl_weight=0.01,
+    )
+    first = subprocess.run(command("run", run.path, "--only", TAUGHT), capture_output=True, text=True, cwd=ROOT)
+    assert first.returncode == 0, first.stderr
+    process = started(run, REINFORCED)
+    wait_for(run, REINFORCED, 3, process)
+    process.terminate()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Nothing is lost" in errors, output + errors
+    saved = max(int(one.name.removeprefix("step-")) for one in run.step_folder(REINFORCED).glob("checkpoints/step-*"))
+    assert saved == max(event["step"] for event in run.events(REINFORCED, "step")) >= 3
+
+    process = started(run, REINFORCED)
+    wait_for(run, REINFORCED, 7, process)
+    *_, trainer = [pid for pid in children(process.pid) if b"ISTHMUS_BEATS" in b"".join(environment_of(pid))]
+    os.kill(trainer, signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    (moved,) = incidents(run, REINFORCED)
+    assert (moved.rung, moved.outcome, moved.to_pool) == ("revert", "done", "spare")
+    assert moved.gate is not None and moved.gate.verdict == "go" and moved.gate.repeated_steps
+    record = run.require_record(f"steps/{REINFORCED}/record", RlRecord, "run")
+    assert (record.pool, record.rollout_pool) == ("spare", "home")
+    assert [event["step"] for event in run.events(REINFORCED, "step")] == list(range(1, 15))
     assert not working_on(run.path)

@@ -99,7 +99,7 @@ def test_the_student_comes_to_write_as_its_teacher_would(tmp_path):
     for step in range(20):
         rollout = written(student, step)
         if step < 2:
-            both = [one.update(rollout, rewards, one.advantages(rollout, rewards)) for one in (here, remote)]
+            both = [one.update(rollout, rewards, one.advantages(rollout, rewards)).measures for one in (here, remote)]
             assert both[0] == pytest.approx(both[1], abs=1e-5)
         else:
             here.update(rollout, rewards, here.advantages(rollout, rewards))
@@ -114,7 +114,7 @@ def test_a_sample_that_is_left_out_is_not_distilled_either(tmp_path):
     rewards = torch.zeros(2, GROUP)
     rewards[0, :5] = torch.nan
     rollout = written(learner.state.model, 0)
-    measures = learner.update(rollout, rewards, learner.advantages(rollout, rewards))
+    measures = learner.update(rollout, rewards, learner.advantages(rollout, rewards)).measures
     assert measures["trained_tokens"] == (2 * GROUP - 5) * LENGTH
 
 

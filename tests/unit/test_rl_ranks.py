@@ -83,7 +83,7 @@ def taught(rank: int, train: dict[str, Any], changes: dict[str, Any], folder: st
     with crew.leading():
         for step in range(STEPS):
             rollout, rewards = rollout_of(step)
-            seen.append(learner.update(rollout, rewards, learner.advantages(rollout, rewards)))
+            seen.append(learner.update(rollout, rewards, learner.advantages(rollout, rewards)).measures)
             state.step += 1
         weights = {name: tensor.numpy().copy() for name, tensor in state.weights().items()}
         assert state.save_last().step == STEPS

@@ -125,7 +125,7 @@ def exact_checks(found: Restored, saved: Mapping[str, Any], expected_updates: in
     checks.append(check("step count", float(expected_updates), found.steps_counted))
     for name, option in saved.get("groups", {}).items():
         checks.append(check(f"optimiser group {name}", option, found.groups.get(name)))
-    checks.append(check("position in the data", saved["data"], found.data))
+    checks.append(check("position in the data", saved.get("data"), found.data))
     if found.rng is not None:
         checks.append(check("random streams", "as stored", "as stored" if found.rng else "others"))
     return checks
@@ -254,9 +254,7 @@ def bands_between(run: RunFolder, old: TrainPlace, new: TrainPlace) -> Bands:
 
 
 def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> RevertVerdict:
-    """Restore and repeat on the new pool, in a process for each try, and judge. A step of RL is refused."""
-    if isinstance(run.recipe.named(step), RlSection):
-        return _refuse("the gate can repeat updates on text alone, and this step is of reinforcement learning", [], {})
+    """Restore and repeat on the new pool, in a process for each try, and judge."""
     folder = run.step_folder(step)
     logs, out = folder / "gate", folder / "gate.json"
 
@@ -283,10 +281,9 @@ def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> Reve
         return manifest["manifest"]["extra"]
 
     events = run.events(step)
-    left_out = [event["step"] for event in events if event.get("left_out")]
 
     def made(at: int) -> int:
-        return at - sum(update <= at for update in left_out)
+        return updates_made(events, at, isinstance(run.recipe.named(step), RlSection))
 
     try:
         return judge(checkpoints(run, step), recorded(events), repeat, saved, made, bands_between(run, old, new))
@@ -294,6 +291,14 @@ def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> Reve
         return _refuse(f"pool {new.pool} did not get through: {str(error).splitlines()[0]}", [], {})
     except IsthmusError as error:
         return _refuse(f"pool {new.pool} did not get through: {error}", [], {})
+
+
+def updates_made(events: Sequence[Mapping[str, Any]], at: int, reinforced: bool) -> int:
+    """Optimiser steps until update `at`: an update on text is one, one of reinforcement learning says how many."""
+    told = [event for event in events if event["event"] == "step" and event["step"] <= at]
+    if reinforced:
+        return sum(event.get("updates", 0) for event in told)
+    return at - sum(bool(event.get("left_out")) for event in told)
 
 
 def set_aside(run: RunFolder, step: str, verdict: RevertVerdict) -> None:

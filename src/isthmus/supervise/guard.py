@@ -18,6 +18,7 @@ import torch.distributed as dist
 from isthmus.errors import Diverged, TooSlow, Unrepeatable
 from isthmus.launch.beats import beat
 from isthmus.progress import Watch
+from isthmus.recipe.steps import RlSection
 from isthmus.records import IncidentRecord, PlanRecord, TrainPlace
 from isthmus.run import RunFolder
 from isthmus.supervise import incidents
@@ -25,7 +26,7 @@ from isthmus.supervise.ladder import decide
 from isthmus.supervise.signals import Signal, not_finite, repeat
 from isthmus.supervise.signals.no_beat import UNLIMITED, UPDATE
 from isthmus.supervise.signals.slow import Slow
-from isthmus.supervise.signals.spike import Spikes
+from isthmus.supervise.signals.spike import Leaps, Spikes
 from isthmus.supervise.signals.stop import StopAsked
 from isthmus.supervise.situation import situation
 from isthmus.trainer.batch import Batch
@@ -55,7 +56,7 @@ class Guard:
         section = run.recipe.supervise
         self.run, self.step, self.place, self.ranks, self.watch = run, step, place, ranks, watch
         self.section = section
-        self.spikes = Spikes(section.spike_sigma, section.spike_window, section.spike_history)
+        self.spikes = _spikes(run, step)
         self.slow = Slow(_longest_s(run, step))
         self.stop = StopAsked()
         self.too_slow: Signal | None = None
@@ -65,6 +66,11 @@ class Guard:
     def band(self) -> float:
         """How far a repeated computation may be off: not at all on a CPU, where the same code meets the same data."""
         return 0.0 if self.ranks.device.type == "cpu" else self.section.repeat_band
+
+    @property
+    def wants_to_leave(self) -> bool:
+        """Whether a scheduler asked this rank to stop, or the forecast would have the step move."""
+        return self.stop.asked or self.too_slow is not None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -129,12 +135,10 @@ class Guard:
 
     def _agree(self, batch: Batch, signal: Signal | None) -> _Agreed:
         """One small sum over the ranks: whether any suspects anything or was asked to stop, and the batch's digest."""
-        own = digest_of(batch)
-        leaving = self.stop.asked or self.too_slow is not None
-        said = torch.tensor([leaving, signal is not None, own >> 31, own % HALF], device=self.ranks.device)
-        asked, suspicious, high, low = self.ranks.total(said).tolist()
+        said = [self.wants_to_leave, signal is not None, *_halves(batch)]
+        asked, suspicious, *halves = self.ranks.total(torch.tensor(said, device=self.ranks.device)).tolist()
         self.leaving = bool(asked)
-        return _Agreed(bool(suspicious), f"{((high << 31) + low) % (1 << 62):016x}")
+        return _Agreed(bool(suspicious), _joined(*halves))
 
     def _act(
         self,
@@ -192,12 +196,34 @@ class _Agreed:
     text: str
 
 
+def shared_digest(batch: Batch, ranks: Ranks) -> str:
+    """The digest of the batch of all ranks, as `Guard.update` has it."""
+    return _joined(*ranks.total(torch.tensor(_halves(batch), device=ranks.device)).tolist())
+
+
+def _halves(batch: Batch) -> list[int]:
+    """Of a rank's digest, so that sums of them stay exact."""
+    own = digest_of(batch)
+    return [own >> 31, own % HALF]
+
+
+def _joined(high: int, low: int) -> str:
+    return f"{((high << 31) + low) % (1 << 62):016x}"
+
+
+def _spikes(run: RunFolder, step: str) -> Spikes | Leaps:
+    section = run.recipe.supervise
+    if isinstance(run.recipe.named(step), RlSection):
+        return Leaps(section.spike_window, section.spike_history)
+    return Spikes(section.spike_sigma, section.spike_window, section.spike_history)
+
+
 def digest_of(batch: Batch) -> int:
     """62 bits of a rank's documents and of their targets. Summed over ranks it is the same in any world: how documents
     are packed into rows depends on the world, which documents a batch has does not."""
     total = 0
-    tokens, targets = batch.tokens.int().numpy(), batch.target_mask.numpy()
-    for row, numbers in enumerate(batch.document):
+    tokens, targets = batch.tokens.int().cpu().numpy(), batch.target_mask.cpu().numpy()
+    for row, numbers in enumerate(batch.document.cpu()):
         start = 0
         numbers_here, lengths = (one.tolist() for one in numbers.unique_consecutive(return_counts=True))
         for number, length in zip(numbers_here, lengths, strict=True):
@@ -207,6 +233,10 @@ def digest_of(batch: Batch) -> int:
                 total += int.from_bytes(hashed.digest()[:8], "little") >> 2
             start += length
     return total % (1 << 62)
+
+
+WATCHED_MODULES = 5
+"""Parameters whose part of the gradient an event tells."""
 
 
 def watched_figures(found: Computed[Any], modules: dict[str, float], digest: str) -> dict[str, Any]:

@@ -17,20 +17,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from isthmus.chips import device_of, get_chip
+from isthmus.chips import Chip, device_of, get_chip
 from isthmus.model.digest import tensor_sha256
-from isthmus.pools import get_pool
+from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
-from isthmus.recipe.steps import PretrainSection, SftSection
+from isthmus.recipe.steps import PretrainSection, RlSection, SftSection
 from isthmus.records import TrainPlace
 from isthmus.run import RunFolder, write_atomic
+from isthmus.stages.steps.rl.beside import Beside
+from isthmus.stages.steps.rl.crew import Crew
+from isthmus.stages.steps.rl.learner import Learner
+from isthmus.stages.steps.rl.rollouts import read_replay
+from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
-from isthmus.stages.steps.text import WATCHED_MODULES, Gauges, TextStep, Training, Voice, empty_model
+from isthmus.stages.steps.text import Gauges, TextStep, Training, Voice, empty_model
 from isthmus.supervise.gate import Repeated, Restored, Seen
-from isthmus.supervise.guard import digest_of, watched_figures
-from isthmus.trainer.checkpoint import load_checkpoint, restore_rng, rng_state
+from isthmus.supervise.guard import WATCHED_MODULES, shared_digest, watched_figures
+from isthmus.trainer.checkpoint import TrainingState, load_checkpoint, restore_rng, rng_state
 from isthmus.trainer.checkpoint_files import StoredTensor, folder_step, read_manifest
 from isthmus.trainer.mesh import Ranks, launched_world, open_ranks
+from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import update_router_bias
 
 BIAS = "e_score_correction_bias"
@@ -43,40 +49,88 @@ def execute(run: RunFolder, watch: Watch, *, name: str, pool: str, at: int, coun
 
     Raises DamagedFile if the checkpoint is not whole.
     """
-    section = run.recipe.named(name)
-    assert isinstance(section, PretrainSection | SftSection)
-    step: TextStep = StepRun(run, section, TrainPlace(pool, launched_world() or 1))
-    module = importlib.import_module(f"isthmus.stages.steps.{step.section.kind}")
+    section, place = run.recipe.named(name), TrainPlace(pool, launched_world() or 1)
     home = get_pool(run.recipe, pool)
     device = "cpu" if host else device_of(home)
-    precision = "fp32" if host else run.recipe.train.precision_on(device)
     if device == "cpu":
         torch.set_num_threads(max(1, home.threads // (launched_world() or 1)))
+    if isinstance(section, RlSection):
+        precision = "fp32"
+    else:
+        assert isinstance(section, PretrainSection | SftSection)
+        precision = "fp32" if host else run.recipe.train.precision_on(device)
     with open_ranks(device, grouped=precision != "fp32") as ranks:
-        chip, voice = get_chip(HOST_CHIP if host else home.chip), Voice(step, watch, is_first=False)
-        model = empty_model(step, chip, ranks, precision, voice)
-        gauges = Gauges(step, home, chip, precision, ranks, None)
-        training = Training(step, module.text(step, ranks), model, ranks, voice, gauges)
-        found = repeated(training, step.folder / "checkpoints" / f"step-{at:06d}", count)
+        if isinstance(section, RlSection):
+            found = reinforced(StepRun(run, section, place), ranks, at, count)
+        else:
+            chip = get_chip(HOST_CHIP if host else home.chip)
+            found = taught(StepRun(run, section, place), home, chip, precision, ranks, watch, at, count)
         if ranks.is_first:
             write_atomic(Path(out), json.dumps(asdict(found)).encode())
         ranks.wait()
+
+
+def taught(
+    step: TextStep, home: Pool, chip: Chip, precision: str, ranks: Ranks, watch: Watch, at: int, count: int
+) -> Repeated:
+    """Of a step on text."""
+    module = importlib.import_module(f"isthmus.stages.steps.{step.section.kind}")
+    voice = Voice(step, watch, is_first=False)
+    model = empty_model(step, chip, ranks, precision, voice)
+    gauges = Gauges(step, home, chip, precision, ranks, None)
+    training = Training(step, module.text(step, ranks), model, ranks, voice, gauges)
+    return repeated(training, checkpoint_of(step, at), count)
+
+
+def checkpoint_of(step: StepRun[Any], at: int) -> Path:
+    return step.folder / "checkpoints" / f"step-{at:06d}"
 
 
 def repeated(training: Training, folder: Path, count: int) -> Repeated:
     """Fill a new training from a checkpoint, look at what it is filled with, and compute up to `count` updates."""
     loaded = load_checkpoint(folder, training.state(), training.ranks.storage)
     same_kind = restore_rng(loaded.extra["rng"], training.ranks.device)
-    restored = examine(training, folder, same_kind)
+    restored = examine(training.state(), training.optimizer, training.text.data, training.ranks, folder, same_kind)
     last = min(training.section.steps, loaded.step + count)
     left_out = {event["step"] for event in training.recorded if event.get("left_out")}
     return Repeated(restored, [_again(training, step, step + 1 in left_out) for step in range(loaded.step, last)])
 
 
-def examine(training: Training, folder: Path, same_kind: bool) -> Restored:
+def reinforced(step: StepRun[RlSection], ranks: Ranks, at: int, count: int) -> Repeated:
+    """Of a step of reinforcement learning: its updates learn from the samples that were kept for this."""
+    state = State.empty(step, Crew(ranks))
+    state.is_trial = True
+    return repeated_rl(state, checkpoint_of(step, at), count)
+
+
+def repeated_rl(state: State, folder: Path, count: int) -> Repeated:
+    """Fill an empty state from a checkpoint, look at what it is filled with, and compute up to `count` updates."""
+    work, ranks = state.work, state.crew.ranks
+    loaded = load_checkpoint(folder, state.stored({}), ranks.storage)
+    state.step = loaded.step
+    same_kind = restore_rng(loaded.extra["rng"], ranks.device)
+    restored = examine(state.stored({}), state.optimizer, state.told["data"], ranks, folder, same_kind)
+    learner = Learner(state, Beside.of(state, models_alone=True))
+    left_out = {event["step"]: event.get("updates_left_out", ()) for event in work.events("step")}
+    seen = list[Seen]()
+    for number in range(loaded.step, min(work.section.steps, loaded.step + count)):
+        replay = read_replay(work, number)
+        if replay is None:
+            break
+        state.seed()
+        learnt = learner.again(replay.rollout, replay.scored, left_out.get(number + 1, ()))
+        state.step += 1
+        if learnt.updates:
+            told = learnt.recorded()
+            seen.append(Seen(update=number + 1, learning_rate=told["learning_rate"], **told["watched"]))
+    return Repeated(restored, seen)
+
+
+def examine(
+    state: TrainingState, optimizer: Optimizer, data: str, ranks: Ranks, folder: Path, same_kind: bool
+) -> Restored:
     """Hold what is in memory against what the files of a checkpoint say. All ranks make the call."""
     manifest, _ = read_manifest(folder)
-    state, optimizer = training.state(), training.optimizer
     wrong, missing = dict[str, str](), list[str]()
     for key, tensor in state.keyed.items():
         if key.startswith(STEP_COUNTS):
@@ -89,17 +143,26 @@ def examine(training: Training, folder: Path, same_kind: bool) -> Restored:
         else:
             wrong[f"bias/{key}" if key.endswith(BIAS) else key] = how
     counted = [float(tensor) for name, tensor in state.optimizer.items() if f"optimizer/{name}".startswith(STEP_COUNTS)]
-    states = rng_state(training.ranks.device)
+    states = rng_state(ranks.device)
     found = Restored(
         step=folder_step(folder),
         tensors=wrong,
         missing=missing,
         rng=states == manifest.extra["rng"] if same_kind else states["cpu"] == manifest.extra["rng"]["cpu"],
-        steps_counted=counted[0] if len(set(counted)) == 1 else -1.0,
+        steps_counted=_count_of(counted),
         groups=optimizer.groups(),
-        data=training.text.data,
+        data=data,
     )
-    return _together(found, training.ranks)
+    return _together(found, ranks)
+
+
+def _count_of(counted: list[float]) -> float:
+    """Of all parameters; -1 if they differ.
+
+    Those that no gradient ever reaches, as heads that reinforcement learning does not train, count nothing.
+    """
+    reached = {count for count in counted if count} or {0.0}
+    return reached.pop() if len(reached) == 1 else -1.0
 
 
 def _difference(here: Tensor, stored: StoredTensor | None) -> str | None:
@@ -130,11 +193,9 @@ def _together(found: Restored, ranks: Ranks) -> Restored:
 
 def _again(training: Training, step: int, left_out: bool) -> Seen:
     """One update, made or left out as it was."""
-    batch, ranks = training.text.batch(step), training.ranks
+    batch = training.text.batch(step)
     found = training.compute(batch)
-    own = digest_of(batch)
-    halves = ranks.total(torch.tensor([own >> 31, own % (1 << 31)], device=ranks.device)).tolist()
-    digest = f"{((halves[0] << 31) + halves[1]) % (1 << 62):016x}"
+    digest = shared_digest(batch, training.ranks)
     watched = watched_figures(found, training.optimizer.module_norms(WATCHED_MODULES), digest)
     rate = training.section.optimizer.learning_rate * training.optimizer.schedule(step)
     if not left_out:

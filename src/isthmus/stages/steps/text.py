@@ -31,7 +31,7 @@ from isthmus.records import TextRecord
 from isthmus.run import Figure
 from isthmus.stages.steps.drilled import Drill
 from isthmus.stages.steps.step import StepRun
-from isthmus.supervise.guard import Computed, Guard, watched_figures
+from isthmus.supervise.guard import WATCHED_MODULES, Computed, Guard, watched_figures
 from isthmus.trainer.batch import Batch
 from isthmus.trainer.checkpoint import CheckpointWriter, SavedCheckpoint, TrainingState, resume, rng_state
 from isthmus.trainer.compiled import compile_parts
@@ -44,8 +44,6 @@ from isthmus.trainer.step import StepLosses, accumulate_gradients, update_router
 
 TRACED_STEPS = (2, 1, 3)
 """Steps of a profile: before it, to warm up, and in the trace."""
-WATCHED_MODULES = 5
-"""Parameters whose part of the gradient an event tells."""
 TextStep = StepRun[PretrainSection | SftSection]
 
 

@@ -11,6 +11,10 @@ from statistics import fmean, stdev
 
 from isthmus.supervise.signals import Signal
 
+LEAP = 10.0
+"""How many times the largest norm of its window a norm in reinforcement learning must be. Losses cross zero there, and
+norms of healthy runs leap: `isthmus run recipes/tiny.toml` has one 9 standard deviations above its mean."""
+
 
 class Spikes:
     """Remembers healthy updates. A value is remembered when its update is made, and not when it is left out."""
@@ -32,3 +36,21 @@ class Spikes:
     def remember(self, loss: float, norm: float) -> None:
         for values, value in zip(self._seen.values(), (loss, norm), strict=True):
             values.append(value)
+
+
+class Leaps:
+    """The same for reinforcement learning: a norm of the gradient far above the largest of its window."""
+
+    def __init__(self, window: int = 128, history: int = 64):
+        self._history, self._norms = min(history, window), deque[float](maxlen=window)
+
+    def look(self, update: int, loss: float, norm: float) -> Signal | None:
+        del loss
+        if len(self._norms) < self._history or norm <= LEAP * max(self._norms):
+            return None
+        limit = LEAP * max(self._norms)
+        return Signal("spike", f"the norm of the gradient is {norm:.6g}, above {limit:.6g} at update {update}", update)
+
+    def remember(self, loss: float, norm: float) -> None:
+        del loss
+        self._norms.append(norm)

@@ -38,11 +38,14 @@ class Beside:
     remote: RemoteTeacher | None = None
 
     @classmethod
-    def of(cls, state: State) -> Beside:
-        """What the step's section asks for. Raises IsthmusError for a teacher that cannot teach this model."""
+    def of(cls, state: State, *, models_alone: bool = False) -> Beside:
+        """What the step's section asks for, or of that only what is a model here.
+
+        Raises IsthmusError for a teacher that cannot teach this model.
+        """
         asked = state.work.section.teacher
         reference = reference_model(state) if state.work.section.loss.kl_weight else None
-        if asked is None:
+        if asked is None or (models_alone and asked.url is not None):
             return cls(reference)
         if asked.url is None:
             assert asked.step is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from isthmus.algos import Scores, Totals, algorithm_config, get_algorithm
 from isthmus.algos.parts.policy import aggregate, reference_kl
+from isthmus.launch.beats import beat
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
 from isthmus.rewards import Scores as Earned
@@ -19,6 +21,8 @@ from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.samples import Samples
 from isthmus.stages.steps.rl.state import State
+from isthmus.supervise.guard import WATCHED_MODULES, Computed, Guard, shared_digest, watched_figures
+from isthmus.supervise.signals.no_beat import ROLLOUT, UNLIMITED, UPDATE
 from isthmus.trainer.batch import ROW_LENGTH
 from isthmus.trainer.correction import importance_weights, mismatch, off_policy_samples
 from isthmus.trainer.parallel import reduce_gradients
@@ -29,6 +33,57 @@ SUMMED = ("loss", "clipped", "entropy", "mismatch_abs", "mismatch_k3", "importan
 
 
 NO_SCORES = Earned({}, [])
+Scored = list[list[float]]
+"""A remote teacher's log-probabilities of the tokens of samples."""
+
+
+@dataclass(frozen=True)
+class OneUpdate:
+    """What came out of one optimiser step; `made` unless it was left out."""
+
+    measures: dict[str, float]
+    watched: dict[str, Any]
+    learning_rate: float
+    made: bool
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Of a rollout: measures for people, averaged over its optimiser steps, and what the gate of a revert compares."""
+
+    measures: dict[str, float | None]
+    updates: Sequence[OneUpdate] = ()
+
+    def recorded(self) -> dict[str, Any]:
+        """For an event: nothing if nothing was learnt from the rollout."""
+        if not self.updates:
+            return {}
+        left_out = [index for index, one in enumerate(self.updates) if not one.made]
+        kept = {"learning_rate": self.updates[-1].learning_rate, "watched": together(self.updates)}
+        kept |= {"updates": len(self.updates) - len(left_out)}
+        return kept | ({"updates_left_out": left_out} if left_out else {})
+
+
+def together(updates: Sequence[OneUpdate]) -> dict[str, Any]:
+    """Watched figures of all optimiser steps of a rollout as of one: digests and losses added, norms as of one vector.
+
+    One alone is as it is. A figure is None if one of its parts is.
+    """
+    parts = [one.watched for one in updates]
+    if len(parts) == 1:
+        return parts[0]
+
+    def length(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return math.hypot(*known) if len(known) == len(values) else None
+
+    losses = [part["loss"] for part in parts]
+    return {
+        "batch": f"{sum(int(part['batch'], 16) for part in parts) % (1 << 62):016x}",
+        "loss": None if None in losses else math.fsum(losses),
+        "norm": length([part["norm"] for part in parts]),
+        "modules": {name: length([part["modules"][name] for part in parts]) for name in parts[0]["modules"]},
+    }
 
 
 @dataclass(frozen=True)
@@ -42,8 +97,8 @@ class Measures:
 class Learner:
     """Learns by the recipe's algorithm: advantages of a rollout's rewards, then updates of the state."""
 
-    def __init__(self, state: State, beside: Beside):
-        self.state, self.section, self.beside = state, state.work.section, beside
+    def __init__(self, state: State, beside: Beside, guard: Guard | None = None):
+        self.state, self.section, self.beside, self.guard = state, state.work.section, beside, guard
         self.algorithm, self.options = get_algorithm(self.section.algorithm), algorithm_config(self.section)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Tensor:
@@ -51,27 +106,45 @@ class Learner:
         lengths = torch.tensor([[len(one.tokens) for one in group] for group in rollout.completions])
         return self.algorithm.advantages(Scores(rewards, lengths), self.options)
 
-    def update(self, rollout: Rollout, rewards: Tensor, advantages: Tensor) -> dict[str, float | None]:
-        """One or more optimiser steps; their measures, averaged.
+    def update(self, rollout: Rollout, rewards: Tensor, advantages: Tensor, scored: Scored | None = None) -> Learnt:
+        """One or more optimiser steps.
 
         Samples that teach nothing are not computed: those that are left out, and those whose advantage is zero unless
-        the loss has a term for them all the same.
+        the loss has a term for them all the same. `scored` is what `scores` gives, if it was asked already.
         """
-        rolled = (~rewards.isnan()).flatten().nonzero().flatten().tolist()
-        flat = advantages.reshape(-1).tolist()
-        kept = rolled if self._teaches_all else [index for index in rolled if flat[index] != 0.0]
+        kept, rolled = self.teaching(rewards, advantages)
         if not kept:
             why = "every group has equal rewards" if rolled else "no sample has a reward"
             self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
-            return {}
+            return Learnt({})
         step, bare = self.state.step, replace(rollout, problems=[], scores=NO_SCORES)
-        scored = None if self.beside.remote is None else self.beside.remote.logprobs(rollout, kept)
+        scored = self.scores(rollout, rewards, advantages) if scored is None else scored
         self.state.crew.order("update", step, bare, advantages, kept, rolled, scored)
-        measures = self._updates(step, rollout, advantages, kept, rolled, scored)
+        updates = self._updates(step, rollout, advantages, kept, rolled, scored)
+        measures = [one.measures for one in updates]
         self.state.mismatches.append(measures[0]["mismatch_abs"])
         averaged = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
         slope = least_squares_slope(self.state.mismatches)
-        return averaged | {"mismatch_slope": None if slope is None else round(slope, 7)}
+        return Learnt(averaged | {"mismatch_slope": None if slope is None else round(slope, 7)}, updates)
+
+    def teaching(self, rewards: Tensor, advantages: Tensor) -> tuple[list[int], list[int]]:
+        """(numbers of the samples that are learnt from, of all that were not left out)."""
+        rolled = (~rewards.isnan()).flatten().nonzero().flatten().tolist()
+        flat = advantages.reshape(-1).tolist()
+        return rolled if self._teaches_all else [index for index in rolled if flat[index] != 0.0], rolled
+
+    def scores(self, rollout: Rollout, rewards: Tensor, advantages: Tensor) -> Scored | None:
+        """What a remote teacher gives the tokens of each sample that is learnt from; None without one."""
+        kept, _ = self.teaching(rewards, advantages)
+        return self.beside.remote.logprobs(rollout, kept) if self.beside.remote is not None and kept else None
+
+    def again(self, rollout: Rollout, scored: Scored | None, left_out: Collection[int]) -> Learnt:
+        """The optimiser steps of the next update once more, some of them left out; all ranks call it."""
+        rewards = rollout.totals
+        advantages = self.advantages(rollout, rewards)
+        kept, rolled = self.teaching(rewards, advantages)
+        found = self._updates(self.state.step, rollout, advantages, kept, rolled, scored, left_out) if kept else []
+        return Learnt({}, found)
 
     def orders(self) -> dict[str, Callable[..., Any]]:
         """What other ranks than the first are told to do."""
@@ -84,12 +157,13 @@ class Learner:
         advantages: Tensor,
         kept: list[int],
         rolled: list[int],
-        scored: list[list[float]] | None,
-    ) -> list[dict[str, float]]:
-        """The optimiser steps of a rollout, which all ranks make together; the measures of each.
+        scored: Scored | None,
+        left_out: Collection[int] = (),
+    ) -> list[OneUpdate]:
+        """The optimiser steps of a rollout, which all ranks make together.
 
         `kept` are the numbers of the samples that are learnt from, `rolled` of all that were not left out; `scored` is
-        what a remote teacher gives the tokens of each that is kept.
+        what a remote teacher gives the tokens of each that is kept. Those of the numbers `left_out` are not made.
         """
         updates = self.section.updates_per_rollout
         chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
@@ -99,11 +173,13 @@ class Learner:
         parts = [self._own(rollout, numbers, advantages, teacher) for (numbers, _), teacher in pairs]
         parts = [self._with_known(part, needs_old=updates > 1) for part in parts]
         pairs = enumerate(zip(parts, totals, strict=True))
-        return [self._one_update(part, total, step + index / updates) for index, (part, total) in pairs]
+        found = [
+            self._one_update(part, total, step + index / updates, index in left_out) for index, (part, total) in pairs
+        ]
+        beat(ROLLOUT if self.state.crew.ranks.is_first else UNLIMITED, step)
+        return found
 
-    def _own(
-        self, rollout: Rollout, numbers: list[int], advantages: Tensor, teacher: list[list[float]] | None
-    ) -> Samples:
+    def _own(self, rollout: Rollout, numbers: list[int], advantages: Tensor, teacher: Scored | None) -> Samples:
         """This rank's rows of some samples, and as many empty ones as make whole microbatches."""
         ranks = self.state.crew.ranks
         row_length = ROW_LENGTH if self._rows_at_once else None
@@ -153,12 +229,32 @@ class Learner:
             routes = routes.long().unflatten(-1, (-1, model.architecture.num_experts_per_tok))
         return target_logprobs(model, part.batch, self.section.temperature, routes)
 
-    def _one_update(self, samples: Samples, totals: Totals, progress: float) -> dict[str, float]:
+    def _one_update(self, samples: Samples, totals: Totals, progress: float, left_out: bool) -> OneUpdate:
         """`progress` counts finished steps, with a fraction for an update within one."""
+        optimizer, ranks = self.state.optimizer, self.state.crew.ranks
+
+        def compute() -> Computed[dict[str, float]]:
+            return self._computed(samples, totals)
+
+        if self.guard is not None:
+            found, made, digest = self.guard.update(math.floor(progress) + 1, samples.batch, compute)
+        else:
+            found, made, digest = compute(), not left_out, shared_digest(samples.batch, ranks)
+        watched = watched_figures(found, optimizer.module_norms(WATCHED_MODULES), digest)
+        if made:
+            optimizer.apply(progress, found.norm)
+        optimizer.forget()
+        rate = self.section.optimizer.learning_rate * optimizer.schedule(progress)
+        return OneUpdate(found.rest, watched, rate, made)
+
+    def _computed(self, samples: Samples, totals: Totals) -> Computed[dict[str, float]]:
+        """The measures of an update, with its gradients measured and not applied."""
         model, optimizer, ranks = self.state.model, self.state.optimizer, self.state.crew.ranks
+        optimizer.forget()
         optimizer.zero_grad()
         parts, found = self._parts(samples), list[Measures]()
         for index, rows in enumerate(parts):
+            beat(UPDATE, self.state.step + 1)
             reduce_gradients(model, now=index == len(parts) - 1)
             value, measures = model.compute(self._loss, samples.select(rows) if len(parts) > 1 else samples, totals)
             value.backward()
@@ -167,16 +263,13 @@ class Learner:
         largest = torch.stack([one.largest for one in found]).max().to(ranks.device)
         if ranks.world > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        norm = optimizer.step(progress)
+        norm = optimizer.measure()
         names = [*SUMMED, *(name for name, is_there in self._optional.items() if is_there)]
         shown = {
             name: value / (1 if name == "loss" else totals.tokens) for name, value in zip(names, sums, strict=True)
         }
-        return shown | {
-            "grad_norm": norm,
-            "mismatch_max": largest.item(),
-            "trained_tokens": float(totals.tokens),
-        }
+        measures = {"grad_norm": norm, "mismatch_max": largest.item(), "trained_tokens": float(totals.tokens)}
+        return Computed(shown["loss"], norm, shown | measures)
 
     @property
     def _optional(self) -> dict[str, bool]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import device_of
+from isthmus.errors import TooSlow
 from isthmus.launch.beats import beat
 from isthmus.launch.local import run_ranks
 from isthmus.pools import Pool, get_pool
@@ -36,9 +37,11 @@ from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
-from isthmus.stages.steps.rl.rollouts import Rollouts
+from isthmus.stages.steps.rl.rollouts import Replay, Rollouts
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
+from isthmus.supervise.gate import COUNT
+from isthmus.supervise.guard import Guard
 from isthmus.supervise.signals.no_beat import ROLLOUT, UNLIMITED
 from isthmus.tasks import tasks_of
 from isthmus.trainer.mesh import check_layout, launched_world, open_ranks
@@ -63,7 +66,7 @@ def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
             if ranks.is_first:
                 _lead(work, crew, watch)
             else:
-                follow(work, crew)
+                follow(work, crew, watch)
             ranks.wait()
     return work.run.require_record(f"steps/{work.name}/record", RlRecord, "run")
 
@@ -74,12 +77,14 @@ def threads_of(work: StepRun[RlSection], home: Pool) -> int:
     return max(1, threads // (launched_world() or 1))
 
 
-def follow(work: StepRun[RlSection], crew: Crew) -> None:
+def follow(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
     """What other ranks than the first do: their part of each update, and of what is written."""
     state = State.open(work, crew, lambda _: None)
-    learner = Learner(state, Beside.of(state))
+    guard = Guard(work.run, work.name, work.place, crew.ranks, watch)
+    learner = Learner(state, Beside.of(state), guard)
     beat(UNLIMITED, 0)
-    crew.follow(state.orders() | learner.orders())
+    with guard.watching():
+        crew.follow(state.orders() | learner.orders() | {"leave": _end})
 
 
 def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
@@ -92,9 +97,11 @@ def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
         ranks=crew.ranks.world,
     )
     beat(UNLIMITED, 0)
-    with crew.leading(), open_shores(work, plan, crew, watch) as shores:
+    guard = Guard(work.run, work.name, work.place, crew.ranks, watch)
+    with crew.leading(), open_shores(work, plan, crew, watch, guard) as shores:
         before = evaluate(work, shores.rollouts, "before", shores.crossing.weights_sha256, watch.say)
-        learn(shores, watch)
+        with guard.watching():
+            learn(shores, watch)
         beat(UNLIMITED, 0)
         saved = shores.state.save_last()
         after = evaluate(work, shores.rollouts, "after", shores.crossing.weights_sha256, watch.say)
@@ -119,18 +126,22 @@ def learn(shores: Shores, watch: Watch) -> None:
     advantages, update; then the new weights cross."""
     state, rollouts, learner, crossing = shores.state, shores.rollouts, shores.learner, shores.crossing
     section, tell = state.work.section, state.work.event
-    drift = DriftAlarm(section.drift_budget, section.steps, tell)
+    drift, guard = DriftAlarm(section.drift_budget, section.steps, tell), learner.guard
     beat(ROLLOUT, state.step)
     with watch.count(state.work.name, section.steps) as counter:
         counter.advance_to(state.step)
         rollouts.restore(state.step)
         while state.step < section.steps:
+            began = time.perf_counter()
             state.seed()
             rollout = rollouts.take(state.step)
             clock = [time.perf_counter()]
             rewards = rollout.totals
             advantages = learner.advantages(rollout, rewards)
-            measures = learner.update(rollout, rewards, advantages)
+            scored = learner.scores(rollout, rewards, advantages)
+            if state.saved_at is not None and state.step - state.saved_at < COUNT:
+                rollouts.keep(state.step, Replay(rollout, scored), crossing.weights_sha256)
+            learnt = learner.update(rollout, rewards, advantages, scored)
             state.step += 1
             beat(ROLLOUT, state.step)
             clock.append(time.perf_counter())
@@ -147,16 +158,37 @@ def learn(shores: Shores, watch: Watch) -> None:
                 "reward": _mean(rewards),
             }
             seen |= rollout.lags(state.step - 1)
-            seen |= rollout.shown() | measures
-            tell("step", step=state.step, **seen, **crossed, **seconds)
+            seen |= rollout.shown() | learnt.measures
+            tell("step", step=state.step, **seen, **crossed, **seconds, **learnt.recorded())
             counter.advance_to(state.step, _status(seen))
             if section.evaluate_every and state.step % section.evaluate_every == 0 and state.step < section.steps:
                 beat(UNLIMITED, state.step)
                 evaluate(state.work, rollouts, f"step-{state.step}", crossing.weights_sha256, counter.say)
                 beat(ROLLOUT, state.step)
-            if state.step % section.checkpoint_every == 0 and state.step < section.steps:
+            if guard is not None:
+                guard.after(state.step, time.perf_counter() - began)
+                beat(ROLLOUT, state.step)
+            leaves = guard is not None and guard.wants_to_leave
+            if state.step < section.steps and (state.step % section.checkpoint_every == 0 or leaves):
                 rollouts.store(state.step, begun_with)
                 state.save()
+            if guard is not None and leaves and state.step < section.steps:
+                _leave(state, guard)
+
+
+def _leave(state: State, guard: Guard) -> None:
+    """End with all ranks, once the checkpoint is on the disk. Raises KeyboardInterrupt or TooSlow."""
+    state.crew.order("finish")
+    state.checkpoints.finish()
+    slow = None if guard.too_slow is None else guard.too_slow.detail
+    state.crew.order("leave", slow, state.step)
+    _end(slow, state.step)
+
+
+def _end(slow: str | None, step: int) -> None:
+    if slow is not None:
+        raise TooSlow(slow)
+    raise KeyboardInterrupt(f"asked to stop by SIGTERM; saved after update {step}")
 
 
 def _mean(rewards: Tensor) -> float | None:
@@ -172,7 +204,9 @@ def _status(seen: dict[str, Any]) -> str:
 
 
 @contextmanager
-def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: Watch) -> Iterator[Shores]:
+def open_shores(
+    work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: Watch, guard: Guard | None = None
+) -> Iterator[Shores]:
     """Both pools at work: the learner where it stopped, and an engine that has its weights."""
     recipe, section = work.recipe, work.section
     away = get_pool(recipe, plan.pool_of("rollout"))
@@ -180,7 +214,7 @@ def open_shores(work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: W
     threads = away.shared_threads if section.staleness else away.threads
     options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, crew, watch.say)
-    learner = Learner(state, Beside.of(state))
+    learner = Learner(state, Beside.of(state), guard)
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
         open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,

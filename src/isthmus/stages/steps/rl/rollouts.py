@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,33 @@ from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import Mixture, Problem, seeded
 
-_ROLLOUT = TypeAdapter(Rollout)
+
+@dataclass
+class Replay:
+    """What an update learns from; `scored` is what a remote teacher gave its tokens."""
+
+    rollout: Rollout
+    scored: list[list[float]] | None
+
+
+_ROLLOUT, _REPLAY = TypeAdapter(Rollout), TypeAdapter(Replay)
+
+
+def replay_path(work: StepRun[RlSection], step: int) -> Path:
+    """Of the update after `step` finished ones."""
+    return work.folder / f"replay-{step + 1:06d}.json"
+
+
+def read_replay(work: StepRun[RlSection], step: int) -> Replay | None:
+    """What the update after `step` finished ones learnt from; None if it was not kept. Raises DamagedFile."""
+    path = replay_path(work, step)
+    if not path.exists():
+        return None
+    advice = "Or delete it: the gate of a revert then has one update less to compare"
+    try:
+        return _REPLAY.validate_json(work.run.read_kept(path, advice))
+    except ValidationError as error:
+        raise DamagedFile(f"{path} cannot be read ({error}). {advice}.") from None
 
 
 @dataclass
@@ -102,10 +128,21 @@ class Rollouts:
         for number, begun in enumerate(self._begun, step):
             run.keep(self._path(number), _ROLLOUT.dump_json(begun.result()), made_from)
         oldest = self._path(step - section.checkpoint_every * (section.keep_checkpoints + 1))
-        old = [stored for stored in path.parent.glob("rollout-*.json") if stored.name < oldest.name]
-        run.forget(*old)
-        for stored in old:
-            stored.unlink()
+        self._drop(stored for stored in path.parent.glob("rollout-*.json") if stored.name < oldest.name)
+
+    def keep(self, step: int, replay: Replay, weights_sha256: str) -> None:
+        """Keep what an update soon after a checkpoint learns from: the gate of a revert computes it again."""
+        section, run = self.work.section, self.work.run
+        made_from = {"recipe": run.recipe.digest(), "weights": weights_sha256}
+        run.keep(replay_path(self.work, step), _REPLAY.dump_json(replay), made_from)
+        oldest = replay_path(self.work, step - section.checkpoint_every * (section.keep_checkpoints + 1))
+        self._drop(stored for stored in self.work.folder.glob("replay-*.json") if stored.name < oldest.name)
+
+    def _drop(self, stored: Iterable[Path]) -> None:
+        old = list(stored)
+        self.work.run.forget(*old)
+        for path in old:
+            path.unlink()
 
     def restore(self, step: int) -> None:
         """Take up the samples that were stored for the steps from this one on, if there are any. Raises DamagedFile."""

@@ -34,7 +34,8 @@ from isthmus.trainer.parts import model_state
 
 @dataclass
 class State:
-    """The learner after `step` finished steps. `mismatches` has that of every update, in nats per token."""
+    """The learner after `step` finished steps. `mismatches` has that of every update, in nats per token; `saved_at` is
+    the step of the newest checkpoint, None before there is one."""
 
     work: StepRun[RlSection]
     model: Model
@@ -42,23 +43,30 @@ class State:
     checkpoints: CheckpointWriter
     crew: Crew
     step: int = 0
+    saved_at: int | None = None
     mismatches: list[float] = field(default_factory=list)
+    is_trial: bool = False
 
     @classmethod
     def open(cls, work: StepRun[RlSection], crew: Crew, say: Callable[[str], None]) -> State:
         """From the last whole checkpoint of the step, or from the weights that it starts from if there is none."""
+        state = cls.empty(work, crew)
+        if not state._resume(say):
+            work.start.fill(state.model, work.recipe.seed, crew.ranks.storage, state.tell)
+        return state
+
+    @classmethod
+    def empty(cls, work: StepRun[RlSection], crew: Crew) -> State:
+        """With room for weights and moments, and nothing in it yet."""
         section, ranks = work.section, crew.ranks
         model = empty_model(work.architecture, work.recipe.train, ranks)
         optimizer = Optimizer(model, section.optimizer, section.steps, ranks, work.recipe.train.replicate)
         checkpoints = CheckpointWriter(work.folder / "checkpoints", section.keep_checkpoints, ranks.storage)
-        state = cls(work, model, optimizer, checkpoints, crew)
-        if not state._resume(say):
-            work.start.fill(model, work.recipe.seed, ranks.storage, state.tell)
-        return state
+        return cls(work, model, optimizer, checkpoints, crew)
 
     def tell(self, event: str, **fields: Any) -> None:
-        """An event of the step, which the first rank writes."""
-        if self.crew.ranks.is_first:
+        """An event of the step, which the first rank writes, unless nothing of this state is kept."""
+        if self.crew.ranks.is_first and not self.is_trial:
             self.work.event(event, **fields)
 
     @property
@@ -96,7 +104,8 @@ class State:
 
     def _save(self, step: int) -> None:
         self.seed()
-        self.checkpoints.save(step, self._stored({"rng": rng_state(self.device)}))
+        self.checkpoints.save(step, self.stored({"rng": rng_state(self.device), **self.told}))
+        self.saved_at = step
 
     def save_last(self) -> SavedCheckpoint:
         """Write a checkpoint and wait until it is on the disk."""
@@ -108,17 +117,25 @@ class State:
 
     def _resume(self, say: Callable[[str], None]) -> bool:
         tell, group = self.tell, self.crew.ranks.storage
-        loaded = resume(self.checkpoints.root, self._stored({}), group, self.device, tell, say)
+        loaded = resume(self.checkpoints.root, self.stored({}), group, self.device, tell, say)
         if loaded is None:
             return False
-        self.step = loaded.step
+        self.step = self.saved_at = loaded.step
         seen = [event.get("mismatch_abs") for event in self.work.events("step") if event["step"] <= loaded.step]
         self.mismatches = [value for value in seen if value is not None]
         tell("resume", from_step=loaded.step)
         say(f"  continuing from the checkpoint at step {loaded.step}")
         return True
 
-    def _stored(self, extra: dict[str, dict[str, str]]) -> TrainingState:
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a checkpoint says of itself beside its tensors. Which problems an update draws, and what it samples,
+        follows from the stream, the seed and the number of the update."""
+        data = f"{self.work.stream} of seed {self.work.recipe.seed}, after update {self.step}"
+        return {"data": data, "groups": self.optimizer.groups()}
+
+    def stored(self, extra: dict[str, Any]) -> TrainingState:
+        """What a checkpoint holds; the tensors are the state's own."""
         return TrainingState(model_state(self.model), self.optimizer.state(), extra)
 
 
