@@ -166,7 +166,7 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
     """Why a stage may not run on a pool; None if it may."""
     use = "training" if stage == "train" else "serving"
     accepted = ("fit", "fit with limits") if use == "training" else ("fit", "fit with limits", "serve-only")
-    if recipe.drill is not None and use == "training" and pool.rehearsed:
+    if use == "training" and pool.rehearsed and recipe.drill is not None:
         return None
     if use == "training" and (pool.rehearsed or not pool.present):
         return (

@@ -87,7 +87,7 @@ def _overview(every: list[Table]) -> Iterator[str]:
             yield from _entry(f"  {_assignment(key)}", key.about)
     for one in rest:
         if not one.when and "." not in one.path.removesuffix(f".{NAME}"):
-            yield from _entry(f"  {one.title}", one.summary)
+            yield from _entry(f"  {one.title}", one.summary.partition(";")[0])
 
 
 def _shown(table: Table) -> Iterator[str]:
