@@ -208,7 +208,9 @@ def qualify(target: Path, folder: Path | None, overrides: tuple[str, ...], again
             _run_stage("qualify", opened, heading="qualify", again=again)
 
 
-_stage_command("plan", "Place the stages on pools by the recipe's order and the verdicts.", repeatable=True)
+_stage_command(
+    "plan", "Place the stages on pools by the verdicts, and the recipe's order or its [aim].", repeatable=True
+)
 
 
 @cli.command()

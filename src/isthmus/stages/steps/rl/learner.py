@@ -234,7 +234,7 @@ class Learner:
         optimizer, ranks = self.state.optimizer, self.state.crew.ranks
 
         def compute() -> Computed[dict[str, float]]:
-            return self._computed(samples, totals)
+            return self.compute(samples, totals)
 
         if self.guard is not None:
             found, made, digest = self.guard.update(math.floor(progress) + 1, samples.batch, compute)
@@ -247,7 +247,7 @@ class Learner:
         rate = self.section.optimizer.learning_rate * optimizer.schedule(progress)
         return OneUpdate(found.rest, watched, rate, made)
 
-    def _computed(self, samples: Samples, totals: Totals) -> Computed[dict[str, float]]:
+    def compute(self, samples: Samples, totals: Totals) -> Computed[dict[str, float]]:
         """The measures of an update, with its gradients measured and not applied."""
         model, optimizer, ranks = self.state.model, self.state.optimizer, self.state.crew.ranks
         optimizer.forget()
