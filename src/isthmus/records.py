@@ -218,8 +218,8 @@ FlipOf = Literal["efficiency", "failures", "links", "price"]
 class Candidate(Part):
     """A pair of pools that all steps could run on, and what they would take; unknown where the forecast is.
 
-    `why`: what stands against it, or by how much it lost; empty for the chosen one. `shares` of the chip-hours are by
-    the vendor of the chips.
+    `why`: what stands against it, or by how much it lost; of the chosen one why nothing is known of it, if so. `shares`
+    of the chip-hours are by the vendor of the chips.
     """
 
     train: str

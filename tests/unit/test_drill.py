@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from isthmus.chips import fault_weights
+from isthmus.chips.rehearse.inject import Injector
 from isthmus.cli import cli
 from isthmus.errors import GateRefused, IsthmusError
 from isthmus.pools import get_pool
@@ -22,7 +23,7 @@ from isthmus.report_page.acts import acts_of
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import handoff, report
 from isthmus.stages.plan import objection
-from isthmus.stages.steps.drilled import drawn, faults_of
+from isthmus.stages.steps.drilled import Drill, drawn, faults_of
 from tests.support.flow_recipe import ROOT
 from tests.unit.test_timeline import GO, met
 
@@ -139,3 +140,16 @@ def test_the_dossier_says_that_it_moved_what_was_lost_and_what_each_pool_took(tm
     trained = [one for one in acts_of(run, plan) if one.name == STEP]
     assert [(one.pool, one.whole) for one in trained] == [("away", False), ("home", False)]
     assert trained[1].seconds is not None and trained[1].seconds.value == 5.0
+
+
+def test_of_two_faults_of_one_kind_the_one_that_struck_is_told_and_the_other_still_comes(tmp_path):
+    faults = ["nan@rank=0,step=3", "nan@rank=0,step=50"]
+    pools = {**CONTENT["pools"], "away": {**CONTENT["pools"]["away"], "faults": faults}}
+    run = RunFolder.create(tmp_path / "run", parse_recipe({**CONTENT, "pools": pools, "drill": {"seed": 0}}))
+    away, section = get_pool(run.recipe, "away"), DrillSection()
+    planted = faults_of(run, STEP, away, section)
+    drill = Drill(run, STEP, away, planted, Injector(planted, 0, armed=False))
+    drill.injector.note(planted[0], "struck")
+    drill.tell()
+    assert [event["fault"] for event in run.events(STEP, "planted")] == ["nan@rank=0,step=3"]
+    assert [str(fault) for fault in faults_of(run, STEP, away, section)] == ["nan@rank=0,step=50"]

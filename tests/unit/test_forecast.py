@@ -611,15 +611,21 @@ def met(folder: RunFolder, number: int, rung: Rung, pool: str = "home") -> None:
     folder.write_record(f"steps/{TAUGHT}/incidents/{number:03d}", record)
 
 
-def test_interruptions_of_a_finished_step_are_in_the_belief(tmp_path: Path):
-    """Gamma and Poisson: two interruptions in 3 h x 4 chips add 2 to the shape and 12 to the hours; a retry is none."""
+def test_interruptions_of_a_finished_step_are_in_the_belief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Gamma and Poisson: two interruptions in 3 h x 4 chips add 2 to the shape and 12 to the hours; a retry is none.
+
+    The day that passed between the two tries is not trained.
+    """
     folder = RunFolder.create(tmp_path / "run", load_recipe(RECIPE, ("pools.home.count=4", "pools.home.ranks=1")))
     before = FailureRate(0.5, 1000.0, "a fleet")
     for number, rung in enumerate(("retry", "restart", "shrink"), 1):
         met(folder, number, rung)
     assert after_run(folder, "home", before) == before, "a step that is not finished has no hours yet"
+    for name, hour in (("start", 0), ("incident", 1), ("start", 25), ("end", 27)):
+        monkeypatch.setattr("time.time", lambda hour=hour: 3600.0 * hour)
+        folder.event(TAUGHT, name)
     step = TextRecord(
-        recipe_sha256=folder.recipe.digest(), started=0.0, ended=3 * 3600.0, kind="sft", step=TAUGHT,
+        recipe_sha256=folder.recipe.digest(), started=26.9 * 3600, ended=27 * 3600.0, kind="sft", step=TAUGHT,
         started_from="model", pool="home", steps=6, resumed_from=[], checkpoint="x", checkpoint_sha256="ab" * 32,
         figures={},
     )  # fmt: skip

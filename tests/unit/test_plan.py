@@ -21,7 +21,7 @@ from isthmus.progress import Watch
 from isthmus.recipe.architecture import DeepseekSection
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import Recipe
-from isthmus.records import PlanRecord, QualifyRecord, Verdict
+from isthmus.records import Candidate, PlanRecord, QualifyRecord, Verdict
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import plan
 from tests.support.flow_recipe import RECIPE, REINFORCED, TAUGHT, written
@@ -152,6 +152,48 @@ def test_a_stage_without_a_pool_refuses_with_every_reason(tmp_path: Path):
     assert caught.value.exit_code == 1 and "place.train" in message
     assert "rehearsed" in message and "reason of home" in message and 'chip = "cpu"' in message
     assert run.read_record("plan", PlanRecord) is None
+
+
+def candidate(train: str, rollout: str, hours: float | None, *, chosen: bool = False, why: str = "") -> Candidate:
+    figures = {
+        name: Figure(value=value, unit=unit, kind="forecast", source="x")
+        for name, value, unit in (("hours", hours, "h"), ("chip_hours", None, "chip-hours"), ("cost", None, "USD"))
+    }
+    return Candidate(train=train, rollout=rollout, chosen=chosen, why=why, **figures)
+
+
+AIMED = (
+    'pools.spare={chip="cpu"}', 'place.train=["home", "spare"]', 'place.rollout=["home", "spare"]',
+    'place.serve=["home"]', 'aim.choose="time"',
+)  # fmt: skip
+
+
+def test_what_lost_by_the_aim_is_not_told_by_what_stands_against_the_pool_beside_it():
+    """Spare may not train, and (spare, home) would have been the quickest: rollouts at home lost by their own time."""
+    qualified = {"home": verdict("home", "fit"), "spare": verdict("spare", "serve-only")}
+    candidates = [
+        candidate("home", "home", 9.0, why="takes 9 h against 5"),
+        candidate("home", "spare", 5.0, chosen=True),
+        candidate("spare", "home", 1.0, why="spare: its verdict is `serve-only`"),
+        candidate("spare", "spare", 1.0, why="spare: its verdict is `serve-only`"),
+    ]
+    placements, rejected = plan.place(recipe(*AIMED), qualified, candidates=candidates)
+    assert [(one.stage, one.pool) for one in placements] == [("train", "home"), ("rollout", "spare"), ("serve", "home")]
+    (home,) = [one for one in rejected if one.stage == "rollout"]
+    assert home.acceptable and home.reason == "acceptable, and takes 9 h against 5"
+    assert "the parity gate stands behind it" in placements[1].reason and "chosen by [aim]" in placements[1].reason
+
+
+def test_an_aim_without_numbers_says_that_the_order_decided():
+    qualified = {name: verdict(name, "fit") for name in ("home", "spare")}
+    candidates = [
+        candidate(one, other, None, chosen=(one, other) == ("home", "home"), why="no pilot")
+        for one in qualified
+        for other in qualified
+    ]
+    placements, _ = plan.place(recipe(*AIMED), qualified, candidates=candidates)
+    told = {one.stage: "[aim] has no numbers to choose by: no pilot" in one.reason for one in placements}
+    assert told == {"train": True, "rollout": True, "serve": False}
 
 
 def test_a_missing_verdict_names_the_verb_to_run(tmp_path: Path):

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from isthmus.records import Placement, PlanRecord, TrainPlace
 from isthmus.stages.steps import repeat
 from isthmus.stages.steps.rl import loop
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.learner import Learner
+from isthmus.stages.steps.rl.rollouts import Replay
 from isthmus.stages.steps.rl.state import State
 from isthmus.supervise import gate
 from isthmus.supervise.guard import Guard
@@ -139,6 +141,18 @@ def test_other_samples_than_were_learnt_from_are_refused(tmp_path, monkeypatch):
     assert verdict.verdict == "refuse" and "digest of the batch of update 3" in verdict.reason
 
 
+def test_an_update_of_another_try_with_other_samples_is_not_compared(tmp_path):
+    """A restart whose engine samples otherwise keeps other samples for update 3 than those that its event is of."""
+    work, _ = learnt(tmp_path / "run")
+    replay = repeat.read_replay(work, 2)
+    assert replay is not None
+    replay.rollout.completions[0][0].tokens[0] += 1
+    path = work.folder / "replay-000003.json"
+    work.run.keep(path, TypeAdapter(Replay).dump_json(replace(replay, attempt=replay.attempt + 1)), {})
+    verdict = judged(work)
+    assert (verdict.verdict, verdict.repeated_steps) == ("go", [])
+
+
 def fail_at(monkeypatch, update: int, times: int):
     """The gradient of an update is no number, the first few times that it is computed."""
     compute, left = Learner.compute, [times]
@@ -147,13 +161,13 @@ def fail_at(monkeypatch, update: int, times: int):
         found = compute(self, samples, totals)
         if self.state.step + 1 == update and left[0]:
             left[0] -= 1
-            return replace(found, norm=math.nan)
+            return replace(found, norm=math.nan, rest={**found.rest, "grad_norm": math.nan, "mismatch_abs": math.nan})
         return found
 
     monkeypatch.setattr(Learner, "compute", computed)
 
 
-def test_an_update_that_is_no_number_once_iscompute_again_and_nothing_changes(tmp_path, monkeypatch):
+def test_an_update_that_is_no_number_once_is_computed_again_and_nothing_changes(tmp_path, monkeypatch):
     _, expected = learnt(tmp_path / "healthy")
     fail_at(monkeypatch, 3, 1)
     work, weights = learnt(tmp_path / "disturbed", guarded=True)

@@ -34,7 +34,7 @@ class Aim(Protocol):
 class Pair:
     """Pools for all that trains and all that generates. Hours are None, with `why`, where the forecast knows none.
 
-    `why` is what stands against it otherwise, or by what it lost; empty for the one that is chosen. `shares` of the
+    `why` is otherwise what stands against it, or by what it lost; empty for the one that is chosen. `shares` of the
     chip-hours are by vendor.
     """
 
@@ -79,7 +79,7 @@ def _held(option: Option, train: str, rollout: str) -> tuple[tuple[str, str | No
 def _pair(work: Work, outlook: Outlook, train: str, rollout: str, vendors: Mapping[str, str]) -> Pair:
     options = options_of(outlook, train, rollout)
     for name in {option.pool for option in options} | {option.generator for option in options} - {None}:
-        if name is not None and work.pools[name].rehearsed and not work.drill:
+        if name is not None and work.pools[name].rehearsed:
             return Pair(train, rollout, why=f"{name} is rehearsed: what it takes says nothing of its chip")
     unknown = next((f"{option.step}: {option.why}" for option in options if option.hours is None), "")
     if unknown:

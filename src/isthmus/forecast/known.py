@@ -44,5 +44,16 @@ def after_run(run: RunFolder, pool: str, belief: FailureRate) -> FailureRate:
         if not isinstance(record, WeightsRecord) or {record.pool, *(one.pool for one in found)} != {pool}:
             continue
         met += sum(one.rung in INTERRUPTING for one in found)
-        hours += (record.ended - record.started) * run.recipe.pools[pool].count / HOUR
+        hours += _trained_s(run, step.name) * run.recipe.pools[pool].count / HOUR
     return belief.after(met, hours, f"{met} interruptions in {hours:.3g} chip-hours of this run") if hours else belief
+
+
+def _trained_s(run: RunFolder, step: str) -> float:
+    """Seconds of all tries of a step, each from its start to its last event."""
+    seconds, start = 0.0, 0.0
+    events = sorted(run.events(step), key=lambda event: event["time"])
+    for event, following in zip(events, [*events[1:], None], strict=True):
+        start = event["time"] if event["event"] == "start" else start
+        if following is None or following["event"] == "start":
+            seconds += event["time"] - start
+    return seconds

@@ -145,7 +145,7 @@ def step_pace(work: Work, step: StepWork, learner: Pool, generator: Pool | None,
 
 
 def _learning_pace(work: Work, step: StepWork, pool: Pool, knobs: Knobs) -> Pace:
-    if pool.work.rehearsed and not work.drill:
+    if pool.work.rehearsed:
         return Pace(None, 0.0, "nothing", "rehearsed: a rehearsal can refuse a pool for training, never vouch for it")
     figures = pool.facts.figures
     per_token = figures.get("learn_token_s")

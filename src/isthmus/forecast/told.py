@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.forecast.choose import options_of
@@ -43,8 +43,11 @@ class Teller:
         options = [replace(one, chosen=id(one) in chosen and one.hours is not None) for one in self.outlook.options]
         found: dict[tuple[str, str], list[Flip]] = {}
         for even in break_evens(self.outlooks, replace(self.outlook, options=options)):
-            if even.value is not None:
-                at = Figure(value=even.value, unit="", kind="forecast", source=f"break-even: {even.meaning}")
+            sides = {name for pair in (even.chosen, even.other) for name in pair.split("+")}
+            # With two pools a ratio of prices is one of averages, and says no price of either.
+            if even.value is not None and not (even.of == "price" and len(sides) > 2):
+                kind = self._kind(sides)
+                at = Figure(value=even.value, unit="", kind=kind, source=f"break-even: {even.meaning}")
                 found.setdefault((even.step, even.other), []).append(Flip(what=even.of, at=at))
         return found
 
@@ -55,17 +58,21 @@ class Teller:
         for option in options:
             pool, beside = (option.generator, option.pool) if generates else (option.pool, option.generator)
             assert pool is not None
-            told = self._told(option, pool, None if beside == pool else beside)
+            told = self._told(option, pool, None if beside == pool else beside, again=generates and beside == pool)
             pools.append(told.model_copy(update={"flips": flips.get((option.step, named(option)), [])}))
         return ForecastAct(name=name, pools=pools)
 
-    def _told(self, option: Option, pool: str, beside: str | None) -> ForecastOption:
-        """Chip-hours and money are of the act's own pool; the act beside it has those of the other."""
+    def _kind(self, pools: Collection[str]) -> Kind:
+        return "rehearsed" if any(self.outlooks.work.pools[name].rehearsed for name in pools) else "forecast"
+
+    def _told(self, option: Option, pool: str, beside: str | None, again: bool) -> ForecastOption:
+        """Chip-hours and money are of the act's own pool; the act beside it has those of the other. They are zero for
+        rollouts on a pool that learns as well (`again`): the learning has them."""
         if option.hours is None:
             return ForecastOption(pool=pool, beside=beside, why=option.why)
         pools, price = self.outlooks.work.pools, self.prices.get(pool)
-        kind: Kind = "rehearsed" if any(pools[name].rehearsed for name in (pool, beside) if name) else "forecast"
-        source, chips = f"forecast: {option.basis}; P50, with P10 and P90", pools[pool].count
+        kind = self._kind([name for name in (pool, beside) if name])
+        source, chips = f"forecast: {option.basis}; P50, with P10 and P90", 0 if again else pools[pool].count
         asked = f"{source}; {price} {self.currency} per chip-hour"
         return ForecastOption(
             pool=pool,

@@ -77,7 +77,6 @@ class Work:
     replicate: int
     checkpointing: bool
     microbatch: int | None
-    drill: bool = False
 
 
 def work_of(recipe: Recipe) -> Work:

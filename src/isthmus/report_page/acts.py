@@ -44,7 +44,7 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
 
     def act(name: str, kind: ActKind, placed: PlacedStage, stage: str, tokens: Figure | None) -> Act:
         pool = plan.pool_of(placed)
-        rehearsed = recipe.pools[pool].rehearsed
+        rehearsed = _is_rehearsed(run, pool)
         seconds = (
             Figure.measured(spent[stage], "s", f"events.jsonl: {stage}", rehearsed=rehearsed)
             if stage in done
@@ -59,7 +59,7 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
         return [_share(run, name, kind, pool, seconds, steps, key) for pool, (seconds, steps) in held.items()]
 
     def counted(stage: str, event: str, key: str, placed: PlacedStage) -> Figure | None:
-        rehearsed = recipe.pools[plan.pool_of(placed)].rehearsed
+        rehearsed = _is_rehearsed(run, plan.pool_of(placed))
         return _sum_of([e for e in events if e["stage"] == stage and e["event"] == event], key, rehearsed)
 
     found = []
@@ -67,7 +67,9 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
         if isinstance(step, RlSection):
             found += trained(step.name, "learn", "trained_tokens")
             sampled = counted(step.name, "step", "tokens", "rollout")
-            found.append(act(f"{step.name}-rollouts", "rollout", "rollout", step.name, sampled))
+            rollouts = act(f"{step.name}-rollouts", "rollout", "rollout", step.name, sampled)
+            same = {one.pool for one in found if one.name == step.name} == {rollouts.pool}
+            found.append(rollouts.model_copy(update={"seconds": _with_learning(step.name)}) if same else rollouts)
         elif isinstance(step, SampleSection):
             sampled = counted(step.name, "step", "tokens", "rollout")
             found.append(act(step.name, "sample", "rollout", step.name, sampled))
@@ -78,14 +80,23 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
     return [*found, Act(name="serve", kind="serve", placed="serve", pool=pool, seconds=None, tokens=None)]
 
 
+def _is_rehearsed(run: RunFolder, pool: str) -> bool:
+    return run.recipe.pools[pool].rehearsed or run.recipe.drill is not None
+
+
 def _share(
     run: RunFolder, name: str, kind: ActKind, pool: str, seconds: float, steps: Sequence[dict[str, Any]], key: str
 ) -> Act:
     """What one pool had of a step that moved."""
-    rehearsed = run.recipe.pools[pool].rehearsed
+    rehearsed = _is_rehearsed(run, pool)
     held = Figure.measured(seconds, "s", f"events.jsonl: {name} on {pool}", rehearsed=rehearsed)
     tokens = _sum_of(steps, key, rehearsed)
     return Act(name=name, kind=kind, placed="train", pool=pool, seconds=held, tokens=tokens, whole=False)
+
+
+def _with_learning(step: str) -> Figure:
+    """Seconds of rollouts on the pool that also learns: it is held once."""
+    return Figure(value=0.0, unit="s", kind="declared", source=f"counted with {step}, whose pool also generates")
 
 
 def _sum_of(events: Sequence[dict[str, Any]], key: str, rehearsed: bool) -> Figure | None:

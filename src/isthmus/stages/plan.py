@@ -142,24 +142,55 @@ def place(
     Raises GateRefused, with every reason, if a stage has none.
     """
     by_aim = next((one for one in candidates if one.chosen), None)
+    objections = {stage: _objections(recipe, stage, qualified, rulings) for stage in typing.get_args(PlacedStage)}
     placements: list[Placement] = []
     rejected: list[Rejection] = []
     for stage in typing.get_args(PlacedStage):
         order: list[str] = getattr(recipe.place, stage)
-        objections = {name: refusal(rulings.get(name)) or objection(stage, qualified[name], recipe) for name in order}
-        first = next((name for name in order if objections[name] is None), None)
+        first = next((name for name in order if objections[stage][name] is None), None)
         chosen = first if by_aim is None or stage == "serve" else getattr(by_aim, stage)
         if chosen is None:
-            raise GateRefused(_nowhere(stage, order, objections, qualified))
+            raise GateRefused(_nowhere(stage, order, objections[stage], qualified))
         asked = warning(rulings.get(chosen))
         found = _reason(order, chosen, qualified[chosen]) if chosen == first else _by_aim(qualified[chosen])
-        reason = f"{found}; {asked}" if asked else found
+        told = [found, asked, "" if stage == "serve" else _undecided(recipe, by_aim)]
+        reason = "; ".join(filter(None, told))
         if recipe.drill is not None and stage == "train" and qualified[chosen].rehearsed:
             reason += "; in a drill it may train all the same"
         placements.append(Placement(stage=stage, pool=chosen, reason=reason))
+        pairs = [] if stage == "serve" else _to_tell(candidates, stage, objections, recipe)
         others = [name for name in order if name != chosen]
-        rejected += [_rejection(stage, name, chosen, objections[name], candidates) for name in others]
+        rejected += [_rejection(stage, name, chosen, objections[stage][name], pairs) for name in others]
     return placements, rejected
+
+
+def _objections(
+    recipe: Recipe, stage: str, qualified: Mapping[str, QualifyRecord], rulings: Mapping[str, Ruling]
+) -> dict[str, str | None]:
+    """By pool of the stage's order: why it may not run there."""
+    order: list[str] = getattr(recipe.place, stage)
+    return {name: refusal(rulings.get(name)) or objection(stage, qualified[name], recipe) for name in order}
+
+
+def _undecided(recipe: Recipe, by_aim: Candidate | None) -> str:
+    """What is said where the aim asks for numbers and no pair of pools has any."""
+    if by_aim is None or recipe.aim is None or recipe.aim.choose == "order" or by_aim.hours.value is not None:
+        return ""
+    return f"the order decided, for [aim] has no numbers to choose by: {by_aim.why}"
+
+
+def _to_tell(
+    candidates: Sequence[Candidate], stage: str, objections: Mapping[str, Mapping[str, str | None]], recipe: Recipe
+) -> list[Candidate]:
+    """Pairs that lost, those first that lost by least; none that lost only by what stands against the other pool."""
+    other = "rollout" if stage == "train" else "train"
+
+    def weight(one: Candidate) -> tuple[bool, float]:
+        figure = one.cost if recipe.aim is not None and recipe.aim.choose == "cost" else one.hours
+        return figure.value is None, figure.value or 0.0
+
+    lost = [one for one in candidates if not one.chosen and objections[other][getattr(one, other)] is None]
+    return sorted(lost, key=weight)
 
 
 def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
@@ -191,24 +222,28 @@ def _reason_of(pool: QualifyRecord, use: str) -> str:
 
 
 def _reason(order: list[str], chosen: str, pool: QualifyRecord) -> str:
-    found = f"{'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`"
-    gate = ", and the parity gate stands behind it" if pool.verdict == "serve-only" else ""
-    kept = f", which the recipe keeps to ({'; '.join(map(describe_limit, pool.limits))})" if pool.limits else ""
     if order[0] == chosen:
-        return f"the recipe's first choice, {found}{kept}{gate}"
+        return f"the recipe's first choice, {_verdict_of(pool)}"
     earlier = ", ".join(order[: order.index(chosen)])
-    return f"{found}{kept}{gate}; {earlier} stands before it in the recipe, and was refused"
+    return f"{_verdict_of(pool)}; {earlier} stands before it in the recipe, and was refused"
 
 
 def _by_aim(pool: QualifyRecord) -> str:
-    return f"chosen by [aim] before those that stand first in the recipe; found `{pool.verdict}`"
+    return f"chosen by [aim] before those that stand first in the recipe; {_verdict_of(pool)}"
 
 
-def _rejection(stage: str, name: str, chosen: str, why: str | None, candidates: Sequence[Candidate] = ()) -> Rejection:
-    """Why not; by the aim's numbers where it was held against them, those of the pair that lost by least."""
-    pairs = [one for one in candidates if stage != "serve" and getattr(one, stage) == name and one.why]
-    by_hours = sorted(pairs, key=lambda one: (one.hours.value is None, one.hours.value or 0.0))
-    lost = f"acceptable, and {by_hours[0].why}" if by_hours else None
+def _verdict_of(pool: QualifyRecord) -> str:
+    """With its limits, and who stands behind it."""
+    found = f"{'rehearsed as' if pool.rehearsed else 'found'} `{pool.verdict}`"
+    gate = ", and the parity gate stands behind it" if pool.verdict == "serve-only" else ""
+    kept = f", which the recipe keeps to ({'; '.join(map(describe_limit, pool.limits))})" if pool.limits else ""
+    return f"{found}{kept}{gate}"
+
+
+def _rejection(stage: str, name: str, chosen: str, why: str | None, pairs: Sequence[Candidate]) -> Rejection:
+    """Why not; by the aim's numbers where it was held against them, those of the first of the pairs that has it."""
+    by_aim = next((one.why for one in pairs if getattr(one, stage) == name and one.why), None)
+    lost = by_aim and f"acceptable, and {by_aim}"
     return Rejection(
         stage=stage,
         pool=name,

@@ -71,7 +71,8 @@ class _Planted:
 
 
 class Injector:
-    """Makes the faults of one rank happen. `fired` says what happened, in order. Nothing does until it is `armed`.
+    """Makes the faults of one rank happen. `fired` says what happened, in order, and `struck` of which
+    faults. Nothing does until it is `armed`.
 
     `faults` may hold those of other ranks: they are left to them, but for links, which have two ends. Raises
     IsthmusError for a fault that says what its kind cannot honour. `on_chip` says whether an operator that runs now is
@@ -86,6 +87,7 @@ class Injector:
         own = [_Planted(fault, index) for index, fault in enumerate(faults) if fault.rank == rank]
         self.rank = rank
         self.fired: list[str] = []
+        self.struck: list[Fault] = []
         self.last_words: Callable[[], None] | None = None
         self.links = [fault for fault in faults if fault.kind in LINK_KINDS]
         self.current_step = self.collectives = 0
@@ -167,6 +169,7 @@ class Injector:
     def note(self, fault: Fault, what: str, collective: int | None = None) -> None:
         """Remember that a fault happened, and when."""
         number = "" if collective is None else f", collective {collective}"
+        self.struck.append(fault)
         self.fired.append(f"{fault.kind} at step {self.current_step}{number}: {what}")
 
     def drag(self) -> None:

@@ -85,6 +85,7 @@ class Drill:
             stack.enter_context(self.injector.install_saves())
             stack.enter_context(self.injector.operators())
             yield
+        self.tell()
 
     def update(self, number: int) -> None:
         """An update begins, counted from 1. A rank may crash or hang here."""
@@ -95,7 +96,6 @@ class Drill:
         """An event for each fault that struck since it was last said; one that is there all the time is said once."""
         for fault in self.faults:
             text, at = str(fault), self.injector.current_step
-            happened = any(one.startswith(f"{fault.kind} at step") for one in self.injector.fired)
-            if text not in self.told and happened and fault.rank == self.injector.rank:
+            if text not in self.told and fault in self.injector.struck:
                 self.told.add(text)
                 self.run.event(self.step, "planted", fault=text, update=at, pool=self.pool.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from isthmus.run import RunFolder, write_atomic
 from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.learner import Learner
+from isthmus.stages.steps.rl.loop import threads_of
 from isthmus.stages.steps.rl.rollouts import read_replay
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
@@ -52,13 +53,14 @@ def execute(run: RunFolder, watch: Watch, *, name: str, pool: str, at: int, coun
     section, place = run.recipe.named(name), TrainPlace(pool, launched_world() or 1)
     home = get_pool(run.recipe, pool)
     device = "cpu" if host else device_of(home)
-    if device == "cpu":
-        torch.set_num_threads(max(1, home.threads // (launched_world() or 1)))
     if isinstance(section, RlSection):
-        precision = "fp32"
+        precision, threads = "fp32", threads_of(StepRun(run, section, place), home)
     else:
         assert isinstance(section, PretrainSection | SftSection)
         precision = "fp32" if host else run.recipe.train.precision_on(device)
+        threads = max(1, home.threads // (launched_world() or 1))
+    if device == "cpu":
+        torch.set_num_threads(threads)
     with open_ranks(device, grouped=precision != "fp32") as ranks:
         if isinstance(section, RlSection):
             found = reinforced(StepRun(run, section, place), ranks, at, count)
@@ -111,19 +113,29 @@ def repeated_rl(state: State, folder: Path, count: int) -> Repeated:
     same_kind = restore_rng(loaded.extra["rng"], ranks.device)
     restored = examine(state.stored({}), state.optimizer, state.told["data"], ranks, folder, same_kind)
     learner = Learner(state, Beside.of(state, models_alone=True))
-    left_out = {event["step"]: event.get("updates_left_out", ()) for event in work.events("step")}
-    seen = list[Seen]()
+    told, seen = told_by(work), list[Seen]()
     for number in range(loaded.step, min(work.section.steps, loaded.step + count)):
         replay = read_replay(work, number)
-        if replay is None:
+        attempt, left_out = told.get(number + 1, (None, ()))
+        if replay is None or attempt not in (None, replay.attempt):
             break
         state.seed()
-        learnt = learner.again(replay.rollout, replay.scored, left_out.get(number + 1, ()))
+        learnt = learner.again(replay.rollout, replay.scored, left_out)
         state.step += 1
         if learnt.updates:
-            told = learnt.recorded()
-            seen.append(Seen(update=number + 1, learning_rate=told["learning_rate"], **told["watched"]))
+            found = learnt.recorded()
+            seen.append(Seen(update=number + 1, learning_rate=found["learning_rate"], **found["watched"]))
     return Repeated(restored, seen)
+
+
+def told_by(work: StepRun[RlSection]) -> dict[int, tuple[int, Sequence[int]]]:
+    """Of each recorded update: which start of the step made it, and which of its optimiser steps were left out."""
+    attempt, found = 0, dict[int, tuple[int, Sequence[int]]]()
+    for event in work.run.events(work.name):
+        attempt += event["event"] == "start"
+        if event["event"] == "step":
+            found[event["step"]] = attempt, event.get("updates_left_out", ())
+    return found
 
 
 def examine(

@@ -49,7 +49,8 @@ class OneUpdate:
 
 @dataclass(frozen=True)
 class Learnt:
-    """Of a rollout: measures for people, averaged over its optimiser steps, and what the gate of a revert compares."""
+    """Of a rollout: `measures` for people, averaged over the optimiser steps that were made, and all of these, for the
+    gate of a revert."""
 
     measures: dict[str, float | None]
     updates: Sequence[OneUpdate] = ()
@@ -84,6 +85,11 @@ def together(updates: Sequence[OneUpdate]) -> dict[str, Any]:
         "norm": length([part["norm"] for part in parts]),
         "modules": {name: length([part["modules"][name] for part in parts]) for name in parts[0]["modules"]},
     }
+
+
+def _rounded(value: float) -> float | None:
+    """As an event has it: None if it is no number."""
+    return round(value, 7) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,14 @@ class Learner:
         scored = self.scores(rollout, rewards, advantages) if scored is None else scored
         self.state.crew.order("update", step, bare, advantages, kept, rolled, scored)
         updates = self._updates(step, rollout, advantages, kept, rolled, scored)
-        measures = [one.measures for one in updates]
-        self.state.mismatches.append(measures[0]["mismatch_abs"])
-        averaged = {key: round(sum(m[key] for m in measures) / len(measures), 7) for key in measures[0]}
+        measures = [one.measures for one in updates if one.made]
+        if not measures:
+            return Learnt({}, updates)
+        averaged = {key: _rounded(sum(m[key] for m in measures) / len(measures)) for key in measures[0]}
+        if math.isfinite(measures[0]["mismatch_abs"]):
+            self.state.mismatches.append(measures[0]["mismatch_abs"])
         slope = least_squares_slope(self.state.mismatches)
-        return Learnt(averaged | {"mismatch_slope": None if slope is None else round(slope, 7)}, updates)
+        return Learnt(averaged | {"mismatch_slope": None if slope is None else _rounded(slope)}, updates)
 
     def teaching(self, rewards: Tensor, advantages: Tensor) -> tuple[list[int], list[int]]:
         """(numbers of the samples that are learnt from, of all that were not left out)."""
@@ -165,6 +174,7 @@ class Learner:
         `kept` are the numbers of the samples that are learnt from, `rolled` of all that were not left out; `scored` is
         what a remote teacher gives the tokens of each that is kept. Those of the numbers `left_out` are not made.
         """
+        self.state.step = step
         updates = self.section.updates_per_rollout
         chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
         totals = [self._totals(rollout, *numbers) for numbers in chosen]

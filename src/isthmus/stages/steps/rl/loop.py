@@ -127,6 +127,7 @@ def learn(shores: Shores, watch: Watch) -> None:
     state, rollouts, learner, crossing = shores.state, shores.rollouts, shores.learner, shores.crossing
     section, tell = state.work.section, state.work.event
     drift, guard = DriftAlarm(section.drift_budget, section.steps, tell), learner.guard
+    attempt = len(state.work.events("start"))
     beat(ROLLOUT, state.step)
     with watch.count(state.work.name, section.steps) as counter:
         counter.advance_to(state.step)
@@ -140,7 +141,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             advantages = learner.advantages(rollout, rewards)
             scored = learner.scores(rollout, rewards, advantages)
             if state.saved_at is not None and state.step - state.saved_at < COUNT:
-                rollouts.keep(state.step, Replay(rollout, scored), crossing.weights_sha256)
+                rollouts.keep(state.step, Replay(rollout, scored, attempt), crossing.weights_sha256)
             learnt = learner.update(rollout, rewards, advantages, scored)
             state.step += 1
             beat(ROLLOUT, state.step)
@@ -161,12 +162,12 @@ def learn(shores: Shores, watch: Watch) -> None:
             seen |= rollout.shown() | learnt.measures
             tell("step", step=state.step, **seen, **crossed, **seconds, **learnt.recorded())
             counter.advance_to(state.step, _status(seen))
+            if guard is not None:
+                guard.after(state.step, time.perf_counter() - began)
+                beat(ROLLOUT, state.step)
             if section.evaluate_every and state.step % section.evaluate_every == 0 and state.step < section.steps:
                 beat(UNLIMITED, state.step)
                 evaluate(state.work, rollouts, f"step-{state.step}", crossing.weights_sha256, counter.say)
-                beat(ROLLOUT, state.step)
-            if guard is not None:
-                guard.after(state.step, time.perf_counter() - began)
                 beat(ROLLOUT, state.step)
             leaves = guard is not None and guard.wants_to_leave
             if state.step < section.steps and (state.step % section.checkpoint_every == 0 or leaves):

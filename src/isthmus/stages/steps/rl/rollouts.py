@@ -27,10 +27,17 @@ from isthmus.tasks import Mixture, Problem, seeded
 
 @dataclass
 class Replay:
-    """What an update learns from; `scored` is what a remote teacher gave its tokens."""
+    """What an update learns from; `scored` is what a remote teacher gave its tokens. `attempt` counts the starts of the
+    step until then: another one may have had other samples."""
 
     rollout: Rollout
     scored: list[list[float]] | None
+    attempt: int
+
+    @property
+    def samples(self) -> bytes:
+        """The same for the same samples, whenever they were written."""
+        return _REPLAY.dump_json(self, exclude={"attempt": True, "rollout": {"seconds"}})
 
 
 _ROLLOUT, _REPLAY = TypeAdapter(Rollout), TypeAdapter(Replay)
@@ -133,6 +140,9 @@ class Rollouts:
     def keep(self, step: int, replay: Replay, weights_sha256: str) -> None:
         """Keep what an update soon after a checkpoint learns from: the gate of a revert computes it again."""
         section, run = self.work.section, self.work.run
+        before = read_replay(self.work, step)
+        if before is not None and before.samples == replay.samples:
+            return
         made_from = {"recipe": run.recipe.digest(), "weights": weights_sha256}
         run.keep(replay_path(self.work, step), _REPLAY.dump_json(replay), made_from)
         oldest = replay_path(self.work, step - section.checkpoint_every * (section.keep_checkpoints + 1))
