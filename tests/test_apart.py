@@ -13,17 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.chain import Entry, Ledger
 from isthmus.cli import cli
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
-from isthmus.parity.seal import verify_seal
+from isthmus.formats.files.bundle import file_hashes, write_bundle
+from isthmus.model.model import Model
+from isthmus.parity.seal import verify_seal, write_seal
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
-from isthmus.records import PlanRecord, QualifyRecord, read_weights
-from isthmus.run import RunFolder
+from isthmus.records import HandoffRecord, PlanRecord, QualifyRecord, TextRecord, read_weights
+from isthmus.run import RunFolder, sha256_file
 from isthmus.tools import collect, steps
-from isthmus.trainer.checkpoint import load_model_state
+from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_model_state
+from tests.support.bundles import TinyTokenizer, passed
 from tests.support.flow_recipe import ROOT, isthmus
 from tests.support.ranks_recipe import RECIPE
+from tests.support.small import tiny_architecture
 
 GUIDE = ROOT / "docs" / "apart.md"
 FAR = RECIPE.replace("[place]", '[pools.away]\nchip = "h20"\n\n[place]').replace(
@@ -34,6 +39,7 @@ REHEARSED = _WITHOUT_RL.replace('chip = "h20"', 'chip = "ascend-910b-313t"\nrehe
     "[qualify]", '[qualify]\nbudget = "2s"\nsoak_s = 1.0'
 )
 QUIET = Watch(quiet=True)
+SMALL = tiny_architecture(vocab_size=31, hidden_size=16)
 
 
 def run_of(folder: Path, text: str = FAR) -> RunFolder:
@@ -224,6 +230,195 @@ def test_a_disturbed_record_gives_way_and_is_not_taken(home: RunFolder, away: Ru
 def test_a_disturbed_record_is_to_be_made_again_where_it_was_made(home: RunFolder, away: RunFolder):
     qualified(away, "away", disturbed=["the machine was busy"])
     assert "the machine was busy" in refused(home, away.path)
+
+
+@pytest.mark.parametrize("own", [[], ["the machine was busy"], ["it rained"]])
+def test_a_disturbed_record_that_was_copied_along_keeps_nothing_back(tmp_path: Path, home: RunFolder, own: list[str]):
+    """The run has a good record of that pool since, the same one, or another that is disturbed."""
+    qualified(home, "home", disturbed=["the machine was busy"])
+    whole = RunFolder.open(Path(shutil.copytree(home.path, tmp_path / "whole")))
+    qualified(whole, "away")
+    if own != ["the machine was busy"]:
+        qualified(home, "home", disturbed=own)
+    before = (home.path / "qualify" / "home.json").read_bytes()
+    collect.execute([whole.path], home, QUIET)
+    assert home.read_record("qualify/away", QualifyRecord) is not None
+    assert (home.path / "qualify" / "home.json").read_bytes() == before and home.breaks() == []
+
+
+def handed_off(run: RunFolder, **fields: object) -> RunFolder:
+    """A run with a bundle that its gate refused, or with one that it sealed if `fields` say so."""
+    folder = run.path / "bundle" / "w8a8"
+    write_bundle(folder, "w8a8", Model(SMALL).initialise(0).state_dict(), SMALL, TinyTokenizer(0, 1))
+    record = HandoffRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=1.0,
+        ended=2.0,
+        source_pool="home",
+        target_pool="away",
+        format="w8a8",
+        verdict="refuse",
+        checks=[],
+        bundles={"w8a8": "bundle/w8a8"},
+        seal_id=None,
+        figures={},
+    )
+    if fields.get("verdict") == "pass":
+        fields = {"seal_id": write_seal(folder, **passed()).id, **fields}
+    run.write_record("parity", record.model_copy(update=fields))
+    return run
+
+
+def test_a_refused_handoff_that_was_copied_along_is_left_alone_with_its_bundle(tmp_path: Path, home: RunFolder):
+    handed_off(home)
+    whole = RunFolder.open(Path(shutil.copytree(home.path, tmp_path / "whole")))
+    bundle = content(home.path / "bundle")
+    collect.execute([qualified(whole, "away").path], home, QUIET)
+    (take,) = home.events("collect", "take")
+    assert take["what"] == "qualify away"
+    before = content(home.path)
+    assert not any(find.new for find in collect.execute([whole.path], home, QUIET))
+    assert content(home.path) == before and bundle and content(home.path / "bundle") == bundle
+
+
+def test_a_refused_handoff_gives_way_to_a_result_and_not_to_another_refusal(
+    tmp_path: Path, home: RunFolder, away: RunFolder
+):
+    handed_off(home)
+    assert "done twice" in refused(home, handed_off(away, culprit="model.layers.0").path)
+    shutil.rmtree(away.path / "bundle")
+    collect.execute([handed_off(away, verdict="pass").path], home, QUIET)
+    record = home.read_record("parity", HandoffRecord)
+    assert record is not None and verify_seal(home.path / "bundle" / "w8a8", record.seal_id)
+    assert home.breaks() == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qualify/away/../../../precious.txt", "qualify/away/../../plan.json", "qualify/away/./x", "qualify/away//x"],
+)
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, home: RunFolder, away: RunFolder, name: str):
+    copy = RunFolder(Path(shutil.copytree(away.path, tmp_path / "disk" / "away")), home.recipe)
+    (tmp_path / "precious.txt").write_text("mine")
+    (home.path / "plan.json").write_text("mine")
+    (copy.path / name).write_text("theirs")
+    entry = Entry(sha256=sha256_file(copy.path / name))
+    lists(copy, name, entry)
+    said = refused(home, copy.path, kind=DamagedFile)
+    assert str(copy.path) in said and name in said
+    with pytest.raises(DamagedFile, match=re.escape(repr(name))):
+        home.receive(name, copy.path / name, entry)
+    assert (tmp_path / "precious.txt").read_text() == (home.path / "plan.json").read_text() == "mine"
+
+
+def lists(run: RunFolder, name: str, entry: Entry) -> None:
+    """Enter a name that no run enters, in a list that matches its own hash."""
+    path = run.path / "files.json"
+    path.write_bytes(Ledger.from_bytes(path.read_bytes(), path).entered(name, entry).to_bytes())
+
+
+def trained(run: RunFolder, checkpoint: str = "steps/cold-start/checkpoints/step-000001") -> Path:
+    """A run with the step `cold-start`, whose record names `checkpoint`; returns the folder where it truly lies."""
+    writer = CheckpointWriter(run.path / "steps" / "cold-start" / "checkpoints", 1, None)
+    writer.save(1, TrainingState(model={"w": torch.ones(3)}, optimizer={}, extra={}))
+    saved = writer.finish()
+    assert saved is not None
+    record = TextRecord(
+        recipe_sha256=run.recipe.digest(),
+        started=1.0,
+        ended=2.0,
+        step="cold-start",
+        kind="sft",
+        pool="home",
+        started_from="model",
+        steps=1,
+        resumed_from=[],
+        checkpoint=checkpoint,
+        checkpoint_sha256=saved.sha256,
+        figures={},
+    )
+    run.write_record("steps/cold-start/record", record)
+    return saved.folder
+
+
+@pytest.mark.parametrize("checkpoint", ["../precious", "qualify", "/absolute", "steps/cold-start/../../qualify"])
+def test_weights_outside_the_folder_of_their_act_are_refused(
+    tmp_path: Path, home: RunFolder, away: RunFolder, checkpoint: str
+):
+    """The record names a whole checkpoint, which lies where the run has something else."""
+    copy = RunFolder(Path(shutil.copytree(away.path, tmp_path / "disk" / "away")), home.recipe)
+    named = str(tmp_path / "disk" / "x") if checkpoint == "/absolute" else checkpoint
+    folder = trained(copy, named)
+    shutil.copytree(folder, copy.path / named, dirs_exist_ok=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "mine").write_text("mine")
+    said = refused(home, copy.path, kind=DamagedFile)
+    assert str(copy.path / "steps" / "cold-start" / "record.json") in said and named in said
+    assert content(tmp_path / "precious") == {str(tmp_path / "precious" / "mine"): b"mine"}
+
+
+def test_weights_in_the_place_of_a_listed_file_are_refused(home: RunFolder, away: RunFolder):
+    home.keep(home.path / "steps" / "cold-start" / "incidents" / "001.json", b"{}")
+    shutil.copytree(trained(away, "steps/cold-start/incidents"), away.path / "steps" / "cold-start" / "incidents")
+    assert "001.json" in refused(home, away.path, kind=DamagedFile)
+
+
+def test_a_bundle_outside_the_folder_of_bundles_is_refused(home: RunFolder, away: RunFolder):
+    handed_off(away, verdict="pass", bundles={"w8a8": "qualify/w8a8"})
+    shutil.copytree(away.path / "bundle" / "w8a8", away.path / "qualify" / "w8a8")
+    assert "'qualify/w8a8'" in refused(home, away.path, kind=DamagedFile)
+
+
+def test_of_a_checkpoint_only_the_files_of_its_manifest_are_taken(home: RunFolder, away: RunFolder):
+    folder = trained(away)
+    (folder / "notes.txt").write_text("not of the checkpoint")
+    collect.execute([away.path], home, QUIET)
+    record = read_weights(home, "cold-start")
+    taken = home.path / record.checkpoint
+    assert sorted(path.name for path in taken.iterdir()) == ["manifest.json", "model-00000.safetensors"]
+    assert load_model_state(taken, record.checkpoint_sha256)["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def linked(path: Path, target: Path) -> Path:
+    """A link to a file; what lies in its place moves to the target."""
+    if path.exists():
+        path.rename(target)
+    else:
+        target.write_text("secret")
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model-00000.safetensors", "manifest.json"])
+def test_a_link_in_a_checkpoint_is_refused(tmp_path: Path, home: RunFolder, away: RunFolder, name: str):
+    link = linked(trained(away) / name, tmp_path / "secret")
+    assert f"{link} is a link" in refused(home, away.path, kind=DamagedFile)
+
+
+def test_a_link_to_a_checkpoint_is_refused(tmp_path: Path, home: RunFolder, away: RunFolder):
+    link = linked(trained(away).parent, tmp_path / "elsewhere")
+    assert f"{link} is a link" in refused(home, away.path, kind=DamagedFile)
+
+
+def test_a_link_in_a_bundle_is_refused_though_its_seal_holds(home: RunFolder, away: RunFolder):
+    folder = handed_off(away, verdict="pass").path / "bundle" / "w8a8"
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "again.safetensors")
+    weights.symlink_to("again.safetensors")
+    (folder / "checksums.json").write_text(json.dumps(file_hashes(folder)))
+    record = away.read_record("parity", HandoffRecord)
+    assert record is not None
+    away.write_record("parity", record.model_copy(update={"seal_id": write_seal(folder, **passed()).id}))
+    assert f"{weights} is a link" in refused(home, away.path, kind=DamagedFile)
+
+
+@pytest.mark.parametrize("name", ["qualify/away/failures/matmul/failure.json", "qualify/away/failures", "qualify"])
+def test_a_link_to_a_listed_file_is_refused(tmp_path: Path, home: RunFolder, away: RunFolder, name: str):
+    link = linked(away.path / name, tmp_path / "elsewhere")
+    assert f"{link} is a link" in refused(home, away.path, kind=DamagedFile)
+    listed = "qualify/away/failures/matmul/failure.json"
+    with pytest.raises(DamagedFile, match=f"{link} is a link"):
+        home.receive(listed, away.path / listed, away.entries[listed])
 
 
 def test_the_run_itself_and_an_empty_copy_are_refused(tmp_path: Path, home: RunFolder):

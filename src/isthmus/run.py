@@ -275,11 +275,17 @@ class RunFolder:
         return read_chain(_bytes_of(self.path / EVENTS))
 
     def receive(self, name: str, source: Path, entry: Entry) -> None:
-        """Copy a file that another folder of this run entered, and enter it here.
+        """Copy a file that another folder of this run entered, and enter it here. `source` is that folder / `name`.
 
-        Raises DamagedFile, and keeps nothing, if its content is not what was entered there.
+        Raises DamagedFile, and keeps nothing, if its content is not what was entered there, if `name` may lead out of
+        the folder, or if a link leads to the file.
         """
-        path = self.path / name
+        path, parts = self.path / name, name.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise DamagedFile(f"{source}: {name!r} is no name of a file in a run folder. Copy its folder again.")
+        for there in [source, *source.parents][: len(parts)]:
+            if there.is_symlink():
+                raise DamagedFile(f"{there} is a link, and what it leads to is not taken. Copy its folder with cp -rL.")
         with self._alone():
             self._store(self._ledger().about_to_write(name, entry))
             with replaced(path, str(os.getpid())) as copy, source.open("rb") as file:

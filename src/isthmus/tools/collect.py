@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from isthmus.chain import EVENTS, FILES, Entry
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.formats.files.bundle import SEAL
 from isthmus.lines import parse_object
 from isthmus.lock import writing_run
 from isthmus.parity.seal import verify_seal
@@ -28,7 +29,7 @@ from isthmus.pools import placed_pools
 from isthmus.progress import Watch
 from isthmus.records import STEP_RECORDS, HandoffRecord, PlanRecord, QualifyRecord, WeightsRecord
 from isthmus.run import Record, RunFolder, difference, new_folder
-from isthmus.trainer.checkpoint_files import read_manifest, verify_file
+from isthmus.trainer.checkpoint_files import MANIFEST, read_manifest, verify_file
 
 NAME = "collect"
 EVIDENCE = "collected"
@@ -51,7 +52,10 @@ class Unit:
         return f"{self.record}.json"
 
     def has(self, name: str) -> bool:
-        return name == self.file or any(name.startswith(f"{folder}/") for folder in self.folders)
+        return name == self.file or self.has_within(name)
+
+    def has_within(self, name: str) -> bool:
+        return any(name.startswith(f"{folder}/") for folder in self.folders)
 
     def tells(self, event: Mapping[str, Any]) -> bool:
         """Whether an event is of this act."""
@@ -69,14 +73,19 @@ class Weights:
     sha256: str | None = None
     seal_id: str | None = None
 
-    def check(self, folder: Path) -> None:
-        """Raise GateRefused that names what is not as the record says."""
+    def check(self, root: Path) -> list[str]:
+        """The files in the folder below `root` that the record vouches for.
+
+        Raises GateRefused that names what is not as the record says, and links.
+        """
+        folder = root / self.name
+        _refuse_links(root, self.name)
         if self.sha256 is None:
-            verify_seal(folder, self.seal_id)
-            return
+            return [SEAL, *verify_seal(folder, self.seal_id).files]
         manifest = read_manifest(folder, self.sha256)[0]
         for file in manifest.files:
             verify_file(folder, manifest, file)
+        return [MANIFEST, *manifest.files]
 
 
 def weights_of(record: Record) -> list[Weights]:
@@ -91,14 +100,16 @@ def weights_of(record: Record) -> list[Weights]:
 
 @dataclass
 class Find:
-    """What a copy has of a unit: files that the run lacks, in `new`, and its `weights`, where the record is among them.
-    `replaces`: the run's own is no result."""
+    """What a copy has of a unit: files that the run lacks, in `new`, and where the record is among them its `weights`.
+    `replaces`: the run's own is no result, and this one is. `left`: why nothing is taken. `what`: why all is refused.
+    The files of weights are by their folders."""
 
     copy: RunFolder
     unit: Unit
     new: dict[str, Entry] = field(default_factory=dict)
-    weights: list[Weights] = field(default_factory=list)
+    weights: dict[Weights, list[str]] = field(default_factory=dict)
     replaces: bool = False
+    left: str = ""
     what: str = ""
 
 
@@ -158,6 +169,28 @@ def _check(copy: RunFolder) -> None:
             f"{copy.path / touched[0].file} {touched[0].what}{more}: it was touched, or did not arrive whole. "
             "Copy the folder again from where it was made; nothing was taken."
         )
+    for name in copy.entries:
+        if not _is_plain(name):
+            raise DamagedFile(
+                f"{copy.path / FILES} lists {name!r}, which may lead out of the folder: no run wrote that. Copy the "
+                "folder again from where it was made; nothing was taken."
+            )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name relative to a folder stays in it, and is the only way to write that place."""
+    return not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def _refuse_links(root: Path, name: str) -> None:
+    """Raise DamagedFile if there is a link on the way from `root` to `name`, or below it."""
+    path, depth = root / name, name.count("/") + 1
+    for one in [*reversed([path, *path.parents][:depth]), *sorted(path.rglob("*"))]:
+        if one.is_symlink():
+            raise DamagedFile(
+                f"{one} is a link, and what it leads to is not taken. Where it is meant, copy the folder with "
+                "cp -rL, which puts files in the place of links; nothing was taken."
+            )
 
 
 def _units(run: RunFolder) -> list[Unit]:
@@ -193,28 +226,55 @@ def _find(copy: RunFolder, unit: Unit, run: RunFolder) -> Find:
         raise DamagedFile(
             stray or f"{copy.path / unit.file} is missing, and stands on the list. Copy the folder again."
         )
-    find = Find(copy, unit)
+    own = run.read_record(unit.record, unit.kind)
     if isinstance(record, QualifyRecord) and record.disturbed:
-        find.what = (
-            f"{copy.path / unit.file}: probes were disturbed there ({record.disturbed[0]}), so it is not done; qualify "
-            f"again: isthmus qualify {copy.path} --pool {unit.pool}"
-        )
-        return find
+        return _disturbed(copy, unit, record.disturbed[0], own)
+    find = Find(copy, unit)
     theirs = {name: entry for name, entry in copy.entries.items() if unit.has(name)}
     ours = {name: entry for name, entry in run.entries.items() if unit.has(name)}
-    find.replaces = _is_no_result(run, unit)
     different = [name for name in theirs if name in ours and ours[name].sha256 != theirs[name].sha256]
+    find.replaces = bool(different) and own is not None and not _is_result(own) and _is_result(record)
     if different and not find.replaces:
         find.what = _conflict(run.path, copy.path, unit, unit.file if unit.file in different else different[0])
     find.new = {name: entry for name, entry in theirs.items() if find.replaces or name not in ours}
-    gone = next((name for name in find.new if not (copy.path / name).is_file()), None)
-    if gone is not None:
-        raise DamagedFile(f"{copy.path / gone} is missing, and {unit.file} stands on it. Copy the whole folder again.")
+    for name in find.new:
+        if not (copy.path / name).is_file():
+            raise DamagedFile(
+                f"{copy.path / name} is missing, and {unit.file} stands on it. Copy the whole folder again."
+            )
+        _refuse_links(copy.path, name)
     if unit.file in find.new:
-        find.weights = weights_of(record)
-        for weights in find.weights:
-            weights.check(copy.path / weights.name)
+        for weights in weights_of(record):
+            _refuse_elsewhere(weights, copy, unit, {**theirs, **ours})
+            find.weights[weights] = weights.check(copy.path)
     return find
+
+
+def _disturbed(copy: RunFolder, unit: Unit, why: str, own: Record | None) -> Find:
+    """What is found of a pool whose probes were disturbed in the copy; `own` is the record of it that the run has."""
+    if own is not None:
+        return Find(copy, unit, left="no: probes were disturbed there; the run keeps its own")
+    what = (
+        f"{copy.path / unit.file}: probes were disturbed there ({why}), so it is not done; qualify again: isthmus "
+        f"qualify {copy.path} --pool {unit.pool}"
+    )
+    return Find(copy, unit, what=what)
+
+
+def _refuse_elsewhere(weights: Weights, copy: RunFolder, unit: Unit, listed: Mapping[str, Entry]) -> None:
+    """Raise DamagedFile unless a folder of weights is one of this act's own, without files that are `listed`."""
+    name = weights.name
+    if not (_is_plain(name) and unit.has_within(name)):
+        within = " or ".join(f"{folder}/" for folder in unit.folders)
+        raise DamagedFile(
+            f"{copy.path / unit.file} names weights in {name!r}, and those of {unit.title} lie in {within}. "
+            "Copy the folder again from where it was made; nothing was taken."
+        )
+    if inside := [one for one in listed if one == name or one.startswith(f"{name}/")]:
+        raise DamagedFile(
+            f"{copy.path / unit.file} names weights in {name!r}, where {inside[0]} lies, which is none of them. "
+            "Copy the folder again from where it was made; nothing was taken."
+        )
 
 
 def _stray(copy: RunFolder, unit: Unit, record: Record, run: RunFolder) -> str | None:
@@ -228,11 +288,11 @@ def _stray(copy: RunFolder, unit: Unit, record: Record, run: RunFolder) -> str |
     return None
 
 
-def _is_no_result(run: RunFolder, unit: Unit) -> bool:
-    """Whether the run's own record says that it is to be made again."""
-    record = run.read_record(unit.record, unit.kind)
-    refused = isinstance(record, HandoffRecord) and record.verdict == "refuse"
-    return refused or (isinstance(record, QualifyRecord) and bool(record.disturbed))
+def _is_result(record: Record) -> bool:
+    """Whether a record stands, and does not say that its act is to be done again."""
+    if isinstance(record, HandoffRecord):
+        return record.verdict == "pass"
+    return not (isinstance(record, QualifyRecord) and record.disturbed)
 
 
 def _conflict(ours: Path, theirs: Path, unit: Unit, name: str) -> str:
@@ -273,9 +333,9 @@ def _bring(copy: RunFolder, finds: Sequence[Find], run: RunFolder, watch: Watch)
         for number, (find, name) in enumerate(files):
             counter.advance_to(number, name)
             run.receive(name, copy.path / name, find.new[name])
-        for weights in (weights for find in finds for weights in find.weights):
+        for weights, names in (one for find in finds for one in find.weights.items()):
             counter.advance_to(len(files), weights.name)
-            _bring_weights(weights, copy, run)
+            _bring_weights(weights, names, copy, run)
         for name in (FILES, EVENTS):
             run.keep(run.path / evidence / name, (copy.path / name).read_bytes())
         _retell(copy, [find.unit for find in finds], run, evidence)
@@ -287,12 +347,15 @@ def _bring(copy: RunFolder, finds: Sequence[Find], run: RunFolder, watch: Watch)
         counter.advance_to(len(files) + len(finds))
 
 
-def _bring_weights(weights: Weights, copy: RunFolder, run: RunFolder) -> None:
-    """Copy them and look at every byte again; they appear whole, or not at all."""
-    (run.path / weights.name).parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(run.path / weights.name) as new:
-        shutil.copytree(copy.path / weights.name, new, dirs_exist_ok=True)
-        weights.check(new)
+def _bring_weights(weights: Weights, names: Sequence[str], copy: RunFolder, run: RunFolder) -> None:
+    """Copy their files and look at every byte again; they appear whole, or not at all."""
+    there, here = copy.path / weights.name, run.path / weights.name
+    here.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(here) as new:
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(there / name, new / name, follow_symlinks=False)
+        replace(weights, name=new.name).check(new.parent)
 
 
 def _clear(run: RunFolder, unit: Unit) -> None:
@@ -321,6 +384,6 @@ def _table(found: Sequence[Find]) -> Table:
         table.add_column(title, overflow="fold", justify="right" if title == "files" else "left")
     for find in found:
         there = "done again: the run's own was no result" if find.replaces else "yes"
-        taken = there if find.new else "is there already, the same"
+        taken = find.left or (there if find.new else "is there already, the same")
         table.add_row(escape(find.unit.title), escape(str(find.copy.path)), str(len(find.new)), taken)
     return table
