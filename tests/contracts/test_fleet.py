@@ -133,7 +133,8 @@ def test_what_a_sick_engine_answers_is_written_by_another_once(shore, fault):
     assert words.get(fault, "does not answer") in shore.left_out[0]
 
 
-def test_one_that_is_killed_loses_nothing_and_gets_the_current_version_when_it_is_back(shore, bundle):
+def test_one_that_is_killed_loses_nothing_and_gets_the_current_version_when_it_is_back(shore, bundle, monkeypatch):
+    monkeypatch.setattr("isthmus.engines.member.PAUSE_S", 0.0)
     model = bring(shore.fleet, 1, 1)
     long = Sampling(90, temperature=1.0, seed=5, n=4)
     healthy = shore.fleet.generate(PROMPTS, long)
@@ -161,8 +162,9 @@ def test_one_that_was_started_again_unseen_does_not_serve_its_old_weights(shore,
 
 
 def test_one_that_hangs_is_left_out(shore, monkeypatch):
-    monkeypatch.setattr("isthmus.engines.fleet.HEALTH_S", 0.3)
     model = bring(shore.fleet, 1, 1)
+    stopped = shore.fleet.members[0].engine
+    monkeypatch.setattr(stopped, "answers", lambda _: HttpEngine.answers(stopped, 0.3))
     os.kill(shore.processes[0].pid, signal.SIGSTOP)
     try:
         found = shore.fleet.generate(PROMPTS, SAMPLING)

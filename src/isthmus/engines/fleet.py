@@ -8,47 +8,35 @@ back gets the current version before it serves.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.engines import Completion, EngineError, OtherBase, Sampling
+from isthmus.engines.member import HEALTH_S, Act, Member, Patience, each
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.dialect import spread_seed
-from isthmus.engines.sharing import Ask, Piece, Sharing
+from isthmus.engines.sharing import SILENT_LOOKS, Ask, Piece, Sharing
 
-HEALTH_S = 5.0
-"""What an engine gets to say that it is alive."""
-
-Act = Callable[[HttpEngine], None]
-
-
-@dataclass
-class Member:
-    """One engine of a fleet. `versions` are those that it was given, in order; `has` is how it names the last one.
-
-    `why` says why it is left out; None if it is not.
-    """
-
-    engine: HttpEngine
-    versions: list[int] = field(default_factory=list)
-    has: str | None = None
-    switches: bool = False
-    why: str | None = None
-
-    @property
-    def url(self) -> str:
-        return self.engine.url
+STAGING = Patience(looks=SILENT_LOOKS, behind_s=540.0)
+"""Of bringing a version. Our server gives up what was staged and not used within 600 s."""
+SWITCHING = Patience(looks=20)
+"""SGLang's /health waits for its scheduler, which says nothing while it reads weights from a folder."""
+ASKING = Patience(looks=SILENT_LOOKS, limit_s=60.0)
+"""Of what is no work: which weights an engine has, and what it is when it comes back."""
+BACK_S, BACK_TIMES = 60.0, 3.0
+"""Generating waits so long for one that comes back to take the weights in use, or so many times what all took."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """All weights of a version as they were sent."""
+    """All weights of a version as they were sent, and the seconds that it took."""
 
     payload: bytes
     version: int
     sha256: str
+    seconds: float
 
     def bring(self, engine: HttpEngine) -> None:
         engine.stage(self.payload, self.version, self.sha256)
@@ -61,6 +49,7 @@ class Fleet:
     def __init__(self, engines: Sequence[HttpEngine], tell: Callable[..., None]):
         self.members = [Member(engine) for engine in engines]
         self._tell, self._lock = tell, threading.RLock()
+        self._bringing = threading.Lock()
         self._bundle: Path | None = None
         self._last: Whole | None = None
         self._version: int | None = None
@@ -68,7 +57,7 @@ class Fleet:
     def start(self, bundle_folder: Path) -> None:
         """Find out what each of them is. Raises EngineError with what the first unfit one lacks."""
         self._bundle = bundle_folder
-        _, failed = _each(self.members, lambda engine: engine.start(bundle_folder))
+        _, failed = each(self.members, lambda engine: engine.start(bundle_folder))
         if failed:
             raise failed[0][1]
 
@@ -81,27 +70,37 @@ class Fleet:
         """
         if not prompts:
             return []
-        self._take_back()
         own = seeds or [spread_seed(sampling.seed, place) for place in range(len(prompts))]
         if len(own) != len(prompts):
             raise EngineError(f"{len(own)} seeds for {len(prompts)} prompts; give one for each")
-        sharing = Sharing(self.serving, len(prompts), self._asker(prompts, sampling, own), self._leave_out, _answers)
-        return sharing.run()
+        self._take_back_if_idle()
+        serving = self.serving
+        if not serving:
+            raise EngineError(_nobody(self.members))
+        ask = self._asker(prompts, sampling, own)
+        found = Sharing(serving, len(prompts), ask, self._leave_out, Member.answers).run()
+        for member in serving:
+            if member.serves:
+                member.pause_s = 0.0
+        return found
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """Stage on all, then switch. If no engine takes it, the old weights go on serving on all."""
-        self._find_back()
-        whole = Whole(payload, version, sha256)
-        self._bring(lambda engine: engine.stage(payload, version, sha256), version, None)
-        self._last = whole
+        with self._bringing:
+            self._find_back()
+            began = time.monotonic()
+            self._bring(lambda engine: engine.stage(payload, version, sha256), version, None)
+            self._last = Whole(payload, version, sha256, time.monotonic() - began)
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
         """The same by what changes. Raises OtherBase if an engine lacks what is changed, one that came back included:
         all of them then need all weights."""
-        if back := self._find_back():
-            raise OtherBase(f"{', '.join(member.url for member in back)} came back without the weights in use")
-        self._bring(lambda engine: engine.stage_delta(parts, base_version, version), version, sha256)
-        self._last = None
+        with self._bringing:
+            self._find_back()
+            if back := [member.url for member in self.members if member.returning]:
+                raise OtherBase(f"{', '.join(back)} came back without the weights in use")
+            self._bring(lambda engine: engine.stage_delta(parts, base_version, version), version, sha256)
+            self._last = None
         return 0.0
 
     def stop(self) -> None:
@@ -109,8 +108,8 @@ class Fleet:
 
     @property
     def serving(self) -> list[Member]:
-        """Those that are not left out."""
-        return [member for member in self.members if member.why is None]
+        """Those that have the version in use and are not left out."""
+        return [member for member in self.members if member.serves]
 
     @property
     def takes_deltas(self) -> bool:
@@ -127,8 +126,11 @@ class Fleet:
     def _asker(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Ask:
         def ask(member: Member, piece: Piece) -> list[list[Completion]]:
             with self._lock:
-                begun, wanted = len(member.versions) - 1, None if member.switches else member.has
-            if wanted is not None:
+                if not member.serves:
+                    raise EngineError(member.why or "it came back in between, and has no weights yet")
+                begun = max(0, len(member.versions) - (2 if member.switches else 1))
+                known, wanted = bool(member.versions) and not member.switches, member.has
+            if known:
                 self._check_weights(member, wanted)
             part = slice(piece.start, piece.stop)
             groups = member.engine.generate(prompts[part], sampling, seeds[part])
@@ -137,8 +139,9 @@ class Fleet:
 
         return ask
 
-    def _check_weights(self, member: Member, wanted: str) -> None:
-        """An engine that was started again serves what it read then, perhaps under the same number."""
+    def _check_weights(self, member: Member, wanted: str | None) -> None:
+        """An engine that was started again serves what it read then, perhaps under the same number. `wanted` is None
+        for one that never tells what it has."""
         found = member.engine.in_use()
         with self._lock:
             same = found == wanted or member.switches or member.has != wanted
@@ -156,36 +159,55 @@ class Fleet:
             raise EngineError(f"it wrote with version {strange[0]}, and was given {', '.join(map(str, sorted(given)))}")
 
     def _bring(self, stage: Act, version: int, sha256: str | None) -> None:
-        staged, failed = _each(self.serving, stage)
+        """To all that serve or come back; `_bringing` is held."""
+        staged, failed = each([member for member in self.members if member.why is None], stage, STAGING)
         for _, error in failed:
             if isinstance(error, OtherBase):
+                self._drop([one for one in failed if one[0].busy], version)
                 raise error
         self._drop_or_raise(staged, failed, version)
         with self._lock:
             for member in staged:
                 member.switches = True
                 member.versions.append(version)
-        switched, failed = _each(staged, lambda engine: engine.switch(version, sha256))
+        switched, failed = each(staged, lambda engine: engine.switch(version, sha256), SWITCHING)
+        if not switched:
+            self._undo_switch(staged)
         self._drop_or_raise(switched, failed, version)
         self._settle(switched)
         self._version = version
 
+    def _undo_switch(self, members: list[Member]) -> None:
+        """What was in use goes on being what they should have."""
+        with self._lock:
+            for member in members:
+                member.switches = False
+                member.versions.pop()
+
     def _settle(self, members: list[Member]) -> None:
-        """Remember how each names what it now has."""
-        for member in members:
-            try:
-                has = member.engine.in_use()
-            except EngineError as error:
-                self._leave_out(member, str(error))
-                continue
+        """Remember how each names what it now has. One that came back serves from here on."""
+        found: dict[int, str | None] = {}
+
+        def ask(engine: HttpEngine) -> None:
+            found[id(engine)] = engine.in_use()
+
+        settled, failed = each(members, ask, ASKING)
+        for member, error in failed:
+            self._leave_out(member, str(error))
+        for member in settled:
             with self._lock:
-                member.has, member.switches = has, False
+                back = member.returning
+                member.has, member.switches, member.returning = found[id(member.engine)], False, False
+            if back:
+                self._tell("back", engine=member.url, weight_version=member.versions[-1])
 
     def _drop_or_raise(self, done: list[Member], failed: list[tuple[Member, EngineError]], version: int) -> None:
+        """If nobody is done, only whoever still is at it is left out."""
+        self._drop([one for one in failed if done or one[0].busy], version)
         if not done:
-            if not failed:
-                raise EngineError(_nobody(self.members))
-            raise failed[0][1]
+            raise failed[0][1] if failed else EngineError(_nobody(self.members))
+
+    def _drop(self, failed: list[tuple[Member, EngineError]], version: int) -> None:
         for member, error in failed:
             self._leave_out(member, f"it cannot follow to version {version}: {error}")
 
@@ -193,63 +215,54 @@ class Fleet:
         with self._lock:
             if member.why is not None:
                 return
-            member.why, member.switches = why, False
+            member.why, member.switches, member.returning = why, False, False
+            member.rest()
         left = len(self.serving)
         self._tell(
             "fallback", what=f"the engine {member.url} is left out, {left} of {len(self.members)} go on", why=why
         )
 
-    def _find_back(self) -> list[Member]:
-        """Those that were left out and answer again, found out anew; they have no version yet."""
-        back = []
-        for member in self.members:
-            if member.why is None or self._bundle is None or not member.engine.answers(HEALTH_S):
-                continue
-            try:
-                member.engine.start(self._bundle)
-            except EngineError as error:
+    def _find_back(self) -> None:
+        """Those that were left out and answer again are found out anew, and are `returning` then."""
+        bundle = self._bundle
+        if bundle is None:
+            return
+        here, silent = each([member for member in self.members if member.may_come_back], _must_answer)
+        started, failed = each(here, lambda engine: engine.start(bundle), ASKING)
+        with self._lock:
+            for member in started:
+                member.why, member.returning, member.versions, member.has = None, True, [], None
+            for member, error in failed:
                 member.why = str(error)
-                continue
-            with self._lock:
-                member.why, member.versions, member.has = None, [], None
-            back.append(member)
-        return back
+            for member, _ in silent + failed:
+                member.rest()
+
+    def _take_back_if_idle(self) -> None:
+        """Before work, where no version is on its way: that brings those back itself."""
+        if self._bringing.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._bringing.release()
 
     def _take_back(self) -> None:
-        """Before work: those that answer again serve with the version in use, where it is here as a whole."""
-        if self._last is None or self._last.version != self._version:
+        """Those that answer again serve with the version in use, where it is here as a whole."""
+        last = self._last
+        if last is None or last.version != self._version:
             return
-        for member in self._find_back():
-            with self._lock:
-                member.versions = [self._last.version]
-            try:
-                self._last.bring(member.engine)
-            except EngineError as error:
-                self._leave_out(member, f"it came back and cannot follow: {error}")
-                continue
-            self._settle([member])
-            self._tell("back", engine=member.url, weight_version=self._last.version)
+        self._find_back()
+        patience = Patience(looks=SILENT_LOOKS, limit_s=max(BACK_S, BACK_TIMES * last.seconds))
+        brought, failed = each([member for member in self.members if member.returning], last.bring, patience)
+        for member, error in failed:
+            self._leave_out(member, f"it came back and cannot follow: {error}")
+        for member in brought:
+            member.versions = [last.version]
+        self._settle(brought)
 
 
-def _each(members: Sequence[Member], act: Act) -> tuple[list[Member], list[tuple[Member, EngineError]]]:
-    """(those that did it, those that failed with their errors), all at once. Other errors are raised."""
-    if not members:
-        return [], []
-    with ThreadPoolExecutor(len(members)) as workers:
-        begun = [(member, workers.submit(act, member.engine)) for member in members]
-    done, failed = [], []
-    for member, future in begun:
-        try:
-            future.result()
-        except EngineError as error:
-            failed.append((member, error))
-        else:
-            done.append(member)
-    return done, failed
-
-
-def _answers(member: Member) -> bool:
-    return member.engine.answers(HEALTH_S)
+def _must_answer(engine: HttpEngine) -> None:
+    if not engine.answers(HEALTH_S):
+        raise EngineError(f"the engine at {engine.url} does not answer")
 
 
 def _versions_of(one: Completion) -> set[int]:

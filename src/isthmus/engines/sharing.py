@@ -71,7 +71,8 @@ class Sharing(Generic[M]):
         looked = time.monotonic()
         while True:
             with self._changed:
-                self._changed.wait(self._look_s)
+                if not self._is_settled():
+                    self._changed.wait(self._look_s)
                 if self._error is not None or len(self._found) == self.count:
                     return
                 if len(self._lost) == len(self.members):
@@ -87,6 +88,9 @@ class Sharing(Generic[M]):
                 if silent[place] >= SILENT_LOOKS:
                     self._drop(place, f"it does not say any more that it is healthy, {SILENT_LOOKS} times in a row")
             looked = time.monotonic()
+
+    def _is_settled(self) -> bool:
+        return self._error is not None or len(self._found) == self.count or len(self._lost) == len(self.members)
 
     def _work(self, place: int) -> None:
         done = False
@@ -132,8 +136,8 @@ class Sharing(Generic[M]):
         """What comes from a member that is lost is not kept: another one has its piece."""
         with self._changed:
             if piece in self._held[place]:
+                self._found.update(list(zip(piece, found, strict=True)))
                 self._held[place].discard(piece)
-                self._found.update(zip(piece, found, strict=True))
             self._changed.notify_all()
 
     def _drop(self, place: int, why: str) -> None:

@@ -5,7 +5,8 @@ Which server answers is found out at the start; what it speaks is in the file of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from isthmus.engines import Completion, EngineError, Sampling
@@ -48,8 +49,9 @@ class HttpEngine:
         """
         self._bundle, self._dialect = bundle_folder, None
         self._transport.wait_until_healthy(self.start_wait_s)
-        dialect = recognise(self._transport, self._bundle, self.exchange)
-        dialect.check()
+        with self._reading():
+            dialect = recognise(self._transport, self._bundle, self.exchange)
+            dialect.check()
         self._dialect = dialect
 
     def generate(
@@ -63,16 +65,19 @@ class HttpEngine:
                 f"{self.server} at {self.url} is not asked for the experts of its tokens, which router replay needs: "
                 "set loss.router_replay = false in the step, or generate with an engine of isthmus"
             )
-        return self._server.generate(prompts, sampling, seeds)
+        with self._reading():
+            return self._server.generate(prompts, sampling, seeds)
 
     def score(self, sequences: list[list[int]]) -> list[list[TokenScore]]:
         """What the model itself, at temperature 1, says of every token but the first of each sequence."""
-        return self._server.score(sequences) if sequences else []
+        with self._reading():
+            return self._server.score(sequences) if sequences else []
 
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """Swap the weights: `payload` as updates/wire.py packs it. A message that is damaged or does not fit changes
         nothing."""
-        self._server.update(payload, version, sha256)
+        with self._reading():
+            self._server.update(payload, version, sha256)
 
     @property
     def takes_deltas(self) -> bool:
@@ -84,27 +89,33 @@ class HttpEngine:
 
         Raises OtherBase if the server has other weights than those that it changes.
         """
-        return self._server.update_delta(parts, base_version, version, sha256)
+        with self._reading():
+            return self._server.update_delta(parts, base_version, version, sha256)
 
     def stage(self, payload: bytes, version: int, sha256: str) -> None:
         """Bring all weights of a version and check them; those in use go on until `switch`."""
-        self._server.stage(payload, version, sha256)
+        with self._reading():
+            self._server.stage(payload, version, sha256)
 
     def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
         """The same by what changes; raises OtherBase as `update_delta` does."""
-        self._server.stage_delta(parts, base_version, version)
+        with self._reading():
+            self._server.stage_delta(parts, base_version, version)
 
     def switch(self, version: int, sha256: str | None = None) -> None:
         """Use what was staged. `sha256`, if given, is `set_sha256` of the result."""
-        self._server.switch(version, sha256)
+        with self._reading():
+            self._server.switch(version, sha256)
 
     def check_exchange(self, form: str) -> None:
         """Raise EngineError if the server cannot take the weights of the bundle's model in this format."""
-        self._server.check_exchange(form)
+        with self._reading():
+            self._server.check_exchange(form)
 
     def in_use(self) -> str | None:
         """What tells the weights in use from others, in the server's words; None where it does not tell."""
-        return self._server.in_use()
+        with self._reading():
+            return self._server.in_use()
 
     def answers(self, seconds: float) -> bool:
         """Whether the server says within so many seconds that it is healthy."""
@@ -144,8 +155,17 @@ class HttpEngine:
     @property
     def _server(self) -> Dialect:
         if self._dialect is None:
-            self._dialect = recognise(self._transport, self._bundle, self.exchange)
+            with self._reading():
+                self._dialect = recognise(self._transport, self._bundle, self.exchange)
         return self._dialect
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What a server left out of an answer, or put in its place, is an error of that server."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise EngineError(f"the answer of the engine at {self.url} cannot be read: {error!r}") from error
 
     def _explain(self) -> str:
         """More about why the server does not answer, where that is known."""
