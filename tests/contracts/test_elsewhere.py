@@ -4,9 +4,11 @@ anything is trained, with the command that starts one that can take part."""
 from __future__ import annotations
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
+from isthmus.chips import get_chip
 from isthmus.engines import EngineError, Sampling
 from isthmus.engines.elsewhere import open_fleet
 from isthmus.engines.remote.transport import Transport
@@ -14,10 +16,14 @@ from isthmus.errors import IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.updates.wire import digest, pack
 from isthmus.pools import get_pool
+from isthmus.probes import pilots
+from isthmus.probes.contract import Setting
+from isthmus.probes.findings import Findings
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.section import RecipeError
+from isthmus.tools import steps
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
-from tests.support.flow_recipe import RECIPE
+from tests.support.flow_recipe import RECIPE, REINFORCED, TAUGHT
 from tests.support.other_servers import FakeSgLang, FakeVllm, serving
 
 PROMPTS = [[0, 2, 60 + number, 61, 4] for number in range(8)]
@@ -144,15 +150,106 @@ def test_a_key_and_a_folder_that_are_not_there_are_named(bundle, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfekey", "api_key_file cannot be read.*utf-8"),
+        ("\N{BOM}key".encode(), "no HTTP header carries"),
+        ("schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel".encode(), "no HTTP header carries"),
+        (b"ke\x00y", "no HTTP header carries"),
+    ],
+)
+def test_a_key_that_no_header_carries_is_refused(content, reason, bundle, tmp_path):
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(IsthmusError, match=reason):
+        open_fleet(pool_of(["http://127.0.0.1:9"], api_key_file=tmp_path / "key"), bundle, "bf16", lambda *_, **__: 0)
+
+
+def test_a_pool_with_an_engine_that_takes_no_weights_does_not_qualify(bundle, stack, tmp_path, monkeypatch):
+    """The other one does, and could go on alone."""
+    servers = [stack.enter_context(serving(FakeVllm(bundle))) for _ in range(2)]
+    servers[1].reload_factor = 1.5
+    (tmp_path / "exchange").mkdir()
+    pool = pool_of([server.url for server in servers], exchange=tmp_path / "exchange")
+    model = thinking_model(small_tokenizer(), 1)
+    payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
+
+    def pilot(fleet, *_):
+        fleet.update(payload, 1, digest(payload))
+        return {}
+
+    monkeypatch.setattr(pilots, "_paces_of", pilot)
+    monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
+    monkeypatch.setattr(pilots, "open_fleet", lambda pool, _, *more: open_fleet(pool, bundle, *more))
+    recipe = load_recipe(RECIPE, (f"step.{REINFORCED}.rollout_format=bf16",))
+    found = Findings(Setting(recipe, pool, get_chip(pool.chip), None, "cpu", tmp_path, tmp_path))
+    run = SimpleNamespace(path=tmp_path, event=lambda *_, **__: None)
+    with pytest.raises(EngineError, match="changes what vLLM") as refused:
+        pilots.elsewhere(found, SimpleNamespace(model=model, recipe=recipe, tokenizer=None), run)
+    assert servers[1].url in str(refused.value) and "vllm serve" in str(refused.value)
+    assert not found.evidence
+
+
+def _away(url):
+    return ["pools.away.rehearsed=false", f"pools.away.engines=['{url}']"]
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         (["pools.away.engines=['http://a:1']"], "keep one of the two"),
         (["pools.away.rehearsed=false", "pools.away.engines=['a:1']"], "is not the URL of an engine"),
         (["pools.away.rehearsed=false", "pools.away.engines=['http://a:1', 'http://a:1/']"], "stands twice"),
         (["pools.away.rehearsed=false", "pools.away.engines=['http://a:1']"], "names 'away', which is reached by"),
+        (_away("http://h:99999"), r"engines\[0\] is no URL"),
+        (_away("http://h:80a"), r"engines\[0\] is no URL"),
+        (_away("http://h:0"), "is not the URL of an engine"),
+        (_away("http://[::1"), "is no URL"),
+        (_away("http://h:1?key=x"), "a query or a fragment"),
+        (_away("http://h:1#x"), "a query or a fragment"),
+        (_away("http://h:1/a b"), "signs that no URL has"),
         (["pools.home.exchange=x"], "exchange is for engines that run elsewhere"),
     ],
 )
 def test_a_recipe_in_which_engines_make_no_sense_is_refused(changes, reason):
     with pytest.raises(RecipeError, match=reason):
         load_recipe(RECIPE, tuple(changes))
+
+
+@pytest.mark.parametrize("url", ["http://me:pa55word@h:1", "http://me:pa55word@h:99999", "http://pa55word@h"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(url):
+    with pytest.raises(RecipeError, match="api_key_file") as refused:
+        load_recipe(RECIPE, tuple(_away(url)))
+    assert "pa55word" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ([f"step.{REINFORCED}.loss.router_replay=true"], "write loss.router_replay = false"),
+        ([f"evaluation.after=['{TAUGHT}']", "evaluation.format=bf16"], "write the same format in each"),
+        ([f"evaluation.after=['{TAUGHT}']"], None),
+    ],
+)
+def test_what_engines_elsewhere_do_not_do_is_refused_before_a_run(changes, reason):
+    here = load_recipe(RECIPE, tuple(changes))
+    steps.check(here)
+    elsewhere = [*_away("http://a:1"), "place.train=['home']", "place.serve=['home']", "place.rollout=['away']"]
+    recipe = load_recipe(RECIPE, (*changes, *elsewhere))
+    if reason is None:
+        steps.check(recipe)
+        return
+    with pytest.raises(IsthmusError, match=reason):
+        steps.check(recipe)
+    steps.check(load_recipe(RECIPE, (*changes, *elsewhere, "place.rollout=['away', 'home']")))
+
+
+def test_a_step_with_a_model_of_its_own_is_refused_on_engines_elsewhere():
+    recipe = load_recipe(
+        RECIPE, (*_away("http://a:1"), "place.train=['home']", "place.serve=['home']", "place.rollout=['away']")
+    )
+    steps.check(recipe)
+    other = recipe.model.model_copy(update={"num_hidden_layers": recipe.model.num_hidden_layers + 1})
+    first = recipe.step[0].model_copy(update={"model": "other"})
+    changed = recipe.model_copy(update={"models": {"other": other}, "step": [first, *recipe.step[1:]]})
+    with pytest.raises(IsthmusError, match="a model of its own"):
+        steps.check(changed)

@@ -80,10 +80,15 @@ def _key_of(pool: Pool) -> str | None:
         return None
     try:
         key = pool.api_key_file.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise IsthmusError(f"pools.{pool.name}.api_key_file cannot be read: {error}") from None
     if not key or len(key.split()) > 1:
         raise IsthmusError(f"{pool.api_key_file} must hold the key of the engines of {pool.name!r}, and nothing else")
+    if not (key.isascii() and key.isprintable()):
+        raise IsthmusError(
+            f"the key in {pool.api_key_file} has signs that no HTTP header carries; write letters, digits and "
+            "punctuation of ASCII alone, as plain UTF-8 without a byte order mark"
+        )
     return key
 
 

@@ -260,6 +260,8 @@ def elsewhere(found: Findings, work: Workload, run: RunFolder) -> None:
         paces = _paces_of(fleet, found, work, form, start, source)
     except EngineError as error:
         raise unfit(found.pool, error, folder) from None
+    if lost := [f"{member.url}: {member.why}" for member in fleet.members if member.why is not None]:
+        raise unfit(found.pool, EngineError("; ".join(lost)), folder)
     found.figures |= paces
     detail = f"{', '.join(member.engine.server for member in fleet.members)}: took weights in {form}, and answered"
     found.add("pilot of the engines", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)

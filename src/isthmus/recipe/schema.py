@@ -78,13 +78,36 @@ class PoolSection(Section):
             raise ValueError("a rehearsal is here, and engines = [...] are elsewhere; keep one of the two")
         if self.ranks is not None:
             raise ValueError("ranks train, and a pool of engines = [...] generates; leave ranks out")
-        for url in self.engines:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"{url!r} is not the URL of an engine; write http://host:port")
+        for number, url in enumerate(self.engines):
+            if problem := _url_problem(url):
+                raise ValueError(f"engines[{number}] {problem}")
         if len({url.rstrip("/") for url in self.engines}) < len(self.engines):
             raise ValueError("an engine stands twice in engines; each URL is one engine")
         return self
+
+
+def _url_problem(url: str) -> str | None:
+    """What is wrong with the URL of an engine, which is not repeated where it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"is no URL ({error}); write http://host:port" if "@" not in url else _NO_SECRET
+    if "@" in url:
+        return _NO_SECRET
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return f"{url!r} is not the URL of an engine; write http://host:port"
+    if "?" in url or "#" in url:
+        return f"{url!r} has a query or a fragment, and paths of the API are put behind it; write http://host:port"
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        return f"{url!r} has signs that no URL has; write http://host:port"
+    return None
+
+
+_NO_SECRET = (
+    "has a user name or a password, which would stand in events and records; write http://host:port, and the key "
+    "into a file that api_key_file names"
+)
 
 
 class PlaceSection(Section):

@@ -44,6 +44,31 @@ def check(recipe: Recipe) -> None:
                     raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
         checked_task(name, given)
+    if all(recipe.pools[name].engines for name in recipe.place.rollout):
+        _check_elsewhere(recipe)
+
+
+def _check_elsewhere(recipe: Recipe) -> None:
+    """Raise IsthmusError for what no engines of a pool elsewhere do, where every pool of place.rollout is one."""
+    where = f"place.rollout has engines elsewhere alone ({', '.join(recipe.place.rollout)})"
+    forms: dict[str, str] = {}
+    for step in recipe.step:
+        if isinstance(step, RlSection) and step.loss.router_replay:
+            raise IsthmusError(
+                f"step.{step.name} replays the experts of its samples, and {where}, which are not asked for them; "
+                "write loss.router_replay = false, or name a pool that is here"
+            )
+        generates, answers = isinstance(step, RlSection | SampleSection), step.name in recipe.evaluation.after
+        if (generates or answers) and recipe.architecture_of(step) != recipe.model:
+            raise IsthmusError(
+                f"step.{step.name} generates with a model of its own, and {where}, which serve [model]; let the step "
+                "start from [model], or name a pool that is here"
+            )
+        forms |= {step.rollout_format: f"step.{step.name}.rollout_format"} if generates else {}
+        forms |= {recipe.evaluation.format: "evaluation.format"} if answers else {}
+    if len(forms) > 1:
+        told = ", ".join(f"{key} = {form!r}" for form, key in forms.items())
+        raise IsthmusError(f"{where}, which serve one format, and {told}; write the same format in each")
 
 
 def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:
