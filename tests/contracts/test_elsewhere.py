@@ -164,6 +164,34 @@ def test_a_key_that_no_header_carries_is_refused(content, reason, bundle, tmp_pa
         open_fleet(pool_of(["http://127.0.0.1:9"], api_key_file=tmp_path / "key"), bundle, "bf16", lambda *_, **__: 0)
 
 
+def test_a_vllm_that_loads_other_weights_than_it_read_is_not_tried_again(bundle, stack, tmp_path):
+    """A second reload of the served weights changes nothing, as the first one left them."""
+    servers = [stack.enter_context(serving(FakeVllm(bundle))) for _ in range(2)]
+    servers[1].reload_factor = 1.5
+    (tmp_path / "exchange").mkdir()
+    pool, told = pool_of([server.url for server in servers], exchange=tmp_path / "exchange"), []
+    fleet = open_fleet(pool, bundle, "bf16", lambda name, **facts: told.append(name))
+    model = thinking_model(small_tokenizer(), 1)
+    payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
+    for version in (1, 2, 3):
+        fleet.update(payload, version, digest(payload))
+        fleet.generate(PROMPTS[:2], Sampling(2))
+        assert [member.url for member in fleet.serving] == [servers[0].url]
+    assert told == ["engines", "fallback"]
+
+
+def test_a_fleet_of_only_such_vllms_serves_nothing(bundle, stack, tmp_path):
+    server = stack.enter_context(serving(FakeVllm(bundle)))
+    server.reload_factor = 1.5
+    (tmp_path / "exchange").mkdir()
+    fleet = open_fleet(pool_of([server.url], exchange=tmp_path / "exchange"), bundle, "bf16", lambda *_, **__: None)
+    model = thinking_model(small_tokenizer(), 1)
+    payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
+    for version, reason in ((1, "changes what vLLM"), (2, "no engine is left")):
+        with pytest.raises(EngineError, match=reason):
+            fleet.update(payload, version, digest(payload))
+
+
 def test_a_pool_with_an_engine_that_takes_no_weights_does_not_qualify(bundle, stack, tmp_path, monkeypatch):
     """The other one does, and could go on alone."""
     servers = [stack.enter_context(serving(FakeVllm(bundle))) for _ in range(2)]
@@ -171,20 +199,21 @@ def test_a_pool_with_an_engine_that_takes_no_weights_does_not_qualify(bundle, st
     (tmp_path / "exchange").mkdir()
     pool = pool_of([server.url for server in servers], exchange=tmp_path / "exchange")
     model = thinking_model(small_tokenizer(), 1)
-    payload = pack(get_format("bf16").export(model.state_dict(), model.architecture))
-
-    def pilot(fleet, *_):
-        fleet.update(payload, 1, digest(payload))
-        return {}
-
-    monkeypatch.setattr(pilots, "_paces_of", pilot)
+    monkeypatch.setattr(pilots, "PILOT_SAMPLES", (8, 16))
+    monkeypatch.setattr(pilots, "PILOT_TOKENS", 4)
     monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
     monkeypatch.setattr(pilots, "open_fleet", lambda pool, _, *more: open_fleet(pool, bundle, *more))
     recipe = load_recipe(RECIPE, (f"step.{REINFORCED}.rollout_format=bf16",))
+    work = SimpleNamespace(
+        model=model,
+        recipe=recipe.model_copy(update={"model": model.architecture}),
+        tokenizer=None,
+        prompts=lambda count: PROMPTS[:count],
+    )
     found = Findings(Setting(recipe, pool, get_chip(pool.chip), None, "cpu", tmp_path, tmp_path))
     run = SimpleNamespace(path=tmp_path, event=lambda *_, **__: None)
     with pytest.raises(EngineError, match="changes what vLLM") as refused:
-        pilots.elsewhere(found, SimpleNamespace(model=model, recipe=recipe, tokenizer=None), run)
+        pilots.elsewhere(found, work, run)
     assert servers[1].url in str(refused.value) and "vllm serve" in str(refused.value)
     assert not found.evidence
 

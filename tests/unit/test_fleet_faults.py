@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
@@ -225,6 +224,7 @@ def test_the_slowest_is_waited_for_as_long_as_the_others_keep_what_was_staged():
     engines[0].let_go["stage"].set()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_that_is_no_engine_s_is_raised():
     def act(engine):
         raise ZeroDivisionError
@@ -234,18 +234,19 @@ def test_an_error_that_is_no_engine_s_is_raised():
 
 
 def test_one_that_does_not_come_back_is_asked_less_and_less_often(pair, monkeypatch):
-    fleet, engines, _ = pair
+    fleet, engines, told = pair
     now = [1000.0]
     monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
-    fleet._leave_out(fleet.members[0], "it died")
-    engines[0].refused = {"start"}
+    engines[0].refused = {"stage", "start"}
+    fleet.update(b"", 2, "")
     tried = []
-    for _ in range(4000):
+    for _ in range(400):
         engines[0].calls.clear()
-        fleet._find_back()
+        fleet.update(b"", 3, "")
         tried += [now[0] - 1000.0] if "start" in engines[0].calls else []
-        now[0] += 1.0
+        now[0] += 10.0
     assert tried == [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030, 3630]
+    assert len(told) == 1
 
 
 def test_one_that_comes_back_and_is_lost_again_rests_until_it_wrote_something(pair):
@@ -264,12 +265,12 @@ def test_one_that_comes_back_and_is_lost_again_rests_until_it_wrote_something(pa
 
 
 def test_with_nobody_left_the_reason_of_each_is_told(pair):
-    fleet, _, _ = pair
-    for member, why in zip(fleet.members, ("it died", "it lied"), strict=True):
-        fleet._leave_out(member, why)
-        member.rests_until = time.monotonic() + 1000
-    with pytest.raises(EngineError, match="no engine is left: one: it died; two: it lied"):
-        fleet.generate(PROMPTS, SAMPLING)
+    fleet, engines, _ = pair
+    for engine in engines:
+        engine.refused = {"generate"}
+    for _ in range(3):
+        with pytest.raises(EngineError, match=r"no engine is left: .*one refuses generate; .*two refuses generate"):
+            fleet.generate(PROMPTS, SAMPLING)
 
 
 def test_a_wrong_number_of_answers_loses_the_engine_and_no_prompt():
@@ -286,12 +287,12 @@ def test_a_wrong_number_of_answers_loses_the_engine_and_no_prompt():
     assert lost[0][0] == "sick" and "cannot be read" in lost[0][1]
 
 
-def test_what_is_ready_before_anyone_looks_is_not_waited_for():
-    """Nobody is left to tell of a change after the last answer."""
+def test_what_is_ready_before_anyone_looks_is_not_waited_for(monkeypatch):
+    """The answer is there while the last of many threads is started, and nobody tells of a change after that."""
+    monkeypatch.setattr("isthmus.engines.sharing.LANES", 200)
     sharing = Sharing(["one"], 1, lambda member, piece: [[]], lambda *_: None, lambda member: True, look_s=LONG_S)
-    sharing._found[0] = []
     began = time.monotonic()
-    sharing._await()
+    assert sharing.run() == [[]]
     assert time.monotonic() - began < LONG_S / 2
 
 
@@ -330,10 +331,11 @@ ACTS = {
 def test_half_an_answer_is_that_engine_s_error(act, path, answer, monkeypatch):
     answers = dict(GOOD)
 
-    def exchange(self, method, asked, body, kind):
-        return 200, json.dumps(answers[asked.partition("?")[0]]).encode()
+    def call(self, method, asked, body=None, kind=None):
+        return answers[asked.partition("?")[0]]
 
-    monkeypatch.setattr(Transport, "_exchange", exchange)
+    monkeypatch.setattr(Transport, "call", call)
+    monkeypatch.setattr(Transport, "wait_until_healthy", lambda *_: None)
     engine = HttpEngine("http://one:1")
     engine.start("bundle")
     answers[path] = answer

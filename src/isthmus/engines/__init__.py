@@ -22,6 +22,10 @@ class OtherBase(EngineError):
     """An engine has other weights than those that a delta changes: it needs all of them."""
 
 
+class CannotFollow(EngineError):
+    """An engine computes something else after an exchange of weights, which shows once: it must not be tried again."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. Temperature 0 takes the likeliest token. `n` samples are drawn per prompt.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.engines import Completion, EngineError, OtherBase, Sampling
+from isthmus.engines import CannotFollow, Completion, EngineError, OtherBase, Sampling
 from isthmus.engines.member import HEALTH_S, Act, Member, Patience, each
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.dialect import spread_seed
@@ -202,14 +202,15 @@ class Fleet:
                 self._tell("back", engine=member.url, weight_version=member.versions[-1])
 
     def _drop_or_raise(self, done: list[Member], failed: list[tuple[Member, EngineError]], version: int) -> None:
-        """If nobody is done, only whoever still is at it is left out."""
-        self._drop([one for one in failed if done or one[0].busy], version)
+        """If nobody is done, only whoever still is at it is left out, and who must not be tried again."""
+        self._drop([one for one in failed if done or one[0].busy or isinstance(one[1], CannotFollow)], version)
         if not done:
             raise failed[0][1] if failed else EngineError(_nobody(self.members))
 
     def _drop(self, failed: list[tuple[Member, EngineError]], version: int) -> None:
         for member, error in failed:
             self._leave_out(member, f"it cannot follow to version {version}: {error}")
+            member.lost_for_good |= isinstance(error, CannotFollow)
 
     def _leave_out(self, member: Member, why: str) -> None:
         with self._lock:
@@ -255,6 +256,7 @@ class Fleet:
         brought, failed = each([member for member in self.members if member.returning], last.bring, patience)
         for member, error in failed:
             self._leave_out(member, f"it came back and cannot follow: {error}")
+            member.lost_for_good |= isinstance(error, CannotFollow)
         for member in brought:
             member.versions = [last.version]
         self._settle(brought)

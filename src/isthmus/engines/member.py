@@ -34,6 +34,7 @@ class Member:
     switches: bool = False
     why: str | None = None
     returning: bool = False
+    lost_for_good: bool = False
     abandoned: threading.Thread | None = None
     pause_s: float = 0.0
     rests_until: float = 0.0
@@ -53,7 +54,8 @@ class Member:
 
     @property
     def may_come_back(self) -> bool:
-        return self.why is not None and not self.busy and time.monotonic() >= self.rests_until
+        out = self.why is not None and not self.lost_for_good
+        return out and not self.busy and time.monotonic() >= self.rests_until
 
     def rest(self) -> None:
         """It is not asked again for a while, which grows each time."""
@@ -88,11 +90,17 @@ class _Work:
         self.thread.start()
 
     def _run(self) -> None:
-        error = None
         try:
             self._act(self.member.engine)
-        except BaseException as caught:  # noqa: BLE001 - raised where it is waited for
-            error = caught
+        except EngineError as error:
+            self._end(error)
+        except BaseException as error:
+            self._end(error)
+            raise
+        else:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
         with self._changed:
             if not self.over:
                 self.over, self.error = True, error

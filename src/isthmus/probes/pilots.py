@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -252,15 +252,21 @@ def elsewhere(found: Findings, work: Workload, run: RunFolder) -> None:
     form, folder = generating(found.recipe).rollout_format, run.path / "qualify" / f"{found.pool.name}-bundle"
     state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
     write_bundle(folder, form, state, work.recipe.model, work.tokenizer)
+    lost: list[str] = []
+
+    def tell(name: str, **facts: Any) -> None:
+        run.event("qualify", name, **facts)
+        lost.extend([f"{facts['what']}: {facts['why']}"] if name == "fallback" else [])
+
     began = time.perf_counter()
-    fleet = open_fleet(found.pool, folder, form, lambda name, **facts: run.event("qualify", name, **facts))
+    fleet = open_fleet(found.pool, folder, form, tell)
     start = time.perf_counter() - began
     source = f"{len(fleet.members)} engines of {found.pool.name}, in {form}"
     try:
         paces = _paces_of(fleet, found, work, form, start, source)
     except EngineError as error:
         raise unfit(found.pool, error, folder) from None
-    if lost := [f"{member.url}: {member.why}" for member in fleet.members if member.why is not None]:
+    if lost:
         raise unfit(found.pool, EngineError("; ".join(lost)), folder)
     found.figures |= paces
     detail = f"{', '.join(member.engine.server for member in fleet.members)}: took weights in {form}, and answered"

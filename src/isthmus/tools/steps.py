@@ -58,13 +58,14 @@ def _check_elsewhere(recipe: Recipe) -> None:
                 f"step.{step.name} replays the experts of its samples, and {where}, which are not asked for them; "
                 "write loss.router_replay = false, or name a pool that is here"
             )
-        generates, answers = isinstance(step, RlSection | SampleSection), step.name in recipe.evaluation.after
-        if (generates or answers) and recipe.architecture_of(step) != recipe.model:
+        own = step.rollout_format if isinstance(step, RlSection | SampleSection) else None
+        answers = step.name in recipe.evaluation.after
+        if (own or answers) and recipe.architecture_of(step) != recipe.model:
             raise IsthmusError(
                 f"step.{step.name} generates with a model of its own, and {where}, which serve [model]; let the step "
                 "start from [model], or name a pool that is here"
             )
-        forms |= {step.rollout_format: f"step.{step.name}.rollout_format"} if generates else {}
+        forms |= {own: f"step.{step.name}.rollout_format"} if own else {}
         forms |= {recipe.evaluation.format: "evaluation.format"} if answers else {}
     if len(forms) > 1:
         told = ", ".join(f"{key} = {form!r}" for form, key in forms.items())

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from isthmus.engines import EngineError
+from isthmus.engines import CannotFollow, EngineError
 from isthmus.engines.remote.dialect import Exchange
 from isthmus.engines.remote.openai import OpenAi
 from isthmus.engines.remote.probe import distance
@@ -89,9 +89,9 @@ class Vllm(OpenAi):
         try:
             moved = distance(before, self._top_logprobs(1.0))
         except Refused as error:
-            raise EngineError(self._unfit("cannot be asked any more")) from error
+            raise CannotFollow(self._unfit("cannot be asked any more")) from error
         if moved > STILL:
-            raise EngineError(self._unfit(f"moved by {moved:.3f}"))
+            raise CannotFollow(self._unfit(f"moved by {moved:.3f}"))
         self._reloads = True
 
     def _unfit(self, what: str) -> str:
