@@ -121,16 +121,19 @@ def drill(target: Path, folder: Path | None, overrides: tuple[str, ...]) -> None
     """Rehearse a failing pool: it trains, planted faults strike, and the run moves on.
 
     Rehearsed pools of place.train may train, the `faults` of a pool strike there, and [drill] of the recipe says how
-    often others are drawn. Nothing of a drill is handed off or sealed. TARGET is a recipe or the folder of a drill; the
-    same command goes on where it stopped.
+    often others are drawn. Nothing of a drill is handed off or sealed. Other policies that [drill] names are played
+    after it, to be compared. TARGET is a recipe or the folder of a drill; the same command goes on where it stopped.
     """
     if not target.is_dir() and load_recipe(target, overrides).drill is None:
         overrides = (*overrides, "drill.seed=0")
     opened = _open(target, folder, overrides, before_start=_check_before_start)
     if opened.recipe.drill is None:
         raise IsthmusError(f"{opened.path} is a run, and no drill: give the recipe, with another folder in --run")
+    *acts, last = _acts(opened.recipe)
     with _writing(opened):
-        _run_all(opened, _acts(opened.recipe), profile=False, agreed=False)
+        _run_all(opened, acts, profile=False, agreed=False)
+        importlib.import_module("isthmus.tools.drill").replay(opened, _watch())
+        _run_all(opened, [last], profile=False, agreed=False)
     _watch().say(f"\n[bold]the drill is over[/]\n  read   {opened.path / 'report.html'}")
 
 

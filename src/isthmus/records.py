@@ -575,6 +575,27 @@ class ParityVerdict(Part):
     ended: float
 
 
+class PlayedPolicy(Part):
+    """What a policy made of a drill, over all steps: `updates` of `wanted` were left at its end, `begun` were begun,
+    `lost` of them were made again. `ended` says whether it came to its end; `why` is what stopped it otherwise."""
+
+    policy: str
+    updates: int
+    wanted: int
+    begun: int
+    lost: int
+    seconds: Figure
+    moved_to: str | None
+    ended: bool
+    why: str = ""
+
+
+class DrillRecord(Record):
+    """`drill.json`: the drill as it went, and other policies on the same pools with the same faults."""
+
+    policies: list[PlayedPolicy]
+
+
 class HandoffRecord(Record):
     """`parity.json`"""
 

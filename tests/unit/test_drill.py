@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import tomllib
 from collections import Counter
@@ -18,12 +20,13 @@ from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.recipe.drill import DrillSection
 from isthmus.recipe.read import parse_recipe
-from isthmus.records import Placement, PlanRecord, QualifyRecord, TextRecord
+from isthmus.records import DrillRecord, Placement, PlanRecord, QualifyRecord, TextRecord
 from isthmus.report_page.acts import acts_of
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import handoff, report
 from isthmus.stages.plan import objection
 from isthmus.stages.steps.drilled import Drill, drawn, faults_of
+from isthmus.tools import drill as replays
 from tests.support.flow_recipe import ROOT
 from tests.unit.test_timeline import GO, met
 
@@ -103,8 +106,9 @@ def test_steps_that_a_drill_cannot_play_are_refused():
         parse_recipe({**tiny, "drill": {}})
 
 
-def test_the_dossier_says_that_it_moved_what_was_lost_and_what_each_pool_took(tmp_path):
-    run = RunFolder.create(tmp_path / "run", DRILL)
+def moved_drill(folder) -> RunFolder:
+    """Three updates on away, and the third again on home from the checkpoint of update 2."""
+    run = RunFolder.create(folder, DRILL)
     places = [Placement(stage="train", pool="away", reason="first"), Placement(stage="serve", pool="home", reason="")]
     run.write_record(
         "plan", PlanRecord(recipe_sha256="0", started=0, ended=0, placements=places, rejected=[], estimate={})
@@ -131,6 +135,11 @@ def test_the_dossier_says_that_it_moved_what_was_lost_and_what_each_pool_took(tm
             figures={"loss": figure},
         ),
     )  # fmt: skip
+    return run
+
+
+def test_the_dossier_says_that_it_moved_what_was_lost_and_what_each_pool_took(tmp_path):
+    run = moved_drill(tmp_path / "run")
     page = report.compose(report.read_dossier(run))
     head = page[page.index("<h1>") : page.index("</h1>")]
     assert "cold-start moved to home after update 2. 2 of 5 updates were made again" in head
@@ -153,3 +162,54 @@ def test_of_two_faults_of_one_kind_the_one_that_struck_is_told_and_the_other_sti
     drill.tell()
     assert [event["fault"] for event in run.events(STEP, "planted")] == ["nan@rank=0,step=3"]
     assert [str(fault) for fault in faults_of(run, STEP, away, section)] == ["nan@rank=0,step=50"]
+
+
+def test_a_policy_is_the_same_drill_with_other_budgets():
+    for policy, (reverts, least) in {"persist": (0, 1000), "at-once": (DRILL.supervise.reverts, 0)}.items():
+        other = replays.with_policy(DRILL, policy)
+        assert (other.supervise.reverts, other.supervise.restarts >= least) == (reverts, True)
+        assert (other.supervise.restarts == 0) == (policy == "at-once")
+        assert other.drill is not None and DRILL.drill is not None and other.drill.seed == DRILL.drill.seed
+        assert other.drill.replay == [] and other.pools == DRILL.pools and other.step == DRILL.step
+
+
+def test_policies_are_played_beside_the_drill_and_one_that_does_not_end_is_told_as_that(tmp_path, monkeypatch):
+    run, seen = moved_drill(tmp_path / "run"), []
+    for pool in run.recipe.pools:
+        record = QualifyRecord(
+            recipe_sha256=run.recipe.digest(), started=0, ended=0, pool=pool, chip="cpu", present=True, rehearsed=False,
+            verdict="fit", title="", reasons=[], evidence=[], figures={},
+        )  # fmt: skip
+        run.write_record(f"qualify/{pool}", record)
+
+    def play(folder, most):
+        other = RunFolder.open(folder)
+        assert other.read_record("qualify/home", QualifyRecord) is not None
+        seen.append((folder.name, other.recipe.supervise.reverts, most > 0))
+        other.event(STEP, "start", pool="away")
+        other.event(STEP, "step", step=1)
+        return "did not end within 9 s" if folder.name == "persist" else ""
+
+    monkeypatch.setattr(replays, "play", play)
+    replays.replay(run, Watch(quiet=True))
+    assert seen == [("persist", 0, True), ("at-once", 1, True)]
+    record = run.read_record("drill", DrillRecord)
+    assert record is not None
+    told = {one.policy: (one.updates, one.begun, one.lost, one.ended, one.moved_to) for one in record.policies}
+    assert told["as it went"] == (3, 5, 2, True, "home")
+    assert told["restart, then stop"] == (2, 4, 2, False, None)
+    assert told["persist"] == (1, 1, 0, False, None)
+    assert {one.seconds.kind for one in record.policies} == {"rehearsed"}
+    page = report.compose(report.read_dossier(run))
+    assert "did not end within 9 s" in page and "stopped where the drill moved to home" in page
+    replays.replay(run, Watch(quiet=True))
+    assert len(seen) == 2, "what was played is not played again"
+
+
+def test_a_policy_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    program = "import time; print('begun', flush=True); time.sleep(60)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(replays.subprocess, "Popen", lambda _, **how: popen([sys.executable, "-c", program], **how))
+    began = time.monotonic()
+    assert replays.play(tmp_path, 0.5).startswith("did not end within")
+    assert time.monotonic() - began < 20

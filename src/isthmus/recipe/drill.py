@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from isthmus.recipe.section import Count, Section, Whole, key
+
+Policy = Literal["persist", "at-once"]
 
 
 class DrillSection(Section):
@@ -15,4 +19,7 @@ class DrillSection(Section):
     seed: Whole = key(0, "seed of the faults that are drawn", ge=0)
     updates_between_faults: Count | None = key(
         None, "updates of a rehearsed pool between two drawn faults, on average; none is drawn if absent"
+    )
+    replay: list[Policy] = key(
+        [], "what is played afterwards, to be compared: never to leave the pool, or to leave it at the first failure"
     )

@@ -26,10 +26,12 @@ from isthmus.recipe.lineage import line
 from isthmus.recipe.steps import RlSection, SampleSection
 from isthmus.records import (
     AnyStepRecord,
+    DrillRecord,
     EvaluationRecord,
     HandoffRecord,
     IncidentRecord,
     PlanRecord,
+    PlayedPolicy,
     QualifyRecord,
     RlRecord,
     WeightsRecord,
@@ -163,6 +165,12 @@ class Dossier:
         """Of the steps that met something."""
         drawn = [timeline(name, self.run.events(name, repeated=True), incidents(self.run, name)) for name in self.steps]
         return [one for one in drawn if one is not None]
+
+    @property
+    def policies(self) -> list[PlayedPolicy]:
+        """What a drill and other policies came to; none where nothing was played beside it."""
+        record = self.run.read_record("drill", DrillRecord) if self.run.recipe.drill is not None else None
+        return record.policies if record is not None else []
 
     @property
     def drilled(self) -> str | None:
