@@ -22,10 +22,10 @@ from isthmus.chips.rehearse.tables import Profile, Status
 from isthmus.errors import IsthmusError
 from isthmus.launch.crew import Crew
 from isthmus.probes import pilots
-from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs
+from isthmus.probes.compute import compute_threads, matmul_tflops, memory_gbs, time_each
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.judge.rates import median_of, zero_failure_bound
-from isthmus.probes.pilots import solve_pace
+from isthmus.probes.pilots import PILOT_S, PILOT_SAMPLES, full_batch, solve_pace
 from isthmus.probes.static.operators import support_of
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
@@ -310,6 +310,21 @@ def test_the_pace_is_solved_from_two_batches(per_step: float, per_token: float, 
 def test_noise_never_makes_a_pace_negative():
     assert solve_pace((48, 768, 2.0), (48, 9600, 1.0)) == (pytest.approx(1 / 48), 0.0)
     assert solve_pace((48, 768, 0.001), (48, 9600, 1.0)) == (0.0, pytest.approx(1 / 9600))
+
+
+def test_a_slow_model_is_asked_for_fewer_samples_and_still_for_more_than_the_small_batch():
+    few, many = PILOT_SAMPLES
+    assert full_batch((48, 768, 0.0)) == full_batch((48, 768, 0.9)) == many
+    assert full_batch((48, 768, 1000.0)) == 2 * few
+    middle = full_batch((48, 768, 2.0))
+    assert 2 * few < middle < many and middle % 8 == 0 and 2 * 2.0 * middle / few <= PILOT_S
+
+
+def test_slow_work_is_timed_less_often_and_once_at_least():
+    done: list[int] = []
+    cpu = torch.device("cpu")
+    assert len(time_each(lambda: (done.append(1), time.sleep(0.02)), cpu, 5, 1, most_s=0.01)) == 1 and len(done) == 2
+    assert len(time_each(lambda: None, cpu, 5, 1)) == 5
 
 
 def test_what_is_called_is_joined_with_the_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,10 +37,19 @@ def host_device_gbs(device: torch.device, mebibytes: int, repeats: int) -> list[
     return [source.numel() * source.element_size() / one / 1e9 for one in seconds]
 
 
-def time_each(work: Callable[[], object], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> list[float]:
-    """Seconds of each of `repeats` runs of `work`, finished work on the device included."""
-    seconds = []
+def time_each(
+    work: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    warm_up: int = WARM_UP,
+    most_s: float = math.inf,
+) -> list[float]:
+    """Seconds of each of `repeats` runs of `work`, finished work on the device included; of fewer, and at least of one,
+    if they took `most_s` together."""
+    seconds: list[float] = []
     for index in range(warm_up + repeats):
+        if sum(seconds) >= most_s:
+            break
         began = time.perf_counter()
         work()
         finish(device)

@@ -42,6 +42,9 @@ STATE_BYTES = 16
 """Per parameter: weight, gradient and two moments in fp32."""
 PILOT_TOKENS = 48
 PILOT_SAMPLES = (16, 256)
+"""Samples of the small batch, and of the full one where the small one tells that it takes less than `PILOT_S`."""
+PILOT_S = 30.0
+"""Seconds that the full batch of the engine's pilot may take, and the steps of the pilots of training."""
 
 
 def rates(found: Findings, work: Workload) -> None:
@@ -97,7 +100,7 @@ def training(found: Findings, work: Workload) -> None:
     """A few real steps of supervised training, after one to warm up, and what a token costs the learner of RL."""
     steps = found.recipe.qualify.pilot_steps
     losses = [work.pilot_step(0)]
-    seconds = time_each(lambda: losses.append(work.pilot_step(len(losses))), work.device, steps, warm_up=0)
+    seconds = time_each(lambda: losses.append(work.pilot_step(len(losses))), work.device, steps, 0, PILOT_S)
     step = found.setting.median(seconds, "s/step", f"pilot of supervised training, {found.pool.threads} threads")
     prompts, completions = work.lengths()
     examples = f"{len(prompts)} worked examples of this recipe"
@@ -132,7 +135,7 @@ def _finite_steps(work: Workload, losses: list[float]) -> tuple[Outcome, str]:
 def _pace_of_learning(found: Findings, work: Workload) -> None:
     batch, threads = work.batch(0), _rl_threads(found)
     with compute_threads(threads):
-        seconds = time_each(lambda: work.learn(batch), work.device, found.recipe.qualify.pilot_steps, warm_up=1)
+        seconds = time_each(lambda: work.learn(batch), work.device, found.recipe.qualify.pilot_steps, 1, PILOT_S)
     source = f"log-probabilities and gradients of {batch.num_tokens} tokens, {threads} threads"
     found.figures["learn_token_s"] = found.setting.median(
         [one / batch.num_tokens for one in seconds], "s/token", source
@@ -287,7 +290,8 @@ def _paces_of(
     """Seconds of crossings, and of two batch sizes."""
     state = {name: tensor.detach().cpu() for name, tensor in work.model.state_dict().items()}
     crossings = [_cross(engine, form, state, work, version) for version in range(1, 4)]
-    small, full = (_generate(engine, work, samples) for samples in PILOT_SAMPLES)
+    small = _generate(engine, work, PILOT_SAMPLES[0])
+    full = _generate(engine, work, full_batch(small))
     per_step, per_token = solve_pace(small, full)
     fixed, growing = f"{source}: share of a step that does not grow with the batch", f"{source}: share that does"
     return {
@@ -327,6 +331,16 @@ def _generate(engine: Engine, work: Workload, samples: int) -> tuple[int, int, f
     began = time.perf_counter()
     lengths = [len(one.tokens) for group in engine.generate(prompts, sampling) for one in group]
     return max(lengths), sum(lengths), time.perf_counter() - began
+
+
+def full_batch(small: tuple[int, int, float]) -> int:
+    """Samples of the full batch, after the (steps, tokens, seconds) of the small one.
+
+    Time grows no faster than the number of samples, and it is taken twice: once to warm up.
+    """
+    few, many = PILOT_SAMPLES
+    affordable = few * PILOT_S / (2 * small[2]) if small[2] else many
+    return max(2 * few, min(many, int(affordable) // 8 * 8))
 
 
 def _rl_threads(found: Findings) -> int:
