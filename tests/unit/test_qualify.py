@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import time
 from pathlib import Path
 from types import MappingProxyType
 
