@@ -66,7 +66,7 @@ def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_pat
     assert not working_on(run.path)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_reinforcement_learning_leaves_when_asked_and_moves_when_its_pool_is_given_up(tmp_path, ranks):
     """SIGTERM after update 3 saves a checkpoint of update 3 or later; going on, its process is killed with -9.
 

@@ -112,7 +112,7 @@ def live(app: ASGIApp):
     """An application on a free port, in a thread; yields its address."""
     listener = bind("127.0.0.1", 0, flag="--port")
     # A scripted end of a connection is an error to uvicorn; the tests say what has to follow from it.
-    host = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+    host = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: host.run(sockets=[listener]))
     thread.start()
     while not host.started:

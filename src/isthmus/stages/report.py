@@ -7,6 +7,7 @@ Equal run folders give equal bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -15,7 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FileSystemBytecodeCache, FunctionLoader, StrictUndefined
+from jinja2.bccache import Bucket
 from markupsafe import Markup
 from pydantic import BaseModel
 
@@ -234,9 +236,28 @@ def read_dossier(run: RunFolder) -> Dossier:
     )
 
 
+class _Compiled(FileSystemBytecodeCache):
+    """Compiled templates in this user's temporary folder, which jinja2 checks against their source. What cannot be kept
+    is compiled again the next time."""
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        with suppress(OSError):
+            super().dump_bytecode(bucket)
+
+
+def _compiled() -> _Compiled | None:
+    """None where there is no folder for them that is this user's alone."""
+    try:
+        return _Compiled()
+    except (OSError, RuntimeError):
+        return None
+
+
 def compose(dossier: Dossier) -> str:
     """The whole page as text."""
-    environment = Environment(loader=FunctionLoader(_page_file), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FunctionLoader(_page_file), autoescape=True, undefined=StrictUndefined, bytecode_cache=_compiled()
+    )
     environment.filters |= {"quantity": numbers.quantity, "interval": numbers.interval}
     environment.filters |= {"label": numbers.label, "phrase": numbers.phrase}
     environment.filters |= {"sentence": numbers.sentence, "prose": numbers.prose}
