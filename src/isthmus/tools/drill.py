@@ -11,7 +11,7 @@ from typing import Any
 from isthmus.progress import Watch
 from isthmus.recipe.drill import DrillSection, Policy
 from isthmus.recipe.schema import Recipe
-from isthmus.records import DrillRecord, PlayedPolicy, QualifyRecord, incidents, step_record
+from isthmus.records import DrillRecord, PlayedPolicy, QualifyRecord, incidents
 from isthmus.report_page.timeline import Timeline, timeline
 from isthmus.run import Figure, RunFolder, explain_io_errors
 
@@ -20,7 +20,7 @@ SETTINGS: dict[Policy, dict[str, int]] = {
     "at-once": {"restarts": 0, "shrinks": 0},
 }
 """What each policy is in [supervise], beside what the drill has there."""
-LONGER = 1.5
+LONGER = 1.2
 """A policy may take so many times what the steps of the drill took; what has not ended then is told as that."""
 LEAVE_S = 60.0
 """What a drill gets to save and leave."""
@@ -118,6 +118,7 @@ def _told(run: RunFolder, policy: str, why: str) -> PlayedPolicy:
         made += max((event["step"] for event in run.events(step.name, "step")), default=0)
     moves = [pool for line in lines for _, pool, _ in line.moves]
     quiet = [step.name for step in run.recipe.step if step.name not in {line.step for line in lines}]
+    complete = made >= wanted(run.recipe)
     seconds = sum(line.seconds for line in lines) + sum(_spent(run, name) for name in quiet)
     return PlayedPolicy(
         policy=policy,
@@ -127,8 +128,8 @@ def _told(run: RunFolder, policy: str, why: str) -> PlayedPolicy:
         lost=sum(line.lost for line in lines),
         seconds=Figure.measured(seconds, "s", f"events of {run.path.name}", rehearsed=True),
         moved_to=moves[-1] if moves else None,
-        ended=not why and all(step_record(run, step.name) is not None for step in run.recipe.step),
-        why=why,
+        ended=complete or not why,
+        why="" if complete else why,
     )
 
 
