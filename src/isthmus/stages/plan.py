@@ -103,10 +103,8 @@ def aimed(
             f"aim.least names {', '.join(unknown)}; the vendors of chips are {', '.join(sorted(makers))}"
         )
 
-    def objects(stage: str, pool: str) -> str | None:
-        return refusal(rulings.get(pool)) or objection(stage, qualified[pool], recipe)
-
-    pairs = choose(work_of(recipe), outlook, recipe.aim, objects, vendors)
+    objections = {stage: _objections(recipe, stage, qualified, rulings) for stage in ("train", "rollout")}
+    pairs = choose(work_of(recipe), outlook, recipe.aim, lambda stage, pool: objections[stage][pool], vendors)
     return [_candidate(pair, recipe.aim.currency) for pair in pairs]
 
 

@@ -46,7 +46,7 @@ from isthmus.report_page import charts, lineage, numbers, pools, timing
 from isthmus.report_page import summary as first_screen
 from isthmus.report_page.chapters import Chapter
 from isthmus.report_page.charts import Series
-from isthmus.report_page.timeline import Timeline, timeline
+from isthmus.report_page.timeline import Timeline, timelines
 from isthmus.rules import NOT_LOOKED_AT, notice
 from isthmus.run import Figure, Kind, Record, RunFolder
 from isthmus.verdict import describe_limit, without_pairs
@@ -162,11 +162,10 @@ class Dossier:
         """What watched steps met, and what was done."""
         return [one for name in self.steps for one in incidents(self.run, name)]
 
-    @property
+    @cached_property
     def timelines(self) -> list[Timeline]:
         """Of the steps that met something."""
-        drawn = [timeline(name, self.run.events(name, repeated=True), incidents(self.run, name)) for name in self.steps]
-        return [one for one in drawn if one is not None]
+        return timelines(self.run)
 
     @property
     def policies(self) -> list[PlayedPolicy]:

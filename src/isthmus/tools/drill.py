@@ -12,7 +12,7 @@ from isthmus.progress import Watch
 from isthmus.recipe.drill import DrillSection, Policy
 from isthmus.recipe.schema import Recipe
 from isthmus.records import DrillRecord, PlayedPolicy, QualifyRecord, incidents
-from isthmus.report_page.timeline import Timeline, timeline
+from isthmus.report_page.timeline import timeline, timelines
 from isthmus.run import Figure, RunFolder, explain_io_errors
 
 SETTINGS: dict[Policy, dict[str, int]] = {
@@ -33,7 +33,7 @@ def replay(run: RunFolder, watch: Watch) -> None:
         return
     started = time.time()
     policies = [_as_it_went(run), *_without_a_move(run)]
-    most = LONGER * sum(one.seconds for one in _timelines(run)) or None
+    most = LONGER * sum(one.seconds for one in timelines(run)) or None
     for policy in run.recipe.drill.replay:
         watch.say(f"  [bold]{policy}[/] is played now" + (f", for {most:.0f} s at most" if most else ""))
         policies.append(_played(run, policy, most))
@@ -100,20 +100,12 @@ def _end(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def _timelines(run: RunFolder) -> list[Timeline]:
-    found = []
-    for step in run.recipe.step:
-        one = timeline(step.name, run.events(step.name, repeated=True), incidents(run, step.name))
-        found += [one] if one is not None else []
-    return found
-
-
 def _as_it_went(run: RunFolder) -> PlayedPolicy:
     return _told(run, "as it went", "")
 
 
 def _told(run: RunFolder, policy: str, why: str) -> PlayedPolicy:
-    lines, made = _timelines(run), 0
+    lines, made = timelines(run), 0
     for step in run.recipe.step:
         made += max((event["step"] for event in run.events(step.name, "step")), default=0)
     moves = [pool for line in lines for _, pool, _ in line.moves]
