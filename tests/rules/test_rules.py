@@ -314,6 +314,27 @@ def test_no_test_reaches_a_private_name(file: Path):
     assert not wrong, f"test behaviour, or give the code a public seam:\n{named(file)}\n" + "\n".join(wrong)
 
 
+SHARED_CLOCK = re.compile(r"setattr\(\s*(?:\w+\.)*time,|setattr\(\s*[\"'](?:\w+\.)*time\.(?!time[\"'])")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'monkeypatch.setattr(members.time, "monotonic", f)',
+        'patch.setattr(\n    time, "sleep", f)',
+        "setattr('time.sleep', f)",
+    ],
+)
+def test_the_search_for_a_changed_clock_finds_it(line: str):
+    assert SHARED_CLOCK.search(line)
+
+
+@pytest.mark.parametrize("file", [file for file in TESTING_FILES if file.name != "test_rules.py"], ids=named)
+def test_no_test_changes_the_clock_of_the_whole_process(file: Path):
+    """An event loop of another test that sleeps by a changed clock may never wake: change the module's own name."""
+    assert not SHARED_CLOCK.search(file.read_text())
+
+
 def layered_modules() -> set[str]:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"

@@ -236,7 +236,7 @@ def test_an_error_that_is_no_engine_s_is_raised():
 def test_one_that_does_not_come_back_is_asked_less_and_less_often(pair, monkeypatch):
     fleet, engines, told = pair
     now = [1000.0]
-    monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(members, "monotonic", lambda: now[0])
     engines[0].refused = {"stage", "start"}
     fleet.update(b"", 2, "")
     tried = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 
 from isthmus.engines import EngineError
 from isthmus.engines.remote import HttpEngine
@@ -55,11 +55,11 @@ class Member:
     @property
     def may_come_back(self) -> bool:
         out = self.why is not None and not self.lost_for_good
-        return out and not self.busy and time.monotonic() >= self.rests_until
+        return out and not self.busy and monotonic() >= self.rests_until
 
     def rest(self) -> None:
         """It is not asked again for a while, which grows each time."""
-        self.rests_until = time.monotonic() + self.pause_s
+        self.rests_until = monotonic() + self.pause_s
         self.pause_s = min(max(PAUSE_S, 2 * self.pause_s), LONGEST_PAUSE_S)
 
     def answers(self) -> bool:
@@ -135,7 +135,7 @@ def each(
 
 
 def _await(works: Sequence[_Work], patience: Patience, changed: threading.Condition) -> None:
-    began = looked = time.monotonic()
+    began = looked = monotonic()
     first_s: float | None = None
     while True:
         with changed:
@@ -143,7 +143,7 @@ def _await(works: Sequence[_Work], patience: Patience, changed: threading.Condit
                 return
             changed.wait(LOOK_S)
             waiting = [work for work in works if not work.over]
-        now = time.monotonic()
+        now = monotonic()
         if first_s is None and len(waiting) < len(works):
             first_s = now - began
         for work in waiting:
@@ -151,7 +151,7 @@ def _await(works: Sequence[_Work], patience: Patience, changed: threading.Condit
                 work.give_up(why)
         if patience.looks is not None and now - looked >= LOOK_S:
             _look(waiting, patience.looks)
-            looked = time.monotonic()
+            looked = monotonic()
 
 
 def _too_late(seconds: float, first_s: float | None, patience: Patience) -> str | None:
