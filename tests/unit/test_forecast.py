@@ -356,8 +356,61 @@ def test_the_tornado_puts_first_what_moves_the_end_most():
     assert bars[-1].reach < 0.2 * bars[0].reach
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["forecast", *map(str, arguments)], env={"COLUMNS": "200"})
+def run(*arguments: object, columns: int = 200) -> Result:
+    return CliRunner().invoke(cli, ["forecast", *map(str, arguments)], env={"COLUMNS": str(columns)})
+
+
+LARGE = RECIPE.parent / "r2.toml"
+FEW = ("--set", "pools.home.count=512", "--set", "pools.domestic.count=512")
+
+
+@pytest.mark.parametrize("more", [(), FEW, ("--what-if", "pools.domestic.count=1024", "--price", "home=2")])
+def test_80_columns_break_no_word(more: tuple[str, ...]):
+    """What is on several lines at 80 columns has the words that it has at 300."""
+    narrow, wide = (run(LARGE, *more, "--start", "2026-12-01", columns=columns).output for columns in (80, 300))
+    assert max(len(line) for line in narrow.splitlines()) <= 80
+    broken = {word for word in narrow.split() if not set(word) <= {"─"}} - set(wide.split())
+    assert not broken, narrow
+
+
+def reasons(*arguments: str) -> dict[str, str]:
+    """Why steps cannot run, by step and pools."""
+    options = json.loads(run(LARGE, "--json", *arguments).stdout)["options"]
+    return {f"{one['step']} on {one['pool']}": one["why"] for one in options if one["hours"] is None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("train.activation_checkpointing=false",),
+        ("train.expert=1", "train.replicate=16"),
+        ("train.rows_per_microbatch=4", "train.expert=8"),
+        ("pools.home.count=512", "pools.domestic.count=512"),
+        ("train.rows_per_microbatch=8", "train.activation_checkpointing=false", "pools.home.count=4096",
+         "pools.domestic.count=4096", "train.replicate=16"),
+    ],
+)  # fmt: skip
+def test_what_would_make_a_step_fit_makes_it_fit(changes: tuple[str, ...]):
+    """Each way out that is named, taken alone where it says so, ends the refusal for memory."""
+    settings = [part for change in changes for part in ("--set", change)]
+    found = {name: why for name, why in reasons(*settings).items() if "would hold" in why}
+    assert found, "the case asks nothing"
+    for name, why in found.items():
+        words = why.partition(": ")[2]
+        if "," in words or "smaller" in words:
+            continue
+        for way in words.split(" or "):
+            taken = [part for key in way.split(" and ") for part in ("--set", key.replace(" ", ""))]
+            assert "would hold" not in reasons(*settings, *taken).get(name, ""), (name, way)
+
+
+def test_a_step_whose_longer_completions_would_not_fit_has_a_forecast():
+    settings = ("train.expert=1", "train.replicate=2", "pools.home.count=512", "pools.domestic.count=512")
+    changes = [part for change in settings for part in ("--set", change)]
+    lengths = ("--set", "step.reasoning.max_new_tokens=24000")
+    options = json.loads(run(LARGE, *changes, *lengths, "--json").stdout)["options"]
+    (alone,) = (one for one in options if one["step"] == "reasoning" and one["pool"] == one["generator"] == "domestic")
+    assert alone["hours"] and alone["memory_gb"] < 128 * 0.92 < alone["memory_gb"] * 1.1
 
 
 REAL = ("--set", "pools.away.rehearsed=false")

@@ -195,14 +195,16 @@ class Outlooks:
         return [_quantiles(values) for values in drawn]
 
     def _length_slope(self, entry: tuple[StepWork, Pool, Pool | None, Pace], knobs: Knobs) -> float:
-        """By how much the logarithm of a step's time grows with that of its completions."""
+        """By how much a step's time grows with its completions, relatively; from shorter ones if longer do not fit."""
         step, learner, generator, pace = entry
         if step.kind != "rl" or pace.seconds is None:
             return 0.0
-        longer = Knobs(**{**knobs.__dict__, "lengths": knobs.lengths * 1.5})
-        other = step_pace(self.work, step, learner, generator, longer).seconds
-        assert other is not None
-        return (other / pace.seconds - 1.0) / 0.5
+        for factor in (1.5, 0.75):
+            changed = Knobs(**{**knobs.__dict__, "lengths": knobs.lengths * factor})
+            other = step_pace(self.work, step, learner, generator, changed).seconds
+            if other is not None:
+                return (other / pace.seconds - 1.0) / (factor - 1.0)
+        return 0.0
 
 
 def _revert(

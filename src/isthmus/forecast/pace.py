@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from isthmus.forecast.count import count_parameters
 from isthmus.forecast.decode import Engine, rollout_s
@@ -157,7 +159,7 @@ def _learning_pace(work: Work, step: StepWork, pool: Pool, knobs: Knobs) -> Pace
     if (unknown := unknown_rates(pool)) is not None:
         return Pace(None, 0.0, "nothing", unknown)
     memory = memory_of(work, step, pool)
-    if (full := _too_full(pool, memory, work)) is not None:
+    if (full := _too_full(work, step, pool)) is not None:
         return Pace(None, 0.0, "counts", full, memory_gb=memory / 1e9)
     speed = shipped().speed(setting_of(work, step, pool))
     rate = speed.middle * pool.work.count
@@ -340,13 +342,71 @@ def unknown_rates(pool: Pool) -> str | None:
     return f"no sourced rates of {pool.work.chip}: qualify the pool and forecast the run folder, or calibrate it"
 
 
-def _too_full(pool: Pool, memory: float, work: Work) -> str | None:
+def _too_full(work: Work, step: StepWork, pool: Pool) -> str | None:
+    """Why a step does not fit on a pool's chips, and what would make it fit; None if it does."""
     assert pool.device.mem_gb is not None
-    room = ROOM * pool.device.mem_gb * 1e9
+    memory, room = memory_of(work, step, pool), ROOM * pool.device.mem_gb * 1e9
     if memory <= room:
         return None
-    advice = "more chips" if work.checkpointing else "more chips, or train.activation_checkpointing = true"
-    return f"a chip would hold {memory / 1e9:,.0f} GB of {pool.device.mem_gb:g}: {advice}"
+    return f"a chip would hold {memory / 1e9:,.0f} GB of {pool.device.mem_gb:g}: {_ways_out(work, step, pool, room)}"
+
+
+def _ways_out(work: Work, step: StepWork, pool: Pool, room: float) -> str:
+    """The keys of a recipe that make a step fit into `room` bytes, each alone, or else all together."""
+
+    def needed(**changes: Any) -> float:
+        return memory_of(replace(work, **changes), step, pool)
+
+    now, helping = needed(), dict[str, dict[str, Any]]()
+    for name, field_name, values in _levers(work, step, pool):
+        lower = [value for value in values if needed(**{field_name: value}) < now]
+        if lower:
+            enough = next((value for value in lower if needed(**{field_name: value}) <= room), lower[-1])
+            helping[f"{name} = {json.dumps(enough)}"] = {field_name: enough}
+    fitting = [name for name, change in helping.items() if needed(**change) <= room]
+    together = {key: value for change in helping.values() for key, value in change.items()}
+    if fitting:
+        return " or ".join(fitting)
+    if helping and needed(**together) <= room:
+        return " and ".join(helping)
+    return ", ".join([*helping, *_last_resorts(work, step, pool)])
+
+
+def _last_resorts(work: Work, step: StepWork, pool: Pool) -> list[str]:
+    """What lowers what a chip holds beside the keys of [train]."""
+    now = memory_of(work, step, pool)
+    larger = replace(pool, work=replace(pool.work, count=2 * pool.work.count))
+    copies = [work.replicate, *_fewer_copies(work, step, larger), *(n * work.replicate for n in (2, 4))]
+    fitting = (n for n in copies if _divides(work, step, larger, n))
+    more = any(memory_of(replace(work, replicate=n), step, larger) < now for n in fitting)
+    if step.longest:
+        shorter = "a smaller max_new_tokens"
+    else:
+        shorter = "a smaller row_length" if step.kind == "pretrain" else "shorter examples"
+    return [*(["more chips"] if more else []), shorter]
+
+
+def _fewer_copies(work: Work, step: StepWork, pool: Pool) -> list[int]:
+    return [n for n in range(work.replicate - 1, 0, -1) if _divides(work, step, pool, n)]
+
+
+def _divides(work: Work, step: StepWork, pool: Pool, copies: int) -> bool:
+    """Whether so many copies of the model can stand on a pool: no more ranks than experts share one."""
+    count = pool.work.count
+    most = step.model.n_routed_experts if isinstance(step.model, MixtureSection) else count
+    return count % (copies * min(work.expert, count)) == 0 and count // copies <= most
+
+
+def _levers(work: Work, step: StepWork, pool: Pool) -> list[tuple[str, str, list[Any]]]:
+    """Keys of [train] that lower what a chip holds, with their values from the mildest."""
+    count, experts = pool.work.count, step.model.n_routed_experts if isinstance(step.model, MixtureSection) else 0
+    spread = [n for n in (2, 4, 8, 16, 32, 64) if experts and experts % n == 0 and count % (n * work.replicate) == 0]
+    return [
+        ("train.activation_checkpointing", "checkpointing", [True]),
+        ("train.rows_per_microbatch", "microbatch", [1]),
+        ("train.replicate", "replicate", _fewer_copies(work, step, pool)),
+        ("train.expert", "expert", [n for n in spread if n > work.expert]),
+    ]
 
 
 def _basis(speed: Speed) -> str:

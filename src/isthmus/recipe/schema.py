@@ -436,8 +436,13 @@ def layout_problem(model: ModelSection, train: TrainSection, ranks: int) -> str 
         return f"train.expert = {train.expert} does not divide the {model.n_routed_experts} routed experts"
     sharing = ranks // train.replicate
     if sharing > model.n_routed_experts:
+        least = next(
+            n
+            for n in range(train.replicate, ranks + 1)
+            if ranks % (n * train.expert) == 0 and ranks // n <= model.n_routed_experts
+        )
         return (
             f"{sharing} ranks share the {model.n_routed_experts} routed experts, which are held whole: some ranks "
-            "would hold none; raise train.replicate"
+            f"would hold none; train.replicate = {least} is the least that {ranks} ranks need"
         )
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -202,9 +203,9 @@ def render(report: ForecastReport) -> RenderableType:
     outlook = report.question.outlook
     parts: list[RenderableType] = [_options(outlook.options), _calendar_table(outlook, report.start)]
     if report.question.serving:
-        parts.append(_serving_table(report.question.serving))
+        parts.append(_serving(report.question.serving))
     if report.changed is not None:
-        parts.append(_what_if_table(outlook, report.changed.outlook))
+        parts.append(_what_if(outlook, report.changed.outlook))
     if report.bars:
         parts.append(_tornado_table(report.bars))
     if report.evens:
@@ -220,11 +221,18 @@ def _options(options: Sequence[Option]) -> RenderableType:
     for one in possible:
         rests.setdefault(one.basis, []).append(f"{one.step} on {_place(one)}")
     parts: list[RenderableType] = [_option_table(possible)] if possible else []
-    parts += [Text(f"  {', '.join(which)}: {basis}", style="dim") for basis, which in rests.items()]
-    if impossible:
-        parts.append(Text("cannot run, or is not known", style="bold"))
-    parts += [Text(f"  {one.step} on {_place(one)}: {one.why}") for one in impossible]
-    return Group(*parts)
+    parts += [Text(f"  {'; '.join(which)}: {basis}", style="dim") for basis, which in rests.items()]
+    why = _reasons((f"{one.step} on {_place(one)}", one.why) for one in impossible)
+    return Group(*parts, *why)
+
+
+def _reasons(found: Iterable[tuple[str, str]]) -> list[RenderableType]:
+    """What cannot run or is not known, those with one reason together."""
+    whose: dict[str, list[str]] = {}
+    for name, why in found:
+        whose.setdefault(why, []).append(name)
+    lines = [Padding(Text(f"{'; '.join(names)}: {why}"), (0, 0, 0, 2)) for why, names in whose.items()]
+    return [Text("cannot run, or is not known", style="bold"), *lines] if lines else []
 
 
 def _place(option: Option) -> str:
@@ -257,9 +265,12 @@ def _calendar_table(outlook: Outlook, start: datetime) -> RenderableType:
         span = outlook.ends[one.step]
         cost = "-" if one.cost is None else f"{one.cost.middle:,.0f}"
         kwh = "-" if one.kwh is None else f"{one.kwh:,.0f}"
-        table.add_row(one.step, *(_date(start, hours) for hours in (span.middle, span.low, span.high)), cost, kwh)
+        table.add_row(
+            escape(one.step), *(_date(start, hours) for hours in (span.middle, span.low, span.high)), cost, kwh
+        )
     if outlook.total is None:
-        return Group(table, "The recipe as a whole has no forecast: a step has no pool that can run it, or none known.")
+        words = "The recipe as a whole has no forecast: a step has no pool that can run it, or none known."
+        return Group(table, words) if table.rows else Text(words)
     total = outlook.total
     cost = "-" if outlook.cost is None else f"{outlook.cost.middle:,.0f}"
     kwh = "-" if outlook.kwh is None else f"{outlook.kwh:,.0f}"
@@ -268,18 +279,18 @@ def _calendar_table(outlook: Outlook, start: datetime) -> RenderableType:
     return Group(table, *missing)
 
 
-def _serving_table(found: Sequence[Serving]) -> Table:
-    columns = ("pool", "chips", "engine", "sequences", "bound by", "ms a token", "answers", "prompts", "per million")
+def _serving(found: Sequence[Serving]) -> RenderableType:
+    """What each pool serves; below, what cannot serve and why."""
+    columns = ("pool", "chips", "engine", "at once", "bound", "ms/token", "answers", "prompts", "per M")
     table = _table("serving, requests of 2,048 tokens and 1,024 back, tokens/s", columns)
     for one in found:
         if one.sequences is None:
-            table.add_row(escape(one.pool), f"{one.chips:,}", escape(one.why), *["-"] * 6, style="dim")
             continue
         assert one.token_ms is not None and one.answer_tokens_per_s is not None and one.prompt_tokens_per_s is not None
         table.add_row(
             escape(one.pool),
             f"{one.chips:,}",
-            f"{one.engine_chips} chips",
+            f"{one.engine_chips:,}",
             f"{one.sequences:,}",
             one.bound,
             f"{one.token_ms:.3g}",
@@ -287,24 +298,28 @@ def _serving_table(found: Sequence[Serving]) -> Table:
             _short(one.prompt_tokens_per_s),
             "-" if one.cost_per_million is None else f"{one.cost_per_million:,.3g}",
         )
-    return table
+    why = _reasons((f"serving on {one.pool}", one.why) for one in found if one.sequences is None)
+    return Group(*([table] if table.rows else []), *why)
 
 
-def _what_if_table(now: Outlook, then: Outlook) -> Table:
+def _what_if(now: Outlook, then: Outlook) -> RenderableType:
     table = _table("what if", ("", "P50", "P10", "P90", "chip-hours"))
+    lines: list[Text] = []
     for name, outlook in (("as it stands", now), ("what if", then)):
         if outlook.total is None or outlook.chip_hours is None:
             done = {option.step for option in outlook.chosen()}
             stuck = next(option for option in outlook.options if option.step not in done)
-            table.add_row(name, "cannot run", f"{stuck.step} on {escape(stuck.pool)}: {escape(stuck.why)}", "", "")
+            lines.append(Text(f"{name}: cannot run: {stuck.step} on {_place(stuck)}: {stuck.why}"))
             continue
         spans = (outlook.total.middle, outlook.total.low, outlook.total.high)
         table.add_row(name, *(_time(hours) for hours in spans), _short(outlook.chip_hours.middle))
-    return table
+    return Group(*([table] if table.rows else []), *lines)
 
 
 def _tornado_table(bars: Sequence[Bar]) -> Table:
-    table = _table("what matters: P50 of the whole", ("assumption", "factor", "then", "factor", "then"))
+    table = _table(
+        "what matters: the whole recipe, all else as expected", ("assumption", "factor", "then", "factor", "then")
+    )
     for bar in bars:
         table.add_row(
             bar.assumption,
@@ -336,7 +351,7 @@ def _score_table(found: Sequence[Score]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=number == 0)
     return table
