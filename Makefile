@@ -71,6 +71,7 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 soak: $(VENV)/.installed-dev     ## the tests that take minutes, then 10,000 random requests against a server
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak_hostile
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -273,18 +273,8 @@ class Soak:
             return response.status, response.headers, response.read().decode()
 
     def metrics(self) -> dict[str, float]:
-        """Every metric of the server, summed over all labels but `reason` and `finished_reason`."""
-        found: collections.Counter[str] = collections.Counter()
-        for line in self._ask("GET", "/metrics", None, ADMIN)[2].splitlines():
-            if line.startswith("#"):
-                continue
-            name, _, value = line.rpartition(" ")
-            name, _, labels = name.partition("{")
-            for label in labels.rstrip("}").split(","):
-                if label.startswith(("reason=", "finished_reason=")):
-                    name += f" {label.split('=')[1].strip(chr(34))}"
-            found[name] += float(value)
-        return dict(found)
+        """Every metric of the server."""
+        return read_metrics(self.port, ADMIN)
 
     def wait_until_idle(self) -> dict[str, float]:
         """The metrics when nothing runs, waits or holds a block, or after a minute."""
@@ -337,6 +327,25 @@ HAPPENED = (
 )
 
 
+def read_metrics(port: int, key: str = "") -> dict[str, float]:
+    """Every metric of a server, summed over all labels but `reason` and `finished_reason`."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics", None, {"Authorization": f"Bearer {key}"} if key else {})
+        lines = connection.getresponse().read().decode().splitlines()
+    found: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        name, _, value = line.rpartition(" ")
+        name, _, labels = name.partition("{")
+        for label in labels.rstrip("}").split(","):
+            if label.startswith(("reason=", "finished_reason=")):
+                name += f" {label.split('=')[1].strip(chr(34))}"
+        found[name] += float(value)
+    return dict(found)
+
+
 def events(text: str) -> list[dict[str, Any]]:
     """The chunks of a whole stream. Raises AssertionError if it is not one, or if it tells of an error."""
     parts = text.split("\n\n")
@@ -347,15 +356,18 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def served(folder: Path, scratch: Path) -> Iterator[tuple[int, int]]:
-    """`isthmus serve` in a process of its own: its port and its number."""
+def served(
+    folder: Path, scratch: Path, settings: dict[str, Any] | None = None, keys: dict[str, str] | None = None
+) -> Iterator[tuple[int, int]]:
+    """`isthmus serve` in a process of its own: its port and its number. `keys` are variables of its environment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "isthmus", "serve", str(folder), "--port", str(port), "--allow-unsealed"]
     command += ["--access-log", str(scratch / "access.jsonl")]
-    for name, value in SERVE.items():
+    for name, value in (SERVE if settings is None else settings).items():
         command += ["--set", f"serve.{name}={value}"]
-    keys = {"ISTHMUS_API_KEYS": ",".join(f"{key[3:]} {key}" for key in USERS), "ISTHMUS_ADMIN_KEY": ADMIN}
+    if keys is None:
+        keys = {"ISTHMUS_API_KEYS": ",".join(f"{key[3:]} {key}" for key in USERS), "ISTHMUS_ADMIN_KEY": ADMIN}
     with (scratch / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **keys})
     try:
@@ -381,7 +393,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"the server does not answer:\n{log.read_text()}")
 
 
-def make_bundle(folder: Path) -> Weights:
+def make_bundle(folder: Path, template: str = TEMPLATE) -> Weights:
     """Two layers, four experts, 300 tokens, sequences of 256."""
     architecture = DeepseekSection(
         vocab_size=VOCAB_SIZE,
@@ -400,7 +412,7 @@ def make_bundle(folder: Path) -> Weights:
         initializer_range=0.2,
     )
     learned = Tokenizer.train([" ".join(WORDS)] * 3, VOCAB_SIZE)
-    tokenizer = Tokenizer(BpeTokenizer.from_str(learned.serialise()), TEMPLATE, BOS, EOS)
+    tokenizer = Tokenizer(BpeTokenizer.from_str(learned.serialise()), template, BOS, EOS)
     weights = Weights(architecture)
     write_bundle(folder, "fp32", weights.first.state_dict(), architecture, tokenizer)
     return weights
