@@ -261,6 +261,8 @@ class Gate:
         """Prompt tokens of the samples that wait: the last ones, since the core takes them in order."""
         left, tokens = self._waiting_samples(), 0
         for visit in reversed(self.visits):
+            if left <= 0:
+                break
             last = range(visit.expected - min(left, visit.unfinished), visit.expected)
             tokens += sum(len(visit.prompts[place // visit.n]) for place in last)
             left -= len(last)

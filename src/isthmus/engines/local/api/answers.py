@@ -92,7 +92,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Finished] = asyncio.Queue()
         self.rules = self._rules()
-        self._writers = [self._writer(self.prompts[index // ask.n], self.rules) for index in range(self.size)]
+        self._writers: dict[int, Writer] = {}
         self._drawn = [Drawn() for _ in range(self.size)]
         self._parts: list[list[Delta | Call]] = [[] for _ in range(self.size)]
         self._called = [0] * self.size
@@ -107,6 +107,11 @@ class Exchange:
         return len(self.prompts) * self.ask.n
 
     @property
+    def has_more(self) -> bool:
+        """Whether the next piece would come at once."""
+        return not self._events.empty()
+
+    @property
     def generated(self) -> int:
         """Tokens generated so far, of all choices."""
         return sum(map(len, self._drawn))
@@ -114,7 +119,7 @@ class Exchange:
     @property
     def reasoning_tokens(self) -> int:
         """Tokens of thinking so far, of all choices."""
-        return sum(writer.reasoning_tokens for writer in self._writers)
+        return sum(writer.reasoning_tokens for writer in self._writers.values())
 
     @property
     def cached_tokens(self) -> int:
@@ -136,7 +141,7 @@ class Exchange:
                 if isinstance(event, Finished):
                     open_choices -= 1
                     yield self._finish(event)
-                elif not self._writers[event.choice].stopped:
+                elif not self._writer(event.choice).stopped:
                     yield self._advance(event)
         finally:
             if open_choices:
@@ -197,6 +202,8 @@ class Exchange:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def _next_event(self) -> Token | Finished:
+        if self.has_more:
+            await asyncio.sleep(0)
         event = await self._events.get()
         self._taken += 1
         if self._held and self._events.empty():
@@ -205,7 +212,7 @@ class Exchange:
         return event
 
     def _advance(self, step: Token) -> Piece:
-        writer = self._writers[step.choice]
+        writer = self._writer(step.choice)
         parts = writer.push(step.token)
         self._drawn[step.choice].add(step)
         if writer.stopped:
@@ -213,7 +220,7 @@ class Exchange:
         return self._piece(step.choice, parts, Drawn([step.token], [step.logprob], [step.top]))
 
     def _finish(self, end: Finished) -> Piece:
-        writer = self._writers[end.choice]
+        writer = self._writer(end.choice)
         self._raise_if_failed(end, writer)
         if not self._request.stream:
             self._drawn[end.choice] = Drawn(end.tokens, end.logprobs, end.top)
@@ -283,12 +290,18 @@ class Exchange:
             shown=frozenset() if self._calls is None else self._calls.marks,
         )
 
-    def _writer(self, prompt: list[int], rules: Rules) -> Writer:
+    def _writer(self, choice: int) -> Writer:
+        """What writes a choice, made when its first token comes: a request may have thousands."""
+        if choice not in self._writers:
+            self._writers[choice] = self._new_writer(self.prompts[choice // self.ask.n])
+        return self._writers[choice]
+
+    def _new_writer(self, prompt: list[int]) -> Writer:
         vocabulary = self.service.vocabulary
         if not isinstance(self.ask, ChatAsk):
-            return PlainText(vocabulary, rules, prompt)
+            return PlainText(vocabulary, self.rules, prompt)
         reader = None if self._calls is None else self._calls.reader()
-        return ChannelledText(vocabulary, rules, self._thinking, reader)
+        return ChannelledText(vocabulary, self.rules, self._thinking, reader)
 
 
 def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:

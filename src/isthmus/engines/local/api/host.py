@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
@@ -20,33 +23,56 @@ DRAIN_S = 30.0
 LAST_WORDS_S = 5
 REQUEST_S = 20.0
 UNREAD_S = 120.0
+MAX_DISCARDED_BYTES = 32 << 20
+"""Of a body that is refused: read on so far, for a client reads the answer only when it has sent all, and bytes that
+nobody has read break its connection."""
+TURN_S = 0.001
+"""A thread of Python gives way to another after so long: the event loop waits for its turn many times in one answer."""
 STOPPED = "the server was stopped before this request was done"
+
+
+class _Transport:
+    """A transport whose `close` is the connection's to carry out."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]):
+        self._transport, self.close = transport, close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class _Connection(H11Protocol):
     """A connection that ends if a request's line and headers, or a body that nobody reads, take over `REQUEST_S`, or if
     its client reads nothing of an answer for `UNREAD_S`.
 
-    Bodies that are read are the handler's to wait for, and silence between two requests is uvicorn's.
+    Bodies that are read are the handler's to wait for, and silence between two requests is uvicorn's. Where an answer
+    ends the connection before the body is here, up to `MAX_DISCARDED_BYTES` of it are read and thrown away.
     """
 
     _end_of_patience: asyncio.TimerHandle | None = None
     _end_of_writing: asyncio.TimerHandle | None = None
+    _discarded: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().connection_made(transport)
+        self._wire = transport
+        super().connection_made(_Transport(transport, self._close))  # pyright: ignore[reportArgumentType]
         self._end_of_patience = self.loop.call_later(REQUEST_S, transport.close)
 
     def data_received(self, data: bytes) -> None:
+        if self._discarded is not None:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES:
+                self._wire.close()
+            return
         super().data_received(data)
         if not self._is_owed_more():
             self._stop_waiting()
         elif self._end_of_patience is None:
-            self._end_of_patience = self.loop.call_later(REQUEST_S, self.transport.close)
+            self._end_of_patience = self.loop.call_later(REQUEST_S, self._wire.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._end_of_writing = self.loop.call_later(UNREAD_S, self.transport.abort)
+        self._end_of_writing = self.loop.call_later(UNREAD_S, self._wire.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -56,6 +82,17 @@ class _Connection(H11Protocol):
         self._stop_waiting()
         self._stop_watching_the_reader()
         super().connection_lost(exc)
+
+    def _close(self) -> None:
+        """End the connection; first read what is still to come of a body, with the answer's end already sent."""
+        if self._discarded is not None or self.conn.their_state is not h11.SEND_BODY or self._wire.is_closing():
+            self._wire.close()
+            return
+        self._discarded = 0
+        self._wire.write_eof()
+        self.flow.resume_reading()
+        if self._end_of_patience is None:
+            self._end_of_patience = self.loop.call_later(REQUEST_S, self._wire.close)
 
     def _is_owed_more(self) -> bool:
         """Whether the client has begun a request that no handler works on."""
@@ -158,11 +195,19 @@ def run_app(
 
     `on_drain` is told how many requests run when that begins.
     """
+    _keep_turns_short()
     try:
         _Host(configuration(server), server, on_ready, drain_s, on_drain).run(sockets=[listener])
     finally:
         server.service.core.stop()
         server.log.close()
+
+
+def _keep_turns_short() -> None:
+    """Threads take short turns, and a search for garbage, which stops everyone, leaves out what is loaded and stays."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(TURN_S)
 
 
 def _explain(error: OSError, host: str, port: int, flag: str) -> str:

@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import Request
 
 from isthmus.engines.local.api.limits import Refused
+from isthmus.engines.local.api.measure import TooLarge, check_measure
 from isthmus.engines.local.api.protocol import ApiError
 
 MAX_BODY_BYTES = 16 << 20
 MAX_UNFINISHED_BYTES = 256 << 20
-MAX_KEYS, MAX_VALUES, MAX_NESTING = 20_000, 2_000_000, 128
 BODY_S = 120.0
 LONG_BODY_BYTES = 128 << 10
 WORKERS = 4
 """Threads that read bodies and prepare prompts, short ones and, in one more thread, long ones."""
-_SCANNED_AT_ONCE = 1 << 18
-_OPENING, _CLOSING = (ord("{"), ord("[")), (ord("}"), ord("]"))
-
 ResultType = TypeVar("ResultType")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How much there is in a text that should be JSON."""
-
-    keys: int
-    values: int
-    depth: int
 
 
 class Intake:
@@ -100,39 +85,12 @@ async def weights_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def check_measure(body: bytes) -> None:
+def check_body(body: bytes) -> None:
     """Refuse what is not worth parsing. Raises ApiError (400)."""
-    found = measure(body)
-    for count, most, what in (
-        (found.keys, MAX_KEYS, "keys"),
-        (found.values, MAX_VALUES, "values"),
-        (found.depth, MAX_NESTING, "levels of nesting"),
-    ):
-        if count > most:
-            raise ApiError(f"the body has more than {most:,} {what}; send it in several requests", code="too_large")
-
-
-def measure(body: bytes) -> Measure:
-    """Keys, values and depth of a text that should be JSON, without parsing it."""
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
-    keys, values, depth, deepest, inside = 0, 0, 0, 0, False
-    for block in _blocks(plain):
-        quotes = np.cumsum(block == ord('"'), dtype=np.int64) + inside
-        inside = bool(quotes[-1] & 1)
-        outside = block[(quotes & 1) == 0]
-        opened, closed = np.isin(outside, _OPENING), np.isin(outside, _CLOSING)
-        keys += int(np.count_nonzero(outside == ord(":")))
-        values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(opened))
-        levels = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int64)
-        if len(levels):
-            deepest, depth = max(deepest, depth + int(levels.max())), depth + int(levels[-1])
-    return Measure(keys, values, deepest)
-
-
-def _blocks(content: bytes) -> Iterator[NDArray[np.uint8]]:
-    whole = np.frombuffer(content, dtype=np.uint8)
-    for start in range(0, len(whole), _SCANNED_AT_ONCE):
-        yield whole[start : start + _SCANNED_AT_ONCE]
+    try:
+        check_measure(body)
+    except TooLarge as error:
+        raise ApiError(f"the body has {error}; send it in several requests", code="too_large") from None
 
 
 def _announced(request: Request, most: int) -> int:

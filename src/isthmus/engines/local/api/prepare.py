@@ -22,7 +22,14 @@ from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.text import CLOSE_THINK, Beginning, CallReader
 from isthmus.engines.local.api.thinking import check_history, read_wishes
 from isthmus.engines.local.api.tools import CallFormat, call_grammar, format_of
-from isthmus.engines.local.core.grammar import GrammarRefused, choice_grammar, json_grammar, literal, regex_grammar
+from isthmus.engines.local.core.grammar import (
+    GrammarRefused,
+    check_schema,
+    choice_grammar,
+    json_grammar,
+    literal,
+    regex_grammar,
+)
 from isthmus.engines.local.core.scheduler import Constraint
 from isthmus.errors import IsthmusError
 
@@ -227,6 +234,10 @@ def _grammar_with_calls(service: Service, ask: ChatAsk, form: CallFormat, answer
     strict = any(function.strict for function in functions)
     if not ask.must_call and not strict and answer is None:
         return None
+    try:
+        check_schema([function.parameters for function in functions])
+    except GrammarRefused as error:
+        raise ApiError(str(error), param="tools", code="invalid_value") from None
 
     def written(mark: str) -> str:
         token = service.vocabulary.single(mark)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from isthmus.engines.local.api.measure import TooLarge, check_measure
 from isthmus.errors import IsthmusError
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -63,6 +64,15 @@ def _shallow(value: Any) -> Any:
         if not level:
             return value
     raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _measured(text: str) -> str:
+    """A text that is to be read as JSON."""
+    try:
+        check_measure(text.encode())
+    except TooLarge as error:
+        raise ValueError(f"has {error}") from None
+    return text
 
 
 def _children(value: Any) -> list[Any]:
@@ -230,7 +240,7 @@ class TextPart(Part):
 
 class FunctionCall(Part):
     name: str
-    arguments: str
+    arguments: Annotated[str, AfterValidator(_measured)]
 
 
 class ToolCall(Part):

@@ -25,7 +25,7 @@ from isthmus.engines.local.api.admission import Gate, note_error, refuse
 from isthmus.engines.local.api.answers import Choice, Exchange
 from isthmus.engines.local.api.browsers import cross_origin
 from isthmus.engines.local.api.canary import Canary, CanaryReport
-from isthmus.engines.local.api.intake import Intake, check_measure, weights_body
+from isthmus.engines.local.api.intake import Intake, check_body, weights_body
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
 from isthmus.engines.local.api.metrics import Metrics
@@ -80,7 +80,7 @@ from isthmus.formats.files.bundle import Bundle
 NO_LIMITS = KeyLimits()
 POLL_S = 0.02
 EXPIRE_EVERY_S = 5.0
-LONG_ANSWER_TOKENS, SHORT_BODY_BYTES = 2000, 2048
+LONG_ANSWER_TOKENS, SHORT_BODY_BYTES, JOINED_BYTES = 2000, 2048, 16 << 10
 STATIC = Path(__file__).parents[1] / "page"
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -226,9 +226,9 @@ class Server:
             return ask, prepare_completion(self.service, ask)
 
         ask, prepared = await self._understood(request, understand)
-        exchange = await self._exchange(ask, prepared)
+        exchange = await self._exchange(request, ask, prepared)
         if ask.stream:
-            return _event_stream(self._completion_chunks(ask, exchange))
+            return _event_stream(self._completion_chunks(ask, exchange), exchange)
         choices = await _unless_disconnected(request, exchange.choices())
         return await self._written(exchange, lambda: self._whole_completion(ask, exchange, choices))
 
@@ -241,9 +241,9 @@ class Server:
             return ask, prepare_chat(self.service, ask)
 
         ask, prepared = await self._understood(request, understand, renders=True)
-        exchange = await self._exchange(ask, prepared)
+        exchange = await self._exchange(request, ask, prepared)
         if ask.stream:
-            return _event_stream(self._chat_chunks(ask, exchange))
+            return _event_stream(self._chat_chunks(ask, exchange), exchange)
         choices = await _unless_disconnected(request, exchange.choices())
         return await self._written(exchange, lambda: self._whole_chat(ask, exchange, choices))
 
@@ -262,10 +262,10 @@ class Server:
 
         asked, ask, prepared = await self._understood(request, understand, renders=True)
         try:
-            exchange = await self._exchange(ask, prepared)
+            exchange = await self._exchange(request, ask, prepared)
             writer = ResponseWriter(asked, exchange, ask.model or self.service.identity.model)
             if ask.stream:
-                return _event_stream(writer.events(), named=True)
+                return _event_stream(writer.events(), exchange, named=True)
             return JSONResponse(await _unless_disconnected(request, writer.whole()))
         except ApiError as error:
             raise in_its_own_words(error) from None
@@ -594,7 +594,8 @@ class Server:
         if ask.include_usage:
             yield head | {"choices": [], "usage": self._count(exchange)}
 
-    async def _exchange(self, ask: Ask, prepared: Prepared) -> Exchange:
+    async def _exchange(self, request: Request, ask: Ask, prepared: Prepared) -> Exchange:
+        await _check_presence(request)
         constraint = None
         if prepared.grammar is not None:
             constraint = await self.intake.one_at_a_time(lambda: prepared.constraint(self.service))
@@ -613,7 +614,7 @@ class Server:
         _check_json(request)
 
         def work() -> ResultType:
-            check_measure(body)
+            check_body(body)
             return understand(body)
 
         async with self.intake.body(request) as body:
@@ -705,15 +706,34 @@ async def _unless_disconnected(request: Request, work: Awaitable[ResultType]) ->
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+async def _check_presence(request: Request) -> None:
+    """Raise ClientDisconnect for one that has left meanwhile; the event loop takes two turns to see it."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    if await request.is_disconnected():
+        raise ClientDisconnect
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _event_stream(chunks: AsyncIterator[dict[str, Any]], *, named: bool = False) -> Response:
-    """Server-sent events: of chat and completions, or `named` by their types."""
-    events = _named_events(chunks) if named else _events(chunks)
+def _event_stream(chunks: AsyncIterator[dict[str, Any]], exchange: Exchange, *, named: bool = False) -> Response:
+    """Server-sent events: of chat and completions, or `named` by their types. What is there at once is sent at once."""
+    events = _joined(_named_events(chunks) if named else _events(chunks), exchange)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _joined(events: AsyncIterator[bytes], exchange: Exchange) -> AsyncIterator[bytes]:
+    waiting = b""
+    async for event in events:
+        waiting += event
+        if len(waiting) > JOINED_BYTES or not exchange.has_more:
+            yield waiting
+            waiting = b""
+    if waiting:
+        yield waiting
 
 
 async def _named_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

@@ -39,11 +39,28 @@ class SerialTokenizer(Protocol):
 
 def json_grammar(schema: dict[str, Any] | str, any_whitespace: bool = True) -> str:
     """JSON that keeps to a schema. Raises GrammarRefused if `schema` is a text that is no JSON object."""
+    check_schema(schema)
     options = {"whitespace_flexible": any_whitespace}
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise GrammarRefused(f"the JSON schema is refused: {error}") from None
+
+
+def check_schema(schema: Any) -> None:
+    """Raise GrammarRefused for what would be too long as a grammar, before it is written out as one."""
+    characters, left = 0, [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+            characters += sum(map(len, value)) + len(value)
+        elif isinstance(value, list):
+            left += value
+            characters += len(value)
+        characters += len(value) if isinstance(value, str) else 1
+        if characters > MAX_GRAMMAR_CHARACTERS:
+            raise GrammarRefused(f"the format has over {characters - 1} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
 
 
 def regex_grammar(pattern: str) -> str:
@@ -54,7 +71,8 @@ def regex_grammar(pattern: str) -> str:
 
 
 def choice_grammar(choices: list[str]) -> str:
-    """One of several texts."""
+    """One of several texts. Raises GrammarRefused."""
+    check_schema(choices)
     return "start: " + " | ".join(map(literal, choices))
 
 

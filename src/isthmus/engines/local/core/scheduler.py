@@ -22,7 +22,7 @@ from isthmus.engines.local.core.sampler import stream_key
 from isthmus.recipe.schema import EngineOptions
 
 TopLogprobs = list[tuple[int, float]]
-PATIENCE_S = 1.0
+PATIENCE_S = 0.1
 """Seconds for which a request of which nothing runs waits for a place before another has to give one up."""
 
 
