@@ -465,12 +465,13 @@ def collect(folders: tuple[Path, ...], folder: Path | None) -> None:
 def inspect_bundle(folder: Path, as_json: bool, diff: Path | None, trust: Path | None) -> None:
     """Show what a bundle is, what its gate found, and who vouches for it. Of a run it is the bundle that it sealed.
 
-    Exit code 1 if it is tampered, untrusted, or was refused by its gate.
+    All files of a run are checked first; a drill has no bundle, and that is all. Exit code 1 if something is tampered,
+    untrusted, or was refused by its gate.
     """
     found = importlib.import_module("isthmus.tools.inspect").execute(
         folder, _watch(), as_json=as_json, diff=diff, trust=trust
     )
-    if found.state not in ("sealed", "unsealed"):
+    if getattr(found, "state", "sealed") not in ("sealed", "unsealed"):
         raise click.exceptions.Exit(1)
 
 

@@ -220,7 +220,7 @@ class RunFolder:
         with self._alone():
             self._store(self._ledger().about_to_write(name, entry))
             write_atomic(path, content)
-            self._store(self._ledger().entered(name, entry))
+            self._store(self._reached(self._ledger().entered(name, entry)))
 
     def enter(self, *paths: Path, made_from: Mapping[str, str] = NOTHING) -> None:
         """Enter files that are there, and all files in folders, unless they were entered before."""
@@ -231,7 +231,12 @@ class RunFolder:
         if entries:
             with self._alone():
                 ledger = self._ledger()
-                self._store(ledger.model_copy(update={"files": {**ledger.files, **entries}}))
+                self._store(self._reached(ledger.model_copy(update={"files": {**ledger.files, **entries}})))
+
+    def note_events(self) -> None:
+        """Note how far the events go now, as every record does: none of them can then be taken away unseen."""
+        with self._alone():
+            self._store(self._reached(self._ledger()))
 
     def forget(self, *paths: Path) -> None:
         """Take files, or all in folders, off the list: they are about to be deleted."""
@@ -407,6 +412,15 @@ class RunFolder:
                 fcntl.flock(file, how)
                 yield
 
+    def _reached(self, ledger: Ledger) -> Ledger:
+        """With the last whole line of the events, once that is on the disk; a list that knows of more stays."""
+        with (self.path / EVENTS).open("rb+") as file:
+            end, last = _whole(*_last_lines(file))
+            if last is None or (ledger.events is not None and ledger.events.bytes >= end):
+                return ledger
+            os.fdatasync(file.fileno())
+        return ledger.model_copy(update={"events": Head(bytes=end, sha256=last)})
+
     def _ledger(self) -> Ledger:
         path = self.path / FILES
         return Ledger.from_bytes(path.read_bytes(), path) if path.exists() else Ledger()
@@ -448,11 +462,10 @@ def _ready(file: IO[bytes], path: Path, ledger: Ledger) -> str:
     if lines[-1] and is_event(lines[-1]):
         file.write(b"\n")
         lines.append(b"")
-    end = start + sum(len(line) + 1 for line in lines[:-1])
+    end, sha256 = _whole(lines, start)
     if lines[-1]:
         file.truncate(end)
     file.seek(end)
-    sha256 = unlinked(lines[-2])[1] if len(lines) > 1 else None
     head = ledger.events
     if head is not None and (head.bytes > end or (head.bytes == end and head.sha256 != sha256)):
         raise DamagedFile(f"{path} ends before the last line that is known to have been written. {_RESTORE_EVENTS}")
@@ -460,6 +473,12 @@ def _ready(file: IO[bytes], path: Path, ledger: Ledger) -> str:
         file.seek(0)
         sha256 = begin(file.read(end))
     return sha256
+
+
+def _whole(lines: list[bytes], start: int) -> tuple[int, str | None]:
+    """Where the last whole line ends, and its hash, of what `_last_lines` gives."""
+    end = start + sum(len(line) + 1 for line in lines[:-1])
+    return end, unlinked(lines[-2])[1] if len(lines) > 1 else None
 
 
 def _last_lines(file: IO[bytes]) -> tuple[list[bytes], int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
+from isthmus.launch import local
 from isthmus.launch.local import run_ranks
 from isthmus.progress import Watch
 from isthmus.recipe.section import RecipeError
@@ -114,3 +115,20 @@ def test_the_error_of_a_rank_is_raised_here_with_its_class(tmp_path):
     with pytest.raises(RanksFailed, match=r"(?s)rank . stopped: ModuleNotFoundError.*logs"):
         run_ranks("nowhere", planned(tmp_path / "other"), {}, 2, tmp_path / "logs")
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.skipif(not hasattr(local.LaunchConfig, "shutdown_timeout"), reason="torch 2.11 keeps to its 30 s")
+def test_ranks_that_are_asked_to_leave_get_as_long_as_a_large_checkpoint_takes(tmp_path, monkeypatch):
+    """torch's agent kills after 30 s what is still saving, where nothing else is said."""
+    given = []
+
+    def launched(config, _program):
+        given.append(config.shutdown_timeout)
+        return lambda *_words: None
+
+    monkeypatch.setattr(local, "elastic_launch", launched)
+    run_ranks("steps", tmp_path, {}, 2, tmp_path / "logs")
+    assert given == [local.LEAVE_S] and local.LEAVE_S >= 3600
+    monkeypatch.setenv(local.LEAVE, "45")
+    run_ranks("steps", tmp_path, {}, 2, tmp_path / "logs")
+    assert given[1:] == [45], "what the user says counts"

@@ -208,3 +208,33 @@ def test_a_writer_that_dies_between_a_file_and_the_list_leaves_a_run_that_goes_o
         assert run.read_kept(path, "") == (b"old" if dies_at == "notes.json" else b"newer")
         run.go_on()
         assert run.breaks() == [] and run.events("run", "fallback") == []
+
+
+@pytest.mark.parametrize("noted", ["a record", "a checkpoint"])
+def test_events_that_are_cut_at_their_end_are_missed(tmp_path, noted):
+    """After each line: a step tells no line but those of its updates, until its record or a checkpoint notes them."""
+    run = RunFolder.create(tmp_path / "run", load_recipe(RECIPE))
+    run.event(TAUGHT, "start")
+    for step in range(1, 6):
+        run.event(TAUGHT, "step", step=step, loss=1.0 / step)
+    if noted == "a record":
+        placements = [Placement(stage=stage, pool="home", reason="here") for stage in ("train", "rollout", "serve")]
+        run.write_record("plan", PlanRecord(**header(run), placements=placements, rejected=[], estimate={}))
+    else:
+        run.note_events()
+    assert check_run(run.path).breaks == []
+    path = run.path / "events.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 6
+    for kept in range(6):
+        path.write_bytes(b"".join(lines[:kept]))
+        assert any("events.jsonl" in line for line in check_run(run.path).breaks), kept
+        with pytest.raises(DamagedFile):
+            run.go_on() if kept else run.event(TAUGHT, "step", step=6)
+        run.note_events()
+        assert check_run(run.path).breaks, "what comes later does not hide it"
+    path.write_bytes(whole)
+    assert check_run(run.path).breaks == []
+    run.event(TAUGHT, "step", step=6)
+    assert check_run(run.path).breaks == []

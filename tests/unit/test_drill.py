@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -92,6 +93,20 @@ def test_a_drill_is_not_handed_off(tmp_path):
     with pytest.raises(GateRefused, match="not sealed for use"):
         handoff.execute(run, Watch(quiet=True))
     assert not (run.path / "bundle").exists()
+
+
+def test_inspect_checks_the_files_of_a_drill_and_asks_for_no_hand_off(tmp_path):
+    run = moved_drill(tmp_path / "run")
+    (run.path / "steps" / STEP / "record.json").unlink()
+    run.forget(run.path / "steps" / STEP / "record.json")
+    found = CliRunner().invoke(cli, ["inspect", str(run.path)])
+    assert found.exit_code == 0 and "it is a drill" in found.output and "first run" not in found.output
+    told = CliRunner().invoke(cli, ["inspect", str(run.path), "--json"])
+    assert told.exit_code == 0 and json.loads(told.output)["breaks"] == []
+    compared = CliRunner().invoke(cli, ["inspect", str(run.path), "--diff", str(run.path)])
+    assert isinstance(compared.exception, IsthmusError) and "no bundle to compare" in str(compared.exception)
+    (run.path / "plan.json").write_text("{}")
+    assert isinstance(CliRunner().invoke(cli, ["inspect", str(run.path)]).exception, GateRefused)
 
 
 def test_a_drill_and_a_run_are_not_taken_for_each_other(tmp_path):

@@ -17,10 +17,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from isthmus.errors import IsthmusError, RanksFailed
+from isthmus.launch.places import variables_set
 from isthmus.launch.rank import RankReport, error_of, read_report
 from isthmus.run import explain_io_errors
 
 LAST_LINES = 12
+LEAVE_S = 7200
+"""What ranks get to save and leave once they are asked to: torch's own 30 s are less than a large checkpoint takes. A
+rank that gives no sign of life is ended before that by whoever watches the step. The agent of torch 2.11 keeps to its
+30 s; later ones read the variable (pytorch/pytorch pull request 172596)."""
+LEAVE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 """The signals that the agent takes to itself, and passes on to the ranks."""
 
@@ -37,7 +43,23 @@ def run_ranks(stage: str, run: Path, options: Mapping[str, str | bool], ranks: i
     with explain_io_errors(logs):
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
-    config = LaunchConfig(
+    with variables_set({LEAVE: str(LEAVE_S)}):
+        config = _config(ranks, logs)
+    words = ["-m", "isthmus.launch.rank", str(os.getpid()), str(logs), stage, str(run), json.dumps(options)]
+    with _agent_in_the_background():
+        try:
+            elastic_launch(config, sys.executable)(*words)
+        except ChildFailedError as error:
+            raise _explained(error.failures, logs) from None
+        except SignalException:
+            shutil.rmtree(logs)
+            raise KeyboardInterrupt from None
+    sys.stderr.write(_stderr(logs, 0))
+    shutil.rmtree(logs)
+
+
+def _config(ranks: int, logs: Path) -> LaunchConfig:
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
@@ -51,17 +73,6 @@ def run_ranks(stage: str, run: Path, options: Mapping[str, str | bool], ranks: i
         ),
         signals_to_handle=",".join(HANDLED),
     )
-    words = ["-m", "isthmus.launch.rank", str(os.getpid()), str(logs), stage, str(run), json.dumps(options)]
-    with _agent_in_the_background():
-        try:
-            elastic_launch(config, sys.executable)(*words)
-        except ChildFailedError as error:
-            raise _explained(error.failures, logs) from None
-        except SignalException:
-            shutil.rmtree(logs)
-            raise KeyboardInterrupt from None
-    sys.stderr.write(_stderr(logs, 0))
-    shutil.rmtree(logs)
 
 
 @contextmanager

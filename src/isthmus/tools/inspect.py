@@ -101,33 +101,51 @@ class Difference(BaseModel):
 
 def execute(
     folder: Path, watch: Watch, *, as_json: bool = False, diff: Path | None = None, trust: Path | None = None
-) -> Inspection:
+) -> Inspection | RunFiles:
     """Show a bundle, and how it differs from `diff`. `trust`: a file of public keys, one of which must have signed.
 
-    Of a run folder all files are checked, and the bundle that its hand-off was about is shown. Raises GateRefused that
-    names the files that were touched, and IsthmusError if there is no bundle.
+    Of a run folder all files are checked, and the bundle that its hand-off was about is shown; a drill has none. Raises
+    GateRefused that names the files that were touched, and IsthmusError if there is no bundle.
     """
-    if (meant_run(folder) / "recipe.json").is_file() and not (folder / CONFIG).is_file():
-        checked = check_run(meant_run(folder))
-        if not as_json:
-            watch.console.print(render_run(checked))
-        if checked.breaks:
-            raise GateRefused(
-                f"{checked.folder} is not as its run left it: {'; '.join(checked.breaks)}. Restore what was touched; "
-                "or delete it, and the run makes it again as far as it can, and its dossier says so."
-            )
+    run = meant_run(folder)
+    if (run / "recipe.json").is_file() and not (folder / CONFIG).is_file():
+        checked = _checked(run, watch, quiet=as_json)
+        if RunFolder.open(run).recipe.drill is not None:
+            if diff is not None or trust is not None:
+                raise IsthmusError(
+                    f"{run} is a drill: nothing of it is sealed, so there is no bundle to compare or trust"
+                )
+            if as_json:
+                _print_json(checked.model_dump(mode="json"), watch)
+            return checked
     folder = find_bundle(folder)
     found = inspect(folder, read_trusted(trust) if trust else None)
     difference = compare(folder, diff) if diff is not None else None
     if as_json:
         content = found.model_dump(mode="json")
-        content |= {"diff": difference.model_dump(mode="json")} if difference else {}
-        watch.console.print(json.dumps(content, indent=2), highlight=False, markup=False, soft_wrap=True)
+        _print_json(content | ({"diff": difference.model_dump(mode="json")} if difference else {}), watch)
     else:
         watch.console.print(render(found))
         if difference is not None:
             watch.console.print(render_difference(difference))
     return found
+
+
+def _checked(run: Path, watch: Watch, *, quiet: bool) -> RunFiles:
+    """The check of a run folder, shown. Raises GateRefused that names the files that were touched."""
+    checked = check_run(run)
+    if not quiet:
+        watch.console.print(render_run(checked))
+    if checked.breaks:
+        raise GateRefused(
+            f"{checked.folder} is not as its run left it: {'; '.join(checked.breaks)}. Restore what was touched; "
+            "or delete it, and the run makes it again as far as it can, and its dossier says so."
+        )
+    return checked
+
+
+def _print_json(content: dict[str, Any], watch: Watch) -> None:
+    watch.console.print(json.dumps(content, indent=2), highlight=False, markup=False, soft_wrap=True)
 
 
 def check_run(folder: Path) -> RunFiles:
@@ -151,6 +169,7 @@ def check_run(folder: Path) -> RunFiles:
         found += _touched(folder, sealed / SEAL, partial(verify_seal, sealed, record.seal_id))
     known = 0 if found else len(run.kept)
     notes = [] if run.digest or found else [f"{folder} is from before runs had hashes: its records cannot be checked"]
+    notes += ["it is a drill: nothing of it is handed off, so it has no bundle to show"] if run.recipe.drill else []
     return RunFiles(folder=str(folder), files=known + len(checkpoints) + len(bundles), breaks=found, notes=notes)
 
 

@@ -69,6 +69,10 @@ class Voice:
         if self.is_first:
             self.step.event(event, **fields)
 
+    def note_events(self) -> None:
+        if self.is_first:
+            self.step.run.note_events()
+
     def say(self, text: str) -> None:
         if self.is_first:
             self.watch.say(text)
@@ -196,6 +200,7 @@ class Training:
                 step += 1
                 if step % self.section.checkpoint_every == 0 or step == self.section.steps:
                     self.checkpoints.save(step, self.state())
+                    self.voice.note_events()
                 else:
                     self.guard.leave(step, lambda step=step: self._save_now(step))
         saved = self.checkpoints.finish()
@@ -237,6 +242,7 @@ class Training:
     def _save_now(self, step: int) -> None:
         self.checkpoints.save(step, self.state())
         self.checkpoints.finish()
+        self.voice.note_events()
 
     def state(self) -> TrainingState:
         """What a checkpoint holds; the tensors are the training's own."""

@@ -173,6 +173,7 @@ def learn(shores: Shores, watch: Watch) -> None:
             if state.step < section.steps and (state.step % section.checkpoint_every == 0 or leaves):
                 rollouts.store(state.step, begun_with)
                 state.save()
+                state.work.run.note_events()
             if guard is not None and leaves and state.step < section.steps:
                 _leave(state, guard)
 
