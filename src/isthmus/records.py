@@ -5,7 +5,7 @@ They load without torch, so that the plan and the report stay on the desk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal, Self
@@ -291,11 +291,32 @@ class PlanRecord(Record):
         return [one.pool for one in self.rejected if one.stage == stage and one.acceptable]
 
 
-class WeightsRecord(Record):
+class PlayedRecord(Record):
+    """Base of what steps leave. The figures of a `drill` are rehearsed, whatever computed."""
+
+    drill: bool = False
+
+    @model_validator(mode="after")
+    def _a_drill_measures_nothing(self) -> Self:
+        if self.drill and (named := [name for name, one in _figures_of(self) if one.kind != "rehearsed"]):
+            raise ValueError(f"figures of a drill are rehearsed; {', '.join(named)} are not")
+        return self
+
+
+def _figures_of(record: Record) -> Iterator[tuple[str, Figure]]:
+    """The figures of a record, and those in its tables, with their names."""
+    for name, value in record:
+        if isinstance(value, Figure):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((str(key), one) for key, one in value.items() if isinstance(one, Figure))
+
+
+class WeightsRecord(PlayedRecord):
     """`steps/NAME/record.json` of a step that leaves weights. `pool` trained them; `steps` are its updates.
 
     It started from the checkpoint with the hash `started_from_sha256` of the step `started_from`; from a model if that
-    is `model`. `checkpoint` is relative to the run folder. The figures of a `drill` are rehearsed, whatever computed.
+    is `model`. `checkpoint` is relative to the run folder.
     """
 
     step: str
@@ -307,13 +328,6 @@ class WeightsRecord(Record):
     checkpoint: str
     checkpoint_sha256: str
     figures: dict[str, Figure]
-    drill: bool = False
-
-    @model_validator(mode="after")
-    def _a_drill_measures_nothing(self) -> Self:
-        if self.drill and (named := [name for name, one in self.figures.items() if one.kind != "rehearsed"]):
-            raise ValueError(f"figures of a drill are rehearsed; {', '.join(named)} are not")
-        return self
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -328,11 +342,15 @@ class TextRecord(WeightsRecord):
 
 
 class RlRecord(WeightsRecord):
-    """Of reinforcement learning. The last version of the weights is `weight_version`."""
+    """Of reinforcement learning. The last version of the weights is `weight_version`.
+
+    `rollout_pool` generated last; `rollout_pools` has the seconds for which the step held each that generated.
+    """
 
     kind: Literal["rl"] = "rl"
     rollout_pool: str
     rollout_rehearsed: bool
+    rollout_pools: dict[str, Figure] = {}
     algorithm: str
     weight_version: int
     heldout_problems: int
@@ -345,7 +363,7 @@ class RlRecord(WeightsRecord):
     sample_after: str
 
 
-class SampleRecord(Record):
+class SampleRecord(PlayedRecord):
     """`steps/NAME/record.json` of a step that leaves data: answers that passed its filters, in `samples`.
 
     `dropped` counts what each filter took away, in the order of the filters, of `generated` answers to `prompts`
@@ -374,7 +392,7 @@ class SampleRecord(Record):
         return {**super().made_from, **weights, "samples": self.samples_sha256}
 
 
-class EvaluationRecord(Record):
+class EvaluationRecord(PlayedRecord):
     """`steps/NAME/evaluation.json`: how the weights of a step answer held-out problems.
 
     `correct` has a row for each problem and in it each answer, in the order of `problems`, which are ids.
@@ -394,8 +412,22 @@ class EvaluationRecord(Record):
     tokens: Figure
 
 
-Rung = Literal["go on", "retry", "skip batch", "leave", "restart", "leave out a rank", "shrink", "revert", "stop"]
+Rung = Literal[
+    "go on",
+    "retry",
+    "skip batch",
+    "leave",
+    "restart engine",
+    "restart",
+    "leave out a rank",
+    "shrink",
+    "move rollouts",
+    "revert",
+    "stop",
+]
 """What is done about an incident, mildest first. `leave`: save, end, and go on when the command is run again."""
+Side = Literal["train", "rollout"]
+"""The two sides of a step: the pool that learns, and the one that generates."""
 
 
 class GateCheck(Part):
@@ -429,10 +461,11 @@ class IncidentRecord(Record):
 
     It is on the disk as `decided` before anything is done about it. `update` counts from 1, the update that was under
     way. `figures` are those that the decision rests on. A revert or a shrink says in `to_pool` and `to_ranks` where the
-    step goes on, `without_ranks` are the devices that are left out there.
+    step goes on, `without_ranks` are the devices that are left out there. `pool` is that of the `side` that failed.
     """
 
     step: str
+    side: Side = "train"
     number: int
     signal: str
     detail: str
@@ -508,9 +541,18 @@ def train_place(run: RunFolder, step: str, ranks_of: Callable[[str], int]) -> Tr
     names = [one.name for one in run.recipe.step]
     for name in names[: names.index(step) + 1]:
         for one in incidents(run, name):
-            if one.outcome == "done" and one.to_pool is not None:
+            if one.side == "train" and one.outcome == "done" and one.to_pool is not None:
                 place = TrainPlace(one.to_pool, one.to_ranks or ranks_of(one.to_pool), tuple(one.without_ranks))
     return place
+
+
+def rollout_pool(run: RunFolder, step: str, planned: str) -> str:
+    """The pool that generates for a step: the planned one, or where an incident of this step or of one before it moved
+    the rollouts since."""
+    names = [one.name for one in run.recipe.step]
+    before = (one for name in names[: names.index(step) + 1] for one in incidents(run, name))
+    moved = [one.to_pool for one in before if one.rung == "move rollouts" and one.outcome == "done" and one.to_pool]
+    return moved[-1] if moved else planned
 
 
 Layer = Literal["source", "files", "coverage", "config", "modules", "tokens", "engine", "task"]

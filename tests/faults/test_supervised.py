@@ -4,6 +4,7 @@ of reinforcement learning that is asked to stop saves first."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -64,6 +65,33 @@ def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_pat
     assert [event["step"] for event in steps] == list(range(1, 11))
     assert [event["ranks"] for event in steps][-1] == 1 and {event["ranks"] for event in steps} == {1, 2}
     assert not working_on(run.path)
+
+
+def test_a_person_is_asked_before_a_move_and_the_next_command_is_the_answer(tmp_path):
+    """Exit code 1 says how to go on; with --revert the step moves, the same command without it stays."""
+    run = with_spare(tmp_path / "run", supervise__restarts=0, supervise__on_revert='"ask"')
+    process = started(run, TAUGHT)
+    wait_for(run, TAUGHT, 5, process)
+    (trainer,) = [pid for pid in children(process.pid) if b"ISTHMUS_BEATS" in b"".join(environment_of(pid))]
+    os.kill(trainer, signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in errors, output + errors
+    assert "had better move from pool home to spare" in errors
+    assert f"To move:  isthmus run {run.path} --revert" in errors and f"To stay:  isthmus run {run.path}\n" in errors
+    (asked,) = incidents(run, TAUGHT)
+    assert (asked.rung, asked.outcome) == ("revert", "asked")
+
+    stays = RunFolder.open(shutil.copytree(run.path, tmp_path / "stays"))
+    answer = subprocess.run(command("run", stays.path, "--only", TAUGHT), capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0 and "nobody agreed to the move to spare" in answer.stdout, answer.stderr
+    assert read_weights(stays, TAUGHT).pool == "home"
+
+    words = ("run", run.path, "--only", TAUGHT, "--revert")
+    answer = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    assert read_weights(run, TAUGHT).pool == "spare"
+    assert [(one.rung, one.outcome) for one in incidents(run, TAUGHT)] == [("revert", "done")]
+    assert [event["step"] for event in run.events(TAUGHT, "step")] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])

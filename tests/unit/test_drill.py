@@ -115,12 +115,6 @@ def test_a_drill_and_a_run_are_not_taken_for_each_other(tmp_path):
     assert isinstance(found.exception, IsthmusError) and "no drill" in str(found.exception)
 
 
-def test_steps_that_a_drill_cannot_play_are_refused():
-    tiny = tomllib.loads((ROOT / "recipes" / "tiny.toml").read_text(encoding="utf-8"))
-    with pytest.raises(IsthmusError, match="leave out reasoning"):
-        parse_recipe({**tiny, "drill": {}})
-
-
 def moved_drill(folder) -> RunFolder:
     """Three updates on away, and the third again on home from the checkpoint of update 2."""
     run = RunFolder.create(folder, DRILL)

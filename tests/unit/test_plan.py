@@ -135,6 +135,18 @@ def test_each_stage_needs_its_verdict(stage: str, found: Verdict, acceptable: bo
     assert objection is None or (found in objection and "reason of home" in objection)
 
 
+def test_rollouts_are_not_planned_on_engines_elsewhere_that_cannot_do_what_a_step_asks():
+    """Beside a pool that is here: the plan goes there, and nothing may move from there to those engines."""
+    mixed = ("pools.far.chip=cpu", "pools.far.engines=['http://a:1']", "place.rollout=['far', 'home']")
+    records = {pool: verdict(pool, "fit", rehearsed=pool == "away") for pool in ("home", "far", "away")}
+    placements, rejected = plan.place(recipe(*mixed), records)
+    assert {one.stage: one.pool for one in placements}["rollout"] == "far"
+    placements, rejected = plan.place(recipe(*mixed, "rl.loss.router_replay=true"), records)
+    assert {one.stage: one.pool for one in placements}["rollout"] == "home"
+    (far,) = [one for one in rejected if one.stage == "rollout"]
+    assert not far.acceptable and "replays the experts" in far.reason and "router_replay = false" in far.reason
+
+
 def test_an_acceptable_pool_later_in_the_order_is_rejected_by_the_order():
     chosen = recipe('place.rollout=["home", "away"]')
     qualified = {"home": verdict("home", "fit"), "away": verdict("away", "serve-only", rehearsed=True)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from isthmus.formats.updates.version_folder import read_versions
 from isthmus.model.model import Model
 from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
-from isthmus.records import TextRecord
+from isthmus.records import Placement, PlanRecord, Rejection, TextRecord
 from isthmus.rewards import EachAlone, Rewards
 from isthmus.run import RunFolder
 from isthmus.stages.steps import data
@@ -62,7 +61,15 @@ def shores_in(folder, **changes):
     writer = CheckpointWriter(run.step_folder(TAUGHT) / "checkpoints", 1, None)
     writer.save(0, TrainingState(model.state_dict(), {}, {}))
     saved = writer.finish()
-    plan = SimpleNamespace(pool_of={"train": "home", "rollout": "away"}.__getitem__)
+    placed = {"train": "home", "rollout": "away", "serve": "away"}
+    places = [Placement(stage=stage, pool=pool, reason="") for stage, pool in placed.items()]
+    others = [
+        Rejection(stage="rollout", pool=name, reason="", acceptable=True) for name in run.recipe.place.rollout[1:]
+    ]
+    plan = PlanRecord(
+        recipe_sha256=run.recipe.digest(), started=0, ended=0, placements=places, rejected=others, estimate={}
+    )
+    run.write_record("plan", plan)
     taught = TextRecord(
         recipe_sha256=run.recipe.digest(),
         started=0.0,

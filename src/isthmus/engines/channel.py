@@ -88,6 +88,14 @@ class Channel:
         assert self._publisher.last is not None, "send a version first"
         return self._whole(self._publisher.last, kind, 0.0)
 
+    def take_up(self, engine: Engine) -> None:
+        """Bring the last version, all of it, to an engine that takes the place of another. Raises EngineError."""
+        self._has, self._uses_deltas = None, self.deltas and engine.takes_deltas
+        if (last := self._publisher.last) is not None:
+            payload = pack(last.tensors)
+            engine.update(payload, last.version, digest(payload))
+            self._has = (last.version, last.sha256)
+
     def _publish(self, version: int, tensors: dict[str, Tensor]) -> Published:
         if self._uses_deltas or (self.deltas and self.folder is not None):
             return self._publisher.publish(version, tensors)

@@ -32,7 +32,7 @@ from isthmus.recipe.section import (
     Whole,
     key,
 )
-from isthmus.recipe.steps import MODEL, Mix, PretrainSection, Problems, Prompts, Rows, SftSection, Step, StepSection
+from isthmus.recipe.steps import MODEL, Mix, Problems, Prompts, Rows, Step, StepSection
 from isthmus.recipe.supervise import SuperviseSection
 
 Mebibytes = Annotated[Positive, Unit("MiB")]
@@ -359,13 +359,6 @@ class Recipe(Section):
             pool = self.pools[name]
             if not pool.rehearsed and (problem := layout_problem(self.model, self.train, pool.ranks or pool.count)):
                 raise ValueError(f"pool {name!r}: {problem}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_drill_is_of_text(self) -> Self:
-        others = [one.name for one in self.step if not isinstance(one, PretrainSection | SftSection)]
-        if self.drill is not None and others:
-            raise ValueError(f"a drill plays pretrain and sft steps alone; leave out {', '.join(others)}")
         return self
 
     @model_validator(mode="after")

@@ -17,9 +17,11 @@ class SuperviseSection(Section):
 
     retries: Whole = key(1, "times that one update is computed again before its batch is left out", ge=0)
     skips: Whole = key(2, "batches that a step may leave out", ge=0)
-    restarts: Whole = key(3, "restarts of a step without a newer checkpoint in between", ge=0)
+    restarts: Whole = key(3, "restarts of a step, or of its engine, without a newer checkpoint in between", ge=0)
     shrinks: Whole = key(1, "times that a step may go on with fewer ranks", ge=0)
-    reverts: Whole = key(1, "times that a step may move to another pool of place.train", ge=0)
+    reverts: Whole = key(
+        1, "times that a step may move to another pool of place.train, and its rollouts to one of place.rollout", ge=0
+    )
     on_revert: Literal["go", "ask"] = key("go", "ask: end with exit code 1 and say how to go on, before a move")
     move_if: Share = key(0.9, "how sure it must be that moving is quicker, to move before the restarts are spent")
     beat_s: Seconds = key(600.0, "time without a sign of life of a rank within its updates", gt=0)

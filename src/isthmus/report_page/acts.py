@@ -58,6 +58,16 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
             return [act(name, kind, "train", name, counted(name, "step", key, "train"))]
         return [_share(run, name, kind, pool, seconds, steps, key) for pool, (seconds, steps) in held.items()]
 
+    def generated(name: str) -> list[Act]:
+        title, held = f"{name}-rollouts", timing.held_rollouts(events, name) if name in done else {}
+        if len(held) < 2:
+            whole = act(title, "rollout", "rollout", name, counted(name, "step", "tokens", "rollout"))
+            return [whole.model_copy(update={"pool": pool}) for pool in held] or [whole]
+        shares = [
+            _share(run, name, "rollout", pool, seconds, steps, "tokens") for pool, (seconds, steps) in held.items()
+        ]
+        return [one.model_copy(update={"name": title, "placed": "rollout"}) for one in shares]
+
     def counted(stage: str, event: str, key: str, placed: PlacedStage) -> Figure | None:
         rehearsed = _is_rehearsed(run, plan.pool_of(placed))
         return _sum_of([e for e in events if e["stage"] == stage and e["event"] == event], key, rehearsed)
@@ -66,10 +76,10 @@ def acts_of(run: RunFolder, plan: PlanRecord) -> list[Act]:
     for step in recipe.step:
         if isinstance(step, RlSection):
             found += trained(step.name, "learn", "trained_tokens")
-            sampled = counted(step.name, "step", "tokens", "rollout")
-            rollouts = act(f"{step.name}-rollouts", "rollout", "rollout", step.name, sampled)
-            same = {one.pool for one in found if one.name == step.name} == {rollouts.pool}
-            found.append(rollouts.model_copy(update={"seconds": _with_learning(step.name)}) if same else rollouts)
+            learnt = {one.pool for one in found if one.name == step.name}
+            for one in generated(step.name):
+                same = learnt == {one.pool}
+                found.append(one.model_copy(update={"seconds": _with_learning(step.name)}) if same else one)
         elif isinstance(step, SampleSection):
             sampled = counted(step.name, "step", "tokens", "rollout")
             found.append(act(step.name, "sample", "rollout", step.name, sampled))

@@ -31,6 +31,11 @@ class Attempt:
 
 def attempts(events: Sequence[dict[str, Any]]) -> list[Attempt]:
     """The tries of all stages in the order of their first event."""
+    return [_attempt(one) for one in _tries(events) if one[0]["stage"] not in UNTIMED_STAGES]
+
+
+def _tries(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The events of each try of a stage; the start of the next one ends one that the supervisor ended."""
     tries: list[list[dict[str, Any]]] = []
     running: dict[str, list[dict[str, Any]]] = {}
     for event in events:
@@ -42,7 +47,7 @@ def attempts(events: Sequence[dict[str, Any]]) -> list[Attempt]:
             tries.append(running[stage])
         if stage in running:
             running[stage].append(event)
-    return [_attempt(one) for one in tries if one[0]["stage"] not in UNTIMED_STAGES]
+    return tries
 
 
 def spent(events: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -66,6 +71,30 @@ def held(events: Sequence[dict[str, Any]], step: str) -> dict[str, tuple[float, 
         pool = event.get("pool") if event["event"] == "start" else pool
         if event["event"] == "step" and pool is not None:
             found[pool][1].append(event)
+    return found
+
+
+def held_rollouts(events: Sequence[dict[str, Any]], step: str) -> dict[str, tuple[float, list[dict[str, Any]]]]:
+    """Seconds for which a step held each pool that generated for it, and the events of the updates that learnt from
+    what was written there."""
+    own = [event for event in events if event["stage"] == step]
+    found: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+
+    def add(pool: str | None, seconds: float) -> None:
+        if pool is not None:
+            before, made = found.get(pool, (0.0, []))
+            found[pool] = (before + max(0.0, seconds), made)
+
+    for one in _tries(own):
+        pool, since = one[0].get("rollout_pool"), one[0]["time"]
+        for move in one:
+            if move["event"] == "revert" and move.get("side") == "rollout":
+                add(pool, move["time"] - since)
+                pool, since = move["to_pool"], move["time"]
+        add(pool, one[-1]["time"] - since)
+    for event in own:
+        if event["event"] == "step" and event.get("rollout_pool") in found:
+            found[event["rollout_pool"]][1].append(event)
     return found
 
 

@@ -31,6 +31,7 @@ from isthmus.forecast.told import Teller, figure_of
 from isthmus.forecast.work import work_of
 from isthmus.pools import placed_pools
 from isthmus.progress import Watch
+from isthmus.recipe.elsewhere import elsewhere_problem
 from isthmus.recipe.schema import AimSection, PlacedStage, Recipe
 from isthmus.records import Candidate, ForecastRecord, Placement, PlanRecord, QualifyRecord, Rejection, Ruling
 from isthmus.rules import NOT_LOOKED_AT, notice, refusal, rule_pools, warning
@@ -201,6 +202,8 @@ def objection(stage: str, pool: QualifyRecord, recipe: Recipe) -> str | None:
         return (
             f"it is rehearsed, and a rehearsal can refuse a pool, never vouch for it; its verdict is `{pool.verdict}`"
         )
+    if stage == "rollout" and recipe.pools[pool.pool].engines and (why := elsewhere_problem(recipe)):
+        return f"its engines are elsewhere: {why}"
     if pool.verdict not in accepted:
         return f"its verdict is `{pool.verdict}`: {_reason_of(pool, use)}"
     elsewhere = {"rollout": "handoff.", "serve": ROLLOUT_FORMAT}.get(stage)

@@ -7,14 +7,20 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from isthmus.records import IncidentRecord, RevertVerdict, TrainPlace
+from isthmus.records import IncidentRecord, RevertVerdict, Side, TrainPlace
 from isthmus.run import RunFolder, explain_io_errors, write_atomic
 from isthmus.supervise.ladder import Decision
 from isthmus.supervise.signals import Signal
 
 
 def write(
-    run: RunFolder, step: str, signal: Signal, decision: Decision, place: TrainPlace, checkpoint: int
+    run: RunFolder,
+    step: str,
+    signal: Signal,
+    decision: Decision,
+    place: TrainPlace,
+    checkpoint: int,
+    side: Side = "train",
 ) -> IncidentRecord:
     """Store a decision under the next free number. Raises IsthmusError if the disk is full or may not be written."""
     folder = run.step_folder(step) / "incidents"
@@ -25,6 +31,7 @@ def write(
             started=time.time(),
             ended=time.time(),
             step=step,
+            side=side,
             number=number,
             signal=signal.kind,
             detail=signal.detail,
@@ -72,3 +79,19 @@ def conclude(
     ended = record.model_copy(update={"outcome": outcome, "ended": time.time(), "gate": gate})
     run.write_record(f"steps/{record.step}/incidents/{record.number:03d}", ended)
     return ended
+
+
+def question(run: RunFolder, record: IncidentRecord) -> str:
+    """What a person is asked before a move."""
+    said = [f"  {name}: {figure}" for name, figure in record.figures.items()]
+    what = f"step {record.step} had better move from pool {record.pool} to {record.to_pool}"
+    if record.side == "rollout":
+        what = f"step {record.step} had better generate on pool {record.to_pool} instead of {record.pool}"
+    lines = [
+        f"{what}: {record.why}.",
+        *said,
+        '[supervise] on_revert = "ask" lets a person decide.',
+        f"To move:  isthmus run {run.path} --revert",
+        f"To stay:  isthmus run {run.path}",
+    ]
+    return "\n".join(lines)

@@ -1,16 +1,17 @@
 """What is done about a signal: a pure function of what was met so far, the budgets, and the forecast of both sides.
 
 The rungs, mildest first: go on, retry the update, leave its batch out, restart from the checkpoint, leave out a rank,
-shrink, move to the next pool of place.train, stop. Each has a budget in [supervise].
+shrink, move to the next pool of place.train, stop. Rollouts have two of their own: start the engine again, and let the
+next pool of place.rollout generate. Each has a budget in [supervise].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isthmus.recipe.supervise import SuperviseSection
-from isthmus.records import IncidentRecord, Rung
+from isthmus.records import IncidentRecord, Rung, Side
 from isthmus.run import Figure
 from isthmus.supervise.balance import Balance
 from isthmus.supervise.signals import Signal
@@ -28,7 +29,8 @@ class Situation:
     """A step when a signal comes. `checkpoint` is the newest one's update, 0 if there is none.
 
     `smaller` is the next smaller number of ranks that divides as [train] says, and `next_pools` are those where the
-    step may go. `in_update` says that the update can still be computed again or left out.
+    step may go. `in_update` says that the update can still be computed again or left out. `side` is what failed, and
+    pools are that side's. Engines elsewhere are not `ours_to_start`.
     """
 
     section: SuperviseSection
@@ -40,6 +42,8 @@ class Situation:
     smaller: int | None = None
     balance: Balance | None = None
     in_update: bool = False
+    side: Side = "train"
+    ours_to_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Decision:
 
 def decide(signal: Signal, situation: Situation) -> Decision:
     """The rung for a signal. The same input gives the same decision."""
-    decision = _rung(signal, situation)
+    now = replace(situation, past=[one for one in situation.past if one.side == situation.side])
+    decision = _of_rollouts(signal, now) if now.side == "rollout" else _rung(signal, now)
     if situation.balance is None:
         return decision
     return Decision(**{**decision.__dict__, "figures": situation.balance.figures})
@@ -72,6 +77,33 @@ def _rung(signal: Signal, now: Situation) -> Decision:
     if now.in_update:
         return _within(signal, now)
     return _restart_or_further(signal, now)
+
+
+def _of_rollouts(signal: Signal, now: Situation) -> Decision:
+    """Rollouts hold nothing that could be lost: their engine is started again, or another pool's takes its place."""
+    spent, why = now.section.restarts, f"an engine that computes something else does so again: {signal.detail}"
+    if signal.kind != "mismatch" and now.ours_to_start:
+        restarts = [one.checkpoint for one in now.past if one.rung == "restart engine" and one.pool == now.pool]
+        spent = restarts_without_progress(restarts, now.checkpoint)
+        why = f"{spent} restarts of the engine brought no newer checkpoint than that of update {now.checkpoint}"
+    elif signal.kind != "mismatch":
+        why = f"whoever started the engines of {now.pool} has to start them again"
+    if spent < now.section.restarts:
+        return Decision(
+            "restart engine",
+            f"restart {spent + 1} of {now.section.restarts} of the engine without a newer checkpoint",
+        )
+    move = _move_rollouts(now)
+    return _with(move, why) if move else Decision("stop", f"{why}, and {_no_way(now)}")
+
+
+def _move_rollouts(now: Situation) -> Decision | None:
+    moves = [one for one in now.past if one.rung == "move rollouts"]
+    left = {one.pool for one in moves if one.outcome == "done"}
+    refused = {one.to_pool for one in moves if one.outcome == "failed"}
+    pools = [pool for pool in now.next_pools if pool not in {now.pool, *left, *refused}]
+    budget_left = sum(one.outcome == "done" for one in moves) < now.section.reverts
+    return Decision("move rollouts", "", pools[0]) if pools and budget_left else None
 
 
 def _within(signal: Signal, now: Situation) -> Decision:
@@ -154,7 +186,8 @@ def _no_move(now: Situation) -> str:
 
 
 def _no_way(now: Situation) -> str:
-    return "no other pool of place.train is left" if not now.next_pools else "no move is left in the budget"
+    place = f"place.{now.side}"
+    return f"no other pool of {place} is left" if not now.next_pools else "no move is left in the budget"
 
 
 def _since_moved(now: Situation) -> list[IncidentRecord]:

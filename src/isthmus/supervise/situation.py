@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -48,6 +49,20 @@ def situation(run: RunFolder, step: str, place: TrainPlace, *, in_update: bool =
         smaller=_smaller(run.recipe, step, place.ranks),
         balance=_balance(run, step, place, pools, past, checkpoint) if pools else None,
         in_update=in_update,
+    )
+
+
+def rollout_situation(run: RunFolder, step: str, pool: Pool, others: Sequence[str], checkpoint: int) -> Situation:
+    """Of the engine of a step; `others` are pools of place.rollout that the plan found acceptable."""
+    return Situation(
+        section=run.recipe.supervise,
+        pool=pool.name,
+        ranks=1,
+        checkpoint=checkpoint,
+        past=incidents(run, step),
+        next_pools=[name for name in others if name != pool.name],
+        side="rollout",
+        ours_to_start=not pool.elsewhere,
     )
 
 
@@ -114,7 +129,7 @@ def _restart_s(events: list[dict[str, Any]]) -> float:
 
 def _belief(pool: Pool, place: TrainPlace, past: list[IncidentRecord], events: list[dict[str, Any]]) -> FailureRate:
     """Published fleets, and what this step met on this pool."""
-    own = [one for one in past if one.pool == place.pool and one.signal in FAILURES]
+    own = [one for one in past if one.side == "train" and one.pool == place.pool and one.signal in FAILURES]
     times = [event["time"] for event in events]
     hours = (max(times) - min(times)) / HOUR * place.ranks if times else 0.0
     return prior(pool.chip).after(

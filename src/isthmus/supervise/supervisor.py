@@ -24,13 +24,15 @@ from isthmus.progress import Watch
 from isthmus.records import IncidentRecord, RevertVerdict, TrainPlace, incidents, step_is_done, step_record
 from isthmus.run import RunFolder, explain_io_errors
 from isthmus.supervise import gate
-from isthmus.supervise.incidents import conclude, write
+from isthmus.supervise.incidents import conclude, question, write
 from isthmus.supervise.ladder import Decision, Situation, decide
 from isthmus.supervise.signals import Signal, SignalKind, ended, no_beat, save_failed
 from isthmus.supervise.situation import place_of, situation
 
 LOOK_S = 0.5
 MOVES = ("leave out a rank", "shrink", "revert")
+ASKED = ("revert", "move rollouts")
+"""What a person may want to be asked before."""
 LEFT_OUT = "ISTHMUS_WITHOUT"
 """As `isthmus.trainer.mesh` reads it, which loads torch."""
 _KINDS: dict[type[IsthmusError], SignalKind] = {
@@ -116,12 +118,13 @@ class Supervisor:
         return record
 
     def _carry_out(self, record: IncidentRecord, place: TrainPlace) -> None:
+        asks = record.rung in ASKED and self.run.recipe.supervise.on_revert == "ask"
+        if asks and not self.agreed:
+            conclude(self.run, record, "asked")
+            raise GateRefused(question(self.run, record))
         if record.rung != "revert":
             conclude(self.run, record, "done")
             return
-        if self.run.recipe.supervise.on_revert == "ask" and not self.agreed:
-            conclude(self.run, record, "asked")
-            raise GateRefused(_question(self.run, record))
         self._revert(record, place)
 
     def _revert(self, record: IncidentRecord, place: TrainPlace) -> None:
@@ -152,7 +155,7 @@ class Supervisor:
         """What a supervisor that ended left undone: a move that waits for a person, or one that was decided."""
         past = incidents(self.run, self.step)
         last = past[-1] if past else None
-        if last is None or last.rung != "revert" or last.outcome not in ("asked", "decided"):
+        if last is None or last.rung not in ASKED or last.outcome not in ("asked", "decided"):
             if last is not None and last.outcome == "decided":
                 conclude(self.run, last, "done" if last.rung in MOVES else "failed")
             return
@@ -168,24 +171,12 @@ def place_of_pool(run: RunFolder, name: str) -> TrainPlace:
     return TrainPlace(name, section.ranks or section.count)
 
 
-def _question(run: RunFolder, record: IncidentRecord) -> str:
-    said = [f"  {name}: {figure}" for name, figure in record.figures.items()]
-    lines = [
-        f"step {record.step} had better move from pool {record.pool} to {record.to_pool}: {record.why}.",
-        *said,
-        '[supervise] on_revert = "ask" lets a person decide.',
-        f"To move:  isthmus run {run.path} --revert",
-        f"To stay:  isthmus run {run.path}",
-    ]
-    return "\n".join(lines)
-
-
 def supervise(run: RunFolder, step: str, watch: Watch, *, profile: bool = False, agreed: bool = False) -> None:
     """Train a step of a run to its end in processes of its own. Raises as `Supervisor.train`."""
 
     def start(step: str, place: TrainPlace) -> None:
         logs = run.step_folder(step) / "ranks"
-        options: dict[str, str | bool] = {"name": step, "profile": profile}
+        options: dict[str, str | bool] = {"name": step, "profile": profile, "agreed": agreed}
         if place.ranks > 1 and step_record(run, step) is None:
             importlib.import_module("isthmus.launch.local").run_ranks("steps", run.path, options, place.ranks, logs)
         elif place.ranks == 1:

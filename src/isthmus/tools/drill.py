@@ -11,6 +11,7 @@ from typing import Any
 from isthmus.progress import Watch
 from isthmus.recipe.drill import DrillSection, Policy
 from isthmus.recipe.schema import Recipe
+from isthmus.recipe.steps import RlSection, TextSection
 from isthmus.records import DrillRecord, PlayedPolicy, QualifyRecord, incidents
 from isthmus.report_page.timeline import timeline, timelines
 from isthmus.run import Figure, RunFolder, explain_io_errors
@@ -106,7 +107,7 @@ def _as_it_went(run: RunFolder) -> PlayedPolicy:
 
 def _told(run: RunFolder, policy: str, why: str) -> PlayedPolicy:
     lines, made = timelines(run), 0
-    for step in run.recipe.step:
+    for step in _updating(run.recipe):
         made += max((event["step"] for event in run.events(step.name, "step")), default=0)
     moves = [pool for line in lines for _, pool, _ in line.moves]
     quiet = [step.name for step in run.recipe.step if step.name not in {line.step for line in lines}]
@@ -132,7 +133,12 @@ def _spent(run: RunFolder, step: str) -> float:
 
 def wanted(recipe: Recipe) -> int:
     """Updates of all steps."""
-    return sum(getattr(step, "steps", 0) for step in recipe.step)
+    return sum(step.steps for step in _updating(recipe))
+
+
+def _updating(recipe: Recipe) -> list[TextSection | RlSection]:
+    """The steps that change weights; others have no updates."""
+    return [step for step in recipe.step if isinstance(step, TextSection | RlSection)]
 
 
 def _without_a_move(run: RunFolder) -> list[PlayedPolicy]:

@@ -11,6 +11,7 @@ from rich.tree import Tree
 from isthmus.algos import algorithm_config
 from isthmus.errors import IsthmusError, suggestion
 from isthmus.pools import get_pool, placed_pools
+from isthmus.recipe.elsewhere import elsewhere_problem
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
 from isthmus.records import (
@@ -19,6 +20,7 @@ from isthmus.records import (
     QualifyRecord,
     SampleRecord,
     WeightsRecord,
+    rollout_pool,
     step_is_done,
     step_record,
     train_place,
@@ -44,32 +46,8 @@ def check(recipe: Recipe) -> None:
                     raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
         checked_task(name, given)
-    if all(recipe.pools[name].engines for name in recipe.place.rollout):
-        _check_elsewhere(recipe)
-
-
-def _check_elsewhere(recipe: Recipe) -> None:
-    """Raise IsthmusError for what no engines of a pool elsewhere do, where every pool of place.rollout is one."""
-    where = f"place.rollout has engines elsewhere alone ({', '.join(recipe.place.rollout)})"
-    forms: dict[str, str] = {}
-    for step in recipe.step:
-        if isinstance(step, RlSection) and step.loss.router_replay:
-            raise IsthmusError(
-                f"step.{step.name} replays the experts of its samples, and {where}, which are not asked for them; "
-                "write loss.router_replay = false, or name a pool that is here"
-            )
-        own = step.rollout_format if isinstance(step, RlSection | SampleSection) else None
-        answers = step.name in recipe.evaluation.after
-        if (own or answers) and recipe.architecture_of(step) != recipe.model:
-            raise IsthmusError(
-                f"step.{step.name} generates with a model of its own, and {where}, which serve [model]; let the step "
-                "start from [model], or name a pool that is here"
-            )
-        forms |= {own: f"step.{step.name}.rollout_format"} if own else {}
-        forms |= {recipe.evaluation.format: "evaluation.format"} if answers else {}
-    if len(forms) > 1:
-        told = ", ".join(f"{key} = {form!r}" for form, key in forms.items())
-        raise IsthmusError(f"{where}, which serve one format, and {told}; write the same format in each")
+    if all(recipe.pools[name].engines for name in recipe.place.rollout) and (why := elsewhere_problem(recipe)):
+        raise IsthmusError(f"place.rollout has engines elsewhere alone ({', '.join(recipe.place.rollout)}): {why}")
 
 
 def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:
@@ -83,7 +61,7 @@ def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:
         if step.name not in acts or step_is_done(run, step.name):
             continue
         if isinstance(step, RlSection | SampleSection) or step.name in recipe.evaluation.after:
-            found.add(plan.pool_of("rollout"))
+            found.add(rollout_pool(run, step.name, plan.pool_of("rollout")))
         if not isinstance(step, SampleSection):
             found.add(train_place(run, step.name, lambda name: get_pool(recipe, name).ranks).pool)
     if "handoff" in acts:

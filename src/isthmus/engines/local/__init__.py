@@ -108,6 +108,11 @@ class LocalEngine(HttpEngine):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
+    def kill(self) -> None:
+        """End the process at once; what is asked of it fails."""
+        if self._process is not None:
+            self._process.kill()
+
     @property
     def pid(self) -> int | None:
         """The process, while there is one."""

@@ -12,9 +12,12 @@ from isthmus.stages.steps.step import StepRun
 from isthmus.trainer.mesh import launched_world
 
 
-def execute(run: RunFolder, watch: Watch, *, name: str, profile: bool = False) -> AnyStepRecord:
-    """Train one step of the recipe to its end, from where it stopped if it was begun."""
-    step = StepRun.of(run, name)
+def execute(run: RunFolder, watch: Watch, *, name: str, profile: bool = False, agreed: bool = False) -> AnyStepRecord:
+    """Train one step of the recipe to its end, from where it stopped if it was begun.
+
+    `agreed`: a person said that its rollouts may move.
+    """
+    step = StepRun(run, run.recipe.named(name), agreed=agreed)
     module = importlib.import_module(f"{__name__}.{step.section.kind}")
     options = {"profile": True} if profile else {}
     record: AnyStepRecord = step_record(run, name) or module.execute(step, watch, **options)

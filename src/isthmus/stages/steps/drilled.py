@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from isthmus.chips import fault_weights, parse_fault
@@ -78,14 +78,17 @@ class Drill:
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """Faults strike within this, under the rules of the chip."""
+        """Faults strike within this, and saves are damaged."""
         self.injector.begin()
-        with ExitStack() as stack:
-            stack.enter_context(enforce(self.pool.chip, emulate=Emulation()))
-            stack.enter_context(self.injector.install_saves())
-            stack.enter_context(self.injector.operators())
+        with self.injector.install_saves():
             yield
         self.tell()
+
+    @contextmanager
+    def on_chip(self) -> Iterator[None]:
+        """What is computed within this is the chip's: its rules hold, and faults strike its operators."""
+        with enforce(self.pool.chip, emulate=Emulation()), self.injector.operators():
+            yield
 
     def update(self, number: int) -> None:
         """An update begins, counted from 1. A rank may crash or hang here."""

@@ -15,7 +15,7 @@ from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
 from isthmus.parity.paired import wilson_interval
-from isthmus.pools import Pool, get_pool
+from isthmus.pools import Pool
 from isthmus.progress import Watch
 from isthmus.records import EvaluationRecord, read_weights
 from isthmus.run import Figure, RunFolder
@@ -122,7 +122,7 @@ def store(run: RunFolder, path: Path, evaluation: Evaluation, weights_sha256: st
 def evaluate(step: StepRun[Any], watch: Watch) -> EvaluationRecord:
     """Answer the problems of [evaluation] with the weights that a step left, and write the record."""
     started, section, recipe = time.time(), step.recipe.evaluation, step.recipe
-    pool = get_pool(recipe, step.plan.pool_of("rollout"))
+    pool = step.away
     tasks = load_tasks(recipe)
     asking = Asking.of(
         Mixture(tasks, section.tasks or dict.fromkeys(tasks, 1.0), heldout_alone=True),
@@ -152,9 +152,11 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         f"generated in {step.recipe.evaluation.format} on pool {pool.name}; {CONFIDENCE:.0%} interval"
     )
 
+    unreal = pool.rehearsed or step.recipe.drill is not None
+
     def percent(share: tuple[float, float, float], of: str = source) -> Figure:
         value, low, high = (100 * one for one in share)
-        return Figure.measured(value, "%", of, rehearsed=pool.rehearsed, low=low, high=high)
+        return Figure.measured(value, "%", of, rehearsed=unreal, low=low, high=high)
 
     greedy = [float(one) for one in found.greedy_correct]
     by_task = {
@@ -173,6 +175,7 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         step=step.name,
         pool=pool.name,
         rehearsed=pool.rehearsed,
+        drill=step.recipe.drill is not None,
         format=step.recipe.evaluation.format,
         problems=[problem.id for problem in asking.problems],
         correct=found.correct,
@@ -181,5 +184,5 @@ def _record(step: StepRun[Any], pool: Pool, asking: Asking, found: Evaluation, s
         pass_at={k: percent(found.pass_at(k)) for k in range(2, asking.samples + 1)},
         by_task=by_task,
         language=percent(share_with_interval(spoken)),
-        tokens=Figure.measured(found.mean_tokens, "tokens", source, rehearsed=pool.rehearsed),
+        tokens=Figure.measured(found.mean_tokens, "tokens", source, rehearsed=unreal),
     )

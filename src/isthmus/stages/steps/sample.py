@@ -18,7 +18,7 @@ from typing import Any
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.engines import Completion, Engine, Sampling
-from isthmus.pools import Pool, get_pool
+from isthmus.pools import Pool
 from isthmus.progress import Watch
 from isthmus.recipe.steps import SampleSection
 from isthmus.records import SampleRecord
@@ -37,7 +37,7 @@ SAMPLES = "samples.jsonl"
 def execute(work: StepRun[SampleSection], watch: Watch) -> SampleRecord:
     """Answer the problems that are not answered yet, and write what was kept with where it comes from."""
     started, section = time.time(), work.section
-    pool = get_pool(work.recipe, work.plan.pool_of("rollout"))
+    pool = work.away
     tasks = tasks_of(work.recipe, section)
     problems = chosen_problems(tasks, section.prompts, seeded(work.stream, work.recipe.seed, "problems"))
     size = section.prompts_per_batch
@@ -180,6 +180,7 @@ def _record(
     rows = [row for batch in batches for row in batch["rows"]]
     path = work.folder / SAMPLES
     work.run.keep(path, b"".join(_lines(rows)), _made_from(work))
+    unreal = pool.rehearsed or work.recipe.drill is not None
     generated, start = sum(batch["generated"] for batch in batches), work.start
     source = f"{generated} answers to {prompts} problems, generated on pool {pool.name}"
     shares = {
@@ -193,6 +194,7 @@ def _record(
         step=work.name,
         pool=pool.name,
         rehearsed=pool.rehearsed,
+        drill=work.recipe.drill is not None,
         weights_of=start.name,
         weights_sha256=start.sha256,
         format=work.section.rollout_format,
@@ -204,8 +206,7 @@ def _record(
         samples=str(path.relative_to(work.run.path)),
         samples_sha256=sha256_file(path),
         figures={
-            name: Figure.measured(value, unit, source, rehearsed=pool.rehearsed)
-            for name, (value, unit) in shares.items()
+            name: Figure.measured(value, unit, source, rehearsed=unreal) for name, (value, unit) in shares.items()
         },
     )
 

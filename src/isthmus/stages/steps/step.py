@@ -17,7 +17,7 @@ from isthmus.recipe.lineage import line
 from isthmus.recipe.practice import stream
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import MODEL, StepSection
-from isthmus.records import PlanRecord, TrainPlace, read_weights
+from isthmus.records import PlanRecord, TrainPlace, read_weights, rollout_pool
 from isthmus.run import RunFolder
 from isthmus.supervise.situation import place_of
 from isthmus.trainer.checkpoint import load_weights
@@ -34,6 +34,8 @@ class StepRun(Generic[S]):
     section: S
     moved: TrainPlace | None = None
     """Where to train in place of what plan and incidents say."""
+    agreed: bool = False
+    """A person said that its rollouts may move."""
 
     @classmethod
     def of(cls, run: RunFolder, name: str) -> StepRun[Any]:
@@ -79,6 +81,11 @@ class StepRun(Generic[S]):
         """The pool that trains it, with the ranks that are left."""
         place = self.place
         return replace(get_pool(self.recipe, place.pool), ranks=place.ranks)
+
+    @property
+    def away(self) -> Pool:
+        """The pool that generates for it: where the plan put rollouts, or an incident moved them since."""
+        return get_pool(self.recipe, rollout_pool(self.run, self.name, self.plan.pool_of("rollout")))
 
     def event(self, event: str, **fields: Any) -> None:
         self.run.event(self.name, event, **fields)

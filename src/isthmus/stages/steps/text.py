@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,10 @@ def learn(step: TextStep, watch: Watch, text: Callable[[Ranks], Text], *, profil
         with _traced(step, voice, profile) as tracing:
             gauges = Gauges(step, pool, chip, precision, ranks, tracing)
             training = Training(step, text(ranks), model, ranks, voice, gauges, drill)
-            with drill.under_way() if drill else nullcontext():
+            with ExitStack() as played:
+                if drill is not None:
+                    played.enter_context(drill.under_way())
+                    played.enter_context(drill.on_chip())
                 saved = training.finish()
             if ranks.is_first:
                 record = _record(step, pool, started, saved)

@@ -16,6 +16,7 @@ SignalKind = Literal[
     "slow",
     "no progress",
     "drift",
+    "mismatch",
     "save failed",
     "repeat differs",
     "asked to stop",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isthmus.engines import Engine, Sampling
+from isthmus.engines import Sampling
 from isthmus.engines.channel import Channel, writer
 from isthmus.engines.local.core.replica import exact_for
 from isthmus.errors import GateRefused
@@ -19,7 +19,9 @@ from isthmus.parity.engine import SPOT_TWINS, Spot, spot_check
 from isthmus.parity.target import ANNOUNCED
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.trend import trend
+from isthmus.stages.steps.rl.engines import Engines
 from isthmus.stages.steps.rl.state import State
+from isthmus.supervise.signals import mismatch
 
 SPOT_PROMPTS = 2
 """Prompts whose greedy answers check a version."""
@@ -31,11 +33,10 @@ class Crossing:
     The version is the number of finished steps.
     """
 
-    def __init__(self, state: State, engine: Engine, prompts: list[list[int]], say: Callable[[str], None]):
+    def __init__(self, state: State, engine: Engines, prompts: list[list[int]], say: Callable[[str], None]):
         self.state, self.engine, self.prompts, self.say = state, engine, prompts, say
         self.section, self.tell = state.work.section, state.work.event
         self.format = get_format(self.section.rollout_format)
-        self.arithmetic = engine.arithmetic or ANNOUNCED[self.format.dtype]
         self.weights_sha256, self.strikes = "", 0
         self.channel = Channel(
             engine,
@@ -44,11 +45,17 @@ class Crossing:
             folder=writer(self.section.publish, self.section.rollout_format),
             tell=self.tell,
         )
+        engine.bring = self.channel.take_up
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype in which the engine computes, as far as it says so."""
+        return self.engine.arithmetic or ANNOUNCED[self.format.dtype]
 
     def send(self) -> dict[str, Any]:
         """Bring the weights to the engine in its format, and check what it then computes; both for an event.
 
-        Raises GateRefused if it computes something else too many times in a row.
+        Raises GateRefused if it computes something else too many times in a row, and no other pool can generate.
         """
         tensors = self.format.export(self.state.weights(), self.state.work.architecture)
         sent = self.channel.send(self.state.step, tensors)
@@ -69,8 +76,11 @@ class Crossing:
             first, gap = gap, self._spot(tensors)
             self._alarm(first, gap)
         self.strikes = self.strikes + 1 if gap.is_over else 0
-        if self.strikes >= self.section.parity_strikes:
-            raise self._refusal(gap)
+        gone = mismatch.look(gap.mean, self.strikes, self.section.parity_strikes, self.state.step)
+        if gone is not None:
+            self.engine.give_up(gone, self._refusal(gap))
+            self.strikes = 0
+            return self._check(tensors)
         return {
             "parity_gap": round(gap.mean, 7) if math.isfinite(gap.mean) else None,
             "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from isthmus.parity.paired import compare_answers
 from isthmus.recipe.steps import RlSection
-from isthmus.records import PlanRecord, RlRecord
+from isthmus.records import RlRecord
+from isthmus.report_page.timing import held_rollouts
 from isthmus.run import Figure
 from isthmus.stages.steps import heldout
 from isthmus.stages.steps.heldout import Evaluation
@@ -61,14 +62,16 @@ def evaluate(
 class Comparison:
     """The held-out problems before and after RL, as figures."""
 
-    def __init__(self, work: StepRun[RlSection], plan: PlanRecord, before: Evaluation, after: Evaluation):
-        self.work, self.plan, self.before, self.after = work, plan, before, after
-        self.away = plan.pool_of("rollout")
-        self.rehearsed = work.recipe.pools[self.away].rehearsed
+    def __init__(self, work: StepRun[RlSection], before: Evaluation, after: Evaluation):
+        self.work, self.before, self.after = work, before, after
+        self.held = held_rollouts(work.run.events(work.name), work.name)
+        self.away = work.away.name
+        self.rehearsed = any(work.recipe.pools[name].rehearsed for name in {*self.held, self.away})
+        self.drill = work.recipe.drill is not None
         self.count = len(before.correct)
         self.source = (
             f"{self.count} held-out problems, {_each(work.section.heldout_samples)} each at temperature "
-            f"{work.section.temperature}, generated on pool {self.away}"
+            f"{work.section.temperature}, generated on pool {', then '.join(self.held) or self.away}"
         )
 
     def record(self, started: float, saved: SavedCheckpoint) -> RlRecord:
@@ -81,10 +84,12 @@ class Comparison:
             ended=time.time(),
             step=self.work.name,
             pool=self.work.place.pool,
+            drill=self.drill,
             started_from=start.name,
             started_from_sha256=start.sha256,
             rollout_pool=self.away,
             rollout_rehearsed=self.rehearsed,
+            rollout_pools={name: self._held(name, seconds) for name, (seconds, _) in self.held.items()},
             algorithm=self.work.section.algorithm,
             steps=saved.step,
             resumed_from=[event["from_step"] for event in self.work.events("resume")],
@@ -102,9 +107,14 @@ class Comparison:
             sample_after=sample_after,
         )
 
+    def _held(self, pool: str, seconds: float) -> Figure:
+        source = f"events.jsonl: rollouts of {self.work.name} on {pool}"
+        rehearsed = self.drill or self.work.recipe.pools[pool].rehearsed
+        return Figure.measured(seconds, "s", source, rehearsed=rehearsed)
+
     def _figure(self, value: float, unit: str, source: str, *interval: float) -> Figure:
         low, high = interval or (None, None)
-        return Figure.measured(value, unit, source, rehearsed=self.rehearsed, low=low, high=high)
+        return Figure.measured(value, unit, source, rehearsed=self.rehearsed or self.drill, low=low, high=high)
 
     def _accuracy(self, evaluation: Evaluation) -> Figure:
         return self._pass_at(evaluation, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
 from isthmus.rewards import Scores as Earned
 from isthmus.slopes import least_squares_slope
+from isthmus.stages.steps.drilled import Drill
 from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.stages.steps.rl.samples import Samples
@@ -103,9 +105,14 @@ class Measures:
 class Learner:
     """Learns by the recipe's algorithm: advantages of a rollout's rewards, then updates of the state."""
 
-    def __init__(self, state: State, beside: Beside, guard: Guard | None = None):
+    def __init__(self, state: State, beside: Beside, guard: Guard | None = None, drill: Drill | None = None):
         self.state, self.section, self.beside, self.guard = state, state.work.section, beside, guard
+        self.drill = drill
         self.algorithm, self.options = get_algorithm(self.section.algorithm), algorithm_config(self.section)
+
+    def under_way(self) -> AbstractContextManager[None]:
+        """In a drill faults strike within this."""
+        return nullcontext() if self.drill is None else self.drill.under_way()
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Tensor:
         """rewards [P, G] of P prompts with G samples each, NaN for what is left out; returns [P, G]."""
@@ -122,6 +129,8 @@ class Learner:
         if not kept:
             why = "every group has equal rewards" if rolled else "no sample has a reward"
             self.state.work.event("skipped-update", step=self.state.step + 1, why=why)
+            if self.drill is not None:
+                self.drill.update(self.state.step + 1)
             return Learnt({})
         step, bare = self.state.step, replace(rollout, problems=[], scores=NO_SCORES)
         scored = self.scores(rollout, rewards, advantages) if scored is None else scored
@@ -175,7 +184,22 @@ class Learner:
         what a remote teacher gives the tokens of each that is kept. Those of the numbers `left_out` are not made.
         """
         self.state.step = step
-        updates = self.section.updates_per_rollout
+        if self.drill is None:
+            return self._made(rollout, advantages, kept, rolled, scored, left_out)
+        self.drill.update(step + 1)
+        with self.drill.on_chip():
+            return self._made(rollout, advantages, kept, rolled, scored, left_out)
+
+    def _made(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        kept: list[int],
+        rolled: list[int],
+        scored: Scored | None,
+        left_out: Collection[int],
+    ) -> list[OneUpdate]:
+        step, updates = self.state.step, self.section.updates_per_rollout
         chosen = [(kept[start::updates], rolled[start::updates]) for start in range(min(updates, len(kept)))]
         totals = [self._totals(rollout, *numbers) for numbers in chosen]
         taught = [None if scored is None else scored[start::updates] for start in range(len(chosen))]

@@ -9,6 +9,7 @@ numerics, because the engine tells the probability with which it drew each token
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,17 +25,19 @@ from isthmus.chips import device_of
 from isthmus.errors import TooSlow
 from isthmus.launch.beats import beat
 from isthmus.launch.local import run_ranks
-from isthmus.pools import Pool, get_pool
+from isthmus.pools import Pool
 from isthmus.progress import Watch
 from isthmus.recipe.schema import EngineOptions
 from isthmus.recipe.steps import RlSection
-from isthmus.records import PlanRecord, RlRecord
+from isthmus.records import RlRecord
 from isthmus.rewards import open_rewards
 from isthmus.stages.steps.data import some_problems, tokenizer_of
-from isthmus.stages.steps.generate import open_engine
+from isthmus.stages.steps.drilled import Drill
+from isthmus.stages.steps.generate import bundle_of
 from isthmus.stages.steps.rl.beside import Beside
 from isthmus.stages.steps.rl.crew import Crew
 from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
+from isthmus.stages.steps.rl.engines import Engines, Placed
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
 from isthmus.stages.steps.rl.rollouts import Replay, Rollouts
@@ -61,12 +64,13 @@ def execute(work: StepRun[RlSection], watch: Watch) -> RlRecord:
         run_ranks("steps", work.run.path, {"name": work.name}, home.ranks, work.folder / "ranks")
     else:
         torch.set_num_threads(threads_of(work, home))
+        drill = Drill.of(work.run, work.name, home, int(os.environ.get("RANK", "0")))
         with open_ranks(device_of(home), grouped=False) as ranks:
             crew = Crew(ranks)
             if ranks.is_first:
-                _lead(work, crew, watch)
+                _lead(work, crew, watch, drill)
             else:
-                follow(work, crew, watch)
+                follow(work, crew, watch, drill)
             ranks.wait()
     return work.run.require_record(f"steps/{work.name}/record", RlRecord, "run")
 
@@ -77,35 +81,35 @@ def threads_of(work: StepRun[RlSection], home: Pool) -> int:
     return max(1, threads // (launched_world() or 1))
 
 
-def follow(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
+def follow(work: StepRun[RlSection], crew: Crew, watch: Watch, drill: Drill | None = None) -> None:
     """What other ranks than the first do: their part of each update, and of what is written."""
     state = State.open(work, crew, lambda _: None)
     guard = Guard(work.run, work.name, work.place, crew.ranks, watch)
-    learner = Learner(state, Beside.of(state), guard)
+    learner = Learner(state, Beside.of(state), guard, drill)
     beat(UNLIMITED, 0)
-    with guard.watching():
+    with guard.watching(), learner.under_way():
         crew.follow(state.orders() | learner.orders() | {"leave": _end})
 
 
-def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch) -> None:
+def _lead(work: StepRun[RlSection], crew: Crew, watch: Watch, drill: Drill | None) -> None:
     started, plan, start = time.time(), work.plan, work.start
     work.event(
         "start",
         pool=work.place.pool,
-        rollout_pool=plan.pool_of("rollout"),
+        rollout_pool=work.away.name,
         start=start.name,
         ranks=crew.ranks.world,
     )
     beat(UNLIMITED, 0)
     guard = Guard(work.run, work.name, work.place, crew.ranks, watch)
-    with crew.leading(), open_shores(work, plan, crew, watch, guard) as shores:
+    with crew.leading(), open_shores(work, plan, crew, watch, guard, drill) as shores:
         before = evaluate(work, shores.rollouts, "before", shores.crossing.weights_sha256, watch.say)
-        with guard.watching():
+        with guard.watching(), shores.learner.under_way():
             learn(shores, watch)
         beat(UNLIMITED, 0)
         saved = shores.state.save_last()
         after = evaluate(work, shores.rollouts, "after", shores.crossing.weights_sha256, watch.say)
-    record = Comparison(work, plan, before, after).record(started, saved)
+    record = Comparison(work, before, after).record(started, saved)
     work.run.write_record(f"steps/{work.name}/record", record)
     work.event("end", seconds=round(record.seconds, 3))
     watch.say(f"  held-out accuracy {record.accuracy_before} -> {record.accuracy_after}, gain {record.accuracy_gain}")
@@ -207,22 +211,26 @@ def _status(seen: dict[str, Any]) -> str:
 
 @contextmanager
 def open_shores(
-    work: StepRun[RlSection], plan: PlanRecord, crew: Crew, watch: Watch, guard: Guard | None = None
+    work: StepRun[RlSection],
+    plan: Placed,
+    crew: Crew,
+    watch: Watch,
+    guard: Guard | None = None,
+    drill: Drill | None = None,
 ) -> Iterator[Shores]:
     """Both pools at work: the learner where it stopped, and an engine that has its weights."""
     recipe, section = work.recipe, work.section
-    away = get_pool(recipe, plan.pool_of("rollout"))
     tasks, tokenizer = tasks_of(recipe, section), tokenizer_of(work)
-    threads = away.shared_threads if section.staleness else away.threads
     options = EngineOptions(record_routes=section.loss.router_replay)
     state = State.open(work, crew, watch.say)
-    learner = Learner(state, Beside.of(state), guard)
+    learner = Learner(state, Beside.of(state), guard, drill)
+    bundle = bundle_of(work, state.weights(), section.rollout_format, tokenizer)
     with (
         open_rewards(section.rewards, recipe.rewards) as rewards,
-        open_engine(work, state.weights(), section.rollout_format, tokenizer, away, threads, options) as engine,
+        Engines(work, plan, bundle, options, watch, lambda: (state.step + 1, state.saved_at or 0)).opened() as engine,
         ThreadPoolExecutor(max_workers=1) as background,
     ):
-        rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background)
+        rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background, lambda: engine.pool.name)
         crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())
         yield Shores(state, rollouts, learner, crossing)

@@ -37,6 +37,7 @@ def telling(rollouts: list[Rollout], wanted: int) -> Rollout:
         _scores(rollouts, chosen),
         seconds,
         rolled_prompts=sum(len(rollout.prompts) for rollout in rollouts),
+        pool=rollouts[-1].pool,
     )
 
 

@@ -16,7 +16,7 @@ from isthmus.tasks import Problem
 @dataclass
 class Rollout:
     """Samples of one step: G completions for each of P prompts, with the scores of all P * G. `rolled_prompts` counts
-    those that were drawn for it, where some were replaced."""
+    those that were drawn for it, where some were replaced; `pool` wrote it."""
 
     problems: list[Problem]
     prompts: list[list[int]]
@@ -24,6 +24,7 @@ class Rollout:
     scores: Scores
     seconds: float
     rolled_prompts: int | None = None
+    pool: str = ""
 
     @property
     def flat(self) -> list[tuple[int, Completion]]:
@@ -56,6 +57,7 @@ class Rollout:
         return {
             **self.scores.shown(),
             **drawn,
+            "rollout_pool": self.pool,
             "completion_tokens": round(tokens / samples, 3),
             "truncated": sum(one.finish_reason == "length" for _, one in self.flat) / samples,
             "tokens": tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ class Replay:
     @property
     def samples(self) -> bytes:
         """The same for the same samples, whenever they were written."""
-        return _REPLAY.dump_json(self, exclude={"attempt": True, "rollout": {"seconds"}})
+        return _REPLAY.dump_json(self, exclude={"attempt": True, "rollout": {"seconds", "pool"}})
 
 
 _ROLLOUT, _REPLAY = TypeAdapter(Rollout), TypeAdapter(Replay)
@@ -66,7 +66,7 @@ class Rollouts:
 
     With `staleness` k it generates the samples of the next k steps in the background while this step's are learnt from,
     one rollout after the other: their first tokens come from weights of k steps before at most, and a checkpoint keeps
-    them, for a continued run has other weights.
+    them, for a continued run has other weights. `pool` names that of the engine now.
     """
 
     work: StepRun[RlSection]
@@ -75,6 +75,7 @@ class Rollouts:
     rewards: Rewards
     engine: Engine
     background: Executor
+    pool: Callable[[], str] = str
     _begun: deque[Future[Rollout]] = field(default_factory=deque)
 
     def take(self, step: int) -> Rollout:
@@ -116,7 +117,7 @@ class Rollouts:
         completions = self.engine.generate(prompts, sampling, seeds)
         pairs = [(problem, one) for problem, group in zip(problems, completions, strict=True) for one in group]
         scores = self.rewards.score([self.sample(problem, one) for problem, one in pairs])
-        return Rollout(problems, prompts, completions, scores, time.perf_counter() - began)
+        return Rollout(problems, prompts, completions, scores, time.perf_counter() - began, pool=self.pool())
 
     def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
         return [prompt_ids(self.tokenizer, problem) for problem in problems]
