@@ -182,3 +182,7 @@ def test_what_an_algorithm_cannot_honour_is_refused_by_name():
     ):
         algorithm_config(section(algorithm="opd", teacher={"step": "x"}, loss={"off_policy_mask": 0.1}))
     algorithm_config(section(algorithm="opd", teacher={"step": "x"}, loss={"kl_weight": 0.1}))
+    plus = {"algorithm": "reinforce_pp", "loss": {"off_policy_mask": 0.1}}
+    algorithm_config(section(**plus))
+    with pytest.raises(IsthmusError, match=r"reinforce_pp cannot honour it, for .*an advantage of its own"):
+        algorithm_config(section(**plus, options={"kl_in_reward": 0.1}))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from isthmus.algos import Scores, Totals, get_algorithm
-from isthmus.algos.parts.policy import aggregate, reference_kl
+from isthmus.algos.parts.policy import aggregate, reference_kl, token_returns
 from isthmus.trainer.correction import off_policy_samples
 from tests.support.algos import tokens_of
 
@@ -207,3 +207,51 @@ def test_reinforce_pp_leaves_out_what_has_no_reward_or_no_company():
     assert [found[index] for index in (0, 2, 6, 7)] == pytest.approx([-math.sqrt(2), math.sqrt(2), 0, 0])
     assert advantages("reinforce_pp", [[2.0, 2.0], [2.0, nan]]) == [0.0] * 4
     assert advantages("reinforce_pp", [[nan, nan]]) == [0.0] * 2
+
+
+def by_openrlhf(rewards, kl, coefficient):
+    """OpenRLHF's way, of a list of KLs per sample: `compute_reward` puts the reward on the last token and -coefficient
+    * KL on each, `get_cumulative_returns` adds up from behind, `masked_normalize` divides over the batch
+    (openrlhf/models/utils.py and trainer/ppo_utils/experience_maker.py, with gamma 1)."""
+    paid = [[-coefficient * one for one in row] for row in kl]
+    for row, reward in zip(paid, rewards, strict=True):
+        row[-1] += reward
+    returns = [[sum(row[place:]) for place in range(len(row))] for row in paid]
+    tokens = [one for row in returns for one in row]
+    mean = sum(tokens) / len(tokens)
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in tokens) / len(tokens))
+    return returns, [(one - mean) / deviation for one in tokens]
+
+
+def test_reinforce_pp_with_the_kl_in_the_reward():
+    """Two samples with the rewards 1 and 0 and the KLs 0.5, -0.2, 0.1 and 0.3, 0.4: with the weight 2 the tokens of the
+    first still get 1 - 2 * 0.4, 1 + 2 * 0.1, 1 - 2 * 0.1, those of the second -2 * 0.7 and -2 * 0.4."""
+    kl, sample = torch.tensor([0.5, -0.2, 0.1, 0.3, 0.4]), torch.tensor([4, 4, 4, 2, 2])
+    returns = token_returns(torch.tensor([1.0, 1, 1, 0, 0]), kl, sample, 2.0)
+    assert returns.tolist() == pytest.approx([0.2, 1.2, 0.8, -1.4, -0.8], abs=1e-7)
+    written_out, expected = by_openrlhf([1.0, 0.0], [[0.5, -0.2, 0.1], [0.3, 0.4]], 2.0)
+    assert returns.tolist() == pytest.approx([one for row in written_out for one in row], abs=1e-7)
+    plus = get_algorithm("reinforce_pp")
+    halves = plus.token_advantages([returns[:2], returns[2:]], lambda sums: sums)
+    assert torch.cat(halves).tolist() == pytest.approx(expected, abs=1e-6)
+    equal = plus.token_advantages([torch.full((3,), 0.1).double(), torch.full((4,), 0.1).double()], lambda sums: sums)
+    assert torch.all(torch.cat(equal) == 0)
+
+
+def test_without_a_kl_the_advantages_of_tokens_are_those_of_their_samples():
+    rewards, lengths = torch.tensor([[1.0, 1.0], [1.0, 5.0]]), [[1, 3], [1, 1]]
+    flat = rewards.flatten().repeat_interleave(torch.tensor(lengths).flatten())
+    sample = torch.arange(4).repeat_interleave(torch.tensor(lengths).flatten())
+    plus = get_algorithm("reinforce_pp")
+    (found,) = plus.token_advantages([token_returns(flat, torch.zeros(6), sample, 1.0)], lambda sums: sums)
+    whole = torch.tensor(advantages("reinforce_pp", rewards.tolist(), lengths))
+    assert found.tolist() == pytest.approx(whole[sample].tolist(), rel=1e-6)
+
+
+def test_with_the_kl_in_the_reward_samples_keep_their_rewards_until_their_tokens_are_known():
+    nan = math.nan
+    rewards = [[1.0, nan, 5.0], [nan, 9.0, nan], [3.0, 3.0, nan]]
+    assert advantages("reinforce_pp", rewards, kl_in_reward=0.1) == [1, 0, 5, 0, 0, 0, 3, 3, 0]
+    grouped = advantages("reinforce_pp", rewards, kl_in_reward=0.1, baseline="group")
+    assert grouped == [-2, 0, 2, 0, 0, 0, 0, 0, 0]
+    assert advantages("reinforce_pp", [[2.0, 2.0]], kl_in_reward=0.1) == [2.0, 2.0]

@@ -152,6 +152,27 @@ def test_the_experts_of_tokens_come_with_a_completion(port, client, service):
         assert one.versions == [(0, 4)]
 
 
+def test_what_tokens_were_drawn_among_comes_with_a_completion(port, service):
+    """Over HTTP as in the engine: of the likeliest tokens of the model those whose probability reaches top_p."""
+    body = {"model": "small", "prompt": [5, 6], "return_sampling_mask": True}
+    for more in ({"stream": True}, {"stop": ["x"]}):
+        status, refused = call(port, "POST", "/v1/completions", {**body, **more})
+        assert status == 400 and "sampling masks cannot be streamed" in refused["error"]["message"]
+    engine = HttpEngine(f"http://127.0.0.1:{port}")
+    assert engine.cannot_tell_kept == []
+    (one, other), _ = engine.generate([[5, 6, 7], [9]], Sampling(4, seed=2, n=2, top_p=0.6, kept=True))
+    (plain,) = engine.generate([[5, 6, 7]], Sampling(4, seed=2))[0]
+    assert plain.kept is None and one.kept != other.kept
+    with torch.no_grad():
+        rows = torch.softmax(service.core.runner.model(torch.tensor([[5, 6, 7, *one.tokens]]))[0, 2:-1].double(), -1)
+    for row, told, token, logprob in zip(rows, one.kept.sets(), one.tokens, one.logprobs, strict=True):
+        ordered = row.sort(descending=True)
+        count = int((ordered.values.cumsum(0) - ordered.values < 0.6).sum())
+        nucleus = sorted(ordered.indices[:count].tolist())
+        assert nucleus == (sorted(set(range(320)) - set(told.ids.tolist())) if told.left_out else told.ids.tolist())
+        assert token in nucleus and logprob == pytest.approx((row[token] / row[nucleus].sum()).log().item(), abs=1e-4)
+
+
 def test_a_prompt_that_was_seen_comes_from_the_prefix_cache(client):
     prompt = [7 + place % 200 for place in range(120)]
     first, second = (complete(client, prompt=prompt, max_tokens=3, temperature=0) for _ in range(2))

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from isthmus.engines import Completion
+from isthmus.engines.kept import Kept, KeptSet
 from isthmus.errors import DamagedFile
 from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Scores
@@ -36,7 +38,9 @@ class Writer:
         last = self.version
         self.asked.append((first, last))
         runs = [(first, 1), (last, 3)]
-        one = Completion([5, 6, 7, 8], [-0.5] * 4, "stop", first, last, versions=runs)
+        kept = Kept.of([KeptSet(np.array([token, 9], dtype=np.int32), False) for token in (5, 6, 7, 8)], 10)
+        told = kept if sampling.kept and sampling.top_k == 2 else None
+        one = Completion([5, 6, 7, 8], [-0.5] * 4, "stop", first, last, versions=runs, kept=told)
         return [[one] * sampling.n for _ in prompts]
 
 
@@ -130,15 +134,17 @@ def test_new_weights_reach_samples_that_are_being_written(opened):
 
 
 def test_a_continued_run_learns_from_the_samples_that_were_ahead(opened, tmp_path):
-    whole = opened(staleness=2)
+    masks = {"top_k": 2, "loss": {"keep_sampling_mask": True}}
+    whole = opened(staleness=2, **masks)
     learn(whole, 0, 3)
     whole.store(3, "weights")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rollout-000003.json", "rollout-000004.json"]
-    again = opened(staleness=2)
+    again = opened(staleness=2, **masks)
     again.engine.version = 3
     again.restore(3)
     expected = [whole.take(3), whole.take(4)]
     assert [again.take(3), again.take(4)] == expected
+    assert [one.ids.tolist() for one in expected[1].flat[0][1].kept.sets()] == [[5, 9], [6, 9], [7, 9], [8, 9]]
     again = opened(staleness=2)
     (tmp_path / "rollout-000004.json").write_text("{")
     with pytest.raises(DamagedFile, match=r"rollout-000004\.json cannot be read"):

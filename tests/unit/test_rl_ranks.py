@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from isthmus.engines import Completion
+from isthmus.engines.kept import Kept, KeptSet
 from isthmus.model.model import Model
 from isthmus.recipe.schema import TrainSection
 from isthmus.recipe.steps import RlSection
@@ -34,9 +35,9 @@ LOSS = {"kl_weight": 0.05, "kl_times_ratio": True, "off_policy_mask": 0.5}
 Seen = tuple[list[dict[str, Any]], dict[str, np.ndarray], list[str]]
 
 
-def rollout_of(step: int) -> tuple[Rollout, torch.Tensor]:
+def rollout_of(step: int, masks: bool = False) -> tuple[Rollout, torch.Tensor]:
     """Drawn by the step: lengths from 1 to 9 tokens, log-probabilities of an engine, and rewards, some of which are
-    missing."""
+    missing; with `masks` each token was drawn among a few."""
     chance = torch.Generator().manual_seed(step)
 
     def tokens(least: int, most: int) -> list[int]:
@@ -45,8 +46,11 @@ def rollout_of(step: int) -> tuple[Rollout, torch.Tensor]:
 
     def completion() -> Completion:
         written = tokens(1, 10)
-        logprobs = (-4.5 - torch.rand(len(written), generator=chance)).tolist()
-        return Completion(written, logprobs, "stop", step, step)
+        logprobs = (-(3.3 if masks else 4.5) - torch.rand(len(written), generator=chance)).tolist()
+        among = torch.rand(len(written), 96, generator=torch.Generator().manual_seed(sum(written))) < 0.3
+        among[range(len(written)), written] = True
+        kept = Kept.of([KeptSet.of(row) for row in among.numpy()], 96) if masks else None
+        return Completion(written, logprobs, "stop", step, step, kept=kept)
 
     prompts = [tokens(1, 6) for _ in range(PROMPTS)]
     completions = [[completion() for _ in range(GROUP)] for _ in prompts]
@@ -82,7 +86,7 @@ def taught(rank: int, train: dict[str, Any], changes: dict[str, Any], folder: st
     seen = []
     with crew.leading():
         for step in range(STEPS):
-            rollout, rewards = rollout_of(step)
+            rollout, rewards = rollout_of(step, section.loss.keep_sampling_mask)
             seen.append(learner.update(rollout, rewards, learner.advantages(rollout, rewards)).measures)
             state.step += 1
         weights = {name: tensor.numpy().copy() for name, tensor in state.weights().items()}
@@ -110,8 +114,21 @@ def on(world: int, train: dict[str, Any], **changes: Any) -> Seen:
         pytest.param(
             2,
             {},
-            {"algorithm": "gspo", "options": {"clip_low": 0.1, "clip_high": 0.1}, "updates_per_rollout": 2},
-            id="two, several updates",
+            {
+                "algorithm": "gspo",
+                "options": {"clip_low": 0.1, "clip_high": 0.1},
+                "updates_per_rollout": 2,
+                "top_p": 0.9,
+                "loss": {**LOSS, "keep_sampling_mask": True},
+            },
+            id="two, several updates, masks",
+        ),
+        pytest.param(
+            2,
+            {"rows_per_microbatch": 1},
+            {"algorithm": "reinforce_pp", "options": {"kl_in_reward": 0.1}, "updates_per_rollout": 2, "loss": {}},
+            id="two, a KL in the reward, microbatches",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             4,

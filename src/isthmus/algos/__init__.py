@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from pydantic import ValidationError
@@ -37,12 +36,18 @@ class Options(Section):
     compares: ClassVar[Literal["group", "batch"]] = "group"
     """What a reward is held against. With "batch" a group of equal rewards teaches too."""
 
-    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Keys of the step's `loss` that the algorithm cannot honour, and why. All but their defaults are refused."""
-
     def aggregated(self) -> Aggregation:
         """How the losses of tokens become one, those of the shared terms too."""
         return "token-mean"
+
+    def refuses(self) -> Mapping[str, str]:
+        """Keys of the step's `loss` that the algorithm cannot honour, and why. All but their defaults are refused."""
+        return {}
+
+    def reward_kl(self) -> float:
+        """Weight of the KL to the weights that the step began with, taken off the reward of each token. Where it is not
+        0 the algorithm has `token_advantages` too, and its `advantages` are rewards."""
+        return 0.0
 
     def rollouts_at_most(self) -> int:
         """Rollouts that may be made for one step until there are enough groups of unequal rewards."""
@@ -127,6 +132,15 @@ class Algorithm(Protocol):
         ...
 
 
+class OfTokens(Protocol):
+    """What the file of an algorithm has beside it whose options have a `reward_kl`."""
+
+    def token_advantages(self, returns: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Advantages of tokens, of the `returns` [N] of several updates: all that comes after a token, its own reward
+        included. `total` sums a small tensor over all ranks, each of which has returns of its own."""
+        ...
+
+
 def algorithm_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
@@ -154,7 +168,7 @@ def algorithm_config(section: RlSection, model: ModelSection | None = None) -> A
         raise IsthmusError(
             f"step.{section.name}.options.{where}: {problem['msg']}; options of {section.algorithm}: {known}"
         ) from None
-    for name, why in options.refuses.items():
+    for name, why in options.refuses().items():
         if getattr(section.loss, name) != type(section.loss).model_fields[name].default:
             raise IsthmusError(f"step.{section.name}.loss.{name}: {section.algorithm} cannot honour it, for {why}")
     if (section.teacher is not None) != (options.learns_from == "teacher"):

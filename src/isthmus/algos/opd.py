@@ -9,11 +9,10 @@ scores tokens, so it needs the student's tokenizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from isthmus.algos import Loss, Options, Scores, Tokens
-from isthmus.algos.parts.policy import aggregate
+from isthmus.algos.parts.policy import OWN_ADVANTAGES, aggregate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +22,9 @@ class Config(Options):
     """No options: there is nothing to clip, for each token has an advantage of its own."""
 
     learns_from: ClassVar[Literal["rewards", "teacher"]] = "teacher"
-    refuses: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"off_policy_mask": "it masks samples of negative advantage, and here each token has an advantage of its own"}
-    )
+
+    def refuses(self) -> Mapping[str, str]:
+        return {"off_policy_mask": OWN_ADVANTAGES}
 
 
 def advantages(scores: Scores, config: Config) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engines.kept import Kept
 from isthmus.errors import IsthmusError
 
 
@@ -30,7 +31,8 @@ class CannotFollow(EngineError):
 class Sampling:
     """How tokens are drawn. Temperature 0 takes the likeliest token. `n` samples are drawn per prompt.
 
-    With `routes` each comes with the experts that its tokens were sent to.
+    `top_p`, `top_k` and `min_p` leave out unlikely tokens, as vLLM's do. With `routes` each sample comes with the
+    experts that its tokens were sent to, with `kept` with the tokens that each draw was made among.
     """
 
     max_new_tokens: int
@@ -38,6 +40,15 @@ class Sampling:
     seed: int = 0
     n: int = 1
     routes: bool = False
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    kept: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are left out."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,8 @@ class Completion:
 
     `logprobs` are those of the distribution that was sampled (at temperature 0: of the model's own distribution).
     `version` names the weights that wrote the first token; `last_version` those that wrote the last one, and differs
-    if an update arrived in between. `versions` has runs (version, tokens) of it, where the engine tells them, and
-    `routes` the experts of each token, where they were asked for.
+    if an update arrived in between. `versions` has runs (version, tokens) of it, where the engine tells them, `routes`
+    the experts of each token and `kept` the tokens that each was drawn among, where they were asked for.
     """
 
     tokens: list[int]
@@ -72,6 +83,7 @@ class Completion:
     last_version: int
     versions: list[tuple[int, int]] | None = None
     routes: Routes | None = None
+    kept: Kept | None = None
 
 
 class Engine(Protocol):
@@ -99,6 +111,11 @@ class Engine(Protocol):
     @property
     def bits(self) -> str | None:
         """What decides the last bit of what the engine computes, where that is known and the batch does not."""
+        ...
+
+    @property
+    def cannot_tell_kept(self) -> list[str]:
+        """The servers behind it that cannot leave tokens out and tell which ones they kept; none if all can."""
         ...
 
     @property

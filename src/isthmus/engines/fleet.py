@@ -112,6 +112,10 @@ class Fleet:
         return [member for member in self.members if member.serves]
 
     @property
+    def cannot_tell_kept(self) -> list[str]:
+        return [name for member in self.members for name in member.engine.cannot_tell_kept]
+
+    @property
     def takes_deltas(self) -> bool:
         return all(member.engine.takes_deltas for member in self.members)
 

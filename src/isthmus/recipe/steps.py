@@ -17,6 +17,7 @@ from isthmus.recipe.section import (
     Steps,
     Tokens,
     Unit,
+    Whole,
     key,
 )
 
@@ -115,6 +116,9 @@ class LossSection(Section):
     router_replay: bool = key(
         False, "the learner sends each token to the experts that the engine sent it to (arXiv 2510.11370)"
     )
+    keep_sampling_mask: bool = key(
+        False, "log-probabilities are of the tokens that top_p, top_k and min_p kept when the engine drew (V3.2)"
+    )
     kl_weight: Number = key(0.0, "weight of the k3 estimate of the KL to the weights that the step began with", ge=0)
     kl_times_ratio: bool = key(False, "k3 times trainer now / trainer before, which has no bias (V3.2)")
 
@@ -162,6 +166,9 @@ class RlSection(StepSection):
     samples_per_prompt: Annotated[int, Unit("samples")] = key(8, "samples of each prompt, its group", ge=2)
     updates_per_rollout: Count = key(1, "optimiser steps on the samples of a rollout, each on a part")
     temperature: Number = key(1.0, "temperature of the distribution that is sampled, and learnt", gt=0)
+    top_p: Number = key(1.0, "of what is sampled: the fewest likeliest tokens of this probability", gt=0, le=1)
+    top_k: Whole = key(0, "of what is sampled: so many likeliest tokens; 0: all", ge=0)
+    min_p: Number = key(0.0, "of what is sampled: no token below this share of the likeliest one's", ge=0, lt=1)
     max_new_tokens: Tokens = key(128, "longest completion of a sample")
     optimizer: OptimizerSection = Field(description="what turns gradients into updates")
     loss: LossSection = key(LossSection(), "beside the algorithm's own formula")
@@ -189,6 +196,28 @@ class RlSection(StepSection):
     heldout_problems: Problems = key(500, "held-out problems that measure the accuracy")
     heldout_samples: Annotated[Positive, Unit("samples")] = key(1, "answers to each; pass@k is told up to this k")
     evaluate_every: Steps | None = key(None, "steps between two such measures; before and after alone if absent")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are left out of what is sampled."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @model_validator(mode="after")
+    def _masks_go_with_cuts(self) -> Self:
+        keeps = self.loss.keep_sampling_mask
+        if self.cuts and not keeps:
+            raise ValueError(
+                "top_p, top_k and min_p leave tokens out, and the learner's log-probabilities must be of the "
+                "distribution that was sampled: set loss.keep_sampling_mask = true, or leave the three out"
+            )
+        if keeps and not self.cuts:
+            raise ValueError("loss.keep_sampling_mask keeps what top_p, top_k or min_p left: set one of them")
+        if keeps and self.teacher is not None and self.teacher.url is not None:
+            raise ValueError(
+                "a server scores all tokens, and loss.keep_sampling_mask wants those of each draw alone: take a step "
+                "as teacher, or sample without top_p, top_k and min_p"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ahead_or_not(self) -> Self:

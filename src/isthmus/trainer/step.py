@@ -170,19 +170,24 @@ def update_router_bias(routers: list[Router], loads: list[Tensor], speed: float)
 
 
 def target_logprobs(
-    model: Model, batch: Batch, temperature: float, routes: Tensor | None = None
+    model: Model, batch: Batch, temperature: float, routes: Tensor | None = None, left_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(log-probability, entropy) of each target, both [number of targets], row by row in the order of `target_mask`.
 
     They are of the distribution softmax(logits / temperature), the one that was sampled. `routes` [B, T, layers, K] are
-    experts that another pass has chosen, which take the place of the routers' own where they are not -1.
+    experts that another pass has chosen, which take the place of the routers' own where they are not -1. `left_out`
+    [number of targets, V] is true for tokens that a target was not drawn among: the others are normalised alone.
     """
     spans = Documents.of(batch.document.cpu(), model.architecture.num_attention_heads).to(batch.document.device)
     trace = None if routes is None else Trace(routes)
     hidden = model.hidden(batch.tokens, batch.positions, spans, trace=trace)
     chosen = batch.target_mask[:, 1:]
-    log_probabilities = F.log_softmax(model.logits(hidden[:, :-1][chosen]) / temperature, dim=-1)
+    logits = model.logits(hidden[:, :-1][chosen]) / temperature
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, float("-inf"))
+    log_probabilities = F.log_softmax(logits, dim=-1)
     taken = log_probabilities.gather(-1, batch.tokens[:, 1:][chosen].unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        finite = log_probabilities if left_out is None else log_probabilities.masked_fill(left_out, 0.0)
+        entropy = -(log_probabilities.exp() * finite).sum(-1)
     return taken, entropy

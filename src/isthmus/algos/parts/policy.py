@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+OWN_ADVANTAGES = "it masks samples of negative advantage, and here each token has an advantage of its own"
+"""Why `off_policy_mask` is refused."""
+
+
 def clipped_objective(tokens: Tokens, ratio: Tensor, low: float, high: float) -> tuple[Tensor, float]:
     """(min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) [N], tokens that the clip cuts off): PPO's objective, arXiv
     1707.06347 eq. 7."""
@@ -46,6 +50,18 @@ def reference_kl(tokens: Tokens, times_ratio: bool) -> Tensor:
     difference = tokens.reference - tokens.logprobs
     k3 = difference.exp() - 1 - difference
     return k3 * (tokens.logprobs - tokens.old).exp() if times_ratio else k3
+
+
+def token_returns(rewards: Tensor, kl: Tensor, sample: Tensor, weight: float) -> Tensor:
+    """What is still to come at each token [N], in float64 on the host: the reward of its sample, less `weight` times
+    the `kl` of this token and of those after it (REINFORCE++, arXiv 2501.03262, eq. 8). Tokens stand sample by sample.
+
+    OpenRLHF gives the reward to the last token and adds up from behind: `compute_reward`, `get_cumulative_returns`.
+    """
+    rewards, kl, sample = rewards.cpu().double(), kl.cpu().double(), sample.cpu()
+    until = kl.cumsum(0)
+    _, of, lengths = sample.unique_consecutive(return_inverse=True, return_counts=True)
+    return rewards - weight * (until[lengths.cumsum(0) - 1][of] - until + kl)
 
 
 def aggregate(values: Tensor, tokens: Tokens, how: Aggregation) -> Tensor:

@@ -65,6 +65,11 @@ class HttpEngine:
                 f"{self.server} at {self.url} is not asked for the experts of its tokens, which router replay needs: "
                 "set loss.router_replay = false in the step, or generate with an engine of isthmus"
             )
+        if (sampling.cuts or sampling.kept) and (names := self.cannot_tell_kept):
+            raise EngineError(
+                f"{names[0]} is not asked to leave tokens out and to tell which ones it kept: generate with an engine "
+                "of isthmus, or set no top_p, top_k or min_p in the step"
+            )
         with self._reading():
             return self._server.generate(prompts, sampling, seeds)
 
@@ -78,6 +83,11 @@ class HttpEngine:
         nothing."""
         with self._reading():
             self._server.update(payload, version, sha256)
+
+    @property
+    def cannot_tell_kept(self) -> list[str]:
+        """Its name and address, unless it is ours: others are not asked for the tokens that their draws kept."""
+        return [] if isinstance(self._server, Isthmus) else [f"{self.server} at {self.url}"]
 
     @property
     def takes_deltas(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from isthmus.engines import Completion, EngineError, OtherBase, Routes, Sampling
+from isthmus.engines.kept import Kept
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Refused, Transport
@@ -47,6 +48,8 @@ class Isthmus:
             "logprobs": 0,
             "return_token_ids": True,
             **({"return_routed_experts": True} if sampling.routes else {}),
+            **({"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p} if sampling.cuts else {}),
+            **({"return_sampling_mask": True} if sampling.kept else {}),
             **({"seed": sampling.seed} if seeds is None else {"seeds": seeds}),
         }
         answer = self._transport.post("/v1/completions", asked)
@@ -135,12 +138,17 @@ class Isthmus:
 
 
 def _with_origins(completion: Completion, choice: dict[str, Any]) -> Completion:
-    """With the version and the experts of each token, where the server told them."""
+    """With the version and the experts of each token, and what it was drawn among, where the server told them."""
     runs, routes = choice.get("token_versions"), choice.get("routed_experts")
+    told = choice.get("sampling_mask")
+    kept = None if told is None else Kept(int(told["draws"]), int(told["vocabulary"]), str(told["data"]))
+    if kept is not None:
+        kept.check(completion.tokens)
     return replace(
         completion,
         versions=None if runs is None else [(version, tokens) for version, tokens in runs],
         routes=None if routes is None else Routes(tuple(routes["shape"]), routes["dtype"], routes["data"]),
+        kept=kept,
     )
 
 

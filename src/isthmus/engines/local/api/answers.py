@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engines import EngineError
+from isthmus.engines.kept import Kept
 from isthmus.engines.local.api.prepare import Prepared
 from isthmus.engines.local.api.protocol import (
     DEFAULT_COMPLETION_TOKENS,
@@ -63,6 +64,7 @@ class Choice:
     last_version: int
     versions: list[int] | None = None
     routes: NDArray[np.int16] | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class Exchange:
             constraint=self._constraint,
             stream=ask.stream or bool(ask.stop) or (self._calls is not None and not self._calls.parallel),
             routes=routes,
+            kept=isinstance(ask, CompletionAsk) and ask.return_sampling_mask,
             owner=self.visit.key_name,
         )
 
@@ -272,6 +275,7 @@ class Exchange:
             end.last_version,
             end.versions,
             end.routes,
+            end.kept,
         )
 
     @property

@@ -214,7 +214,8 @@ class Ask(Part):
 class CompletionAsk(Ask):
     """POST /v1/completions. `seeds`, one per prompt, is an extension; `logprobs` counts the alternatives shown.
 
-    `return_routed_experts`, as SGLang names it, asks for the experts of every token.
+    `return_routed_experts`, as SGLang names it, asks for the experts of every token, and `return_sampling_mask`, as
+    vLLM does, for the tokens that each was drawn among.
     """
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
@@ -223,6 +224,7 @@ class CompletionAsk(Ask):
     add_special_tokens: Flag = True
     seeds: list[Seed] | None = None
     return_routed_experts: Flag = False
+    return_sampling_mask: Flag = False
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -554,6 +556,9 @@ def _check_completion(ask: CompletionAsk) -> None:
         raise ApiError("echo with logprobs cannot be streamed; send stream = false", param="echo")
     if ask.return_routed_experts and ask.stream:
         raise ApiError("routed experts cannot be streamed; send stream = false", param="return_routed_experts")
+    if ask.return_sampling_mask and (ask.stream or ask.stop):
+        what = "sampling masks cannot be streamed, nor cut at a stop string; send stream = false and no stop"
+        raise ApiError(what, param="return_sampling_mask")
     if ask.seeds is None:
         return
     if ask.seed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -54,6 +55,8 @@ def completion_choice(
         shown["token_versions"] = runs
     if choice.routes is not None:
         shown["routed_experts"] = packed_routes(choice.routes)
+    if choice.kept is not None:
+        shown["sampling_mask"] = asdict(choice.kept)
     return shown
 
 

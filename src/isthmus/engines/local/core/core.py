@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from isthmus.engines import EngineError
+from isthmus.engines.kept import Kept
 from isthmus.engines.local.core.cache import blocks_for
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS
 from isthmus.engines.local.core.replica import bits_of
@@ -214,6 +215,7 @@ class Core:
             elapsed if sample.queued_s is None else sample.queued_s,
             sample.versions,
             sample.routes,
+            Kept.of(sample.kept, self.runner.model.architecture.vocab_size) if sample.request.kept else None,
         )
         for observe in self.observers:
             observe(finished)

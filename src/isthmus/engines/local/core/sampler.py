@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from isthmus.engines.kept import KeptSet
+
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -65,13 +67,24 @@ def draw(
         return Draw(best.indices, best.values, distribution)
     scaled = logits.float() / torch.where(greedy, 1.0, temperature.clamp(min=COLDEST)).unsqueeze(1)
     distribution = torch.log_softmax(scaled, dim=-1)
+    cut = torch.zeros_like(greedy)
     for keep, bound, off in ((_likely_enough, min_p, 0.0), (_first_ranks, top_k, 0), (_nucleus, top_p, 1.0)):
         if bound is not None and (chosen := (bound != off) & ~greedy).any():
             distribution = torch.where(chosen.unsqueeze(1), keep(distribution, bound), distribution)
+            cut |= chosen
+    if cut.any():
+        # Normalised once, of the logits: a learner that leaves out the same tokens has the same bits.
+        once = torch.log_softmax(scaled.masked_fill(distribution == float("-inf"), float("-inf")), dim=-1)
+        distribution = torch.where(cut.unsqueeze(1), once, distribution)
     tokens = _invert(distribution, uniform)
     if greedy.any():
         tokens = torch.where(greedy, distribution.argmax(-1), tokens)
     return Draw(tokens, distribution.gather(-1, tokens.unsqueeze(1)).squeeze(1), distribution)
+
+
+def kept_sets(distribution: Tensor) -> list[KeptSet]:
+    """What could be drawn from each row of distribution [B, V], log-probabilities."""
+    return [KeptSet.of(row) for row in (distribution > float("-inf")).numpy()]
 
 
 class Adjustment(NamedTuple):

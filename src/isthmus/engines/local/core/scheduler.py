@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engines.kept import Kept, KeptSet
 from isthmus.engines.local.core.cache import NULL_BLOCK, BlockPool, PagedStore, blocks_for, chained_digest
 from isthmus.engines.local.core.line import Line, Shares
 from isthmus.engines.local.core.sampler import stream_key
@@ -55,7 +56,8 @@ class Finished(NamedTuple):
     `cached_tokens` of the prompt were taken from the prefix cache. `prompt_tokens` is filled where the request asked
     for `prompt_logprobs`, in the first sample of each prompt. `stop_token` is the token of `Request.stop_tokens` that
     ended the sample, if one did. `versions` has that of the weights which wrote each token. `routes` [T - 1, R], where
-    the request asked for them, has the experts of all layers for each of its T tokens, prompt and drawn, but the last.
+    the request asked for them, has the experts of all layers for each of its T tokens, prompt and drawn, but the last,
+    and `kept`, likewise, the tokens that each of its own was drawn among.
     """
 
     choice: int
@@ -73,6 +75,7 @@ class Finished(NamedTuple):
     queued_s: float = 0.0
     versions: list[int] | None = None
     routes: NDArray[np.int16] | None = None
+    kept: Kept | None = None
 
 
 class ConstraintState(Protocol):
@@ -140,6 +143,7 @@ class Request:
     constraint: Constraint | None = None
     stream: bool = False
     routes: bool = False
+    kept: bool = False
     owner: str = ""
 
     @property
@@ -180,6 +184,7 @@ class Sample:
     constraint: ConstraintState | None = None
     versions: list[int] = field(default_factory=list)
     routes: NDArray[np.int16] | None = None
+    kept: list[KeptSet] = field(default_factory=list)
 
     @property
     def choice(self) -> int:
@@ -265,6 +270,7 @@ class Rows:
         self.top_logprobs = np.zeros(slots, dtype=np.int64)
         self.streamed = np.zeros(slots, dtype=bool)
         self.special = np.zeros(slots, dtype=bool)
+        self.tells_kept = np.zeros(slots, dtype=bool)
         self._columns = [value for value in vars(self).values() if isinstance(value, np.ndarray) and value.ndim == 1]
 
     def __len__(self) -> int:
@@ -288,6 +294,7 @@ class Rows:
         self.top_logprobs[row] = request.top_logprobs
         self.streamed[row] = request.stream
         self.special[row] = request.special
+        self.tells_kept[row] = request.kept
         self.block_count[row], self.tables[row] = 0, NULL_BLOCK
         self.extend_table(row, table)
         self.registered[row] = len(sample.digests)

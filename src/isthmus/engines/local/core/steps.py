@@ -17,7 +17,7 @@ from torch import Tensor
 from isthmus.engines.local.core.batch import Chunk, Singles, StepBatch
 from isthmus.engines.local.core.cache import places_of
 from isthmus.engines.local.core.runner import Runner
-from isthmus.engines.local.core.sampler import Adjustment, Draw, adjust, draw, uniforms
+from isthmus.engines.local.core.sampler import Adjustment, Draw, adjust, draw, kept_sets, uniforms
 from isthmus.engines.local.core.scheduler import (
     Counters,
     Finished,
@@ -191,6 +191,9 @@ class Steps:
             tops = _likeliest(drawn.distribution, table.top_logprobs[rows])
             for index in np.flatnonzero(table.top_logprobs[rows]):
                 table.samples[rows[index]].top.append(tops[index])
+        if len(telling := np.flatnonzero(table.tells_kept[rows])):
+            for index, one in zip(telling, kept_sets(drawn.distribution[telling]), strict=True):
+                table.samples[rows[index]].kept.append(one)
         broken = ~np.isfinite(logprobs) | np.isin(rows, list(step.ended))
         if table.streamed[rows].any():
             self._stream(rows[~broken], tokens[~broken], logprobs[~broken])

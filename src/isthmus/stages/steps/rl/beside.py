@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus.algos import algorithm_config
 from isthmus.engines.remote import HttpEngine
 from isthmus.errors import IsthmusError
 from isthmus.model.model import Model
@@ -43,8 +44,10 @@ class Beside:
 
         Raises IsthmusError for a teacher that cannot teach this model.
         """
-        asked = state.work.section.teacher
-        reference = reference_model(state) if state.work.section.loss.kl_weight else None
+        section = state.work.section
+        measured = section.loss.kl_weight or algorithm_config(section).reward_kl()
+        reference = reference_model(state) if measured else None
+        asked = section.teacher
         if asked is None or (models_alone and asked.url is not None):
             return cls(reference)
         if asked.url is None:

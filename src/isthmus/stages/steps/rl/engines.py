@@ -26,6 +26,7 @@ from isthmus.recipe.schema import EngineOptions
 from isthmus.recipe.steps import RlSection
 from isthmus.records import IncidentRecord, TrainPlace, rollout_pool
 from isthmus.stages.steps.generate import engine_on
+from isthmus.stages.steps.rl.rollouts import check_masks
 from isthmus.stages.steps.step import StepRun
 from isthmus.supervise import incidents
 from isthmus.supervise.ladder import decide
@@ -135,6 +136,10 @@ class Engines:
     def bits(self) -> str | None:
         return self._current()[0].bits
 
+    @property
+    def cannot_tell_kept(self) -> list[str]:
+        return self._current()[0].cannot_tell_kept
+
     def _current(self) -> tuple[Engine, int]:
         with self._lock:
             if self._ended_by is not None:
@@ -227,6 +232,8 @@ class Engines:
         threads = pool.shared_threads if section.staleness else pool.threads
         opening = engine_on(self.work, self.bundle, section.rollout_format, pool, threads, self.options)
         engine = self._open.enter_context(opening)
+        if self._number and section.loss.keep_sampling_mask:
+            check_masks(self.work.name, engine)
         self.bring(engine)
         self._engine = engine
         self._number += 1

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from isthmus.algos import Scores, Totals, algorithm_config, get_algorithm
-from isthmus.algos.parts.policy import aggregate, reference_kl
+from isthmus.algos import OfTokens, Scores, Totals, algorithm_config, get_algorithm
+from isthmus.algos.parts.policy import aggregate, reference_kl, token_returns
 from isthmus.launch.beats import beat
 from isthmus.model.model import Model
 from isthmus.recipe.architecture import MixtureSection
@@ -147,7 +147,10 @@ class Learner:
 
     def teaching(self, rewards: Tensor, advantages: Tensor) -> tuple[list[int], list[int]]:
         """(numbers of the samples that are learnt from, of all that were not left out)."""
-        rolled = (~rewards.isnan()).flatten().nonzero().flatten().tolist()
+        judged = ~rewards.isnan()
+        rolled = judged.flatten().nonzero().flatten().tolist()
+        if self._reward_kl:
+            return (judged & (judged.sum(1, keepdim=True) > 1)).flatten().nonzero().flatten().tolist(), rolled
         flat = advantages.reshape(-1).tolist()
         return rolled if self._teaches_all else [index for index in rolled if flat[index] != 0.0], rolled
 
@@ -205,7 +208,8 @@ class Learner:
         taught = [None if scored is None else scored[start::updates] for start in range(len(chosen))]
         pairs = zip(chosen, taught, strict=True)
         parts = [self._own(rollout, numbers, advantages, teacher) for (numbers, _), teacher in pairs]
-        parts = [self._with_known(part, needs_old=updates > 1) for part in parts]
+        parts = [self._with_known(part, needs_old=updates > 1 or bool(self._reward_kl)) for part in parts]
+        parts = self._with_token_advantages(parts) if self._reward_kl else parts
         pairs = enumerate(zip(parts, totals, strict=True))
         found = [
             self._one_update(part, total, step + index / updates, index in left_out) for index, (part, total) in pairs
@@ -248,6 +252,24 @@ class Learner:
                 part = part.with_known(name, torch.cat(rows))
         return part
 
+    def _with_token_advantages(self, parts: list[Samples]) -> list[Samples]:
+        """With an advantage for each token of the whole rollout, of its sample's reward less what its KL takes off."""
+        returns = [
+            token_returns(
+                part.at_targets(part.advantages),
+                part.at_targets(part.known["old"] - part.known["reference"]),
+                part.sample,
+                self._reward_kl,
+            )
+            for part in parts
+        ]
+        found = cast(OfTokens, self.algorithm).token_advantages(returns, self._total)
+        return [part.with_advantages(values) for part, values in zip(parts, found, strict=True)]
+
+    def _total(self, sums: Tensor) -> Tensor:
+        ranks = self.state.crew.ranks
+        return ranks.total(sums.to(ranks.device)).cpu()
+
     def _grid(self, model: Model, part: Samples) -> Tensor:
         """[B, T] of log-probabilities, 0 where no target is."""
         grid = torch.zeros_like(part.engine)
@@ -255,13 +277,13 @@ class Learner:
         return grid
 
     def _logprobs(self, model: Model, part: Samples) -> tuple[Tensor, Tensor]:
-        """(log-probability, entropy) of each target. The model that learns routes as the engine did, where the recipe
-        wants it; a reference routes by itself."""
+        """(log-probability, entropy) of each target, among the tokens that the engine kept where the recipe wants that.
+        The model that learns routes as the engine did, where the recipe wants it; a reference routes by itself."""
         routes = part.routes if model is self.state.model else None
         if routes is not None:
             assert isinstance(model.architecture, MixtureSection)
             routes = routes.long().unflatten(-1, (-1, model.architecture.num_experts_per_tok))
-        return target_logprobs(model, part.batch, self.section.temperature, routes)
+        return target_logprobs(model, part.batch, self.section.temperature, routes, part.left_out)
 
     def _one_update(self, samples: Samples, totals: Totals, progress: float, left_out: bool) -> OneUpdate:
         """`progress` counts finished steps, with a fraction for an update within one."""
@@ -306,9 +328,17 @@ class Learner:
         return Computed(shown["loss"], norm, shown | measures)
 
     @property
+    def _reward_kl(self) -> float:
+        return self.options.reward_kl()
+
+    @property
     def _optional(self) -> dict[str, bool]:
         section = self.section.loss
-        return {"off_policy_masked": section.off_policy_mask is not None, "reference_kl": bool(section.kl_weight)}
+        return {
+            "off_policy_masked": section.off_policy_mask is not None,
+            "reference_kl": bool(section.kl_weight),
+            "reward_kl": bool(self._reward_kl),
+        }
 
     def _loss(self, model: Model, part: Samples, totals: Totals) -> tuple[Tensor, Measures]:
         """(what is differentiated of a part, its measures)."""
@@ -331,6 +361,9 @@ class Learner:
             kl = reference_kl(tokens, section.kl_times_ratio)
             value = value + section.kl_weight * aggregate(kl, tokens, self.options.aggregated())
             extra.append(kl.detach().sum().item())
+        if self._reward_kl:
+            assert tokens.reference is not None
+            extra.append((tokens.old - tokens.reference).sum().item())
         gap = mismatch(before, engine)
         sums = [value.item(), loss.clipped, entropy.sum().item(), gap.total_abs, gap.total_k3]
         sums += [correction.total, correction.clipped, *extra]

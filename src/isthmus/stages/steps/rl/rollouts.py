@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from isthmus.algos import algorithm_config
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines import Completion, Engine, Sampling
+from isthmus.engines import Completion, Engine, EngineError, Sampling
 from isthmus.errors import DamagedFile
 from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Rewards, Sample
@@ -58,6 +58,30 @@ def read_replay(work: StepRun[RlSection], step: int) -> Replay | None:
         return _REPLAY.validate_json(work.run.read_kept(path, advice))
     except ValidationError as error:
         raise DamagedFile(f"{path} cannot be read ({error}). {advice}.") from None
+
+
+def sampling_of(section: RlSection) -> Sampling:
+    """How the samples of a step are drawn, and what is told with them."""
+    return Sampling(
+        section.max_new_tokens,
+        section.temperature,
+        n=section.samples_per_prompt,
+        routes=section.loss.router_replay,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        kept=section.loss.keep_sampling_mask,
+    )
+
+
+def check_masks(step: str, engine: Engine) -> None:
+    """Raise EngineError if the engine cannot tell the tokens that its draws kept."""
+    if names := engine.cannot_tell_kept:
+        raise EngineError(
+            f"step.{step}.loss.keep_sampling_mask wants to know the tokens that each draw was made among, for which "
+            f"{' and '.join(names)} cannot be asked; generate with engines of isthmus, or sample from the whole "
+            "distribution: leave out top_p, top_k, min_p and loss.keep_sampling_mask"
+        )
 
 
 @dataclass
@@ -112,9 +136,7 @@ class Rollouts:
         problems = self.tasks.draw(chance, section.prompts_per_step)
         seeds = [chance.getrandbits(48) for _ in problems]
         prompts = self.prompts(problems)
-        replay = section.loss.router_replay
-        sampling = Sampling(section.max_new_tokens, section.temperature, n=section.samples_per_prompt, routes=replay)
-        completions = self.engine.generate(prompts, sampling, seeds)
+        completions = self.engine.generate(prompts, sampling_of(section), seeds)
         pairs = [(problem, one) for problem, group in zip(problems, completions, strict=True) for one in group]
         scores = self.rewards.score([self.sample(problem, one) for problem, one in pairs])
         return Rollout(problems, prompts, completions, scores, time.perf_counter() - began, pool=self.pool())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from isthmus.algos import Tokens, Totals
 from isthmus.data.corpus import Document
 from isthmus.engines import Routes
+from isthmus.engines.kept import Kept, KeptSet
 from isthmus.stages.steps.rl.rollout import Rollout
 from isthmus.trainer.batch import Batch, pack
 
@@ -22,6 +24,7 @@ class Samples:
     """Packed samples, or some rows of them; `count` in all. Values of a token stand where the token stands, [B, T]:
     log-probabilities of the engine, advantages, and under `known` log-probabilities of `old`, `reference`, `teacher`.
     `routes` [B, T, R], where the engine told them, are the experts of all layers for each token, -1 where unknown.
+    `kept` has what each token was drawn among, where that was told: `draw` [B, T] numbers its sets.
     """
 
     batch: Batch
@@ -30,6 +33,8 @@ class Samples:
     advantages: Tensor
     known: dict[str, Tensor] = field(default_factory=dict)
     routes: Tensor | None = None
+    draw: Tensor | None = None
+    kept: KeptSets | None = None
 
     @classmethod
     def of(
@@ -58,12 +63,19 @@ class Samples:
             places.spread(torch.tensor([value for _, one in flat for value in one.logprobs])),
             places.spread(per_sample.repeat_interleave(places.lengths)),
             known,
-            routes=_routes(batch, [one.routes for _, one in flat]),
+            _routes(batch, [one.routes for _, one in flat]),
+            *_kept(places, [one.kept for _, one in flat]),
         )
 
     def with_known(self, name: str, values: Tensor) -> Samples:
         """With one more log-probability [B, T] of each token."""
         return replace(self, known={**self.known, name: values})
+
+    def with_advantages(self, values: Tensor) -> Samples:
+        """With one for each target, [N]."""
+        grid = torch.zeros_like(self.advantages)
+        grid[self.batch.target_mask] = values.to(grid)
+        return replace(self, advantages=grid)
 
     def with_rows(self, rows: int) -> Samples:
         """Filled up to `rows` rows with rows of padding."""
@@ -100,14 +112,62 @@ class Samples:
         """The number of the sample of each target, [N]."""
         return self.at_targets(self.batch.document)
 
+    @property
+    def left_out(self) -> Tensor | None:
+        """[N, V], true for tokens that a target was not drawn among; None where that was not told."""
+        return None if self.kept is None or self.draw is None else self.kept.left_out(self.at_targets(self.draw))
+
     def at_targets(self, grid: Tensor) -> Tensor:
         """[N] of [B, T]."""
         return grid[self.batch.target_mask]
 
     def _each(self, batch: Batch, change: Callable[[Tensor], Tensor]) -> Samples:
         known = {name: change(grid) for name, grid in self.known.items()}
-        routes = None if self.routes is None else change(self.routes)
-        return Samples(batch, self.count, change(self.engine), change(self.advantages), known, routes)
+        routes, draw = (None if grid is None else change(grid) for grid in (self.routes, self.draw))
+        kept = None if self.kept is None else self.kept.to(batch.tokens.device)
+        return Samples(batch, self.count, change(self.engine), change(self.advantages), known, routes, draw, kept)
+
+
+@dataclass(frozen=True)
+class KeptSets:
+    """Sets of tokens of a model that has `vocabulary`, [S + 1]: the first leaves nothing out. `ids` of set s begin at
+    `first[s]` and are `count[s]`; they are what it `lists_left_out[s]`, or else what it kept."""
+
+    ids: Tensor
+    first: Tensor
+    count: Tensor
+    lists_left_out: Tensor
+    vocabulary: int
+
+    @classmethod
+    def of(cls, told: Sequence[Kept]) -> KeptSets:
+        sets = [KeptSet(np.zeros(0, dtype=np.int32), True), *(one for kept in told for one in kept.sets())]
+        count = torch.tensor([len(one.ids) for one in sets])
+        ids = torch.from_numpy(np.concatenate([one.ids for one in sets]))
+        lists_left_out = torch.tensor([one.left_out for one in sets])
+        return cls(ids, count.cumsum(0) - count, count, lists_left_out, told[0].vocabulary)
+
+    def to(self, device: torch.device) -> KeptSets:
+        ids, first, count = self.ids.to(device), self.first.to(device), self.count.to(device)
+        return KeptSets(ids, first, count, self.lists_left_out.to(device), self.vocabulary)
+
+    def left_out(self, draw: Tensor) -> Tensor:
+        """[N, V] of the numbers [N] of sets."""
+        count = self.count[draw]
+        row = torch.arange(len(draw), device=draw.device).repeat_interleave(count)
+        within = torch.arange(len(row), device=draw.device) - (count.cumsum(0) - count)[row]
+        listed = torch.zeros(len(draw), self.vocabulary, dtype=torch.bool, device=draw.device)
+        listed[row, self.ids[self.first[draw][row] + within].long()] = True
+        return listed == self.lists_left_out[draw].unsqueeze(1)
+
+
+def _kept(places: TokenPlaces, kept: list[Kept | None]) -> tuple[Tensor, KeptSets] | tuple[None, None]:
+    """The number [B, T] of each token's set, and the sets; nothing if the engine told none."""
+    told = [one for one in kept if one is not None]
+    if not told:
+        return None, None
+    assert len(told) == len(kept), "an engine tells what all of its samples were drawn among, or none"
+    return places.spread(torch.arange(1, len(places.index) + 1)), KeptSets.of(told)
 
 
 def _routes(batch: Batch, routes: list[Routes | None]) -> Tensor | None:
