@@ -67,11 +67,14 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.host_links
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.qualifier
 	$(BIN)/python -m benchmarks.twin
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.policies
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.revert
 
-soak: $(VENV)/.installed-dev     ## the tests that take minutes, then 10,000 random requests against a server
+soak: $(VENV)/.installed-dev     ## the tests that take minutes, 10,000 random requests against a server, 100 kills of a run
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak_hostile
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

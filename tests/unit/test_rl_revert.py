@@ -104,6 +104,13 @@ def forget_moments(state):
             tensor.zero_()
 
 
+def forget_second_moments(state):
+    """Then the first update after it divides by nothing, and the second one has no number."""
+    for name, tensor in state.optimizer.state().items():
+        if "exp_avg_sq" in name:
+            tensor.zero_()
+
+
 def turn_over(state):
     matrix = next(one for one in state.model.parameters() if one.dim() == 2)
     matrix.data.copy_(matrix.data.flip(0))
@@ -123,6 +130,7 @@ def count_anew(state):
     ("spoil", "named"),
     [
         (forget_moments, "moments of every parameter"),
+        (forget_second_moments, "moments of every parameter"),
         (turn_over, "model weights"),
         (restart_schedule, "learning rate"),
         (count_anew, "step count"),

@@ -465,6 +465,25 @@ def test_a_damaged_checkpoint_is_passed_over():
     assert found.verdict == "go" and found.checkpoint_step == 10 and "hash" in found.passed_over[20]
 
 
+@pytest.mark.parametrize(
+    ("restored", "named"), [({}, "update 10: the norm is nan"), ({"missing": ["adam.exp_avg.x"]}, "moments of every")]
+)
+def test_updates_that_diverge_after_a_restore_are_refused_by_what_was_restored_if_that_is_wrong(restored, named):
+    found = replace(RESTORED, **{"step": 10, "steps_counted": 10.0, **restored})
+    diverged = Repeated(found, [OLD[11]], "the norm is nan")
+    said = judge([10], OLD, lambda *_: diverged, lambda _: SAVED, lambda step: step, BANDS)
+    assert said.verdict == "refuse" and named in said.reason
+
+
+def test_a_host_that_diverges_blames_nobody():
+    def repeat_(step, side):
+        found = replace(RESTORED, step=step, steps_counted=float(step))
+        return Repeated(found, [worse(OLD[step + 1])]) if side == "new" else Repeated(found, [], "the norm is nan")
+
+    said = judge([10], OLD, repeat_, lambda _: SAVED, lambda step: step, BANDS)
+    assert said.verdict == "refuse" and "checkpoint or the recording is wrong" in said.reason
+
+
 def test_newer_checkpoints_than_the_trusted_one_are_set_aside(run):
     folder = run.step_folder(STEP) / "checkpoints"
     for step in (10, 20):

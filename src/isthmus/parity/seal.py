@@ -299,7 +299,11 @@ def _what_changed(bundle_folder: Path, name: str, seal: Seal) -> str:
         changed = first_difference(tensor_hashes(bundle_folder), seal.tensors)
     except IsthmusError as error:
         return str(error)
-    return changed[0] if changed else f"{name} does not match its hash, though its tensors do: its header changed"
+    return (
+        f"{name}: {changed[0]}"
+        if changed
+        else f"{name} does not match its hash, though its tensors do: its header changed"
+    )
 
 
 def _refusal(bundle_folder: Path, reason: str) -> GateRefused:

@@ -89,15 +89,16 @@ class Seen:
 
 @dataclass(frozen=True)
 class Repeated:
-    """What a pool made of a checkpoint."""
+    """What a pool made of a checkpoint; `diverged` says why the updates ended early, None if they did not."""
 
     restored: Restored
     seen: Sequence[Seen]
+    diverged: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Repeated:
         content = read_json_object(path)
-        return cls(Restored(**content["restored"]), [Seen(**one) for one in content["seen"]])
+        return cls(Restored(**content["restored"]), [Seen(**one) for one in content["seen"]], content["diverged"])
 
 
 def recorded(events: Sequence[Mapping[str, Any]]) -> dict[int, Seen]:
@@ -179,6 +180,8 @@ def judge(
         last = exact_checks(found.restored, saved(step), made(step))
         if broken := first_broken(last):
             return _refuse(f"{broken.name} is not as it was: {broken.new}", last, passed_over)
+        if found.diverged is not None:
+            return _refuse(f"the updates after the checkpoint of update {step}: {found.diverged}", last, passed_over)
         pairs = [(old[one.update], one) for one in found.seen if one.update in old]
         updates = [update_checks(*pair, index, bands) for index, pair in enumerate(pairs)]
         last += [check for checks in updates for check in checks]
@@ -224,6 +227,8 @@ def judge(
 def _who_is_wrong(pairs: Sequence[tuple[Seen, Seen]], host: Repeated, bands: Bands) -> str:
     """ "old" or "new pool", or "checkpoint or both" where the host agrees with neither."""
     truth = {one.update: one for one in host.seen}
+    if host.diverged is not None:
+        return "checkpoint or the recording"
     fits = {"old": True, "new": True}
     for index, (old, new) in enumerate(pairs):
         for side, seen in (("old", old), ("new", new)):

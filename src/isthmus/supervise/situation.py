@@ -87,7 +87,7 @@ def _balance(
     done = max((event["step"] for event in events if event["event"] == "step"), default=0)
     restart = _restart_s(events)
     sides = (
-        balance.Pool(here.name, balance.Pace.known(pace), _belief(here, place, past, events), place.ranks, restart),
+        balance.Pool(here.name, balance.Pace.known(pace), belief(here, place, past, events), place.ranks, restart),
         balance.Pool(there.name, other.scaled(pace), prior(there.chip), there.ranks, restart),
     )
     left = section.steps - done
@@ -127,7 +127,7 @@ def _restart_s(events: list[dict[str, Any]]) -> float:
     return median(taken) if taken else RESTART_S
 
 
-def _belief(pool: Pool, place: TrainPlace, past: list[IncidentRecord], events: list[dict[str, Any]]) -> FailureRate:
+def belief(pool: Pool, place: TrainPlace, past: list[IncidentRecord], events: list[dict[str, Any]]) -> FailureRate:
     """Published fleets, and what this step met on this pool."""
     own = [one for one in past if one.side == "train" and one.pool == place.pool and one.signal in FAILURES]
     times = [event["time"] for event in events]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from isthmus.chips import Chip, device_of, get_chip
+from isthmus.errors import Diverged
 from isthmus.model.digest import tensor_sha256
 from isthmus.pools import Pool, get_pool
 from isthmus.progress import Watch
@@ -95,7 +96,13 @@ def repeated(training: Training, folder: Path, count: int) -> Repeated:
     restored = examine(training.state(), training.optimizer, training.text.data, training.ranks, folder, same_kind)
     last = min(training.section.steps, loaded.step + count)
     left_out = {event["step"] for event in training.recorded if event.get("left_out")}
-    return Repeated(restored, [_again(training, step, step + 1 in left_out) for step in range(loaded.step, last)])
+    seen = list[Seen]()
+    try:
+        for step in range(loaded.step, last):
+            seen.append(_again(training, step, step + 1 in left_out))
+    except Diverged as error:
+        return Repeated(restored, seen, str(error))
+    return Repeated(restored, seen)
 
 
 def reinforced(step: StepRun[RlSection], ranks: Ranks, at: int, count: int) -> Repeated:
@@ -120,7 +127,10 @@ def repeated_rl(state: State, folder: Path, count: int) -> Repeated:
         if replay is None or attempt not in (None, replay.attempt):
             break
         state.seed()
-        learnt = learner.again(replay.rollout, replay.scored, left_out)
+        try:
+            learnt = learner.again(replay.rollout, replay.scored, left_out)
+        except Diverged as error:
+            return Repeated(restored, seen, str(error))
         state.step += 1
         if learnt.updates:
             found = learnt.recorded()
