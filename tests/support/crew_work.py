@@ -39,3 +39,8 @@ def lag(rank: Any, who: int) -> None:
         if rank.rank == who and step == 1:
             time.sleep(1000)
         dist.barrier()
+
+
+def stay_on(rank: Any, processors: list[int]) -> None:
+    """Each rank keeps to a processor of its own."""
+    os.sched_setaffinity(0, {processors[rank.rank]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,6 +21,12 @@ DEADLINE_S = 0.25
 
 def accuracy(answer: str, expected: str) -> float:
     return EXACT.accuracy(Problem("x", "x", expected), completion_text("", answer))
+
+
+def test_the_program_in_the_documents_runs():
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(from isthmus\.tasks import .*?)```", page, re.DOTALL)
+    exec(program, {})
 
 
 @given(whole=st.integers(0, 10**15), part=st.integers(0, 999), places=st.integers(0, 3), minus=st.booleans())

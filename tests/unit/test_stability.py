@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isthmus.chips import get_chip
+from isthmus.chips import get_chip, stability_rule
 from isthmus.chips.rehearse.faults import FAULT_KINDS, parse_fault
 from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
@@ -313,6 +317,34 @@ def test_a_slow_rank_is_named_and_a_rank_that_was_slow_once_is_not(setting: Sett
     assert found.outcome == "fail" and found.ranks == [1] and found.figures["straggler_ratio"].value > 1.4
     assert found.failure is not None
     assert look(setting, stability.stragglers, "slow-rank@rank=1,step=7").outcome == "pass"
+
+
+@contextlib.contextmanager
+def busy(processor: int, processes: int = 3) -> Iterator[None]:
+    """Other processes that want a processor all the time."""
+    work = f"import os\nos.sched_setaffinity(0, {{{processor}}})\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", work]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@pytest.mark.skipif(not training.WAITS.exists(), reason="this system does not tell how long a thread had no processor")
+@pytest.mark.parametrize(("fault", "slow"), [(None, []), ("slow-rank@rank=1,size=3", [1])])
+def test_work_of_others_on_a_processor_makes_no_rank_slow_and_hides_none_that_is(fault: str | None, slow: list[int]):
+    processors = sorted(os.sched_getaffinity(0))
+    faults = [parse_fault(fault)] if fault else []
+    arguments = {"size": 128, "slices": 20, "share": 0.1, "limit": stability_rule("straggler").value}
+    with Crew(2, faults=faults, preload=PRELOAD) as crew, busy(processors[-1]):
+        places = {"processors": [processors[0], processors[-1]]}
+        assert crew.call("tests.support.crew_work:stay_on", places, deadline_s=60.0).ok
+        looks = [crew.call(stability.PACE, arguments, deadline_s=120.0).values for _ in range(2)]
+    seconds = [[one for look in looks for one in look[rank]["seconds"]] for rank in range(2)]
+    ratios = training.ratios_to_peers([training.quantile(one, 0.1) for one in seconds])
+    assert [rank for rank, ratio in enumerate(ratios) if ratio > arguments["limit"]] == slow
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def stragglers(crew: Crew, setting: Setting) -> list[Evidence]:
             seconds[rank] += value["seconds"]
         ratios = training.ratios_to_peers([training.quantile(one, share) for one in seconds])
         slow = [rank for rank, ratio in enumerate(ratios) if ratio > rule.value]
-    own = "the fiftieth part that was fastest, since others use the processor too" if on_cpu else "the median"
+    shared = "the fiftieth part that was fastest, without the time in which a rank had no processor"
+    own = shared if on_cpu else "the median"
     samples, worst = len(seconds[0]), max(ratios)
     source = f"slowest rank against the median of its peers, {own} of {samples} pieces of equal work"
     figures = {"straggler_ratio": setting.measured(worst, "x", source)}

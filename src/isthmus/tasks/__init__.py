@@ -13,6 +13,8 @@ from typing import Any
 from isthmus.plugs import plug, plug_names, plug_options
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import StepSection
+from isthmus.tasks.parts.answers import answer_in as answer_in
+from isthmus.tasks.parts.answers import is_same_answer as is_same_answer
 from isthmus.tasks.parts.completions import completion_text as completion_text
 from isthmus.tasks.parts.completions import split_completion as split_completion
 from isthmus.tasks.parts.contract import Task as Task

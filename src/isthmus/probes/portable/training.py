@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 VOCABULARY, LENGTH, HEADS, EXPERTS, CHOSEN = 64, 32, 4, 4, 2
 RATE = 1e-3
+WAITS = Path("/proc/thread-self/schedstat")
 
 
 def steps(
@@ -223,8 +225,9 @@ def pace(
     A piece is `inner` products of matrices [size, size] with an elementwise function after each: it should take longer
     than the pauses of a chip that is slowed down by pauses, for else many pieces have none. The `share` quantile
     of a rank's seconds is its own pace: the median (0.5) where the chip does nothing else, a low one on a shared
-    processor, whose other work can only add. A rank is slow if its pace is more than `limit` times the median of the
-    others'. Returns {failed, detail, seconds, pace, ratio}; `ratio` is to the median of the others.
+    processor, whose other work can only add. On a processor the time in which the rank had none does not count. A rank
+    is slow if its pace is more than `limit` times the median of the others'. Returns {failed, detail, seconds, pace,
+    ratio}; `ratio` is to the median of the others.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator).to(rank.device) for _ in range(2))
@@ -232,19 +235,30 @@ def pace(
     _wait(rank)
     seconds = []
     for index in range(slices):
-        began = time.perf_counter()
+        began = _own_clock(rank.device)
         value = left
         for _ in range(inner):
             value = torch.tanh(value @ right)
         if rank.device.type != "cpu":
             torch.accelerator.synchronize()
         rank.beat("pace", index)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_own_clock(rank.device) - began)
     own = quantile(seconds, share)
     ratio = ratios_to_peers(_gather(rank, own))[rank.rank]
     slow = ratio > limit
     detail = f"rank {rank.rank}: {own * 1e3:.3g} ms for a piece of work, {ratio:.2f} times its peers'"
     return {"failed": slow, "detail": detail, "seconds": seconds, "pace": own, "ratio": ratio}
+
+
+def _own_clock(device: torch.device) -> float:
+    """Seconds. On a processor it stands still while this thread is ready to run and another one runs in its place.
+
+    Linux tells that wait (Documentation/scheduler/sched-stats.rst); elsewhere it stays in. Sleep is no such wait.
+    """
+    waited = 0.0
+    if device.type == "cpu" and WAITS.exists():
+        waited = int(WAITS.read_text().split()[1]) / 1e9
+    return time.perf_counter() - waited
 
 
 def quantile(values: Sequence[float], share: float) -> float:

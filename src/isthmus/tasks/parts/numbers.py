@@ -7,6 +7,7 @@
 | `3/4`, `1 3/4`, `½` | a fraction, the last two with what stands before it |
 | `50%` | a hundredth of it |
 | `$5`, `5 €` | a number with a currency |
+| `9{,}500`, `9\\,500`, `1.5 \\times 10^3`, `\\frac{1}{2}`, `50\\%`, `\\$5`, `$5$`, `\\(5\\)` | the same in LaTeX |
 
 `1,2,3`, `1,2` and `1_2` are no numbers: a list and a name may look so. A power of ten is never multiplied out.
 """
@@ -35,6 +36,9 @@ _AROUND = re.compile(
     r"(?P<minus>[+-]?)\s*(?P<before>[$€£¥₹]?)\s*(?P<inner>[+-]?)(?P<number>[^$€£¥₹%]+?)\s*(?P<after>[$€£¥₹%]?)"
 )
 _VULGAR = re.compile(r"(?P<whole>\d*)\s*(?P<sign>\D)")
+_LATEX = {r"\$": "$", r"\%": "%", r"\times": "×", r"\cdot": "·", "{,}": ",", r"\,": "\u202f", r"\!": ""}
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))")
+_LATEX_SIGNS = (("$", "$"), (r"\(", r"\)"))
 _SAME = str.maketrans({"−": "-", "﹣": "-", "－": "-", "＋": "+", "，": ",", "．": ".", "⁄": "/", "／": "/", "％": "%"})
 
 
@@ -50,7 +54,7 @@ def read_number(text: str, *, decimal_comma: bool = False) -> Number | None:
     """The number that a text is, or None. With `decimal_comma` a comma that groups no thousands is a decimal point."""
     if len(text) > LONGEST_NUMBER:
         return None
-    found = _AROUND.fullmatch(text.strip().translate(_SAME))
+    found = _AROUND.fullmatch(_plain(text.strip()).translate(_SAME))
     if found is None or (found["minus"] and found["inner"]) or (found["before"] and found["after"]):
         return None
     value = _value(found["number"], decimal_comma)
@@ -60,6 +64,18 @@ def read_number(text: str, *, decimal_comma: bool = False) -> Number | None:
         value = value.copy_negate() if isinstance(value, Decimal) else -value
     mark = found["before"] + found["after"]
     return Number(_hundredth(value)) if mark == "%" else Number(value, mark)
+
+
+def _plain(text: str) -> str:
+    """What LaTeX writes, without LaTeX."""
+    for opening, closing in _LATEX_SIGNS:
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
+            text = text[len(opening) : -len(closing)].strip()
+    if "\\" not in text and "{" not in text:
+        return text
+    for written, meant in _LATEX.items():
+        text = text.replace(written, meant)
+    return _LATEX_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", text).strip()
 
 
 def _value(text: str, decimal_comma: bool) -> Decimal | Fraction | None:

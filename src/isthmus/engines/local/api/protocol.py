@@ -44,6 +44,12 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
+_KEPT_BY_CLIENTS = frozenset(
+    ("cache_control", "created_at", "createdAt", "id", "metadata", "opts", "provider_specific_fields", "timestamp")
+)
+"""What clients keep with a message, for themselves or for a cache elsewhere: it is no part of the conversation."""
+
+
 class ApiError(IsthmusError):
     """A refused request: an HTTP status, and OpenAI's error object with the field that is at fault."""
 
@@ -236,8 +242,11 @@ class CompletionAsk(Ask):
 
 
 class TextPart(Part):
+    """A part of a message. `cache_control` is for a cache that has to be told, which this server's has not."""
+
     type: Literal["text"]
     text: str
+    cache_control: Any = Field(default=None, exclude=True)
 
 
 class FunctionCall(Part):
@@ -262,7 +271,10 @@ class ToolCall(Part):
 
 
 class Message(Part):
-    """A turn. A client may send back what it received, thinking included; empty annotations and calls are left out."""
+    """A turn. A client may send back what it received, thinking included; empty annotations and calls are left out.
+
+    So is what clients keep with it, such as `id`, `metadata`, `cache_control` and `provider_specific_fields`.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -278,7 +290,8 @@ class Message(Part):
         if not isinstance(value, dict):
             return value
         empty = {"annotations": [], "tool_calls": []}
-        return {key: part for key, part in value.items() if part is not None and empty.get(key) != part}
+        said = {key: part for key, part in value.items() if key not in _KEPT_BY_CLIENTS}
+        return {key: part for key, part in said.items() if part is not None and empty.get(key) != part}
 
     @model_validator(mode="after")
     def _has_what_its_role_needs(self) -> Message:
@@ -320,6 +333,7 @@ class Function(Part):
 class Tool(Part):
     type: Literal["function"]
     function: Function
+    cache_control: Any = Field(default=None, exclude=True)
 
 
 class FunctionName(Part):
