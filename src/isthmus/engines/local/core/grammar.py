@@ -60,7 +60,8 @@ def check_schema(schema: Any) -> None:
             characters += len(value)
         characters += len(value) if isinstance(value, str) else 1
         if characters > MAX_GRAMMAR_CHARACTERS:
-            raise GrammarRefused(f"the format has over {characters - 1} characters; {MAX_GRAMMAR_CHARACTERS} are allowed")
+            most = MAX_GRAMMAR_CHARACTERS
+            raise GrammarRefused(f"the format has over {characters - 1} characters; {most} are allowed")
 
 
 def regex_grammar(pattern: str) -> str:
