@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,23 @@ def test_a_writer_that_dies_between_a_file_and_the_list_leaves_a_run_that_goes_o
         assert run.read_kept(path, "") == (b"old" if dies_at == "notes.json" else b"newer")
         run.go_on()
         assert run.breaks() == [] and run.events("run", "fallback") == []
+
+
+@pytest.mark.parametrize("gone", ["checksums.json", "config.json", "seal.json"])
+def test_a_bundle_without_one_of_its_lists_is_missed(finished, tmp_path, gone):
+    folder = shutil.copytree(finished.path, tmp_path / "run")
+    (folder / BUNDLE / gone).unlink()
+    assert any(BUNDLE in line for line in check_run(folder).breaks)
+    shutil.rmtree(folder / BUNDLE)
+    assert any(BUNDLE in line for line in check_run(folder).breaks)
+
+
+def test_what_is_not_checked_is_said(finished, tmp_path):
+    folder = shutil.copytree(finished.path, tmp_path / "run")
+    assert check_run(folder).notes == []
+    (folder / "steps" / TAUGHT / "engine.log").write_text("it said", encoding="utf-8")
+    (note,) = check_run(folder).notes
+    assert "not checked" in note and f"steps/{TAUGHT}/engine.log" in note
 
 
 @pytest.mark.parametrize("noted", ["a record", "a checkpoint"])

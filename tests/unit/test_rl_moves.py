@@ -53,14 +53,14 @@ class Scribe:
         self._fail()
         self.asked.append((self.pool, self.version))
         return [
-            [self._one(prompt, seed, n) for n in range(sampling.n)] for prompt, seed in zip(prompts, seeds, strict=True)
+            [self.one(prompt, seed, n) for n in range(sampling.n)] for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
     def _fail(self):
         if self.fails is not None:
             raise EngineError(self.fails)
 
-    def _one(self, prompt, seed, number):
+    def one(self, prompt, seed, number):
         chance = random.Random(f"{self.has} {prompt} {seed} {number}")
         tokens = [chance.randrange(3, 60) for _ in range(chance.randrange(2, 9))]
         logprobs = [-4 * chance.random() for _ in tokens]
@@ -182,11 +182,11 @@ def test_an_engine_that_fails_while_weights_cross_gets_them_when_it_is_back(heal
 
 def test_an_engine_whose_log_probabilities_are_no_numbers_is_left(healthy, pools, tmp_path):
     def spoil():
-        pools.running.__class__ = type("Spoilt", (Scribe,), {"_one": spoilt})
+        pools.running.__class__ = type("Spoilt", (Scribe,), {"one": spoilt})
         pools.begins = lambda name: name != "away"
 
     def spoilt(self, *asked):
-        one = Scribe._one(self, *asked)
+        one = Scribe.one(self, *asked)
         return dataclasses.replace(one, logprobs=[math.nan] * len(one.tokens))
 
     pools.at(1, spoil)
@@ -200,7 +200,7 @@ def test_an_engine_that_computes_something_else_is_left_at_its_last_strike(healt
         over = crossing.engine.pool.name == "away" and crossing.state.step > 0
         return SimpleNamespace(is_over=over, mean=0.2, largest=0.3, limit=0.1, tokens=8, other_bits=None)
 
-    monkeypatch.setattr(Crossing, "_spot", spot)
+    monkeypatch.setattr(Crossing, "spot", spot)
     found = learnt(tmp_path / "run", **{"rl.staleness": 0, "rl.parity_tokens": 4})
     assert all(torch.equal(found[1][name], tensor) for name, tensor in healthy[0][1].items())
     assert told(found[2]) == [("rollout", "mismatch", "move rollouts", "done", "spare")]
@@ -239,7 +239,7 @@ def test_a_killed_engine_and_one_that_hangs_are_started_again(data_made_once, tm
 
     def asked(rollouts, number):
         if number in hurt:
-            os.kill(rollouts.engine._engine.pid, hurt.pop(number))
+            os.kill(rollouts.engine.engine.pid, hurt.pop(number))
         return generate(rollouts, number)
 
     monkeypatch.setattr(loop.Rollouts, "generate", asked)

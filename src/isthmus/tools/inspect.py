@@ -14,11 +14,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.chain import EVENTS, FILES
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CHECKSUMS, CONFIG, SEAL, architecture_of, read_config, verify_files
 from isthmus.formats.files.published import StoredTensors, weight_files
+from isthmus.lock import NAME as LOCK
 from isthmus.parity.gate import STYLES as OUTCOMES
 from isthmus.parity.gate import check_list, ledger_table, shown
 from isthmus.parity.manifest import MANIFEST, Manifest, read_manifest, tensor_hashes
@@ -30,7 +32,7 @@ from isthmus.run import RunFolder, meant_run
 from isthmus.trainer.checkpoint_files import read_manifest as read_checkpoint
 from isthmus.trainer.checkpoint_files import verify_file
 
-SHOWN_TENSORS = 40
+SHOWN_TENSORS, SHOWN_LOOSE = 40, 5
 STYLES: dict[str, str] = {
     "sealed": "bold green",
     "unsealed": "yellow",
@@ -156,7 +158,7 @@ def check_run(folder: Path) -> RunFiles:
         return RunFiles(folder=str(folder), files=1, breaks=[f"recipe.json: {error}"], notes=[])
     found = [str(broken) for broken in run.breaks()]
     checkpoints = sorted(folder.glob("steps/*/checkpoints/step-*"))
-    bundles = sorted({path.parent for path in folder.glob(f"**/{CHECKSUMS}")})
+    bundles = sorted({path.parent for name in (CHECKSUMS, CONFIG, SEAL) for path in folder.glob(f"**/{name}")})
     last = {} if found else _last_checkpoints(run)
     for checkpoint in checkpoints:
         found += _touched(folder, checkpoint, partial(_check_checkpoint, checkpoint, last.get(checkpoint)))
@@ -164,13 +166,25 @@ def check_run(folder: Path) -> RunFiles:
         found.append(f"{missing.relative_to(folder)} is missing")
     for bundle in bundles:
         found += _touched(folder, bundle, partial(_check_bundle, bundle))
-    if not found and (record := run.read_record("parity", HandoffRecord)) is not None and record.seal_id is not None:
-        sealed = folder / record.bundles[record.format]
-        found += _touched(folder, sealed / SEAL, partial(verify_seal, sealed, record.seal_id))
+    if not found and (record := run.read_record("parity", HandoffRecord)) is not None:
+        found += [f"{name} is missing" for name in record.bundles.values() if not (folder / name).is_dir()]
+        if record.seal_id is not None and not found:
+            sealed = folder / record.bundles[record.format]
+            found += _touched(folder, sealed / SEAL, partial(verify_seal, sealed, record.seal_id))
     known = 0 if found else len(run.kept)
     notes = [] if run.digest or found else [f"{folder} is from before runs had hashes: its records cannot be checked"]
     notes += ["it is a drill: nothing of it is handed off, so it has no bundle to show"] if run.recipe.drill else []
+    if not found and (loose := _loose(run, [*checkpoints, *bundles])):
+        more = f" and {len(loose) - SHOWN_LOOSE} more" if loose[SHOWN_LOOSE:] else ""
+        notes.append(f"not checked, for nothing rests on them: {', '.join(loose[:SHOWN_LOOSE])}{more}")
     return RunFiles(folder=str(folder), files=known + len(checkpoints) + len(bundles), breaks=found, notes=notes)
+
+
+def _loose(run: RunFolder, folders: list[Path]) -> list[str]:
+    """Files that no hash is known of, such as what engines printed."""
+    known = run.kept | {EVENTS, FILES, LOCK}
+    files = (path for path in sorted(run.path.rglob("*")) if path.is_file() and not set(path.parents) & set(folders))
+    return [name for path in files if (name := path.relative_to(run.path).as_posix()) not in known]
 
 
 def _last_checkpoints(run: RunFolder) -> dict[Path, str]:

@@ -70,10 +70,10 @@ class Crossing:
         if not self.section.parity_tokens or self.state.step % self.section.parity_every:
             return {}
         began = time.perf_counter()
-        gap = self._spot(tensors)
+        gap = self.spot(tensors)
         if gap.is_over:
             self.channel.send_whole()
-            first, gap = gap, self._spot(tensors)
+            first, gap = gap, self.spot(tensors)
             self._alarm(first, gap)
         self.strikes = self.strikes + 1 if gap.is_over else 0
         gone = mismatch.look(gap.mean, self.strikes, self.section.parity_strikes, self.state.step)
@@ -89,7 +89,8 @@ class Crossing:
             "parity_s": round(time.perf_counter() - began, 4),
         }
 
-    def _spot(self, tensors: dict[str, Tensor]) -> Spot:
+    def spot(self, tensors: dict[str, Tensor]) -> Spot:
+        """What the engine says to the checking prompts, beside what exactly these weights say."""
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         answers = [group[0] for group in self.engine.generate(self.prompts, sampling)]
         work = self.state.work

@@ -54,7 +54,7 @@ class NotFinite(EngineError):
 @dataclass
 class Engines:
     """Keeps the contract of an engine. `bring` gives a new engine the weights in use. `progress` tells the update that
-    is under way and that of the newest checkpoint, 0 if there is none.
+    is under way and that of the newest checkpoint, 0 if there is none. `engine` is the one that generates now.
 
     All of its methods raise what ended the last engine if no rung of the ladder is left, GateRefused if a person has to
     decide.
@@ -67,9 +67,9 @@ class Engines:
     watch: Watch
     progress: Callable[[], tuple[int, int]]
     bring: Callable[[Engine], None] = lambda _engine: None
+    engine: Engine | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _open: ExitStack = field(default_factory=ExitStack)
-    _engine: Engine | None = None
     _number: int = 0
     _ended_by: IsthmusError | None = None
 
@@ -122,7 +122,7 @@ class Engines:
     def stop(self) -> None:
         with self._lock:
             self._open.close()
-            self._engine = None
+            self.engine = None
 
     @property
     def takes_deltas(self) -> bool:
@@ -144,8 +144,8 @@ class Engines:
         with self._lock:
             if self._ended_by is not None:
                 raise self._ended_by
-            assert self._engine is not None, "it is open"
-            return self._engine, self._number
+            assert self.engine is not None, "it is open"
+            return self.engine, self._number
 
     def _lasting(self, act: Callable[[Engine], T]) -> T:
         """An act on the engine, or on those that take its place."""
@@ -235,7 +235,7 @@ class Engines:
         if self._number and section.loss.keep_sampling_mask:
             check_masks(self.work.name, engine)
         self.bring(engine)
-        self._engine = engine
+        self.engine = engine
         self._number += 1
 
 
