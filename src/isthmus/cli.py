@@ -844,6 +844,7 @@ def _check_before_start(
     """
     steps = importlib.import_module("isthmus.tools.steps")
     steps.check(recipe)
+    steps.check_files(recipe, run, acts)
     formats = importlib.import_module("isthmus.formats")
     for name in (*rollout_formats(recipe), recipe.handoff.format):
         formats.check_format_name(name)
@@ -864,7 +865,7 @@ def _dry_run(
     target: Path, folder: Path | None, overrides: tuple[str, ...], only: str | None, until: str | None
 ) -> None:
     recipe = load_recipe(target, overrides)
-    _check_before_start(recipe)
+    _check_before_start(recipe, acts=_chosen(recipe, only, until))
     click.echo(recipe.canonical())
     click.echo(f"recipe sha256 {recipe.digest()}")
     click.echo(f"would run {', '.join(_chosen(recipe, only, until))} in {folder or Path('runs') / recipe.name}")

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from isthmus.errors import IsthmusError
 from isthmus.recipe.lineage import line, needs, unused, unused_steps
 from isthmus.recipe.read import parse_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.section import RecipeError
 from isthmus.recipe.steps import RESERVED
+from isthmus.tools.steps import check_files
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-3}
 TRAINED = {"steps": 1, "optimizer": ADAMW}
@@ -190,3 +192,17 @@ def test_what_nothing_comes_of_is_told_with_what_to_do():
         "nothing takes the data of 'sampled': name it in `data` of an `sft` step"
     )
     assert unused_steps(recipe(*R1).step, "again") == []
+
+
+def test_files_that_a_step_would_look_for_in_vain_are_told_before_anything_runs(tmp_path):
+    """A step that is not asked for, or is done, needs none."""
+    mine = {"kind": "jsonl", "train_file": str(tmp_path / "mine.jsonl"), "heldout_share": 0.1}
+    found = recipe(*changed("base", folder=str(tmp_path / "books")), tasks={**TREE["tasks"], "mine": mine})
+    check_files(found, None, ["qualify", "report"])
+    with pytest.raises(IsthmusError, match=r"step.base.folder: there is no folder .*books"):
+        check_files(found, None, ["base", "taught"])
+    (tmp_path / "books").mkdir()
+    with pytest.raises(IsthmusError, match=r"tasks.mine.train_file: there is no file .*mine.jsonl"):
+        check_files(found, None, ["taught"])
+    (tmp_path / "mine.jsonl").touch()
+    check_files(found, None, ["base", "taught"])

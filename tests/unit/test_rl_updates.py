@@ -115,6 +115,24 @@ def test_deltas_teach_exactly_what_full_updates_teach(tmp_path):
     assert all(0 <= step["parity_gap"] < 1e-3 and step["parity_tokens"] > 0 for step in delta)
 
 
+def test_samples_without_unlikely_tokens_are_learnt_from_as_they_were_drawn(tmp_path):
+    """In fp32 what trainer and engine think of them differs by rounding alone, at every step, and the KL that tokens
+    pay for in their reward is 0 before anything was learnt."""
+    changes = {
+        "rl.staleness": 0,
+        "rl.steps": 2,
+        "rl.rollout_format": "fp32",
+        "rl.top_p": 0.7,
+        "rl.loss.keep_sampling_mask": "true",
+        "rl.algorithm": "reinforce_pp",
+        "rl.options": "{ kl_in_reward = 0.1 }",
+    }
+    steps, _ = learn(tmp_path / "run", **changes)
+    assert all(0 < step["mismatch_abs"] < 2e-6 and step["mismatch_max"] < 1e-4 for step in steps)
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert steps[0]["reward_kl"] == 0 != steps[1]["reward_kl"]
+
+
 def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypatch):
     """An engine that says it took a delta and did not: the stale weights of one version ago."""
     monkeypatch.setattr(LocalEngine, "update_delta", lambda *_: 0.0)

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.algos import Aggregation, Loss, Options, Scores, Tokens
+from isthmus.algos import Aggregation, Loss, Scores, Tokens
 from isthmus.algos.parts.groups import by_group, centred
-from isthmus.algos.parts.policy import aggregate, clipped_objective
-from isthmus.recipe.section import Number, key
+from isthmus.algos.parts.policy import Clipped, aggregate, clipped_objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Config(Options):
+class Config(Clipped):
     """The clip is PPO's; the constant is `max_new_tokens`."""
-
-    clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
-    clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
 
     def aggregated(self) -> Aggregation:
         return "constant"

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from isthmus.algos import Aggregation, Loss, Options, Scores, Tokens
+from isthmus.algos import Aggregation, Loss, Scores, Tokens
 from isthmus.algos.parts.groups import STD_EPSILON, by_group, centred, standardised
-from isthmus.algos.parts.policy import aggregate, clipped_objective
+from isthmus.algos.parts.policy import Clipped, aggregate, clipped_objective
 from isthmus.recipe.section import Number, key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Config(Options):
+class Config(Clipped):
     """`token-mean` weighs all tokens of the step equally (DAPO), `sample-mean` all samples (the original GRPO)."""
 
-    clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
-    clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
     divide_by_std: bool = key(True, "divide advantages by the deviation in their group")
     std_epsilon: Number = key(STD_EPSILON, "added to that deviation", gt=0)
     aggregation: Literal["token-mean", "sample-mean"] = key("token-mean", "of the tokens' losses")

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from isthmus.algos import Loss, Options, Scores, Tokens
+from isthmus.algos import Loss, Scores, Tokens
 from isthmus.algos.parts.groups import by_group, centred
-from isthmus.algos.parts.policy import OWN_ADVANTAGES, aggregate, clipped_objective
+from isthmus.algos.parts.policy import OWN_ADVANTAGES, Clipped, aggregate, clipped_objective
 from isthmus.recipe.section import Number, key
 
 if TYPE_CHECKING:
@@ -28,12 +28,10 @@ ROUNDING = 1e-28
 """Of a variance, in squares of the mean, that rounding in float64 makes."""
 
 
-class Config(Options):
+class Config(Clipped):
     """The clip is PPO's."""
 
     compares: ClassVar[Literal["group", "batch"]] = "batch"
-    clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
-    clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
     baseline: Literal["none", "group"] = key("none", "what is taken off a reward before the batch is normalised")
     kl_in_reward: Number = key(
         0.0, "weight of a token's KL to the weights that the step began with, off its reward", ge=0

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.algos import Aggregation, Loss, Options, Scores, Tokens
+from isthmus.algos import Aggregation, Loss, Scores, Tokens
 from isthmus.algos.parts.groups import by_group, centred
-from isthmus.algos.parts.policy import clipped_samples, sample_log_ratio
-from isthmus.recipe.section import Number, key
+from isthmus.algos.parts.policy import Clipped, clipped_samples, sample_log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Config(Options):
+class Config(Clipped):
     """With one update for each rollout the ratio is 1, and the clip does nothing."""
-
-    clip_low: Number = key(0.2, "the ratio of a sample is clipped below 1 minus this", gt=0, lt=1)
-    clip_high: Number = key(0.2, "the ratio of a sample is clipped above 1 plus this", gt=0)
 
     def aggregated(self) -> Aggregation:
         return "sample-mean"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -13,7 +14,7 @@ from isthmus.errors import IsthmusError, suggestion
 from isthmus.pools import get_pool, placed_pools
 from isthmus.recipe.elsewhere import elsewhere_problem
 from isthmus.recipe.schema import Recipe
-from isthmus.recipe.steps import MODEL, RlSection, SampleSection, SftSection, StepSection, TextSection
+from isthmus.recipe.steps import MODEL, PretrainSection, RlSection, SampleSection, SftSection, StepSection, TextSection
 from isthmus.records import (
     HandoffRecord,
     PlanRecord,
@@ -48,6 +49,18 @@ def check(recipe: Recipe) -> None:
         checked_task(name, given)
     if all(recipe.pools[name].engines for name in recipe.place.rollout) and (why := elsewhere_problem(recipe)):
         raise IsthmusError(f"place.rollout has engines elsewhere alone ({', '.join(recipe.place.rollout)}): {why}")
+
+
+def check_files(recipe: Recipe, run: RunFolder | None, acts: Collection[str]) -> None:
+    """Raise IsthmusError for what a step of `acts` that is not done yet would look for in vain."""
+    steps = [step for step in recipe.step if step.name in acts and not (run and step_is_done(run, step.name))]
+    for step in steps:
+        if isinstance(step, PretrainSection) and not step.folder.is_dir():
+            raise IsthmusError(f"step.{step.name}.folder: there is no folder {step.folder}")
+    for name, given in recipe.tasks.items() if steps else ():
+        for option, value in checked_task(name, given)[1]:
+            if isinstance(value, Path) and not value.is_file():
+                raise IsthmusError(f"tasks.{name}.{option}: there is no file {value}")
 
 
 def wanted(run: RunFolder, acts: Collection[str]) -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.algos import Aggregation, Loss, Tokens
+from isthmus.algos import Aggregation, Loss, Options, Tokens
+from isthmus.recipe.section import Number, key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
 
 OWN_ADVANTAGES = "it masks samples of negative advantage, and here each token has an advantage of its own"
 """Why `off_policy_mask` is refused."""
+
+
+class Clipped(Options):
+    """Options of an algorithm whose ratio, of a token or of a sample, is clipped as PPO's is."""
+
+    clip_low: Number = key(0.2, "the ratio is clipped below 1 minus this", gt=0, lt=1)
+    clip_high: Number = key(0.2, "the ratio is clipped above 1 plus this", gt=0)
 
 
 def clipped_objective(tokens: Tokens, ratio: Tensor, low: float, high: float) -> tuple[Tensor, float]:

@@ -43,7 +43,7 @@ def learnt(step: StepRun[SftSection]) -> Mixture:
     is not done, DamagedFile if its data are not what its record says."""
     tasks = load_tasks(step.recipe)
     weights: Mapping[str, float] = step.section.data or dict.fromkeys(tasks, 1.0)
-    made = {one.name for one in step.recipe.step if isinstance(one, SampleSection)}
+    made = _sampled(step)
     return Mixture({name: kept_of(step.run, name) if name in made else tasks[name] for name in weights}, weights)
 
 
@@ -73,12 +73,14 @@ def _problem(row: Mapping[str, Any], name: str) -> Problem:
 
 def data_identity(step: StepRun[SftSection]) -> str:
     """Identifies the order in which worked examples come: the seed, and the hashes of what was sampled."""
-    made = [record for name in step.section.data if isinstance(record := _record(step, name), SampleRecord)]
-    return " ".join([f"seed {step.recipe.seed}", *(f"{one.step} {one.samples_sha256}" for one in made)])
+    found = [step_record(step.run, name) for name in step.section.data if name in _sampled(step)]
+    made = [f"{one.step} {one.samples_sha256}" for one in found if isinstance(one, SampleRecord)]
+    return " ".join([f"seed {step.recipe.seed}", *made])
 
 
-def _record(step: StepRun[SftSection], name: str) -> object:
-    return step_record(step.run, name) if name in {one.name for one in step.recipe.step} else None
+def _sampled(step: StepRun[SftSection]) -> set[str]:
+    """The steps of its recipe that make data."""
+    return {one.name for one in step.recipe.step if isinstance(one, SampleSection)}
 
 
 def tokenizer_of(step: StepRun[Any], ranks: Ranks | None = None) -> Tokenizer:
