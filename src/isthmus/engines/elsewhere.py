@@ -28,6 +28,10 @@ COMMANDS = {
     "local": "ISTHMUS_ADMIN_KEY=$(cat {key}) python -m isthmus.engines.local --bundle {bundle} --port {port} --admin",
 }
 """How an engine of a make is started so that it can generate for reinforcement learning."""
+PLUG_IN = (
+    "  vllm takes weights over HTTP, those of experts too, with our plug-in: pip install ./plugin there, and add "
+    '--weight-transfer-config \'{"backend": "isthmus"}\''
+)
 
 
 def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None]) -> Fleet:
@@ -65,6 +69,8 @@ def how_to_start(pool: Pool, bundle: Path) -> str:
         if command is not None:
             filled = command.format(bundle=shlex.quote(str(bundle)), port="PORT", key=shlex.quote(str(key)))
             lines.append(f"  {name}: {' '.join(filter(None, [filled, own.get(name, '')]))}")
+    if any(name.partition("-")[0] == "vllm" for name in makes):
+        lines.append(PLUG_IN)
     where = "It lies in the exchange folder" if pool.exchange else "Copy this folder to them"
     lines.append(f"{where}: {bundle} has a model of the right kind; each version is brought before it generates.")
     return "\n".join(lines)

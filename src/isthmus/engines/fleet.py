@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from isthmus.engines import CannotFollow, Completion, EngineError, OtherBase, Sampling
+from isthmus.engines.account import Account
 from isthmus.engines.member import HEALTH_S, Act, Member, Patience, each
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.dialect import spread_seed
@@ -27,6 +29,9 @@ ASKING = Patience(looks=SILENT_LOOKS, limit_s=60.0)
 """Of what is no work: which weights an engine has, and what it is when it comes back."""
 BACK_S, BACK_TIMES = 60.0, 3.0
 """Generating waits so long for one that comes back to take the weights in use, or so many times what all took."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,17 @@ class Fleet:
             self._last = None
         return 0.0
 
+    def accounts(self) -> list[tuple[str, Account]]:
+        """What each engine holds that serves; one that does not say it is left out."""
+        return self._of_each(lambda engine: engine.accounts())
+
+    def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
+        """What each engine answers that serves. Raises EngineError if none does."""
+        found = self._of_each(lambda engine: engine.probe(prompts, sampling))
+        if not found:
+            raise EngineError(_nobody(self.members))
+        return found
+
     def stop(self) -> None:
         """Nothing to free: engines that someone else started go on without us."""
 
@@ -126,6 +142,17 @@ class Fleet:
     @property
     def bits(self) -> str | None:
         return _common([member.engine.bits for member in self.members])
+
+    def _of_each(self, ask: Callable[[HttpEngine], list[T]]) -> list[T]:
+        found: dict[str, list[T]] = {}
+
+        def note(engine: HttpEngine) -> None:
+            found[engine.url] = ask(engine)
+
+        done, failed = each(self.serving, note, Patience(looks=SILENT_LOOKS))
+        for member, error in failed:
+            self._leave_out(member, str(error))
+        return [one for member in done for one in found[member.url]]
 
     def _asker(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> Ask:
         def ask(member: Member, piece: Piece) -> list[list[Completion]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.engines.account import Account
 from isthmus.engines.remote.dialect import Dialect
 from isthmus.engines.remote.isthmus import Isthmus
 from isthmus.engines.remote.recognise import recognise
@@ -126,6 +127,16 @@ class HttpEngine:
         """What tells the weights in use from others, in the server's words; None where it does not tell."""
         with self._reading():
             return self._server.in_use()
+
+    def accounts(self) -> list[tuple[str, Account]]:
+        """What the server holds of the weights that it was given, with its URL; nothing where it does not tell."""
+        with self._reading():
+            found = self._server.account()
+        return [] if found is None else [(self.url, found)]
+
+    def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
+        """As `generate`, with the URL."""
+        return [(self.url, self.generate(prompts, sampling))]
 
     def answers(self, seconds: float) -> bool:
         """Whether the server says within so many seconds that it is healthy."""

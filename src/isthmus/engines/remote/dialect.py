@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.engines.account import Account
 from isthmus.errors import IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CONFIG, architecture_of, read_config, with_other_weights
@@ -80,6 +81,10 @@ class Dialect(Protocol):
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float: ...
 
+    def account(self) -> Account | None:
+        """What the server holds of the weights that it was given; None where it does not tell."""
+        ...
+
 
 class WholeWeights:
     """What a dialect inherits whose server takes weights only as a whole."""
@@ -88,6 +93,9 @@ class WholeWeights:
     arithmetic: str | None = None
     bits: str | None = None
     takes_deltas = False
+
+    def account(self) -> Account | None:
+        return None
 
     def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
         """Raises EngineError."""

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from isthmus.engines import Completion, EngineError, OtherBase, Routes, Sampling
+from isthmus.engines.account import Account
 from isthmus.engines.kept import Kept
 from isthmus.engines.remote.dialect import Weights
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
@@ -118,6 +119,15 @@ class Isthmus:
     def in_use(self) -> str | None:
         facts = self._transport.get("/weight_info")
         return f"version {facts['version']} with SHA-256 {facts['sha256']}"
+
+    def account(self) -> Account | None:
+        """None without the right to ask for it."""
+        try:
+            return Account.of([self._transport.get("/weight_checksums")])
+        except Refused as error:
+            if error.status not in (401, 403, 404):
+                raise
+        return None
 
     def _send(self, start: dict[str, Any], messages: Sequence[tuple[bytes, str]], version: int) -> None:
         with self._given_up_if_refused():

@@ -97,8 +97,8 @@ class Vllm(OpenAi):
     def _unfit(self, what: str) -> str:
         return (
             f"a reload of the weights that it serves changes what vLLM {self.release} at {self._transport.url} "
-            f"computes: its log-probabilities {what}. It cannot take weights from a folder: restart it, and use "
-            "another release, chip or architecture, or an engine of isthmus"
+            f"computes: its log-probabilities {what}. It cannot take weights from a folder: restart it with our "
+            "plug-in, or use another release, chip or architecture, or an engine of isthmus"
         )
 
     def _take(self, folder: str, version: int | None) -> None:

@@ -212,6 +212,7 @@ class Server:
             post("/finish_weight_update", self.finish_weight_update, query=FinishUpdateQuery, also=refused),
             post("/abort_weight_update", self.abort_weight_update),
             get("/weight_info", self.weight_info),
+            get("/weight_checksums", self.weight_checksums),
             get("/usage", self.usage),
             get("/canary", self.canary_report, also=(404,)),
             post("/canary/run", self.run_canary, also=(404,)),
@@ -400,6 +401,10 @@ class Server:
         """The weights in use, the open update, and what became of the last one."""
         info = await run_in_threadpool(self.updates.info)
         return JSONResponse(info | {"paused": self.service.core.paused})
+
+    async def weight_checksums(self, _request: Request) -> Response:
+        """What is held of every tensor, by checksums that do not depend on its layout (vllm_plugin/checksums.py)."""
+        return JSONResponse(await run_in_threadpool(self.updates.checksums))
 
     async def start_weight_update(self, request: Request) -> Response:
         """The version and what it changes stand in the query; nothing is sent yet."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from torch import Tensor
 
-from isthmus.engines import Sampling
+from isthmus.engines import Completion, Sampling
+from isthmus.engines.account import SHOWN, Findings, compare
 from isthmus.engines.channel import Channel, writer
 from isthmus.engines.local.core.replica import exact_for
 from isthmus.errors import GateRefused
@@ -19,6 +22,7 @@ from isthmus.parity.engine import SPOT_TWINS, Spot, spot_check
 from isthmus.parity.target import ANNOUNCED
 from isthmus.parity.tokens import GoldenSequence
 from isthmus.parity.trend import trend
+from isthmus.parity.twins import RESOLUTION
 from isthmus.stages.steps.rl.engines import Engines
 from isthmus.stages.steps.rl.state import State
 from isthmus.supervise.signals import mismatch
@@ -63,36 +67,51 @@ class Crossing:
         return sent.shown() | self._check(tensors)
 
     def _check(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """A few greedy tokens of the engine against the format's model on the CPU.
+        """What each engine holds against what was sent, by checksums, and a few greedy tokens of each against the
+        format's model on the CPU.
 
-        Beyond the limit all weights are sent once more. If that does not help it is a strike.
+        Where one is wrong, all weights are sent once more. If that does not help it is a strike.
         """
         if not self.section.parity_tokens or self.state.step % self.section.parity_every:
             return {}
         began = time.perf_counter()
-        gap = self.spot(tensors)
-        if gap.is_over:
+        found = self._look(tensors)
+        if found.is_wrong:
             self.channel.send_whole()
-            first, gap = gap, self.spot(tensors)
-            self._alarm(first, gap)
-        self.strikes = self.strikes + 1 if gap.is_over else 0
-        gone = mismatch.look(gap.mean, self.strikes, self.section.parity_strikes, self.state.step)
+            first, found = found, self._look(tensors)
+            self._alarm(first, found)
+        self.strikes = self.strikes + 1 if found.is_wrong else 0
+        gone = mismatch.look(found.words, self.strikes, self.section.parity_strikes, self.state.step)
         if gone is not None:
-            self.engine.give_up(gone, self._refusal(gap))
+            self.engine.give_up(gone, self._refusal(found))
             self.strikes = 0
             return self._check(tensors)
+        gap = found.gap
         return {
             "parity_gap": round(gap.mean, 7) if math.isfinite(gap.mean) else None,
             "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,
             "parity_limit": None if gap.limit is None else round(gap.limit, 7),
             "parity_tokens": gap.tokens,
+            "checksums": found.seen,
+            "checksums_unseen": found.unseen,
             "parity_s": round(time.perf_counter() - began, 4),
         }
 
-    def spot(self, tensors: dict[str, Tensor]) -> Spot:
-        """What the engine says to the checking prompts, beside what exactly these weights say."""
+    def _look(self, tensors: dict[str, Tensor]) -> Look:
+        """Each engine holds what was sent, and computes with it?"""
+        findings = [(url, compare(one, self.state.step, tensors)) for url, one in self.engine.accounts()]
+        wrong = {f"{name} at {url}": why for url, one in findings for name, why in one.wrong.items()}
+        seen, unseen = (min((getattr(one, kind) for _, one in findings), default=0) for kind in ("seen", "unseen"))
+        return Look(self._spot(tensors), Findings(wrong, seen, unseen))
+
+    def _spot(self, tensors: dict[str, Tensor]) -> Spot:
+        """Of the engine that is furthest off. One that answers as another does is not judged twice."""
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
-        answers = [group[0] for group in self.engine.generate(self.prompts, sampling)]
+        answers = [[group[0] for group in groups] for _, groups in self.engine.probe(self.prompts, sampling)]
+        spots = [self._spot_of(one, tensors) for one in _distinct(answers)]
+        return max(spots, key=lambda spot: (spot.is_over, spot.mean))
+
+    def _spot_of(self, answers: list[Completion], tensors: dict[str, Tensor]) -> Spot:
         work = self.state.work
 
         def build() -> Model:
@@ -112,16 +131,23 @@ class Crossing:
             exact=exact_for(self.engine.bits, build, [sequence for sequence, _ in said]),
         )
 
-    def _alarm(self, first: Spot, again: Spot) -> None:
-        gaps = {"gap": first.mean, "gap_after_snapshot": again.mean, "limit": first.limit or math.nan}
+    def _alarm(self, first: Look, again: Look) -> None:
+        limit = first.gap.limit
+        gaps = {
+            "gap": first.gap.mean,
+            "gap_after_snapshot": again.gap.mean,
+            "limit": math.nan if limit is None else limit,
+        }
         facts = {key: value if math.isfinite(value) else None for key, value in gaps.items()}
         what = "the engine does not compute what was sent to it"
-        self.tell("alarm", what=what, weight_version=self.state.step, **facts)
-        outcome = "still" if again.is_over else "helped:"
+        if first.wrong:
+            what = "the engine does not hold what was sent to it"
+        self.tell("alarm", what=what, weight_version=self.state.step, tensors=sorted(first.wrong)[:SHOWN], **facts)
+        outcome = "still" if again.is_wrong else "helped:"
         self.say(
-            f"  [bold red]alarm[/] version {self.state.step}: {what}, {first.mean:.3g} nats/token from the exact model "
-            f"({self._allowed(first)}); all weights sent again, {outcome} "
-            f"{again.mean:.3g}"
+            f"  [bold red]alarm[/] version {self.state.step}: {what}, {first.gap.mean:.3g} nats/token from the exact "
+            f"model ({self._allowed(first.gap)}){f'; {escape(first.findings.shown)}' if first.wrong else ''}; all "
+            f"weights sent again, {outcome} {again.gap.mean:.3g}"
         )
 
     def _allowed(self, gap: Spot) -> str:
@@ -129,14 +155,62 @@ class Crossing:
             return "a healthy engine of these bits gives the same"
         return f"{SPOT_TWINS} healthy twins in {self.arithmetic} stay below {gap.limit or math.nan:.3g}"
 
-    def _refusal(self, gap: Spot) -> GateRefused:
+    def _refusal(self, found: Look) -> GateRefused:
+        held = f". It does not hold what was sent: {found.findings.shown}" if found.wrong else ""
         return GateRefused(
             "the engine on the rollout pool does not compute what was sent to it: at version "
-            f"{self.state.step} its log-probabilities are {gap.mean:.3g} nats/token from the exact model of "
-            f"{self.section.rollout_format} ({self._allowed(gap)} on the same tokens), in {self.strikes} checks "
-            "in a row and after all weights were sent again. It must not generate: qualify the pool again, or use "
-            "another engine"
+            f"{self.state.step} its log-probabilities are {found.gap.mean:.3g} nats/token from the exact model of "
+            f"{self.section.rollout_format} ({self._allowed(found.gap)} on the same tokens), in {self.strikes} checks "
+            f"in a row and after all weights were sent again{held}. It must not generate: qualify the pool again, or "
+            "use another engine"
         )
+
+
+@dataclass(frozen=True)
+class Look:
+    """At one version: the log-probabilities of the engine that is furthest off, and the checksums of all."""
+
+    gap: Spot
+    findings: Findings
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        return self.findings.wrong
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.gap.is_over or bool(self.wrong)
+
+    @property
+    def words(self) -> str:
+        """What is wrong."""
+        if self.wrong:
+            return f"it does not hold what was sent: {self.findings.shown}"
+        return f"log-probabilities {self.gap.mean:.3g} nats per token from those of the weights that were sent"
+
+    @property
+    def seen(self) -> int:
+        return self.findings.seen
+
+    @property
+    def unseen(self) -> int:
+        return self.findings.unseen
+
+
+def _distinct(answers: list[list[Completion]]) -> list[list[Completion]]:
+    """Without those whose tokens and log-probabilities are another's, as far as anybody can tell."""
+    kept: list[list[Completion]] = []
+    for found in answers:
+        if not any(_same(found, one) for one in kept):
+            kept.append(found)
+    return kept
+
+
+def _same(one: list[Completion], other: list[Completion]) -> bool:
+    return all(
+        a.tokens == b.tokens and all(abs(x - y) <= RESOLUTION for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 class DriftAlarm:

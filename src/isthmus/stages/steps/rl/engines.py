@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from isthmus.engines import CannotFollow, Completion, Engine, EngineError, OtherBase, Sampling
+from isthmus.engines.account import Account
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.member import HEALTH_S, LOOK_S
 from isthmus.engines.remote.transport import Refused
@@ -113,6 +114,12 @@ class Engines:
             return engine.update_delta(parts, base_version, version, sha256)
 
         return self._lasting(change)
+
+    def accounts(self) -> list[tuple[str, Account]]:
+        return self._lasting(lambda engine: engine.accounts())
+
+    def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
+        return self._lasting(lambda engine: [(url, _finite(found)) for url, found in engine.probe(prompts, sampling)])
 
     def give_up(self, found: Signal, error: IsthmusError) -> None:
         """Let go of the engine for what was found about it; another one takes its place. Raises the error if none
