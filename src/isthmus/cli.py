@@ -225,6 +225,18 @@ def steps(folder: Path) -> None:
     _watch().console.print(importlib.import_module("isthmus.tools.steps").execute(recipe, opened))
 
 
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|RECIPE")
+@_SET
+def cluster(target: Path, overrides: tuple[str, ...]) -> None:
+    """Show what the recipe wants of the Ray cluster, and what the cluster has; exit code 1 if something is missing."""
+    recipe = RunFolder.open(meant_run(target)).recipe if target.is_dir() else load_recipe(target, overrides)
+    shown, missing = importlib.import_module("isthmus.nodes.cluster").execute(recipe)
+    _watch().console.print(shown)
+    if missing:
+        raise GateRefused("\n".join(missing))
+
+
 _RATE = click.FloatRange(0, 100, min_open=True)
 
 
@@ -859,6 +871,8 @@ def _check_chips(recipe: Recipe, pools: Collection[str] | None) -> None:
         chips.check_names(recipe)
     else:
         chips.check_available(recipe, pools)
+        if recipe.cluster is not None:
+            importlib.import_module("isthmus.nodes.cluster").check_cluster(recipe, pools)
 
 
 def _dry_run(

@@ -32,6 +32,10 @@ class TooSlow(IsthmusError):
     """Updates are so slow that a step had better go on elsewhere; what is done is saved."""
 
 
+class EnginesLost(IsthmusError):
+    """All engines that a step had started on nodes of a cluster are gone; it can start others."""
+
+
 class SaveFailed(IsthmusError):
     """A checkpoint could not be written; older ones stay as they were."""
 

@@ -55,6 +55,7 @@ __all__ = [
     "present",
     "published_rows",
     "read_by",
+    "resources_of",
     "rules_for",
     "servers",
     "stability_rule",
@@ -71,6 +72,23 @@ def device_for(slug: str) -> str:
 def device_of(pool: Pool) -> str:
     """The torch device type on which a pool's work runs here: that of its chip, or the CPU if it is not here."""
     return "cpu" if pool.rehearsed or pool.elsewhere else device_for(pool.chip)
+
+
+def resources_of(pool: Pool) -> dict[str, float]:
+    """What each process of a pool on nodes takes of its node, by Ray's names: as the recipe says, else one chip.
+
+    Raises IsthmusError if the recipe does not say it and Ray has no name of its own for the chip.
+    """
+    assert pool.nodes is not None
+    if pool.nodes.resources is not None:
+        return pool.nodes.resources
+    name = vendor_of(pool.chip).ray_resource
+    if name is None:
+        raise IsthmusError(
+            f"Ray finds no {pool.chip} by itself: start its nodes with --resources, and write what a process takes, "
+            f"as in pools.{pool.name}.ray.resources = {{ NAME = 1 }}"
+        )
+    return {name: 1.0}
 
 
 def environment_of(device: str) -> dict[str, str]:
@@ -120,8 +138,8 @@ def check_tables(slug: str, why: str = "") -> None:
 
 
 def check_available(recipe: Recipe, pools: Collection[str] | None = None) -> None:
-    """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here, elsewhere or
-    rehearsed.
+    """Raise IsthmusError, with what is here instead, unless every pool that the recipe places is here, elsewhere, on
+    nodes of a cluster or rehearsed.
 
     `pools` are the names of those that are wanted here; all of them if it is None.
     """
@@ -129,7 +147,7 @@ def check_available(recipe: Recipe, pools: Collection[str] | None = None) -> Non
     for pool in placed_pools(recipe):
         if pools is not None and pool.name not in pools:
             continue
-        if not pool.rehearsed and not pool.elsewhere and not is_here(pool):
+        if not pool.rehearsed and not pool.elsewhere and pool.nodes is None and not is_here(pool):
             raise IsthmusError(_not_here(pool))
 
 

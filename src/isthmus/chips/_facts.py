@@ -142,6 +142,8 @@ class Vendor:
     variables that have to be set before a process that examines or trains loads the vendor's software. `package` is the
     extension of torch without which the device type does not exist. `variables` are beginnings of the names of
     environment variables that the software reads, and `versions` reads the versions of that software, where it is.
+    `ray_resource` is the name under which Ray counts the vendor's chips by itself
+    (docs.ray.io, ray-core/scheduling/accelerators); None where it does not.
     `serving` has the words that an engine of `Capabilities.engines` is started with for reinforcement learning, beside
     those of its make.
     """
@@ -156,6 +158,7 @@ class Vendor:
     variables: tuple[str, ...] = ()
     versions: Callable[[], dict[str, str]] = dict
     serving: dict[str, str] = dataclasses.field(default_factory=dict)
+    ray_resource: str | None = None
 
 
 def chips_from_table(

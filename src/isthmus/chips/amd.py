@@ -44,6 +44,7 @@ VENDOR = Vendor(
     chips=chips,
     detect=detect,
     rehearsal="amd",
+    ray_resource="GPU",
     variables=("HIP_", "ROCR_", "HSA_", "MIOPEN_", "NCCL_", "RCCL_", "TORCH_NCCL_", "PYTORCH_HIP_"),
     versions=versions,
 )

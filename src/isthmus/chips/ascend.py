@@ -68,6 +68,7 @@ VENDOR = Vendor(
     chips=chips,
     detect=detect,
     rehearsal="ascend",
+    ray_resource="NPU",
     environment=_ENVIRONMENT,
     package="torch_npu",
     variables=(

@@ -37,4 +37,4 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-VENDOR = Vendor("any", device="cpu", chips=chips, detect=detect)
+VENDOR = Vendor("any", device="cpu", chips=chips, detect=detect, ray_resource="CPU")

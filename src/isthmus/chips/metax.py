@@ -20,4 +20,4 @@ def detect() -> Presence:
     return devices_of(torch.cuda, "MetaX", "cuda", _NAMES, mine=r"^MetaX")
 
 
-VENDOR = Vendor("MetaX", device="cuda", chips=chips, detect=detect)
+VENDOR = Vendor("MetaX", device="cuda", chips=chips, detect=detect, ray_resource="GPU")

@@ -74,6 +74,7 @@ VENDOR = Vendor(
     chips=chips,
     detect=detect,
     rehearsal="nvidia",
+    ray_resource="GPU",
     variables=("CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_TF32_", "TORCH_NCCL_", "PYTORCH_CUDA_"),
     versions=versions,
 )

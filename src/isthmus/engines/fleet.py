@@ -27,6 +27,8 @@ SWITCHING = Patience(looks=20)
 """SGLang's /health waits for its scheduler, which says nothing while it reads weights from a folder."""
 ASKING = Patience(looks=SILENT_LOOKS, limit_s=60.0)
 """Of what is no work: which weights an engine has, and what it is when it comes back."""
+REPLACING = Patience(limit_s=60.0)
+"""Of starting one anew that was lost."""
 BACK_S, BACK_TIMES = 60.0, 3.0
 """Generating waits so long for one that comes back to take the weights in use, or so many times what all took."""
 
@@ -120,7 +122,8 @@ class Fleet:
         return found
 
     def stop(self) -> None:
-        """Nothing to free: engines that someone else started go on without us."""
+        """End those that were started for this fleet; those that someone else started go on without us."""
+        each(self.members, lambda engine: engine.stop())
 
     @property
     def serving(self) -> list[Member]:
@@ -259,14 +262,17 @@ class Fleet:
         bundle = self._bundle
         if bundle is None:
             return
-        here, silent = each([member for member in self.members if member.may_come_back], _must_answer)
+        away = [member for member in self.members if member.may_come_back]
+        here, silent = each([member for member in away if not member.engine.can_be_replaced], _must_answer)
         started, failed = each(here, lambda engine: engine.start(bundle), ASKING)
+        lost = [member for member in away if member.engine.can_be_replaced]
+        replaced, unplaced = each(lost, lambda engine: _start_anew(engine, bundle), REPLACING)
         with self._lock:
-            for member in started:
+            for member in started + replaced:
                 member.why, member.returning, member.versions, member.has = None, True, [], None
-            for member, error in failed:
+            for member, error in failed + unplaced:
                 member.why = str(error)
-            for member, _ in silent + failed:
+            for member, _ in silent + failed + unplaced:
                 member.rest()
 
     def _take_back_if_idle(self) -> None:
@@ -296,6 +302,12 @@ class Fleet:
 def _must_answer(engine: HttpEngine) -> None:
     if not engine.answers(HEALTH_S):
         raise EngineError(f"the engine at {engine.url} does not answer")
+
+
+def _start_anew(engine: HttpEngine, bundle: Path) -> None:
+    """Unless it is there: one that was not waited for before may have come up since."""
+    if not engine.answers(HEALTH_S):
+        engine.start(bundle)
 
 
 def _versions_of(one: Completion) -> set[int]:

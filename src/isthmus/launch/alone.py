@@ -6,11 +6,9 @@ Loading this does not load torch: its only cost is the start of a process.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +17,18 @@ from types import FrameType
 
 from isthmus.errors import RanksFailed
 from isthmus.launch.rank import STOPPED, error_of, read_report
+from isthmus.nodes import HERE, PARENT, Launcher
 from isthmus.run import explain_io_errors
 
 GRACE_S = 2.0
 """What the process gets to end by itself after a Ctrl-C, which the terminal sends to both."""
 
 
-def run_alone(stage: str, run: Path, options: Mapping[str, str | bool | int], logs: Path) -> None:
+Options = Mapping[str, str | bool | int | list[str] | None]
+"""What a stage is executed with, as JSON has it."""
+
+
+def run_alone(stage: str, run: Path, options: Options, logs: Path, launcher: Launcher = HERE) -> None:
     """Execute a stage of a run folder in a process that speaks on this console.
 
     Raises the error that it met as if it was met here; RanksFailed with the signal or exit code if it ended in another
@@ -35,13 +38,9 @@ def run_alone(stage: str, run: Path, options: Mapping[str, str | bool | int], lo
     with explain_io_errors(logs):
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
-    words = ["-m", "isthmus.launch.rank", str(os.getpid()), str(logs), stage, str(run), json.dumps(options)]
-    process = subprocess.Popen([sys.executable, *words])
     try:
-        with _passing_on_sigterm(process):
-            code = process.wait()
+        code = executed(stage, run, options, logs, launcher)
     except BaseException:
-        _end(process)
         shutil.rmtree(logs, ignore_errors=True)
         raise
     report = read_report(logs, 0)
@@ -54,8 +53,25 @@ def run_alone(stage: str, run: Path, options: Mapping[str, str | bool | int], lo
         raise KeyboardInterrupt
     if report is not None:
         raise RanksFailed(f"the process of the step stopped: {report.message}.", 0)
-    manner = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-    raise RanksFailed(f"the process of the step stopped: {manner}.", 0)
+    raise RanksFailed(f"the process of the step stopped: {manner_of(code)}.", 0)
+
+
+def executed(stage: str, run: Path, options: Options, logs: Path, launcher: Launcher) -> int:
+    """The exit code of the process that executes a stage; it is ended with an error or a Ctrl-C of this one."""
+    paths = [str(logs), stage, str(run)] if launcher is HERE else [str(logs.absolute()), stage, str(run.absolute())]
+    words = ["-m", "isthmus.launch.rank", PARENT, *paths, json.dumps(options)]
+    process = subprocess.Popen(launcher.command(words))
+    try:
+        with _passing_on_sigterm(process):
+            return process.wait()
+    except BaseException:
+        _end(process)
+        raise
+
+
+def manner_of(code: int) -> str:
+    """How a process ended, in words."""
+    return f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
 
 @contextmanager

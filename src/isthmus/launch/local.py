@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from isthmus.errors import IsthmusError, RanksFailed
+from isthmus.launch.alone import Options
 from isthmus.launch.places import variables_set
 from isthmus.launch.rank import RankReport, error_of, read_report
 from isthmus.run import explain_io_errors
@@ -31,7 +32,7 @@ HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 """The signals that the agent takes to itself, and passes on to the ranks."""
 
 
-def run_ranks(stage: str, run: Path, options: Mapping[str, str | bool], ranks: int, logs: Path) -> None:
+def run_ranks(stage: str, run: Path, options: Options, ranks: int, logs: Path) -> None:
     """Execute a stage of a run folder in `ranks` processes; the first one speaks on this console.
 
     What else they write is under `logs` while they run, and stays there if one fails. They end when this process ends,

@@ -19,7 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import DamagedFile, Diverged, GateRefused, IsthmusError, SaveFailed, TooSlow, Unrepeatable
+from isthmus.errors import (
+    DamagedFile,
+    Diverged,
+    EnginesLost,
+    GateRefused,
+    IsthmusError,
+    SaveFailed,
+    TooSlow,
+    Unrepeatable,
+)
 from isthmus.launch.beats import create_beat, own_beat
 from isthmus.lines import read_json_object
 from isthmus.progress import Watch
@@ -49,7 +58,8 @@ def read_report(logs: Path, rank: int) -> RankReport | None:
 
 def error_of(report: RankReport) -> IsthmusError:
     """The error that a rank met, with its class."""
-    known = {kind.__name__: kind for kind in (DamagedFile, Diverged, GateRefused, SaveFailed, TooSlow, Unrepeatable)}
+    kinds = (DamagedFile, Diverged, EnginesLost, GateRefused, SaveFailed, TooSlow, Unrepeatable)
+    known = {kind.__name__: kind for kind in kinds}
     return known.get(report.error, IsthmusError)(report.message)
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe import lineage
 from isthmus.recipe.architecture import Architecture, MixtureSection, ModelSection
+from isthmus.recipe.cluster import ClusterSection, RaySection
 from isthmus.recipe.drill import DrillSection
 from isthmus.recipe.section import (
     Count,
@@ -58,6 +59,16 @@ class PoolSection(Section):
     exchange: Path | None = key(
         None, "a folder that these engines and this machine see under the same path; engines of other makes need it"
     )
+    ray: RaySection | None = key(None, "it stands on nodes of the Ray cluster of [cluster]; on this machine if absent")
+
+    @model_validator(mode="after")
+    def _nodes_are_neither_here_nor_started_by_others(self) -> Self:
+        for name, given in (("rehearsed = true", self.rehearsed), ("engines = [...]", bool(self.engines))):
+            if self.ray is not None and given:
+                raise ValueError(
+                    f"ray = {{...}} has processes started on nodes of a cluster, and {name} says otherwise; keep one"
+                )
+        return self
 
     @model_validator(mode="after")
     def _faults_only_in_a_rehearsal(self) -> Self:
@@ -318,6 +329,18 @@ class Recipe(Section):
     rules: RulesSection | None = key(None, "who buys and where; no rule is looked at if absent")
     drill: DrillSection | None = key(None, "makes it a drill, for `isthmus drill`; it is none if absent")
     aim: AimSection | None = key(None, "by what pools are chosen; by the order of [place] if absent")
+    cluster: ClusterSection | None = key(None, "the Ray cluster that has the nodes of pools with `ray`")
+
+    @model_validator(mode="after")
+    def _nodes_are_of_a_cluster(self) -> Self:
+        on_nodes = [name for name, pool in self.pools.items() if pool.ray is not None]
+        if on_nodes and self.cluster is None:
+            raise ValueError(
+                f'pools.{on_nodes[0]}.ray names nodes, and the recipe no cluster; write [cluster] address = "auto"'
+            )
+        if self.cluster is not None and not on_nodes:
+            raise ValueError("[cluster] is for pools on its nodes, and none is: write pools.NAME.ray, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _prices_name_pools(self) -> Self:

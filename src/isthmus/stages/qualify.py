@@ -27,8 +27,10 @@ from isthmus.chips.rehearse import profile_of
 from isthmus.chips.rehearse.dispatch import enforce
 from isthmus.chips.rehearse.faults import Fault, parse_fault
 from isthmus.errors import IsthmusError
+from isthmus.launch.alone import Options
 from isthmus.launch.crew import Crew
 from isthmus.launch.places import Attendant, Place, remote_places
+from isthmus.launch.pool_ranks import run_on
 from isthmus.pools import Pool, get_pool, placed_pools
 from isthmus.probes import PRELOAD, live_probes, pilots, rehearsed
 from isthmus.probes.asking import ask
@@ -84,7 +86,16 @@ def execute(
         for name in asked:
             watch.console.print(_price_table(placed[name], _choice(_setting(run, placed[name], watch), budget_s)))
         return []
-    return [stored[name] or qualify_pool(run, name, watch, budget_s=budget_s) for name in asked]
+    return [stored[name] or _qualified(run, placed[name], watch, budget, budget_s) for name in asked]
+
+
+def _qualified(run: RunFolder, pool: Pool, watch: Watch, budget: str | None, budget_s: float | None) -> QualifyRecord:
+    """Probe a pool where it is: here, or by ranks on its nodes, which write its record there."""
+    if pool.nodes is None:
+        return qualify_pool(run, pool.name, watch, budget_s=budget_s)
+    options: Options = {"again": True, "pools": [pool.name], "budget": budget}
+    run_on(pool, NAME, run.path, options, pool.ranks, run.path / NAME / f"{pool.name}-ranks")
+    return run.require_record(f"{NAME}/{pool.name}", QualifyRecord, NAME)
 
 
 def _stored(run: RunFolder, pool_name: str, again: bool) -> QualifyRecord | None:

@@ -7,14 +7,14 @@ Where the pools disagree, fp32 on the host says which is wrong; if it was the ol
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from isthmus.errors import DamagedFile, IsthmusError, RanksFailed
-from isthmus.launch.alone import run_alone
+from isthmus.launch.alone import Options
+from isthmus.launch.pool_ranks import run_on
 from isthmus.lines import read_json_object
 from isthmus.pools import get_pool
 from isthmus.recipe.steps import RlSection
@@ -264,7 +264,7 @@ def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> Reve
     logs, out = folder / "gate", folder / "gate.json"
 
     def repeat(at: int, side: Side) -> Repeated:
-        options: dict[str, str | bool | int] = {
+        options: Options = {
             "name": step,
             "pool": new.pool,
             "at": at,
@@ -272,11 +272,8 @@ def examine(run: RunFolder, step: str, old: TrainPlace, new: TrainPlace) -> Reve
             "host": side == HOST,
             "out": str(out),
         }
-        if new.ranks > 1 and side != HOST:
-            local = importlib.import_module("isthmus.launch.local")
-            local.run_ranks("steps.repeat", run.path, options, new.ranks, logs)
-        else:
-            run_alone("steps.repeat", run.path, options, logs)
+        ranks = 1 if side == HOST else new.ranks
+        run_on(get_pool(run.recipe, new.pool), "steps.repeat", run.path, options, ranks, logs)
         found = Repeated.read(out)
         out.unlink()
         return found

@@ -5,7 +5,6 @@ It computes nothing itself and does not load torch for a step of one rank, so it
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import signal
@@ -17,9 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from isthmus.errors import Diverged, GateRefused, IsthmusError, RanksFailed, SaveFailed, TooSlow, Unrepeatable
-from isthmus.launch.alone import run_alone
+from isthmus.errors import (
+    Diverged,
+    EnginesLost,
+    GateRefused,
+    IsthmusError,
+    RanksFailed,
+    SaveFailed,
+    TooSlow,
+    Unrepeatable,
+)
+from isthmus.launch.alone import Options
 from isthmus.launch.beats import FOLDER, Beat, left_beats
+from isthmus.launch.pool_ranks import run_on
+from isthmus.pools import get_pool
 from isthmus.progress import Watch
 from isthmus.records import IncidentRecord, RevertVerdict, TrainPlace, incidents, step_is_done, step_record
 from isthmus.run import RunFolder, explain_io_errors
@@ -39,6 +49,7 @@ _KINDS: dict[type[IsthmusError], SignalKind] = {
     Diverged: "not finite",
     Unrepeatable: "repeat differs",
     TooSlow: "slow",
+    EnginesLost: "ended",
 }
 
 
@@ -91,7 +102,7 @@ class Supervisor:
             return ended.look(str(error).splitlines()[0], watching.update, culprits), error
         except SaveFailed as error:
             return save_failed.look(watching.update, str(error)), error
-        except (Diverged, Unrepeatable, TooSlow) as error:
+        except (Diverged, Unrepeatable, TooSlow, EnginesLost) as error:
             return Signal(_KINDS[type(error)], str(error), watching.update), error
 
     def _answer(self, found: Signal, error: IsthmusError) -> None:
@@ -176,18 +187,17 @@ def supervise(run: RunFolder, step: str, watch: Watch, *, profile: bool = False,
 
     def start(step: str, place: TrainPlace) -> None:
         logs = run.step_folder(step) / "ranks"
-        options: dict[str, str | bool] = {"name": step, "profile": profile, "agreed": agreed}
-        if place.ranks > 1 and step_record(run, step) is None:
-            importlib.import_module("isthmus.launch.local").run_ranks("steps", run.path, options, place.ranks, logs)
-        elif place.ranks == 1:
-            run_alone("steps", run.path, options, logs)
+        options: Options = {"name": step, "profile": profile, "agreed": agreed}
+        if place.ranks == 1 or step_record(run, step) is None:
+            run_on(get_pool(run.recipe, place.pool), "steps", run.path, options, place.ranks, logs)
 
     def examine(old: TrainPlace, new: TrainPlace) -> RevertVerdict:
         return gate.examine(run, step, old, new)
 
     Supervisor(run, step, watch, start, examine, agreed).train()
     if not step_is_done(run, step):
-        run_alone("steps", run.path, {"name": step}, run.step_folder(step) / "ranks")
+        pool = get_pool(run.recipe, place_of(run, step).pool)
+        run_on(pool, "steps", run.path, {"name": step}, 1, run.step_folder(step) / "ranks")
 
 
 @dataclass

@@ -8,7 +8,6 @@ import os
 import secrets
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,10 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from isthmus.engines import EngineError
+from isthmus.engines.local.api.keys import ADMIN_KEY, API_KEYS
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS, flags
 from isthmus.engines.remote import HttpEngine
+from isthmus.nodes import HERE, Launcher
 from isthmus.recipe.schema import EngineOptions
 
 START_TIMEOUT_S = 120.0
@@ -42,7 +43,8 @@ class LocalEngine(HttpEngine):
     """Starts the engine's process and speaks to it. As a context manager it serves `bundle_folder` until the end.
 
     `rehearse` names a chip whose rules the engine must keep. `log` receives what the process prints; if the process
-    dies, its last lines are in the error. `kernels` is what its core computes with, once it runs.
+    dies, its last lines are in the error. `kernels` is what its core computes with, once it runs. `launcher` says where
+    the process runs; one on a node of a cluster takes up to `node_s` to get there.
     """
 
     def __init__(
@@ -54,11 +56,15 @@ class LocalEngine(HttpEngine):
         rehearse: str | None = None,
         slots: int = 256,
         options: EngineOptions = DEFAULT_OPTIONS,
+        launcher: Launcher = HERE,
+        node_s: float = 0.0,
     ):
         super().__init__(url="", api_key=secrets.token_hex(16), start_wait_s=0.0)
         self.bundle_folder, self.log = bundle_folder, log
         self.threads, self.rehearse, self.slots, self.options = threads, rehearse, slots, options
+        self.launcher, self.node_s = launcher, node_s
         self.kernels = ""
+        self._started_before = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -76,13 +82,14 @@ class LocalEngine(HttpEngine):
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(bundle_folder),
+                self._command(bundle_folder, again=self._started_before),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=self._environment(),
                 start_new_session=True,
             )
+        self._started_before = True
         try:
             ready = self._await_ready(self._process)
             self.url, self.kernels = ready["url"], ready["kernels"]
@@ -114,26 +121,43 @@ class LocalEngine(HttpEngine):
             self._process.kill()
 
     @property
+    def can_be_replaced(self) -> bool:
+        """One that was lost is started anew, on another node if its own is gone."""
+        return True
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int | None:
         """The process, while there is one."""
         return self._process.pid if self._process else None
 
-    def _command(self, bundle_folder: Path) -> list[str]:
-        command = [sys.executable, "-m", "isthmus.engines.local", "--bundle", str(bundle_folder), "--port", "0"]
-        command += ["--threads", str(self.threads), "--slots", str(self.slots), "--admin", "--follow-stdin"]
-        command += flags(self.options)
-        return command + (["--rehearse", self.rehearse] if self.rehearse else [])
+    def _command(self, bundle_folder: Path, *, again: bool) -> list[str]:
+        words = ["-m", "isthmus.engines.local", "--bundle", str(bundle_folder), "--port", "0"]
+        words += ["--host", self.launcher.host, "--threads", str(self.threads), "--slots", str(self.slots)]
+        words += ["--admin", "--follow-stdin", *flags(self.options)]
+        words += ["--rehearse", self.rehearse] if self.rehearse else []
+        return self.launcher.command(words, [*_KEEP_MEMORY, *self._own()], again=again)
 
     def _environment(self) -> dict[str, str]:
+        return {**os.environ, **_KEEP_MEMORY, **self._own()}
+
+    def _own(self) -> dict[str, str]:
+        """On a node other machines reach it: without a key of its own, a user is refused there."""
         threads = str(self.threads)
         own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-        return {**os.environ, **_KEEP_MEMORY, **own, "ISTHMUS_ADMIN_KEY": self.api_key or ""}
+        keys = {ADMIN_KEY: self.api_key or ""} | ({} if self.launcher is HERE else {API_KEYS: secrets.token_hex(16)})
+        return own | keys
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
         assert process.stdout is not None
-        line = _read_line(process.stdout, START_TIMEOUT_S)
+        limit = START_TIMEOUT_S + self.node_s
+        line = _read_line(process.stdout, limit)
         if line is None:
-            raise EngineError(f"the engine did not answer within {START_TIMEOUT_S:.0f} s.{self._explain()}")
+            raise EngineError(f"the engine did not answer within {limit:.0f} s.{self._explain()}")
         if not line:
             process.wait(STOP_TIMEOUT_S)
             raise EngineError(f"the engine could not start (exit code {process.returncode}).{self._explain()}")

@@ -146,6 +146,11 @@ class HttpEngine:
             return False
         return True
 
+    @property
+    def can_be_replaced(self) -> bool:
+        """Whether one that does not answer any more can be started anew; those that others started cannot."""
+        return False
+
     def stop(self) -> None:
         """Nothing to free: a remote server goes on without us."""
 

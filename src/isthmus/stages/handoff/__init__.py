@@ -17,6 +17,7 @@ from functools import partial
 from rich.console import RenderableType
 
 from isthmus.errors import GateRefused
+from isthmus.launch.pool_ranks import run_on
 from isthmus.parity import gate
 from isthmus.parity.seal import Lineage, write_seal
 from isthmus.progress import Watch
@@ -41,10 +42,16 @@ def refuse_drill(run: RunFolder) -> None:
 
 
 def execute(run: RunFolder, watch: Watch) -> HandoffRecord:
-    """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if one refuses."""
+    """Write the bundles, check them against the fp32 reference, and seal them. Raises GateRefused if one refuses.
+
+    If the pool that serves is on nodes of a cluster, all of this is done on one of them.
+    """
     started = time.time()
     refuse_drill(run)
     crossing = Crossing.of(run)
+    if crossing.target.nodes is not None:
+        run_on(crossing.target, NAME, run.path, {}, 1, run.path / "handoff-ranks")
+        return run.require_record("parity", HandoffRecord, NAME)
     run.event(NAME, "start", pool=crossing.target.name, source_pool=crossing.source.name)
     (run.path / "parity.json").unlink(missing_ok=True)
     engines, examination = Engines(crossing), Examination(crossing, watch)
