@@ -170,7 +170,7 @@ def is_event(line: bytes) -> bool:
     """Whether a line is a whole event and no part of one."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import json
@@ -18,20 +19,26 @@ from isthmus.errors import IsthmusError
 _AGAIN = "write it again, or copy it again from where it came"
 
 
-def read_text(path: Path) -> str:
-    """The text of a file without its byte-order mark. Raises OSError, and IsthmusError for what is not UTF-8."""
+def read_text(path: Path, damaged: type[IsthmusError] = IsthmusError) -> str:
+    """The text of a file without its byte-order mark. Raises OSError, and `damaged` for a folder or no UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, damaged).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise IsthmusError(f"{path} is not UTF-8 text: {error.reason}{encoding_hint(error.object)}") from None
+        raise damaged(f"{path} is not UTF-8 text: {error.reason}{encoding_hint(error.object)}") from None
+
+
+def read_bytes(path: Path, damaged: type[IsthmusError] = IsthmusError) -> bytes:
+    """The content of a file. Raises OSError, and `damaged` for a folder of its name."""
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise damaged(f"{path} is a folder and should be a file; {_AGAIN}") from None
 
 
 def read_json(path: Path, damaged: type[IsthmusError] = IsthmusError) -> Any:
     """What a JSON file holds. Raises OSError, and `damaged` for what is no file, no JSON or too deeply nested."""
     try:
-        return json.loads(read_text(path))
-    except IsADirectoryError:
-        raise damaged(f"{path} is a folder and should be a file; {_AGAIN}") from None
+        return json.loads(read_text(path, damaged))
     except RecursionError:
         raise damaged(f"{path} is not valid JSON: nested too deeply; {_AGAIN}") from None
     except ValueError as error:
@@ -60,6 +67,15 @@ def csv_lines(text: str) -> io.StringIO:
 def csv_rows(text: str) -> list[dict[str, str]]:
     """The rows of a table whose first line names the columns."""
     return list(csv.DictReader(csv_lines(text)))
+
+
+@contextlib.contextmanager
+def explain_csv_errors(name: object) -> Iterator[None]:
+    """Inside it a text that is no table raises an IsthmusError about `name`."""
+    try:
+        yield
+    except csv.Error as error:
+        raise IsthmusError(f"{name} is no table in CSV: {error}; {_AGAIN}") from None
 
 
 def encoding_hint(begins: bytes) -> str:

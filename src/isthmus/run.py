@@ -38,7 +38,7 @@ from isthmus.chain import (
     unlinked,
 )
 from isthmus.errors import DamagedFile, IsthmusError
-from isthmus.lines import read_json
+from isthmus.lines import read_bytes, read_json
 from isthmus.recipe.read import resolved_recipe
 from isthmus.recipe.schema import Recipe, content_digest
 
@@ -253,7 +253,7 @@ class RunFolder:
         what was written."""
 
         def read() -> tuple[bytes, bool]:
-            ledger, content = self._ledger(), path.read_bytes()
+            ledger, content = self._ledger(), read_bytes(path, DamagedFile)
             return content, ledger.accepts(self._name(path), hashlib.sha256(content).hexdigest())
 
         content, accepted = read()
@@ -388,9 +388,8 @@ class RunFolder:
             raise DamagedFile(f"{self.path / EVENTS} {problem}. {_RESTORE_EVENTS}")
         kept: dict[Any, dict[str, Any]] = {}
         for number, line in enumerate(chain.bodies):
-            try:
-                entry = json.loads(line)
-            except ValueError:
+            entry = json.loads(line) if is_event(line) else {}
+            if not isinstance(entry.get("stage"), str) or not isinstance(entry.get("event"), str):
                 continue
             if (stage and entry["stage"] != stage) or (event and entry["event"] != event):
                 continue
@@ -423,7 +422,7 @@ class RunFolder:
 
     def _ledger(self) -> Ledger:
         path = self.path / FILES
-        return Ledger.from_bytes(path.read_bytes(), path) if path.exists() else Ledger()
+        return Ledger.from_bytes(read_bytes(path, DamagedFile), path) if path.exists() else Ledger()
 
     def _store(self, ledger: Ledger) -> None:
         write_atomic(self.path / FILES, ledger.to_bytes())
@@ -433,7 +432,7 @@ _RESTORE_EVENTS = "Restore it; or delete it, and the run goes on without what it
 
 
 def _bytes_of(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    return read_bytes(path, DamagedFile) if path.exists() else b""
 
 
 def _events_problem(chain: Chain, ledger: Ledger) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.lines import read_text
 
 VOCABULARIES = ("tiktoken.model", "*.tiktoken", "tokenizer.model")
 _PATTERN_NAME = re.compile(r"_?pat(tern)?(_?str)?$", re.IGNORECASE)
@@ -25,7 +26,7 @@ _PATTERN_NAME = re.compile(r"_?pat(tern)?(_?str)?$", re.IGNORECASE)
 def find_tiktoken(folder: Path) -> Path | None:
     """The vocabulary of this kind in a folder, if there is one. A SentencePiece model may have the same name."""
     found = (path for pattern in VOCABULARIES for path in sorted(folder.glob(pattern)))
-    return next((path for path in found if _is_text(path)), None)
+    return next((path for path in found if path.is_file() and _is_text(path)), None)
 
 
 def read_tiktoken(path: Path, config: dict[str, Any]) -> Tokenizer:
@@ -99,8 +100,8 @@ def _reserve(tokenizer: Tokenizer, first: int, config: dict[str, Any]) -> None:
 def _pattern(folder: Path) -> str:
     for path in sorted(folder.glob("*.py")):
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):
+            tree = ast.parse(read_text(path))
+        except (SyntaxError, ValueError, RecursionError, MemoryError, IsthmusError):
             continue
         if (found := _literal_pattern(tree)) is not None:
             return found

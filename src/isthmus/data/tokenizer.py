@@ -18,7 +18,7 @@ from isthmus.data.chat_template import END_THINK, THINK, ChatTemplate
 from isthmus.data.tiktoken import find_tiktoken, read_tiktoken
 from isthmus.data.token_bytes import bytes_reader
 from isthmus.errors import IsthmusError
-from isthmus.lines import read_json_object
+from isthmus.lines import read_json_object, read_text
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -99,14 +99,27 @@ class Tokenizer:
         what is missing.
         """
         config = _read_json(folder / "tokenizer_config.json", needed=True)
-        bpe = _read_vocabulary(folder, config)
+        try:
+            return cls._of(folder, config, _read_vocabulary(folder, config))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise IsthmusError(
+                f"{folder / 'tokenizer_config.json'}, or what is beside it about special tokens and templates, has "
+                f"another form than transformers writes ({error!r}); copy the folder again"
+            ) from None
+
+    @classmethod
+    def _of(cls, folder: Path, config: dict[str, Any], bpe: BpeTokenizer) -> Tokenizer:
         _add_tokens(bpe, config, folder / "tokenizer_config.json")
         bos, eos = (_special_token(folder, config, bpe, key) for key in ("bos", "eos"))
         if eos is None:
             raise IsthmusError(f"{folder} names no eos_token: write it into tokenizer_config.json")
         named = _read_json(folder / "special_tokens_map.json") | config
         kept = {key: named[key] for key in _KEPT if key in named}
-        return cls(bpe, _chat_templates(folder, config, bpe), bos, eos, kept, read_ends(folder))
+        templates, ends = _chat_templates(folder, config, bpe), read_ends(folder)
+        try:
+            return cls(bpe, templates, bos, eos, kept, ends)
+        except IsthmusError as error:
+            raise IsthmusError(f"{folder}: {error}") from None
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers and vLLM read them."""
@@ -252,10 +265,12 @@ def read_ends(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         config = _read_json(folder / name)
         for source in (config, config.get("text_config") or {}):
-            listed = source.get("eos_token_id")
-            found |= dict.fromkeys([] if listed is None else listed if isinstance(listed, list) else [listed])
-    if wrong := [one for one in found if type(one) is not int]:
-        raise IsthmusError(f"{folder}: eos_token_id must be a token id or a list of them, and holds {wrong[0]!r}")
+            listed = source.get("eos_token_id") if isinstance(source, dict) else None
+            ends = [] if listed is None else listed if isinstance(listed, list) else [listed]
+            if wrong := [one for one in ends if type(one) is not int]:
+                text = f"eos_token_id must be a token id or a list of them, and holds {wrong[0]!r}"
+                raise IsthmusError(f"{folder / name}: {text}")
+            found |= dict.fromkeys(ends)
     return tuple(found)
 
 
@@ -313,7 +328,7 @@ def _chat_templates(folder: Path, config: dict[str, Any], bpe: BpeTokenizer) -> 
     if (folder / CHAT_FILE).is_file():
         named[DEFAULT] = folder / CHAT_FILE
     if named:
-        found = {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+        found = {name: read_text(path) for name, path in named.items()}
     else:
         listed = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
         listed = {DEFAULT: listed} if isinstance(listed, str) else listed or {}

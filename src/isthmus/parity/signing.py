@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from isthmus.errors import IsthmusError
-from isthmus.lines import lines_of, read_text
+from isthmus.lines import lines_of, read_bytes, read_text
 from isthmus.run import explain_io_errors
 
 _PUBLIC = re.compile(r"ed25519:[0-9a-f]{64}")
@@ -90,7 +90,7 @@ def check_public(key: str, where: str) -> None:
 def _load(path: Path) -> Ed25519PrivateKey:
     with explain_io_errors(path):
         try:
-            mode, content = path.stat().st_mode, path.read_bytes()
+            mode, content = path.stat().st_mode, read_bytes(path)
         except FileNotFoundError:
             raise IsthmusError(f"there is no key at {path}; `isthmus key new {path}` makes one") from None
     if stat.S_IMODE(mode) & 0o077:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from isthmus.errors import IsthmusError
 from isthmus.lines import lines_of, parse_object, read_text
@@ -31,6 +31,31 @@ the bands of the loss."""
 STANDS_OUT = 8.0
 """Times the median difference of all modules, from which on one of them is at fault rather than rounding."""
 _BITS = 1 << 62
+
+
+class _Header(BaseModel):
+    rank: int = Field(ge=0)
+    world: int = Field(ge=1, le=1_000_000)
+
+
+class _State(BaseModel):
+    squares: dict[str, dict[str, float]]
+
+
+class _Options(BaseModel):
+    updates: int | None
+    groups: list[dict[str, Any]]
+    dtypes: list[str]
+
+
+class _Line(BaseModel):
+    """What is read of a step."""
+
+    count: int
+    batch: str | None = Field(pattern="^[0-9a-f]+$")
+    losses: list[float]
+    squares: list[float]
+    options: list[_Options]
 
 
 @dataclass(frozen=True)
@@ -144,12 +169,13 @@ def _read_rank(file: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], l
     for where, line in _lines(file):
         try:
             if line["kind"] == "header":
-                header = {"rank": int(line["rank"]), "world": int(line["world"])}
+                header = dict(_Header.model_validate(line))
             elif line["kind"] == "modules":
                 names = list(line["names"])
             elif line["kind"] == "state" and line["when"] == "before":
-                before.append(line)
+                before.append(dict(_State.model_validate(line)))
             elif line["kind"] == "step":
+                _Line.model_validate(line)
                 steps[_number_of(line, max(steps, default=0))] = {
                     **line,
                     "squares": dict(zip(names, line["squares"], strict=True)),
@@ -222,7 +248,10 @@ def compare(first: Twin, second: Twin, band: str = "standard") -> TwinVerdict:
     common = sorted(set(first.steps) & set(second.steps))
     if not common:
         spans = [f"{min(one.steps)} to {max(one.steps)}" if one.steps else "none" for one in (first, second)]
-        raise IsthmusError(f"the twins have no step in common: the first has steps {spans[0]}, the second {spans[1]}")
+        raise IsthmusError(
+            f"{first.folder} and {second.folder} have no step in common: the first has steps {spans[0]}, "
+            f"the second {spans[1]}"
+        )
     pairs = [Pair(first.steps[number], second.steps[number]) for number in common]
     exact = _exact_parting(pairs)
 

@@ -27,7 +27,7 @@ from isthmus.forecast.validate import (
     rl_predictions,
     summary,
 )
-from isthmus.lines import csv_rows, read_text
+from isthmus.lines import csv_rows, explain_csv_errors, read_text
 from isthmus.progress import Watch
 
 ONE_PROGRAM = "mbridge"
@@ -110,7 +110,8 @@ def _outcomes(found: Sequence[Prediction], ids: set[str] | None) -> list[Outcome
 
 def _read(path: Path) -> list[dict[str, str]]:
     try:
-        rows = csv_rows(read_text(path))
+        with explain_csv_errors(path):
+            rows = csv_rows(read_text(path))
     except (FileNotFoundError, IsADirectoryError):
         raise IsthmusError(f"no table of published results at {path}") from None
     missing = [name for name in (*COLUMNS, *MORE_COLUMNS) if rows and name not in rows[0]]

@@ -14,7 +14,7 @@ from isthmus.chips.rehearse.tables import STATUSES, Status
 from isthmus.chips.wheel.archive import PACKAGE
 from isthmus.chips.wheel.registrations import Registrations
 from isthmus.errors import IsthmusError
-from isthmus.lines import csv_lines, read_text
+from isthmus.lines import csv_lines, explain_csv_errors, read_text
 from isthmus.run import write_atomic
 
 COLUMNS = ("operator", "status", "documented_dtypes", "documented_absent_on", "caution", "version", "source")
@@ -87,9 +87,10 @@ def _rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, str]
         reader = csv.DictReader(csv_lines(read_text(path)))
     except OSError as error:
         raise IsthmusError(f"the table {path} cannot be read: {error}") from None
-    if tuple(reader.fieldnames or ()) != columns:
-        raise IsthmusError(f"{path} is not a table of operators: its columns must be {', '.join(columns)}")
-    return list(reader)
+    with explain_csv_errors(path):
+        if tuple(reader.fieldnames or ()) != columns:
+            raise IsthmusError(f"{path} is not a table of operators: its columns must be {', '.join(columns)}")
+        return list(reader)
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:

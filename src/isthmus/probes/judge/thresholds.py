@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, cast
 
 from isthmus.chips import Chip, load_chips
 from isthmus.errors import IsthmusError, suggestion
-from isthmus.lines import csv_lines, read_text
+from isthmus.lines import csv_lines, explain_csv_errors, read_text
 from isthmus.records import Aspect, Evidence, Outcome, Use
 from isthmus.run import Figure
 
@@ -155,11 +155,13 @@ def package_thresholds() -> tuple[Rule, ...]:
 def read_rules(text: str, name: str, chips: Mapping[str, Chip]) -> tuple[Rule, ...]:
     """The rules of a CSV text. `name` is for messages. Raises IsthmusError, naming the line, for a wrong one."""
     reader = csv.DictReader(csv_lines(text))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise IsthmusError(f"{name} is not a table of thresholds: its first line must be {','.join(COLUMNS)}")
-    return tuple(
-        _rule({key: value or "" for key, value in row.items()}, f"{name}:{reader.line_num}", chips) for row in reader
-    )
+    with explain_csv_errors(name):
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise IsthmusError(f"{name} is not a table of thresholds: its first line must be {','.join(COLUMNS)}")
+        return tuple(
+            _rule({key: value or "" for key, value in row.items()}, f"{name}:{reader.line_num}", chips)
+            for row in reader
+        )
 
 
 def _rule(row: dict[str, str], where: str, chips: Mapping[str, Chip]) -> Rule:

@@ -127,7 +127,10 @@ def _parse(text: str, origin: str) -> list[Key]:
         if len(words) > 2:
             raise IsthmusError(f"{origin}: entry {number} has {len(words)} words; write `name key`")
         name = words[0] if len(words) == 2 else f"key{number}"
-        keys.append(Key.of(name, words[-1]))
+        try:
+            keys.append(Key.of(name, words[-1]))
+        except IsthmusError as error:
+            raise IsthmusError(f"{origin}: {error}") from None
     return keys
 
 

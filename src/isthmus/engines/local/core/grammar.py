@@ -60,8 +60,7 @@ def check_schema(schema: Any) -> None:
             characters += len(value)
         characters += len(value) if isinstance(value, str) else 1
         if characters > MAX_GRAMMAR_CHARACTERS:
-            most = MAX_GRAMMAR_CHARACTERS
-            raise GrammarRefused(f"the format has over {characters - 1} characters; {most} are allowed")
+            raise GrammarRefused(f"the format is longer than {MAX_GRAMMAR_CHARACTERS} characters")
 
 
 def regex_grammar(pattern: str) -> str:
