@@ -36,7 +36,7 @@ from isthmus.tools.inspect import check_run
 RECIPE = ROOT / "benchmarks" / "kills.toml"
 TAUGHT, REINFORCED = "taught", "reasoning"
 TARGETS = {"group": "", "engine": "isthmus.engines.local", "rank": "isthmus.launch.rank"}
-"""What is killed, by what its command line has."""
+"""What is killed, by what its command line has. Where it is not at work, and does not come soon, all are killed."""
 STARTS = 6
 """So often the same command is given until the run counts as stuck."""
 TOGETHER = 10
@@ -117,7 +117,7 @@ def one_kill(known: Reference, folder: Path, seed: str) -> Row:
     began = time.perf_counter()
     process = start(*command)
     with ended(process):
-        killed = _killed(process, target, offset)
+        killed = _killed(process, target, offset, part.seconds / 3)
         results = [said(process)]
     while results[-1].code != 0 and len(results) < STARTS:
         results.append(isthmus("run", folder) if (folder / "recipe.json").exists() else isthmus(*command))
@@ -128,17 +128,17 @@ def one_kill(known: Reference, folder: Path, seed: str) -> Row:
     return row | {"ok": not row["differs"] and not row["breaks"], "seconds": round(time.perf_counter() - began, 1)}
 
 
-def _killed(process: subprocess.Popen[str], target: str, offset: float) -> str | None:
-    """Kill at a moment; of what was wanted and is not there, the group is. None: it had ended."""
-    deadline = time.monotonic() + offset
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    alive = members(process.pid)
-    if process.poll() is not None or not alive:
-        return None
-    wanted = [pid for pid, words in alive.items() if target != "group" and TARGETS[target] in words]
-    kill(*(wanted or alive))
-    return target if wanted else "group"
+def _killed(process: subprocess.Popen[str], target: str, offset: float, patience: float) -> str | None:
+    """Kill at a moment, or once what is wanted is there; all, if it does not come. None: the run had ended."""
+    begins = time.monotonic() + offset
+    while process.poll() is None:
+        alive = members(process.pid) if time.monotonic() >= begins else {}
+        wanted = [pid for pid, words in alive.items() if target == "group" or TARGETS[target] in words]
+        if wanted or time.monotonic() >= begins + patience:
+            kill(*(wanted or alive))
+            return target if wanted else "group"
+        time.sleep(0.02)
+    return None
 
 
 def _traces(results: Sequence[Said]) -> bool:

@@ -33,7 +33,7 @@ def start(*words: object) -> subprocess.Popen[str]:
     )
 
 
-def said(process: subprocess.Popen[str], timeout: float = 600) -> Said:
+def said(process: subprocess.Popen[str], timeout: float = 3600) -> Said:
     """Wait for the end of a command."""
     output, errors = process.communicate(timeout=timeout)
     return Said(process.returncode, output, errors)

@@ -60,7 +60,7 @@ def planned(count: int, chance: random.Random) -> list[tuple[str, str]]:
     cases = []
     for name in names:
         kinds = INCIDENTS[name].only
-        cases.append((name, kinds[turns[name] % len(kinds)]))
+        cases.append((name, kinds[(turns[name] + list(INCIDENTS).index(name)) % len(kinds)]))
         turns[name] += 1
     chance.shuffle(cases)
     return cases
@@ -176,7 +176,7 @@ def measure(count: int, seed: int, healthy: int, folder: Path) -> Row:
     def lap(name: str) -> None:
         clock[name] = round(time.perf_counter() - began - sum(clock.values()), 1)
 
-    ranks = min(count // 2, max(len(ranked.INCIDENTS), count // 15))
+    ranks = max(1, count // 15)
     met = of_ranks(ranks, folder, chance)
     lap("incidents of ranks")
     with in_one_process():
@@ -185,7 +185,7 @@ def measure(count: int, seed: int, healthy: int, folder: Path) -> Row:
         lap("incidents in one process")
         tried = restores(count, twins, chance)
         lap("restores")
-        small = small_errors(max(1, count // 100), folder, chance)
+        small = small_errors(max(1, count // 150), folder, chance)
         lap("small errors")
         kinds = [KINDS[index % 2] for index in range(healthy)]
         calm = [shown(errors.healthy(kind, index, folder / "calm", folder)) for index, kind in enumerate(kinds)]
@@ -209,7 +209,7 @@ def measure(count: int, seed: int, healthy: int, folder: Path) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="planted incidents, and as many restores of each sort")
-    parser.add_argument("--healthy", type=int, default=60, help="undisturbed steps of 100 updates")
+    parser.add_argument("--healthy", type=int, default=40, help="undisturbed steps of 100 updates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few of each, and store no result")
     options = parser.parse_args()

@@ -475,6 +475,15 @@ def test_updates_that_diverge_after_a_restore_are_refused_by_what_was_restored_i
     assert said.verdict == "refuse" and named in said.reason
 
 
+def test_an_update_that_came_out_as_no_number_says_nothing_of_the_checkpoint_before_it():
+    def event(step: int, loss: float | None, norm: float | None) -> dict:
+        watched = {"batch": f"b{step}", "loss": loss, "norm": norm, "modules": {"head": norm}}
+        return {"event": "step", "step": step, "learning_rate": 1e-3, "watched": watched}
+
+    seen = gate.recorded([event(11, None, None), event(12, 1.0, None), event(13, 1.0, 2.0)])
+    assert seen == {13: Seen(13, "b13", 1.0, 2.0, 1e-3, {"head": 2.0})}
+
+
 def test_a_host_that_diverges_blames_nobody():
     def repeat_(step, side):
         found = replace(RESTORED, step=step, steps_counted=float(step))

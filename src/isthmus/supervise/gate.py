@@ -102,11 +102,14 @@ class Repeated:
 
 
 def recorded(events: Sequence[Mapping[str, Any]]) -> dict[int, Seen]:
-    """What the old pool recorded of its updates, by their number."""
+    """What the old pool recorded of its updates, by their number. One that came out as no number was seen and left out:
+    it says nothing of the checkpoint before it."""
     return {
         event["step"]: Seen(event["step"], learning_rate=event["learning_rate"], **event["watched"])
         for event in events
-        if event["event"] == "step" and "watched" in event
+        if event["event"] == "step"
+        and "watched" in event
+        and None not in (event["watched"]["loss"], event["watched"]["norm"])
     }
 
 
