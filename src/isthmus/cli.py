@@ -553,6 +553,10 @@ def rehearse(command: tuple[str, ...], **options: Any) -> None:
 
     The script needs no change. Afterwards a report says which operators the chip's software has, runs on the host, or
     lacks. Exit code 1 if something was refused, else the script's own.
+
+    Tried with torch 2.13: plain loops, DDP, FSDP and fully_shard, mixed precision, transformers' Trainer. Known to
+    break on some chip: fully_shard from the meta device, tensor parallelism, Lightning, torchtitan.
+    docs/qualification.md has the list.
     """
     report = importlib.import_module("isthmus.tools.rehearse").execute(list(command), _watch(), **options)
     if report.exit_code:

@@ -120,6 +120,8 @@ def structure(html: str) -> str:
         ("$3$-dimensional, $10$, $2$-adic and $5$ apples per $7$ days",
          [("3", False), ("10", False), ("2", False), ("5", False), ("7", False)]),
         ("$y$：$n\\times 1$ and the $n$th", [("y", False), ("n\\times 1", False), ("n", False)]),
+        # mathb 8: the underscores were emphasis
+        ("$$\n(Foo)_{a} \\\\\n(Foo)_{a}\n$$", [("(Foo)_{a} \\\\\n(Foo)_{a}", True)]),
     ],
 )  # fmt: skip
 def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas):
@@ -154,6 +156,14 @@ def test_a_formula_is_found_wherever_a_model_writes_it(rendered, text, formulas)
         "\\[\nunfinished\n\n- text",
         "\\\\(x\\\\)",
         "$x\n\ny$",
+        # Markpad 73, opencode 15892, gpt_markdown 52, mark-sharp 66, WP-Editor.md 538, files.md 35
+        "from $125K → $108K → $76K (this week's high). The 200W MA at $60-65K",
+        "| a | b |\n|---|---|\n| $0.02/GB | $203/month |",
+        "$123 - $234",
+        r"sets for US\$60 at 10 MHz and US\$90 at 12 MHz",
+        "`ROWS($A$1:$A$9)` gives 9, and `ROWS($A$1:A1)` another",
+        "This:\n\n    $ mycommand\n\nAnd so is this:\n\n    $ mycommand $",
+        "- so:\n  ```yaml\n  a: $B\n  depends_on:\n    - $C # not $D\n  ```",
     ],
 )
 def test_what_is_no_formula_stays_text(rendered, text):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import rehearse_scripts
 from isthmus.chips.rehearse import Emulation, profile_of
 from isthmus.chips.rehearse.device import ChipMemory, DeviceNames, DeviceRehearsal
 from isthmus.errors import IsthmusError
@@ -136,6 +137,7 @@ print("memory", torch.empty(2, device="npu"))
 again = torch.load("data.pt", map_location="npu")
 with torch.autocast("npu", dtype=torch.bfloat16):
     print("autocast", (x @ x.T).dtype, torch.accelerator.current_accelerator())
+print("collectives by", torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()))
 generator = torch.Generator(device="npu")
 print("drawn", torch.rand(2, generator=generator.manual_seed(3), device="npu").device)
 loader = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=4, pin_memory=True)
@@ -156,6 +158,7 @@ def test_what_a_chip_does_silently_happens_and_is_reported(tmp_path: Path):
     assert done.text.count("'aten::nextafter' is not currently supported on the NPU backend") == 1
     assert "in a thread npu:0" in done.text and "memory tensor([nan, nan], device='npu:0')" in done.text
     assert "loaded npu:0 True npu:0" in done.text and "autocast torch.bfloat16 npu" in done.text
+    assert "collectives by hccl" in done.text
     assert "drawn npu:0" in done.text and "default npu:0 npu:0" in done.text
     assert "batch [(device(type='cpu'), device(type='npu', index=0))]" in done.text
     assert done.report["operators"]["aten::nextafter"]["calls"] == 4
@@ -193,7 +196,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 rank = int(os.environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
-dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+dist.init_process_group(device_id=torch.device("cuda", rank))
 torch.manual_seed(rank)
 model = DistributedDataParallel(torch.nn.Linear(4, 2).cuda(), device_ids=[rank], gradient_as_bucket_view=True)
 optimizer = torch.optim.AdamW(model.parameters())
@@ -641,3 +644,12 @@ def test_a_script_that_does_not_use_torch_is_left_alone(tmp_path: Path):
 def test_wrong_usage_is_explained(command: list[str], options: dict[str, Any], says: str):
     with pytest.raises(IsthmusError, match=says):
         rehearse.execute(command, Watch(quiet=True), **{"chip": ASCEND, **options})
+
+
+def test_the_list_of_scripts_that_were_tried_names_each_of_them():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "qualification.md").read_text(encoding="utf-8")
+    kept = {path.stem for path in (root / "benchmarks" / "scripts").glob("*.py")}
+    assert kept == {script.name for script in rehearse_scripts.ALL}
+    tried = {name for name in kept if f"| `{name}`" in page}
+    assert kept - tried == {"lightning_fit"} and "Lightning" in page

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+from torch.distributed import device_mesh
 from torch.utils import backend_registration
 
 from isthmus.chips import Chip
@@ -94,6 +95,7 @@ def install(chip: Chip, profile: Profile, memory: ChipMemory, extension: str | N
     _add_functions(getattr(torch, kind), chip, memory)
     _add_to_accelerator(chip, memory)
     _map_constructors(memory)
+    _map_process_groups(chip, memory)
     _keep_copies(memory)
     if extension is not None:
         _add_extension(extension, kind, chip, profile, memory)
@@ -259,12 +261,14 @@ def _map_constructors(memory: ChipMemory) -> None:
         set_default(None if memory.is_default else device)
 
     torch.set_default_device = set_default_device
-    _map_process_groups(memory)
 
 
-def _map_process_groups(memory: ChipMemory) -> None:
+def _map_process_groups(chip: Chip, memory: ChipMemory) -> None:
     """What starts groups of processes, and works with them, takes the chip's name too."""
-    start = dist.init_process_group
+    start, kind = dist.init_process_group, memory.kinds[0]
+    own = [name for name in chip.capabilities.collectives or () if name != "gloo"]
+    if own:
+        dist.Backend.default_device_backend_map.setdefault(kind, own[0])
 
     @functools.wraps(start)
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -289,6 +293,7 @@ def _map_process_groups(memory: ChipMemory) -> None:
     dist.Reducer = Reducer  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     dist.init_process_group = init_process_group
     dist.distributed_c10d.init_process_group = init_process_group
+    device_mesh.init_process_group = init_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _keep_copies(memory: ChipMemory) -> None:
@@ -329,8 +334,10 @@ def _on_host(function: Callable[..., None], memory: ChipMemory, parameter: str) 
 
 
 def _backend(asked: str | None, memory: ChipMemory) -> str | None:
-    """The backend that serves the chip, of `cpu:gloo,npu:hccl` or the like."""
-    if asked is None or ":" not in asked:
+    """The backend that serves the chip, of `cpu:gloo,npu:hccl` or the like; its own where none is named."""
+    if asked is None:
+        return dist.Backend.default_device_backend_map.get(memory.kinds[0])
+    if ":" not in asked:
         return asked
     pairs = dict(pair.split(":", 1) for pair in asked.split(","))
     return next((name for kind, name in pairs.items() if kind in memory.kinds), asked)
