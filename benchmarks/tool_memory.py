@@ -31,7 +31,9 @@ from tests.support.real_model import real_checkpoint
 PORT = 18_790
 PATIENCE_S = 900.0
 FORM = "w8a8"
-PROMPTS = [f"Write {number} sentences about a bridge between two shores." for number in range(2, 18)]
+WORDS = Path(__file__).parents[1] / "tests" / "real" / "answers.jsonl"
+"""Answers that the model gave, as tokens with their questions."""
+QUESTION = "Write two sentences about a bridge between two shores."
 
 
 def command(words: list[str]) -> tuple[subprocess.Popen[bytes], float]:
@@ -61,7 +63,7 @@ def served(bundle: Path) -> dict[str, Any]:
             break
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    asked = {"model": bundle.name, "messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 64}
+    asked = {"model": bundle.name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64}
     question = urllib.request.Request(
         f"{base}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )
@@ -72,7 +74,8 @@ def served(bundle: Path) -> dict[str, Any]:
 
 def measure(source: Path, folder: Path, quick: bool) -> dict[str, dict[str, Any]]:
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    own = [{"tokens": json.loads(line)["tokens"]} for line in WORDS.read_text(encoding="utf-8").splitlines()]
+    prompts.write_text("".join(json.dumps(one) + "\n" for one in own))
     bundle, handed = folder / "bundle", folder / "handed"
     steps = {
         "help": ["--help"],

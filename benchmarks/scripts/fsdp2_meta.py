@@ -15,17 +15,17 @@ rank = int(os.environ["RANK"])
 torch.accelerator.set_device_index(rank)
 dist.init_process_group(torch.distributed.get_default_backend_for_device(kind))
 with torch.device("meta"):
-    model = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
+    )
 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 for layer in model:
     fully_shard(layer, mp_policy=policy)
 fully_shard(model, mp_policy=policy)
 model.to_empty(device=kind)
 for part in model.modules():
-    if hasattr(part, "reset_parameters"):
+    if isinstance(part, nn.LayerNorm | nn.Linear):
         part.reset_parameters()
-    elif hasattr(part, "_reset_parameters"):
-        part._reset_parameters()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for _ in range(2):
     model(torch.randn(2, 5, 16, device=kind)).float().square().mean().backward()
