@@ -45,6 +45,7 @@ wait_s = 120.0
 """,
     )
     .replace('rollout = ["home"]', 'rollout = ["away"]')
+    .replace("[handoff]", "[step.loss]\nkl_weight = 0.01\n\n[handoff]")
     .replace("steps = 2\n", f"steps = {STEPS}\ncheckpoint_every = 2\n")
 )
 CLUSTER = """

@@ -30,6 +30,8 @@ LOST, STOPPED = 75, 130
 GRACE_S = 15.0
 """What ranks get to end by themselves when one of them failed."""
 LOOK_S = 0.5
+ROOM_S = 5.0
+"""Of one question whether there is room. A busy cluster needs seconds to answer, and says no until then."""
 FENCE_S = 30.0
 PATIENCE_S = 60.0
 """How long a node may be out of reach while the cluster still believes in it."""
@@ -60,6 +62,7 @@ class Proxy:
     def __init__(self, order: Order, words: list[str]):
         self.order, self.words = order, words
         self.ray: Any = None
+        self.group: Any = None
         self.kept: list[Kept] = []
         self.failed: float | None = None
         self.signals: list[int] = []
@@ -69,16 +72,15 @@ class Proxy:
     def run(self) -> int:
         """The exit code, negative for a signal. Raises IsthmusError if they cannot be started."""
         self.ray = connect(self.order.address)
-        group: Any = None
         try:
-            group = self._group()
-            self._place(group)
+            self._ask_for_room()
+            self._place()
             self._start()
             self._attend()
         except self.ray.exceptions.RayError as error:
             self._lose_all(f"the Ray cluster at {self.order.address} failed: {' '.join(str(error).split())[:400]}")
         finally:
-            self._leave(group)
+            self._leave()
         return self._conclude()
 
     def _lose_all(self, why: str) -> None:
@@ -89,41 +91,39 @@ class Proxy:
             if one.code is None:
                 one.code, one.lost, one.ended = LOST, why, time.time()
 
-    def _leave(self, group: Any) -> None:
+    def _leave(self) -> None:
         """End what is left. What the cluster is too busy to hear now it does when this process has ended."""
         with contextlib.suppress(self.ray.exceptions.RayError):
             for one in self.kept:
                 self.ray.kill(one.keeper)
-            if group is not None:
-                self.ray.util.remove_placement_group(group)
+            if self.group is not None:
+                self.ray.util.remove_placement_group(self.group)
 
-    def _group(self) -> Any:
+    def _ask_for_room(self) -> None:
         """Room for all of them at once: neighbours on as few nodes as it takes."""
         order, count = self.order, self.order.count
-        group = self.ray.util.placement_group(
+        self.group = self.ray.util.placement_group(
             [dict(order.resources)] * count, strategy="PACK", bundle_label_selector=[dict(order.labels)] * count
         )
         end = time.monotonic() + order.wait_s
-        while not group.wait(LOOK_S):
+        while not self.group.wait(min(ROOM_S, max(LOOK_S, order.wait_s))):
             if self.signals:
                 raise KeyboardInterrupt
             if time.monotonic() > end:
-                self.ray.util.remove_placement_group(group)
                 each = ", ".join(f"{amount:g} {name}" for name, amount in order.resources.items())
                 labels = ", ".join(f"{name} = {value}" for name, value in order.labels.items()) or "any labels"
                 raise IsthmusError(
                     f"no room on the cluster within {order.wait_s:g} s for {count} processes of the pool "
                     f"{order.pool!r}, {each} each, on nodes with {labels}; `isthmus cluster RECIPE` shows what is there"
                 )
-        return group
 
-    def _place(self, group: Any) -> None:
+    def _place(self) -> None:
         """A keeper for each, in the order of the nodes, so that ranks of a node are neighbours."""
         self._end_former()
         strategies = self.ray.util.scheduling_strategies
         made = []
         for index in range(self.order.count):
-            strategy = strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            strategy = strategies.PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
             made.append(self._keeper(index, strategy))
         places = self.ray.get([one.where.remote() for one in made])
         numbered = sorted(zip(places, made, strict=True), key=lambda pair: pair[0]["node"])
