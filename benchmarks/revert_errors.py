@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.revert_steps import STEP, Plant, carry_out, new_run, replaced
+from isthmus.model.model import Model
 from isthmus.records import incidents
-from isthmus.trainer.optimizer import Optimizer
+from isthmus.stages.steps import text
 
 SIZES = (1e-7, 1e-5, 1e-3, 1e-1, 1e3)
 """By how much one number of the gradient is off, relative to itself."""
@@ -26,22 +27,20 @@ def wrong_gradients(
 ) -> Iterator[list[int]]:
     """In a share of the computations the largest number of one parameter's gradient is off; `always_alike`: in all of
     them, by the same. Yields a list with the number of computations and of those that were wrong."""
-    sound, counted = Optimizer.measure, [0, 0]
+    sound, counted = text.accumulate_gradients, [0, 0]
 
-    def measure(optimizer: Optimizer) -> float:
-        norm = sound(optimizer)
+    def accumulate(model: Model, *rest: Any) -> Any:
+        found = sound(model, *rest)
         counted[0] += 1
         if not always_alike and chance.random() >= share:
-            return norm
+            return found
         counted[1] += 1
-        locals_ = [local for local in optimizer._locals if local.grad is not None]
-        grad = (locals_[0] if always_alike else chance.choice(locals_)).grad
-        assert grad is not None
-        flat = grad.view(-1)
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flat = (grads[0] if always_alike else chance.choice(grads)).view(-1)
         flat[flat.abs().argmax()] *= 1.0 + size
-        return optimizer._gradient_norm()
+        return found
 
-    with replaced((Optimizer, "measure", measure)):
+    with replaced((text, "accumulate_gradients", accumulate)):
         yield counted
 
 

@@ -33,7 +33,7 @@ from isthmus.records import IncidentRecord, incidents
 from isthmus.run import RunFolder
 from isthmus.supervise.guard import Computed, Guard
 from isthmus.supervise.situation import checkpoints
-from isthmus.trainer.checkpoint import CheckpointWriter
+from isthmus.trainer import checkpoint
 
 NAN = math.nan
 MOVED, ANY = "revert", "any"
@@ -151,14 +151,14 @@ def wait_for_saves(run: RunFolder) -> None:
 
 
 def save_fails(update: int, _chance: random.Random) -> Struck:
-    plant, sound = Plant(), CheckpointWriter._write
+    plant, sound = Plant(), checkpoint.write_manifest
 
-    def write(writer: CheckpointWriter, step: int, extra: Any, planner: Any) -> Any:
-        if step == update and plant.attempt == 1:
-            raise IsthmusError(f"{writer.root} cannot be written: no space left on the device")
-        return sound(writer, step, extra, planner)
+    def write(folder: Path, manifest: Any) -> Any:
+        if manifest.step == update and plant.attempt == 1:
+            raise IsthmusError(f"{folder} cannot be written: no space left on the device")
+        return sound(folder, manifest)
 
-    return Struck(plant, around=((CheckpointWriter, "_write", write),))
+    return Struck(plant, around=((checkpoint, "write_manifest", write),))
 
 
 def asked_to_stop(update: int, _chance: random.Random) -> Struck:

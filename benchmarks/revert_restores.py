@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.revert_steps import EVERY, KINDS, QUIET, STEP, replaced
+from isthmus.model.model import Model
 from isthmus.run import RunFolder
-from isthmus.stages.steps import repeat
+from isthmus.stages.steps import repeat, text
 from isthmus.supervise import gate
 from isthmus.trainer.checkpoint import TrainingState
 from isthmus.trainer.optimizer import Optimizer
@@ -117,27 +118,27 @@ def first_order_again(run: RunFolder) -> Iterator[None]:
     module = importlib.import_module(f"isthmus.stages.steps.{section.kind}")
     sound = module.text
 
-    def text(step: Any, ranks: Any) -> Any:
+    def shifted(step: Any, ranks: Any) -> Any:
         made = sound(step, ranks)
         return dataclasses.replace(made, batch=lambda number: made.batch(number - EVERY))
 
-    with replaced((module, "text", text)):
+    with replaced((module, "text", shifted)):
         yield
 
 
 @contextmanager
 def counted_twice(_run: RunFolder) -> Iterator[None]:
     """Gradients that are accumulated twice."""
-    sound = Optimizer.measure
+    sound = text.accumulate_gradients
 
-    def measure(optimizer: Optimizer) -> float:
-        sound(optimizer)
-        for local in optimizer._locals:
-            if local.grad is not None:
-                local.grad = local.grad * 2
-        return optimizer._gradient_norm()
+    def accumulate(model: Model, *rest: Any) -> Any:
+        found = sound(model, *rest)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(2.0)
+        return found
 
-    with replaced((Optimizer, "measure", measure)):
+    with replaced((text, "accumulate_gradients", accumulate)):
         yield
 
 
@@ -163,7 +164,7 @@ RESTORES = {
     "a shard of an older checkpoint": Restore(("model weights",), older_shard),
     "masters in bf16": Restore(("model weights",), bf16_masters),
     "a layer transposed": Restore(("model weights",), transposed),
-    "accumulated twice": Restore(("norm of the gradient",), within=counted_twice),
+    "accumulated twice": Restore(("norm of the gradient",), within=counted_twice, kinds=("sft", "pretrain")),
 }
 HEALTHY = Restore(())
 FILE = "a file of an older checkpoint"
