@@ -123,6 +123,7 @@ def test_what_lacks_something_is_refused_with_the_command_that_starts_it_well(
         open_fleet(pool, bundle, "bf16", lambda *_, **__: None)
     said = str(refused.value)
     assert reason in said
+    assert """--weight-transfer-config '{"backend": "isthmus"}'""" in said
     assert """--additional-config '{"rl_config": {"enabled": true}}'""" in said and "vllm serve" in said
     assert "isthmus.engines.local" in said
 

@@ -341,3 +341,21 @@ def test_half_an_answer_is_that_engine_s_error(act, path, answer, monkeypatch):
     answers[path] = answer
     with pytest.raises(EngineError, match="http://one:1 cannot be read"):
         ACTS[act](engine)
+
+
+def test_every_engine_is_asked_on_its_own_and_one_that_cannot_answer_is_left_out(pair, monkeypatch):
+    fleet, engines, told = pair
+
+    def broken(*_):
+        raise EngineError("it answers nothing")
+
+    for engine, act in zip(engines, (lambda *_: [("one", [])], broken), strict=True):
+        monkeypatch.setattr(engine, "probe", act, raising=False)
+        monkeypatch.setattr(engine, "accounts", lambda url=engine.url: [(url, None)], raising=False)
+    assert [url for url, _ in fleet.accounts()] == [engine.url for engine in engines]
+    assert fleet.probe([[1]], Sampling(1)) == [("one", [])]
+    assert [facts["why"] for name, facts in told if name == "fallback"] == ["it answers nothing"]
+    assert [url for url, _ in fleet.accounts()] == [engines[0].url]
+    monkeypatch.setattr(engines[0], "probe", broken)
+    with pytest.raises(EngineError, match="no engine is left"):
+        fleet.probe([[1]], Sampling(1))

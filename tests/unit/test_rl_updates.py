@@ -141,6 +141,8 @@ def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypa
     alarms = RunFolder.open(tmp_path / "run").events(REINFORCED, "alarm")
     assert len(alarms) == 1 and alarms[0]["gap"] > alarms[0]["limit"] > 0
     assert alarms[0]["gap_after_snapshot"] < 1e-3 and steps[0]["parity_gap"] < 1e-3
+    assert alarms[0]["what"] == "the engine does not hold what was sent to it" and alarms[0]["tensors"]
+    assert steps[0]["checksums"] > 0 and steps[0]["checksums_unseen"] == 0
 
 
 def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monkeypatch):

@@ -19,12 +19,14 @@ import safetensors.torch
 import torch
 import zstandard
 
+from isthmus.engines.channel import writer
 from isthmus.engines.vllm_plugin import checksums, layout
 from isthmus.engines.vllm_plugin.checksums import Piece, combined, tensor_sum
 from isthmus.engines.vllm_plugin.layout import Unusable
 from isthmus.engines.vllm_plugin.transplant import Misfit, Transplant
 from isthmus.errors import IsthmusError
 from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.publisher import Publisher
 from isthmus.formats.updates.shared_layout import INDEX, write_version
 from isthmus.model.digest import tensor_sha256
 from tests.support.toy_engine import checkpoint, computed, seen, standing
@@ -302,6 +304,19 @@ def test_a_version_of_another_trainer_is_held_against_its_own_checksums(tmp_path
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(Unusable, match="unknown checksums 'crc'"):
         layout.read_version(str(folder), 7, base.tensors)
+
+
+def test_a_step_can_publish_in_the_shared_layout_and_who_follows_has_every_version(tmp_path):
+    publisher, sent = Publisher(snapshot_every=3), writer(tmp_path, "bf16", "shared")
+    held, number = {}, None
+    for place in range(5):
+        tensors = checkpoint(1) | {"norm.weight": checkpoint(place)["norm.weight"]}
+        folder = sent.write(publisher.publish(place + 10, tensors))
+        facts = json.loads((folder / INDEX).read_text())["metadata"]
+        assert (facts["base_version"] is None) == (place in (0, 3))
+        number, held = layout.read_version(str(folder), number, held)
+        assert number == place + 10 and all(torch.equal(held[name], one) for name, one in tensors.items())
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_tensors_of_another_kind_are_not_written_as_a_delta(tmp_path):

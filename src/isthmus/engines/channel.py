@@ -16,6 +16,7 @@ from torch import Tensor
 from isthmus.engines import Engine, OtherBase
 from isthmus.formats.updates.delta import WeightSet
 from isthmus.formats.updates.publisher import Published, Publisher
+from isthmus.formats.updates.shared_layout import SharedWriter
 from isthmus.formats.updates.version_folder import VersionWriter
 from isthmus.formats.updates.wire import digest, pack
 
@@ -61,7 +62,7 @@ class Channel:
         *,
         deltas: bool,
         snapshot_every: int,
-        folder: VersionWriter | None = None,
+        folder: VersionWriter | SharedWriter | None = None,
         tell: Callable[..., None],
     ):
         self.engine, self.deltas, self.folder, self.tell = engine, deltas, folder, tell
@@ -131,6 +132,8 @@ class Channel:
         return Sent(weights.version, weights.sha256, kind, len(payload), weights.nbytes, encode_s, seconds, None)
 
 
-def writer(folder: Path | None, format_name: str) -> VersionWriter | None:
-    """The folder that a recipe names, if it does."""
-    return VersionWriter(folder, format_name) if folder is not None else None
+def writer(folder: Path | None, format_name: str, layout: str) -> VersionWriter | SharedWriter | None:
+    """The folder that a recipe names, if it does, in one of its layouts."""
+    if folder is None:
+        return None
+    return SharedWriter(folder) if layout == "shared" else VersionWriter(folder, format_name)

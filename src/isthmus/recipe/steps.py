@@ -186,6 +186,10 @@ class RlSection(StepSection):
     update: Literal["delta", "full"] = key("delta", "what crosses at a step: changes, or all weights")
     snapshot_every: Versions = key(32, "versions after which all weights are sent again")
     publish: Path | None = key(None, "a folder for `isthmus follow` that receives every version")
+    publish_layout: Literal["isthmus", "shared"] = key(
+        "isthmus",
+        "of that folder: what `isthmus follow` reads, or `weight_v000123/`, which SGLang, slime and miles read",
+    )
     parity_tokens: Annotated[int, Unit("tokens")] = key(
         8, "tokens of each of two prompts that check an engine's new weights; 0: no check", ge=0
     )

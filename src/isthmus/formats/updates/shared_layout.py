@@ -27,6 +27,7 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.publisher import Published
 from isthmus.run import new_folder
 
 Encoding = Literal["xor", "overwrite"]
@@ -68,6 +69,21 @@ def write_version(
         index = {"metadata": _facts(base, new, encoding, compression), "weight_map": where}
         (written / INDEX).write_text(json.dumps(index), encoding="utf-8")
     return target
+
+
+class SharedWriter:
+    """The sender's side of a folder of versions. The first, and each that is due whole, has all tensors; who reads has
+    to keep up with the others. None is removed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._last: WeightSet | None = None
+
+    def write(self, published: Published) -> Path:
+        """Add a version."""
+        last, self._last = self._last, published.weights
+        follows = last is not None and published.base == (last.version, last.sha256) and not published.snapshot_due
+        return write_version(self.folder, last if follows else None, published.weights)
 
 
 def _facts(base: WeightSet | None, new: WeightSet, encoding: str, compression: str) -> dict[str, str | None]:

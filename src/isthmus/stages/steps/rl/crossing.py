@@ -46,7 +46,7 @@ class Crossing:
             engine,
             deltas=self.section.update == "delta",
             snapshot_every=self.section.snapshot_every,
-            folder=writer(self.section.publish, self.section.rollout_format),
+            folder=writer(self.section.publish, self.section.rollout_format, self.section.publish_layout),
             tell=self.tell,
         )
         engine.bring = self.channel.take_up
@@ -102,9 +102,9 @@ class Crossing:
         findings = [(url, compare(one, self.state.step, tensors)) for url, one in self.engine.accounts()]
         wrong = {f"{name} at {url}": why for url, one in findings for name, why in one.wrong.items()}
         seen, unseen = (min((getattr(one, kind) for _, one in findings), default=0) for kind in ("seen", "unseen"))
-        return Look(self._spot(tensors), Findings(wrong, seen, unseen))
+        return Look(self.spot(tensors), Findings(wrong, seen, unseen))
 
-    def _spot(self, tensors: dict[str, Tensor]) -> Spot:
+    def spot(self, tensors: dict[str, Tensor]) -> Spot:
         """Of the engine that is furthest off. One that answers as another does is not judged twice."""
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         answers = [[group[0] for group in groups] for _, groups in self.engine.probe(self.prompts, sampling)]
