@@ -41,6 +41,7 @@ ADMIN_ROUTES = [
     ("POST", "/finish_weight_update?version=9"),
     ("POST", "/abort_weight_update"),
     ("GET", "/weight_info"),
+    ("GET", "/weight_checksums"),
     ("GET", "/usage"),
     ("GET", "/canary"),
     ("POST", "/canary/run"),
