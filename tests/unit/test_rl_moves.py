@@ -56,6 +56,9 @@ class Scribe:
             [self.one(prompt, seed, n) for n in range(sampling.n)] for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
+    def accounts(self):
+        return []
+
     def _fail(self):
         if self.fails is not None:
             raise EngineError(self.fails)
