@@ -188,7 +188,8 @@ class Under:
 
 
 Answer = Callable[[Under, Signal], str]
-"""A policy: "restart", "revert" or "stop"."""
+"""A policy: "restart", "wait", "revert" or "stop"."""
+PATIENT, PATIENCE_S = "ours, patient", 7 * 24 * HOUR
 
 
 def run_under(
@@ -218,6 +219,8 @@ def run_under(
                 run.place, run.moved_at_s = "second", run.now
                 run.passes(2 * restart_s)
                 break
+            if rung == "wait":
+                run.passes(run.past[-1].wait_s or 0.0)
             if rung == "stop":
                 run.stops += 1
                 run.passes(max(0.0, broken_until - run.now), idle=True)
@@ -227,17 +230,21 @@ def run_under(
     return run
 
 
-def ours(run: Under, signal: Signal) -> str:
+def ours(section: SuperviseSection) -> Answer:
     """As `Supervisor._answer` has it: the situation, the decision, and the incident that is kept."""
-    decision = decide(signal, _situation(run))
-    run.past.append(_incident(run, signal, decision))
-    return decision.rung
+
+    def answer(run: Under, signal: Signal) -> str:
+        decision = decide(signal, _situation(run, section))
+        run.past.append(_incident(run, signal, decision))
+        return decision.rung
+
+    return answer
 
 
-def _situation(run: Under) -> Situation:
+def _situation(run: Under, section: SuperviseSection) -> Situation:
     pools = ["second"] if run.place == "first" else ["first"]
     return Situation(
-        section=SuperviseSection(),
+        section=section,
         pool=run.place,
         ranks=run.side.chips,
         checkpoint=run.checkpoint,
@@ -278,6 +285,7 @@ def _incident(run: Under, signal: Signal, decision: Decision) -> IncidentRecord:
         why=decision.why,
         outcome="done",
         to_pool=decision.to_pool,
+        wait_s=decision.wait_s,
     )
 
 
@@ -314,7 +322,8 @@ def policies(table: dict[str, list[float]]) -> dict[str, tuple[Callable[[], Answ
     beat_s, others_s = SuperviseSection().beat_s, table["heartbeat_nvrx"][0]
     most, progress = int(table["restarts_nvrx"][0]), int(table["progress_nvrx"][0])
     return {
-        "ours": (lambda: ours, beat_s),
+        "ours": (lambda: ours(SuperviseSection()), beat_s),
+        PATIENT: (lambda: ours(SuperviseSection(patience_s=PATIENCE_S)), beat_s),
         "restart, then stop": (lambda: RestartThenStop(most, progress), others_s),
         "never leave": (lambda: never_leave, beat_s),
         "leave at once": (lambda: leave_at_once, beat_s),
@@ -385,7 +394,10 @@ def where_worse(cases: Sequence[Case], runs: dict[str, list[Under]]) -> dict[str
     }.items():
         chosen = [index for index, case in enumerate(cases) if keeps(case)]
         ratios = [
-            _ratio(_seconds(runs["ours"][index]), min(_seconds(runs[name][index]) for name in runs if name != "ours"))
+            _ratio(
+                _seconds(runs["ours"][index]),
+                min(_seconds(runs[name][index]) for name in runs if not name.startswith("ours")),
+            )
             for index in chosen
         ]
         worse = {
@@ -393,7 +405,7 @@ def where_worse(cases: Sequence[Case], runs: dict[str, list[Under]]) -> dict[str
                 sum(_ratio(_seconds(runs["ours"][i]), _seconds(runs[name][i])) > 1.01 for i in chosen), len(chosen)
             )
             for name in runs
-            if name != "ours"
+            if not name.startswith("ours")
         }
         found[name] = {
             "runs": len(chosen),

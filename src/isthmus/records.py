@@ -421,6 +421,7 @@ Rung = Literal[
     "restart",
     "leave out a rank",
     "shrink",
+    "wait",
     "move rollouts",
     "revert",
     "stop",
@@ -461,7 +462,8 @@ class IncidentRecord(Record):
 
     It is on the disk as `decided` before anything is done about it. `update` counts from 1, the update that was under
     way. `figures` are those that the decision rests on. A revert or a shrink says in `to_pool` and `to_ranks` where the
-    step goes on, `without_ranks` are the devices that are left out there. `pool` is that of the `side` that failed.
+    step goes on, `without_ranks` are the devices that are left out there; `wait_s` passes before a restart. `pool` is
+    that of the `side` that failed.
     """
 
     step: str
@@ -480,6 +482,7 @@ class IncidentRecord(Record):
     to_pool: str | None = None
     to_ranks: int | None = None
     without_ranks: list[int] = []
+    wait_s: float | None = None
     figures: dict[str, Figure] = {}
     gate: RevertVerdict | None = None
 

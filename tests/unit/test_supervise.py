@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,16 @@ RETRIED = incident(1, "not finite", "retry")
 RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
 
 
+PATIENT = SuperviseSection(patience_s=200.0)
+
+
+def waits(*seconds: float):
+    return [incident(9, "ended", "wait", wait_s=float(one)) for one in seconds]
+
+
+WAITED = waits(60, 120, 20)
+
+
 @pytest.mark.parametrize(
     ("signal", "now", "rung"),
     [
@@ -176,6 +187,10 @@ RESTARTS = [incident(number, "ended", "restart") for number in range(1, 4)]
             "revert",
         ),
         (Signal("ended", ""), situation(section=SuperviseSection(restarts=0)), "stop"),
+        (Signal("ended", ""), situation(past=RESTARTS, section=PATIENT), "wait"),
+        (Signal("ended", ""), situation(past=RESTARTS, section=PATIENT, next_pools=["away"]), "revert"),
+        (Signal("ended", ""), situation(past=[*RESTARTS, *WAITED], section=PATIENT), "stop"),
+        (Signal("ended", ""), situation(past=[*RESTARTS, *WAITED], section=PATIENT, checkpoint=4), "restart"),
     ],
 )  # fmt: skip
 def test_the_rung_of_a_signal(signal, now, rung):
@@ -200,6 +215,26 @@ def test_the_balance_turns_when_a_pool_fails_often_enough():
     for weighed, rung in ((calm, "restart"), (stormy, "revert")):
         decision = decide(Signal("ended", ""), situation(next_pools=["away"], balance=weighed))
         assert decision.rung == rung and decision.figures.keys() == {"stay_s", "move_s", "move_is_quicker"}
+
+
+def test_pauses_double_until_the_patience_is_spent_and_begin_anew_after_progress():
+    past, pauses = list(RESTARTS), []
+    while (decision := decide(Signal("ended", ""), situation(past=past, section=PATIENT))).rung == "wait":
+        pauses.append(decision.wait_s)
+        past += waits(decision.wait_s)
+    assert pauses == [60.0, 120.0, 20.0] and decision.rung == "stop"
+    again = situation(
+        past=[*past, *(one.model_copy(update={"checkpoint": 4}) for one in RESTARTS)], section=PATIENT, checkpoint=4
+    )
+    assert decide(Signal("ended", ""), again).wait_s == 60.0
+
+
+def test_a_pool_that_would_be_slower_is_waited_for_before_it_is_left():
+    calm, stormy = balance(1.0, 2.0), balance(3600 / 30, 2.0)
+    for weighed, spent, rung in ((calm, (), "wait"), (calm, (60, 120, 20), "revert"), (stormy, (), "revert")):
+        past = [*RESTARTS, *waits(*spent)]
+        now = situation(past=past, section=PATIENT, next_pools=["away"], balance=weighed)
+        assert decide(Signal("ended", ""), now).rung == rung
 
 
 # In the process that trains
@@ -291,7 +326,7 @@ GO = RevertVerdict(verdict="go", reason="", checkpoint_step=None, repeated_steps
 REFUSE = GO.model_copy(update={"verdict": "refuse", "reason": "the loss is 3, and was 2"})
 
 
-def supervised(run: RunFolder, endings, verdict=GO, agreed=False):
+def supervised(run: RunFolder, endings, verdict=GO, agreed=False, sleep=time.sleep):
     """Train a step whose tries end so, in turn: (pool of each try, incidents on the disk when it began)."""
     tries, left = [], iter(endings)
 
@@ -300,7 +335,7 @@ def supervised(run: RunFolder, endings, verdict=GO, agreed=False):
         if (error := next(left)) is not None:
             raise error
 
-    Supervisor(run, STEP, QUIET, start, lambda old, new: verdict, agreed).train()
+    Supervisor(run, STEP, QUIET, start, lambda old, new: verdict, agreed, sleep).train()
     return tries
 
 
@@ -312,6 +347,19 @@ def test_a_step_that_dies_is_started_again_after_that_is_written_down(run):
     assert supervised(run, [dead(), dead(), None]) == [("home", []), ("home", ["restart"]), ("home", ["restart"] * 2)]
     (first, _) = incidents(run, STEP)
     assert first.signal == "ended" and "SIGKILL" in first.detail and first.outcome == "done"
+
+
+def test_a_patient_step_outlives_a_failure_that_lasts(run):
+    """Its node is repaired after 150 s of pauses; each is on the disk, as decided, before it begins."""
+    run.recipe = run.recipe.model_copy(update={"supervise": SuperviseSection(restarts=1, patience_s=600.0)})
+    slept = []
+
+    def sleep(seconds):
+        assert [(one.rung, one.wait_s) for one in incidents(run, STEP)][-1] == ("wait", seconds)
+        slept.append(seconds)
+
+    assert len(supervised(run, [dead()] * 3 + [None], sleep=sleep)) == 4
+    assert slept == [60.0, 120.0] and [one.outcome for one in incidents(run, STEP)] == ["done"] * 3
 
 
 def test_when_nothing_is_left_the_error_is_the_last_ones(run):

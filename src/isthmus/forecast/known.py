@@ -9,7 +9,7 @@ from isthmus.forecast.pace import PoolFacts
 from isthmus.records import QualifyRecord, WeightsRecord, incidents, step_record
 from isthmus.run import RunFolder
 
-INTERRUPTING = ("restart", "leave out a rank", "shrink", "revert", "stop")
+INTERRUPTING = ("restart", "leave out a rank", "shrink", "wait", "revert", "stop")
 """Rungs that an interruption leads to: the step ended and began again, or ended."""
 
 

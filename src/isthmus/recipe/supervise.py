@@ -23,6 +23,11 @@ class SuperviseSection(Section):
         1, "times that a step may move to another pool of place.train, and its rollouts to one of place.rollout", ge=0
     )
     on_revert: Literal["go", "ask"] = key("go", "ask: end with exit code 1 and say how to go on, before a move")
+    patience_s: Seconds = key(
+        0.0,
+        "pauses in all, each twice as long as the last, in which a step waits for its pool once restarts are spent",
+        ge=0,
+    )
     move_if: Share = key(0.9, "how sure it must be that moving is quicker, to move before the restarts are spent")
     beat_s: Seconds = key(600.0, "time without a sign of life of a rank within its updates", gt=0)
     start_s: Seconds = key(7200.0, "the same before its first update, and while it saves or evaluates", gt=0)

@@ -46,6 +46,7 @@ def write(
             to_pool=decision.to_pool,
             to_ranks=decision.to_ranks,
             without_ranks=list(decision.without_ranks),
+            wait_s=decision.wait_s,
             figures=decision.figures,
         )
         path = folder / f"{number:03d}.json"

@@ -1,8 +1,8 @@
 """What is done about a signal: a pure function of what was met so far, the budgets, and the forecast of both sides.
 
 The rungs, mildest first: go on, retry the update, leave its batch out, restart from the checkpoint, leave out a rank,
-shrink, move to the next pool of place.train, stop. Rollouts have two of their own: start the engine again, and let the
-next pool of place.rollout generate. Each has a budget in [supervise].
+shrink, wait and restart, move to the next pool of place.train, stop. Rollouts have two of their own: start the engine
+again, and let the next pool of place.rollout generate. Each has a budget in [supervise].
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from isthmus.supervise.signals.no_progress import restarts_without_progress
 STRIKES = 3
 """Repeats that differ on a pool before it is no longer believed; as many anomalies strike out a chip in a vendor's own
 feature-value detection, which forgets them after 8 hours; this does not."""
+FIRST_WAIT_S = 60.0
+"""The first pause before a restart where restarts were spent; each further one is twice as long."""
 WITHIN = ("not finite", "spike", "repeat differs")
 """Signals of one update, which the process that computes it can act on."""
 
@@ -48,13 +50,14 @@ class Situation:
 
 @dataclass(frozen=True)
 class Decision:
-    """A rung, why, and where the step goes on if it moves or shrinks."""
+    """A rung, why, where the step goes on if it moves or shrinks, and how long it waits before if it does."""
 
     rung: Rung
     why: str
     to_pool: str | None = None
     to_ranks: int | None = None
     without_ranks: tuple[int, ...] = ()
+    wait_s: float | None = None
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
@@ -64,7 +67,7 @@ def decide(signal: Signal, situation: Situation) -> Decision:
     decision = _of_rollouts(signal, now) if now.side == "rollout" else _rung(signal, now)
     if situation.balance is None:
         return decision
-    return Decision(**{**decision.__dict__, "figures": situation.balance.figures})
+    return replace(decision, figures=situation.balance.figures)
 
 
 def _rung(signal: Signal, now: Situation) -> Decision:
@@ -138,9 +141,23 @@ def _restart_or_further(signal: Signal, now: Situation) -> Decision:
             return again
         return Decision("restart", f"restart {spent + 1} of {now.section.restarts} without a newer checkpoint")
     why = f"{spent} restarts brought no newer checkpoint than that of update {now.checkpoint}"
-    smaller = _smaller(signal, now)
-    further = smaller or _move(now)
+    move, wait = _move(now), _wait(now)
+    further = _smaller(signal, now) or (wait if _is_slower_there(now) else None) or move or wait
     return _with(further, why) if further else Decision("stop", f"{why}, and {_no_way(now)}")
+
+
+def _wait(now: Situation) -> Decision | None:
+    """A pause before one more restart, twice as long as the one before, while the patience of the recipe lasts."""
+    waits = [one for one in _since_moved(now) if one.rung == "wait"]
+    in_vain = restarts_without_progress([one.checkpoint for one in waits], now.checkpoint)
+    waited = sum(one.wait_s or 0.0 for one in waits[len(waits) - in_vain :])
+    left = now.section.patience_s - waited
+    return Decision("wait", "", wait_s=min(FIRST_WAIT_S * 2.0**in_vain, left)) if left > 0 else None
+
+
+def _is_slower_there(now: Situation) -> bool:
+    """Whether the next pool is known, and would rather be later than earlier."""
+    return now.balance is not None and now.balance.move_is_quicker < 0.5
 
 
 def _same_rank_again(signal: Signal, now: Situation) -> Decision | None:
@@ -200,4 +217,4 @@ def _repeats(now: Situation) -> list[IncidentRecord]:
 
 
 def _with(decision: Decision, why: str) -> Decision:
-    return Decision(decision.rung, why, decision.to_pool, decision.to_ranks, decision.without_ranks)
+    return replace(decision, why=why)

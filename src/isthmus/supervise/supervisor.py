@@ -72,6 +72,7 @@ class Supervisor:
     start: Start
     examine: Callable[[TrainPlace, TrainPlace], RevertVerdict]
     agreed: bool = False
+    sleep: Callable[[float], None] = time.sleep
 
     def train(self) -> None:
         """Until the step has its record.
@@ -133,6 +134,11 @@ class Supervisor:
         if asks and not self.agreed:
             conclude(self.run, record, "asked")
             raise GateRefused(question(self.run, record))
+        if record.wait_s:
+            self.watch.say(
+                f"  waits {record.wait_s:,.0f} s for [bold]{place.pool}[/], and starts again; Ctrl-C ends it"
+            )
+            self.sleep(record.wait_s)
         if record.rung != "revert":
             conclude(self.run, record, "done")
             return
