@@ -147,7 +147,7 @@ READERS = {
     "rows.jsonl": lambda folder: list(read_objects(folder / "rows.jsonl", "data")),
     "recipe.toml": lambda folder: load_recipe(folder / "recipe.toml"),
     "object.json": lambda folder: read_json_object(folder / "object.json"),
-    "score/ab/abcd.json": lambda folder: judge._kept_score(folder / "score" / "ab" / "abcd.json"),
+    "score/ab/abcd.json": lambda folder: judge.kept_score(folder / "score" / "ab" / "abcd.json"),
     "case.json": lambda folder: read_case(folder / "case.json"),
     "twin/rank-00000-0000.jsonl": lambda folder: compare(read_twin(folder / "twin"), read_twin(folder / "twin")),
     "shards/a.json": lambda folder: read_shards(folder),
@@ -157,11 +157,11 @@ READERS = {
     ),
     "thresholds.csv": lambda folder: thresholds.load_thresholds(folder / "thresholds.csv"),
     "operators.csv": lambda folder: tables.read_table(folder / "operators.csv"),
-    "published.csv": lambda folder: validate_forecast._read(folder / "published.csv"),
+    "published.csv": lambda folder: validate_forecast.read_rows(folder / "published.csv"),
     "keys": lambda folder: Keyring.load(private(folder / "keys"), {}),
     "trusted": lambda folder: read_trusted(folder / "trusted"),
-    "private.pem": lambda folder: signing._load(private(folder / "private.pem")),
-    "engine-key": lambda folder: follow._read_key(folder / "engine-key"),
+    "private.pem": lambda folder: signing.load_key(private(folder / "private.pem")),
+    "engine-key": lambda folder: follow.read_key(folder / "engine-key"),
     **{f"run/{name}": read_run for name in RUN},
 }
 """The reader of each file, given the folder that it lies in."""

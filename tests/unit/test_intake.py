@@ -31,7 +31,7 @@ def counted(value) -> tuple[int, int, int]:
 @given(VALUES, st.booleans(), st.integers(1, 9))
 def test_what_is_measured_is_that_of_the_parsed_text(value, ascii_only, scanned_at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_module, "_SCANNED_AT_ONCE", scanned_at_once)
+        patch.setattr(measure_module, "SCANNED_AT_ONCE", scanned_at_once)
         found = measure(json.dumps(value, ensure_ascii=ascii_only).encode())
     assert (found.keys, found.containers, found.depth) == counted(value)
 

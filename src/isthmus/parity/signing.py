@@ -43,12 +43,12 @@ def new_key(path: Path) -> str:
 
 def public_key(path: Path) -> str:
     """The public key that belongs to a private key file."""
-    return _public(_load(path))
+    return _public(load_key(path))
 
 
 def sign(path: Path, message: bytes) -> str:
     """The signature of a message by the private key in a file, hexadecimal."""
-    return _load(path).sign(message).hex()
+    return load_key(path).sign(message).hex()
 
 
 def is_signed(public: str, signature: str, message: bytes) -> bool:
@@ -87,7 +87,7 @@ def check_public(key: str, where: str) -> None:
         raise IsthmusError(f"{where}: {key!r} is no public key; one is `ed25519:` and 64 hexadecimal digits")
 
 
-def _load(path: Path) -> Ed25519PrivateKey:
+def load_key(path: Path) -> Ed25519PrivateKey:
     with explain_io_errors(path):
         try:
             mode, content = path.stat().st_mode, read_bytes(path)

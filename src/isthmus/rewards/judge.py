@@ -144,7 +144,7 @@ class Judge(EachAlone):
             number = self._known.get(digest)
             if number is None and self.options.folder is not None:
                 path = _path(self.options.folder, digest)
-                number = _kept_score(path) if path.exists() else None
+                number = kept_score(path) if path.exists() else None
             if number is not None:
                 self._known[digest] = number
                 self._counts["cached"] += 1
@@ -168,7 +168,7 @@ def _path(folder: Path, digest: str) -> Path:
     return folder / digest[:2] / f"{digest}.json"
 
 
-def _kept_score(path: Path) -> float:
+def kept_score(path: Path) -> float:
     """Raises IsthmusError for a file that holds no score."""
     score = read_json_object(path).get("score")
     if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):

@@ -116,7 +116,7 @@ def execute(
     `bundle` and `exchange` are for servers that read weights from storage. Raises IsthmusError; with `once` also if the
     newest version cannot be put together.
     """
-    server = HttpEngine(engine, _read_key(api_key_file), exchange=exchange)
+    server = HttpEngine(engine, read_key(api_key_file), exchange=exchange)
     server.start(bundle if bundle is not None else folder)
     watch.say(f"  following {folder} for {server.server} at {engine}")
     follower = Follower(folder, server, watch.say)
@@ -146,7 +146,7 @@ def _changed(folder: Path) -> tuple[int, int] | None:
     return facts.st_mtime_ns, facts.st_ino
 
 
-def _read_key(path: Path | None) -> str | None:
+def read_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:

@@ -68,7 +68,7 @@ def execute(watch: Watch, *, rows: Path | None, as_json: bool) -> Validation:
 
     What the forecast learns from are the package's rows alone, without those of the group of each target.
     """
-    table: Sequence[Row] = published_rows("results") if rows is None else _read(rows)
+    table: Sequence[Row] = published_rows("results") if rows is None else read_rows(rows)
     targets, steps = read_training(table), read_steps(table)
     if not targets and not steps:
         raise IsthmusError(f"{rows or 'the table'} has no row of training or RL with a known device, model and unit")
@@ -108,7 +108,7 @@ def _outcomes(found: Sequence[Prediction], ids: set[str] | None) -> list[Outcome
     return [one for one in chosen if one is not None]
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with explain_csv_errors(path):
             rows = csv_rows(read_text(path))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_KEYS, MAX_VALUES, MAX_CONTAINERS, MAX_NESTING = 20_000, 1_000_000, 40_000, 128
-_SCANNED_AT_ONCE = 1 << 18
+SCANNED_AT_ONCE = 1 << 18
 _LEVELS = np.zeros(256, dtype=np.int8)
 _LEVELS[[ord("{"), ord("[")]], _LEVELS[[ord("}"), ord("]")]] = 1, -1
 
@@ -70,8 +70,8 @@ def _is_small(body: bytes) -> bool:
 def _outside_of_texts(content: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     """What stands in no text, piece by piece."""
     inside, escaping = False, False
-    for start in range(0, len(content), _SCANNED_AT_ONCE):
-        block = content[start : start + _SCANNED_AT_ONCE]
+    for start in range(0, len(content), SCANNED_AT_ONCE):
+        block = content[start : start + SCANNED_AT_ONCE]
         marks = block == ord('"')
         marks[0] &= not escaping
         backslashes = np.flatnonzero(block == ord("\\"))
