@@ -147,7 +147,7 @@ def test_weights_that_did_not_arrive_are_found_and_sent_again(tmp_path, monkeypa
 
 def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monkeypatch):
     with shores_in(tmp_path / "run", **{"rl.staleness": 0}) as shores:
-        generate = shores.rollouts.engine.generate
+        generate = LocalEngine.generate
 
         def wrong(*args):
             return [
@@ -155,7 +155,7 @@ def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monk
                 for group in generate(*args)
             ]
 
-        monkeypatch.setattr(shores.rollouts.engine, "generate", wrong)
+        monkeypatch.setattr(LocalEngine, "generate", wrong)
         with pytest.raises(GateRefused, match=r"at version 2 .* in 2 checks in a row.*must not generate"):
             loop.learn(shores, QUIET)
     alarms = shores.state.work.events("alarm")
