@@ -23,7 +23,7 @@ LONG_S = 20.0
 class Engine:
     """Writes one token, its version; `held` are the acts that wait until they are let go, `refused` those that fail."""
 
-    takes_deltas = True
+    takes_deltas, can_be_replaced = True, False
 
     def __init__(self, name):
         self.url, self.version, self.start_version = name, 0, 0

@@ -114,5 +114,6 @@ def test_the_reason_that_is_shown_is_the_one_that_decided():
         reasons=["speed: says speed"],
         evidence=evidence,
     )
-    said = objection("rollout", record, recipe=None)  # type: ignore[arg-type]
+    recipe = SimpleNamespace(pools={"home": SimpleNamespace(engines=[])})
+    said = objection("rollout", record, recipe)  # type: ignore[arg-type]
     assert said == "its verdict is `unfit`: engine: says engine"

@@ -21,11 +21,11 @@ from isthmus.recipe.section import RecipeError
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read, override (`a.b=c`), resolve and check a recipe. Raises RecipeError with what to write instead."""
     try:
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder; a recipe is a .toml file")
         tree = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}{_nearby_recipes(path)}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; a recipe is a .toml file") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     if is_former(tree):
