@@ -16,6 +16,7 @@ from isthmus.run import RunFolder
 from isthmus.stages import steps
 from isthmus.tools.inspect import check_run
 from isthmus.trainer.checkpoint import load_model_state
+from tests.support.touched import plant
 
 TIMES = ("started", "ended", "seconds", "time", "resumed_from", "tokens_per_s", "rollout_tokens_per_s", "memory_gib")
 """Names of what is about the time that something took, or about the process; so are those that end in `_s`."""
@@ -93,27 +94,6 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _leaves(value, f"{path}/{key}")
-
-
-def plant(chance: random.Random, files: list[Path]) -> tuple[str, list[Path]]:
-    """One fault in one file, or two that change places; returns what was done, and to which."""
-    path = chance.choice(files)
-    content, kind = path.read_bytes(), chance.choice(["bit", "cut", "edit", "delete", "swap"])
-    at = chance.randrange(len(content))
-    if kind == "bit":
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
-    elif kind == "cut":
-        path.write_bytes(content[:at])
-    elif kind == "edit":
-        path.write_bytes(content[:at] + (b"9" if content[at : at + 1] == b"8" else b"8") + content[at + 1 :])
-    elif kind == "delete":
-        path.unlink()
-    else:
-        other = chance.choice([one for one in files if one.read_bytes() != content])
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-        return kind, [path, other]
-    return kind, [path]
 
 
 def goes_on_unseen(folder: Path, touched: list[Path], taught: str) -> bool:

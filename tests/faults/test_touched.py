@@ -24,6 +24,7 @@ from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState, load_mod
 from tests.support.bundles import TinyTokenizer, passed
 from tests.support.flow_recipe import RECIPE, REINFORCED, TAUGHT
 from tests.support.small import tiny_architecture
+from tests.support.touched import plant
 
 FAULTS = 200
 CHECKPOINT, BUNDLE = f"steps/{TAUGHT}/checkpoints/step-000002", "bundle/w8a8"
@@ -77,29 +78,6 @@ def finished(tmp_path_factory) -> RunFolder:
     return run
 
 
-def plant(chance: random.Random, files: list[Path]) -> tuple[str, list[Path]]:
-    """One fault in one file, or two that change places; returns what was done and to which."""
-    path = chance.choice(files)
-    content, kind = path.read_bytes(), chance.choice(["bit", "cut", "edit", "delete", "swap"])
-    if kind == "bit":
-        at = chance.randrange(len(content))
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
-    elif kind == "cut":
-        path.write_bytes(content[: chance.randrange(len(content))])
-    elif kind == "edit":
-        at = chance.randrange(len(content))
-        old = content[at : at + 1]
-        path.write_bytes(content[:at] + (b"8" if old != b"8" else b"9") + content[at + 1 :])
-    elif kind == "delete":
-        path.unlink()
-    else:
-        other = chance.choice([one for one in files if one.read_bytes() != content])
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-        return f"swap {path} {other}", [path, other]
-    return f"{kind} {path}", [path]
-
-
 def goes_on_unseen(folder: Path, touched: list[Path]) -> bool:
     """Whether a run, the next step and a server take the folder as it is, and say nothing."""
     names = {path.relative_to(folder).as_posix() for path in touched}
@@ -127,7 +105,7 @@ def test_every_single_fault_is_named_and_none_is_continued_from_unseen(finished)
     assert check_run(folder).breaks == []
     whole = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     for _ in range(FAULTS):
-        done, touched = plant(chance, list(whole))
+        done = _, touched = plant(chance, list(whole))
         breaks = check_run(folder).breaks
         assert breaks, done
         named = [path for path in touched if any(_names(path, folder, line) for line in breaks)]

@@ -67,3 +67,22 @@ class GrowingCache:
         new, seen = entries.shape[1], self.entries.shape[1]
         mask = causal_mask(seen).to(entries.dtype)[0, :, seen - new :].transpose(0, 1)[None]
         return attend_entries(query, self.entries, mask, layout, scale)
+
+
+VLLM_DEEPSEEK = DeepseekSection(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+)
+"""Experts and latent attention in sizes that vLLM's CPU kernels have: heads of 32, multiples of 32 elsewhere."""

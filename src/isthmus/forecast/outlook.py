@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isthmus.forecast.goodput import HOUR, RESTART_S, SAVE_S, Goodput, goodput
 from isthmus.forecast.pace import PLAIN, Knobs, Pace, Pool, PoolFacts, make_pool, step_pace
@@ -200,7 +200,7 @@ class Outlooks:
         if step.kind != "rl" or pace.seconds is None:
             return 0.0
         for factor in (1.5, 0.75):
-            changed = Knobs(**{**knobs.__dict__, "lengths": knobs.lengths * factor})
+            changed = replace(knobs, lengths=knobs.lengths * factor)
             other = step_pace(self.work, step, learner, generator, changed).seconds
             if other is not None:
                 return (other / pace.seconds - 1.0) / (factor - 1.0)

@@ -159,7 +159,7 @@ def _learning_pace(work: Work, step: StepWork, pool: Pool, knobs: Knobs) -> Pace
     if (unknown := unknown_rates(pool)) is not None:
         return Pace(None, 0.0, "nothing", unknown)
     memory = memory_of(work, step, pool)
-    if (full := _too_full(work, step, pool)) is not None:
+    if (full := _too_full(work, step, pool, memory)) is not None:
         return Pace(None, 0.0, "counts", full, memory_gb=memory / 1e9)
     speed = shipped().speed(setting_of(work, step, pool))
     rate = speed.middle * pool.work.count
@@ -342,22 +342,24 @@ def unknown_rates(pool: Pool) -> str | None:
     return f"no sourced rates of {pool.work.chip}: qualify the pool and forecast the run folder, or calibrate it"
 
 
-def _too_full(work: Work, step: StepWork, pool: Pool) -> str | None:
-    """Why a step does not fit on a pool's chips, and what would make it fit; None if it does."""
+def _too_full(work: Work, step: StepWork, pool: Pool, memory: float) -> str | None:
+    """Why a step does not fit on a pool's chips, and what would make it fit; None if it does. `memory` is its
+    `memory_of`."""
     assert pool.device.mem_gb is not None
-    memory, room = memory_of(work, step, pool), ROOM * pool.device.mem_gb * 1e9
+    room = ROOM * pool.device.mem_gb * 1e9
     if memory <= room:
         return None
-    return f"a chip would hold {memory / 1e9:,.0f} GB of {pool.device.mem_gb:g}: {_ways_out(work, step, pool, room)}"
+    ways = _ways_out(work, step, pool, memory, room)
+    return f"a chip would hold {memory / 1e9:,.0f} GB of {pool.device.mem_gb:g}: {ways}"
 
 
-def _ways_out(work: Work, step: StepWork, pool: Pool, room: float) -> str:
-    """The keys of a recipe that make a step fit into `room` bytes, each alone, or else all together."""
+def _ways_out(work: Work, step: StepWork, pool: Pool, now: float, room: float) -> str:
+    """The keys of a recipe that make a step of `now` bytes fit into `room`, each alone, or else all together."""
 
     def needed(**changes: Any) -> float:
         return memory_of(replace(work, **changes), step, pool)
 
-    now, helping = needed(), dict[str, dict[str, Any]]()
+    helping = dict[str, dict[str, Any]]()
     for name, field_name, values in _levers(work, step, pool):
         lower = [value for value in values if needed(**{field_name: value}) < now]
         if lower:
@@ -369,12 +371,11 @@ def _ways_out(work: Work, step: StepWork, pool: Pool, room: float) -> str:
         return " or ".join(fitting)
     if helping and needed(**together) <= room:
         return " and ".join(helping)
-    return ", ".join([*helping, *_last_resorts(work, step, pool)])
+    return ", ".join([*helping, *_last_resorts(work, step, pool, now)])
 
 
-def _last_resorts(work: Work, step: StepWork, pool: Pool) -> list[str]:
-    """What lowers what a chip holds beside the keys of [train]."""
-    now = memory_of(work, step, pool)
+def _last_resorts(work: Work, step: StepWork, pool: Pool, now: float) -> list[str]:
+    """What lowers what a chip holds, `now` bytes, beside the keys of [train]."""
     larger = replace(pool, work=replace(pool.work, count=2 * pool.work.count))
     copies = [work.replicate, *_fewer_copies(work, step, larger), *(n * work.replicate for n in (2, 4))]
     fitting = (n for n in copies if _divides(work, step, larger, n))

@@ -19,10 +19,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from isthmus.errors import IsthmusError, RanksFailed
 from isthmus.launch.alone import Options
 from isthmus.launch.places import variables_set
-from isthmus.launch.rank import RankReport, error_of, read_report
+from isthmus.launch.rank import RankReport, error_of, last_lines, read_report
 from isthmus.run import explain_io_errors
 
-LAST_LINES = 12
 LEAVE_S = 7200
 """What ranks get to save and leave once they are asked to: torch's own 30 s are less than a large checkpoint takes. A
 rank that gives no sign of life is ended before that by whoever watches the step. The agent of torch 2.11 keeps to its
@@ -100,7 +99,7 @@ def _explained(failures: dict[int, ProcessFailure], logs: Path) -> IsthmusError:
     report = reports[rank]
     if report is not None and report.error:
         return error_of(report)
-    lines = [f"  {line}" for line in _stderr(logs, rank).strip().splitlines()[-LAST_LINES:]]
+    lines = last_lines(_stderr(logs, rank))
     advice = f"What the ranks wrote is in {logs}."
     manner = _manner(failures[rank], report)
     return RanksFailed("\n".join([f"rank {rank} stopped: {manner}.", *lines, advice]), rank)

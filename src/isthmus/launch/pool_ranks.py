@@ -13,13 +13,11 @@ from typing import Any
 
 from isthmus.errors import IsthmusError, RanksFailed
 from isthmus.launch.alone import Options, executed, manner_of, run_alone
-from isthmus.launch.rank import STOPPED, RankReport, error_of, read_report
+from isthmus.launch.rank import STOPPED, RankReport, error_of, last_lines, read_report
 from isthmus.lines import read_json
 from isthmus.nodes import OnNodes
 from isthmus.pools import Pool
 from isthmus.run import explain_io_errors
-
-LAST_LINES = 12
 
 
 def run_on(pool: Pool, stage: str, run: Path, options: Options, ranks: int, logs: Path) -> None:
@@ -65,9 +63,10 @@ def _explained(code: int, logs: Path) -> BaseException:
     manner = first["lost"] or (report.message if report else manner_of(first["code"]))
     path = logs / str(first["rank"]) / "stderr.log"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and first["rank"] else ""
-    lines = [f"  {line}" for line in text.strip().splitlines()[-LAST_LINES:]]
     advice = [f"What the ranks wrote is in {logs}."] if text else []
-    return RanksFailed("\n".join([f"rank {first['rank']} stopped: {manner}.", *lines, *advice]), first["rank"])
+    return RanksFailed(
+        "\n".join([f"rank {first['rank']} stopped: {manner}.", *last_lines(text), *advice]), first["rank"]
+    )
 
 
 def _order(end: dict[str, Any], report: RankReport | None) -> tuple[int, float]:

@@ -35,7 +35,7 @@ from isthmus.progress import Watch
 from isthmus.run import RunFolder, write_atomic
 
 LOOK_S = 0.2
-STOPPED = 130
+STOPPED, LAST_LINES = 130, 12
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PR_SET_PDEATHSIG = 1
 """Linux, include/uapi/linux/prctl.h."""
@@ -54,6 +54,11 @@ def read_report(logs: Path, rank: int) -> RankReport | None:
     """What a rank reported; None if it ended without a word."""
     path = _report_path(logs, rank)
     return RankReport(**read_json_object(path)) if path.exists() else None
+
+
+def last_lines(text: str) -> list[str]:
+    """The end of what a rank wrote, for a message."""
+    return [f"  {line}" for line in text.strip().splitlines()[-LAST_LINES:]]
 
 
 def error_of(report: RankReport) -> IsthmusError:

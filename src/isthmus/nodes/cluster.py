@@ -92,15 +92,17 @@ def connected(address: str) -> Iterator[Any]:
 def look(address: str) -> list[Node]:
     """The nodes that are alive, by host."""
     with connected(address) as ray:
-        free = {
-            node["NodeID"]: ray._private.state.available_resources_per_node().get(node["NodeID"], {})
+        free = ray._private.state.available_resources_per_node()
+        found = [
+            Node(
+                node["NodeID"],
+                node["NodeManagerAddress"],
+                node["Labels"],
+                node["Resources"],
+                free.get(node["NodeID"], {}),
+            )
             for node in ray.nodes()
             if node["Alive"]
-        }
-        found = [
-            Node(node["NodeID"], node["NodeManagerAddress"], node["Labels"], node["Resources"], free[node["NodeID"]])
-            for node in ray.nodes()
-            if node["NodeID"] in free
         ]
     return sorted(found, key=lambda node: (node.host, node.id))
 

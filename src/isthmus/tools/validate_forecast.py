@@ -112,7 +112,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with explain_csv_errors(path):
             rows = csv_rows(read_text(path))
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise IsthmusError(f"no table of published results at {path}") from None
     missing = [name for name in (*COLUMNS, *MORE_COLUMNS) if rows and name not in rows[0]]
     if missing or not rows:

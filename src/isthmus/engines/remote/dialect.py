@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ class Dialect(Protocol):
     def account(self) -> Account | None:
         """What the server holds of the weights that it was given; None where it does not tell."""
         ...
+
+
+def staged_update(server: Dialect, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
+    """`update_delta` of a server that stages: the seconds of the switch."""
+    server.stage_delta(parts, base_version, version)
+    began = time.perf_counter()
+    server.switch(version, sha256)
+    return time.perf_counter() - began
 
 
 class WholeWeights:

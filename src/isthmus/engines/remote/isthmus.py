@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ from urllib.parse import urlencode
 from isthmus.engines import Completion, EngineError, OtherBase, Routes, Sampling
 from isthmus.engines.account import Account
 from isthmus.engines.kept import Kept
-from isthmus.engines.remote.dialect import Weights
+from isthmus.engines.remote.dialect import Weights, staged_update
 from isthmus.engines.remote.openai import completions_of, model_id, score_prompts
 from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.formats.files.golden import TokenScore
@@ -71,10 +70,7 @@ class Isthmus:
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
         """A staged update; what was sent of it is given up if a part is refused."""
-        self.stage_delta(parts, base_version, version)
-        began = time.perf_counter()
-        self.switch(version, sha256)
-        return time.perf_counter() - began
+        return staged_update(self, parts, base_version, version, sha256)
 
     def stage(self, payload: bytes, version: int, sha256: str) -> None:
         """A version that has the number of the one in use cannot be staged: it is brought at the switch."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from isthmus.engines import CannotFollow, EngineError, OtherBase
 from isthmus.engines.account import Account
-from isthmus.engines.remote.dialect import Exchange
+from isthmus.engines.remote.dialect import Exchange, staged_update
 from isthmus.engines.remote.shelf import Shelf
 from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.engines.remote.vllm import Vllm
@@ -51,10 +51,7 @@ class PluggedVllm(Vllm):
         self._brought: tuple[WeightSet, Path] | None = None
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
-        self.stage_delta(parts, base_version, version)
-        began = time.perf_counter()
-        self.switch(version, sha256)
-        return time.perf_counter() - began
+        return staged_update(self, parts, base_version, version, sha256)
 
     def stage(self, payload: bytes, version: int, sha256: str) -> None:
         with _said_as_engine_error():
@@ -97,12 +94,12 @@ class PluggedVllm(Vllm):
             folder = write_version(self._shelf.folder, base, new, compression="zlib")
         self._begin()
         self._control("/update_weights", {"update_info": {"source": self._shelf.source(folder)}})
-        end = time.monotonic() + self._transport.timeout_s
-        while any(state["state"] == "pulling" for state in self._states()):
+        end, states = time.monotonic() + self._transport.timeout_s, self._states()
+        while any(state["state"] == "pulling" for state in states):
             if time.monotonic() > end:
                 raise EngineError(f"{self._transport.url} did not read version {new.version} in time")
             time.sleep(LOOK_S)
-        states = self._states()
+            states = self._states()
         if failed := [state["error"] for state in states if state["state"] != "ready"]:
             self._give_up()
             raise EngineError(f"{self._transport.url} does not take version {new.version}: {failed[0]}")

@@ -105,6 +105,11 @@ def whole_piece(tensor: Tensor) -> Piece:
     return piece_of(flat, Place(0, (flat.numel(),), (1,)))
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bit patterns."""
+    return one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+
+
 def combined(pieces: Iterable[Piece], count: int) -> tuple[str, int] | None:
     """(dtype, checksum) of a tensor of `count` elements from the pieces that all ranks hold.
 

@@ -31,7 +31,7 @@ class Visit:
         self.began = began or time.monotonic()
         self.status, self.error, self.refusal = 499, None, None
         self.prompts: list[list[int]] = []
-        self.n, self.expected = 1, 0
+        self.n = 1
         self.samples: list[Finished] = []
         self.request: Request | None = None
         self.followers: list[Follower] = []
@@ -40,12 +40,15 @@ class Visit:
         self._answered = False
         self._on_end: Callable[[Visit], None] | None = None
 
-    expected: int
-    """How many samples this request has or will have."""
     status: int
     error: str | None
     refusal: str | None
     """Why the server ended the request itself; the error that its client reads."""
+
+    @property
+    def expected(self) -> int:
+        """How many samples this request has or will have."""
+        return len(self.prompts) * self.n
 
     @property
     def unfinished(self) -> int:
@@ -77,7 +80,7 @@ class Visit:
 
     def admitted(self, prompts: list[list[int]], n: int) -> None:
         """The server takes these prompts on, with `n` samples each."""
-        self.prompts, self.n, self.expected = prompts, n, len(prompts) * n
+        self.prompts, self.n = prompts, n
 
     def submitted(self, request: Request | None) -> None:
         """The core is given the samples of this request; None if it has not taken them."""

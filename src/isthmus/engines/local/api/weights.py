@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isthmus.engines.local.api.protocol import ApiError
 from isthmus.engines.local.api.service import Service, check_finite, compare_layouts, layout_of
-from isthmus.engines.vllm_plugin.checksums import whole_piece
+from isthmus.engines.vllm_plugin.checksums import same_bits, whole_piece
 from isthmus.errors import DamagedFile, IsthmusError
 from isthmus.formats import get_format
 from isthmus.formats.updates.delta import Header, WrongBase, check_base, decode, is_message, read_message
@@ -211,7 +211,7 @@ class WeightUpdates:
             service = self.service
             model = service.core.runner.model
             again = get_format(service.identity.format).build(service.architecture, dict(service.tensors)).state_dict()
-            altered = [name for name, one in model.state_dict().items() if not _same_bits(one, again[name])]
+            altered = [name for name, one in model.state_dict().items() if not same_bits(one, again[name])]
             tensors = {name: [whole_piece(one).shown()] for name, one in service.tensors.items()}
             version = service.core.version
         return {"version": version, "tensors": tensors, "unread": [], "altered": altered, "drafts": False}
@@ -319,10 +319,6 @@ class WeightUpdates:
             "missing": len(self.service.layout) - len(staging.tensors) if staging.mode == "full" else 0,
             "chunks": list(staging.chunks),
         }
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and whole_piece(one) == whole_piece(other)
 
 
 def _check_part(header: Header, staging: Staging) -> None:

@@ -92,8 +92,8 @@ class Crossing:
             "parity_gap_max": round(gap.largest, 7) if math.isfinite(gap.largest) else None,
             "parity_limit": None if gap.limit is None else round(gap.limit, 7),
             "parity_tokens": gap.tokens,
-            "checksums": found.seen,
-            "checksums_unseen": found.unseen,
+            "checksums": found.findings.seen,
+            "checksums_unseen": found.findings.unseen,
             "parity_s": round(time.perf_counter() - began, 4),
         }
 
@@ -139,9 +139,7 @@ class Crossing:
             "limit": math.nan if limit is None else limit,
         }
         facts = {key: value if math.isfinite(value) else None for key, value in gaps.items()}
-        what = "the engine does not compute what was sent to it"
-        if first.wrong:
-            what = "the engine does not hold what was sent to it"
+        what = f"the engine does not {'hold' if first.wrong else 'compute'} what was sent to it"
         self.tell("alarm", what=what, weight_version=self.state.step, tensors=sorted(first.wrong)[:SHOWN], **facts)
         outcome = "still" if again.is_wrong else "helped:"
         self.say(
@@ -187,14 +185,6 @@ class Look:
         if self.wrong:
             return f"it does not hold what was sent: {self.findings.shown}"
         return f"log-probabilities {self.gap.mean:.3g} nats per token from those of the weights that were sent"
-
-    @property
-    def seen(self) -> int:
-        return self.findings.seen
-
-    @property
-    def unseen(self) -> int:
-        return self.findings.unseen
 
 
 def _distinct(answers: list[list[Completion]]) -> list[list[Completion]]:
