@@ -333,19 +333,24 @@ class RunFolder:
                 found.append(Break(name, "does not match its hash"))
         return found
 
-    def go_on(self) -> None:
-        """Look at every file before a run continues.
-
-        Raises DamagedFile that names what was touched. What is missing is made again, which an event says.
-        """
+    def check_untouched(self, consequence: str) -> list[Break]:
+        """What is missing. Raises DamagedFile that names the first file that was touched, and what follows from it."""
         found = self.breaks()
         if touched := [broken for broken in found if not broken.missing]:
             others = f" (and {len(touched) - 1} more, which `isthmus inspect {self.path}` names)" if touched[1:] else ""
             raise DamagedFile(
                 f"{self.path / touched[0].file} {touched[0].what}{others}: it was touched after it was written, and "
-                "the run does not go on from it. Restore it; or delete it, and the run makes it again as far as it "
-                "can, and its dossier says so."
+                f"{consequence}. Restore it; or delete it, and the run makes it again as far as it can, and its "
+                "dossier says so."
             )
+        return found
+
+    def go_on(self) -> None:
+        """Look at every file before a run continues.
+
+        Raises DamagedFile that names what was touched. What is missing is made again, which an event says.
+        """
+        found = self.check_untouched("the run does not go on from it")
         with self._alone():
             ledger, missing = self._ledger(), [broken.file for broken in found]
             ledger = _settled(self.path, ledger).without(*missing)

@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from isthmus import records
 from isthmus.chips.trade import Effect, RecordKind, trade_facts
 from isthmus.cli import cli
 from isthmus.errors import DamagedFile, IsthmusError
+from isthmus.progress import Watch
 from isthmus.recipe.read import load_recipe
 from isthmus.records import Limit, QualifyRecord
 from isthmus.report_page.acts import ActKind
@@ -23,6 +25,7 @@ from isthmus.report_page.justify.words import LANGUAGES, Words, glossary
 from isthmus.report_page.justify.write import write
 from isthmus.rules import BELOW, UNDEFINED, UNKNOWN
 from isthmus.run import Figure, Kind, RunFolder
+from isthmus.tools import justify
 from tests.support.flow_recipe import RECIPE, TAUGHT
 from tests.support.justified import justified_run
 
@@ -292,6 +295,18 @@ def test_the_command_writes_one_record_and_a_page_for_each_language(tmp_path: Pa
     (run.path / "justify-en.html").unlink()
     assert CliRunner().invoke(cli, ["justify", str(run.path), "--lang", "zh"]).exit_code == 0
     assert not (run.path / "justify-en.html").exists()
+
+
+@pytest.mark.parametrize("name", ["steps/taught/rollout-000001.json", "events.jsonl"])
+def test_no_paper_is_made_of_a_run_that_was_touched(tmp_path: Path, name: str):
+    run = justified_run(tmp_path / "run")
+    (run.path / "steps/taught").mkdir(parents=True)
+    run.keep(run.path / "steps/taught/rollout-000001.json", b'{"reward": 0.5}')
+    path = run.path / name
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    with pytest.raises(DamagedFile, match=f"{path.name}.*no paper is made of it"):
+        justify.execute(run, Watch(Console(quiet=True)))
+    assert not list(run.path.glob("justify*"))
 
 
 def test_without_rules_somebody_has_to_say_who_asks(tmp_path: Path):

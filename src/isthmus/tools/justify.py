@@ -22,7 +22,7 @@ def execute(
     """Write `justify.json`, and `justify-LANGUAGE.html` for each language, into the run folder.
 
     `authority` is the country whose chips count as domestic; that of the buyer's parent if absent. Raises IsthmusError
-    if neither says it, and if the run has no plan.
+    if neither says it, and if the run has no plan; DamagedFile if a file of the run was touched.
     """
     asked = authority or (run.recipe.rules.buyer_parent if run.recipe.rules else None)
     if asked is None:
@@ -30,6 +30,7 @@ def execute(
             "who asks? Write --authority CC, the country whose chips are the domestic ones, such as CN; or [rules] "
             "buyer_parent in the recipe"
         )
+    run.check_untouched("no paper is made of it")
     record = gather(run, country(asked, "authority"))
     run.write_record(NAME, record)
     for language in languages:
