@@ -318,7 +318,10 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(cluster, home, run, m
     assert found.value.rank == 1
 
 
-def test_the_loss_of_a_node_is_told_and_the_others_end(cluster, home, run, monkeypatch):
+@pytest.mark.parametrize("at_the_start", [False, True])
+def test_the_loss_of_a_node_is_told_and_the_others_end(cluster, home, run, monkeypatch, at_the_start):
+    if at_the_start:
+        monkeypatch.setenv("FAKE_FAINT", "b")
     program = (
         "import os, pathlib, sys, time; "
         f"pathlib.Path({str(cluster)!r}, 'b').touch() if os.environ['RANK'] == '1' else None; time.sleep(60)"

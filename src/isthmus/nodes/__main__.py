@@ -182,15 +182,24 @@ class Proxy:
                 one.keeper.start.remote(self._command(one), self._variables(one), str(Path.cwd()), str(mark), content)
                 for one in self.kept
             ]
-            problems = self.ray.get(orders)
+            answers = [self._answer(order) for order in orders]
         finally:
             mark.unlink()
-        for one, problem in zip(self.kept, problems, strict=True):
-            if problem is not None:
+        for one, (is_there, problem) in zip(self.kept, answers, strict=True):
+            if not is_there:
+                self._ended(one, LOST, self._gone(one))
+            elif problem is not None:
                 raise IsthmusError(
                     f"the node {one.host} of the pool {self.order.pool!r} {problem}. All nodes of a run see its folder "
                     "and the one in which its command is given under the same paths (docs/cluster.md)."
                 )
+
+    def _answer(self, order: Any) -> tuple[bool, str | None]:
+        """Whether a keeper is there to carry an order out, and what is wrong with the order."""
+        try:
+            return True, self.ray.get(order)
+        except self.ray.exceptions.RayActorError:
+            return False, None
 
     def _command(self, one: Kept) -> list[str]:
         return [self.order.python or "{python}", *(one.host if word == HOST else word for word in self.words)]
@@ -215,7 +224,7 @@ class Proxy:
 
     def _attend(self) -> None:
         """Until all of them have ended."""
-        asked = {one.keeper.read.remote(): one for one in self.kept}
+        asked = {one.keeper.read.remote(): one for one in self.kept if one.code is None}
         told_of_input = False
         while asked:
             ready, _ = self.ray.wait(list(asked), timeout=LOOK_S)

@@ -1,7 +1,7 @@
 """As much of Ray as a child that stands for processes on nodes asks for, with threads of its own process as actors.
 
 The nodes are those of the JSON in $FAKE_NODES: name, labels, resources. A node is lost when the file $FAKE_LOST/NAME is
-there.
+there; the node $FAKE_FAINT is lost as soon as something is started on it.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ class Actor:
         return SimpleNamespace(remote=remote)
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name == "start" and self.node == os.environ.get("FAKE_FAINT"):
+            (Path(os.environ["FAKE_LOST"]) / self.node).touch()
         found = getattr(self.made, name)(*arguments)
         return {**found, "node": self.node} if name == "where" else found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,15 @@ from isthmus.engines.local.api.service import Service
 from isthmus.engines.local.api.text import Beginning, Call, ChannelledText, Delta, PlainText, Rules, Writer
 from isthmus.engines.local.api.visit import Visit
 from isthmus.engines.local.core.grammar import GrammarConstraint
-from isthmus.engines.local.core.scheduler import Constraint, Finished, PromptToken, Request, Token, TopLogprobs
+from isthmus.engines.local.core.scheduler import (
+    Constraint,
+    Finished,
+    Listener,
+    PromptToken,
+    Request,
+    Token,
+    TopLogprobs,
+)
 
 MOST_UNREAD, MOST_UNREAD_OF_CHOICE = 1024, 64
 """Events that may wait for their client, of a request, or of each of its choices if that is more."""
@@ -162,7 +171,7 @@ class Exchange:
         prompt_logprobs = max((count for count in (ask.prompt_logprobs, echoed) if count is not None), default=None)
         return Request(
             self.prompts,
-            self._deliver,
+            _listener(self),
             token_limit(service, ask, self.prompts),
             n=ask.n,
             temperature=service.default_temperature if ask.temperature is None else ask.temperature,
@@ -195,9 +204,8 @@ class Exchange:
             self.visit.submitted(None)
             raise ApiError(str(error), status=503) from None
 
-    def _deliver(self, event: Token | Finished) -> None:
+    def deliver(self, event: Token | Finished) -> None:
         """Called from the engine's thread. A request whose events nobody takes is held: its client does not read."""
-        self.visit.tell(event)
         self._delivered += 1
         if not self._held and self._delivered - self._taken > max(MOST_UNREAD, MOST_UNREAD_OF_CHOICE * self.size):
             self._held = True
@@ -306,6 +314,18 @@ class Exchange:
             return PlainText(vocabulary, self.rules, prompt)
         reader = None if self._calls is None else self._calls.reader()
         return ChannelledText(vocabulary, self.rules, self._thinking, reader)
+
+
+def _listener(exchange: Exchange) -> Listener:
+    """Tells a visit, and its exchange for as long as somebody waits for that; it does not keep it."""
+    visit, known = exchange.visit, weakref.ref(exchange)
+
+    def tell(event: Token | Finished) -> None:
+        visit.tell(event)
+        if (waited_for := known()) is not None:
+            waited_for.deliver(event)
+
+    return tell
 
 
 def token_limit(service: Service, ask: Ask, prompts: list[list[int]]) -> int:

@@ -28,6 +28,7 @@ from isthmus.engines.local.api.canary import Canary, CanaryReport
 from isthmus.engines.local.api.intake import Intake, check_body, weights_body
 from isthmus.engines.local.api.keys import ADMIN, Key, Keyring, Level
 from isthmus.engines.local.api.limits import KeyLimits
+from isthmus.engines.local.api.memory import give_back
 from isthmus.engines.local.api.metrics import Metrics
 from isthmus.engines.local.api.numbers import Numbers
 from isthmus.engines.local.api.openapi import EVENTS, JSON, TEXT, Handler, Operation, document, file_operation
@@ -79,7 +80,7 @@ from isthmus.formats.files.bundle import Bundle
 
 NO_LIMITS = KeyLimits()
 POLL_S = 0.02
-EXPIRE_EVERY_S = 5.0
+TIDY_EVERY_S = 5.0
 LONG_ANSWER_TOKENS, SHORT_BODY_BYTES, JOINED_BYTES = 2000, 2048, 16 << 10
 STATIC = Path(__file__).parents[1] / "page"
 PAGE_HEADERS = {
@@ -660,19 +661,20 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        expiring = asyncio.create_task(self._expire_updates())
+        tidying = asyncio.create_task(self._tidy())
         if self.canary is not None and self._canary_every_s is not None:
             self.canary.start(self._canary_every_s)
         yield
-        expiring.cancel()
+        tidying.cancel()
         if self.canary is not None:
             self.canary.stop()
         await run_in_threadpool(self.service.core.stop)
 
-    async def _expire_updates(self) -> None:
+    async def _tidy(self) -> None:
         while True:
-            await asyncio.sleep(EXPIRE_EVERY_S)
+            await asyncio.sleep(TIDY_EVERY_S)
             await run_in_threadpool(self.updates.expire)
+            await run_in_threadpool(give_back)
 
 
 def _file(name: str) -> Handler:

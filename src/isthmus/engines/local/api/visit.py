@@ -30,6 +30,7 @@ class Visit:
         self.id = id or secrets.token_hex(16)
         self.began = began or time.monotonic()
         self.status, self.error, self.refusal = 499, None, None
+        self.stream = False
         self.prompts: list[list[int]] = []
         self.n = 1
         self.samples: list[Finished] = []
@@ -56,10 +57,6 @@ class Visit:
         return self.expected - len(self.samples)
 
     @property
-    def stream(self) -> bool:
-        return self.request.stream if self.request else False
-
-    @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
@@ -84,7 +81,7 @@ class Visit:
 
     def submitted(self, request: Request | None) -> None:
         """The core is given the samples of this request; None if it has not taken them."""
-        self.request = request
+        self.request, self.stream = request, request is not None and request.stream
 
     def tell(self, event: Token | Finished) -> None:
         """What the core says about a sample. Called from the engine's thread."""
@@ -109,7 +106,9 @@ class Visit:
             self._tell_end()
 
     def _tell_end(self) -> None:
+        """The request, which may hold much, is let go."""
         assert self._on_end is not None
+        self.request = None
         self._on_end(self)
 
 
