@@ -150,10 +150,8 @@ def test_a_tampered_bundle_is_not_served(finished, tmp_path):
     assert result.returncode == 1 and "does not match its hash" in result.stderr
 
 
-def test_a_gate_that_refuses_seals_nothing_and_exits_1(finished, tmp_path):
-    copy = tmp_path / "run"
+def test_a_gate_that_refuses_seals_nothing_and_exits_1(tmp_path):
     folder = tmp_path / "strict"
-    shutil.copytree(finished[0], copy)
     result = isthmus("run", RECIPE, "--run", folder, *settings(handoff__max_mean_kl=1e-12, sft__steps=6, rl__steps=1))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "kl" in (result.stdout + result.stderr).lower()

@@ -103,6 +103,7 @@ def test_pretraining_comes_first_and_learns(uninterrupted):
     assert all(event["tokens"] == 7 * 48 for event in seen.values())
 
 
+@pytest.mark.long
 def test_a_killed_pretraining_ends_in_the_same_bytes(uninterrupted, killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)

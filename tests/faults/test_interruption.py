@@ -82,7 +82,10 @@ def final_weights(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize(
     ("before_it", "after_it", "name", "step", "damaged"),
-    [("planned", "taught", TAUGHT, 40, False), ("taught", "reinforced", REINFORCED, 7, True)],
+    [
+        pytest.param("planned", "taught", TAUGHT, 40, False, marks=pytest.mark.long),
+        ("taught", "reinforced", REINFORCED, 7, True),
+    ],
 )
 def test_kill_9_continues_to_the_same_weights(request, tmp_path, before_it, after_it, name, step, damaged):
     """From the newest checkpoint, or, if that is damaged, from the one before."""

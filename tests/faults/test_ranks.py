@@ -59,6 +59,7 @@ def test_two_ranks_begin_as_one(uninterrupted, tmp_path):
         assert ours_of_step["expert_load"] == theirs_of_step["expert_load"]
 
 
+@pytest.mark.long
 def test_whatever_ends_it_the_same_command_goes_on_to_the_same_bytes(uninterrupted, tmp_path):
     """A rank that is killed, and Ctrl-C. The manifest holds the hashes of all tensors and the random state."""
     folder = planned(tmp_path / "run", pools__home__ranks=2, train__expert=2, supervise__restarts=0)

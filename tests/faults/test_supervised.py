@@ -47,6 +47,7 @@ def wait_for(run: RunFolder, step: str, update: int, process: subprocess.Popen[s
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_killed_rank_of_a_pool_that_is_given_up_leads_to_the_next_pool(tmp_path):
     run = with_spare(tmp_path / "run", pools__home__ranks=2, supervise__restarts=0, supervise__shrinks=0)
     process = started(run, TAUGHT)
@@ -94,7 +95,8 @@ def test_a_person_is_asked_before_a_move_and_the_next_command_is_the_answer(tmp_
     assert [event["step"] for event in run.events(TAUGHT, "step")] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_reinforcement_learning_leaves_when_asked_and_moves_when_its_pool_is_given_up(tmp_path, ranks):
     """SIGTERM after update 3 saves a checkpoint of update 3 or later; going on, its process is killed with -9.
 

@@ -157,6 +157,7 @@ def test_the_readme_tells_what_fails_how_often_and_what_was_done(packed: Packed)
     assert expected["ranks"] == 3 and expected["manner"]["state"] == "wrong"
 
 
+@pytest.mark.long
 def test_a_list_of_operators_becomes_the_one_that_fails(tmp_path: Path):
     calls = [{"operator": name, "shapes": [[32, 96], [96, 64]]} for name in ("good", "bad", "other")]
     folder = keep(tmp_path / "02-products", "products", {"calls": calls, "seed": 1}, ranks=2)
@@ -168,7 +169,7 @@ def test_a_list_of_operators_becomes_the_one_that_fails(tmp_path: Path):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("crash", "killed by signal 9"),
+        pytest.param("crash", "killed by signal 9", marks=pytest.mark.long),
         ("raise", "RuntimeError"),
         pytest.param("hang", "a hang", marks=pytest.mark.long),
     ],

@@ -268,6 +268,7 @@ def test_a_pool_that_no_stage_is_placed_on_is_refused_by_name(tmp_path: Path):
         qualify.execute(small_run(tmp_path), QUIET, pools=["hom"])
 
 
+@pytest.mark.long
 def test_an_engine_that_does_not_start_costs_the_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
     record = qualify.qualify_pool(small_run(tmp_path, *AT_HOME), "home", QUIET)

@@ -163,6 +163,7 @@ def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monk
     assert all(alarm["gap_after_snapshot"] == pytest.approx(0.2, abs=1e-3) for alarm in alarms)
 
 
+@pytest.mark.long
 def test_a_check_now_and_then_and_none(tmp_path):
     steps, _ = learn(tmp_path / "some", **{"rl.parity_every": 2, "rl.steps": 2})
     assert ["parity_gap" in step for step in steps] == [False, True]

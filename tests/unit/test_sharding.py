@@ -119,10 +119,10 @@ def assert_same_training(found: Seen, expected: Seen, tolerance: float = 1e-5) -
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (2, {"expert": 2}),
-        (4, {"rows_per_microbatch": 1}),
+        pytest.param(2, {"expert": 2}, marks=pytest.mark.long),
+        pytest.param(4, {"rows_per_microbatch": 1}, marks=pytest.mark.long),
         (4, {"expert": 2, "activation_checkpointing": True}),
-        (4, {"replicate": 2, "expert": 2}),
+        pytest.param(4, {"replicate": 2, "expert": 2}, marks=pytest.mark.long),
     ],
     ids=["experts", "sharded", "sharded-experts", "replicated"],
 )
@@ -138,7 +138,7 @@ def test_the_curve_of_several_ranks_is_that_of_one(single, world, options):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "qwen3_moe", "qwen3_moe with a dense layer"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_every_family_trains_on_two_ranks_as_on_one(name: str, precision: str):
     """Norms of heads, windows, and experts without a balancing bias, which are spread over the ranks."""
     family = FAMILIES[name]

@@ -194,6 +194,7 @@ def sharded_step(rank: int, world: int, options: dict[str, int]) -> list[tuple[s
     return [(one.kind, one.ranks, one.sent) for one in traffic.collectives if one not in small]
 
 
+@pytest.mark.long
 def test_the_collectives_of_a_layout_are_those_that_fsdp2_issues():
     """What a rank of a real world sends, by kind and size of group; the real router decides what goes to whom."""
     for options, found in zip(LAYOUTS, in_world(WORLD, sharded_steps)[0], strict=True):

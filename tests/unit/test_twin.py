@@ -136,6 +136,7 @@ def test_state_is_recorded_before_the_first_step_and_as_often_as_asked(recorded:
     assert states[0]["squares"]["parameters"]["0"] == pytest.approx(embedding.square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_is_its_twin_and_one_that_lost_its_moments_is_not(recorded: Path, tmp_path: Path):
     for name in ("plain", "moments"):
         checkpoint, out = tmp_path / f"{name}.pt", tmp_path / name

@@ -35,8 +35,7 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq
-from scipy.special import stdtrit
-from scipy.stats import binom
+from scipy.special import bdtrc, stdtrit
 from torch import Tensor
 
 from isthmus.model.model import Model
@@ -199,7 +198,7 @@ def most_flips(of_twins: int, count: int, tokens: int, alpha: float = ALPHA) -> 
     """
     share = 1 / (count + 1)
     for flips in range(tokens):
-        if binom.sf(flips, of_twins + flips + 1, share) < alpha:
+        if bdtrc(flips, of_twins + flips + 1, share) < alpha:
             return flips
     return tokens
 
