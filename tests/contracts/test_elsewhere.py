@@ -193,30 +193,51 @@ def test_a_fleet_of_only_such_vllms_serves_nothing(bundle, stack, tmp_path):
             fleet.update(payload, version, digest(payload))
 
 
-def test_a_pool_with_an_engine_that_takes_no_weights_does_not_qualify(bundle, stack, tmp_path, monkeypatch):
+@pytest.fixture
+def piloted(bundle, tmp_path, monkeypatch):
+    """Lets the engines of a pool be examined for a recipe; what they are refused for, if nothing was found of them."""
+    monkeypatch.setattr(pilots, "PILOT_SAMPLES", (8, 16))
+    monkeypatch.setattr(pilots, "PILOT_TOKENS", 4)
+    monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
+    monkeypatch.setattr(pilots, "open_fleet", lambda pool, _, *more, **told: open_fleet(pool, bundle, *more, **told))
+    model = thinking_model(small_tokenizer(), 1)
+
+    def examine(pool, *changes) -> str:
+        recipe = load_recipe(RECIPE, (f"step.{REINFORCED}.rollout_format=bf16", *changes))
+        work = SimpleNamespace(
+            model=model,
+            recipe=recipe.model_copy(update={"model": model.architecture}),
+            tokenizer=None,
+            prompts=lambda count: PROMPTS[:count],
+        )
+        found = Findings(Setting(recipe, pool, get_chip(pool.chip), None, "cpu", tmp_path, tmp_path))
+        run = SimpleNamespace(path=tmp_path, event=lambda *_, **__: None)
+        with pytest.raises(EngineError) as refused:
+            pilots.elsewhere(found, work, run)
+        assert not found.evidence
+        return str(refused.value)
+
+    return examine
+
+
+def test_a_pool_with_an_engine_that_takes_no_weights_does_not_qualify(bundle, stack, tmp_path, piloted):
     """The other one does, and could go on alone."""
     servers = [stack.enter_context(serving(FakeVllm(bundle))) for _ in range(2)]
     servers[1].reload_factor = 1.5
     (tmp_path / "exchange").mkdir()
-    pool = pool_of([server.url for server in servers], exchange=tmp_path / "exchange")
-    model = thinking_model(small_tokenizer(), 1)
-    monkeypatch.setattr(pilots, "PILOT_SAMPLES", (8, 16))
-    monkeypatch.setattr(pilots, "PILOT_TOKENS", 4)
-    monkeypatch.setattr(pilots, "write_bundle", lambda *_: None)
-    monkeypatch.setattr(pilots, "open_fleet", lambda pool, _, *more: open_fleet(pool, bundle, *more))
-    recipe = load_recipe(RECIPE, (f"step.{REINFORCED}.rollout_format=bf16",))
-    work = SimpleNamespace(
-        model=model,
-        recipe=recipe.model_copy(update={"model": model.architecture}),
-        tokenizer=None,
-        prompts=lambda count: PROMPTS[:count],
-    )
-    found = Findings(Setting(recipe, pool, get_chip(pool.chip), None, "cpu", tmp_path, tmp_path))
-    run = SimpleNamespace(path=tmp_path, event=lambda *_, **__: None)
-    with pytest.raises(EngineError, match="changes what vLLM") as refused:
-        pilots.elsewhere(found, work, run)
-    assert servers[1].url in str(refused.value) and "vllm serve" in str(refused.value)
-    assert not found.evidence
+    refused = piloted(pool_of([server.url for server in servers], exchange=tmp_path / "exchange"))
+    assert "changes what vLLM" in refused and servers[1].url in refused and "vllm serve" in refused
+
+
+def test_an_engine_that_cannot_tell_what_a_step_learns_from_does_not_qualify(bundle, stack, tmp_path, piloted):
+    server = stack.enter_context(serving(FakeVllm(bundle)))
+    (tmp_path / "exchange").mkdir()
+    pool = pool_of([server.url], exchange=tmp_path / "exchange")
+    refused = piloted(pool, f"step.{REINFORCED}.loss.router_replay=true")
+    assert f"step.{REINFORCED}.loss.router_replay" in refused and server.url in refused
+    assert "--admin --record-routes" in refused and "vllm serve" not in refused
+    refused = piloted(pool, f"step.{REINFORCED}.top_k=5", f"step.{REINFORCED}.loss.keep_sampling_mask=true")
+    assert f"step.{REINFORCED}.loss.keep_sampling_mask" in refused and server.url in refused
 
 
 def _away(url):
@@ -255,7 +276,6 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ([f"step.{REINFORCED}.loss.router_replay=true"], "write loss.router_replay = false"),
         ([f"evaluation.after=['{TAUGHT}']", "evaluation.format=bf16"], "write the same format in each"),
         ([f"evaluation.after=['{TAUGHT}']"], None),
     ],

@@ -143,7 +143,9 @@ def test_the_experts_of_tokens_come_with_a_completion(port, client, service):
     core.start()
     with live(Server(replace(service, core=core))) as other:
         engine = HttpEngine(f"http://127.0.0.1:{other}")
+        assert engine.cannot_tell_routes == []
         first, second = engine.generate([[5, 6, 7], [9]], Sampling(4, seed=2, routes=True))
+    assert HttpEngine(f"http://127.0.0.1:{port}").cannot_tell_routes
     for prompt, (one,) in (([5, 6, 7], first), ([9], second)):
         trace = Trace()
         service.core.runner.model.hidden(torch.tensor([prompt + one.tokens]), trace=trace)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from isthmus.algos import algorithm_config
 from isthmus.data.corpus import Document
 from isthmus.engines import Completion, EngineError, Routes, Sampling
+from isthmus.engines.elsewhere import check_telling
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.openai import OpenAi
@@ -156,5 +157,7 @@ def test_what_cannot_be_replayed_is_refused(monkeypatch):
     algorithm_config(section, tiny_architecture())
     engine = HttpEngine("http://127.0.0.1:9")
     monkeypatch.setattr("isthmus.engines.remote.recognise", lambda *_: OpenAi(None, "m"))
-    with pytest.raises(EngineError, match=r"not asked for the experts.*loss.router_replay = false"):
+    with pytest.raises(EngineError, match=r"cannot tell the experts.*--record-routes"):
         engine.generate([[1]], Sampling(1, routes=True))
+    with pytest.raises(EngineError, match=r"step.all.loss.router_replay .*127.0.0.1:9 cannot tell"):
+        check_telling("all", section.loss, engine)

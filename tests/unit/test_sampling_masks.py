@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from isthmus.data.corpus import Document
 from isthmus.engines import Completion, EngineError, Sampling
+from isthmus.engines.elsewhere import check_telling
 from isthmus.engines.kept import Kept, KeptSet
 from isthmus.engines.local.core.core import Core
 from isthmus.engines.local.core.sampler import draw, kept_sets
@@ -21,10 +22,9 @@ from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.openai import OpenAi
 from isthmus.model.model import Model
 from isthmus.recipe.schema import EngineOptions
-from isthmus.recipe.steps import OptimizerSection, RlSection
+from isthmus.recipe.steps import LossSection, OptimizerSection, RlSection
 from isthmus.rewards import Scores
 from isthmus.stages.steps.rl.rollout import Rollout
-from isthmus.stages.steps.rl.rollouts import check_masks
 from isthmus.stages.steps.rl.samples import Samples
 from isthmus.trainer.batch import pack
 from isthmus.trainer.step import target_logprobs
@@ -135,7 +135,7 @@ def test_engines_that_cannot_tell_are_refused_by_name(monkeypatch):
     with pytest.raises(EngineError, match=r"OpenAI's API .*at http://127.0.0.1:9 is not asked to leave"):
         engine.generate([[1]], Sampling(1, top_k=3))
     with pytest.raises(EngineError, match=r"step.zero.loss.keep_sampling_mask .*127.0.0.1:9 cannot be asked"):
-        check_masks("zero", engine)
+        check_telling("zero", LossSection(keep_sampling_mask=True), engine)
 
 
 # --- the learner -----------------------------------------------------------------------------------------------------

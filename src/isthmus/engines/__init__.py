@@ -120,6 +120,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def cannot_tell_routes(self) -> list[str]:
+        """The servers behind it that cannot tell the experts of a token; none if all can."""
+        ...
+
+    @property
     def takes_deltas(self) -> bool:
         """Whether `update_delta` works with this engine."""
         ...

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.chips import get_chip, vendor_of
-from isthmus.engines import EngineError
+from isthmus.engines import Engine, EngineError
 from isthmus.engines.fleet import Fleet
 from isthmus.engines.remote import HttpEngine
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import CONFIG
 from isthmus.pools import Pool
+from isthmus.recipe.steps import LossSection
 from isthmus.run import new_folder
 
 START_WAIT_S = 10.0
@@ -34,11 +35,12 @@ PLUG_IN = (
 )
 
 
-def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None]) -> Fleet:
+def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None], *, routes: bool = False) -> Fleet:
     """The engines of a pool elsewhere, which serve weights of their own until some are brought.
 
     `bundle` has the model that they must serve, in the format `form`. Raises EngineError if one of them cannot take
-    part, with the commands that start one that can; IsthmusError for a key or an exchange folder that is not there.
+    part, with the commands that start one that can, which tells the experts of tokens if `routes` is set; IsthmusError
+    for a key or an exchange folder that is not there.
     """
     key, served = _key_of(pool), _bundle_to_serve(pool, bundle)
     engines = [_engine(pool, url, key, number) for number, url in enumerate(pool.engines)]
@@ -48,23 +50,39 @@ def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None]) -
         for engine in engines:
             engine.check_exchange(form)
     except EngineError as error:
-        raise unfit(pool, error, served) from None
+        raise unfit(pool, error, served, routes=routes) from None
     tell("engines", engines=[f"{engine.url}: {engine.server}" for engine in engines])
     return fleet
 
 
-def unfit(pool: Pool, error: EngineError, bundle: Path) -> EngineError:
+def check_telling(step: str, loss: LossSection, engine: Engine) -> None:
+    """Raise EngineError if an engine cannot tell what the loss of a step wants to know of its samples."""
+    if loss.router_replay and (names := engine.cannot_tell_routes):
+        raise EngineError(
+            f"step.{step}.loss.router_replay wants to know the experts of each token, which {' and '.join(names)} "
+            "cannot tell; generate with engines of isthmus that were started with --record-routes, or write "
+            "loss.router_replay = false"
+        )
+    if loss.keep_sampling_mask and (names := engine.cannot_tell_kept):
+        raise EngineError(
+            f"step.{step}.loss.keep_sampling_mask wants to know the tokens that each draw was made among, for which "
+            f"{' and '.join(names)} cannot be asked; generate with engines of isthmus, or sample from the whole "
+            "distribution: leave out top_p, top_k, min_p and loss.keep_sampling_mask"
+        )
+
+
+def unfit(pool: Pool, error: EngineError, bundle: Path, *, routes: bool = False) -> EngineError:
     """What an engine of the pool lacks, with how one is started that does not, on a bundle of the right kind."""
-    return EngineError(f"the pool {pool.name!r} cannot generate: {error}\n{how_to_start(pool, bundle)}")
+    return EngineError(f"the pool {pool.name!r} cannot generate: {error}\n{how_to_start(pool, bundle, routes=routes)}")
 
 
-def how_to_start(pool: Pool, bundle: Path) -> str:
-    """The commands for the engines that a chip has, a line each."""
+def how_to_start(pool: Pool, bundle: Path, *, routes: bool = False) -> str:
+    """The commands for the engines that a chip has, a line each; with `routes` of those that tell experts."""
     key = pool.api_key_file or Path("KEY_FILE")
-    makes = [*(name for name in get_chip(pool.chip).engines or () if name != "local"), "local"]
-    own = vendor_of(pool.chip).serving
+    makes = [] if routes else [name for name in get_chip(pool.chip).engines or () if name != "local"]
+    own = {**vendor_of(pool.chip).serving, **({"local": "--record-routes"} if routes else {})}
     lines = [f"Start one of these on {pool.name} ({pool.chip}), for each of its URLs with the port of that URL:"]
-    for name in makes:
+    for name in [*makes, "local"]:
         command = COMMANDS.get(name) or COMMANDS.get(name.partition("-")[0])
         if command is not None:
             filled = command.format(bundle=shlex.quote(str(bundle)), port="PORT", key=shlex.quote(str(key)))

@@ -135,6 +135,10 @@ class Fleet:
         return [name for member in self.members for name in member.engine.cannot_tell_kept]
 
     @property
+    def cannot_tell_routes(self) -> list[str]:
+        return [name for member in self.members for name in member.engine.cannot_tell_routes]
+
+    @property
     def takes_deltas(self) -> bool:
         return all(member.engine.takes_deltas for member in self.members)
 

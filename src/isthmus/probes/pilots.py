@@ -17,7 +17,7 @@ from torch import Tensor
 from isthmus.chips import Chip, get_chip
 from isthmus.chips.rehearse import Profile, can_rehearse, profile_of
 from isthmus.engines import Engine, EngineError, Sampling
-from isthmus.engines.elsewhere import open_fleet, unfit
+from isthmus.engines.elsewhere import check_telling, open_fleet, unfit
 from isthmus.engines.local import LocalEngine
 from isthmus.forecast.count import count_parameters
 from isthmus.formats import get_format
@@ -32,6 +32,7 @@ from isthmus.probes.static.weights import Placed, placed
 from isthmus.probes.workload import Workload
 from isthmus.recipe.practice import generating, rollout_formats
 from isthmus.recipe.schema import Recipe
+from isthmus.recipe.steps import RlSection
 from isthmus.records import Outcome
 from isthmus.run import Figure, RunFolder
 
@@ -262,15 +263,19 @@ def elsewhere(found: Findings, work: Workload, run: RunFolder) -> None:
         lost.extend([f"{facts['what']}: {facts['why']}"] if name == "fallback" else [])
 
     began = time.perf_counter()
-    fleet = open_fleet(found.pool, folder, form, tell)
+    learning = [step for step in found.recipe.step if isinstance(step, RlSection)]
+    routes = any(step.loss.router_replay for step in learning)
+    fleet = open_fleet(found.pool, folder, form, tell, routes=routes)
     start = time.perf_counter() - began
     source = f"{len(fleet.members)} engines of {found.pool.name}, in {form}"
     try:
+        for step in learning:
+            check_telling(step.name, step.loss, fleet)
         paces = _paces_of(fleet, found, work, form, start, source)
     except EngineError as error:
-        raise unfit(found.pool, error, folder) from None
+        raise unfit(found.pool, error, folder, routes=routes) from None
     if lost:
-        raise unfit(found.pool, EngineError("; ".join(lost)), folder)
+        raise unfit(found.pool, EngineError("; ".join(lost)), folder, routes=routes)
     found.figures |= paces
     detail = f"{', '.join(member.engine.server for member in fleet.members)}: took weights in {form}, and answered"
     found.add("pilot of the engines", "software", "serving", "pass", detail, len(PILOT_SAMPLES), paces)

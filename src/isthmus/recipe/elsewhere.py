@@ -10,11 +10,6 @@ def elsewhere_problem(recipe: Recipe) -> str | None:
     """Why the steps of a recipe cannot generate with engines elsewhere, and what to write instead; None if they can."""
     forms: dict[str, str] = {}
     for step in recipe.step:
-        if isinstance(step, RlSection) and step.loss.router_replay:
-            return (
-                f"step.{step.name} replays the experts of its samples, which engines elsewhere are not asked for; "
-                "write loss.router_replay = false, or name a pool that is here"
-            )
         own = step.rollout_format if isinstance(step, RlSection | SampleSection) else None
         answers = step.name in recipe.evaluation.after
         if (own or answers) and recipe.architecture_of(step) != recipe.model:

@@ -61,10 +61,10 @@ class HttpEngine:
         """One list of `sampling.n` completions per prompt, in order. `seeds` gives each prompt its own seed."""
         if not prompts:
             return []
-        if sampling.routes and not isinstance(self._server, Isthmus):
+        if sampling.routes and (names := self.cannot_tell_routes):
             raise EngineError(
-                f"{self.server} at {self.url} is not asked for the experts of its tokens, which router replay needs: "
-                "set loss.router_replay = false in the step, or generate with an engine of isthmus"
+                f"{names[0]} cannot tell the experts of its tokens, which router replay needs: set loss.router_replay "
+                "= false in the step, or generate with an engine of isthmus that was started with --record-routes"
             )
         if (sampling.cuts or sampling.kept) and (names := self.cannot_tell_kept):
             raise EngineError(
@@ -89,6 +89,12 @@ class HttpEngine:
     def cannot_tell_kept(self) -> list[str]:
         """Its name and address, unless it is ours: others are not asked for the tokens that their draws kept."""
         return [] if isinstance(self._server, Isthmus) else [f"{self.server} at {self.url}"]
+
+    @property
+    def cannot_tell_routes(self) -> list[str]:
+        """Its name and address, unless it is ours and notes them: others are not asked for the experts of a token."""
+        told = isinstance(self._server, Isthmus) and self._server.tells_routes
+        return [] if told else [f"{self.server} at {self.url}"]
 
     @property
     def takes_deltas(self) -> bool:

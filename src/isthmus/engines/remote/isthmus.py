@@ -32,6 +32,7 @@ class Isthmus:
         self._transport = transport
         self._model = model_id(health.get("model"), transport)
         self.bits: str | None = health.get("bits")
+        self.tells_routes = bool(health.get("records_routes"))
         self.weights = Weights(int(health.get("weight_version", 0)))
         self._again: tuple[bytes, int, str] | None = None
 

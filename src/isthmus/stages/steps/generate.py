@@ -16,7 +16,7 @@ from isthmus.engines.elsewhere import open_fleet
 from isthmus.engines.fleet import Fleet
 from isthmus.engines.local import LocalEngine, report_kernels
 from isthmus.engines.local.core.options import DEFAULT_OPTIONS
-from isthmus.errors import EnginesLost, IsthmusError
+from isthmus.errors import EnginesLost
 from isthmus.formats import get_format
 from isthmus.formats.files.bundle import write_bundle
 from isthmus.formats.updates.wire import digest, pack
@@ -66,12 +66,7 @@ def engine_on(
     """An engine on a pool that has read a bundle, or the engines there, which have weights of their own until some are
     brought. Raises EngineError if it cannot be had."""
     if pool.elsewhere:
-        if options.record_routes:
-            raise IsthmusError(
-                f"step.{work.name} replays the experts of its samples, which engines elsewhere ({pool.name}) are not "
-                "asked for; write loss.router_replay = false, or roll out on a pool that is here"
-            )
-        yield open_fleet(pool, bundle, form, work.event)
+        yield open_fleet(pool, bundle, form, work.event, routes=options.record_routes)
         return
     if pool.nodes is not None:
         with _on_nodes(work, bundle, pool, threads, options) as fleet:

@@ -340,6 +340,7 @@ class Server:
             "rehearsal": self._rehearsal(),
             "kernels": core.kernels,
             "bits": core.bits,
+            "records_routes": core.records_routes,
             "weight_version": core.version,
             "max_model_len": core.length,
             "thinks": self.service.thinks,

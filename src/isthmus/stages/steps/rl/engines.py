@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from isthmus.engines import CannotFollow, Completion, Engine, EngineError, OtherBase, Sampling
 from isthmus.engines.account import Account
+from isthmus.engines.elsewhere import check_telling
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.member import HEALTH_S, LOOK_S
 from isthmus.engines.remote.transport import Refused
@@ -27,7 +28,6 @@ from isthmus.recipe.schema import EngineOptions
 from isthmus.recipe.steps import RlSection
 from isthmus.records import IncidentRecord, TrainPlace, rollout_pool
 from isthmus.stages.steps.generate import engine_on
-from isthmus.stages.steps.rl.rollouts import check_masks
 from isthmus.stages.steps.step import StepRun
 from isthmus.supervise import incidents
 from isthmus.supervise.ladder import decide
@@ -147,6 +147,10 @@ class Engines:
     def cannot_tell_kept(self) -> list[str]:
         return self._current()[0].cannot_tell_kept
 
+    @property
+    def cannot_tell_routes(self) -> list[str]:
+        return self._current()[0].cannot_tell_routes
+
     def _current(self) -> tuple[Engine, int]:
         with self._lock:
             if self._ended_by is not None:
@@ -239,8 +243,8 @@ class Engines:
         threads = pool.shared_threads if section.staleness else pool.threads
         opening = engine_on(self.work, self.bundle, section.rollout_format, pool, threads, self.options)
         engine = self._open.enter_context(opening)
-        if self._number and section.loss.keep_sampling_mask:
-            check_masks(self.work.name, engine)
+        if self._number:
+            check_telling(self.work.name, section.loss, engine)
         self.bring(engine)
         self.engine = engine
         self._number += 1

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from isthmus.chips import device_of
+from isthmus.engines.elsewhere import check_telling
 from isthmus.errors import TooSlow
 from isthmus.launch.beats import beat
 from isthmus.launch.local import run_ranks
@@ -40,7 +41,7 @@ from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS, Crossing, DriftAlarm
 from isthmus.stages.steps.rl.engines import Engines, Placed
 from isthmus.stages.steps.rl.evaluation import Comparison, evaluate
 from isthmus.stages.steps.rl.learner import Learner
-from isthmus.stages.steps.rl.rollouts import Replay, Rollouts, check_masks
+from isthmus.stages.steps.rl.rollouts import Replay, Rollouts
 from isthmus.stages.steps.rl.state import State
 from isthmus.stages.steps.step import StepRun
 from isthmus.supervise.gate import COUNT
@@ -230,8 +231,7 @@ def open_shores(
         Engines(work, plan, bundle, options, watch, lambda: (state.step + 1, state.saved_at or 0)).opened() as engine,
         ThreadPoolExecutor(max_workers=1) as background,
     ):
-        if section.loss.keep_sampling_mask:
-            check_masks(work.name, engine)
+        check_telling(work.name, section.loss, engine)
         rollouts = Rollouts(work, tasks, tokenizer, rewards, engine, background, lambda: engine.pool.name)
         crossing = Crossing(state, engine, rollouts.prompts(some_problems(tasks, SPOT_PROMPTS)), watch.say)
         work.event("crossing", weight_version=state.step, **crossing.send())

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from isthmus.algos import algorithm_config
 from isthmus.data.corpus import completion_of, prompt_ids
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.engines import Completion, Engine, EngineError, Sampling
+from isthmus.engines import Completion, Engine, Sampling
 from isthmus.errors import DamagedFile
 from isthmus.recipe.steps import RlSection
 from isthmus.rewards import Rewards, Sample
@@ -72,16 +72,6 @@ def sampling_of(section: RlSection) -> Sampling:
         min_p=section.min_p,
         kept=section.loss.keep_sampling_mask,
     )
-
-
-def check_masks(step: str, engine: Engine) -> None:
-    """Raise EngineError if the engine cannot tell the tokens that its draws kept."""
-    if names := engine.cannot_tell_kept:
-        raise EngineError(
-            f"step.{step}.loss.keep_sampling_mask wants to know the tokens that each draw was made among, for which "
-            f"{' and '.join(names)} cannot be asked; generate with engines of isthmus, or sample from the whole "
-            "distribution: leave out top_p, top_k, min_p and loss.keep_sampling_mask"
-        )
 
 
 @dataclass
