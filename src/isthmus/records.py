@@ -219,7 +219,7 @@ class Candidate(Part):
     """A pair of pools that all steps could run on, and what they would take; unknown where the forecast is.
 
     `why`: what stands against it, or by how much it lost; of the chosen one why nothing is known of it, if so. `shares`
-    of the chip-hours are by the vendor of the chips.
+    of the chip-hours are by the vendor of the chips. `keeps_aim`: the pair is known to break no limit of [aim].
     """
 
     train: str
@@ -229,6 +229,7 @@ class Candidate(Part):
     cost: Figure
     shares: dict[str, float] = {}
     chosen: bool
+    keeps_aim: bool = True
     why: str
 
 

@@ -581,6 +581,8 @@ def test_the_choice_is_the_one_that_was_worked_out_by_hand(aim: dict[str, object
     pairs = chosen_by(AimSection.model_validate(aim))
     assert [(one.train, one.rollout) for one in pairs if one.chosen] == [pair]
     assert [bool(one.why) for one in pairs] == [not one.chosen for one in pairs], "what lost says by what"
+    kept = [one.keeps_aim for one in pairs]
+    assert all(kept) if aim.keys() <= {"choose"} else not all(kept)
 
 
 def test_what_is_chosen_has_its_numbers():

@@ -16,8 +16,17 @@ from isthmus.forecast.goodput import FailureRate
 from isthmus.launch.beats import Beat
 from isthmus.progress import Watch
 from isthmus.recipe.supervise import SuperviseSection
-from isthmus.records import IncidentRecord, Placement, PlanRecord, Rejection, RevertVerdict, TrainPlace, incidents
-from isthmus.run import RunFolder
+from isthmus.records import (
+    Candidate,
+    IncidentRecord,
+    Placement,
+    PlanRecord,
+    Rejection,
+    RevertVerdict,
+    TrainPlace,
+    incidents,
+)
+from isthmus.run import Figure, RunFolder
 from isthmus.supervise import gate
 from isthmus.supervise.balance import Pace, Pool, weigh
 from isthmus.supervise.gate import Band, Bands, Repeated, Restored, Seen, judge
@@ -404,6 +413,32 @@ def test_a_person_can_be_asked_before_a_move(run):
     with pytest.raises(GateRefused, match=r"isthmus run .* --revert") as asked:
         supervised(run, [dead()])
     assert asked.value.exit_code == 1 and place_of(run, STEP).pool == "home"
+    assert supervised(run, [None], agreed=True)[0][0] == "away"
+
+
+@pytest.mark.parametrize(("keeps_aim", "rollout"), [(False, "home"), (True, "home"), (False, "away")])
+def test_a_person_is_asked_before_a_move_that_may_break_a_limit_of_the_aim(run, keeps_aim, rollout):
+    """By the plan's forecast of the pair of pools that would be at work then, and of no other."""
+    with_pools(run, "away")
+    run.recipe = run.recipe.model_copy(update={"supervise": SuperviseSection(restarts=0)})
+    unknown = Figure(value=None, unit="h", kind="forecast", source="a test")
+    pair = Candidate(
+        train="away",
+        rollout=rollout,
+        hours=unknown,
+        chip_hours=unknown,
+        cost=unknown,
+        chosen=False,
+        keeps_aim=keeps_aim,
+        why="10% of the chip-hours are on chips of other, below aim.least of 50%",
+    )
+    plan = run.require_record("plan", PlanRecord, "plan")
+    run.write_record("plan", plan.model_copy(update={"candidates": [pair]}))
+    if keeps_aim or rollout != "home":
+        assert [pool for pool, _ in supervised(run, [dead(), None])] == ["home", "away"]
+        return
+    with pytest.raises(GateRefused, match=r"away and rollouts on home are not known to keep to \[aim\](?s:.*)--revert"):
+        supervised(run, [dead()])
     assert supervised(run, [None], agreed=True)[0][0] == "away"
 
 

@@ -35,7 +35,7 @@ class Pair:
     """Pools for all that trains and all that generates. Hours are None, with `why`, where the forecast knows none.
 
     `why` is otherwise what stands against it, or by what it lost; empty for the one that is chosen. `shares` of the
-    chip-hours are by vendor.
+    chip-hours are by vendor. `keeps_aim`: it is known to break no limit of the aim.
     """
 
     train: str
@@ -46,6 +46,7 @@ class Pair:
     shares: dict[str, float] = field(default_factory=dict)
     why: str = ""
     chosen: bool = False
+    keeps_aim: bool = True
 
 
 def choose(work: Work, outlook: Outlook, aim: Aim, objection: Objection, vendors: Mapping[str, str]) -> list[Pair]:
@@ -56,7 +57,9 @@ def choose(work: Work, outlook: Outlook, aim: Aim, objection: Objection, vendors
     """
     pairs = [_pair(work, outlook, one, other, vendors) for one, other in product(work.train, work.rollout)]
     objected = [_objected(pair, objection) for pair in pairs]
-    barred = [why or _broken(pair, aim) for pair, why in zip(pairs, objected, strict=True)]
+    broken = [_broken(pair, aim) for pair in pairs]
+    pairs = [replace(pair, keeps_aim=why is None) for pair, why in zip(pairs, broken, strict=True)]
+    barred = [why or limit for why, limit in zip(objected, broken, strict=True)]
     able = [pair for pair, why in zip(pairs, barred, strict=True) if why is None]
     if not able:
         raise GateRefused(_nowhere(pairs, barred))

@@ -119,6 +119,7 @@ def _candidate(pair: Pair, currency: str) -> Candidate:
         cost=figure_of(pair.cost, currency, source),
         shares=pair.shares,
         chosen=pair.chosen,
+        keeps_aim=pair.keeps_aim,
         why=pair.why,
     )
 

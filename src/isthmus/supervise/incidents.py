@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from isthmus.records import IncidentRecord, RevertVerdict, Side, TrainPlace
+from isthmus.records import IncidentRecord, PlanRecord, RevertVerdict, Side, TrainPlace, rollout_pool, train_place
 from isthmus.run import RunFolder, explain_io_errors, write_atomic
 from isthmus.supervise.ladder import Decision
 from isthmus.supervise.signals import Signal
@@ -82,8 +82,23 @@ def conclude(
     return ended
 
 
-def question(run: RunFolder, record: IncidentRecord) -> str:
-    """What a person is asked before a move."""
+def why_asked(run: RunFolder, record: IncidentRecord) -> str | None:
+    """Why a person has to decide about a move; None if nobody has to."""
+    if record.to_pool is None or record.to_pool == record.pool:
+        return None
+    if run.recipe.supervise.on_revert == "ask":
+        return '[supervise] on_revert = "ask" lets a person decide.'
+    plan = run.require_record("plan", PlanRecord, "plan")
+    train = train_place(run, record.step, lambda _: 1).pool
+    rollout = rollout_pool(run, record.step, plan.pool_of("rollout"))
+    there = (record.to_pool, rollout) if record.side == "train" else (train, record.to_pool)
+    if any((one.train, one.rollout) == there and not one.keeps_aim for one in plan.candidates):
+        return f"Training on {there[0]} and rollouts on {there[1]} are not known to keep to [aim], for the whole run."
+    return None
+
+
+def question(run: RunFolder, record: IncidentRecord, why: str) -> str:
+    """What a person is asked before a move, and why."""
     said = [f"  {name}: {figure}" for name, figure in record.figures.items()]
     what = f"step {record.step} had better move from pool {record.pool} to {record.to_pool}"
     if record.side == "rollout":
@@ -91,7 +106,7 @@ def question(run: RunFolder, record: IncidentRecord) -> str:
     lines = [
         f"{what}: {record.why}.",
         *said,
-        '[supervise] on_revert = "ask" lets a person decide.',
+        why,
         f"To move:  isthmus run {run.path} --revert",
         f"To stay:  isthmus run {run.path}",
     ]

@@ -34,7 +34,7 @@ from isthmus.progress import Watch
 from isthmus.records import IncidentRecord, RevertVerdict, TrainPlace, incidents, step_is_done, step_record
 from isthmus.run import RunFolder, explain_io_errors
 from isthmus.supervise import gate
-from isthmus.supervise.incidents import conclude, question, write
+from isthmus.supervise.incidents import conclude, question, why_asked, write
 from isthmus.supervise.ladder import Decision, Situation, decide
 from isthmus.supervise.signals import Signal, SignalKind, ended, no_beat, save_failed
 from isthmus.supervise.situation import place_of, situation
@@ -130,10 +130,10 @@ class Supervisor:
         return record
 
     def _carry_out(self, record: IncidentRecord, place: TrainPlace) -> None:
-        asks = record.rung in ASKED and self.run.recipe.supervise.on_revert == "ask"
-        if asks and not self.agreed:
+        why = why_asked(self.run, record)
+        if why is not None and not self.agreed:
             conclude(self.run, record, "asked")
-            raise GateRefused(question(self.run, record))
+            raise GateRefused(question(self.run, record, why))
         if record.wait_s:
             self.watch.say(
                 f"  waits {record.wait_s:,.0f} s for [bold]{place.pool}[/], and starts again; Ctrl-C ends it"

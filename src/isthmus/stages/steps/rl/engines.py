@@ -221,9 +221,10 @@ class Engines:
         """Do what was decided; the error of an engine that does not come up. Raises GateRefused to ask a person."""
         run = self.work.run
         moves = record.to_pool is not None
-        if moves and run.recipe.supervise.on_revert == "ask" and not self.work.agreed:
+        why = incidents.why_asked(run, record)
+        if why is not None and not self.work.agreed:
             incidents.conclude(run, record, "asked")
-            raise GateRefused(incidents.question(run, record))
+            raise GateRefused(incidents.question(run, record, why))
         try:
             self._start(get_pool(run.recipe, record.to_pool) if record.to_pool else self.pool)
         except IsthmusError as error:
