@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.engines import Completion, Sampling
+from isthmus.engines.account import Account
 from isthmus.errors import IsthmusError
+from isthmus.pools import Pool
 from isthmus.progress import Watch
 from isthmus.recipe.read import parse_recipe
 from isthmus.recipe.schema import Recipe
@@ -27,7 +29,7 @@ from isthmus.rewards import EachAlone, Rewards, Sample
 from isthmus.run import Figure, RunFolder
 from isthmus.stages import steps
 from isthmus.stages.steps import data, generate, repeat
-from isthmus.stages.steps.rl import loop
+from isthmus.stages.steps.rl import engines, loop
 from isthmus.supervise import gate
 from isthmus.supervise.guard import Computed, Guard
 from isthmus.supervise.supervisor import Supervisor
@@ -142,6 +144,8 @@ class DrawnEngine:
     bits: str | None = None
     takes_deltas = False
     vocabulary = 64
+    cannot_tell_kept: Sequence[str] = ()
+    cannot_tell_routes: Sequence[str] = ()
 
     def start(self, bundle_folder: Path) -> None: ...
 
@@ -159,6 +163,12 @@ class DrawnEngine:
 
     def update_delta(self, parts: Sequence[bytes], base_version: int, version: int, sha256: str) -> float:
         raise AssertionError("this engine takes no deltas")
+
+    def accounts(self) -> list[tuple[str, Account]]:
+        return []
+
+    def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
+        return [("drawn", self.generate(prompts, sampling))]
 
     def stop(self) -> None: ...
 
@@ -205,16 +215,16 @@ def in_one_process() -> Iterator[None]:
     def rewards(*_: Any) -> Iterator[Rewards]:
         yield Rewards({"accuracy": OddIsRight()}, {"accuracy": 1.0})
 
-    def alone(_stage: str, path: Path, options: dict[str, Any], _logs: Path) -> None:
+    def alone(_pool: Pool, _stage: str, path: Path, options: dict[str, Any], _ranks: int, _logs: Path) -> None:
         repeat.execute(RunFolder.open(path), QUIET, **options)
 
     with replaced(
         (data, "load_tasks", lambda _recipe: _tasks()),
         (loop, "tasks_of", lambda recipe, step: tasks_of(recipe, step, _tasks())),
-        (loop, "open_engine", engine),
+        (engines, "engine_on", engine),
         (generate, "open_engine", engine),
         (loop, "open_rewards", rewards),
-        (gate, "run_alone", alone),
+        (gate, "run_on", alone),
     ):
         yield
 
