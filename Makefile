@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.formats
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.deepseek_layer
 	$(BIN)/python -m benchmarks.deltas
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_gate
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_formats

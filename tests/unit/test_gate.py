@@ -158,7 +158,8 @@ def test_more_samples_of_one_kind_come_to_pass():
 
 
 def tokens(mean: float, interval, sequences: int = 8, top1: float = 1.0) -> TokenParity:
-    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0, sequences, torch.zeros(2, 80))
+    said = (torch.zeros(2, 80), torch.zeros(2, 80, dtype=torch.long))
+    return TokenParity(sequences, 80, mean, interval, mean, top1, 0, 0, 0.0, 0, 0, sequences, *said)
 
 
 def kl(found: TokenParity) -> Check:

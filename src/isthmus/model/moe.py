@@ -254,6 +254,15 @@ class Dispatch:
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), chosen).squeeze(1)
 
 
+@dataclass
+class Sent:
+    """Tokens on their way to the experts: `rows` [N, D] sorted by expert."""
+
+    routing: Routing
+    dispatch: Dispatch
+    rows: Tensor
+
+
 class MixtureOfExperts(nn.Module):
     """Routed experts, plus the shared expert where there is one.
 
@@ -276,17 +285,24 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x [B, T, D] or [T, D]. Returns the same shape, and what the router decided; `chosen` [..., K] as there."""
+        sent = self.send(x, chosen)
+        rows, counts = sent.rows, sent.dispatch.counts
+        outputs = self.exchange(self.experts, rows, counts) if self.exchange else self.experts(rows, counts)
+        return self.combine(x, sent, outputs)
+
+    def send(self, x: Tensor, chosen: Tensor | None = None) -> Sent:
+        """What `forward` does before the experts, with the same arguments."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens) if chosen is None else self.gate(tokens, chosen.reshape(-1, chosen.shape[-1]))
         dispatch = Dispatch.by_expert(routing.experts, self.num_experts)
-        rows = dispatch.scatter(tokens)
-        outputs = (
-            self.exchange(self.experts, rows, dispatch.counts) if self.exchange else self.experts(rows, dispatch.counts)
-        )
-        routed = dispatch.gather(outputs, routing.weights)
+        return Sent(routing, dispatch, dispatch.scatter(tokens))
+
+    def combine(self, x: Tensor, sent: Sent, outputs: Tensor) -> tuple[Tensor, Routing]:
+        """What `forward` does after the experts, whose outputs are [N, D]."""
+        routed = sent.dispatch.gather(outputs, sent.routing.weights)
         if self.shared_experts is not None:
-            routed = routed + self.shared_experts(tokens)
-        return routed.view_as(x), routing
+            routed = routed + self.shared_experts(x.reshape(-1, x.shape[-1]))
+        return routed.view_as(x), sent.routing
 
 
 class Exchange(Protocol):

@@ -3,11 +3,11 @@
 For the attention and the MLP of every layer, `golden/replay.safetensors` holds the input on golden prompts, rounded to
 bf16 so that every target gets the same numbers; what the exact emulator of the format makes of it; and by how much the
 trained weights would have made something else of it. `golden/replay.json` lists the prompts, and says what the format
-costs in nats on them; `golden/tokens.safetensors` holds the log-probabilities that the trained model and the emulator
-give their tokens. Who has the bundle can read the prompts: private ones must not be captured, and synthetic ones
-(random tokens) can take their place.
+costs in nats on them; `golden/tokens.safetensors` holds the log-probabilities that the trained model, the emulator and
+healthy twins of it give their tokens. Who has the bundle can read the prompts: private ones must not be captured, and
+synthetic ones (random tokens) can take their place.
 
-Shapes: B rows of T tokens, D hidden, N completion tokens of all golden sequences.
+Shapes: B rows of T tokens, D hidden, N completion tokens of all golden sequences, K twins.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ from isthmus.model.model import Model
 from isthmus.parity.blocks import Block, blocks_of, inputs_by_layer, run_block, same_experts
 from isthmus.parity.cost import FormatCost, measure_cost
 from isthmus.parity.manifest import add_file, move_file
-from isthmus.parity.tokens import GoldenSequence
+from isthmus.parity.target import DTYPES, stream_twin
+from isthmus.parity.tokens import GoldenSequence, TokenParity, Told
+from isthmus.parity.twins import GRANTED, SEED, Healthy, ask_twins
 
 FOLDER, TENSORS, LIST = "golden", "golden/replay.safetensors", "golden/replay.json"
 TOKENS = "golden/tokens.safetensors"
+FIRST, TWINS = "emulator.first", "twins."
+"""Names in it: the emulator's first choices, and the twins of an arithmetic."""
 BYTES_PER_VALUE = 2 + 4 + 2
 FEWEST_TOKENS, MOST_TOKENS = 8, 128
 """Tokens whose block inputs are kept. `benchmarks/gate.py` replays 96; more of them cost time and find nothing more."""
@@ -50,10 +54,12 @@ PRIVACY = "Whoever has this bundle can read these prompts and what follows them.
 @dataclass(frozen=True)
 class CaptureOptions:
     """`max_bytes` bounds the golden inputs and outputs, below what FREE_BYTES and SHARE_OF_WEIGHTS leave them;
-    `max_tokens` the length of a row. `origin` says where the prompts come from."""
+    `max_tokens` the length of a row. `origin` says where the prompts come from, `arithmetics` of which dtypes twins are
+    asked here, so that no verification has to."""
 
     max_bytes: int = 256 << 20
     max_tokens: int = 64
+    arithmetics: tuple[str, ...] = ("fp32",)
     origin: str = "not said"
     synthetic: bool = False
 
@@ -62,7 +68,8 @@ class GoldenList(BaseModel):
     """The content of golden/replay.json. `sequences` are pairs of a prompt and what follows it, for whole-model checks.
 
     `rows` [B, T] are the tokens whose block inputs were kept; `bounded` says that there were more of them, and `bound`
-    of how many they are, and why. `cost` is None in a bundle whose capture did not measure it.
+    of how many they are, and why. `cost` is None in a bundle whose capture did not measure it. `arithmetics` are those
+    of the healthy twins that were asked of the sequences.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +84,7 @@ class GoldenList(BaseModel):
     sequences: list[tuple[list[int], list[int]]]
     blocks: list[str]
     cost: FormatCost | None = None
+    arithmetics: tuple[str, ...] = ()
 
     def golden_sequences(self) -> list[GoldenSequence]:
         return [GoldenSequence(prompt, completion) for prompt, completion in self.sequences]
@@ -139,6 +147,16 @@ class GoldenSet:
         _ = self.cost
         return TokenLogprobs(*self._read(TOKENS, ("trained", "emulator"), "the log-probabilities of golden tokens"))
 
+    def healthy(self, arithmetic: str) -> Healthy | None:
+        """What the emulator said of the golden tokens, and healthy twins of this arithmetic; None if none was asked."""
+        _ = self.cost
+        names = ("emulator", FIRST, f"{TWINS}{arithmetic}")
+        what = "what the emulator and healthy twins said of golden tokens"
+        if arithmetic not in self.listed.arithmetics:
+            return None
+        logprobs, first, twins = self._read(TOKENS, names, what)
+        return Healthy(Told(logprobs, first.long()), twins)
+
     def _read(self, file: str, names: tuple[str, ...], what: str) -> list[Tensor]:
         path = self.folder / file
         try:
@@ -174,9 +192,9 @@ def capture(
         blocks = blocks_of(emulator)
         rows, bound = _bounded_rows(usable, bundle, len(blocks), options)
         _write_replay(bundle_folder, _run(emulator, trained, rows), blocks, rows.shape, emulator, tell)
-        cost, (of_trained, of_emulator) = measure_cost(trained, emulator, sequences)
-    logprobs = {"trained": of_trained.contiguous(), "emulator": of_emulator.contiguous()}
-    add_file(bundle_folder, TOKENS, safetensors.torch.save(logprobs, metadata={"format": "pt"}))
+        cost, found = measure_cost(trained, emulator, sequences)
+        twins = {name: _twins(bundle, name, sequences) for name in options.arithmetics}
+    add_file(bundle_folder, TOKENS, _tokens_file(found, twins))
     listed = GoldenList(
         format=bundle.format,
         origin=options.origin,
@@ -187,9 +205,23 @@ def capture(
         sequences=[(one.prompt, one.completion) for one in sequences],
         blocks=[block.path for block in blocks],
         cost=cost,
+        arithmetics=options.arithmetics,
     )
     add_file(bundle_folder, LIST, listed.model_dump_json().encode() + b"\n")
     return listed
+
+
+def _twins(bundle: Bundle, arithmetic: str, sequences: list[GoldenSequence]) -> Tensor:
+    return ask_twins(stream_twin(bundle, DTYPES[arithmetic], SEED, GRANTED), sequences)
+
+
+def _tokens_file(found: TokenParity, twins: Mapping[str, Tensor]) -> bytes:
+    """What trained model, emulator and twins said, as the content of golden/tokens.safetensors."""
+    of_trained, of_emulator = found.logprobs
+    tensors = {"trained": of_trained, "emulator": of_emulator, FIRST: found.first[1].int()}
+    tensors |= {f"{TWINS}{arithmetic}": said for arithmetic, said in twins.items()}
+    contiguous = {name: one.contiguous() for name, one in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata={"format": "pt"})
 
 
 def synthetic_prompts(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from isthmus.model.model import Model
 from isthmus.parity.gate import COST, at_most, finite, reach
@@ -43,10 +42,10 @@ class FormatCost(BaseModel):
         )
 
 
-def measure_cost(trained: Model, emulator: Model, sequences: list[GoldenSequence]) -> tuple[FormatCost, Tensor]:
-    """The cost, and the log-probabilities [2, N] that both give the completion tokens, in the order of `sequences`."""
+def measure_cost(trained: Model, emulator: Model, sequences: list[GoldenSequence]) -> tuple[FormatCost, TokenParity]:
+    """The cost, and the comparison that it is of: trained model and emulator on the completion tokens."""
     found = compare_tokens(trained, emulator, sequences)
-    return cost_of(found), found.logprobs
+    return cost_of(found), found
 
 
 def cost_of(found: TokenParity) -> FormatCost:

@@ -127,9 +127,10 @@ def _difference(expected: Tensor | None, found: Tensor | None) -> str | None:
     if expected.shape != found.shape:
         return f"has the shape {list(found.shape)} and should have {list(expected.shape)}"
     here = found.detach().to("cpu")
-    differs = here != expected.detach().to(here.dtype)
-    if not differs.any():
+    wanted = expected.detach().to(here.dtype)
+    if torch.equal(here, wanted):
         return None
+    differs = here != wanted
     first = torch.nonzero(differs)[0].tolist()
     return f"differs in {int(differs.sum())} of {differs.numel()} values, first at {first}"
 

@@ -31,7 +31,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import IsthmusError
 from isthmus.formats.parts.pieces import LentExperts, at_hand, pieces_of
 from isthmus.model.attention import LatentAttention, RMSNorm, Rotation
 from isthmus.model.layer import ResidualLayer
@@ -39,7 +38,8 @@ from isthmus.model.model import Model, causal_mask
 from isthmus.model.moe import MixtureOfExperts, Router, Routing, Trace, swiglu
 from isthmus.parity.blocks import Block, WholeRows, blocks_of, rotation_of, run_block, same_experts
 from isthmus.parity.capture import GoldenBlock, GoldenSet
-from isthmus.parity.target import ACCUMULATION, ROUNDING
+from isthmus.parity.target import ACCUMULATION, ROUNDING, noise_of
+from isthmus.parity.walk import CANNOT_BE_ASKED, MixturePass, split_rows
 from isthmus.records import LedgerRow
 
 LIMIT = 3.0
@@ -54,12 +54,16 @@ SMALLEST_ROUTER_FLOOR = 2.0**-17
 """Scores near 0 and their normalised shares lose a few bits of fp32 that a plain product keeps."""
 NOTHING = 1 / (LIMIT + 1)
 """The floor of a count: one is a fault."""
-VALUES_AT_ONCE = 1 << 21
-"""Values that are compared in fp64 at once."""
 EXPERT_ROWS = 4
 MOST_EMBEDDINGS = 4096
 FEW_TOKENS = 96
-"""Of so many tokens, and a row at least, blocks are asked on larger inputs, and whole layers."""
+"""Of so many tokens, and a row at least, the twin is asked on other inputs than the golden ones, attention is asked
+with a cache, a mixture on larger inputs, and the output head."""
+FEWEST_TOKENS = 32
+"""Of so many tokens of a row an MLP, to which tokens are rows of their own, is asked on larger inputs, and whole layers
+are: what these look at, clamps, norms and residuals, shows at every token."""
+FEWEST_OF_LENT = 4
+"""Of so many tokens whole layers are asked whose experts come one by one: each token brings its own."""
 SCALES = (1.0, 8.0, 64.0)
 """Inputs as they are, and large enough that a clamp bites."""
 ROUTER_SCALES = (1.0, 4.0, 16.0)
@@ -80,7 +84,8 @@ class Probe:
     """One question to a model: `run(model, *inputs)` gives [..., C] or a router's decision.
 
     `path` is the module it asks about and `operator` what in it; `floor_inputs` are asked of the healthy twin too.
-    `known` are the emulator's answers to `floor_inputs` and to `inputs`, where it has given them already.
+    `known` are the emulator's answers to `floor_inputs` and to `inputs`, where it has given them already. `plain` says
+    that it is one product, or one norm: in fp32 a twin's answer is the emulator's with noise.
     """
 
     path: str
@@ -91,6 +96,7 @@ class Probe:
     floor_inputs: tuple[Any, ...]
     level: Level = OPERATOR
     known: tuple[Any, Any] | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,9 +179,6 @@ class Answer:
     error: Exception | None
 
 
-CANNOT_BE_ASKED = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, IsthmusError)
-
-
 class Replayer:
     """Compares a target with an emulator on the golden inputs of a bundle, by the measure of a healthy twin.
 
@@ -201,7 +204,7 @@ class Replayer:
         `look` is called with each layer while its weights are at hand, with each expert of it that is in memory alone,
         and with None for what lies outside the layers.
         """
-        self._context, self._look, total, done = context, look, len(self._blocks) + 1, 0
+        self._context, self._look, self._target, total, done = context, look, target, len(self._blocks) + 1, 0
         found = Replay([], Floors({"structure": NOTHING}))
         for layer, blocks in groupby(self._blocks.values(), key=lambda block: layer_of(block.path)):
             with self._at_hand(target, layer):
@@ -230,14 +233,11 @@ class Replayer:
         golden = self.golden.block(block.path)
         x = rounded(golden.input, self.dtype)
         own: Answer | None = None
-        whole: Group | None = None
         for group in self._block_probes(block, x):
             answers = self._ask(group, target, found)
             if group.probes[0].path == block.path and group.probes[0].kind == block.kind:
-                own, whole = answers[0], group
-        assert own is not None and whole is not None, "a block is asked as a whole"
-        if not self._are_lent(block):
-            own = self._ask_again(whole, own, target)
+                own = answers[0]
+        assert own is not None, "a block is asked as a whole"
         found.floors.of_kind[f"{block.kind} unquantised"] = UNQUANTISED / LIMIT
         found.measures += self._ledger_row(block, golden, own, found)
         expected = own.expected
@@ -246,13 +246,6 @@ class Replayer:
         error = relative_error(expected[0] if isinstance(expected, tuple) else expected, golden.output)
         if error > found.emulator_error:
             found.emulator_error, found.emulator_block = error, block.path
-
-    def _ask_again(self, group: Group, own: Answer, target: Model) -> Answer:
-        """The target's answer to the golden input once more: the ledger does not rest on that of the comparison."""
-        inputs = tuple(rounded(value, self.dtype) for value in group.probes[0].inputs)
-        with self._context():
-            (found,) = self._answers(group, target, [inputs])
-        return Answer(own.expected, found, found if isinstance(found, Exception) else None)
 
     def _compare_outside(self, target: Model, found: Replay) -> None:
         last = rounded(self.golden.block(next(reversed(self._blocks))).input, self.dtype)
@@ -277,7 +270,7 @@ class Replayer:
         asked = (*(probe.floor_inputs for probe in probes), *(probe.inputs for probe in probes))
         questions = [tuple(rounded(value, self.dtype) for value in inputs) for inputs in asked]
         expected = self._expected(group, questions)
-        healthy = self._answers(group, self.twin, questions)
+        healthy = self._twin_answers(group, questions, expected)
         for probe, wanted, given in zip((*probes, *probes), expected, healthy, strict=True):
             for measure in self._measures(probe, wanted, given, None):
                 least = SMALLEST_BLOCK_FLOOR if probe.level > OPERATOR else self._least(measure.kind)
@@ -298,6 +291,12 @@ class Replayer:
         if len(known) == len(group.probes):
             return [*(of_floor for of_floor, _ in known), *(own for _, own in known)]
         return group.run(self.emulator, [_placed_all(inputs, self.emulator) for inputs in questions])
+
+    def _twin_answers(self, group: Group, questions: list[tuple[Any, ...]], expected: list[Any]) -> list[Any]:
+        noise = noise_of(self.twin)
+        if noise is not None and all(probe.plain for probe in group.probes):
+            return [noise.added(output) for output in expected]
+        return self._answers(group, self.twin, questions)
 
     def _answers(self, group: Group, model: Model, questions: list[tuple[Any, ...]]) -> list[Any]:
         """The answers of a model, or what it raised in place of each."""
@@ -374,14 +373,19 @@ class Replayer:
 
     def _block_probes(self, block: Block, x: Tensor) -> Iterator[Group]:
         """The operators of a block in the order in which it runs them, then its steps, then the block itself."""
-        other = other_inputs(x)
+        other = fewer(other_inputs(x))
         yield from map(Group.of, self._norm_probes(block, x, other))
         first, second = (self._record(block, given) for given in (x, other))
         for path in first:
             if path in second and path != block.path:
                 yield from map(Group.of, self._operator_probes(block, path, first[path], second[path]))
+        if self._are_lent(block):
+            yield from self._walk(block, x, other)
+            yield from self._layer_probe(block, x, other)
+            return
         if block.kind == "moe":
-            yield from map(Group.of, self._expert_probes(block, x, other))
+            for index in range(self._mixture(block).num_experts):
+                yield from map(Group.of, self._expert_probes(block, index, x, other))
         if block.kind == "attention":
             yield from map(Group.of, self._attention_probes(block, x, other))
         known = self._known(first[block.path], second[block.path]) if block.path in first else None
@@ -404,18 +408,54 @@ class Replayer:
         self, block: Block, x: Tensor, other: Tensor, known: tuple[Any, Any] | None
     ) -> Iterator[Group]:
         """The block on its inputs, and on larger ones of fewer tokens."""
-        probes = [replace(self._whole_block_probe(block, 1.0, x, other), known=known)]
-        few, other_few = (fewer(given) for given in (x, other))
-        if not self._are_lent(block):
-            yield Group.of(probes[0])
-        for scale in SCALES[1:] if block.kind != "attention" else ():
+        yield Group.of(replace(self._whole_block_probe(block, 1.0, x, other), known=known))
+        yield from map(Group.of, self._scaled_probes(block, x, other))
+
+    def _scaled_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        if block.kind == "attention":
+            return
+        cut = fewer if block.kind == "moe" else first_tokens
+        few, other_few = (cut(given) for given in (x, other))
+        for scale in SCALES[1:]:
             if self._holds(block, few * scale, other_few * scale):
-                probe = self._whole_block_probe(block, scale, few, other_few)
-                probes.append(probe)
-                if not self._are_lent(block):
-                    yield Group.of(probe)
-        if self._are_lent(block):
-            yield Group(tuple(probes), lambda model, questions: in_one_pass(probes[0].run, model, questions))
+                yield self._whole_block_probe(block, scale, few, other_few)
+
+    def _walk(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Group]:
+        """Each expert, and the block as a whole: emulator, twin and target at the same expert at a time."""
+        probes = (self._whole_block_probe(block, 1.0, x, other), *self._scaled_probes(block, x, other))
+        own, others = (
+            [inputs[0] for inputs in part] for part in zip(*((p.inputs, p.floor_inputs) for p in probes), strict=True)
+        )
+        models = (self.emulator, self.twin, self._target)
+        passes = {
+            id(model): self._mixture_pass(model, block, own if model is self._target else [*others, *own])
+            for model in models
+        }
+        for index in range(self._mixture(block).num_experts):
+            self._look(layer_of(block.path), index)
+            yield from map(Group.of, self._expert_probes(block, index, x, other))
+            for one in passes.values():
+                one.visit(index)
+        yield Group(probes, lambda model, _questions: passes[id(model)].answers())
+
+    def _mixture_pass(self, model: Model, block: Block, inputs: list[Tensor]) -> MixturePass:
+        """A twin in fp32 needs no experts of its own: its answers are the emulator's with noise."""
+        mixture, noise = model.get_submodule(block.path), noise_of(model) if model is self.twin else None
+        assert isinstance(mixture, MixtureOfExperts)
+        lent, borrowed = self._mixture(block).experts, None
+        assert isinstance(lent, LentExperts)
+        if noise is not None and is_plain(lent.expert(0)):
+
+            def borrowed(index: int) -> Callable[[Tensor], Tensor]:
+                return lambda rows: noise.added(lent.expert(index)(rows, torch.tensor([len(rows)])))
+
+        questions = [placed(rounded(x, self.dtype), model) for x in inputs]
+        return MixturePass(mixture, questions, self._context if model is self._target else nullcontext, borrowed)
+
+    def _mixture(self, block: Block) -> MixtureOfExperts:
+        mixture = self.emulator.get_submodule(block.path)
+        assert isinstance(mixture, MixtureOfExperts)
+        return mixture
 
     def _are_lent(self, block: Block) -> bool:
         """Whether each pass through the block reads its experts one by one."""
@@ -427,16 +467,20 @@ class Replayer:
             output, routing = run_block(model, block, given, rotation)
             return output if routing is None else (output, routing)
 
-        rotation = tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
-        extra = rotation if block.kind == "attention" else ()
+        extra, others = (self._turned(given) if block.kind == "attention" else () for given in (x, other))
         kind = block.kind if scale == 1.0 else f"{block.kind} at {scale:g} times its input"
-        return Probe(block.path, None, kind, run, (x * scale, *extra), (other * scale, *extra), BLOCK)
+        return Probe(block.path, None, kind, run, (x * scale, *extra), (other * scale, *others), BLOCK)
+
+    def _turned(self, x: Tensor) -> tuple[Wide, ...]:
+        """The rotation of the rows of x [B, T, D]."""
+        return tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
 
     def _layer_probe(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Group]:
         """The whole layer once, after its MLP: norms, residuals and their order."""
         if block.kind == "attention":
             return
-        path, x, other = block.path.rpartition(".")[0], fewer(x), fewer(other)
+        path, count = block.path.rpartition(".")[0], FEWEST_OF_LENT if self._are_lent(block) else FEWEST_TOKENS
+        x, other = first_tokens(x, count), first_tokens(other, count)
 
         def run(model: Model, given: Tensor, cos: Tensor, sin: Tensor) -> Any:
             layer, trace = model.get_submodule(path), Trace()
@@ -445,8 +489,8 @@ class Replayer:
             output = ResidualLayer.forward(layer, given, Rotation(cos, sin), mask, None, trace)
             return (output, trace.routings[0]) if trace.routings else output
 
-        rotation = tuple(Wide(part) for part in rotation_of(self.emulator, x.shape[:2]))
-        probe = Probe(path, None, f"layer with {block.kind}", run, (x, *rotation), (other, *rotation), LAYER)
+        both = (x, *self._turned(x)), (other, *self._turned(other))
+        probe = Probe(path, None, f"layer with {block.kind}", run, *both, LAYER)
         if self._are_lent(block):
             yield Group((probe,), lambda model, questions: in_one_pass(run, model, questions))
         else:
@@ -467,9 +511,9 @@ class Replayer:
         def run(model: Model, given: Tensor) -> Tensor:
             return model.get_submodule(path)(given)
 
-        yield Probe(named, operator, "norm", run, (x,), (other,))
+        yield Probe(named, operator, "norm", run, (x,), (other,), plain=True)
         small = module.eps**0.5 / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
-        yield Probe(named, operator, "norm", run, (x * small,), (other * small,))
+        yield Probe(named, operator, "norm", run, (x * small,), (other * small,), plain=True)
 
     def _record(self, block: Block, x: Tensor) -> dict[str, Call]:
         """The first call of every module below the block, by its path, in the order of the calls; then of the block."""
@@ -507,40 +551,35 @@ class Replayer:
         elif isinstance(module, RMSNorm):
             yield from self._norm(path, block.path, operator, own.inputs[0], other.inputs[0])
         else:
-            is_step = any(True for _ in module.children()) or hasattr(module, "parts")
+            is_step = not is_plain(module) or hasattr(module, "parts")
             kind, level = (f"{block.kind} {operator}", STEP) if is_step else ("linear", OPERATOR)
             known = self._known(own, other)
-            yield Probe(block.path, operator, kind, run, own.inputs, other.inputs, level, known)
+            yield Probe(block.path, operator, kind, run, own.inputs, other.inputs, level, known, not is_step)
 
-    def _expert_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
-        """Each matrix of each expert, on rows that it gets whether the router sends them or not."""
-        experts = self.emulator.get_submodule(f"{block.path}.experts")
-        mixture = self.emulator.get_submodule(block.path)
-        assert isinstance(mixture, MixtureOfExperts)
-        rows, others = (given.flatten(0, -2)[:EXPERT_ROWS] for given in (x, other))
-        for index in range(mixture.num_experts):
-            if isinstance(experts, LentExperts):
-                self._look(layer_of(block.path), index)
-            for part in experts.parts(index):  # pyright: ignore[reportCallIssue]
+    def _expert_probes(self, block: Block, index: int, x: Tensor, other: Tensor) -> Iterator[Probe]:
+        """Each matrix of an expert, on rows that it gets whether the router sends them or not. The emulator's is asked
+        once of all of them."""
+        experts = self._mixture(block).experts
+        held = experts.expert(index) if isinstance(experts, LentExperts) else experts
+        inputs = torch.cat([given.flatten(0, -2)[:EXPERT_ROWS] for given in (other, x)])
+        for part, product in experts.parts(index).items():
+            inputs = rounded(inputs, self.dtype)
+            answers = product(inputs)
 
-                def run(model: Model, given: Tensor, index: int = index, part: str = part) -> Tensor:
-                    return model.get_submodule(f"{block.path}.experts").parts(index)[part](given)  # pyright: ignore
+            def run(model: Model, given: Tensor, part: str = part) -> Tensor:
+                return model.get_submodule(f"{block.path}.experts").parts(index)[part](given)  # pyright: ignore
 
-                inputs = tuple(self._part_input(experts, index, part, given) for given in (rows, others))
-                yield Probe(block.path, f"experts.{index}.{part}", "linear", run, inputs[:1], inputs[1:])
-
-    def _part_input(self, experts: nn.Module, index: int, part: str, rows: Tensor) -> Tensor:
-        if part != "down_proj":
-            return rows
-        parts = experts.parts(index)  # pyright: ignore[reportCallIssue]
-        gate, up = parts["gate_up_proj"](rows).chunk(2, dim=-1)
-        return swiglu(gate, up, experts.limit)  # pyright: ignore[reportArgumentType]
+            others, own = inputs.chunk(2)
+            known = answers.chunk(2)
+            operator = f"experts.{index}.{part}"
+            yield Probe(block.path, operator, "linear", run, (own,), (others,), OPERATOR, known, is_plain(held))
+            if part == "gate_up_proj":
+                inputs = swiglu(*answers.chunk(2, dim=-1), experts.limit)
 
     def _attention_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
         """The steps between the products: rotations, the scores, and both forms of the attention."""
         module = self.emulator.get_submodule(block.path)
-        rotation = rotation_of(self.emulator, x.shape[:2])
-        turned = tuple(Wide(part) for part in rotation)
+        turned = tuple(zip(self._turned(x), self._turned(other), strict=True))
 
         def ask(operator: str, call: Callable[..., Any], *inputs: Any, level: Level = OPERATOR) -> Probe:
             own, others = (
@@ -556,13 +595,15 @@ class Replayer:
             return attention(given, Rotation(cos, sin), None, WholeRows())
 
         if isinstance(module, LatentAttention):
-            pairs = [module.project(given, rotation) for given in (x, other)]
+            pairs = [module.project(given, rotation_of(self.emulator, given.shape[:2])) for given in (x, other)]
             q_nope, q_rope, latents = zip(*pairs, strict=True)
             yield ask("rope of keys", _rotated_keys, (x, other), *turned)
             yield ask("rope of queries", _rotated_queries, (x, other), *turned, level=STEP)
             yield ask("attention scores and context", _naive_context, q_nope, q_rope, latents)
             yield ask("attention in latent space", _absorbed_context, q_nope, q_rope, latents)
-        yield ask("attention with a cache", cached, (x, other), *turned, level=BLOCK)
+        few = fewer(x), fewer(other)
+        turned = zip(*map(self._turned, few), strict=True)
+        yield ask("attention with a cache", cached, few, *turned, level=BLOCK)
 
     def _outside_probes(self, x: Tensor) -> Iterator[Probe]:
         """Embedding, rotary table, final norm and output head, a large one in blocks of its rows."""
@@ -578,9 +619,10 @@ class Replayer:
 
         yield Probe("model.rotary", None, "rotary", table, (places,), (places,))
         yield from self._norm("model.norm", "model.norm", None, x, other)
-        pieces = pieces_of(model)
+        pieces, few, other_few = pieces_of(model), fewer(x), fewer(other)
         for rows in pieces.head_blocks() if pieces is not None else [range(model.architecture.vocab_size)]:
-            yield Probe("lm_head", None, "linear", lambda m, given, rows=rows: head(m, given, rows), (x,), (other,))
+            run = lambda m, given, rows=rows: head(m, given, rows)  # noqa: E731
+            yield Probe("lm_head", None, "linear", run, (few,), (other_few,), plain=True)
 
     def _mtp_probes(self, path: str, x: Tensor) -> Iterator[Probe]:
         """How the MTP layer joins its inputs, and what it makes of them."""
@@ -635,6 +677,11 @@ def layer_of(path: str) -> str | None:
     return ".".join(parts[:3]) if len(parts) > 2 and parts[:2] == ["model", "layers"] else None
 
 
+def first_tokens(x: Tensor, count: int = FEWEST_TOKENS) -> Tensor:
+    """The first tokens of the first row of x [B, T, D]."""
+    return x[:1, :count]
+
+
 def fewer(x: Tensor) -> Tensor:
     """The first rows of x [B, T, D], of FEW_TOKENS tokens, and one at least."""
     return x[: max(1, FEW_TOKENS // x.shape[1])]
@@ -652,11 +699,12 @@ def head(model: Model, x: Tensor, rows: range) -> Tensor:
 def in_one_pass(run: Callable[..., Any], model: Model, questions: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Answers to several inputs whose rows, the first dimension of each, do not depend on each other."""
     given = tuple(torch.cat(parts) for parts in zip(*questions, strict=True))
-    output, routing = run(model, *given)
-    sizes = [len(inputs[0]) for inputs in questions]
-    tokens = [size * output.shape[1] for size in sizes]
-    routed = zip(*(part.split(tokens) for part in (routing.experts, routing.weights, routing.scores)), strict=True)
-    return [(part, Routing(*one)) for part, one in zip(output.split(sizes), routed, strict=True)]
+    return split_rows(*run(model, *given), [len(inputs[0]) for inputs in questions])
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing in a module is a module of its own: a twin adds noise to its output alone."""
+    return not any(True for _ in module.children())
 
 
 def _run_beside_experts(mixture: nn.Module, x: Tensor) -> None:
@@ -712,17 +760,10 @@ def worst_channel(y: Tensor, e: Tensor) -> float:
     if y.shape != e.shape:
         return math.inf
     y, e = y.reshape(-1, y.shape[-1]), e.reshape(-1, e.shape[-1])
-    step = max(1, VALUES_AT_ONCE // e.shape[-1])
-    rows = torch.cat([part.double().square().mean(-1, keepdim=True) for part in e.split(step)])
-    step, worst = max(1, VALUES_AT_ONCE // len(e)), 0.0
-    for found, expected in zip(y.split(step, -1), e.split(step, -1), strict=True):
-        found, expected = found.double(), expected.double()
-        size = (expected.square() + SMALL_CHANNEL**2 * rows).sum(0).sqrt().clamp_min(1e-30)
-        error = ((found - expected).square().sum(0).sqrt() / size).max().item()
-        if not math.isfinite(error):
-            return math.inf
-        worst = max(worst, error)
-    return worst
+    channels = e.square().sum(0)
+    size = (channels + SMALL_CHANNEL**2 * channels.mean()).sqrt().clamp_min(1e-30)
+    error = ((y - e).square().sum(0).sqrt() / size).max().item()
+    return error if math.isfinite(error) else math.inf
 
 
 def by_expert(routing: Routing) -> Tensor:

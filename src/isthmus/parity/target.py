@@ -6,6 +6,7 @@ and their biases stay in fp32: rounding them would make another model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,15 +42,31 @@ def stream_target(bundle: Bundle, device: str = "cpu", dtype: torch.dtype = torc
     return bundle.stream(_adapt_to(device, dtype))
 
 
+class Noise:
+    """The noise of a healthy twin's sums: `granted` times that of ACCUMULATION, drawn anew for every row and pass."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, granted: float):
+        self.dtype, self.granted = dtype, granted
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def added(self, output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An output with the noise of sums in `dtype`, the twin's own if absent."""
+        norm = torch.linalg.vector_norm(output, dim=-1, keepdim=True, dtype=torch.float32)
+        size = norm.mul_(self.granted * ACCUMULATION[dtype or self.dtype] / math.sqrt(output.shape[-1]))
+        noise = torch.randn(output.shape, generator=self._generator)
+        return noise.mul_(size).add_(output).to(output.dtype)
+
+
 def make_twin(model: Model, dtype: torch.dtype, seed: int = 0, granted: float = 1.0) -> Model:
     """Make a healthy twin of a model in fp32, in place: one that is right, and as inexact as a chip may be.
 
     It computes in its dtype, and its sums have `granted` times the noise of ACCUMULATION, drawn anew in every pass and
     for every row.
     """
+    noise = Noise(dtype, seed, granted)
     _adapt_to("cpu", dtype)(model)
-    _add_noise(model, dtype, torch.Generator().manual_seed(seed), granted)
-    return model
+    _add_noise(model, noise)
+    return _with(model, noise)
 
 
 def stream_twin(
@@ -61,13 +78,24 @@ def stream_twin(
     lend_experts: bool = True,
 ) -> Model:
     """`make_twin` of a bundle's model, with a layer at a time in memory."""
-    generator, adapt = torch.Generator().manual_seed(seed), _adapt_to("cpu", dtype)
+    noise, adapt = Noise(dtype, seed, granted), _adapt_to("cpu", dtype)
 
     def adapt_and_add_noise(piece: nn.Module) -> None:
         adapt(piece)
-        _add_noise(piece, dtype, generator, granted)
+        _add_noise(piece, noise)
 
-    return bundle.stream(adapt_and_add_noise, lend_experts=lend_experts)
+    return _with(bundle.stream(adapt_and_add_noise, lend_experts=lend_experts), noise)
+
+
+def _with(twin: Model, noise: Noise) -> Model:
+    twin.noise = noise  # pyright: ignore
+    return twin
+
+
+def noise_of(twin: Model) -> Noise | None:
+    """The noise in which a twin in fp32 differs from the emulator, product by product; None of other models."""
+    noise = getattr(twin, "noise", None)
+    return noise if isinstance(noise, Noise) and noise.dtype == torch.float32 else None
 
 
 def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:
@@ -83,25 +111,20 @@ def _adapt_to(device: str, dtype: torch.dtype) -> Callable[[nn.Module], None]:
     return adapt
 
 
-def _add_noise(model: nn.Module, dtype: torch.dtype, generator: torch.Generator, granted: float) -> None:
-    def noisy(output: Tensor, dtype: torch.dtype) -> Tensor:
-        size = output.float().square().mean(-1, keepdim=True).sqrt() * granted
-        noise = torch.randn(output.shape, generator=generator)
-        return noise.mul_(size).mul_(ACCUMULATION[dtype]).add_(output)
-
+def _add_noise(model: nn.Module, noise: Noise) -> None:
     def add_noise(_module: nn.Module, _inputs: object, output: object) -> object:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        return noisy(output, dtype).to(output.dtype)
+        return noise.added(output)
 
     def with_noise(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: noisy(product(x), dtype).to(x.dtype)
+        return lambda x: noise.added(product(x))
 
     for module in model.modules():
         if isinstance(module, LentExperts):
             continue
         if isinstance(module, Router):
-            module.logits = lambda x, logits=module.logits: noisy(logits(x), torch.float32)
+            module.logits = lambda x, logits=module.logits: noise.added(logits(x), torch.float32)
         elif not any(True for _ in module.children()) and not isinstance(module, nn.Embedding):
             module.register_forward_hook(add_noise)
         if (parts := getattr(module, "parts", None)) is not None:

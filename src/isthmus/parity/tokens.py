@@ -48,7 +48,8 @@ class TokenParity:
     nearly equal, and others. `mean_abs_dlogp` is the mean change of the log-probability of the tokens in the sequences.
     Of `router_choices`, one per token and layer with experts, `router_flips` have another set of experts. `distinct`
     counts the sequences without those that are the same as another: they say nothing new. `logprobs` [2, N] are those
-    that reference and candidate give the completion tokens, in the order of the sequences, in float64.
+    that reference and candidate give the completion tokens, in the order of the sequences, in float64, and `first`
+    [2, N] their first choices there.
     """
 
     sequences: int
@@ -64,21 +65,23 @@ class TokenParity:
     router_flips: int
     distinct: int
     logprobs: Tensor = field(repr=False, compare=False)
+    first: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """Per completion token of a batch, [N] each, `logprobs` [2, N]."""
+    """Per completion token of a batch, [N] each, `logprobs` and `first` [2, N]."""
 
     kl: Tensor
     agrees: Tensor
     near_tie: Tensor
     logprobs: Tensor
+    first: Tensor
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """Of one candidate and one batch: what was found of its completion tokens, piece by piece, and of its routers.
+    """Of one batch: what was found of its completion tokens, piece by piece, and of its routers.
 
     `sequence` [N] is the sequence of each token, counted from 0 within the comparison. `router_flips` [R] marks, for
     each token of the batch and each layer with experts, whether the experts differ.
@@ -110,21 +113,66 @@ def compare_tokens(
     The candidate runs inside `candidate_context()`, on whatever device it is on; its logits are compared outside, on
     the CPU and in float64.
     """
-    found = compare_several(reference, [Candidate(candidate, candidate_context)], sequences, confidence=confidence)
-    return found[0]
-
-
-def compare_several(
-    reference: Model, candidates: Sequence[Candidate], sequences: list[GoldenSequence], *, confidence: float = 0.95
-) -> list[TokenParity]:
-    """`compare_tokens` of several candidates with one pass of the reference; the same one twice is asked twice."""
     if not sequences:
-        empty = TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0, torch.empty(2, 0))
-        return [empty] * len(candidates)
+        nothing = (torch.empty(2, 0), torch.empty(2, 0, dtype=torch.long))
+        return TokenParity(0, 0, math.nan, None, math.nan, math.nan, 0, 0, math.nan, 0, 0, 0, *nothing)
+    order, ordered = _by_length(sequences)
+    asked = Candidate(candidate, candidate_context)
+    batches = [_compare_batch(reference, asked, batch, start) for start, batch in _batches(ordered)]
+    return _summary(batches, sequences, order, confidence)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model says of completion tokens: `logprobs` in float64, and its `first` choices. [N] each, or [K, N] of K
+    copies of the sequences."""
+
+    logprobs: Tensor
+    first: Tensor
+
+    def of(self, sequences: Sequence[GoldenSequence], places: list[int]) -> Told:
+        """Of the completion tokens of these sequences, those of the sequences at these places."""
+        return Told(*(of_sequences(part, sequences, places) for part in (self.logprobs, self.first)))
+
+
+NOTHING = Told(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.long))
+
+
+def ask_tokens(candidate: Candidate, sequences: list[GoldenSequence], copies: int | None = None) -> Told:
+    """What a model says of the completion tokens, in one pass and in the batches of `compare_tokens`.
+
+    With `copies` each sequence passes so many times side by side: a model with noise draws it anew for each.
+    """
+    order, ordered = _by_length(sequences)
+    repeated = [one for one in ordered for _ in range(copies or 1)]
+    parts = [_ask_batch(candidate, batch) for _, batch in _batches(repeated)] if repeated else [NOTHING]
+    found = Told(torch.cat([one.logprobs for one in parts]), torch.cat([one.first for one in parts]))
+    rank = torch.tensor(order).argsort().tolist()
+    rows = [found.of(repeated, [(copies or 1) * place + copy for place in rank]) for copy in range(copies or 1)]
+    if copies is None:
+        return rows[0]
+    return Told(torch.stack([one.logprobs for one in rows]), torch.stack([one.first for one in rows]))
+
+
+def _by_length(sequences: list[GoldenSequence]) -> tuple[list[int], list[GoldenSequence]]:
+    """The places of sequences from the shortest to the longest, and the sequences in that order."""
     order = sorted(range(len(sequences)), key=lambda one: len(sequences[one].prompt) + len(sequences[one].completion))
-    ordered = [sequences[one] for one in order]
-    batches = [_compare_batch(reference, candidates, batch, start) for start, batch in _batches(ordered)]
-    return [_summary(list(found), sequences, order, confidence) for found in zip(*batches, strict=True)]
+    return order, [sequences[one] for one in order]
+
+
+def _ask_batch(candidate: Candidate, batch: list[GoldenSequence]) -> Told:
+    taken, logprobs, first = _completion_tokens(batch)[:, None], [], []
+    with candidate.context():
+        given = _run_states(candidate.model, batch)
+    for rows in _chunks(len(taken), candidate.model, LOGITS_BYTES):
+        with candidate.context():
+            logits = given.logits(rows)
+        for some in _chunks(len(rows), candidate.model, POSITIONS_BYTES):
+            here = slice(some.start, some.stop)
+            found = logits[here].double().log_softmax(-1)
+            first.append(found.argmax(-1))
+            logprobs.append(found.gather(-1, taken[rows.start : rows.stop][here]).squeeze(-1))
+    return Told(torch.cat(logprobs), torch.cat(first))
 
 
 def _summary(
@@ -135,6 +183,8 @@ def _summary(
     agrees = torch.cat([one.agrees for one in positions])
     near_tie = torch.cat([one.near_tie for one in positions])
     logprobs = torch.cat([one.logprobs for one in positions], -1)
+    first = torch.cat([one.first for one in positions], -1)
+    ordered, places = [sequences[one] for one in order], torch.tensor(order).argsort().tolist()
     router_flips = torch.cat([batch.router_flips for batch in batches])
     of_sequence = torch.cat([batch.sequence for batch in batches])
     return TokenParity(
@@ -150,7 +200,8 @@ def _summary(
         router_choices=len(router_flips),
         router_flips=int(router_flips.sum()),
         distinct=len(distinct(sequences)),
-        logprobs=of_sequences(logprobs, [sequences[one] for one in order], torch.tensor(order).argsort().tolist()),
+        logprobs=of_sequences(logprobs, ordered, places),
+        first=of_sequences(first, ordered, places),
     )
 
 
@@ -211,25 +262,18 @@ def _run_states(model: Model, sequences: list[GoldenSequence]) -> _States:
     return _States(model, states, torch.cat(chosen) if chosen else torch.empty(0, 1, dtype=torch.long))
 
 
-def _compare_batch(
-    reference: Model, candidates: Sequence[Candidate], batch: list[GoldenSequence], start: int
-) -> list[_Compared]:
+def _compare_batch(reference: Model, candidate: Candidate, batch: list[GoldenSequence], start: int) -> _Compared:
     wanted, taken = _run_states(reference, batch), _completion_tokens(batch)[:, None]
-    sequence = start + numbered(lengths_of(batch))
-    parts = _chunks(len(taken), reference, LOGITS_BYTES)
-    only = wanted.logits(parts[0]) if len(parts) == 1 else None
-    compared = []
-    for candidate in candidates:
+    with candidate.context():
+        given = _run_states(candidate.model, batch)
+    positions = []
+    for rows in _chunks(len(taken), reference, LOGITS_BYTES):
+        expected = wanted.logits(rows)
         with candidate.context():
-            given = _run_states(candidate.model, batch)
-        positions = []
-        for rows in parts:
-            expected = wanted.logits(rows) if only is None else only
-            with candidate.context():
-                found = given.logits(rows)
-            positions += _positions(expected, found, taken[rows.start : rows.stop], reference)
-        compared.append(_Compared(positions, sequence, _router_flips(wanted.experts, given.experts)))
-    return compared
+            found = given.logits(rows)
+        positions += _positions(expected, found, taken[rows.start : rows.stop], reference)
+    sequence = start + numbered(lengths_of(batch))
+    return _Compared(positions, sequence, _router_flips(wanted.experts, given.experts))
 
 
 def _positions(wanted: Tensor, given: Tensor, taken: Tensor, reference: Model) -> list[_Positions]:
@@ -248,6 +292,7 @@ def _positions(wanted: Tensor, given: Tensor, taken: Tensor, reference: Model) -
                 agrees=agrees,
                 near_tie=~agrees & (preference < TIE_NATS),
                 logprobs=torch.stack([one.gather(-1, taken[here]).squeeze(-1) for one in (expected, found)]),
+                first=torch.stack((first, other)).squeeze(-1),
             )
         )
     return positions

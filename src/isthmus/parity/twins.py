@@ -41,7 +41,18 @@ from torch import Tensor
 from isthmus.model.model import Model
 from isthmus.parity.gate import FEWEST_SAMPLES
 from isthmus.parity.target import DTYPES, make_twin
-from isthmus.parity.tokens import TIE_NATS, GoldenSequence, interval_of_mean, lengths_of, numbered
+from isthmus.parity.tokens import (
+    TIE_NATS,
+    Candidate,
+    GoldenSequence,
+    Told,
+    ask_tokens,
+    distinct,
+    interval_of_mean,
+    lengths_of,
+    numbered,
+    of_sequences,
+)
 
 ALPHA = 1e-3
 """How often a healthy engine is refused by one of the tests against its twins."""
@@ -51,6 +62,8 @@ TWINS, ENOUGH = 4, 16
 degrees of freedom come from the sequences."""
 GRANTED = 3.0
 """Times the noise of a healthy chip's sums that twins have: as parity.replay.LIMIT grants to modules."""
+SEED = 1
+"""Of the noise of twins that pass over golden sequences."""
 RESOLUTION = 2e-5
 """Nats, added to every distance: log-softmax in fp32 of logits up to 64 is no better than 2**-18 for each of a few
 roundings, and what is below is no one's loss."""
@@ -100,6 +113,25 @@ def score_tokens(
             best.append(first.indices)
             leads.append(first.values[:1] - row[0].gather(-1, alternatives[:, part].T).T)
     return Scored(torch.cat(logprobs, 1), torch.cat(best, 1), torch.cat(leads, 1))
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """What the emulator says of completion tokens [N], and the log-probabilities [K, N] of healthy twins of it."""
+
+    emulator: Told
+    twins: Tensor
+
+    def of(self, sequences: Sequence[GoldenSequence], places: list[int]) -> Healthy:
+        """Of these sequences, those at these places."""
+        return Healthy(self.emulator.of(sequences, places), of_sequences(self.twins, sequences, places))
+
+
+def ask_twins(twin: Model, sequences: list[GoldenSequence]) -> Tensor:
+    """A twin's log-probabilities [K, N] of the completion tokens: of ENOUGH sequences in one pass, of fewer in TWINS
+    copies that pass side by side."""
+    copies = 1 if len(distinct(sequences)) >= ENOUGH else TWINS
+    return ask_tokens(Candidate(twin), sequences, copies).logprobs
 
 
 @dataclass(frozen=True)

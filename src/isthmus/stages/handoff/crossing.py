@@ -280,13 +280,16 @@ class Examination:
         chosen = crossing.prompts if prompts is None else prompts
         write_golden(folder, make_golden(bundle, chosen, crossing.tokenizer.ends))
         texts = [[*one.prompt, *one.completion] for one in golden]
+        target = crossing.target_of(bundle)
         options = CaptureOptions(
-            max_bytes=section.capture_mb << 20, origin=crossing.asked, synthetic=crossing.asked == SYNTHETIC
+            max_bytes=section.capture_mb << 20,
+            arithmetics=(target.dtype,),
+            origin=crossing.asked,
+            synthetic=crossing.asked == SYNTHETIC,
         )
         capture(folder, made.balance.state(crossing.state), texts, options)
         write_manifest(folder, coverage=entries, architecture=crossing.architecture)
         limits = Limits(section.max_chip_kl, section.max_mean_kl, section.confidence, crossing.limits_from)
-        target = crossing.target_of(bundle)
         with self.watch.count(f"verify {bundle.format}", 1) as counter:
             verdict = verify_bundle(folder, target=target, limits=limits, before=checks, tell=counter.tell)
         write_verdict(folder, verdict)
