@@ -512,8 +512,11 @@ class Replayer:
             return model.get_submodule(path)(given)
 
         yield Probe(named, operator, "norm", run, (x,), (other,), plain=True)
-        small = module.eps**0.5 / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
-        yield Probe(named, operator, "norm", run, (x * small,), (other * small,), plain=True)
+        small, other_small = (
+            given * module.eps**0.5 / given.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
+            for given in (x, other)
+        )
+        yield Probe(named, operator, "norm", run, (small,), (other_small,), plain=True)
 
     def _record(self, block: Block, x: Tensor) -> dict[str, Call]:
         """The first call of every module below the block, by its path, in the order of the calls; then of the block."""
