@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 from isthmus.engines import EngineError, OtherBase, Sampling
 from isthmus.engines.account import compare
 from isthmus.engines.channel import Channel
-from isthmus.engines.remote import HttpEngine
+from isthmus.engines.fleet import Fleet
+from isthmus.engines.remote import HttpEngine, plugged, prepared
+from isthmus.engines.remote.prepared import Prepared
 from isthmus.formats import get_format
 from isthmus.formats.updates.wire import digest, pack
 from tests.support.engine_bundle import small_tokenizer, thinking_model, write_small_bundle
@@ -80,6 +83,42 @@ def test_versions_come_whole_and_as_deltas_and_are_what_is_computed_with(pair):
         found = compare(engine.accounts()[0][1], version, tensors_of(seed))
         assert found.wrong == {} and found.seen == len(tensors_of(seed))
     assert told == [] and "weight_v000006" in server.sources[-1]
+
+
+@pytest.mark.parametrize("through_a_folder", [True, False])
+def test_a_version_is_put_together_and_written_once_for_all_engines_of_a_pool(
+    through_a_folder, bundle, tmp_path, monkeypatch
+):
+    done = Counter[str]()
+
+    def counted(module, name):
+        act = getattr(module, name)
+
+        def counting(*args, **options):
+            done[name] += 1
+            return act(*args, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for module, name in ((prepared, "unpack"), (prepared, "apply"), (plugged, "write_version")):
+        counted(module, name)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(FakePlugged(bundle))) for _ in range(3)]
+        folders = [tmp_path / f"engine-{number}" if through_a_folder else None for number in range(3)]
+        pool, told = Prepared(), []
+        pairs = zip(servers, folders, strict=True)
+        engines = [HttpEngine(server.url, exchange=folder, prepared=pool) for server, folder in pairs]
+        fleet = Fleet(engines, lambda *args, **facts: told.append((args, facts)))
+        fleet.start(bundle)
+        channel = Channel(fleet, deltas=True, snapshot_every=100, tell=lambda *_, **__: None)
+        for version, seed, acts in ((4, 1, {"unpack": 1}), (5, 2, {"apply": 1}), (6, 3, {"apply": 1})):
+            done.clear()
+            channel.send(version, tensors_of(seed))
+            assert done == acts | {"write_version": 1}
+            for engine in engines:
+                assert logprobs_hold(engine, built(tensors_of(seed)), version)
+                assert compare(engine.accounts()[0][1], version, tensors_of(seed)).wrong == {}
+        assert len({server.sources[-1] for server in servers}) == 3 and told == []
 
 
 def test_an_engine_that_was_started_again_needs_all_weights(pair, bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -171,6 +172,39 @@ def test_one_that_stops_telling_its_weights_or_begins_to_is_left_out(tmp_path):
         engines[0].has = then
         fleet.generate(PROMPTS, SAMPLING)
         assert "other weights than it was given" in told[0]
+
+
+def test_weights_that_somebody_else_brings_while_it_writes_are_noticed(pair):
+    """Under the same number: no version that is told shows them."""
+    fleet, engines, told = pair
+    honest = engines[0].generate
+
+    def meddled_with(prompts, *more):
+        groups = honest(prompts, *more)
+        engines[0].has = "another trainer's"
+        return [[dataclasses.replace(one, tokens=[99]) for one in group] for group in groups]
+
+    engines[0].generate = meddled_with
+    assert written(fleet.generate(PROMPTS, SAMPLING)) == {1}
+    assert "other weights than it was given: another trainer's" in told[0][1]["why"]
+
+
+def test_one_that_computed_something_else_comes_back_with_a_new_version_alone(pair):
+    fleet, engines, told = pair
+    fleet.leave_out("one", "it computes something else")
+    assert told == [
+        ("fallback", {"what": "the engine one is left out, 1 of 2 go on", "why": "it computes something else"})
+    ]
+    engines[0].calls.clear()
+    fleet.generate(PROMPTS, SAMPLING)
+    assert engines[0].calls == [], "nothing looks at it before it writes"
+    fleet.update(b"", 2, "")
+    assert ("back", {"engine": "one", "weight_version": 2}) in told
+    fleet.members[0].pause_s = 0.0
+    lose(fleet, engines)
+    engines[0].calls.clear()
+    fleet.generate(PROMPTS, SAMPLING)
+    assert "generate" in engines[0].calls, "it is trusted again"
 
 
 def test_a_switch_that_all_refuse_leaves_the_version_before_in_use(pair):

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 
+from isthmus.engines.fleet import Fleet
 from isthmus.engines.local import LocalEngine
 from isthmus.errors import GateRefused
 from isthmus.formats.updates.version_folder import read_versions
@@ -18,8 +19,9 @@ from isthmus.records import Placement, PlanRecord, Rejection, TextRecord
 from isthmus.rewards import EachAlone, Rewards
 from isthmus.run import RunFolder
 from isthmus.stages.steps import data
-from isthmus.stages.steps.rl import loop
+from isthmus.stages.steps.rl import engines, loop
 from isthmus.stages.steps.rl.crew import Crew
+from isthmus.stages.steps.rl.crossing import SPOT_PROMPTS
 from isthmus.stages.steps.step import StepRun
 from isthmus.tasks import load_tasks, tasks_of
 from isthmus.trainer.checkpoint import CheckpointWriter, TrainingState
@@ -161,6 +163,48 @@ def test_an_engine_that_computes_something_else_generates_no_more(tmp_path, monk
     alarms = shores.state.work.events("alarm")
     assert [alarm["weight_version"] for alarm in alarms] == [1, 2]
     assert all(alarm["gap_after_snapshot"] == pytest.approx(0.2, abs=1e-3) for alarm in alarms)
+
+
+def test_of_several_engines_the_one_that_computes_something_else_is_left_out_alone(tmp_path, monkeypatch):
+    """It comes back once it computes what it was given."""
+    sick, refused = [], []
+
+    class Second(LocalEngine):
+        def generate(self, prompts, *more):
+            found = super().generate(prompts, *more)
+            if not sick:
+                return found
+            refused.append(len(prompts) > SPOT_PROMPTS)
+            return [
+                [dataclasses.replace(one, logprobs=[value - 0.2 for value in one.logprobs]) for one in group]
+                for group in found
+            ]
+
+    @contextlib.contextmanager
+    def two(work, bundle, *_):
+        log = tmp_path / "engine.log"
+        with LocalEngine(bundle, log=log) as first, Second(bundle, log=log) as second:
+            fleet = Fleet([first, second], work.event)
+            fleet.start(bundle)
+            yield fleet
+
+    monkeypatch.setattr(engines, "engine_on", two)
+    with shores_in(tmp_path / "run", **{"rl.staleness": 0}) as shores:
+        send = shores.crossing.send
+
+        def sent():
+            sick[:] = [1] if shores.state.step == 2 else []
+            return send()
+
+        monkeypatch.setattr(shores.crossing, "send", sent)
+        loop.learn(shores, QUIET)
+    steps, told = shores.state.work.events("step"), shores.state.work.events("fallback")
+    assert len(steps) == STEPS and not shores.state.work.events("incident")
+    left_out = [one for one in told if "left out, 1 of 2" in one["what"]]
+    assert len(left_out) == 1 and "at version 2 log-probabilities 0.2 nats" in left_out[0]["why"]
+    assert refused and not any(refused), "a rollout was asked of it"
+    assert [one["weight_version"] for one in shores.state.work.events("back")] == [3]
+    assert all(step["parity_gap"] < 1e-3 for step in steps)
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from isthmus.chips import get_chip, vendor_of
 from isthmus.engines import Engine, EngineError
 from isthmus.engines.fleet import Fleet
 from isthmus.engines.remote import HttpEngine
+from isthmus.engines.remote.prepared import Prepared
 from isthmus.errors import IsthmusError
 from isthmus.formats.files.bundle import CONFIG
 from isthmus.pools import Pool
@@ -43,7 +44,8 @@ def open_fleet(pool: Pool, bundle: Path, form: str, tell: Callable[..., None], *
     for a key or an exchange folder that is not there.
     """
     key, served = _key_of(pool), _bundle_to_serve(pool, bundle)
-    engines = [_engine(pool, url, key, number) for number, url in enumerate(pool.engines)]
+    prepared = Prepared()
+    engines = [_engine(pool, url, key, number, prepared) for number, url in enumerate(pool.engines)]
     fleet = Fleet(engines, tell)
     try:
         fleet.start(bundle)
@@ -94,9 +96,9 @@ def how_to_start(pool: Pool, bundle: Path, *, routes: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _engine(pool: Pool, url: str, key: str | None, number: int) -> HttpEngine:
+def _engine(pool: Pool, url: str, key: str | None, number: int, prepared: Prepared) -> HttpEngine:
     exchange = None if pool.exchange is None else pool.exchange / f"engine-{number}"
-    return HttpEngine(url, key, exchange=exchange, start_wait_s=START_WAIT_S)
+    return HttpEngine(url, key, exchange=exchange, start_wait_s=START_WAIT_S, prepared=prepared)
 
 
 def _key_of(pool: Pool) -> str | None:

@@ -94,7 +94,7 @@ class Fleet:
     def update(self, payload: bytes, version: int, sha256: str) -> None:
         """Stage on all, then switch. If no engine takes it, the old weights go on serving on all."""
         with self._bringing:
-            self._find_back()
+            self._find_back(doubted=True)
             began = time.monotonic()
             self._bring(lambda engine: engine.stage(payload, version, sha256), version, None)
             self._last = Whole(payload, version, sha256, time.monotonic() - began)
@@ -103,7 +103,7 @@ class Fleet:
         """The same by what changes. Raises OtherBase if an engine lacks what is changed, one that came back included:
         all of them then need all weights."""
         with self._bringing:
-            self._find_back()
+            self._find_back(doubted=True)
             if back := [member.url for member in self.members if member.returning]:
                 raise OtherBase(f"{', '.join(back)} came back without the weights in use")
             self._bring(lambda engine: engine.stage_delta(parts, base_version, version), version, sha256)
@@ -120,6 +120,13 @@ class Fleet:
         if not found:
             raise EngineError(_nobody(self.members))
         return found
+
+    def leave_out(self, url: str, why: str) -> None:
+        """One that was found to compute something else. It comes back with a new version alone, which is looked at."""
+        member = next(member for member in self.members if member.url == url)
+        with self._lock:
+            member.doubted = True
+        self._leave_out(member, why)
 
     def stop(self) -> None:
         """End those that were started for this fleet; those that someone else started go on without us."""
@@ -173,13 +180,15 @@ class Fleet:
             part = slice(piece.start, piece.stop)
             groups = member.engine.generate(prompts[part], sampling, seeds[part])
             self._check_versions(member, begun, groups)
+            if known:
+                self._check_weights(member, wanted)
             return groups
 
         return ask
 
     def _check_weights(self, member: Member, wanted: str | None) -> None:
-        """An engine that was started again serves what it read then, perhaps under the same number. `wanted` is None
-        for one that never tells what it has."""
+        """An engine that was started again, or was brought weights by somebody else, may tell the same number. `wanted`
+        is None for one that never tells what it has."""
         found = member.engine.in_use()
         with self._lock:
             same = found == wanted or member.switches or member.has != wanted
@@ -213,6 +222,8 @@ class Fleet:
             self._undo_switch(staged)
         self._drop_or_raise(switched, failed, version)
         self._settle(switched)
+        for member in switched:
+            member.doubted = False
         self._version = version
 
     def _undo_switch(self, members: list[Member]) -> None:
@@ -261,12 +272,13 @@ class Fleet:
             "fallback", what=f"the engine {member.url} is left out, {left} of {len(self.members)} go on", why=why
         )
 
-    def _find_back(self) -> None:
-        """Those that were left out and answer again are found out anew, and are `returning` then."""
+    def _find_back(self, *, doubted: bool) -> None:
+        """Those that were left out and answer again are found out anew, and are `returning` then. With `doubted` also
+        those that computed something else."""
         bundle = self._bundle
         if bundle is None:
             return
-        away = [member for member in self.members if member.may_come_back]
+        away = [member for member in self.members if member.may_come_back and (doubted or not member.doubted)]
         here, silent = each([member for member in away if not member.engine.can_be_replaced], _must_answer)
         started, failed = each(here, lambda engine: engine.start(bundle), ASKING)
         lost = [member for member in away if member.engine.can_be_replaced]
@@ -292,9 +304,10 @@ class Fleet:
         last = self._last
         if last is None or last.version != self._version:
             return
-        self._find_back()
+        self._find_back(doubted=False)
         patience = Patience(looks=SILENT_LOOKS, limit_s=max(BACK_S, BACK_TIMES * last.seconds))
-        brought, failed = each([member for member in self.members if member.returning], last.bring, patience)
+        back = [member for member in self.members if member.returning and not member.doubted]
+        brought, failed = each(back, last.bring, patience)
         for member, error in failed:
             self._leave_out(member, f"it came back and cannot follow: {error}")
             member.lost_for_good |= isinstance(error, CannotFollow)

@@ -24,7 +24,8 @@ Act = Callable[[HttpEngine], None]
 class Member:
     """One engine of a fleet. `versions` are those that it was given, in order; `has` is how it names the last one.
 
-    `why` says why it is left out; None if it is not. One that is `returning` answers again and has no weights of ours
+    `why` says why it is left out; None if it is not. One that is `doubted` was found to compute something else. One
+    that is `returning` answers again and has no weights of ours
     yet, so it does not serve. `abandoned` is the thread of an act that was not waited for.
     """
 
@@ -33,6 +34,7 @@ class Member:
     has: str | None = None
     switches: bool = False
     why: str | None = None
+    doubted: bool = False
     returning: bool = False
     lost_for_good: bool = False
     abandoned: threading.Thread | None = None

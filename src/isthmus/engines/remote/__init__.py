@@ -13,6 +13,7 @@ from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.engines.account import Account
 from isthmus.engines.remote.dialect import Dialect
 from isthmus.engines.remote.isthmus import Isthmus
+from isthmus.engines.remote.prepared import Prepared
 from isthmus.engines.remote.recognise import recognise
 from isthmus.engines.remote.transport import Transport
 from isthmus.formats.files.golden import TokenScore
@@ -25,7 +26,8 @@ class HttpEngine:
     """Speaks to one server. All of its errors are EngineErrors with the server's own words.
 
     `exchange` is a folder that this process writes and the server reads under the same path: servers of another make
-    take new weights over HTTP only from such a folder. `start_wait_s` is how long a server may take to come up.
+    take new weights over HTTP only from such a folder. `start_wait_s` is how long a server may take to come up. The
+    engines of a pool share one `prepared`.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class HttpEngine:
         *,
         exchange: Path | None = None,
         start_wait_s: float = START_WAIT_S,
+        prepared: Prepared | None = None,
     ):
         self.url, self.api_key, self.timeout_s = url, api_key, timeout_s
         self.exchange, self.start_wait_s = exchange, start_wait_s
+        self._prepared = prepared or Prepared()
         self._bundle: Path | None = None
         self._dialect: Dialect | None = None
 
@@ -51,7 +55,7 @@ class HttpEngine:
         self._bundle, self._dialect = bundle_folder, None
         self._transport.wait_until_healthy(self.start_wait_s)
         with self._reading():
-            dialect = recognise(self._transport, self._bundle, self.exchange)
+            dialect = self._recognised()
             dialect.check()
         self._dialect = dialect
 
@@ -180,6 +184,9 @@ class HttpEngine:
         """Version of the weights in use, as far as is known here."""
         return self._server.weights.version
 
+    def _recognised(self) -> Dialect:
+        return recognise(self._transport, self._bundle, self.exchange, self._prepared)
+
     @property
     def _transport(self) -> Transport:
         return Transport(self.url, self.api_key, self.timeout_s, self._explain)
@@ -188,7 +195,7 @@ class HttpEngine:
     def _server(self) -> Dialect:
         if self._dialect is None:
             with self._reading():
-                self._dialect = recognise(self._transport, self._bundle, self.exchange)
+                self._dialect = self._recognised()
         return self._dialect
 
     @contextlib.contextmanager

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from isthmus.engines import Completion, EngineError, Sampling
 from isthmus.engines.account import Account
+from isthmus.engines.remote.prepared import Prepared
 from isthmus.errors import IsthmusError
 from isthmus.formats import recognise_format
 from isthmus.formats.files.bundle import CONFIG, architecture_of, read_config, with_other_weights
 from isthmus.formats.files.golden import TokenScore
-from isthmus.formats.updates.wire import unpack
 
 _SEED_BITS = 48
 
@@ -144,8 +144,8 @@ def _kind(folder: Path) -> dict[str, Any]:
 class Exchange:
     """The folder through which weights reach a server that reads them from storage it shares with us."""
 
-    def __init__(self, folder: Path | None, bundle: Path | None):
-        self.folder, self.bundle = folder, bundle
+    def __init__(self, folder: Path | None, bundle: Path | None, prepared: Prepared):
+        self.folder, self.bundle, self.prepared = folder, bundle, prepared
 
     def check(self, url: str, served: str | None) -> None:
         """Raise EngineError without a folder; or if what the server reads lies here, and is of another model."""
@@ -176,12 +176,17 @@ class Exchange:
             )
         if self.bundle is None:
             raise EngineError("start(bundle_folder) must name the bundle that the server serves before an update")
-        target = self.folder.absolute() / f"weights-{version}"
+        bundle, target = self.bundle, self.folder.absolute() / f"weights-{version}"
+
+        def write() -> Path:
+            with_other_weights(target, bundle, tensors)
+            return target
+
         try:
-            with_other_weights(target, self.bundle, unpack(payload, sha256))
+            tensors = self.prepared.unpacked(payload, sha256)
+            return self.prepared.written((payload, version, bundle), target, write)
         except (IsthmusError, OSError) as error:
             raise EngineError(f"the new weights cannot be handed over: {error}") from error
-        return target
 
     def keep_only(self, used: Path) -> None:
         """Remove what was written here before the weights that are in use now."""

@@ -20,9 +20,8 @@ from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.engines.remote.vllm import Vllm
 from isthmus.engines.vllm_plugin import BACKEND
 from isthmus.errors import IsthmusError
-from isthmus.formats.updates.delta import WeightSet, apply
-from isthmus.formats.updates.shared_layout import write_version
-from isthmus.formats.updates.wire import unpack
+from isthmus.formats.updates.delta import WeightSet
+from isthmus.formats.updates.shared_layout import version_folder, write_version
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 LOOK_S = 0.05
@@ -55,7 +54,7 @@ class PluggedVllm(Vllm):
 
     def stage(self, payload: bytes, version: int, sha256: str) -> None:
         with _said_as_engine_error():
-            new = WeightSet.of(version, unpack(payload, sha256))
+            new = self._exchange.prepared.whole(payload, version, sha256)
         self._bring(None, new)
 
     def stage_delta(self, parts: Sequence[bytes], base_version: int, version: int) -> None:
@@ -63,7 +62,7 @@ class PluggedVllm(Vllm):
         if used is None or used.version != base_version or held != {base_version}:
             raise OtherBase(f"the engine at {self._transport.url} has version {held}, and {base_version} is changed")
         with _said_as_engine_error():
-            new = apply(used, parts)
+            new = self._exchange.prepared.changed(used, parts)
         self._bring(used, new)
 
     def switch(self, version: int, sha256: str | None) -> None:
@@ -90,8 +89,13 @@ class PluggedVllm(Vllm):
         return Account.of(self._ask_workers("report"))
 
     def _bring(self, base: WeightSet | None, new: WeightSet) -> None:
+        shelf = self._shelf.folder
+
+        def write() -> Path:
+            return write_version(shelf, base, new, compression="zlib")
+
         with _said_as_engine_error():
-            folder = write_version(self._shelf.folder, base, new, compression="zlib")
+            folder = self._exchange.prepared.written((base, new), version_folder(shelf, new.version), write)
         self._begin()
         self._control("/update_weights", {"update_info": {"source": self._shelf.source(folder)}})
         end, states = time.monotonic() + self._transport.timeout_s, self._states()

@@ -10,12 +10,13 @@ from isthmus.engines.remote.dialect import Dialect, Exchange
 from isthmus.engines.remote.isthmus import Isthmus
 from isthmus.engines.remote.openai import OpenAi
 from isthmus.engines.remote.plugged import PluggedVllm, is_plugged
+from isthmus.engines.remote.prepared import Prepared
 from isthmus.engines.remote.sglang import SgLang
 from isthmus.engines.remote.transport import Refused, Transport
 from isthmus.engines.remote.vllm import Vllm
 
 
-def recognise(transport: Transport, bundle: Path | None, exchange: Path | None) -> Dialect:
+def recognise(transport: Transport, bundle: Path | None, exchange: Path | None, prepared: Prepared) -> Dialect:
     """The dialect of the server: ours by its /health, the others by `owned_by` of their first model."""
     health = _get_or_none(transport, "/health")
     if isinstance(health, dict) and health.get("engine") == "isthmus":
@@ -24,14 +25,14 @@ def recognise(transport: Transport, bundle: Path | None, exchange: Path | None) 
     owner = str(model.get("owned_by", "")).lower()
     if owner == "vllm":
         release = (_get_or_none(transport, "/version") or {}).get("version")
-        facts = transport, model["id"], model.get("root"), release, Exchange(exchange, bundle)
+        facts = transport, model["id"], model.get("root"), release, Exchange(exchange, bundle, prepared)
         config = (_get_or_none(transport, "/server_info?config_format=json") or {}).get("vllm_config")
         if isinstance(config, dict) and is_plugged(config):
             return PluggedVllm(*facts, config)
         return Vllm(*facts)
     if owner == "sglang":
         facts = _get_or_none(transport, "/server_info") or _get_or_none(transport, "/get_server_info") or {}
-        return SgLang(transport, facts, Exchange(exchange, bundle))
+        return SgLang(transport, facts, Exchange(exchange, bundle, prepared))
     return OpenAi(transport, model["id"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +75,14 @@ class Crossing:
         if not self.section.parity_tokens or self.state.step % self.section.parity_every:
             return {}
         began = time.perf_counter()
-        found = self._look(tensors)
+        looks = self._look(tensors)
+        found = worst_of(looks.values())
         if found.is_wrong:
             self.channel.send_whole()
-            first, found = found, self._look(tensors)
+            looks = self._look(tensors)
+            first, found = found, worst_of(looks.values())
             self._alarm(first, found)
+            found = self._of_those_that_stay(looks)
         self.strikes = self.strikes + 1 if found.is_wrong else 0
         gone = mismatch.look(found.words, self.strikes, self.section.parity_strikes, self.state.step)
         if gone is not None:
@@ -97,19 +100,33 @@ class Crossing:
             "parity_s": round(time.perf_counter() - began, 4),
         }
 
-    def _look(self, tensors: dict[str, Tensor]) -> Look:
-        """Each engine holds what was sent, and computes with it?"""
-        findings = [(url, compare(one, self.state.step, tensors)) for url, one in self.engine.accounts()]
-        wrong = {f"{name} at {url}": why for url, one in findings for name, why in one.wrong.items()}
-        seen, unseen = (min((getattr(one, kind) for _, one in findings), default=0) for kind in ("seen", "unseen"))
-        return Look(self.spot(tensors), Findings(wrong, seen, unseen))
+    def _look(self, tensors: dict[str, Tensor]) -> dict[str, Look]:
+        """By engine: does it hold what was sent, and compute with it?
 
-    def spot(self, tensors: dict[str, Tensor]) -> Spot:
-        """Of the engine that is furthest off. One that answers as another does is not judged twice."""
+        One that answers as another does is not judged twice.
+        """
+        held = {url: compare(one, self.state.step, tensors) for url, one in self.engine.accounts()}
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
-        answers = [[group[0] for group in groups] for _, groups in self.engine.probe(self.prompts, sampling)]
-        spots = [self._spot_of(one, tensors) for one in _distinct(answers)]
-        return max(spots, key=lambda spot: (spot.is_over, spot.mean))
+        within = RESOLUTION if self.engine.bits is None else 0.0
+        judged: list[tuple[list[Completion], Spot]] = []
+        looks: dict[str, Look] = {}
+        for url, groups in self.engine.probe(self.prompts, sampling):
+            answers = [group[0] for group in groups]
+            spot = next((spot for known, spot in judged if _same(answers, known, within)), None)
+            if spot is None:
+                spot = self._spot_of(answers, tensors)
+                judged.append((answers, spot))
+            looks[url] = Look(spot, held.get(url, NOTHING_TOLD), url)
+        return looks
+
+    def _of_those_that_stay(self, looks: dict[str, Look]) -> Look:
+        """Without the engines that are wrong, if others of the pool are right: these go on alone."""
+        wrong = {url: look for url, look in looks.items() if look.is_wrong}
+        if len(wrong) == len(looks):
+            return worst_of(looks.values())
+        for url, look in wrong.items():
+            self.engine.leave_out(url, f"at version {self.state.step} {look.words}, after all weights were sent again")
+        return worst_of(look for url, look in looks.items() if url not in wrong)
 
     def _spot_of(self, answers: list[Completion], tensors: dict[str, Tensor]) -> Spot:
         work = self.state.work
@@ -166,10 +183,11 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Look:
-    """At one version: the log-probabilities of the engine that is furthest off, and the checksums of all."""
+    """At one engine and one version: its log-probabilities, and its checksums."""
 
     gap: Spot
     findings: Findings
+    url: str
 
     @property
     def wrong(self) -> dict[str, str]:
@@ -187,18 +205,21 @@ class Look:
         return f"log-probabilities {self.gap.mean:.3g} nats per token from those of the weights that were sent"
 
 
-def _distinct(answers: list[list[Completion]]) -> list[list[Completion]]:
-    """Without those whose tokens and log-probabilities are another's, as far as anybody can tell."""
-    kept: list[list[Completion]] = []
-    for found in answers:
-        if not any(_same(found, one) for one in kept):
-            kept.append(found)
-    return kept
+NOTHING_TOLD = Findings({}, 0, 0)
 
 
-def _same(one: list[Completion], other: list[Completion]) -> bool:
+def worst_of(looks: Iterable[Look]) -> Look:
+    """The gap of the engine that is furthest off, with what is wrong in any, and the fewest checksums."""
+    several = list(looks)
+    gap = max((look.gap for look in several), key=lambda spot: (spot.is_over, spot.mean))
+    wrong = {f"{name} at {look.url}": why for look in several for name, why in look.wrong.items()}
+    seen, unseen = (min(getattr(look.findings, kind) for look in several) for kind in ("seen", "unseen"))
+    return Look(gap, Findings(wrong, seen, unseen), "")
+
+
+def _same(one: list[Completion], other: list[Completion], within: float) -> bool:
     return all(
-        a.tokens == b.tokens and all(abs(x - y) <= RESOLUTION for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        a.tokens == b.tokens and all(abs(x - y) <= within for x, y in zip(a.logprobs, b.logprobs, strict=True))
         for a, b in zip(one, other, strict=True)
     )
 

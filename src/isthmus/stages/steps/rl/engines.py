@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 from isthmus.engines import CannotFollow, Completion, Engine, EngineError, OtherBase, Sampling
 from isthmus.engines.account import Account
 from isthmus.engines.elsewhere import check_telling
+from isthmus.engines.fleet import Fleet
 from isthmus.engines.local import LocalEngine
 from isthmus.engines.member import HEALTH_S, LOOK_S
 from isthmus.engines.remote.transport import Refused
@@ -120,6 +121,12 @@ class Engines:
 
     def probe(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, list[list[Completion]]]]:
         return self._lasting(lambda engine: [(url, _finite(found)) for url, found in engine.probe(prompts, sampling)])
+
+    def leave_out(self, url: str, why: str) -> None:
+        """Let go of one of several engines that are the pool's."""
+        engine = self._current()[0]
+        assert isinstance(engine, Fleet), "one engine alone is given up"
+        engine.leave_out(url, why)
 
     def give_up(self, found: Signal, error: IsthmusError) -> None:
         """Let go of the engine for what was found about it; another one takes its place. Raises the error if none
