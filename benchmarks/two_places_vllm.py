@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import socket
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import fmean, median
 
@@ -19,8 +18,9 @@ from isthmus.engines.remote import HttpEngine
 from isthmus.engines.remote.started import started
 from isthmus.records import RlRecord
 from isthmus.run import RunFolder
+from tests.support.meddling import meddling
 
-RECIPE, STEP = ROOT / "recipes" / "tiny.toml", "reasoning"
+RECIPE, TAUGHT, STEP = ROOT / "recipes" / "tiny.toml", "cold-start", "reasoning"
 SHAPE = ("model.qk_rope_head_dim=32", "model.v_head_dim=32", "model.moe_intermediate_size=64")
 """Sizes that vLLM's kernels for the CPU have: heads of 32, multiples of 32 elsewhere."""
 PLACES = (
@@ -33,38 +33,44 @@ PLACES = (
 )
 """In fp32, because vLLM on the CPU has no experts in 8 bits."""
 LENGTH = 384
-Opening = Callable[[Path, int], AbstractContextManager[HttpEngine]]
 
 
 def vllm(options: argparse.Namespace) -> None:
     """Run both, print what they came to, and store it."""
     if not (options.vllm and options.plug_in):
         raise SystemExit("--what vllm wants --vllm PYTHON and --plug-in FOLDER")
-    with tempfile.TemporaryDirectory() as scratch:
-        makes: dict[str, Opening] = {"isthmus": _ours, "vllm": lambda bundle, port: _vllm(options, bundle, port)}
-        rows = {name: one_run(Path(scratch) / name, opening, options.set) for name, opening in makes.items()}
-    for name, row in rows.items():
-        print(name, row)
-    gains = [rows[name]["gain"] for name in makes]
-    within = [rows[name]["gain_low"] <= gain <= rows[name]["gain_high"] for name in makes for gain in gains]
-    print("each gain lies within the interval of the other:", all(within))
-    store("two_places", {"what": "vllm", "set": options.set, "same_gain": all(within), "rows": rows})
+    with tempfile.TemporaryDirectory() as scratch, meddling("http://127.0.0.1:9") as proxy, ExitStack() as stack:
+        proxy.timeout_s = 1800.0
+        words, prepared = _words(Path(scratch), proxy.url, options.set), Path(scratch) / "prepared"
+        refused = isthmus(*words)
+        assert refused.code != 0 and "--bundle" in refused.errors, refused.output + refused.errors
+        bundle = Path(shutil.copytree(prepared / "qualify" / "away-bundle", Path(scratch) / "start"))
+        engines = {"isthmus": stack.enter_context(_ours(bundle))}
+        engines["vllm"] = stack.enter_context(_vllm(options, bundle))
+        proxy.target = engines["isthmus"].url
+        taught = isthmus(*words)
+        assert taught.code == 0, taught.output + taught.errors
+        rows: dict[str, Row] = {}
+        for name, engine in engines.items():
+            proxy.target, run = engine.url, Path(shutil.copytree(prepared, Path(scratch) / name))
+            result = isthmus("run", run, "--only", STEP)
+            assert result.code == 0, result.output + result.errors
+            rows[name] = {"engine": engine.server, **_measured(RunFolder.open(run))}
+            print(name, rows[name], flush=True)
+    gains = [row["gain"] for row in rows.values()]
+    within = all(row["gain_low"] <= gain <= row["gain_high"] for row in rows.values() for gain in gains)
+    print("each gain lies within the interval of the other:", within)
+    if not options.quick:
+        store("two_places", {"what": "vllm", "set": options.set, "same_gain": within, "rows": rows})
 
 
-def one_run(folder: Path, opening: Opening, changes: list[str]) -> Row:
-    """`isthmus run` is refused first, because no engine is there, and leaves the bundle to start one with."""
-    folder.mkdir()
-    key, run, port = folder / "away.key", folder / "run", _free_port()
+def _words(folder: Path, url: str, changes: list[str]) -> list[object]:
+    """`isthmus run` up to reinforcement learning. Without an engine it is refused, and leaves a bundle to start one."""
+    key = folder / "away.key"
     key.write_text(KEY)
-    changes = [*SHAPE, *PLACES, f"pools.away.engines=['http://127.0.0.1:{port}']", *changes]
-    words = ["run", RECIPE, "--run", run, "--set", f"pools.away.api_key_file={key}"]
-    words += [word for change in changes for word in ("--set", change)]
-    refused = isthmus(*words)
-    assert refused.code != 0 and "vllm serve" in refused.errors, refused.output + refused.errors
-    with opening(run / "qualify" / "away-bundle", port) as engine:
-        result = isthmus(*words)
-        assert result.code == 0, result.output + result.errors
-        return {"engine": engine.server, **_measured(RunFolder.open(run))}
+    places = [f"pools.away.engines=['{url}']", f"pools.away.api_key_file={key}"]
+    settings = [word for change in (*SHAPE, *PLACES, *places, *changes) for word in ("--set", change)]
+    return ["run", RECIPE, "--run", folder / "prepared", "--until", TAUGHT, *settings]
 
 
 def _measured(run: RunFolder) -> Row:
@@ -81,24 +87,20 @@ def _measured(run: RunFolder) -> Row:
     return row
 
 
-def _ours(bundle: Path, port: int) -> AbstractContextManager[HttpEngine]:
+def _ours(bundle: Path) -> AbstractContextManager[HttpEngine]:
     python = shlex.quote(sys.executable)
-    command = f"env ISTHMUS_ADMIN_KEY={KEY} {python} -m isthmus.engines.local --bundle {{bundle}} --port {port} --admin"
-    return started(command, bundle, bundle.parent / "engine.log", f"http://127.0.0.1:{port}", KEY)
+    command = (
+        f"env ISTHMUS_ADMIN_KEY={KEY} {python} -m isthmus.engines.local --bundle {{bundle}} --port {{port}} --admin"
+    )
+    return started(command, bundle, bundle.parent / "engine.log", api_key=KEY)
 
 
-def _vllm(options: argparse.Namespace, bundle: Path, port: int) -> AbstractContextManager[HttpEngine]:
+def _vllm(options: argparse.Namespace, bundle: Path) -> AbstractContextManager[HttpEngine]:
     command = (
         f"env PYTHONPATH={options.plug_in} VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_MLA_DISABLE=1 "
         "VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "
-        f"{shlex.quote(options.vllm)} -m vllm.entrypoints.openai.api_server --model {{bundle}} --port {port} "
+        f"{shlex.quote(options.vllm)} -m vllm.entrypoints.openai.api_server --model {{bundle}} --port {{port}} "
         f"--host 127.0.0.1 --dtype float32 --max-model-len {LENGTH} --logprobs-mode processed_logprobs "
         """--weight-transfer-config '{"backend": "isthmus"}'"""
     )
-    return started(command, bundle, bundle.parent / "vllm.log", f"http://127.0.0.1:{port}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return started(command, bundle, bundle.parent / "vllm.log")

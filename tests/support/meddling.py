@@ -33,7 +33,7 @@ class Meddler:
         self.target, self.fault, self.url, self.completions = target, "", "", 0
         self.routes: Collection[str] | None = (COMPLETIONS,)
         self.times: int | None = None
-        self.struck, self.delay_s = 0, 0.0
+        self.struck, self.delay_s, self.timeout_s = 0, 0.0, 60.0
         self.shadow: str = ""
         self.watch: Callable[[str], None] = lambda _path: None
         self._version = 0
@@ -133,7 +133,7 @@ def meddling(target: str) -> Iterator[Meddler]:
             self.wfile.flush()
 
         def ask(self, target: str, body: bytes) -> tuple[int | None, bytes]:
-            connection = http.client.HTTPConnection(urlsplit(target).netloc, timeout=60)
+            connection = http.client.HTTPConnection(urlsplit(target).netloc, timeout=meddler.timeout_s)
             headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if name in self.headers}
             try:
                 connection.request(self.command, self.path, body or None, headers)
