@@ -70,12 +70,14 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	$(BIN)/python -m benchmarks.twin
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.policies
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.revert
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.two_places --what overhead
 
-soak: $(VENV)/.installed-dev     ## the tests that take minutes, 10,000 random requests against a server, 100 kills of a run
+soak: $(VENV)/.installed-dev     ## the tests that take minutes, 10,000 random requests against a server, 100 kills of a run, 200 failures of engines
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile -m long
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak_hostile
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.two_places --what faults
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -88,10 +88,8 @@ def _measured(run: RunFolder) -> Row:
 
 
 def _ours(bundle: Path) -> AbstractContextManager[HttpEngine]:
-    python = shlex.quote(sys.executable)
-    command = (
-        f"env ISTHMUS_ADMIN_KEY={KEY} {python} -m isthmus.engines.local --bundle {{bundle}} --port {{port}} --admin"
-    )
+    python = f"env ISTHMUS_ADMIN_KEY={KEY} {shlex.quote(sys.executable)}"
+    command = f"{python} -m isthmus.engines.local --bundle {{bundle}} --port {{port}} --admin"
     return started(command, bundle, bundle.parent / "engine.log", api_key=KEY)
 
 
