@@ -148,11 +148,11 @@ def _measured(crossings: Crossings, repeats: int) -> list[Row]:
             began = time.perf_counter()
             act()
             ended = time.perf_counter()
+        crossings.align()
         writing = crossings.writing()
         row = {"way": way, "engines": len(crossings.engines), "pause_s": max(gaps.during(began, ended))}
         rows.append(row | {"writing_s": writing, "usual_gap_s": median(gaps.all())})
         print(rows[-1], flush=True)
-        crossings.align()
     return rows
 
 
