@@ -16,10 +16,21 @@
 #define TOKENS 4
 #define OUTPUTS 4
 #define AHEAD 4096 /* floats between the weights in use and those that are fetched */
+#define NEAR 4096  /* floats of tokens that stay in the first cache while all outputs are computed of them */
 #define LARGEST 127.0f
 #define BLOCK 1024
-typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t lanes_int __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* A sum has LANES partial sums, in PARTS registers. MOST tokens are summed at once, as registers allow: 32 or 16. */
+#ifdef __AVX512F__
+#define PARTS 1
+#define MOST 4
+#else
+#define PARTS 2
+#define MOST 3
+#endif
+#define PART (LANES / PARTS)
+typedef float part __attribute__((vector_size(PART * 4), aligned(4), may_alias));
+typedef int32_t part_int __attribute__((vector_size(PART * 4), aligned(4), may_alias));
 
 /* With `scale` [out] the weight holds int8 values in fp32, and inputs are quantised by row. */
 typedef struct {
@@ -91,71 +102,97 @@ static float *floats(int64_t count) { return take(count * sizeof(float)); }
 
 /* --- products */
 
-static inline lanes load(const float *x) { return *(const lanes *)x; }
+static inline part load(const float *x) { return *(const part *)x; }
 
-static inline lanes pick(lanes_int mask, lanes yes, lanes no) {
-    return (lanes)((mask & (lanes_int)yes) | (~mask & (lanes_int)no));
+static inline void put(float *x, part value) { *(part *)x = value; }
+
+static inline part pick(part_int mask, part yes, part no) {
+    return (part)((mask & (part_int)yes) | (~mask & (part_int)no));
 }
 
-static inline lanes all_lanes(float x) { return (lanes){0} + x; }
+static inline part everywhere(float x) { return (part){0} + x; }
 
 /* Some lanes of two vectors; GCC has Clang's name for it since version 12. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define BOTH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define BOTH(a, b, ...) __builtin_shuffle(a, b, (lanes_int){__VA_ARGS__})
+#define BOTH(a, b, ...) __builtin_shuffle(a, b, (part_int){__VA_ARGS__})
 #endif
 
-static inline lanes fold8(lanes a, lanes b) {
+/* The sums over the lanes of `count` sums, PARTS registers each, always in the order (i, i + 8), (i, i + 4), (i, i + 2),
+   (i, i + 1); of 16 at most, or of 8. */
+#if PARTS == 1
+static inline part fold8(part a, part b) {
     return BOTH(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            BOTH(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-static inline lanes fold4(lanes a, lanes b) {
+static inline part fold4(part a, part b) {
     return BOTH(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
            BOTH(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
-static inline lanes fold2(lanes a, lanes b) {
+static inline part fold2(part a, part b) {
     return BOTH(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
            BOTH(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
 }
 
-static inline lanes fold1(lanes a, lanes b) {
+static inline part fold1(part a, part b) {
     return BOTH(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            BOTH(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* The sums over the lanes of 1, 2, 4, 8 or 16 vectors, always in the order (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1). */
-static inline lanes totals(const lanes *x, int count) {
-    lanes a[8], b[4], c[2];
+static inline part totals(const part *x, int count) {
+    part a[8], b[4], c[2];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) a[i] = fold8(x[2 * i % count], x[(2 * i + 1) % count]);
     for (int i = 0; i < 4; i++) b[i] = fold4(a[2 * i], a[2 * i + 1]);
     for (int i = 0; i < 2; i++) c[i] = fold2(b[2 * i], b[2 * i + 1]);
     return fold1(c[0], c[1]);
 }
-
-static inline float total(lanes x) {
-    lanes sum = totals(&x, 1);
-    return sum[0];
+#else
+static inline part fold4(part a, part b) {
+    return BOTH(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + BOTH(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
+
+static inline part fold2(part a, part b) {
+    return BOTH(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + BOTH(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+
+static inline part fold1(part a, part b) {
+    return BOTH(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + BOTH(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
+static inline part totals(const part *x, int count) {
+    part a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) a[i] = x[2 * (i % count)] + x[2 * (i % count) + 1];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) b[i] = fold4(a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 2; i++) c[i] = fold2(b[2 * i], b[2 * i + 1]);
+    return fold1(c[0], c[1]);
+}
+#endif
+
+static inline float total(const part *x) { return totals(x, 1)[0]; }
 
 /* y[t][o] = x[t] . w[o] for T tokens and O outputs; the last 1..15 elements are added one by one. */
 #define DEFINE_TILE(T, O)                                                                                      \
     static inline void tile_##T##_##O(const float *const *x, const float *w, int64_t stride, int64_t length,   \
                                       float *const *y, int64_t first) {                                        \
-        lanes sum[T * O];                                                                                      \
-        for (int i = 0; i < T * O; i++) sum[i] = all_lanes(0.0f);                                              \
+        part sum[T * O * PARTS];                                                                               \
+        _Pragma("GCC unroll 16") for (int i = 0; i < T * O * PARTS; i++) sum[i] = everywhere(0.0f);            \
         int64_t k = 0;                                                                                         \
-        for (; k + LANES <= length; k += LANES) {                                                              \
-            lanes row[O];                                                                                      \
-            for (int o = 0; o < O; o++) row[o] = load(w + o * stride + k);                                     \
-            for (int t = 0; t < T; t++) {                                                                      \
-                lanes one = load(x[t] + k);                                                                    \
-                for (int o = 0; o < O; o++) sum[t * O + o] += one * row[o];                                    \
+        for (; k + LANES <= length; k += LANES)                                                                \
+            for (int p = 0; p < PARTS; p++) {                                                                  \
+                part row[O];                                                                                   \
+                for (int o = 0; o < O; o++) row[o] = load(w + o * stride + k + p * PART);                      \
+                for (int t = 0; t < T; t++) {                                                                  \
+                    part one = load(x[t] + k + p * PART);                                                      \
+                    for (int o = 0; o < O; o++) sum[(t * O + o) * PARTS + p] += one * row[o];                  \
+                }                                                                                              \
             }                                                                                                  \
-        }                                                                                                      \
-        lanes all = totals(sum, T * O);                                                                        \
+        part all = totals(sum, T * O);                                                                         \
         for (int t = 0; t < T; t++)                                                                            \
             for (int o = 0; o < O; o++) {                                                                      \
                 float result = all[t * O + o];                                                                 \
@@ -167,24 +204,51 @@ static inline float total(lanes x) {
 DEFINE_TILE(1, 1)
 DEFINE_TILE(1, 4)
 DEFINE_TILE(2, 1)
+#if PARTS == 1
 DEFINE_TILE(2, 4)
 DEFINE_TILE(4, 1)
 DEFINE_TILE(4, 4)
+#else
+DEFINE_TILE(2, 2)
+DEFINE_TILE(3, 1)
+DEFINE_TILE(3, 2)
+#endif
+
+/* OUTPUTS outputs of `step` tokens. */
+static inline void tile_whole(const float *const *x, int step, const float *w, int64_t stride, int64_t length,
+                              float *const *y, int64_t first) {
+    if (step == 1) tile_1_4(x, w, stride, length, y, first);
+#if PARTS == 1
+    else if (step == 2) tile_2_4(x, w, stride, length, y, first);
+    else tile_4_4(x, w, stride, length, y, first);
+#else
+    else
+        for (int o = 0; o < OUTPUTS; o += 2) {
+            if (step == 2) tile_2_2(x, w + o * stride, stride, length, y, first + o);
+            else tile_3_2(x, w + o * stride, stride, length, y, first + o);
+        }
+#endif
+}
+
+/* One output of `step` tokens. */
+static inline void tile_rest(const float *const *x, int step, const float *w, int64_t stride, int64_t length,
+                             float *const *y, int64_t first) {
+    if (step == 1) tile_1_1(x, w, stride, length, y, first);
+    else if (step == 2) tile_2_1(x, w, stride, length, y, first);
+#if PARTS == 1
+    else tile_4_1(x, w, stride, length, y, first);
+#else
+    else tile_3_1(x, w, stride, length, y, first);
+#endif
+}
 
 static void tile(const float *const *x, int tokens, const float *w, int64_t stride, int64_t length, float *const *y,
                  int64_t first, int outputs) {
     for (int t = 0; t < tokens;) {
-        int step = tokens - t >= 4 ? 4 : tokens - t >= 2 ? 2 : 1;
-        if (outputs == OUTPUTS) {
-            if (step == 4) tile_4_4(x + t, w, stride, length, y + t, first);
-            else if (step == 2) tile_2_4(x + t, w, stride, length, y + t, first);
-            else tile_1_4(x + t, w, stride, length, y + t, first);
-        } else
-            for (int o = 0; o < outputs; o++) {
-                if (step == 4) tile_4_1(x + t, w + o * stride, stride, length, y + t, first + o);
-                else if (step == 2) tile_2_1(x + t, w + o * stride, stride, length, y + t, first + o);
-                else tile_1_1(x + t, w + o * stride, stride, length, y + t, first + o);
-            }
+        int step = tokens - t >= MOST ? MOST : tokens - t >= 2 ? 2 : 1;
+        if (outputs == OUTPUTS) tile_whole(x + t, step, w, stride, length, y + t, first);
+        else
+            for (int o = 0; o < outputs; o++) tile_rest(x + t, step, w + o * stride, stride, length, y + t, first + o);
         t += step;
     }
 }
@@ -196,11 +260,18 @@ static inline void fetch(const float *x, int64_t count) {
 /* y[t][o] = x[t] . w[o]: rows by pointers, so that none is gathered. */
 static void product(const float *const *x, int tokens, const float *w, int64_t length, int64_t outputs,
                     float *const *y, int threads) {
+    int64_t each = ((outputs + OUTPUTS - 1) / OUTPUTS + threads - 1) / threads * OUTPUTS;
+    int most = (int)(NEAR / length) / (4 * MOST) * (4 * MOST);
+    if (most < 4 * MOST) most = 4 * MOST;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t o = 0; o < outputs; o += OUTPUTS) {
-        int count = outputs - o < OUTPUTS ? (int)(outputs - o) : OUTPUTS;
-        fetch(w + o * length + AHEAD, count * length);
-        tile(x, tokens, w + o * length, length, length, y, o, count);
+    for (int part = 0; part < threads; part++) {
+        int64_t end = (part + 1) * each < outputs ? (part + 1) * each : outputs;
+        for (int t = 0; t < tokens; t += most)
+            for (int64_t o = part * each; o < end; o += OUTPUTS) {
+                int count = end - o < OUTPUTS ? (int)(end - o) : OUTPUTS;
+                if (t == 0) fetch(w + o * length + AHEAD, count * length);
+                tile(x + t, tokens - t < most ? tokens - t : most, w + o * length, length, length, y + t, o, count);
+            }
     }
 }
 
@@ -268,9 +339,10 @@ static void linear(const Linear *layer, float *const *x, int64_t tokens, float *
 /* --- norms, rotations, activations */
 
 static void norm(const Norm *layer, const float *x, float *y, int64_t size) {
-    lanes sum = {0};
+    part sum[PARTS] = {{0}};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) sum += load(x + i) * load(x + i);
+    for (; i + LANES <= size; i += LANES)
+        for (int p = 0; p < PARTS; p++) sum[p] += load(x + i + p * PART) * load(x + i + p * PART);
     float squares = total(sum);
     for (; i < size; i++) squares = fmaf(x[i], x[i], squares);
     float scale = 1.0f / sqrtf(squares / (float)size + layer->eps);
@@ -303,32 +375,32 @@ static void rotate_halves(float *x, const float *cos, const float *sin, int size
 }
 
 /* exp(x) for x <= 88: 2^n times a polynomial (Cephes, expf); below -87 it is 0. */
-static inline lanes exponential(lanes x) {
-    lanes_int tiny = x < -87.0f;
-    lanes bounded = pick(tiny, all_lanes(-87.0f), x);
-    lanes turns = bounded * 1.44269504f;
-    lanes half = pick(turns < 0.0f, all_lanes(-0.5f), all_lanes(0.5f));
-    lanes_int whole = __builtin_convertvector(turns + half, lanes_int);
-    lanes n = __builtin_convertvector(whole, lanes);
-    lanes r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    lanes p = all_lanes(1.9875691500e-4f);
+static inline part exponential(part x) {
+    part_int tiny = x < -87.0f;
+    part bounded = pick(tiny, everywhere(-87.0f), x);
+    part turns = bounded * 1.44269504f;
+    part half = pick(turns < 0.0f, everywhere(-0.5f), everywhere(0.5f));
+    part_int whole = __builtin_convertvector(turns + half, part_int);
+    part n = __builtin_convertvector(whole, part);
+    part r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    part p = everywhere(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    lanes power = (lanes)((whole + 127) << 23);
-    return pick(tiny, all_lanes(0.0f), p * power);
+    part power = (part)((whole + 127) << 23);
+    return pick(tiny, everywhere(0.0f), p * power);
 }
 
 static void silu_times(float *gate, const float *up, int64_t size) {
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        lanes g = load(gate + i);
-        lanes_int negative = g < 0.0f;
-        lanes e = exponential(pick(negative, g, -g));
-        *(lanes *)(gate + i) = g * pick(negative, e, all_lanes(1.0f)) / (1.0f + e) * load(up + i);
+    for (int64_t end = size / LANES * LANES; i < end; i += PART) {
+        part g = load(gate + i);
+        part_int negative = g < 0.0f;
+        part e = exponential(pick(negative, g, -g));
+        put(gate + i, g * pick(negative, e, everywhere(1.0f)) / (1.0f + e) * load(up + i));
     }
     for (; i < size; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
@@ -343,12 +415,13 @@ static void softmax(float *x, int64_t size, float scale) {
     if (!(most > -INFINITY)) most = 0.0f;
     int64_t filled = (size + LANES - 1) / LANES * LANES;
     for (int64_t i = size; i < filled; i++) x[i] = -INFINITY;
-    lanes sum = {0};
-    for (int64_t i = 0; i < filled; i += LANES) {
-        lanes e = exponential(load(x + i) - most);
-        *(lanes *)(x + i) = e;
-        sum += e;
-    }
+    part sum[PARTS] = {{0}};
+    for (int64_t i = 0; i < filled; i += LANES)
+        for (int p = 0; p < PARTS; p++) {
+            part e = exponential(load(x + i + p * PART) - most);
+            put(x + i + p * PART, e);
+            sum[p] += e;
+        }
     float all = total(sum);
     for (int64_t i = 0; i < filled; i++) x[i] /= all;
 }
@@ -392,9 +465,11 @@ static void attend(const Pass *pass, const float *store, int64_t width, int64_t 
                 const float *p = s[h] + start - begin;
                 int64_t c = 0;
                 for (; c + LANES <= value; c += LANES) {
-                    lanes sum = load(o + c);
-                    for (int64_t i = 0; i < here; i++) sum += p[i] * load(block + i * width + c);
-                    *(lanes *)(o + c) = sum;
+                    part sum[PARTS];
+                    for (int at = 0; at < PARTS; at++) sum[at] = load(o + c + at * PART);
+                    for (int64_t i = 0; i < here; i++)
+                        for (int at = 0; at < PARTS; at++) sum[at] += p[i] * load(block + i * width + c + at * PART);
+                    for (int at = 0; at < PARTS; at++) put(o + c + at * PART, sum[at]);
                 }
                 for (; c < value; c++)
                     for (int64_t i = 0; i < here; i++) o[c] = fmaf(p[i], block[i * width + c], o[c]);
