@@ -193,6 +193,11 @@ static inline float total(const part *x) { return totals(x, 1)[0]; }
                 }                                                                                              \
             }                                                                                                  \
         part all = totals(sum, T * O);                                                                         \
+        if (k == length) {                                                                                     \
+            _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                \
+                _Pragma("GCC unroll 4") for (int o = 0; o < O; o++) y[t][first + o] = all[t * O + o];          \
+            return;                                                                                            \
+        }                                                                                                      \
         for (int t = 0; t < T; t++)                                                                            \
             for (int o = 0; o < O; o++) {                                                                      \
                 float result = all[t * O + o];                                                                 \
