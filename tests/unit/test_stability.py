@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.chips import get_chip, stability_rule
 from isthmus.chips.rehearse.faults import FAULT_KINDS, parse_fault
 from isthmus.launch.crew import Called, Crew, Reply
 from isthmus.pools import get_pool
 from isthmus.probes import PRELOAD, stability
+from isthmus.probes.budget import choose
 from isthmus.probes.contract import Setting
 from isthmus.probes.judge.soak_judgement import problems_of, trends_of
 from isthmus.probes.portable import known_answers, training
+from isthmus.probes.workload import Workload
 from isthmus.recipe.read import load_recipe
 from isthmus.recipe.schema import QualifySection
 from isthmus.records import Evidence, FailureCase
@@ -270,6 +274,39 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def short_soak(crew: Crew, setting: Setting) -> list[Evidence]:
     return stability.soak(crew, setting, round_steps=2)
+
+
+def price_of_soak(setting: Setting) -> float:
+    return next(probe for probe in stability.PROBES if probe.name == "soak").price(setting)
+
+
+def test_a_soak_costs_its_time_or_what_its_least_rounds_compute(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    """The operations of a step are those that torch counts while one is taken."""
+    work = Workload(RunFolder.open(setting.root), torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        work.sft_step(0, work.batch(0))
+    second = counter.get_total_flops() / stability.TRAINING_SHARE
+    parameters = sum(one.numel() for one in work.model.parameters())
+    saves = 2 * parameters * stability.STATE_BYTES / stability.DISK_BYTES_PER_S
+    prices = {}
+    for steps_per_second in (1.0, 1e6):
+        monkeypatch.setattr(stability, "_matrix_rate", lambda _setting, rate=steps_per_second: second * rate)
+        prices[steps_per_second] = price_of_soak(setting)
+    steps = 2 * (4 + 2)
+    assert prices[1.0] == pytest.approx(steps + saves + stability.LOAD_S, rel=0.15)
+    assert prices[1e6] == pytest.approx(setting.recipe.qualify.soak_s + stability.LOAD_S, abs=saves)
+    monkeypatch.setattr(stability, "_matrix_rate", lambda _setting: second / 10)
+    (skipped,) = [one for one in choose(stability.PROBES, setting, 60.0).skipped if one.probe == "soak"]
+    assert skipped.price_s == pytest.approx(10 * steps, rel=0.2)
+    monkeypatch.setattr(stability, "_matrix_rate", lambda _setting: None)
+    assert price_of_soak(setting) == setting.recipe.qualify.soak_s + stability.LOAD_S
+
+
+def test_the_rate_behind_a_price_is_measured_on_a_cpu_and_published_of_a_chip(setting: Setting):
+    measured = stability._matrix_rate(setting)
+    assert measured is not None and 1e8 < measured < 1e14
+    chips = replace(setting, device="cuda", pool=replace(setting.pool, chip="h20", ranks=3))
+    assert stability._matrix_rate(chips) == pytest.approx(3 * 148e12, rel=0.01)
 
 
 def look(setting: Setting, probe: Callable[[Crew, Setting], list[Evidence]], *faults: str, world: int = 3) -> Evidence:

@@ -20,9 +20,11 @@ from isthmus.chips import stability_rule
 from isthmus.chips.rehearse.faults import FaultKind
 from isthmus.data.corpus import run_tokenizer
 from isthmus.errors import IsthmusError
-from isthmus.forecast.count import count_parameters
+from isthmus.forecast.count import count_parameters, training_flops
+from isthmus.forecast.device import pool_device
 from isthmus.launch.beats import Beat
 from isthmus.launch.crew import Called, Crew
+from isthmus.probes.compute import compute_threads, matmul_tflops
 from isthmus.probes.contract import Probe, Setting
 from isthmus.probes.findings import finding, without_ranks
 from isthmus.probes.judge.failure_rate import figures_of_soak
@@ -30,6 +32,7 @@ from isthmus.probes.judge.rates import median_of, zero_failure_bound
 from isthmus.probes.judge.soak_judgement import Problem, Trend, problems_of, trends_of
 from isthmus.probes.portable import training
 from isthmus.probes.recipes_own import owners_of, raised_by_recipe, stopped_by_recipe
+from isthmus.probes.workload import first_batch
 from isthmus.records import Evidence, Use
 from isthmus.run import Figure, RunFolder
 from isthmus.tasks import load_tasks
@@ -47,6 +50,13 @@ READY_S = 120.0
 COLD_STARTS = 3
 LOOKS = 5
 """How often ranks are looked at before one counts as slow."""
+ROUND_STEPS, LEAST_ROUNDS = 4, 2
+"""Steps of a round of the soak, and the rounds that it has however long they take."""
+LOAD_S = 6.0
+"""For the ranks of a soak to load the trainer and to make the data."""
+TRAINING_SHARE = 0.5
+"""Of the rate of matrix products, what a step of training reaches. Assumed, for a price."""
+PRICE_REPEATS = 3
 SAY_EVERY_S = 10.0
 DISK_BYTES_PER_S = 100e6
 """A save and a load may go this slowly before they count as hung. Assumed: a network disk."""
@@ -172,7 +182,7 @@ def cold_starts(crew: Crew, setting: Setting, starts: int = COLD_STARTS) -> list
     return [_finding("cold starts", "pass", detail, starts, figures, confidence=confidence, needed_for="both")]
 
 
-def soak(crew: Crew, setting: Setting, round_steps: int = 4) -> list[Evidence]:
+def soak(crew: Crew, setting: Setting, round_steps: int = ROUND_STEPS) -> list[Evidence]:
     """Real steps of this run's training for as long as the recipe says, with known answers, repeats and verified saves.
 
     A trend that seems to matter is looked at again, for twice as long. Steps that look wrong and that a trusted chip
@@ -265,16 +275,22 @@ def _soak(crew: Crew, setting: Setting, seconds: float, round_steps: int, horizo
         "folder": str(folder),
         "seconds": seconds,
         "round_steps": round_steps,
+        "least_rounds": LEAST_ROUNDS,
         "planted": [str(fault) for fault in crew.faults],
         "horizon": horizon,
     }
-    storage_s = STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
+    storage_s = _storage_s(setting)
     patience = setting.stall_s + storage_s
-    deadline = 4.0 * seconds + DEADLINE_S + 4.0 * storage_s
+    deadline = 4.0 * max(seconds, _least_soak_s(setting)) + DEADLINE_S + 4.0 * storage_s
     try:
         return crew.call(SOAK, arguments, deadline_s=deadline, stall_s=patience, watch=_progress(setting, seconds))
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # What ranks leave that did not come to their end.
+
+
+def _storage_s(setting: Setting) -> float:
+    """What a save and a load may take."""
+    return STATE_BYTES * count_parameters(setting.recipe.model).total / DISK_BYTES_PER_S
 
 
 def _broken_soak(setting: Setting, called: Called, hours: float) -> Evidence:
@@ -445,8 +461,28 @@ def _quick(setting: Setting) -> float:
 
 
 def _price_of_soak(setting: Setting) -> float:
-    """Beside the steps, ranks load the trainer and make the data."""
-    return setting.recipe.qualify.soak_s + 6.0
+    """Steps for as long as the recipe says, or the least rounds where those of its model take longer."""
+    return max(setting.recipe.qualify.soak_s, _least_soak_s(setting)) + LOAD_S
+
+
+def _least_soak_s(setting: Setting) -> float:
+    """Of the least rounds: their steps, one of them twice more, and a save. 0 where nobody knows the chip's rate."""
+    rate = _matrix_rate(setting)
+    if rate is None:
+        return 0.0
+    batch = first_batch(RunFolder.open(setting.root))
+    step_s = batch.num_tokens * training_flops(setting.recipe.model, batch.mean_context) / (TRAINING_SHARE * rate)
+    return LEAST_ROUNDS * ((ROUND_STEPS + 2) * step_s + _storage_s(setting))
+
+
+def _matrix_rate(setting: Setting) -> float | None:
+    """Operations per second of all ranks together: on a CPU as it is, on a chip as its peak in bf16 is published."""
+    if setting.device != "cpu":
+        peak = pool_device(setting.pool.chip).bf16_tflops
+        return None if peak is None else 1e12 * peak * setting.pool.ranks
+    with compute_threads(setting.pool.threads):
+        size = setting.recipe.qualify.matmul_size
+        return 1e12 * statistics.median(matmul_tflops(torch.device("cpu"), size, PRICE_REPEATS))
 
 
 def _price_of_starts(setting: Setting) -> float:

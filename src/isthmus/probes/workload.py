@@ -20,6 +20,14 @@ from isthmus.trainer.optimizer import Optimizer
 from isthmus.trainer.step import accumulate_gradients, target_logprobs, train_step
 
 
+def first_batch(run: RunFolder) -> Batch:
+    """The worked examples of the first step of supervised training, in one row."""
+    recipe, tasks = run.recipe, load_tasks(run.recipe)
+    text = taught(recipe)
+    tokenizer, chance = run_tokenizer(run, list(tasks.values())), seeded(text.kind, recipe.seed, 0)
+    return pack(sft_documents(tasks_of(recipe, text, tasks), tokenizer, recipe.model, text.batch_size, chance))
+
+
 class Workload:
     """This run's own work in small: its model as it starts, its data, and what each stage does at one step."""
 
