@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from isthmus.recipe.read import parse_recipe
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.section import RecipeError
 from isthmus.recipe.steps import RESERVED
-from isthmus.tools.steps import check_files
+from isthmus.tools.steps import check, check_files
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-3}
 TRAINED = {"steps": 1, "optimizer": ADAMW}
@@ -206,3 +207,18 @@ def test_files_that_a_step_would_look_for_in_vain_are_told_before_anything_runs(
         check_files(found, None, ["taught"])
     (tmp_path / "mine.jsonl").touch()
     check_files(found, None, ["base", "taught"])
+
+
+def test_a_data_set_that_reasoning_gym_does_not_have_is_told_before_anything_runs(monkeypatch):
+    """Where the library is not installed nobody can know."""
+
+    def found(**given: Any) -> Recipe:
+        return recipe({**TAUGHT, "from": "model"}, tasks={"countdown": {}, "more": {"kind": "reasoning-gym", **given}})
+
+    check(found(dataset="chain_sum", options={"max_terms": 2}))
+    with pytest.raises(IsthmusError, match=r"tasks.more: reasoning-gym has no data set 'chain_sums'.*'chain_sum'"):
+        check(found(dataset="chain_sums"))
+    with pytest.raises(IsthmusError, match=r"tasks.more: reasoning-gym's chain_sum refuses its options: .*terms"):
+        check(found(dataset="chain_sum", options={"terms": 2}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check(found(dataset="chain_sums"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from isthmus.errors import IsthmusError
 from isthmus.plugs import plug, plug_names, plug_options
 from isthmus.recipe.schema import Recipe
 from isthmus.recipe.steps import StepSection
@@ -71,6 +72,18 @@ def checked_task(name: str, given: Mapping[str, Any]) -> tuple[str, TaskOptions]
     options = dict(given)
     kind = options.pop("kind", name)
     return kind, task_options(kind, options, ("tasks", name))
+
+
+def check_task(name: str, given: Mapping[str, Any]) -> None:
+    """Raise IsthmusError as `checked_task`, and for what the task names and its kind knows not to be there, as far as
+    that shows without reading its data."""
+    kind, options = checked_task(name, given)
+    module = plug(__name__, task_kinds(), kind, "kind of task")
+    if hasattr(module, "check"):
+        try:
+            module.check(options)
+        except IsthmusError as error:
+            raise IsthmusError(f"tasks.{name}: {error}") from None
 
 
 class NamedTask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,8 +114,19 @@ class ReasoningGym:
         ]
 
 
+def check(options: Options) -> None:
+    """Raises IsthmusError for a data set or an option that reasoning-gym does not have, where it is installed."""
+    if importlib.util.find_spec("reasoning_gym") is not None:
+        _library(options)
+
+
 def open(options: Options) -> ReasoningGym:
     """Raises IsthmusError without reasoning-gym, and for a data set or an option that it does not have."""
+    return ReasoningGym(options, _library(options))
+
+
+def _library(options: Options) -> ModuleType:
+    """What has the data sets, once it is known that it has this one."""
     try:
         gym = importlib.import_module("isthmus.tasks.parts.gym")
     except ModuleNotFoundError as error:
@@ -128,4 +140,4 @@ def open(options: Options) -> ReasoningGym:
         gym.data_set(name, options.seed, 1, options.options)
     except (TypeError, ValueError, AssertionError) as error:
         raise IsthmusError(f"reasoning-gym's {name} refuses its options: {error}") from None
-    return ReasoningGym(options, gym)
+    return gym

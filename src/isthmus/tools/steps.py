@@ -29,7 +29,7 @@ from isthmus.records import (
 from isthmus.rewards import checked_reward
 from isthmus.rewards.parts.filters import FILTERS
 from isthmus.run import RunFolder
-from isthmus.tasks import checked_task
+from isthmus.tasks import check_task, checked_task
 
 COLOURS = {"done": "green", "running": "yellow", "waiting": "dim"}
 
@@ -46,7 +46,7 @@ def check(recipe: Recipe) -> None:
                 if name not in FILTERS:
                     raise IsthmusError(f"step.{step.name}.keep: unknown filter {name!r}{suggestion(name, FILTERS)}")
     for name, given in recipe.tasks.items():
-        checked_task(name, given)
+        check_task(name, given)
     if all(recipe.pools[name].engines for name in recipe.place.rollout) and (why := elsewhere_problem(recipe)):
         raise IsthmusError(f"place.rollout has engines elsewhere alone ({', '.join(recipe.place.rollout)}): {why}")
 
