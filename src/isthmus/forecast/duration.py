@@ -142,7 +142,7 @@ def rl_seconds(rl: RlSection, pace: Pace) -> Span:
     """
     samples, limit = rl.prompts_per_step * rl.samples_per_prompt, rl.max_new_tokens
     steps = [
-        _overlapped(rl, _generate(limit, pace, samples, case), _learn(limit, pace, samples, case)) + pace.crossing
+        _overlapped(rl, _generate(limit, pace, samples, case), _learn(rl, pace, case)) + pace.crossing
         for case in GROWTH
     ]
     low, middle, high = (rl.steps * step for step in steps)
@@ -166,9 +166,10 @@ def _generate(limit: int, pace: Pace, samples: int, case: str) -> float:
     return waves * longest * pace.decode_step + samples * mean * pace.decode_token
 
 
-def _learn(limit: int, pace: Pace, samples: int, case: str) -> float:
-    mean, _ = _lengths(limit, pace, case)
-    return samples * (pace.prompt_tokens + mean) * pace.learn_token
+def _learn(rl: RlSection, pace: Pace, case: str) -> float:
+    """The learner computes a prompt once for all of its samples."""
+    mean, _ = _lengths(rl.max_new_tokens, pace, case)
+    return rl.prompts_per_step * (pace.prompt_tokens + rl.samples_per_prompt * mean) * pace.learn_token
 
 
 def _answers(limit: int, pace: Pace, problems: int) -> Span:

@@ -35,12 +35,45 @@ class Rows(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Shared:
+    """The (token, head) pairs that are in several documents: `rows` [R] of them, and for each the up to C places
+    `copies` [R, C] in which it is; `there` [R, C, 1] is 0 for what fills up."""
+
+    rows: Tensor
+    copies: Tensor
+    there: Tensor
+
+    def to(self, device: torch.device) -> Shared:
+        return Shared(*(part.to(device) for part in (self.rows, self.copies, self.there)))
+
+
+class SharedRows(torch.autograd.Function):
+    """As Rows, where a row of x may be in several places: its gradient is the sum of theirs, in one order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, keep: Tensor, rows: Tensor, copies: Tensor, there: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, keep, rows, copies, there)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None, None, None]:
+        inverse, keep, rows, copies, there = ctx.saved_tensors
+        back = gradients[0].index_select(0, inverse).mul_(keep)
+        several = gradients[0].index_select(0, copies.flatten()).unflatten(0, copies.shape)
+        back.index_copy_(0, rows, several.mul_(there).sum(1))
+        return back, None, None, None, None, None, None
+
+
+@dataclass(frozen=True)
 class Documents:
     """The documents of packed rows [B, T], grouped by length, for attention with `heads` heads.
 
     A place is one of (document, head, position). `index` [M] gives the (token, head) in it, a document's last token for
     what fills it up; `place` [N] the place of each (token, head). `used` [M, 1] and `real` [N, 1] are 0 for what fills
-    up and for padding. `groups` lists (documents, length).
+    up and for padding. `groups` lists (documents, length). Tokens of a prompt that several documents go on with have a
+    place in each of them: that is what `shared` tells, and of their places the first is `used`.
     """
 
     index: Tensor
@@ -49,27 +82,41 @@ class Documents:
     real: Tensor
     groups: tuple[tuple[int, int], ...]
     heads: int
+    shared: Shared | None = None
 
     @classmethod
-    def of(cls, document: Tensor, heads: int) -> Documents:
-        """`document` [B, T], on the CPU, numbers the documents; one lies in one row without a gap. -1 is padding."""
+    def of(cls, document: Tensor, heads: int, positions: Tensor | None = None) -> Documents:
+        """`document` [B, T], on the CPU, numbers the documents; one lies in one row without a gap. -1 is padding.
+
+        With `positions` [B, T] a document that does not begin at position 0 goes on with the tokens before that
+        position of the nearest document before it that does.
+        """
         starts, lengths = _runs(document)
+        prompts = torch.zeros_like(starts) if positions is None else positions.flatten()[starts]
+        begins = torch.where(prompts == 0, starts, 0).cummax(0).values if len(starts) else starts
+        lengths = lengths + prompts
         sizes = _filled_lengths(int(lengths.max()) if len(lengths) else 0, document.shape[1])
         group_of = torch.bucketize(lengths, torch.tensor(sizes, dtype=torch.long))
-        parts, groups = [torch.zeros(0, dtype=torch.long)], []
+        parts, filled, groups = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.bool)], []
         for group, size in enumerate(sizes):
             chosen = group_of == group
             if chosen.any():
-                tokens = starts[chosen, None] + torch.arange(size).minimum(lengths[chosen, None] - 1)
+                place, prompt = torch.arange(size).minimum(lengths[chosen, None] - 1), prompts[chosen, None]
+                tokens = torch.where(place < prompt, begins[chosen, None], starts[chosen, None] - prompt) + place
                 parts.append((tokens.unsqueeze(1) * heads + torch.arange(heads)[:, None]).flatten())
+                filled.append(
+                    (torch.arange(size) >= lengths[chosen, None]).unsqueeze(1).expand(-1, heads, -1).flatten()
+                )
                 groups.append((int(chosen.sum()), size))
         index = torch.cat(parts)
-        return cls(index, *_places(index, document.numel() * heads), tuple(groups), heads)
+        shared = _shared(index, torch.cat(filled)) if bool((prompts > 0).any()) else None
+        return cls(index, *_places(index, document.numel() * heads), tuple(groups), heads, shared)
 
     def to(self, device: torch.device) -> Documents:
         """The same on another device."""
         index, place, used, real = (part.to(device) for part in (self.index, self.place, self.used, self.real))
-        return Documents(index, place, used, real, self.groups, self.heads)
+        shared = None if self.shared is None else self.shared.to(device)
+        return Documents(index, place, used, real, self.groups, self.heads, shared)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
         """Causal attention within documents, over `window` tokens if it is given.
@@ -80,7 +127,8 @@ class Documents:
             return value + 0.0 * (query + key).sum()
         shape = value.shape
         sizes = [count * span * self.heads for count, span in self.groups]
-        placed = [self._gather(part).split(sizes) for part in (query, key, value)]
+        placed = [self._gather(query), self._gather_all(key), self._gather_all(value)]
+        placed = [part.split(sizes) for part in placed]
         outputs = []
         for (count, span), *parts in zip(self.groups, *placed, strict=True):
             query, key, value = (part.view(count, self.heads, span, -1) for part in parts)
@@ -90,6 +138,13 @@ class Documents:
 
     def _gather(self, x: Tensor) -> Tensor:
         return Rows.apply(x.flatten(0, 2), self.index, self.place, self.real)  # pyright: ignore[reportReturnType]
+
+    def _gather_all(self, x: Tensor) -> Tensor:
+        """What each copy of a shared token is looked at for counts; of its queries only those at the first are used."""
+        if self.shared is None:
+            return self._gather(x)
+        told = self.shared.rows, self.shared.copies, self.shared.there.to(x.dtype)
+        return SharedRows.apply(x.flatten(0, 2), self.index, self.place, self.real, *told)  # pyright: ignore
 
 
 def beyond(window: int, length: int, device: torch.device) -> Tensor:
@@ -153,3 +208,16 @@ def _places(index: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     real = torch.zeros(tokens, 1)
     real[index] = 1.0
     return place, used, real
+
+
+def _shared(index: Tensor, filled: Tensor) -> Shared:
+    """What is in several places of `index`, `filled` ones aside."""
+    places = (~filled).nonzero().squeeze(1)
+    rows, number, counts = index[places].unique(return_inverse=True, return_counts=True)
+    order = number.argsort(stable=True)
+    first = counts.cumsum(0) - counts
+    several = counts > 1
+    column = torch.arange(int(counts.max()))
+    there = column < counts[several, None]
+    copies = places[order[(first[several, None] + column).clamp(max=len(order) - 1)]]
+    return Shared(rows[several], copies, there.unsqueeze(-1).float())

@@ -23,6 +23,9 @@ class Batch:
 
     `document` numbers the documents in the order in which they were given; attention stays within one.
     `target_mask` is true where a token is to be predicted from the ones before it.
+
+    A document whose positions do not begin with 0 goes on with the prompt of the nearest one before it that does:
+    tokens that both begin with are there once.
     """
 
     tokens: Tensor
@@ -71,6 +74,18 @@ class Batch:
         goes_on = F.pad(self.document[:, 1:] == self.document[:, :-1], (0, 1))
         return self.sequence.masked_fill(~goes_on, -1)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a document goes on with the prompt of another."""
+        return bool((self._begins & (self.positions > 0)).any())
+
+    @property
+    def before(self) -> Tensor:
+        """[B, T]: where the token before each one stands in the flattened rows; of a first one it means nothing."""
+        place = torch.arange(self.tokens.numel(), device=self.tokens.device).view(self.tokens.shape)
+        first = torch.where(self._starts, place, 0).flatten().cummax(0).values.view(place.shape)
+        return torch.where(self._begins & (self.positions > 0), first + self.positions, place) - 1
+
     def counts(self) -> Tensor:
         """[4]: targets, targets of multi-token prediction, documents and tokens, in fp32."""
         counts = (self.target_mask[:, 1:].sum(), self.mtp_mask.sum(), self._starts.sum(), (self.document >= 0).sum())
@@ -93,39 +108,61 @@ class Batch:
     def _starts(self) -> Tensor:
         return (self.positions == 0) & (self.document >= 0)
 
+    @property
+    def _begins(self) -> Tensor:
+        """[B, T]: where another document begins than the one before it in the row."""
+        begins = torch.ones_like(self.target_mask)
+        begins[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
+        return begins & (self.document >= 0)
 
-def pack(documents: Sequence[Document], row_length: int | None = None, multiple_of: int = 1) -> Batch:
+
+def pack(
+    documents: Sequence[Document],
+    row_length: int | None = None,
+    multiple_of: int = 1,
+    together: Sequence[Sequence[int]] | None = None,
+) -> Batch:
     """Place documents into rows of about one length, which are as full as a greedy choice makes them.
 
     There are `multiple_of` rows; with a `row_length` as many times that as there are rows of about that many tokens, or
     of the longest document. The longest documents are placed first, each into the emptiest row (Graham, 1969).
+    `together` lists, by their numbers, documents that lie side by side because they have one prompt, which is then
+    there once; every document is in one list, and alone if there are none.
     """
-    lengths = [len(document.tokens) for document in documents]
+    groups = [[index] for index in range(len(documents))] if together is None else together
+    lengths = [_length(documents, group) for group in groups]
     filled = sum(lengths) // max(row_length, *lengths) if row_length else 1
     count = max(1, filled // multiple_of) * multiple_of
-    rows: list[list[int]] = [[] for _ in range(count)]
+    rows: list[list[Sequence[int]]] = [[] for _ in range(count)]
     emptiest = [(0, row) for row in range(count)]
-    for index in sorted(range(len(documents)), key=lambda i: -lengths[i]):
+    for index in sorted(range(len(groups)), key=lambda i: -lengths[i]):
         filled, row = heapq.heappop(emptiest)
-        rows[row].append(index)
+        rows[row].append(groups[index])
         heapq.heappush(emptiest, (filled + lengths[index], row))
     return _fill(documents, rows, max(filled for filled, _ in emptiest))
 
 
-def _fill(documents: Sequence[Document], rows: list[list[int]], width: int) -> Batch:
+def _length(documents: Sequence[Document], group: Sequence[int]) -> int:
+    """Tokens of documents with one prompt, which is there once."""
+    shared = documents[group[0]].prompt_length * (len(group) - 1)
+    return sum(len(documents[index].tokens) for index in group) - shared
+
+
+def _fill(documents: Sequence[Document], rows: list[list[Sequence[int]]], width: int) -> Batch:
     shape = (len(rows), width)
     tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     document = torch.full(shape, -1, dtype=torch.long)
     target_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, members in enumerate(rows):
+    for row, groups in enumerate(rows):
         start = 0
-        for index in members:
+        for number, index in ((number, index) for group in groups for number, index in enumerate(group)):
             item = documents[index]
-            end = start + len(item.tokens)
-            tokens[row, start:end] = torch.tensor(item.tokens)
-            positions[row, start:end] = torch.arange(end - start)
+            first = item.prompt_length if number else 0
+            end = start + len(item.tokens) - first
+            tokens[row, start:end] = torch.tensor(item.tokens[first:])
+            positions[row, start:end] = torch.arange(first, len(item.tokens))
             document[row, start:end] = index
-            target_mask[row, start + item.prompt_length : end] = True
+            target_mask[row, start + item.prompt_length - first : end] = True
             start = end
     return Batch(tokens, positions, document, target_mask)
 

@@ -177,12 +177,15 @@ def target_logprobs(
     They are of the distribution softmax(logits / temperature), the one that was sampled. `routes` [B, T, layers, K] are
     experts that another pass has chosen, which take the place of the routers' own where they are not -1. `left_out`
     [number of targets, V] is true for tokens that a target was not drawn among: the others are normalised alone.
+    Prompts that documents share are computed once.
     """
-    spans = Documents.of(batch.document.cpu(), model.architecture.num_attention_heads).to(batch.document.device)
+    heads, device = model.architecture.num_attention_heads, batch.document.device
+    spans = Documents.of(batch.document.cpu(), heads, batch.positions.cpu()).to(device)
     trace = None if routes is None else Trace(routes)
     hidden = model.hidden(batch.tokens, batch.positions, spans, trace=trace)
     chosen = batch.target_mask[:, 1:]
-    logits = model.logits(hidden[:, :-1][chosen]) / temperature
+    states = hidden.flatten(0, 1)[batch.before[:, 1:][chosen]] if batch.shares_prompts else hidden[:, :-1][chosen]
+    logits = model.logits(states) / temperature
     if left_out is not None:
         logits = logits.masked_fill(left_out, float("-inf"))
     log_probabilities = F.log_softmax(logits, dim=-1)

@@ -48,12 +48,13 @@ class Samples:
     ) -> Samples:
         """The samples whose numbers are `kept`, in rows that `world` ranks can share; advantages [P, G] of all.
 
-        `teacher` has log-probabilities of the tokens of each of them.
+        `teacher` has log-probabilities of the tokens of each of them. Samples of one prompt share it.
         """
         flat = [rollout.flat[index] for index in kept]
-        batch = pack(
-            [Document(rollout.prompts[p] + one.tokens, len(rollout.prompts[p])) for p, one in flat], row_length, world
-        )
+        documents = [Document(rollout.prompts[p] + one.tokens, len(rollout.prompts[p])) for p, one in flat]
+        longest = max((len(document.tokens) for document in documents), default=0)
+        most = None if row_length is None else max(row_length, longest)
+        batch = pack(documents, row_length, world, _together([p for p, _ in flat], documents, most))
         places = TokenPlaces.of(batch, [len(rollout.prompts[p]) for p, _ in flat], [len(one.tokens) for _, one in flat])
         per_sample = advantages.reshape(-1)[torch.tensor(kept)]
         known = {} if teacher is None else {"teacher": places.spread(torch.tensor([v for one in teacher for v in one]))}
@@ -159,6 +160,21 @@ class KeptSets:
         listed = torch.zeros(len(draw), self.vocabulary, dtype=torch.bool, device=draw.device)
         listed[row, self.ids[self.first[draw][row] + within].long()] = True
         return listed == self.lists_left_out[draw].unsqueeze(1)
+
+
+def _together(prompts: Sequence[int], documents: Sequence[Document], most: int | None) -> list[list[int]]:
+    """The numbers of samples with one prompt, in parts of up to `most` tokens with the prompt counted once."""
+    parts: list[list[int]] = []
+    open_ones: dict[int, tuple[list[int], int]] = {}
+    for number, (prompt, document) in enumerate(zip(prompts, documents, strict=True)):
+        own = len(document.tokens) - document.prompt_length
+        part, tokens = open_ones.get(prompt, ([], 0))
+        if not part or (most is not None and tokens + own > most):
+            part, tokens = [], document.prompt_length
+            parts.append(part)
+        part.append(number)
+        open_ones[prompt] = part, tokens + own
+    return parts
 
 
 def _kept(places: TokenPlaces, kept: list[Kept | None]) -> tuple[Tensor, KeptSets] | tuple[None, None]:
