@@ -76,6 +76,20 @@ def members(leader: int) -> dict[int, str]:
     return {pid: words[pid] for pid in sorted(found)}
 
 
+def cpu_seconds(leader: int) -> float:
+    """Processor time of a command and all that works for it, with that of its processes that have ended."""
+    return sum(map(_spent, members(leader)))
+
+
+def _spent(pid: int) -> float:
+    """Processor time of a process and of the children that it has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def rank_of(pid: int) -> int | None:
     """Which rank of a group a process is; None if it is none."""
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.conditions import store
-from benchmarks.real_formats import compare, log_probabilities, sequences, trained_model
+from benchmarks.real_formats import Chat, chats, compare, log_probabilities, trained_model
 from isthmus.formats import get_format
 from isthmus.formats.parts.stochastic import round_stochastically
 from isthmus.model.model import Model
@@ -29,12 +29,12 @@ from tests.support.real_model import real_checkpoint
 BETAS = (0.9, 0.95)
 
 
-def train(model: Model, rows: list[list[int]], rate: float, steps: int) -> None:
+def train(model: Model, asked: list[Chat], rate: float, steps: int) -> None:
     """In place: each step raises or lowers the likelihood of one answer."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=0.0)
     for step in range(steps):
-        tokens = torch.tensor([rows[step % len(rows)]])
+        tokens = torch.tensor([asked[step % len(asked)].tokens])
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits[0], tokens[0, 1:]) * (1.0 if step % 2 == 0 else -1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -51,13 +51,13 @@ def with_weights(model: Model, state: Mapping[str, Tensor]) -> Model:
 
 
 def measure(rate: float, steps: int) -> dict[str, Any]:
-    rows = sequences()
-    half = len(rows) // 2
+    asked = chats()
+    half = len(asked) // 2
     model = trained_model(real_checkpoint())
     start = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
-    train(model, rows[:half], rate, steps)
+    train(model, asked[:half], rate, steps)
     masters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    reference = log_probabilities(model, rows[half:])
+    reference = [log_probabilities(model, chat) for chat in asked[half:]]
     candidates = {
         "start": start,
         "nearest": {name: tensor.bfloat16() for name, tensor in masters.items()},
@@ -66,7 +66,7 @@ def measure(rate: float, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, state in candidates.items():
         updates = measure_updates(start, masters, state)
-        found[name] = {"undone": updates.share, **compare(reference, with_weights(model, state), rows[half:])}
+        found[name] = {"undone": updates.share, **compare(reference, with_weights(model, state), asked[half:])}
         found["changed"] = updates.changed / max(updates.elements, 1)
         print(f"rate {rate:g}  {name:10} undone {updates.share:6.1%}  KL {found[name]['kl']:.3g}", flush=True)
     return found
