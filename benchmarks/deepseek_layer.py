@@ -1,7 +1,7 @@
 """One real-sized layer of DeepSeek-V3 through the tools as a person calls them: time, memory, and the whole model's.
 
     python -m benchmarks.deepseek_layer                          # 256 experts: 24 GB of disk
-    python -m benchmarks.deepseek_layer --experts 8              # a first look
+    python -m benchmarks.deepseek_layer --experts 16             # a first look; 16 at least
     python -m benchmarks.deepseek_layer --format modelslim_dynamic
     python -m benchmarks.deepseek_layer --folder DIR             # where to write, and not the temporary folder
 
@@ -102,7 +102,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=EXPERTS, help="of the layer, a multiple of 8 (default: 256)")
+    parser.add_argument("--experts", type=int, default=EXPERTS, help="of the layer, a multiple of 8, 16 at least (default: 256)")
     parser.add_argument("--vocabulary", type=int, default=SMALL_VOCABULARY)
     parser.add_argument("--format", default="w8a8")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))

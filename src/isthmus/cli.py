@@ -336,9 +336,16 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     time, unless the model has to be calibrated. FILE has a line {"tokens": [...]} or {"prompt": ..., "completion": ...}
     per sequence, best of the model's own.
     """
+    _ask_for_large_pages()
     stage = importlib.import_module("isthmus.tools.convert")
     with writing_bundle(out):
         stage.execute(source, out, stage.Options(**options), _watch())
+
+
+def _ask_for_large_pages() -> None:
+    """Torch gets memory in pages of 2 MB where the system lends them. Weights come and go here, and to clear small
+    pages for them takes longer than to convert them. Torch looks at it when it is loaded."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")
@@ -358,6 +365,7 @@ _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, 
 )
 def capture(folder: Path, **options: Any) -> None:
     """Put golden inputs and outputs into a bundle, where its trained weights are."""
+    _ask_for_large_pages()
     with writing_bundle(folder):
         importlib.import_module("isthmus.tools.capture").execute(folder, watch=_watch(), **options)
 
@@ -407,6 +415,7 @@ def verify(folder: Path, **options: Any) -> None:
 
     Nothing but the folder is needed. A refusal names the module and the operator.
     """
+    _ask_for_large_pages()
     with writing_bundle(folder):
         importlib.import_module("isthmus.tools.verify").execute(folder, _watch(), **options)
 

@@ -120,16 +120,9 @@ class W8A8Experts(QuantisedModule):
     def __init__(self, experts: list[dict[str, tuple[Tensor, Tensor]]], limit: float | None = None):
         super().__init__()
         self.limit = limit
-        stacked = {
-            "gate_up": [
-                (torch.cat((e["gate_proj"][0], e["up_proj"][0])), torch.cat((e["gate_proj"][1], e["up_proj"][1])))
-                for e in experts
-            ],
-            "down": [e["down_proj"] for e in experts],
-        }
-        for name, pairs in stacked.items():
-            weight = torch.stack([values for values, _ in pairs]).float()
-            scale = torch.stack([scale.flatten() for _, scale in pairs]).float()
+        for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+            weight = stacked([[e[part][0] for part in parts] for e in experts])
+            scale = stacked([[e[part][1].flatten() for part in parts] for e in experts])
             self.register_buffer(name, weight, persistent=False)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
 
@@ -148,6 +141,16 @@ class W8A8Experts(QuantisedModule):
     def _expert(self, index: int, x: Tensor) -> Tensor:
         gate_up = quantised_matmul(x, self.gate_up[index].t(), self.gate_up_scale[index])
         return quantised_matmul(_swiglu(gate_up, self.limit), self.down[index].t(), self.down_scale[index])
+
+
+def stacked(parts: list[list[Tensor]]) -> Tensor:
+    """Tensors one below the other, and lists of them behind each other, in fp32 and without a copy in between."""
+    sizes = [len(part) for part in parts[0]]
+    whole = torch.empty(len(parts), sum(sizes), *parts[0][0].shape[1:], device=parts[0][0].device)
+    for place, some in zip(whole, parts, strict=True):
+        for piece, part in zip(place.split(sizes), some, strict=True):
+            piece.copy_(part)
+    return whole
 
 
 def is_quantised(name: str) -> bool:

@@ -207,8 +207,13 @@ def _stack_experts(module: nn.Module, state: dict[str, Tensor], prefix: str, *_:
     if not all(name in state for triple in names for name in triple):
         return
     triples = [[state.pop(name) for name in triple] for triple in names]
-    state[f"{prefix}gate_up"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in triples])
-    state[f"{prefix}down"] = torch.stack([down for _, _, down in triples])
+    state[f"{prefix}gate_up"] = _stacked([torch.cat((gate, up)) for gate, up, _ in triples])
+    state[f"{prefix}down"] = _stacked([down for _, _, down in triples])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Without a copy of a single one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 class Repeat(torch.autograd.Function):

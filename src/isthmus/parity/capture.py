@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,16 +173,18 @@ def capture(
     prompts: list[list[int]],
     options: CaptureOptions | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    opened: Bundle | None = None,
 ) -> GoldenList:
     """Write the golden inputs of an unsealed bundle. `source` are the trained weights with their published names.
 
-    `prompts` are token ids: of each, the first half is a prompt and the rest what follows it. `tell` hears of progress.
+    `prompts` are token ids: of each, the first half is a prompt and the rest what follows it. `tell` hears of progress;
+    `opened` is the bundle, where it is open, and so was checked, already.
     Raises GateRefused if the bundle is sealed, IsthmusError if there is no usable prompt.
     """
     options = options or CaptureOptions()
     if (bundle_folder / SEAL).exists():
         raise GateRefused(f"{bundle_folder} is sealed: what it holds cannot be changed. Capture before it is verified")
-    with open_bundle(bundle_folder) as bundle:
+    with nullcontext(opened) if opened is not None else open_bundle(bundle_folder) as bundle:
         room = bundle.architecture.max_position_embeddings
         usable = [prompt[:room] for prompt in prompts if len(prompt) > 1]
         if not usable:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -150,7 +150,7 @@ class _Audit:
 
     def _place(self, name: str, tensor: Tensor) -> _Found | Misfit:
         if name in self.stored:
-            return self._compare(name, self.balance(name, tensor))
+            return self._compare(name, self.balance(name, tensor), tensor)
         if name.endswith(COMPUTED):
             return _Found("dropped", detail="computed from config.json")
         if name.endswith(".bias") and (into := f"{module_of(name)}.quant_bias") in self.stored:
@@ -171,8 +171,8 @@ class _Audit:
         tied = {HEAD: EMBEDDING} if self.architecture.tie_word_embeddings else {}
         return {**mtp_copies(self.architecture), **tied}
 
-    def _compare(self, name: str, tensor: Tensor) -> _Found | Misfit:
-        """A source tensor against the stored one of this name and what stands beside it."""
+    def _compare(self, name: str, tensor: Tensor, before: Tensor | None = None) -> _Found | Misfit:
+        """A source tensor against the stored one of this name and what stands beside it; `before` it was balanced."""
         stored, module = self.stored[name], module_of(name)
         self.claimed.add(name)
         beside = self._beside(name)
@@ -192,7 +192,11 @@ class _Audit:
             return Misfit(f"is stored in {_short(stored.dtype)}, which no format here has for a weight")
         if said is False:
             return Misfit(f"is quantised to {_short(stored.dtype)}, and nothing announces it")
-        return self._compare_quantised(name, tensor, stored, beside)
+        found = self._compare_quantised(name, tensor, stored, beside)
+        if isinstance(found, Misfit) or before is None or before is tensor or _same(tensor, before):
+            return found
+        notes = [*([found.detail] if found.detail else []), "balanced before quantising"]
+        return replace(found, detail="; ".join(notes))
 
     def _beside(self, name: str) -> dict[str, Tensor]:
         if not name.endswith(".weight"):
@@ -226,10 +230,9 @@ class _Audit:
         worst = compare_quantised(tensor, stored, beside, self.announced, bias=bias, inputs=inputs)
         if isinstance(worst, Misfit):
             return worst
-        notes = [f"rounded by GPTQ, with {worst:.2f} of the output error of the nearest"] if inputs is not None else []
-        notes += ["balanced before quantising"] if not _same(tensor, self.source.get(name, tensor)) else []
+        note = f"rounded by GPTQ, with {worst:.2f} of the output error of the nearest" if inputs is not None else ""
         names = (name, *(f"{module}.{part}" for part in beside))
-        return _Found("quantised", names, worst, "; ".join(notes))
+        return _Found("quantised", names, worst, note)
 
     def _merged(self, name: str) -> str | None:
         """The stored tensor that holds this one among others, by name."""

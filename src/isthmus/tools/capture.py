@@ -10,7 +10,6 @@ from torch import Tensor
 
 from isthmus.data.prompts import FORM, PromptFile
 from isthmus.errors import GateRefused, IsthmusError
-from isthmus.formats import get_format
 from isthmus.formats.files.basis import read_conversion
 from isthmus.formats.files.bundle import CONFIG, open_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
@@ -19,7 +18,6 @@ from isthmus.parity.coverage import check_coverage
 from isthmus.parity.gate import refusal, refuses
 from isthmus.parity.manifest import write_manifest
 from isthmus.parity.sanity import check_sanity
-from isthmus.parity.target import ANNOUNCED
 from isthmus.progress import Watch
 from isthmus.recipe.architecture import ModelSection
 from isthmus.records import Check
@@ -37,13 +35,7 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
         entries, checks = check_coverage(weights, folder, balance=made.balance.apply, compensated=made.inputs)
         require(checks, folder)
         chosen, origin = _golden_prompts(folder, bundle.architecture, prompts, synthetic)
-        announced = ANNOUNCED[get_format(bundle.format).dtype]
-        options = CaptureOptions(
-            max_bytes=max_mb << 20,
-            arithmetics=tuple(dict.fromkeys(("fp32", announced))),
-            origin=origin,
-            synthetic=synthetic,
-        )
+        options = CaptureOptions(max_bytes=max_mb << 20, origin=origin, synthetic=synthetic)
         with watch.count("capture", len(bundle.tensors)) as counter:
             listed = capture(
                 folder,
@@ -51,6 +43,7 @@ def execute(folder: Path, source: Path, prompts: Path | None, synthetic: bool, m
                 chosen,
                 options,
                 lambda done, total: counter.advance_to(done * counter.total // total),
+                bundle,
             )
     write_manifest(folder, coverage=entries, architecture=bundle.architecture)
     rows = f"{len(listed.rows)} rows of {len(listed.rows[0])} tokens"
