@@ -442,15 +442,12 @@ class Replayer:
         """A twin in fp32 needs no experts of its own: its answers are the emulator's with noise."""
         mixture, noise = model.get_submodule(block.path), noise_of(model) if model is self.twin else None
         assert isinstance(mixture, MixtureOfExperts)
-        lent, borrowed = self._mixture(block).experts, None
+        lent, experts = self._mixture(block).experts, None
         assert isinstance(lent, LentExperts)
         if noise is not None and is_plain(lent.expert(0)):
-
-            def borrowed(index: int) -> Callable[[Tensor], Tensor]:
-                return lambda rows: noise.added(lent.expert(index)(rows, torch.tensor([len(rows)])))
-
+            experts = lambda index: lambda rows: noise.added(lent.ask(index, rows))  # noqa: E731
         questions = [placed(rounded(x, self.dtype), model) for x in inputs]
-        return MixturePass(mixture, questions, self._context if model is self._target else nullcontext, borrowed)
+        return MixturePass(mixture, questions, self._context if model is self._target else nullcontext, experts)
 
     def _mixture(self, block: Block) -> MixtureOfExperts:
         mixture = self.emulator.get_submodule(block.path)
@@ -573,8 +570,8 @@ class Replayer:
                 return model.get_submodule(f"{block.path}.experts").parts(index)[part](given)  # pyright: ignore
 
             others, own = inputs.chunk(2)
-            known = answers.chunk(2)
-            operator = f"experts.{index}.{part}"
+            of_others, of_own = answers.chunk(2)
+            operator, known = f"experts.{index}.{part}", (of_others, of_own)
             yield Probe(block.path, operator, "linear", run, (own,), (others,), OPERATOR, known, is_plain(held))
             if part == "gate_up_proj":
                 inputs = swiglu(*answers.chunk(2, dim=-1), experts.limit)
@@ -702,7 +699,8 @@ def head(model: Model, x: Tensor, rows: range) -> Tensor:
 def in_one_pass(run: Callable[..., Any], model: Model, questions: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Answers to several inputs whose rows, the first dimension of each, do not depend on each other."""
     given = tuple(torch.cat(parts) for parts in zip(*questions, strict=True))
-    return split_rows(*run(model, *given), [len(inputs[0]) for inputs in questions])
+    output, routing = run(model, *given)
+    return split_rows(output, routing, [len(inputs[0]) for inputs in questions])
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -81,4 +81,4 @@ def split_rows(output: Tensor, routing: Routing, sizes: list[int]) -> list[tuple
 def _lent(mixture: MixtureOfExperts) -> Callable[[int], Callable[[Tensor], Tensor]]:
     experts = mixture.experts
     assert isinstance(experts, LentExperts), "only experts that come one at a time are visited one by one"
-    return lambda index: lambda rows: experts.expert(index)(rows, torch.tensor([len(rows)], device=rows.device))
+    return lambda index: lambda rows: experts.ask(index, rows)

@@ -81,9 +81,11 @@ class LentExperts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, D], sorted by expert; `counts` [E] of its rows belong to each. Returns [N, D]."""
         rows = enumerate(x.split(counts.tolist()))
-        return torch.cat(
-            [self.expert(index)(some, counts.new_tensor([len(some)])) for index, some in rows if len(some)]
-        )
+        return torch.cat([self.ask(index, some) for index, some in rows if len(some)])
+
+    def ask(self, index: int, rows: Tensor) -> Tensor:
+        """What one expert makes of rows [N, D]."""
+        return self.expert(index)(rows, torch.tensor([len(rows)], device=rows.device))
 
     def parts(self, index: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """The products of one expert, by name: of rows [N, D] or [N, M]."""
