@@ -15,12 +15,21 @@ from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.formats.files.published import Checkpoint, StoredTensors
 from isthmus.formats.fp8 import quantise_weight, scale_of_rows
 from isthmus.formats.parts.float8 import BlockLinear, block_matmul, full_range_scale, quantise_blocks, to_e4m3
+from isthmus.formats.parts.names import dequantise_blocks
 from isthmus.model.model import Model
 from tests.support.e4m3 import TABLE, decoded, heavy
 from tests.support.engine_bundle import small_tokenizer
 from tests.support.small import GrowingCache
 from tests.support.small import tiny_architecture as architecture
 from tests.support.small_dense import dense_architecture, randomised
+
+
+def test_each_of_the_256_codes_means_what_the_standard_says():
+    """OCP 8-bit floating point: two codes are no numbers, and zero has a sign."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(40, 1)
+    found = dequantise_blocks(codes, torch.ones(1, 2), (128, 128))
+    assert np.array_equal(found.numpy(), np.tile(TABLE, (40, 1)), equal_nan=True)
+    assert torch.equal(found[0].signbit(), torch.arange(256) >= 128)
 
 
 def test_rounding_is_to_the_nearest_even_and_saturates():
