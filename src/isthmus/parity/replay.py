@@ -60,8 +60,9 @@ FEW_TOKENS = 96
 """Of so many tokens, and a row at least, the twin is asked on other inputs than the golden ones, attention is asked
 with a cache, a mixture on larger inputs, and the output head."""
 FEWEST_TOKENS = 32
-"""Of so many tokens of a row an MLP, to which tokens are rows of their own, is asked on larger inputs, and whole layers
-are: what these look at, clamps, norms and residuals, shows at every token."""
+"""Of so many tokens of a row an MLP is asked on larger inputs, and a mixture whose experts come one by one, to which
+tokens are rows of their own, and whole layers are: what these look at, clamps, norms and residuals, shows at every
+token."""
 FEWEST_OF_LENT = 4
 """Of so many tokens whole layers are asked whose experts come one by one: each token brings its own."""
 SCALES = (1.0, 8.0, 64.0)
@@ -414,7 +415,7 @@ class Replayer:
     def _scaled_probes(self, block: Block, x: Tensor, other: Tensor) -> Iterator[Probe]:
         if block.kind == "attention":
             return
-        cut = fewer if block.kind == "moe" else first_tokens
+        cut = fewer if block.kind == "moe" and not self._are_lent(block) else first_tokens
         few, other_few = (cut(given) for given in (x, other))
         for scale in SCALES[1:]:
             if self._holds(block, few * scale, other_few * scale):

@@ -67,7 +67,9 @@ class MixturePass:
             self._outputs.append(self._expert(index)(self._rows[index]))
 
     def _end(self) -> list[tuple[Tensor, Routing]]:
-        output, routing = self._mixture.combine(self._x, self._sent, torch.cat(self._outputs))
+        outputs = torch.cat(self._outputs)
+        self._outputs, self._rows, self._sent.rows = [], (), outputs[:0]
+        output, routing = self._mixture.combine(self._x, self._sent, outputs)
         return split_rows(output, routing, self._sizes)
 
 
