@@ -39,10 +39,10 @@ COUNTS = (1, 2, 4)
 MOVED = 2e-5
 """How far a weight moves in a version, relative to itself: about 0.5 % of the elements of bf16 are others then."""
 SIZES = (
-    "model.hidden_size=512",
-    "model.intermediate_size=1024",
-    "model.moe_intermediate_size=256",
-    "model.num_hidden_layers=6",
+    "model.hidden_size=256",
+    "model.intermediate_size=512",
+    "model.moe_intermediate_size=128",
+    "model.num_hidden_layers=4",
     "step.reasoning.snapshot_every=1000",
 )
 QUICK_SIZES = ("step.reasoning.snapshot_every=1000",)
@@ -70,23 +70,28 @@ class Crossings:
 
     def ours(self) -> Row:
         self.move()
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.process_time()
         told = self.crossing.send()
-        return {"seconds": time.perf_counter() - began, **told}
+        return {"seconds": time.perf_counter() - began, "trainer_cpu_s": time.process_time() - own, **told}
 
     def one_by_one(self) -> Row:
         self.move()
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.process_time()
         version, published = self.shores.state.step, self.publisher.publish(self.shores.state.step, self._tensors())
         assert published.delta is not None and published.base is not None
         for engine in self.engines:
             engine.update_delta(published.delta, published.base[0], version, published.weights.sha256)
             engine.in_use()
-        return {"seconds": time.perf_counter() - began, "update_bytes": sum(map(len, published.delta))}
+        size = sum(map(len, published.delta))
+        return {
+            "seconds": time.perf_counter() - began,
+            "trainer_cpu_s": time.process_time() - own,
+            "update_bytes": size,
+        }
 
     def reloaded(self) -> Row:
         self.move()
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.process_time()
         payload = pack(self._tensors())
         sha256 = digest(payload)
         for engine in self.engines:
@@ -94,7 +99,11 @@ class Crossings:
             control.post("/pause?mode=keep")
             engine.update(payload, self.shores.state.step, sha256)
             control.post("/resume")
-        return {"seconds": time.perf_counter() - began, "update_bytes": len(payload)}
+        return {
+            "seconds": time.perf_counter() - began,
+            "trainer_cpu_s": time.process_time() - own,
+            "update_bytes": len(payload),
+        }
 
     def align(self) -> None:
         """All weights of a new version by the way that comes next, so that deltas have a base."""
@@ -114,7 +123,7 @@ class Crossings:
 
 def overhead(options: argparse.Namespace) -> None:
     """Measure, print, and store."""
-    repeats, rounds = (2, 1) if options.quick else (5, 2)
+    repeats, rounds = (2, 1) if options.quick else (3, 3)
     sizes = QUICK_SIZES if options.quick else SIZES
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, opened(Path(scratch), max(COUNTS), DEFAULT_OPTIONS, sizes) as found:
@@ -212,17 +221,19 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     engine as a share of a step that only crosses and writes."""
     table: list[Row] = []
     for way in (OURS, ONE_BY_ONE, RELOADED):
-        alone = None
+        alone = own_alone = None
         for count in COUNTS:
             of_it = [row for row in rows if (row["way"], row["engines"]) == (way, count)]
             timed = [row for row in of_it if "seconds" in row]
             paused = [row for row in of_it if "pause_s" in row]
             seconds = median(row["seconds"] for row in timed)
-            alone = alone or seconds
+            own = median(row["trainer_cpu_s"] for row in timed)
+            alone, own_alone = alone or seconds, own_alone or own
             row: dict[str, Any] = {"way": way, "engines": count, "seconds": round(seconds, 3)}
             row["share_of_linear"] = round((seconds / alone - 1) / (count - 1), 3) if count > 1 else None
+            row["cpu_share_of_linear"] = round((own / own_alone - 1) / (count - 1), 3) if count > 1 else None
             row["bytes"] = median(one["update_bytes"] for one in timed)
-            for key in ("update_encode_s", "update_send_s", "update_apply_s", "parity_s"):
+            for key in ("trainer_cpu_s", "update_encode_s", "update_send_s", "update_apply_s", "parity_s"):
                 known = [one[key] for one in timed if one.get(key) is not None]
                 row[key] = round(median(known), 3) if known else None
             if paused:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isthmus.engines.account import Account, compare
+from isthmus.engines import account as accounts
+from isthmus.engines.account import Account, Sums, compare
 from isthmus.engines.local.api.service import load_service
 from isthmus.engines.local.api.weights import WeightUpdates
+from isthmus.engines.vllm_plugin.checksums import tensor_sum
 from isthmus.formats.updates.delta import WeightSet
 from isthmus.formats.updates.shared_layout import write_version
 from tests.support.engine_bundle import write_small_bundle
@@ -40,6 +42,21 @@ def test_a_healthy_engine_has_nothing_wrong_and_all_that_it_reads_is_seen(ranks)
 
 def test_a_version_that_was_not_taken_is_wrong_in_every_tensor(ranks):
     assert wrong(ranks, version=2, seed=2).keys() == checkpoint(2).keys()
+
+
+def test_of_several_engines_each_is_held_against_what_was_sent_whose_checksums_are_taken_once(tmp_path, monkeypatch):
+    source = write_version(tmp_path, None, WeightSet.of(1, checkpoint(1)))
+    engines = [standing(0, 1) for _ in range(3)]
+    for one in engines:
+        one.stage(str(source))
+        one.switch()
+    engines[1].live.norm.data[0] += 1
+    taken = []
+    monkeypatch.setattr(accounts, "tensor_sum", lambda tensor: taken.append(tensor.shape) or tensor_sum(tensor))
+    sums = Sums(checkpoint(1))
+    found = [compare(account([one]), 1, checkpoint(1), sums) for one in engines]
+    assert [list(one.wrong) for one in found] == [[], ["norm.weight"], []]
+    assert len(taken) == found[0].seen
 
 
 def test_a_stale_tensor_is_named_and_no_other(ranks):

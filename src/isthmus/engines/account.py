@@ -65,8 +65,23 @@ class Findings:
         return "; ".join(found[:SHOWN]) + more
 
 
-def compare(account: Account, version: int, tensors: Mapping[str, Tensor]) -> Findings:
-    """Hold an account against what was sent as `version`."""
+class Sums:
+    """Checksums of tensors that were sent, each taken once, however many engines are held against it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self._known: dict[tuple[str, str], int] = {}
+
+    def of(self, name: str, dtype: str) -> int:
+        """Of a tensor as an engine holds it, in this dtype."""
+        if (name, dtype) not in self._known:
+            self._known[name, dtype] = tensor_sum(self.tensors[name].to(getattr(torch, dtype)))
+        return self._known[name, dtype]
+
+
+def compare(account: Account, version: int, tensors: Mapping[str, Tensor], sums: Sums | None = None) -> Findings:
+    """Hold an account against what was sent as `version`. `sums` are of these tensors, for several accounts."""
+    sums = sums or Sums(tensors)
     if account.version != version:
         held = "several versions" if account.version is None else f"version {account.version}"
         return Findings(dict.fromkeys(tensors, f"is of {held} instead of {version}"), 0, 0)
@@ -84,6 +99,6 @@ def compare(account: Account, version: int, tensors: Mapping[str, Tensor]) -> Fi
                 wrong.setdefault(name, "is held in part, or in several ways")
             continue
         seen += 1
-        if tensor_sum(tensor.to(getattr(torch, found[0]))) != found[1]:
+        if sums.of(name, found[0]) != found[1]:
             wrong.setdefault(name, "has other values than were sent")
     return Findings(wrong, seen, unseen)

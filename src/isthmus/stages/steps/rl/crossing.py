@@ -12,7 +12,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from isthmus.engines import Completion, Sampling
-from isthmus.engines.account import SHOWN, Findings, compare
+from isthmus.engines.account import SHOWN, Findings, Sums, compare
 from isthmus.engines.channel import Channel, writer
 from isthmus.engines.local.core.replica import exact_for
 from isthmus.errors import GateRefused
@@ -105,7 +105,8 @@ class Crossing:
 
         One that answers as another does is not judged twice.
         """
-        held = {url: compare(one, self.state.step, tensors) for url, one in self.engine.accounts()}
+        sums, accounts = Sums(tensors), self.engine.accounts()
+        held = {url: compare(one, self.state.step, tensors, sums) for url, one in accounts}
         sampling = Sampling(self.section.parity_tokens, temperature=0.0)
         within = RESOLUTION if self.engine.bits is None else 0.0
         judged: list[tuple[list[Completion], Spot]] = []
