@@ -7,7 +7,8 @@
                                     # recipes/tiny.toml on a live vLLM; FOLDER: pip install --target FOLDER ./plugin
     python -m benchmarks.two_places --quick                        # one of each kind, and no result is stored
 
-What is done of the failures is kept in --state, and a benchmark that was stopped goes on from there.
+What is done of the failures is kept in --state, and a benchmark that was stopped goes on from there; with --count 0 it
+stores what there is.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.conditions import store
-from benchmarks.two_places_faults import by_kind, failures_alone, whole_runs
+from benchmarks.two_places_faults import Note, by_kind, failures_alone, whole_runs
 from benchmarks.two_places_overhead import overhead
 from benchmarks.two_places_shore import KINDS, Row, opened
 from benchmarks.two_places_vllm import vllm
 
 TOLD = ("fallback", "back", "alarm")
+NONE: Row = {"rows": []}
 
 
 def main() -> None:
@@ -52,21 +54,14 @@ def faults(options: argparse.Namespace) -> None:
     wanted = {"alone": kinds[whole:], "whole": kinds[:whole]}
     done = _read(options.state)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, opened(Path(scratch)) as (shore, prepared):
-        for name, act in (("alone", failures_alone), ("whole", whole_runs)):
-            rows = done.setdefault(name, {"rows": [], "calm": None})["rows"]
-
-            def note(row: Row, rows: list[Row] = rows) -> None:
-                rows.append(row)
-                print({key: value for key, value in row.items() if key not in TOLD}, flush=True)
-                for event in row.get("fallback", []):
-                    print("    ", event["what"], "|", event["why"][:150], flush=True)
-                if options.state:
-                    options.state.write_text(json.dumps(done))
-
-            left = _left(wanted[name], [row["kind"] for row in rows])
-            if left:
-                done[name]["calm"] = act(shore, prepared, Path(scratch), left, note)
+    left = {name: _left(some, [row["kind"] for row in done.get(name, NONE)["rows"]]) for name, some in wanted.items()}
+    if any(left.values()):
+        with tempfile.TemporaryDirectory() as scratch, opened(Path(scratch)) as (shore, prepared):
+            for name, act in (("alone", failures_alone), ("whole", whole_runs)):
+                if left[name]:
+                    one = done.setdefault(name, {"rows": [], "calm": None})
+                    one["calm"] = act(shore, prepared, Path(scratch), left[name], _noting(one["rows"], done, options))
+                    _keep(done, options)
     tables = {name: by_kind(one["rows"]) for name, one in done.items() if one["rows"]}
     for name, table in tables.items():
         print(name, done[name]["calm"])
@@ -75,6 +70,22 @@ def faults(options: argparse.Namespace) -> None:
     if not options.quick:
         seconds = time.perf_counter() - began
         store("two_places", {"what": "faults", "seconds": seconds, "summary": tables, "parts": done})
+
+
+def _noting(rows: list[Row], done: dict[str, Row], options: argparse.Namespace) -> Note:
+    def note(row: Row) -> None:
+        rows.append(row)
+        print({key: value for key, value in row.items() if key not in TOLD}, flush=True)
+        for event in row.get("fallback", []):
+            print("    ", event["what"], "|", event["why"][:150], flush=True)
+        _keep(done, options)
+
+    return note
+
+
+def _keep(done: dict[str, Row], options: argparse.Namespace) -> None:
+    if options.state:
+        options.state.write_text(json.dumps(done))
 
 
 def _left(wanted: list[str], done: list[str]) -> list[str]:
