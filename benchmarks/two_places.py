@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="failures in all")
     parser.add_argument("--whole", type=int, default=24, help="of them in whole runs of `isthmus run`")
     parser.add_argument("--state", type=Path, help="a file that keeps what is done of the failures")
+    parser.add_argument("--rounds", type=int, default=3, help="of the overhead, each at all numbers of engines")
     parser.add_argument("--vllm", metavar="PYTHON", help="the python of an environment with vLLM")
     parser.add_argument("--plug-in", metavar="FOLDER", help="where the wheel of plugin/ was installed")
     parser.add_argument("--set", action="append", default=[], help="of the recipe that vLLM runs, as `isthmus run` has")

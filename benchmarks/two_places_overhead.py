@@ -123,7 +123,7 @@ class Crossings:
 
 def overhead(options: argparse.Namespace) -> None:
     """Measure, print, and store."""
-    repeats, rounds = (2, 1) if options.quick else (3, 3)
+    repeats, rounds = (2, 1) if options.quick else (3, options.rounds)
     sizes = QUICK_SIZES if options.quick else SIZES
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, opened(Path(scratch), max(COUNTS), DEFAULT_OPTIONS, sizes) as found:
@@ -137,7 +137,8 @@ def overhead(options: argparse.Namespace) -> None:
     for row in table:
         print(row)
     if not options.quick:
-        store("two_places", {"what": "overhead", "parameters": parameters, "summary": table, "rows": rows})
+        described = {"what": "overhead", "parameters": parameters, "rounds": rounds}
+        store("two_places", {**described, "summary": table, "rows": rows})
 
 
 def _direct(engines: Sequence[HttpEngine]) -> list[HttpEngine]:
