@@ -151,8 +151,11 @@ def meddling(target: str) -> Iterator[Meddler]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 1024  # servers that take one prompt a request are asked for hundreds at once
+
+    server = Server(("127.0.0.1", 0), Handler)
     meddler.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
