@@ -66,7 +66,8 @@ class GroupedQueryAttention(nn.Module):
     def whole(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """Whole rows of tokens: every query head gets its copy of the keys and values, as fused kernels want them."""
         groups = self.num_heads // self.num_kv_heads
-        key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
+        if groups > 1:
+            key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
         return attend(query, key, value, mask, self.scale, self.layout.window)
 
 
