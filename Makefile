@@ -60,6 +60,8 @@ bench: $(VENV)/.installed-real   ## the measurements behind the numbers in the d
 	$(BIN)/python -m benchmarks.deltas
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_gate
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_formats
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_deltas
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real_rl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.black_box
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_updates
 	$(BIN)/python -m benchmarks.static_tier

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 STEPS = 10_000
+SCORED = "_generate_and_score_completions"
+"""The trainer's method that makes samples and their advantages."""
 
 
 class Gate(TrainerCallback):
@@ -89,14 +91,14 @@ def observe(trainer: Any, requests: OnRequest) -> None:
     watch.wrap(trainer, "_calculate_rewards", "rewards")
     watch.wrap(trainer, "_get_per_token_logps_and_entropies", "log-probabilities")
     watch.wrap(trainer, "training_step", "update")
-    generated = trainer._generate_and_score_completions
+    generated = getattr(trainer, SCORED)
 
     def scored(inputs: Any) -> Any:
         found = generated(inputs)
         requests.found = {"tokens": int(found["completion_mask"].sum()), "samples": len(found["completion_mask"])}
         return found
 
-    trainer._generate_and_score_completions = scored
+    setattr(trainer, SCORED, scored)
 
 
 if __name__ == "__main__":

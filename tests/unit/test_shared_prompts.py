@@ -68,7 +68,7 @@ def test_log_probabilities_and_gradients_are_those_of_each_sample_alone(family, 
     gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
     expected = {position: alone(model, rollout, number) for position, number in enumerate(kept)}
-    sum((values * weights[kept[position]]).sum() for position, values in expected.items()).backward()
+    torch.stack([(values * weights[kept[at]]).sum() for at, values in expected.items()]).sum().backward()
     for position, values in expected.items():
         own = samples.sample == position
         assert samples.batch.tokens[samples.batch.target_mask][own].tolist() == rollout.flat[kept[position]][1].tokens

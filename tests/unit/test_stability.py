@@ -290,23 +290,23 @@ def test_a_soak_costs_its_time_or_what_its_least_rounds_compute(setting: Setting
     saves = 2 * parameters * stability.STATE_BYTES / stability.DISK_BYTES_PER_S
     prices = {}
     for steps_per_second in (1.0, 1e6):
-        monkeypatch.setattr(stability, "_matrix_rate", lambda _setting, rate=steps_per_second: second * rate)
+        monkeypatch.setattr(stability, "matrix_rate", lambda _setting, rate=steps_per_second: second * rate)
         prices[steps_per_second] = price_of_soak(setting)
     steps = 2 * (4 + 2)
     assert prices[1.0] == pytest.approx(steps + saves + stability.LOAD_S, rel=0.15)
     assert prices[1e6] == pytest.approx(setting.recipe.qualify.soak_s + stability.LOAD_S, abs=saves)
-    monkeypatch.setattr(stability, "_matrix_rate", lambda _setting: second / 10)
+    monkeypatch.setattr(stability, "matrix_rate", lambda _setting: second / 10)
     (skipped,) = [one for one in choose(stability.PROBES, setting, 60.0).skipped if one.probe == "soak"]
     assert skipped.price_s == pytest.approx(10 * steps, rel=0.2)
-    monkeypatch.setattr(stability, "_matrix_rate", lambda _setting: None)
+    monkeypatch.setattr(stability, "matrix_rate", lambda _setting: None)
     assert price_of_soak(setting) == setting.recipe.qualify.soak_s + stability.LOAD_S
 
 
 def test_the_rate_behind_a_price_is_measured_on_a_cpu_and_published_of_a_chip(setting: Setting):
-    measured = stability._matrix_rate(setting)
+    measured = stability.matrix_rate(setting)
     assert measured is not None and 1e8 < measured < 1e14
     chips = replace(setting, device="cuda", pool=replace(setting.pool, chip="h20", ranks=3))
-    assert stability._matrix_rate(chips) == pytest.approx(3 * 148e12, rel=0.01)
+    assert stability.matrix_rate(chips) == pytest.approx(3 * 148e12, rel=0.01)
 
 
 def look(setting: Setting, probe: Callable[[Crew, Setting], list[Evidence]], *faults: str, world: int = 3) -> Evidence:

@@ -467,7 +467,7 @@ def _price_of_soak(setting: Setting) -> float:
 
 def _least_soak_s(setting: Setting) -> float:
     """Of the least rounds: their steps, one of them twice more, and a save. 0 where nobody knows the chip's rate."""
-    rate = _matrix_rate(setting)
+    rate = matrix_rate(setting)
     if rate is None:
         return 0.0
     batch = first_batch(RunFolder.open(setting.root))
@@ -475,7 +475,7 @@ def _least_soak_s(setting: Setting) -> float:
     return LEAST_ROUNDS * ((ROUND_STEPS + 2) * step_s + _storage_s(setting))
 
 
-def _matrix_rate(setting: Setting) -> float | None:
+def matrix_rate(setting: Setting) -> float | None:
     """Operations per second of all ranks together: on a CPU as it is, on a chip as its peak in bf16 is published."""
     if setting.device != "cpu":
         peak = pool_device(setting.pool.chip).bf16_tflops
