@@ -102,7 +102,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=EXPERTS, help="of the layer, a multiple of 8, 16 at least (default: 256)")
+    parser.add_argument(
+        "--experts", type=int, default=EXPERTS, help="of the layer, a multiple of 8, 16 at least (default: 256)"
+    )
     parser.add_argument("--vocabulary", type=int, default=SMALL_VOCABULARY)
     parser.add_argument("--format", default="w8a8")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
