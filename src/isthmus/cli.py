@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import shutil
@@ -343,9 +344,12 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 
 
 def _ask_for_large_pages() -> None:
-    """Torch gets memory in pages of 2 MB where the system lends them. Weights come and go here, and to clear small
-    pages for them takes longer than to convert them. Torch looks at it when it is loaded."""
+    """Torch gets memory in pages of 2 MB where the system lends them, and gives it back at once. Weights come and go
+    here, and to clear small pages for them takes longer than to convert them. To be said before torch is loaded."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # mallopt(M_MMAP_THRESHOLD): glibc alone has it, and keeps freed blocks of up to 32 MB for itself otherwise.
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(-3, 1 << 20)
 
 
 _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")
