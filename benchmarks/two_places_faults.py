@@ -295,7 +295,7 @@ def by_kind(rows: Sequence[Row]) -> list[Row]:
                 "failures": len(of_it),
                 "kept": kept,
                 "interval": wilson_interval(kept / len(of_it), len(of_it), 0.95),
-                "left_out": sum(bool(row.get("fallback")) for row in of_it),
+                "left_out": sum(any("left out" in one["what"] for one in row.get("fallback", [])) for row in of_it),
                 "step_s": round(median(timed), 2) if timed else None,
                 "longest_s": round(max(timed), 2) if timed else None,
                 **{
