@@ -238,7 +238,7 @@ def test_the_estimate_is_the_arithmetic_of_the_pilots():
     found = duration.estimate(chosen, verdict("home", "fit"), verdict("away", "serve-only"))
     assert found[TAUGHT].value == pytest.approx(100 * 0.5)
     generate = 80 * 1e-3 + 32 * 30 * 1e-5  # longest 2 x 50 is cut to 80; the mean grows from 20 to 30
-    learn = 32 * (10 + 30) * 1e-4
+    learn = (4 * 10 + 32 * 30) * 1e-4  # each of 4 prompts is computed once for its samples
     answers = 2 * 80 * 1e-3 + 300 * 30 * 1e-5  # 300 problems need two rounds of 256 slots
     assert found[REINFORCED].value == pytest.approx(10 * (generate + learn + 0.1) + 4 * answers + 3.0)
     handoff = 80 * 1e-3 + 200 * 30 * 1e-5 + 3.0 + 5 * (10 + 40) * 1e-4
