@@ -301,7 +301,8 @@ def test_ranks_are_told_their_places_and_meet(cluster, home, run, monkeypatch):
         "import os, sys, pathlib; import torch, torch.distributed as dist; dist.init_process_group('gloo'); "
         "total = torch.ones(1); dist.all_reduce(total); "
         "told = [os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')]; "
-        "pathlib.Path(sys.argv[4], f'told-{told[0]}').write_text(' '.join([*told, str(int(total))]))"
+        "pathlib.Path(sys.argv[4], f'told-{told[0]}').write_text(' '.join([*told, str(int(total))])); "
+        "dist.destroy_process_group()"
     )
     on_nodes(home, run, program, monkeypatch)
     assert [(run / f"told-{rank}").read_text() for rank in (0, 1)] == ["0 2 0 1 2", "1 2 0 1 2"]

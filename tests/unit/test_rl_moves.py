@@ -59,6 +59,9 @@ class Scribe:
     def accounts(self):
         return []
 
+    def probe(self, prompts, _sampling):
+        return [("scribe", [[self.one(prompt, 0, 0)] for prompt in prompts])]
+
     def _fail(self):
         if self.fails is not None:
             raise EngineError(self.fails)
@@ -199,11 +202,11 @@ def test_an_engine_whose_log_probabilities_are_no_numbers_is_left(healthy, pools
 
 
 def test_an_engine_that_computes_something_else_is_left_at_its_last_strike(healthy, pools, tmp_path, monkeypatch):
-    def spot(crossing, _tensors):
+    def spot(crossing, _answers, _tensors):
         over = crossing.engine.pool.name == "away" and crossing.state.step > 0
         return SimpleNamespace(is_over=over, mean=0.2, largest=0.3, limit=0.1, tokens=8, other_bits=None)
 
-    monkeypatch.setattr(Crossing, "spot", spot)
+    monkeypatch.setattr(Crossing, "spot_of", spot)
     found = learnt(tmp_path / "run", **{"rl.staleness": 0, "rl.parity_tokens": 4})
     assert all(torch.equal(found[1][name], tensor) for name, tensor in healthy[0][1].items())
     assert told(found[2]) == [("rollout", "mismatch", "move rollouts", "done", "spare")]

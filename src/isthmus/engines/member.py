@@ -25,8 +25,8 @@ class Member:
     """One engine of a fleet. `versions` are those that it was given, in order; `has` is how it names the last one.
 
     `why` says why it is left out; None if it is not. One that is `doubted` was found to compute something else. One
-    that is `returning` answers again and has no weights of ours
-    yet, so it does not serve. `abandoned` is the thread of an act that was not waited for.
+    that is `returning` answers again and has no weights of ours yet, so it does not serve. `abandoned` is the thread of
+    an act that was not waited for.
     """
 
     engine: HttpEngine

@@ -115,7 +115,7 @@ class Crossing:
             answers = [group[0] for group in groups]
             spot = next((spot for known, spot in judged if _same(answers, known, within)), None)
             if spot is None:
-                spot = self._spot_of(answers, tensors)
+                spot = self.spot_of(answers, tensors)
                 judged.append((answers, spot))
             looks[url] = Look(spot, held.get(url, NOTHING_TOLD), url)
         return looks
@@ -129,7 +129,7 @@ class Crossing:
             self.engine.leave_out(url, f"at version {self.state.step} {look.words}, after all weights were sent again")
         return worst_of(look for url, look in looks.items() if url not in wrong)
 
-    def _spot_of(self, answers: list[Completion], tensors: dict[str, Tensor]) -> Spot:
+    def spot_of(self, answers: list[Completion], tensors: dict[str, Tensor]) -> Spot:
         work = self.state.work
 
         def build() -> Model:
