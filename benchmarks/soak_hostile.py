@@ -1,6 +1,6 @@
 """One well-behaved client beside clients that mean harm: whether its short answers still come, and come soon.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.soak_hostile [--seconds 90]
+    OMP_NUM_THREADS=1 python -m benchmarks.soak_hostile [--seconds 180]
 
 A small bundle with random weights is served by `isthmus serve` as it is set by default. Attackers in a process of their
 own send what KINDS names, one request after the other. A client asks for five tokens again and again, first alone, then
@@ -8,7 +8,7 @@ beside them: the time alone is the rival. At the end the program exits with 1 un
 
 - no status was 5xx except 503 with Retry-After, and the client's every answer was whole;
 - the 99th percentile of its times was under P99_BOUND;
-- the resident memory of the server, without what comes and goes, grew by less than GROWTH_BOUND in the second half;
+- the resident memory of the server at rest, between two rounds of attacks, grew by less than GROWTH_BOUND;
 - no sample and no open file is left, and every kind of attack was sent.
 """
 
@@ -45,7 +45,9 @@ P99_BOUND = 1.0
 """Seconds for five tokens."""
 GROWTH_BOUND = 2.0
 """MiB of resident memory per 1,000 requests of all clients."""
-WINDOWS = 10
+ROUNDS, REST_S = 6, 8.0
+"""Of attacks, and the pause after each, in which large bodies are gone and freed memory is given back. What the first
+one leaves is what the server needs at work."""
 HELD_S = 2.0
 """How long a client that does not read, or does not go on, stays."""
 # What a template of a bundle may do when it is asked to.
@@ -203,7 +205,7 @@ def short_answer(port: int) -> float:
     return taken
 
 
-def ask_for(port: int, seconds: float, watched: Callable[[], None]) -> tuple[list[float], list[str]]:
+def ask_for(port: int, seconds: float) -> tuple[list[float], list[str]]:
     """The times of short answers for so long, and what went wrong."""
     times, faults, end = [], [], time.monotonic() + seconds
     while time.monotonic() < end:
@@ -211,7 +213,6 @@ def ask_for(port: int, seconds: float, watched: Callable[[], None]) -> tuple[lis
             times.append(short_answer(port))
         except (AssertionError, OSError, ValueError, KeyError) as error:
             faults.append(f"the client: {error!r}"[:400])
-        watched()
         time.sleep(0.02)
     return times, faults
 
@@ -228,12 +229,9 @@ def rss(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def slope_at_rest(memory: list[tuple[float, float]], seconds: float) -> float:
-    """MiB per second in the second half: the least of each of WINDOWS, since large bodies come and go within them."""
-    windows = [[mib for at, mib in memory if int(at * WINDOWS / seconds) == number] for number in range(WINDOWS)]
-    least = [(number * seconds / WINDOWS, min(mib)) for number, mib in enumerate(windows) if mib]
-    half = least[len(least) // 2 :]
-    return statistics.linear_regression([at for at, _ in half], [mib for _, mib in half]).slope
+def growth_at_rest(memory: list[float], requests: list[int]) -> float:
+    """MiB per 1,000 requests: of the memory after each round, by the requests of all clients until then."""
+    return 1000 * statistics.linear_regression(list(itertools.accumulate(requests)), memory).slope
 
 
 def files_of(pid: int) -> int:
@@ -249,22 +247,31 @@ def wait_until(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> boo
     return True
 
 
-def measure(port: int, pid: int, seconds: float, seed: int) -> tuple[dict[str, Any], dict[str, bool], list[str]]:
-    """What is stored, what has to hold, and what went wrong."""
-    alone, faults = ask_for(port, ALONE_S, lambda: None)
-    files, memory = files_of(pid), list[tuple[float, float]]()
+def one_round(port: int, seconds: float, seed: int) -> tuple[list[float], collections.Counter[str], list[str]]:
+    """The times of short answers beside attacks, what was attacked, and what went wrong."""
     starting = multiprocessing.get_context("fork")
     over, told = starting.Event(), starting.Queue()
     attackers = starting.Process(target=attack, args=(port, seed, over, told))
     attackers.start()
-    began = time.monotonic()
-    beside, more = ask_for(port, seconds, lambda: memory.append((time.monotonic() - began, rss(pid))))
+    times, faults = ask_for(port, seconds)
     over.set()
     sent, theirs = told.get(timeout=3 * PATIENCE_S)
     attackers.join()
-    faults += [*more, *theirs]
-    total = sum(sent.values()) + len(beside)
-    growth = slope_at_rest(memory, seconds) / (total / seconds / 1000)
+    return times, collections.Counter(sent), [*faults, *theirs]
+
+
+def measure(port: int, pid: int, seconds: float, seed: int) -> tuple[dict[str, Any], dict[str, bool], list[str]]:
+    """What is stored, what has to hold, and what went wrong."""
+    alone, faults = ask_for(port, ALONE_S)
+    files, memory, requests, beside = files_of(pid), list[float](), list[int](), list[float]()
+    sent = collections.Counter[str]()
+    for number in range(ROUNDS):
+        times, attacks, more = one_round(port, seconds / ROUNDS, seed * ROUNDS + number)
+        beside, sent, faults = beside + times, sent + attacks, faults + more
+        time.sleep(REST_S)
+        memory.append(rss(pid))
+        requests.append(len(times) + attacks.total())
+    growth = growth_at_rest(memory[1:], requests[1:])
     statuses = collections.Counter[str]()
     for name, count in sent.items():
         statuses[name.rpartition(" ")[2]] += count
@@ -288,7 +295,7 @@ def measure(port: int, pid: int, seconds: float, seed: int) -> tuple[dict[str, A
         "p99_times_alone": round(percentiles(beside)["p99"] / percentiles(alone)["p99"], 1),
         "statuses": dict(sorted(statuses.items())),
         "sent": dict(sorted(sent.items())),
-        "memory_mib": [round(mib, 1) for _, mib in memory[:: max(1, len(memory) // 20)]],
+        "memory_at_rest_mib": [round(mib, 1) for mib in memory],
         "memory_growth_mib_per_1000_requests": round(growth, 3),
         "load_average_before": round(os.getloadavg()[0], 2),
     }
@@ -297,7 +304,7 @@ def measure(port: int, pid: int, seconds: float, seed: int) -> tuple[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
