@@ -23,6 +23,7 @@ from isthmus.engines.local.api.canary import CanaryReport
 from isthmus.engines.local.api.host import bind, run_app
 from isthmus.engines.local.api.keys import Keyring, check_exposure
 from isthmus.engines.local.api.limits import KeyLimits
+from isthmus.engines.local.api.memory import use_few_heaps
 from isthmus.engines.local.api.server import CanaryPlan, Server
 from isthmus.engines.local.api.service import Service, load_service
 from isthmus.errors import GateRefused, IsthmusError
@@ -123,6 +124,7 @@ def serve_bundle(folder: Path, watch: Watch, serving: Serving, on_ready: Callabl
     `on_ready` is called once, when the server answers. Raises IsthmusError if the port is taken or the engine fails.
     """
     section = serving.section
+    use_few_heaps()
     keys = Keyring.load(section.key_file)
     check_exposure(section.host, keys, section.allow_open)
     listener = bind(section.host, section.port, flag="--port")
