@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 
 import click
 
-from isthmus import __version__
+from isthmus import __version__, heap
 from isthmus.chips import servers
 from isthmus.errors import DamagedFile, GateRefused, IsthmusError, suggestion
 from isthmus.lock import writing_bundle, writing_run
@@ -347,9 +346,8 @@ def _ask_for_large_pages() -> None:
     """Torch gets memory in pages of 2 MB where the system lends them, and gives it back at once. Weights come and go
     here, and to clear small pages for them takes longer than to convert them. To be said before torch is loaded."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # mallopt(M_MMAP_THRESHOLD): glibc alone has it, and keeps freed blocks of up to 32 MB for itself otherwise.
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(-3, 1 << 20)
+    # glibc keeps freed blocks of up to 32 MB for itself otherwise.
+    heap.set_option("mmap threshold", 1 << 20)
 
 
 _BUNDLE = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from isthmus.formats.files.bundle import read_bundle, write_bundle
 from isthmus.model.model import Model
 from isthmus.parity.capture import GoldenSet, capture, synthetic_prompts
-from isthmus.parity.replay import Replay, Replayer
+from isthmus.parity.replay import Replay, Replayer, worst_channel
 from isthmus.parity.target import DTYPES, build_target, make_twin
 from isthmus.run import write_atomic
 from tests.support.small import architecture
@@ -82,3 +84,10 @@ def test_an_mtp_layer_that_gets_another_token_is_found(bundle):
         model.mtp_next = lambda hidden, tokens, *rest: inner(hidden, tokens.roll(1, dims=1), *rest)
 
     assert named(replayed(bundle, change=shift)) == ("model.layers.3", "next token")
+
+
+def test_channels_that_are_too_large_to_be_measured_are_no_match():
+    """Squares of 1e20 overflow in fp32, and a finite difference over an infinite size would look like none."""
+    expected = torch.full((4, 3), 1e20)
+    assert worst_channel(expected + 1e13, expected) == math.inf
+    assert worst_channel(expected * 1e-10, expected * 1e-10) == 0.0

@@ -765,7 +765,7 @@ def worst_channel(y: Tensor, e: Tensor) -> float:
     channels = e.square().sum(0)
     size = (channels + SMALL_CHANNEL**2 * channels.mean()).sqrt().clamp_min(1e-30)
     error = ((y - e).square().sum(0).sqrt() / size).max().item()
-    return error if math.isfinite(error) else math.inf
+    return error if math.isfinite(error) and bool(torch.isfinite(size).all()) else math.inf
 
 
 def by_expert(routing: Routing) -> Tensor:
